@@ -1,0 +1,1 @@
+"""One small program a stage, run as `python -m stages.<name>`."""

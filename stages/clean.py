@@ -1,0 +1,34 @@
+"""Clean the corpus: repair and filter documents, drop repeated ones, split into train, val and test."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tinygpt.corpus.clean import CleanParams, clean
+from tinygpt.errors import program
+from tinygpt.files import human_bytes, write_json
+from tinygpt.params import load_params
+
+RAW = Path("data/raw")
+CLEAN = Path("data/clean")
+REPORT = Path("reports/clean.json")
+MOST_NAMED = 10  # files whose repairs are told; the report has the sum
+
+
+@program
+def main() -> None:
+    """Read the `clean` group, fill data/clean and write reports/clean.json."""
+    report, repaired = clean(load_params(CleanParams), RAW, CLEAN)
+    write_json(REPORT, report)
+    for name, n in list(repaired.items())[:MOST_NAMED]:
+        print(f"{name}: {n:,} bytes were no UTF-8 and became U+FFFD", file=sys.stderr)
+    splits = ", ".join(
+        f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})"
+        for split in ("train", "val", "test")
+    )
+    print(f"{report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}")
+
+
+if __name__ == "__main__":
+    main()

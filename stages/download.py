@@ -1,0 +1,32 @@
+"""Get the corpus: from `download.source` to text files and a manifest in data/raw."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tinygpt.corpus.download import download
+from tinygpt.corpus.sources import DownloadParams
+from tinygpt.errors import program
+from tinygpt.files import human_bytes
+from tinygpt.params import load_params
+
+RAW = Path("data/raw")
+CACHE = Path("data/.downloads")  # whole and partial downloads, outside of every DVC output
+
+
+@program
+def main() -> None:
+    """Read the `download` group and fill data/raw."""
+    params = load_params(DownloadParams)
+    # DVC sets DVC_ROOT, in its temporary copies to the checkout they belong to: all kinds of runs share one cache.
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    downloaded = download(params, RAW, root=root, cache=root / CACHE)
+    files = downloaded.manifest.files
+    size = human_bytes(sum(file.bytes for file in files))
+    skipped = f", {len(downloaded.skipped)} files that are no text left out" if downloaded.skipped else ""
+    print(f"{params.source}: {len(files)} files, {size} -> {RAW}{skipped}")
+
+
+if __name__ == "__main__":
+    main()

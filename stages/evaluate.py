@@ -1,0 +1,44 @@
+"""Measure the model on held-out text and let it write.
+
+Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json and reports/samples.md.
+"""
+
+from pathlib import Path
+
+from tinygpt.errors import program
+from tinygpt.evaluate.config import EvaluateParams
+from tinygpt.evaluate.perplexity import evaluate_model
+from tinygpt.evaluate.samples import write_samples
+from tinygpt.files import write_json
+from tinygpt.model import load_model
+from tinygpt.model.device import open_device
+from tinygpt.params import load_params
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokens import load_meta, load_tokens
+
+MODEL_DIR = Path("data/model")
+TOKENS_DIR = Path("data/tokens")
+TOKENIZER_DIR = Path("data/tokenizer")
+REPORT_FILE = Path("reports/eval.json")
+SAMPLES_FILE = Path("reports/samples.md")
+
+
+@program
+def main() -> None:
+    """Run the stage."""
+    params, runtime = load_params(EvaluateParams, RuntimeParams)
+    model = load_model(MODEL_DIR).to(open_device(runtime))
+    tokens = load_tokens(TOKENS_DIR, params.split, at_least=2)
+    report = evaluate_model(model, tokens, params, n_bytes=load_meta(TOKENS_DIR).split(params.split).bytes)
+    write_json(REPORT_FILE, report)
+    write_samples(SAMPLES_FILE, model, load_tokenizer(TOKENIZER_DIR), params)
+    print(
+        f"evaluate: {params.split} split, {report['tokens']:,} tokens, context {report['context']}: "
+        f"loss {report['loss']:.4f} ± {report['loss_error']:.4f} nats per token, perplexity {report['ppl']:.2f}, "
+        f"{report['bpb']:.4f} bits per byte"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Export the model for transformers and llama.cpp, and check every file against it.
+
+Reads data/model, data/tokenizer and data/tokens, writes data/export and reports/export.json.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tinygpt.errors import UserError, program
+from tinygpt.export.config import ExportParams
+from tinygpt.export.family import check_export
+from tinygpt.export.gguf import export_gguf, gguf_name
+from tinygpt.export.hf import check_hf, export_hf
+from tinygpt.export.verify import CHUNK_SIZE, check_gguf
+from tinygpt.files import atomic_folder, human_bytes, write_json
+from tinygpt.model import load_model
+from tinygpt.model.device import open_device
+from tinygpt.params import load_params
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokens import load_tokens
+
+MODEL_DIR = Path("data/model")
+TOKENS_DIR = Path("data/tokens")
+TOKENIZER_DIR = Path("data/tokenizer")
+EXPORT_DIR = Path("data/export")
+REPORT_FILE = Path("reports/export.json")
+
+
+@program
+def main() -> None:
+    """Run the stage: data/export appears only when every file passes, the report in any case."""
+    params, runtime = load_params(ExportParams, RuntimeParams)
+    open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
+    model, tokenizer = load_model(MODEL_DIR), load_tokenizer(TOKENIZER_DIR)
+    check_export(model.config, params)
+    report: dict[str, dict[str, Any]] = {}
+    failures: list[str] = []
+    with atomic_folder(EXPORT_DIR) as folder:
+        if params.hf:
+            export_hf(model, tokenizer, TOKENIZER_DIR, folder / "hf")
+            check_hf(model, folder / "hf")
+            report["hf"] = {"bytes": sum(file.stat().st_size for file in (folder / "hf").iterdir())}
+        for weight_type in params.gguf:
+            path = folder / "gguf" / gguf_name(weight_type)
+            tensor_types = export_gguf(model, tokenizer, path, weight_type)
+            ids = load_tokens(TOKENS_DIR, "test", at_least=CHUNK_SIZE)[: params.check_tokens]
+            measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
+            instead = {name: kind for name, kind in tensor_types.items() if kind not in (weight_type, "f32")}
+            counts = dict(Counter(tensor_types.values()))
+            report[weight_type] = {"bytes": path.stat().st_size, **measures, "tensors": counts, "instead": instead}
+            failures += problems
+        write_json(REPORT_FILE, report)
+        if failures:
+            raise UserError("\n       ".join([*failures, f"so {EXPORT_DIR} is not written, see {REPORT_FILE}"]))
+    for name, entry in report.items():
+        print(f"export: {name} {human_bytes(entry['bytes'])}", *_remarks(name, entry), sep=", ")
+
+
+def _remarks(name: str, entry: dict[str, Any]) -> list[str]:
+    """What llama.cpp made of a file, and what is not of its type."""
+    if name == "hf":
+        return []
+    remarks = [f"perplexity {entry['ppl']:.2f} in llama.cpp and {entry['ppl_pytorch']:.2f} in PyTorch"]
+    return remarks + ([f"{len(entry['instead'])} tensors f16, as they do not fill blocks"] if entry["instead"] else [])
+
+
+if __name__ == "__main__":
+    main()

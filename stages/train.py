@@ -1,0 +1,69 @@
+"""Train the model; killed in any way and run again, it goes on and ends with the same bytes.
+
+Reads data/tokens and data/tokenizer, writes data/model, reports/train.csv, train.json and train_samples.md.
+"""
+
+import sys
+from pathlib import Path
+
+from tinygpt.errors import program
+from tinygpt.export.config import ExportParams
+from tinygpt.export.family import check_export
+from tinygpt.files import human_bytes
+from tinygpt.generate import generate
+from tinygpt.generate.sampling import Sampling
+from tinygpt.model import GPT
+from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.device import open_device
+from tinygpt.params import check_params, load_params
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokens import load_meta, load_tokens
+from tinygpt.train.checkpoint import Checkpoints, fingerprint
+from tinygpt.train.config import TrainParams
+from tinygpt.train.publish import publish
+from tinygpt.train.trainer import Stopped, Trainer
+
+TOKENIZER_DIR = Path("data/tokenizer")
+TOKENS_DIR = Path("data/tokens")
+MODEL_DIR = Path("data/model")
+REPORTS_DIR = Path("reports")
+
+
+@program
+def main() -> None:
+    """Run the stage."""
+    check_params()  # of every stage that follows, before the long one
+    model_params, params, runtime, export = load_params(ModelParams, TrainParams, RuntimeParams, ExportParams)
+    tokenizer, meta = load_tokenizer(TOKENIZER_DIR), load_meta(TOKENS_DIR)
+    config = GPTConfig(**config_fields(model_params), vocab_size=meta.vocab_size)
+    check_export(config, export)
+    tokens = {split: load_tokens(TOKENS_DIR, split, at_least=config.block_size + 1) for split in ("train", "val")}
+
+    def write_sample(model: GPT) -> str:
+        return generate(model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=Sampling(seed=params.seed))
+
+    with Checkpoints(fingerprint(config, params, meta)) as checkpoints:
+        trainer = Trainer(
+            config,
+            params,
+            runtime,
+            train_tokens=tokens["train"],
+            val_tokens=tokens["val"],
+            checkpoints=checkpoints,
+            device=open_device(runtime),
+            write_sample=write_sample,
+        )
+        try:
+            trained = trainer.fit()
+        except Stopped as stopped:
+            print(f"train: {stopped}", file=sys.stderr)
+            sys.exit(128 + stopped.signal)
+        report = publish(trained, trainer, MODEL_DIR, REPORTS_DIR)
+    size = human_bytes((MODEL_DIR / "model.safetensors").stat().st_size)
+    print(f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s")
+    print(f"train: lowest validation loss {report['val_loss']:.4f}, at step {report['best_step']:,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The folder for transformers, read by transformers itself: offline, without remote code."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_gguf import GPT2, IDS, LLAMA, MATRIX, QWEN3, random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tinygpt.errors import UserError
+from tinygpt.export.hf import check_hf, export_hf
+from tinygpt.export.verify import SAMPLES
+
+
+@pytest.fixture
+def export(tmp_path, tiny_tokenizer):
+    """Export a random model with these switches; returns the model and the folder."""
+
+    def run(**changes):
+        model = random_model(vocab_size=tiny_tokenizer.vocab_size, **changes)
+        tiny_tokenizer.save(tmp_path)
+        export_hf(model, tiny_tokenizer, tmp_path, tmp_path / "hf")
+        return model, tmp_path / "hf"
+
+    return run
+
+
+@pytest.mark.parametrize(("family", "bias", "n_kv_head", "tied"), MATRIX)
+def test_transformers_computes_what_the_model_computes(family, bias, n_kv_head, tied, export):
+    model, folder = export(**family, bias=bias, n_kv_head=n_kv_head, tie_weights=tied, rope_theta=5000.0)
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.from_numpy(IDS)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.eval()(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
+    assert loaded.dtype == torch.float32
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
+
+
+@pytest.mark.parametrize("family", [GPT2, LLAMA, QWEN3])
+def test_transformers_reads_the_same_tokens(family, export, tiny_tokenizer):
+    _, folder = export(**family)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in SAMPLES:
+        text = text.replace("<|endoftext|>", "")  # transformers reads it as the special token, we as text
+        assert theirs.encode(text) == tiny_tokenizer.encode(text)
+        assert theirs.decode(theirs.encode(text)) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == tiny_tokenizer.eos_id
+    assert (folder / "tokenizer.json").read_bytes() == (folder.parent / "tokenizer.json").read_bytes()
+
+
+def test_transformers_generates_and_stops_by_the_same_settings(export, tiny_tokenizer):
+    model, folder = export(**LLAMA, n_kv_head=2)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    config = loaded.generation_config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (tiny_tokenizer.eos_id,) * 2 + (None,)
+    ids = torch.from_numpy(IDS[:8])[None]
+    theirs = loaded.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for n in range(8, 16):
+        ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], dim=1)
+        assert torch.equal(ids, theirs[:, : n + 1])
+
+
+def test_the_same_model_gives_the_same_bytes(export):
+    _, folder = export(**GPT2, bias="all")
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    export(**GPT2, bias="all")
+    assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "README.md" in first and "generation_config.json" in first
+
+
+def test_settings_with_different_defaults_are_written_out(export):
+    _, folder = export(**QWEN3, rope_theta=5000.0)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["head_dim"] == 16
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000
+    assert {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"} <= config.keys()
+    with safe_open(folder / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_weights_that_are_not_the_models_are_noticed(export):
+    model, folder = export(**LLAMA)
+    check_hf(model, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = tensors["model.norm.weight"][3].nextafter(torch.tensor(9.0))  # the last bit
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"model\.norm\.weight is not the model's"):
+        check_hf(model, folder)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"differ in model\.norm\.weight"):
+        check_hf(model, folder)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        check_hf(model, folder)

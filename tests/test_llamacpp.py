@@ -1,0 +1,96 @@
+"""Real llama.cpp through its C API."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import xllamacpp
+from conftest import tiny_config
+
+from tinygpt.errors import UserError
+from tinygpt.export.gguf import export_gguf
+from tinygpt.export.llama_library import ContextParams, _check_defaults, open_library
+from tinygpt.export.llamacpp import N_BATCH, LlamaCpp
+from tinygpt.model import GPT
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory, tiny_tokenizer):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, block_size=N_BATCH + 100)
+    export_gguf(GPT(config), tiny_tokenizer, path, "f32")
+    return path
+
+
+def test_logits_do_not_depend_on_how_a_sequence_is_cut_into_batches(gguf):
+    ids = np.random.default_rng(0).integers(0, 256, N_BATCH + 50).tolist()
+    with LlamaCpp(gguf) as llama:
+        whole, beginning = llama.logits(ids), llama.logits(ids[:20])
+    assert whole.shape == (len(ids), llama.vocab_size)
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(whole[:20], beginning, atol=1e-5)
+
+
+def test_greedy_with_the_cache_chooses_what_the_whole_sequence_gives(gguf):
+    with LlamaCpp(gguf) as llama:
+        new = llama.greedy([5, 6, 7], 20)
+        logits = llama.logits([5, 6, 7, *new])
+    assert new == logits[2:-1].argmax(-1).tolist()
+
+
+def test_a_sequence_past_the_context_is_refused_where_llama_cpp_would_abort(gguf):
+    with LlamaCpp(gguf, n_ctx=8) as llama:
+        llama.greedy([1] * 5, 4)
+        with pytest.raises(ValueError, match="9 tokens, but the context is 8"):
+            llama.greedy([1] * 5, 5)
+        with pytest.raises(ValueError, match="0 tokens"):
+            llama.logits([])
+        with pytest.raises(ValueError, match="token ids"):
+            llama.logits([llama.vocab_size])
+
+
+def test_the_vocabulary_alone_tokenizes(gguf, tiny_tokenizer):
+    text = "the naïve <|endoftext|> 🙂\x00"
+    with LlamaCpp(gguf, vocab_only=True) as llama:
+        assert llama.tokenize(text) == tiny_tokenizer.encode(text)
+        assert b"".join(map(llama.piece, llama.tokenize(text))) == text.encode()
+        assert llama.tokenize("") == []
+        assert llama.eog_ids() == [tiny_tokenizer.eos_id]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: b"", "failed to read"),
+        (lambda data: b"not a gguf file" * 10, "magic"),
+        (lambda data: data[: len(data) // 2], "not within the file bounds"),
+        (lambda data: data[:2000], "failed to read"),
+        (lambda data: data.replace(b"llama.context_length", b"llama.context_lengtH"), "key not found in model"),
+        (lambda data: data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_Q.weight"), "not found"),
+    ],
+)
+def test_a_damaged_file_is_a_user_error_with_the_reason(gguf, tmp_path, damage, reason, capfd):
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(damage(gguf.read_bytes()))
+    with pytest.raises(UserError, match=f"llama.cpp cannot load {path}: .*{reason}"):
+        LlamaCpp(path)
+    assert capfd.readouterr() == ("", "")  # llama.cpp's own log is silent
+
+
+def test_a_missing_file_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="No such file or directory"):
+        LlamaCpp(tmp_path / "none.gguf")
+
+
+def test_another_version_of_the_library_is_refused(monkeypatch):
+    monkeypatch.setattr(xllamacpp, "__version__", "2027.1.1")
+    with pytest.raises(UserError, match=r"xllamacpp 2027\.1\.1 .*`pip install xllamacpp==2026"):
+        open_library.__wrapped__()
+
+
+def test_a_shifted_struct_is_noticed():
+    params = open_library().llama_context_default_params()
+    shifted = ContextParams.from_buffer_copy(b"\0\0\0\0" + bytes(params)[:-4])
+    with pytest.raises(UserError, match=r"reads ContextParams as \{'n_ctx': 0, 'n_batch': 512"):
+        _check_defaults(shifted, {"n_ctx": 512, "n_batch": 2048})
+    assert ctypes.sizeof(ContextParams) == 168

@@ -1,0 +1,202 @@
+"""The house: who may import whom, and what DVC is told of it."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+import typing
+from functools import cache
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from tinygpt import params
+from tinygpt.evaluate.config import EvaluateParams
+from tinygpt.model import attention, layers
+from tinygpt.model.config import ModelParams
+from tinygpt.report import plots
+from tinygpt.train import schedules
+from tinygpt.train.config import TrainParams
+
+ROOT = Path(__file__).parents[1]
+PIPELINE = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
+
+# A room imports only from itself and from rooms above it.
+ROOMS = [
+    ["errors"],
+    ["files", "progress"],
+    ["params"],
+    ["runtime"],
+    ["corpus", "tokenizer"],
+    ["tokens"],
+    ["model"],
+    ["train", "generate"],
+    ["evaluate"],
+    ["export"],
+    ["report"],
+    ["cli"],
+    ["__main__"],
+]
+RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
+LIBRARY = sorted(path for path in (ROOT / "tinygpt").rglob("*.py"))
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
+
+
+@cache
+def imports(path: Path) -> frozenset[Path]:
+    """The tinygpt files that one file imports, wherever the import stands, packages' __init__ files included."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tinygpt":
+            assert node.level == 0, f"{path}: write imports in full"
+            for name in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]:
+                found |= files_of(name)
+        assert not (isinstance(node, ast.Import) and any(a.name.startswith("tinygpt.") for a in node.names)), path
+    return frozenset(found - {path})
+
+
+def files_of(module: str) -> set[Path]:
+    """The file of a module and the __init__ files above it; nothing when `module` is a name inside one."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    above = {parent / "__init__.py" for parent in path.parents if parent.is_relative_to(ROOT / "tinygpt")}
+    return {file, *above} if file.exists() else set()
+
+
+def closure(path: Path) -> set[Path]:
+    """The tinygpt files that one file needs, directly or through others."""
+    todo, seen = set(imports(path)), set()
+    while todo:
+        file = todo.pop()
+        seen.add(file)
+        todo |= imports(file) - seen
+    return seen
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "tinygpt").parts[0].removesuffix(".py")
+
+
+def test_a_room_imports_only_from_rooms_above_it():
+    for path in LIBRARY:
+        for imported in imports(path):
+            if imported != ROOT / "tinygpt/__init__.py" and path != ROOT / "tinygpt/__init__.py":
+                same = room(imported) == room(path)
+                assert same or RANK[room(imported)] < RANK[room(path)], f"{path} may not import {imported}"
+
+
+def test_nothing_in_the_library_imports_a_stage():
+    for path in LIBRARY:
+        assert not re.search(r"^\s*(from|import) stages", path.read_text(), re.MULTILINE), path
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_deps_are_exactly_the_script_and_its_import_closure(name: str):
+    needed = {str(path.relative_to(ROOT)) for path in closure(ROOT / f"stages/{name}.py")} | {f"stages/{name}.py"}
+    listed = {dep for dep in PIPELINE["stages"][name]["deps"] if dep.endswith(".py")}
+    assert listed == needed, f"dvc.yaml {name}: add {sorted(needed - listed)}, drop {sorted(listed - needed)}"
+
+
+def test_every_stage_is_a_script_of_its_name_and_has_a_description():
+    assert sorted(PIPELINE["stages"]) == STAGES
+    for name, stage in PIPELINE["stages"].items():
+        assert stage["cmd"] == f"python -m stages.{name}"
+        assert stage["desc"]
+        assert len((ROOT / f"stages/{name}.py").read_text().splitlines()) <= 80
+    assert "${" not in (ROOT / "dvc.yaml").read_text()
+
+
+def test_stages_track_every_group_that_they_read_but_runtime():
+    classes = {params_class(target).__name__: group for group, target in params.GROUPS.items()}
+    for name, stage in PIPELINE["stages"].items():
+        source = (ROOT / f"stages/{name}.py").read_text()
+        call = re.search(r"load_params\(([\w, ]*)\)", source)
+        read = {classes[cls] for cls in re.split(r",\s*", call.group(1))} if call else set()
+        untracked = {"runtime"} | (
+            {"export"} if name == "train" else set()
+        )  # train only refuses what cannot be exported
+        assert set(stage.get("params", [])) == read - untracked, name
+
+
+def test_no_out_of_a_stage_is_lost_by_git_and_dvc_both():
+    ignored = (ROOT / ".gitignore").read_text()
+    for stage in PIPELINE["stages"].values():
+        for out in [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]:
+            path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})
+            is_ignored = path.startswith("data/") or f"/{path}" in ignored or f"/{path}/" in ignored
+            assert is_ignored == options.get("cache", True), f"{path}: cached and ignored by git, or neither"
+
+
+def params_class(target: str) -> type:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def test_every_key_of_params_yaml_is_a_field_and_every_field_a_key():
+    document = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    assert list(document) == list(params.GROUPS)
+    for group, target in params.GROUPS.items():
+        cls = params_class(target)
+        assert cls.group == group
+        assert list(document[group]) == [field.name for field in dataclasses.fields(cls)], group
+    params.check_params(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "registry"),
+    [
+        (ModelParams, "norm", layers.NORMS),
+        (ModelParams, "mlp", layers.MLPS),
+        (ModelParams, "attention", attention.ATTENTION),
+        (TrainParams, "schedule", schedules.SCHEDULES),
+    ],
+)
+def test_choices_are_the_keys_of_their_registry(cls, field, registry):
+    assert set(typing.get_args(typing.get_type_hints(cls)[field])) == set(registry)
+
+
+def test_data_rooms_and_reports_need_no_torch():
+    code = (
+        "import sys; import stages.download, stages.clean, stages.train_tokenizer, stages.encode, stages.plot;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_package_files_hold_no_work():
+    for path in LIBRARY:
+        if path.name == "__init__.py":
+            allowed = (ast.Expr, ast.ImportFrom, ast.Assign)
+            assert all(isinstance(node, allowed) for node in ast.parse(path.read_text()).body), path
+
+
+def test_every_public_name_has_a_docstring():
+    for path in [*LIBRARY, *(ROOT / "stages").glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            overload = any(getattr(d, "id", "") == "overload" for d in getattr(node, "decorator_list", []))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not overload:
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_files_and_functions_stay_short():
+    for path in LIBRARY:
+        assert len(path.read_text().splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= (35 if node.name == "forward" else 60), f"{path}: {node.name} has {length} lines"
+
+
+def test_nothing_is_pickled_or_executed_from_outside():
+    for path in LIBRARY:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert getattr(node.func, "id", "") not in {"eval", "exec", "compile", "__import__"}, path
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {getattr(node, "module", "") or "", *(alias.name for alias in node.names)}
+                assert not names & {"pickle", "marshal", "shelve"}, path

@@ -1,0 +1,107 @@
+"""The check of exported files: it lets right ones pass and stops wrong ones."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from test_gguf import GPT2, LLAMA, QWEN3, random_model
+
+from tinygpt.errors import UserError
+from tinygpt.export.gguf import export_gguf
+from tinygpt.export.verify import TOLERANCES, check_gguf, scored_nll
+from tinygpt.model import GPT
+from tinygpt.tokenizer import Tokenizer
+
+IDS = np.random.default_rng(1).integers(0, 256, 600)
+
+
+@pytest.fixture
+def check(tmp_path, tiny_tokenizer):
+    """Export one model, check the file against another."""
+
+    def run(model, *, exported=None, tokenizer=tiny_tokenizer, weight_type="f32"):
+        path = tmp_path / "model.gguf"
+        export_gguf(exported or model, tiny_tokenizer, path, weight_type)
+        return check_gguf(model, tokenizer, path, weight_type, IDS.astype(tiny_tokenizer.dtype))
+
+    return run
+
+
+@pytest.fixture
+def model(tiny_tokenizer):
+    return random_model(**LLAMA, vocab_size=tiny_tokenizer.vocab_size, n_kv_head=2)
+
+
+@pytest.mark.parametrize("weight_type", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("family", [GPT2, LLAMA, QWEN3])
+def test_a_right_file_passes(family, weight_type, check, tiny_tokenizer):
+    model = random_model(**family, vocab_size=tiny_tokenizer.vocab_size)
+    measures, failures = check(model, weight_type=weight_type)
+    assert failures == []
+    assert measures["wrong_tokens"] == 0
+    assert measures["greedy_agreement"] > 0.9
+    assert measures["ppl"] == pytest.approx(measures["ppl_pytorch"], rel=2e-2)
+
+
+def changed(model, name, change):
+    """A copy of a model with one tensor changed."""
+    copy = GPT(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        copy.state_dict()[name].copy_(change(model.state_dict()[name]))
+    return copy
+
+
+def as_if_not_permuted(weight):
+    """The rows that the export's reordering for adjacent rotation pairs turns back into the original ones."""
+    return weight.unflatten(0, (4, 8, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def test_rows_not_permuted_for_the_rotation_fail(check, model):
+    _, failures = check(model, exported=changed(model, "blocks.0.attn.q_proj.weight", as_if_not_permuted))
+    assert any(failure.startswith("model.gguf: max_logprob_diff is ") for failure in failures)
+    assert all(", allowed is " in failure for failure in failures)
+
+
+@pytest.mark.parametrize("weight_type", ["f32", "q8_0"])
+def test_a_block_without_its_output_fails_in_every_type(weight_type, check, model):
+    silent = changed(model, "blocks.1.mlp.down_proj.weight", torch.zeros_like)
+    assert check(model, exported=silent, weight_type=weight_type)[1]
+
+
+def test_another_theta_fails(check, model):
+    other = GPT(replace(model.config, rope_theta=9000.0))
+    other.load_state_dict(model.state_dict())
+    assert check(model, exported=other)[1]
+
+
+def test_a_tokenizer_with_another_merge_order_fails(check, model, tiny_tokenizer):
+    other = Tokenizer(tiny_tokenizer.tokens, tiny_tokenizer.merges[::-1], tiny_tokenizer.special_tokens)
+    _, failures = check(model, tokenizer=other)
+    assert [failure.split()[1] for failure in failures] == ["wrong_tokens"]
+
+
+def test_weights_that_are_no_numbers_fail_to_load(check, model):
+    with pytest.raises(UserError, match="cannot load .*invalid"):
+        check(model, exported=changed(model, "blocks.1.mlp.down_proj.weight", lambda w: w * torch.nan))
+
+
+def test_a_choice_between_equals_is_not_a_failure(check, tiny_tokenizer):
+    flat = GPT(tiny_config(**LLAMA, vocab_size=tiny_tokenizer.vocab_size, block_size=64, tie_weights=False)).eval()
+    measures, failures = check(flat, weight_type="q8_0")
+    assert failures == []
+    assert measures["greedy_agreement"] < 1
+    assert 0 < measures["max_greedy_gap"] < 0.1
+
+
+def test_perplexity_counts_the_second_half_of_a_chunk_as_llama_perplexity_does():
+    logprobs = np.log(np.full((8, 10), 0.1, np.float32))
+    ids = np.arange(8)
+    logprobs[np.arange(7), ids[1:]] = -np.arange(7, dtype=np.float32)  # the target after id i has -i
+    assert scored_nll(logprobs, ids).tolist() == [4, 5, 6]
+
+
+def test_there_is_a_tolerance_for_every_kind_of_mlp_and_weight_type():
+    assert len(TOLERANCES) == 2 * 4

@@ -1,0 +1,1 @@
+"""From raw text to a small GPT that llama.cpp runs, reproducibly."""

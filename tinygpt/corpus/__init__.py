@@ -1,0 +1,1 @@
+"""From a named source, a URL or a file to clean documents in three splits."""

@@ -1,0 +1,165 @@
+"""The clean stage's work: from raw files to clean, different documents in three splits."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+from tinygpt.corpus.documents import Document, Reader
+from tinygpt.corpus.duplicates import NearDuplicates, digest
+from tinygpt.corpus.raw import Manifest, read_manifest
+from tinygpt.corpus.split import NAMES, SPLITTERS, Shares, write_splits
+from tinygpt.errors import UserError
+from tinygpt.files import atomic_folder, human_bytes
+from tinygpt.params import Count, Fraction, Within, require
+
+LEAST_TRAIN_BYTES = 1000  # less text than this teaches no tokenizer and no model
+
+# C0 and C1 control characters and the byte order mark; "\r" is the `newlines` rule's business.
+CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+
+# Rule that drops documents -> what it is counted as.
+DROPPING = {
+    "clean.min_bytes": "too_short",
+    "clean.exact_duplicates": "exact_duplicates",
+    "clean.near_duplicates": "near_duplicates",
+}
+
+REPORTED = (
+    "documents_in",
+    "bytes_in",
+    "repaired_bytes",
+    "repaired_files",
+    "newlines_changed",
+    "control_removed",
+    "nfc_changed",
+    "long_cut",
+    *DROPPING.values(),
+    "leaked",
+    *(f"{split}_{what}" for split in NAMES for what in ("documents", "bytes")),
+)
+
+
+class Cleaned(NamedTuple):
+    """What the stage tells about its work."""
+
+    report: dict[str, int]  # counts by rule, for reports/clean.json
+    repaired: dict[str, int]  # bytes that were no UTF-8, by file
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanParams:
+    """The `clean` group of params.yaml."""
+
+    group: ClassVar[str] = "clean"
+
+    separator: str | None  # the text between two documents of a file; null = as the source says, else none
+    newlines: bool  # make \r\n and \r into \n
+    control_characters: bool  # remove control characters except \n, \t, \r, and byte order marks
+    unicode_nfc: bool  # compose characters (Unicode NFC): "e" and its accent become one "é"
+    min_bytes: Count  # UTF-8 bytes; shorter documents are dropped
+    exact_duplicates: bool  # drop a document that came before
+    near_duplicates: (
+        Annotated[float, Within("(0, 1]")] | None
+    )  # drop one this alike: Jaccard of word 5-grams; null = off
+    split: Literal["hash", "tail", "source"]  # by document; by position in the corpus; as the source says
+    val_fraction: Fraction  # share of validation text, for hash (of documents) and tail (of characters)
+    test_fraction: Fraction  # share of test text, likewise
+    split_seed: Annotated[int, Within("[0, 9007199254740992)")]  # another seed chooses other documents, for hash
+
+    def __post_init__(self) -> None:
+        require(
+            (
+                self.val_fraction + self.test_fraction < 1,
+                f"clean.val_fraction={self.val_fraction} and clean.test_fraction={self.test_fraction} must sum to "
+                "less than 1",
+            ),
+            (self.separator != "", "clean.separator is empty: give a text, or null"),
+        )
+
+
+def clean(params: CleanParams, raw: Path, clean_folder: Path) -> Cleaned:
+    """Fill `clean_folder` with train.jsonl, val.jsonl and test.jsonl.
+
+    Raises UserError where nothing or next to nothing is left, naming the param that took most.
+    """
+    manifest = read_manifest(raw)
+    _check_official_splits(params, manifest)
+    reader = Reader(raw, manifest, separator=params.separator, newlines=params.newlines)
+    counts: Counter[str] = Counter()
+    shares = Shares(params.val_fraction, params.test_fraction, params.split_seed)
+    with atomic_folder(clean_folder) as folder:
+        documents = reader.iter_documents(evaluation_first=params.split == "source")
+        kept = _keep(documents, params, counts)
+        counts += write_splits(SPLITTERS[params.split](kept, shares, folder / "spool"), folder)
+        _check_result(params, counts)
+    counts += reader.counts
+    counts["repaired_bytes"] = reader.repaired.total()
+    counts["repaired_files"] = len(reader.repaired)
+    return Cleaned({name: counts[name] for name in REPORTED}, dict(reader.repaired))
+
+
+def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str:
+    """One document after the rules that change characters; counts what they changed."""
+    if params.control_characters:
+        text, n = CONTROL.subn("", text)
+        counts["control_removed"] += n
+    if params.unicode_nfc and not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+        counts["nfc_changed"] += 1
+    return text
+
+
+def _keep(documents: Iterable[Document], params: CleanParams, counts: Counter[str]) -> Iterator[Document]:
+    """The documents that no rule drops, cleaned; of duplicates the first one stays."""
+    seen: set[bytes] = set()
+    near = NearDuplicates(params.near_duplicates) if params.near_duplicates else None
+    for document in documents:
+        counts["documents_in"] += 1
+        counts["bytes_in"] += len(document.text.encode())
+        text = clean_text(document.text, params, counts)
+        if len(text.encode()) < params.min_bytes:
+            counts["too_short"] += 1
+        elif params.exact_duplicates and (key := digest(text)) in seen:
+            counts["exact_duplicates"] += 1
+        elif near and near.seen(text):
+            counts["near_duplicates"] += 1
+        else:
+            if params.exact_duplicates:
+                seen.add(key)
+            yield Document(text, document.split)
+
+
+def _check_official_splits(params: CleanParams, manifest: Manifest) -> None:
+    if params.split == "source" and not any(file.split == "train" for file in manifest.files):
+        raise UserError(
+            f"clean.split=source needs a source with official splits, and download.source={manifest.source} has none: "
+            "set clean.split to hash or tail"
+        )
+
+
+def _check_result(params: CleanParams, counts: Counter[str]) -> None:
+    dropped = {key: counts[name] for key, name in DROPPING.items()}
+    worst = max(dropped, key=lambda key: dropped[key])
+    if counts["train_bytes"] < LEAST_TRAIN_BYTES:
+        found = (
+            f"{human_bytes(counts['train_bytes'])} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed"
+        )
+        if dropped[worst]:
+            raise UserError(f"{found}: {worst} dropped {dropped[worst]} of {counts['documents_in']} documents")
+        raise UserError(
+            f"{found}: set clean.split=tail or smaller clean.val_fraction and clean.test_fraction, or get more text "
+            f"({counts['documents_in']} documents came in)"
+        )
+    wanted = {"val": params.val_fraction, "test": params.test_fraction}
+    for split, fraction in wanted.items():
+        if params.split != "source" and fraction and not counts[f"{split}_documents"]:
+            raise UserError(
+                f"clean.{split}_fraction={fraction} of {counts['train_documents']} documents is none: set "
+                "clean.split=tail, which cuts by characters, or another clean.split_seed"
+            )

@@ -1,0 +1,154 @@
+"""Where text comes from: the named sources, and the `download` group of params.yaml."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import ClassVar
+from urllib.parse import unquote, urlsplit
+
+from tinygpt.errors import UserError
+from tinygpt.params import Count, require
+
+PYTHON_DOCS = "python-docs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadParams:
+    """The `download` group of params.yaml."""
+
+    group: ClassVar[str] = "download"
+
+    source: str  # python-docs, a name in SOURCES, gutenberg:<id>, a URL, or a local file, folder or glob
+    sha256: str | None  # expected hash of the one downloaded file; null = the named source's, where it has one
+    max_bytes: Count | None  # UTF-8 bytes of text kept of each official split; null = all
+
+    def __post_init__(self) -> None:
+        require(
+            (bool(self.source.strip()), "download.source is empty: give a name, URL, file, folder or glob"),
+            (
+                self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256) is not None,
+                f"download.sha256={self.sha256!r} must be 64 characters of 0-9 and a-f",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """A file to download."""
+
+    url: str
+    name: str  # what a mirror may call it, and what it is called in data/raw
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A corpus on the web and how its documents are told apart."""
+
+    remotes: tuple[Remote, ...]
+    licence: str
+    separator: str | None = None  # the text between two documents; None = a file is one document
+    document_start: str | None = None  # regular expression of the line that begins a document
+    splits: Mapping[str, str] = field(default_factory=dict)  # file -> official split; other files are left out
+    extract: Callable[[bytes, str], bytes] | None = None  # (a whole file, its name) -> its text
+
+
+def gutenberg_text(book: bytes, name: str) -> bytes:
+    """The book between Project Gutenberg's header and licence.  Raises UserError where their markers are missing."""
+    marker = rb"^\*\*\* ?%b (?:OF )?TH(?:E|IS) PROJECT GUTENBERG[^*]*\*\*\*"
+    start = re.search(marker % b"START", book, re.MULTILINE)
+    end = re.search(marker % b"END", book, re.MULTILINE)
+    if not start or not end or end.start() < start.end():
+        raise UserError(
+            f"{name} lacks Project Gutenberg's START and END lines: give its URL as download.source to take it whole"
+        )
+    return book[start.end() : end.start()].strip(b"\r\n") + b"\n"
+
+
+def _wikitext(name: str) -> Source:
+    archive = f"{name}-raw-v1.zip"
+    return Source(
+        remotes=(Remote(url=f"https://wikitext.smerity.com/{archive}", name=archive),),
+        licence="CC-BY-SA-3.0",
+        document_start=r" = [^=].* = $",  # an article's title; its sections begin with " = = "
+        splits={"wiki.train.raw": "train", "wiki.valid.raw": "val", "wiki.test.raw": "test"},
+    )
+
+
+# The revision of 2024-08-12, so that the address always means the same bytes.
+_TINYSTORIES = (
+    "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+    "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-{}.txt"
+)
+
+EMBEDDED = Source(remotes=(), licence="PSF-2.0")  # python-docs
+LOCAL = Source(remotes=(), licence="unknown")
+
+SOURCES = {
+    "tinyshakespeare": Source(
+        remotes=(
+            Remote(
+                url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                name="tinyshakespeare.txt",
+                sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            ),
+        ),
+        licence="public domain",
+    ),
+    "wikitext-2": _wikitext("wikitext-2"),
+    "wikitext-103": _wikitext("wikitext-103"),
+    "tinystories": Source(
+        remotes=tuple(
+            Remote(url=_TINYSTORIES.format(part), name=f"TinyStoriesV2-GPT4-{part}.txt") for part in ("train", "valid")
+        ),
+        licence="CDLA-Sharing-1.0",
+        separator="<|endoftext|>",
+        splits={"TinyStoriesV2-GPT4-train.txt": "train", "TinyStoriesV2-GPT4-valid.txt": "val"},
+    ),
+}
+
+
+def remote_source(name: str) -> Source | None:
+    """The source that `download.source` names on the web; None where it can only be a local file.
+
+    Raises UserError for a Gutenberg number that is none and for an address that is neither http nor https.
+    """
+    if name in SOURCES:
+        return SOURCES[name]
+    if name.startswith("gutenberg:"):
+        return _gutenberg(name.removeprefix("gutenberg:"))
+    if "://" in name:
+        return _url(name)
+    return None
+
+
+def _gutenberg(number: str) -> Source:
+    if not re.fullmatch("[1-9][0-9]{0,9}", number):
+        raise UserError(f"download.source=gutenberg:{number} must name a book's number, such as gutenberg:1342")
+    url = f"https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt"
+    return Source(
+        remotes=(Remote(url=url, name=f"pg{number}.txt"),),
+        licence="public domain in the USA",
+        extract=gutenberg_text,
+    )
+
+
+def _url(url: str) -> Source:
+    parts = urlsplit(url)
+    name = PurePosixPath(unquote(parts.path)).name
+    require(
+        (parts.scheme in ("http", "https"), f"download.source={url} must begin with http:// or https://"),
+        (bool(parts.hostname), f"download.source={url} names no host"),
+        (bool(name) and name not in (".", ".."), f"download.source={url} must end with the name of a file"),
+    )
+    return Source(remotes=(Remote(url=url, name=name),), licence="unknown")
+
+
+def suggestion(name: str) -> str:
+    """` (did you mean 'tinystories'?)` where `name` is nearly a source's, else nothing."""
+    near = difflib.get_close_matches(name, [PYTHON_DOCS, *SOURCES, "gutenberg:<id>"], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

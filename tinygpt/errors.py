@@ -1,0 +1,37 @@
+"""Mistakes a user can make, and how a program tells them: one line each, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the key, file or stage and says what to do."""
+
+
+def program(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a program's `main`: a user's mistake prints one line on stderr and leaves with status 1."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:  # the reader of a pipe went away: `… | head`
+            sys.stderr.close()
+            sys.exit(141)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                sys.exit(f"error: the disk is full (writing {error.filename or 'a file'}): free some space, run again")
+            if error.errno in (errno.EACCES, errno.EROFS, errno.EDQUOT):
+                sys.exit(f"error: cannot write {error.filename or 'a file'}: {error.strerror}")
+            raise
+
+    return run

@@ -1,0 +1,1 @@
+"""How good a model is: numbers on held-out text, and samples."""

@@ -1,0 +1,155 @@
+"""Loss on held-out text, each token scored once, and the same by llama.cpp's protocol.
+
+T tokens, V vocab_size; nll is the negative log-probability of a token, in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from tinygpt.evaluate.config import EvaluateParams
+from tinygpt.model import GPT
+from tinygpt.params import require
+from tinygpt.progress import progress
+from tinygpt.tokens import TokenIds
+
+BATCH_TOKENS = 8192  # tokens of one forward pass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error, which takes the tokens for independent."""
+
+    mean: float
+    error: float
+
+
+def estimate(nll: NDArray[np.float64]) -> Estimate:
+    """Mean nats per token, with standard deviation / √(n - 1)."""
+    return Estimate(float(nll.mean()), float(nll.std() / math.sqrt(max(1, len(nll) - 1))))
+
+
+def bits_per_byte(loss: Estimate, n_tokens: int, n_bytes: int) -> Estimate:
+    """Nats per token as bits per byte of the text that the tokens stand for."""
+    scale = n_tokens / (n_bytes * math.log(2))
+    return Estimate(loss.mean * scale, loss.error * scale)
+
+
+def iter_windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Windows (start, first scored, end) over tokens, so that each token but the first is scored exactly once.
+
+    A window reads tokens[start:end - 1] and scores tokens[first:end], the first window up to `context` of them and
+    the others up to `stride`: n_tokens = 7, context = 4, stride = 2 -> (0, 1, 5), (2, 5, 7).
+    """
+    first = 1
+    while first < n_tokens:
+        end = min(first + (context if first == 1 else stride), n_tokens)
+        yield max(0, end - 1 - context), first, end
+        first = end
+
+
+def token_nll(model: GPT, tokens: TokenIds, *, context: int, stride: int) -> NDArray[np.float64]:
+    """Nats of every token but the first.  -> (len(tokens) - 1,)"""
+    windows = [*iter_windows(len(tokens), context, stride)]
+    device = model.tok_emb.weight.device
+    per_batch = max(1, BATCH_TOKENS // context)
+    nll = np.empty(len(tokens) - 1)
+    with progress("evaluate", total=len(nll), unit="tokens") as bar, torch.inference_mode():
+        for batch in _equal_batches(windows, per_batch):
+            ids = torch.from_numpy(np.stack([tokens[start:end] for start, _, end in batch]).astype(np.int64))
+            ids = ids.to(device)
+            logits = model(ids[:, :-1]).float()  # (B, T, V)
+            losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double().cpu().numpy()  # (B, T)
+            for row, (start, first, end) in zip(losses, batch, strict=True):
+                nll[first - 1 : end - 1] = row[first - start - 1 :]
+                bar.update(end - first)
+    return nll
+
+
+def _equal_batches(windows: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Up to `size` consecutive windows of the same length."""
+    batch: list[tuple[int, int, int]] = []
+    for window in windows:
+        if batch and (len(batch) == size or window[2] - window[0] != batch[0][2] - batch[0][0]):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def llamacpp_nll(
+    logits_of: Callable[[NDArray[np.int64]], NDArray[np.float32]], tokens: TokenIds, *, n_ctx: int
+) -> NDArray[np.float64]:
+    """Nats of the tokens that llama-perplexity scores: the second half of each whole chunk of `n_ctx` tokens.
+
+    `logits_of` maps ids (T,) to logits (T, V). From tools/perplexity/perplexity.cpp of llama.cpp: chunks do not
+    overlap, the rest at the end is dropped, and log-probabilities are taken in double precision.
+    """
+    first = n_ctx // 2
+    scored = []
+    for start in range(0, len(tokens) - n_ctx + 1, n_ctx):
+        ids = tokens[start : start + n_ctx].astype(np.int64)
+        logits = torch.from_numpy(logits_of(ids)[first:-1]).double()  # (n_ctx - first - 1, V)
+        targets = torch.from_numpy(ids[first + 1 :])
+        scored.append(F.cross_entropy(logits, targets, reduction="none").numpy())
+    return np.concatenate(scored) if scored else np.empty(0)
+
+
+def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_bytes: int) -> dict[str, Any]:
+    """The numbers of reports/eval.json: loss (nats per token), ppl, bpb, each with its standard error.
+
+    `n_bytes` is the size of the text behind the tokens. The `<|endoftext|>` behind each document is scored like any
+    other token, so bpb pays for it. `llamacpp` holds the perplexity by llama.cpp's protocol.
+    """
+    context = params.context or model.config.block_size
+    stride = params.stride or context
+    require(
+        (
+            context <= model.config.block_size,
+            f"evaluate.context={context} must be at most model.block_size={model.config.block_size}",
+        ),
+        (stride <= context, f"evaluate.stride={stride} must be at most evaluate.context={context}"),
+    )
+    nll = token_nll(model, tokens, context=context, stride=stride)
+    loss = estimate(nll)
+    bpb = bits_per_byte(loss, len(nll), n_bytes)
+    return {
+        "split": params.split,
+        "context": context,
+        "stride": stride,
+        "tokens": len(nll),
+        "bytes": n_bytes,
+        "loss": loss.mean,
+        "loss_error": loss.error,
+        "ppl": math.exp(loss.mean),
+        "ppl_error": math.exp(loss.mean) * loss.error,
+        "bpb": bpb.mean,
+        "bpb_error": bpb.error,
+        "llamacpp": llamacpp_report(model, tokens, n_ctx=context),
+    }
+
+
+def llamacpp_report(model: GPT, tokens: TokenIds, *, n_ctx: int) -> dict[str, Any]:
+    """Perplexity as llama-perplexity computes it with `-c n_ctx`, or only the context when the text is too short."""
+    device = model.tok_emb.weight.device
+
+    def logits_of(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = model(torch.from_numpy(ids)[None].to(device))[0].float().cpu().numpy()
+            return logits
+
+    nll = llamacpp_nll(logits_of, tokens, n_ctx=n_ctx)
+    if not len(nll):
+        return {"n_ctx": n_ctx}
+    loss = estimate(nll)
+    ppl = math.exp(loss.mean)
+    return {"n_ctx": n_ctx, "tokens": len(nll), "ppl": ppl, "ppl_error": ppl * loss.error}

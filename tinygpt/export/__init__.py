@@ -1,0 +1,1 @@
+"""Exports to Hugging Face and GGUF, each checked in the program that will run it."""

@@ -1,0 +1,118 @@
+"""A folder for transformers (https://github.com/huggingface/transformers), written without it.
+
+    AutoModelForCausalLM.from_pretrained("data/export/hf"), AutoTokenizer.from_pretrained("data/export/hf")
+
+load it offline and without remote code. Settings whose default differs between model classes or between transformers
+4 and 5 are written out, so that every release reads the same model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinygpt.errors import UserError
+from tinygpt.export.family import Family, check_vocabulary, family_of
+from tinygpt.export.layout import apply_layout
+from tinygpt.files import atomic_folder, atomic_write, must_exist, write_json
+from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.layers import NORM_EPS
+from tinygpt.model.weights import load_tensors, model_tensors, save_tensors
+from tinygpt.tokenizer import Tokenizer
+
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+A {n_params:,}-parameter language model ({hf_class}, {n_layer} layers, {n_embd} wide, context of {block_size} tokens),
+trained from scratch and exported by tinygpt.
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "path/to/this/folder")("Once upon a time")[0]["generated_text"])
+```
+"""
+
+
+def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> None:
+    """Write the folder, whole or not at all; tokenizer.json is copied from `tokenizer_dir` as it is.
+
+    Raises ParamsError when transformers has no class for the model, UserError when the tokenizer is another.
+    """
+    check_vocabulary(model.config, tokenizer.vocab_size)
+    family = family_of(model.config)
+    source = must_exist(Path(tokenizer_dir) / TOKENIZER_FILE, stage="train_tokenizer")
+    with atomic_folder(folder) as partial:
+        write_json(partial / "config.json", model_config(model.config, family, tokenizer))
+        write_json(partial / "generation_config.json", _special_ids(tokenizer))
+        write_json(partial / "tokenizer_config.json", _tokenizer_config(model.config, tokenizer))
+        shutil.copyfile(source, partial / TOKENIZER_FILE)
+        save_tensors(partial / WEIGHTS_FILE, apply_layout(model_tensors(model), model.config, family.hf))
+        with atomic_write(partial / "README.md") as file:
+            file.write(_card(model, family))
+
+
+def model_config(config: GPTConfig, family: Family, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What transformers reads from config.json."""
+    return {
+        "architectures": [family.hf_class],
+        "model_type": family.hf_type,
+        "vocab_size": config.vocab_size,
+        **family.hf_config(config),
+        family.hf_eps: NORM_EPS,
+        "tie_word_embeddings": config.tie_weights,  # the classes disagree on the default
+        **_special_ids(tokenizer),
+        "use_cache": True,
+        "torch_dtype": "float32",  # transformers 5 calls it dtype and reads both
+    }
+
+
+def check_hf(model: GPT, folder: str | Path) -> None:
+    """Read the weights back and compare every bit.  Raises UserError that names the first tensor that differs."""
+    path = Path(folder) / WEIGHTS_FILE
+    expected = apply_layout(model_tensors(model), model.config, family_of(model.config).hf)
+    found = load_tensors(path)
+    if found.keys() != expected.keys():
+        odd = ", ".join(sorted(found.keys() ^ expected.keys()))
+        raise UserError(f"{path} and the model do not hold the same tensors, they differ in {odd}: export it again")
+    for name, tensor in expected.items():
+        if not torch.equal(tensor.cpu(), found[name]):
+            raise UserError(f"{path}: {name} is not the model's: export it again")
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """One end-of-text token opens and closes each document; nothing is padded."""
+    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+
+
+def _tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the model's own class would rebuild the pre-tokenizer
+        "model_max_length": config.block_size,
+        "bos_token": names[tokenizer.eos_id],
+        "eos_token": names[tokenizer.eos_id],
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _card(model: GPT, family: Family) -> str:
+    config = model.config
+    return CARD.format(
+        n_params=model.n_params(),
+        hf_class=family.hf_class,
+        n_layer=config.n_layer,
+        n_embd=config.n_embd,
+        block_size=config.block_size,
+    )

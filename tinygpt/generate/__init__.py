@@ -1,0 +1,5 @@
+"""Text from a model."""
+
+from tinygpt.generate.stream import generate, stream
+
+__all__ = ["generate", "stream"]

@@ -1,0 +1,80 @@
+"""Causal self-attention and the two ways to compute it.
+
+B batch, T query length, S key length (cache + T), H query heads, G key/value heads, D head_dim, C n_embd.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.kv_cache import KVCache
+from tinygpt.model.layers import NORMS, apply_rope
+
+
+def attention_mask(t: int, s: int, device: torch.device) -> Tensor:
+    """True where a query may look: at itself and the past.  -> (T, S) bool
+
+    The last query stands at the last key, so a (2, 4) mask is [[1, 1, 1, 0], [1, 1, 1, 1]].
+    """
+    return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention written out, the readable reference.  (B,H,T,D), (B,G,S,D), (B,G,S,D) -> (B,H,T,D)
+
+    `mask` is (T, S) bool, or None for the plain causal case T == S.
+    """
+    if mask is None:
+        mask = attention_mask(q.size(2), k.size(2), q.device)
+    group = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, D)
+    scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, S)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same from PyTorch's fused kernels; `is_causal` instead of a mask keeps the fastest of them usable."""
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+
+
+ATTENTION = {"explicit": explicit_attention, "sdpa": sdpa_attention}
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one block; n_kv_head makes it MHA, GQA or MQA."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer  # where this block's keys and values stand in a cache
+        self.head_dim = config.head_dim
+        qkv_bias, o_bias = config.bias != "none", config.bias == "all"
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=o_bias)
+        self.q_norm = NORMS[config.norm](config.head_dim, bias=False) if config.qk_norm else nn.Identity()
+        self.k_norm = NORMS[config.norm](config.head_dim, bias=False) if config.qk_norm else nn.Identity()
+        self.attend = ATTENTION[config.attention]
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        q = self.q_norm(self._heads(self.q_proj(x)))
+        k = self.k_norm(self._heads(self.k_proj(x)))
+        v = self._heads(self.v_proj(x))
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads·D) -> (B, heads, T, D)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,81 @@
+"""What the model is made of: the `model` group of params.yaml, and the same with the tokenizer's vocabulary size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from tinygpt.params import Count, CountOrDerived, Fraction, Within, require
+
+HIDDEN_MULTIPLE = 32  # a derived n_hidden is a multiple of this, the block length of llama.cpp's q8_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParams:
+    """Sizes and switches of one GPT.
+
+    `n_kv_head` and `n_hidden` may be given as None; afterwards they hold the derived number.
+    """
+
+    group: ClassVar[str] = "model"
+
+    n_layer: Count  # transformer blocks
+    n_head: Count  # query heads in each block
+    n_kv_head: CountOrDerived  # key/value heads: null = n_head (MHA), 1 = MQA, a divisor of n_head between = GQA
+    n_embd: Count  # width of the residual stream
+    n_hidden: CountOrDerived  # width inside the MLP: null = 4·n_embd (gelu) or about 8/3·n_embd (swiglu)
+    block_size: Count  # tokens of context, at most
+    position: Literal["learned", "rope"]  # a learned vector per position, or rotated queries and keys
+    rope_theta: Annotated[float, Within("(0, inf)")]  # base of the rotation's wavelengths; used by rope only
+    norm: Literal["layernorm", "rmsnorm"]
+    mlp: Literal["gelu", "swiglu"]  # gelu is the tanh approximation
+    bias: Literal["none", "qkv", "all"]  # which linear layers carry one; "all" also gives layernorm its bias
+    qk_norm: bool  # normalize each head's queries and keys before the rotation
+    tie_weights: bool  # the output head shares the token embedding's matrix
+    dropout: Fraction  # share of embedding and residual values set to zero in training
+    attention: Literal["explicit", "sdpa"]  # written out, or PyTorch's fused kernels: same result
+
+    def __post_init__(self) -> None:
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        if self.n_hidden is None:
+            object.__setattr__(self, "n_hidden", derived_hidden(self.n_embd, self.mlp))
+        head_dim = self.n_embd // self.n_head
+        require(
+            (
+                self.n_embd % self.n_head == 0,
+                f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}",
+            ),
+            (
+                self.n_head % self.n_kv_head == 0,
+                f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}",
+            ),
+            (
+                self.position != "rope" or head_dim % 2 == 0,
+                f"model.position=rope needs an even n_embd / n_head, found {self.n_embd} / {self.n_head} = {head_dim}",
+            ),
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(ModelParams):
+    """Everything that GPT() needs: the model group and the number of tokens."""
+
+    vocab_size: Count  # ids of the tokenizer, special tokens included
+
+
+def derived_hidden(n_embd: int, mlp: str) -> int:
+    """MLP width of equal parameter count for both kinds: 4·n_embd with two matrices, 8/3·n_embd with three."""
+    if mlp == "gelu":
+        return 4 * n_embd
+    return -(-8 * n_embd // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE
+
+
+def config_fields(config: ModelParams) -> dict[str, Any]:
+    """The config as a JSON mapping, derived values resolved."""
+    return {name: getattr(config, name) for name in type(config).__dataclass_fields__ if name != "group"}

@@ -1,0 +1,110 @@
+"""The GPT: a decoder-only transformer whose switches choose its parts once, when it is built.
+
+B batch, T tokens, C n_embd, V vocab_size, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tinygpt.model.attention import Attention, attention_mask
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.kv_cache import KVCache
+from tinygpt.model.layers import MLPS, NORMS, rope_tables
+
+INIT_STD = 0.02
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = NORMS[config.norm](config.n_embd, bias=config.bias == "all")
+        self.attn = Attention(config, layer)
+        self.mlp_norm = NORMS[config.norm](config.n_embd, bias=config.bias == "all")
+        self.mlp = MLPS[config.mlp](config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """A language model: `model(ids)` gives the logits of each next token."""
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: GPTConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        learned = config.position == "learned"
+        self.pos_emb = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        cos, sin = rope_tables(0 if learned else config.block_size, config.head_dim, config.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = NORMS[config.norm](config.n_embd, bias=config.bias == "all")
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        init_weights(self, generator)
+        if config.tie_weights:
+            self.lm_head.weight = self.tok_emb.weight
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V).  With a cache, ids are the tokens that follow those it holds."""
+        logits: Tensor = self.lm_head(self.hidden(ids, cache))
+        return logits
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) int64 -> the last block's normed output (B, T, C), for callers that need few of the logits."""
+        t, start = ids.size(1), cache.n_seen if cache else 0
+        end = start + t
+        assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
+        x = self.tok_emb(ids)
+        rope = None
+        if self.pos_emb is None:
+            rope = (self.rope_cos[start:end], self.rope_sin[start:end])
+        else:
+            x = x + self.pos_emb.weight[start:end]
+        mask = attention_mask(t, end, ids.device) if start else None
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache:
+            cache.advance(t)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def n_params(self) -> int:
+        """Number of distinct weights (a tied matrix counts once)."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def init_weights(model: GPT, generator: torch.Generator | None) -> None:
+    """Set every weight, in the order of the modules, from one generator.
+
+    | weight                                       | distribution                                 |
+    |----------------------------------------------|----------------------------------------------|
+    | embeddings, head, linear layers              | normal, standard deviation INIT_STD          |
+    | o_proj and down_proj, which end in the       | the same, divided by the square root of the  |
+    | residual stream                              | 2·n_layer matrices that add to it            |
+    | biases                                       | zero                                         |
+    | norms                                        | one (PyTorch's own)                          |
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            ends_in_stream = name.endswith(("o_proj", "down_proj"))
+            std = INIT_STD / math.sqrt(2 * model.config.n_layer) if ends_in_stream else INIT_STD
+            nn.init.normal_(module.weight, std=std, generator=generator)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

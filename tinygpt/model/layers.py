@@ -1,0 +1,76 @@
+"""Norms, MLPs and rotary positions: small pieces of one signature each, chosen by name when the model is built.
+
+B batch, T tokens, C n_embd, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinygpt.model.config import GPTConfig
+
+NORM_EPS = 1e-5  # added to the variance; exported with the model
+
+
+def layer_norm(size: int, bias: bool) -> nn.Module:
+    """LayerNorm over the last dimension (Ba et al., https://arxiv.org/abs/1607.06450)."""
+    return nn.LayerNorm(size, eps=NORM_EPS, bias=bias)
+
+
+def rms_norm(size: int, bias: bool) -> nn.Module:
+    """RMSNorm over the last dimension (Zhang and Sennrich, https://arxiv.org/abs/1910.07467); it has no bias."""
+    return nn.RMSNorm(size, eps=NORM_EPS)
+
+
+NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}
+
+
+class GELUMLP(nn.Module):
+    """down(gelu(up(x))), the tanh form of GELU (Hendrycks and Gimpel, https://arxiv.org/abs/1606.08415)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        bias = config.bias == "all"
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=bias)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class SwiGLUMLP(nn.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        bias = config.bias == "all"
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=bias)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=bias)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+MLPS = {"gelu": GELUMLP, "swiglu": SwiGLUMLP}
+
+
+def rope_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position's angles, each (block_size, D), computed in float64.
+
+    Pair i of the D/2 pairs turns by theta^(-2i/D) radians a position (Su et al., https://arxiv.org/abs/2104.09864).
+    """
+    wavelengths = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(block_size, dtype=torch.float64), wavelengths).repeat(1, 2)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of each head, as transformers does.  (B, H, T, D), two of (T, D) -> (B, H, T, D)"""
+    cos, sin = tables
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

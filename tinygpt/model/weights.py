@@ -1,0 +1,75 @@
+"""A model on disk: `config.json` and `model.safetensors` (https://huggingface.co/docs/safetensors)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinygpt.errors import UserError
+from tinygpt.files import atomic_write, must_exist, read_json, write_json
+from tinygpt.model.config import GPTConfig, config_fields
+from tinygpt.model.gpt import GPT
+from tinygpt.params import ParamsError, from_mapping
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TIED = "lm_head.weight"  # left out of the file when it is the token embedding
+
+
+def model_tensors(model: GPT) -> dict[str, Tensor]:
+    """The tensors that a file holds, by name; a tied head is left out."""
+    return {k: v for k, v in model.state_dict().items() if not (k == TIED and model.config.tie_weights)}
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all; the same tensors give the same bytes."""
+    with atomic_write(path, "wb") as file:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file.name, {"format": "pt"})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file to the CPU.  Raises UserError when it is torn or of another format."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error})") from None
+
+
+def save_model(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
+    """Write a model folder."""
+    save_tensors(folder / WEIGHTS_FILE, tensors)
+    write_json(folder / CONFIG_FILE, config_fields(config))
+
+
+def load_model(folder: str | Path) -> GPT:
+    """Read a model folder into a GPT on the CPU in eval mode.
+
+    Raises UserError when a file is missing, torn, or does not fit the other.
+    """
+    folder = Path(folder)
+    try:
+        config = from_mapping(GPTConfig, read_json(folder / CONFIG_FILE, stage="train"))
+    except ParamsError as error:
+        raise UserError(
+            f"{folder / CONFIG_FILE} does not fit this version of tinygpt ({'; '.join(error.problems)}): "
+            "run `dvc repro train` to make the model again"
+        ) from None
+    model = GPT(config)
+    load_weights(model, must_exist(folder / WEIGHTS_FILE, stage="train"))
+    return model.eval()
+
+
+def load_weights(model: GPT, path: Path) -> None:
+    """Copy a safetensors file into `model`.  Raises UserError with all missing, extra and misshapen tensors."""
+    tensors, expected = load_tensors(path), model_tensors(model)
+    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"extra {name}" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        if tensors[name].shape != expected[name].shape:
+            problems.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
+    if problems:
+        raise UserError(f"{path} does not fit its config.json: {'; '.join(sorted(problems))}")
+    model.load_state_dict(tensors, strict=False)

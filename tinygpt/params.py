@@ -1,0 +1,223 @@
+"""Load and check params.yaml: YAML 1.2, strict keys, typed values, every problem in one error.
+
+Each group of params.yaml is a frozen dataclass that lives beside the code it steers and carries its name in
+`group`. Fields without a value in the file are refused, so params.yaml is the only place where defaults stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from tinygpt.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+
+# Where each group's dataclass lives. Read by name, so that a stage depends only on the groups that it imports.
+GROUPS = {
+    "download": "tinygpt.corpus.sources:DownloadParams",
+    "clean": "tinygpt.corpus.clean:CleanParams",
+    "tokenizer": "tinygpt.tokenizer.bpe:TokenizerParams",
+    "model": "tinygpt.model.config:ModelParams",
+    "train": "tinygpt.train.config:TrainParams",
+    "evaluate": "tinygpt.evaluate.config:EvaluateParams",
+    "plot": "tinygpt.report.plots:PlotParams",
+    "export": "tinygpt.export.config:ExportParams",
+    "runtime": "tinygpt.runtime:RuntimeParams",
+}
+
+
+class Group(Protocol):
+    """A dataclass that mirrors one group of params.yaml."""
+
+    group: ClassVar[str]
+
+
+A = TypeVar("A", bound=Group)
+B = TypeVar("B", bound=Group)
+C = TypeVar("C", bound=Group)
+D = TypeVar("D", bound=Group)
+T = TypeVar("T")
+
+
+class ParamsError(UserError):
+    """What is wrong with the params, one problem a line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n       ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """An interval in mathematical notation, for `Annotated[float, Within("[0, 1)")]`."""
+
+    interval: str
+
+    def __contains__(self, value: float) -> bool:
+        low, high = (float(bound) for bound in self.interval[1:-1].split(","))
+        above = value >= low if self.interval[0] == "[" else value > low
+        below = value <= high if self.interval[-1] == "]" else value < high
+        return above and below
+
+
+DERIVED = object()  # marks a field that may be null in the file; `__post_init__` then derives its value
+
+Count = Annotated[int, Within("[1, inf)")]  # a whole number of things, at least one
+CountOrDerived = Annotated[int, Within("[1, inf)"), DERIVED]
+Fraction = Annotated[float, Within("[0, 1)")]  # a share of a whole that leaves something over
+
+
+def require(*rules: tuple[bool, str]) -> None:
+    """Raise one ParamsError with the message of every rule that does not hold."""
+    problems = [message for holds, message in rules if not holds]
+    if problems:
+        raise ParamsError(problems)
+
+
+@overload
+def load_params(a: type[A], /, *, path: Path = ...) -> A: ...
+@overload
+def load_params(a: type[A], b: type[B], /, *, path: Path = ...) -> tuple[A, B]: ...
+@overload
+def load_params(a: type[A], b: type[B], c: type[C], /, *, path: Path = ...) -> tuple[A, B, C]: ...
+@overload
+def load_params(a: type[A], b: type[B], c: type[C], d: type[D], /, *, path: Path = ...) -> tuple[A, B, C, D]: ...
+def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
+    """Read the groups of these dataclasses: `model, train = load_params(ModelParams, TrainParams)`.
+
+    Raises ParamsError with every problem found in them, each naming its key, and the nearest name for a typo.
+    """
+    document = _read(path)
+    groups, problems = [], _name_problems(document)
+    for cls in classes:
+        try:
+            if cls.group in document:  # else _name_problems has told of it
+                groups.append(from_mapping(cls, document[cls.group], prefix=cls.group + "."))
+        except ParamsError as error:
+            problems += error.problems
+    if problems:
+        raise ParamsError(problems)
+    return groups[0] if len(groups) == 1 else tuple(groups)
+
+
+def check_params(path: Path = PARAMS_FILE) -> None:
+    """Check every group, so that a typo in `evaluate` is told before an hour of training and not after it."""
+    classes = []
+    for target in GROUPS.values():
+        module, name = target.split(":")
+        classes.append(getattr(importlib.import_module(module), name))
+    load_params(*classes, path=path)
+
+
+def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "") -> T:
+    """Build a dataclass from a mapping with exactly its fields as keys.
+
+    A field whose type admits None may be null. 8.0 is taken for an int field, 8.5, true and "8" are not.
+    Raises ParamsError with all problems.
+    """
+    if not isinstance(mapping, dict):
+        raise ParamsError([f"{prefix.rstrip('.')} must be a mapping of keys to values, found {mapping!r}"])
+    hints = {k: v for k, v in typing.get_type_hints(cls, include_extras=True).items() if k in _field_names(cls)}
+    problems = _key_problems(mapping, list(hints), prefix)
+    values: dict[str, Any] = {}
+    for key, hint in hints.items():
+        if key in mapping:
+            try:
+                values[key] = _coerce(mapping[key], hint, prefix + key)
+            except ParamsError as error:
+                problems += error.problems
+    if problems:
+        raise ParamsError(problems)
+    return cls(**values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path} not found: run this from the project's top folder")
+    try:
+        document = YAML(typ="safe", pure=True).load(path)  # pure: libyaml would read YAML 1.1, where `on` is true
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} must hold the groups {', '.join(GROUPS)}")
+    return document
+
+
+def _name_problems(document: dict[str, Any]) -> list[str]:
+    return _key_problems(document, list(GROUPS), "")
+
+
+def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str) -> list[str]:
+    problems = []
+    for key in mapping:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            problems.append(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
+    return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
+
+
+def _field_names(cls: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    """Return `value` as the type that `hint` asks for, or raise a ParamsError that names `key`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        if value is None and DERIVED in args:
+            return None
+        value = _coerce(value, args[0], key)
+        for interval in (arg for arg in args if isinstance(arg, Within)):
+            require((value in interval, f"{key}={value} must be within {interval.interval}"))
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        inner = [arg for arg in args if arg is not type(None)]
+        return _coerce(value, inner[0], key)
+    if origin is Literal:
+        return _choice(value, args, key)
+    if origin is tuple:
+        return _sequence(value, args, key)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, prefix=key + ".")
+    return _scalar(value, hint, key)
+
+
+def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
+    if value in choices and not isinstance(value, bool):
+        return value
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    message = f"{key}={value!r} is not one of {', '.join(map(repr, choices))}"
+    raise ParamsError([message + (f" (did you mean {near[0]!r}?)" if near else "")])
+
+
+def _sequence(value: Any, args: tuple[Any, ...], key: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ParamsError([f"{key}={value!r} must be a list, such as [a, b]"])
+    if args[-1] is Ellipsis:
+        args = (args[0],) * len(value)
+    require((len(value) == len(args), f"{key}={value!r} must have {len(args)} values"))
+    return tuple(_coerce(item, arg, f"{key}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
+
+
+def _scalar(value: Any, kind: type, key: str) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int and is_number and float(value).is_integer():
+        return int(value)
+    if kind is float and is_number and math.isfinite(value):
+        return float(value)
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+    raise ParamsError([f"{key}={value!r} must be {names[kind]}"])

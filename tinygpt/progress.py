@@ -1,0 +1,46 @@
+"""A progress bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 10.0  # seconds between two lines where the output is no terminal
+
+
+class _Lines:
+    """A text stream that ends each redraw of a bar with a newline instead of returning to the line's start."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.replace("\r", "").strip("\n ")
+        if text:
+            self.stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress(description: str, *, total: float | None = None, unit: str, start: int = 0) -> tqdm[Any]:
+    """A tqdm bar on stderr; use it as a context manager and call `.update(n)`.
+
+    `unit` of "B" counts bytes. Work of less than a second shows nothing where the output is no terminal.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        desc=description,
+        total=total,
+        unit=unit if unit == "B" else f" {unit}",
+        unit_scale=unit == "B",
+        initial=start,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.2 if terminal else LINE_EVERY_S,
+        delay=0 if terminal else 1.0,
+        dynamic_ncols=terminal,
+        leave=not terminal,
+        bar_format=None if terminal else "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} gone, {remaining} left",
+    )

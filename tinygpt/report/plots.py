@@ -1,0 +1,100 @@
+"""Plots of the training curve, as SVG and PNG whose bytes depend on the numbers alone.
+
+Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart by colour-blind people; lines differ in
+style as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from tinygpt.errors import UserError
+from tinygpt.files import atomic_folder, must_exist
+from tinygpt.params import Count, Within, require
+
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
+
+STYLE = {
+    "svg.hashsalt": "tinygpt",  # else ids of SVG elements are random
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotParams:
+    """How the plots look."""
+
+    group: ClassVar[str] = "plot"
+
+    formats: tuple[Literal["svg", "png"], ...]
+    dpi: Annotated[int, Within("[20, 1200]")]  # dots per inch of a PNG
+    smooth: Count  # rows of train.csv averaged into one point of the training loss; 1 = as it is
+
+    def __post_init__(self) -> None:
+        require((bool(self.formats), "plot.formats must name svg, png or both"))
+
+
+def read_curve(path: Path) -> pd.DataFrame:
+    """reports/train.csv as a table.  Raises UserError when it is missing or has other columns."""
+    try:
+        curve = pd.read_csv(must_exist(path, stage="train"))
+    except ValueError as error:  # pandas' parser errors are ValueErrors
+        raise UserError(f"{path} is no CSV ({error}): run `dvc repro train`") from None
+    if list(curve.columns) != COLUMNS or curve.empty:
+        raise UserError(f"{path} must have the columns {', '.join(COLUMNS)} and a row: run `dvc repro train`")
+    return curve
+
+
+def write_plots(curve: pd.DataFrame, folder: Path, params: PlotParams) -> list[str]:
+    """Write every figure in every format; return the names of the files."""
+    names = []
+    with mpl.rc_context(STYLE), atomic_folder(folder) as partial:
+        for name, plot in FIGURES.items():
+            figure = plot(curve, params)
+            for extension in params.formats:
+                names.append(f"{name}.{extension}")
+                figure.savefig(partial / names[-1], dpi=params.dpi, metadata=NO_DATE[extension])
+    return names
+
+
+def plot_loss(curve: pd.DataFrame, params: PlotParams) -> Figure:
+    """Training and validation loss by step, the best step marked."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    smooth = curve.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
+    axes.plot(curve.step, smooth, color=BLUE, linewidth=1.2, label="train")
+    val = curve.dropna(subset="val_loss")
+    axes.plot(val.step, val.val_loss, "--o", color=VERMILION, markersize=3.5, label="validation")
+    best = val.loc[val.val_loss.idxmin()]
+    label = f"best: {best.val_loss:.3f} at step {best.step:,.0f}"
+    axes.plot([best.step], [best.val_loss], "*", color=GREEN, markersize=14, label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training and validation loss")
+    axes.legend()
+    return figure
+
+
+def plot_optimizer(curve: pd.DataFrame, params: PlotParams) -> Figure:
+    """Learning rate and gradient norm by step, one above the other."""
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot(curve.step, curve.lr, color=GREEN, linewidth=1.5)
+    above.set(ylabel="learning rate", title="Learning rate and gradient norm")
+    below.plot(curve.step, curve.grad_norm, color=GREY, linewidth=0.9)
+    below.set(xlabel="step", ylabel="gradient norm\n(before clipping)", yscale="log")
+    return figure
+
+
+FIGURES = {"loss": plot_loss, "optimizer": plot_optimizer}

@@ -1,0 +1,20 @@
+"""Where and how fast things run: the one group of params.yaml that changes no result and that no stage tracks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from tinygpt.params import Count, CountOrDerived, Within
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeParams:
+    """The machine."""
+
+    group: ClassVar[str] = "runtime"
+
+    device: Literal["auto", "cpu", "cuda", "mps"]  # auto = the first of cuda, mps and cpu that is there
+    n_thread: Annotated[int, Within("[0, 1024]")]  # CPU threads for PyTorch and llama.cpp: 0 = all cores
+    micro_batch_size: CountOrDerived  # sequences in one forward pass: null = all of train.batch_size
+    log_every: Count  # steps between two lines of the training log

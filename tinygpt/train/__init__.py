@@ -1,0 +1,1 @@
+"""Training: batches, loss, optimizer, schedules, checkpoints and the loop."""

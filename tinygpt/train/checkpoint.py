@@ -1,0 +1,119 @@
+"""Checkpoints: all that a run needs to go on as if it had never been interrupted.
+
+    runs/<fingerprint>/
+        lock                             held by the one trainer that may write here
+        step-0000500/
+            weights.safetensors          the model after 500 steps
+            optimizer.safetensors
+            best.safetensors             the weights of lowest validation loss so far
+            state.json                   the step, the curve so far, and the checksums of the three files
+
+The folder is no DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from tinygpt.errors import UserError
+from tinygpt.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
+from tinygpt.model.config import GPTConfig, config_fields
+from tinygpt.model.weights import load_tensors, save_tensors
+from tinygpt.tokens import TokensMeta
+from tinygpt.train.config import TrainParams
+
+N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
+PARTS = ("weights", "optimizer", "best")
+CODE = ("tokens.py", "model/*.py", "train/*.py")  # what a trained weight depends on
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come, beside its tensors."""
+
+    step: int = 0  # optimizer steps done
+    rows: list[dict[str, float | None]] = dataclasses.field(default_factory=list)  # the curve
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # texts written on the way
+    best_step: int = 0
+    best_val_loss: float | None = None
+    seconds: float = 0.0  # spent in training, over all attempts
+    loss_sum: float = 0.0  # since the last row of the curve
+    grad_norm_sum: float = 0.0
+    n_summed: int = 0
+
+
+def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta) -> str:
+    """Names a run by all that decides its weights: params, tokens, and the code without comments and docstrings."""
+    data = {"train": tokens.train.sha256, "val": tokens.val.sha256, "tokenizer": tokens.tokenizer_sha256}
+    inputs = {"model": config_fields(config), "train": dataclasses.asdict(params), "data": data, "code": code_hash()}
+    return sha256_json(inputs)[:16]
+
+
+def code_hash() -> str:
+    """SHA-256 of what the training code does: an edit of a comment or a docstring does not change it."""
+    package = Path(__file__).parents[1]
+    files = sorted(path for pattern in CODE for path in package.glob(pattern))
+    return sha256_json({path.name: ast.dump(_without_docstrings(path)) for path in files})
+
+
+def _without_docstrings(path: Path) -> ast.Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return tree
+
+
+class Checkpoints:
+    """The folder of one run; use it as a context manager, which holds the folder's lock."""
+
+    def __init__(self, name: str) -> None:
+        # DVC sets DVC_ROOT, in its temporary copies to the checkout they belong to: all kinds of runs share `runs`.
+        self.folder = Path(os.environ.get("DVC_ROOT", ".")) / "runs" / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / "lock")
+
+    def __enter__(self) -> Checkpoints:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another trainer is writing {self.folder}: wait for it, or stop it first") from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Write one checkpoint of the parts "weights", "optimizer" and "best", and drop the oldest."""
+        with atomic_folder(self.folder / f"step-{progress.step:07d}") as folder:
+            for part in PARTS:
+                save_tensors(folder / f"{part}.safetensors", tensors[part])
+            checksums = {part: sha256_file(folder / f"{part}.safetensors") for part in PARTS}
+            write_json(folder / "state.json", {"checksums": checksums, "progress": dataclasses.asdict(progress)})
+        for old in self._all()[:-N_KEPT]:
+            shutil.rmtree(old)
+
+    def load_latest(self) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
+        """The newest checkpoint that is whole, or None; tells of each that is not."""
+        for folder in reversed(self._all()):
+            try:
+                state = read_json(folder / "state.json", stage="train")
+                for part, checksum in state["checksums"].items():
+                    if sha256_file(folder / f"{part}.safetensors") != checksum:
+                        raise UserError(f"{part}.safetensors is not what was written")
+                tensors = {part: load_tensors(folder / f"{part}.safetensors") for part in PARTS}
+                return Progress(**state["progress"]), tensors
+            except (UserError, OSError, KeyError, TypeError) as error:
+                print(f"checkpoint {folder} is damaged ({error}): taking the one before")
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")

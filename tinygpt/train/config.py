@@ -1,0 +1,41 @@
+"""How the model is trained: the `train` group of params.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from tinygpt.params import Count, Fraction, Within, require
+
+Positive = Annotated[float, Within("(0, inf)")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainParams:
+    """Everything that decides the trained weights, beside the model and the tokens."""
+
+    group: ClassVar[str] = "train"
+
+    seed: Annotated[int, Within("[0, 4294967295]")]  # of the first weights, the order of the data and dropout
+    max_steps: Count  # optimizer steps
+    batch_size: Count  # sequences of model.block_size tokens in one step, over all processes and micro-batches
+    lr: Positive  # learning rate at its peak
+    min_lr_frac: Annotated[float, Within("[0, 1]")]  # learning rate at the last step, as a share of the peak
+    warmup_steps: Annotated[int, Within("[0, inf)")]  # steps over which the learning rate rises to its peak
+    schedule: Literal["cosine", "constant"]  # how it goes on after that
+    weight_decay: Annotated[float, Within("[0, inf)")]  # of matrices; biases, norms and embeddings have none
+    betas: tuple[Fraction, Fraction]  # how slowly AdamW forgets the mean and the mean square of gradients
+    grad_clip: Positive  # longest gradient, as the 2-norm over all weights; a longer one is scaled down
+    precision: Literal["auto", "fp32", "bf16"]  # of products: auto = bf16 on a GPU that has it, else fp32
+    eval_every: Count  # steps between two looks at the validation split
+    eval_tokens: Count  # validation tokens of each look, at most
+    save_every: Count  # steps between two checkpoints
+    sample_tokens: Annotated[int, Within("[0, inf)")]  # tokens of the text written at each look, 0 = none
+
+    def __post_init__(self) -> None:
+        require(
+            (
+                self.warmup_steps < self.max_steps,
+                f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}",
+            ),
+        )

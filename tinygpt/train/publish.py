@@ -1,0 +1,56 @@
+"""A finished run as the files that the next stages and people read."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from tinygpt.files import atomic_folder, atomic_write, write_json
+from tinygpt.model.weights import save_model, save_tensors
+from tinygpt.train.trainer import Trained, Trainer
+
+
+def publish(trained: Trained, trainer: Trainer, model_dir: Path, reports_dir: Path) -> dict[str, Any]:
+    """Write the best and last weights, the curve, the samples and the summary; return the summary."""
+    with atomic_folder(model_dir) as folder:
+        save_model(folder, trainer.model.config, trained.best)
+        save_tensors(folder / "last.safetensors", trained.last)
+    progress = trained.progress
+    with atomic_write(reports_dir / "train.csv") as file:
+        pd.DataFrame(progress.rows).to_csv(file, index=False, lineterminator="\n", float_format="%.8g")
+    with atomic_write(reports_dir / "train_samples.md") as file:
+        file.write("# Samples written while training\n")
+        for sample in progress.samples:
+            file.write(f"\n## Step {sample['step']}\n\n```text\n{sample['text']}\n```\n")
+    report = _summary(trained, trainer)
+    write_json(reports_dir / "train.json", report)
+    return report
+
+
+def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
+    progress = trained.progress
+    tokens = progress.step * trainer.params.batch_size * trainer.batches.seq_len
+    return {
+        "val_loss": progress.best_val_loss,
+        "best_step": progress.best_step,
+        "last_val_loss": progress.rows[-1]["val_loss"],
+        "last_train_loss": progress.rows[-1]["train_loss"],
+        "n_params": trainer.model.n_params(),
+        "tokens": tokens,
+        "epochs": tokens / trainer.batches.ring,
+        "seconds": progress.seconds,
+        "tokens_per_s": tokens / progress.seconds,
+        "peak_mem_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # kB on Linux
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": str(trainer.device),
+            "threads": torch.get_num_threads(),
+            "precision": str(trainer.precision),
+        },
+    }
