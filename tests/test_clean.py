@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt.corpus import documents
-from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, CleanParams, Cleaned, clean, clean_text
+from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, Cleaned, CleanParams, clean, clean_text
 from tinygpt.corpus.documents import Reader
 from tinygpt.corpus.duplicates import NearDuplicates, shingles
 from tinygpt.corpus.jsonl import iter_texts, text_line
-from tinygpt.corpus.raw import Manifest, RawFile, write_manifest
+from tinygpt.corpus.raw import Manifest, RawFile, read_manifest, write_manifest
+from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
 
@@ -34,49 +36,341 @@ OFF = {
     "split_seed": 0,
 }
 ON = {**OFF, "newlines": True, "control_characters": True, "unicode_nfc": True, "exact_duplicates": True}
-PADDING = "".join(f"{i} is a number.\n" for i in range(100))  # enough text for a train split
+LONG = "".join(f"{i} is a number.\n" for i in range(100)).encode()  # enough text for a train split
 
 
-def params(base: dict[str, object] = OFF, **changes: object) -> CleanParams:
-    return from_mapping(CleanParams, {**base, **changes}, prefix="clean.")
+def params(**changes: object) -> CleanParams:
+    """Every rule off but for the changes."""
+    return from_mapping(CleanParams, {**OFF, **changes}, prefix="clean.")
 
 
 def make_raw(folder: Path, files: dict[str, bytes], **changes: object) -> Path:
-    """A raw folder as the download stage writes it; a file `val.txt` has the official split val, and so on."""
-    raw = folder / "raw"
+    """A raw folder as the download stage writes it; files `val.txt` and so on have that official split."""
     entries = []
     for name, content in files.items():
-        (raw / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
-        (raw / "texts" / name).write_bytes(content)
-        split = name.split(".")[0]
-        entries.append(
-            RawFile(
-                name=name,
-                url=None,
-                bytes=len(content),
-                sha256="",
-                split=split if split in ("train", "val", "test") else None,
-            )
-        )
-    manifest = {"source": "own", "licence": "", "separator": None, "document_start": None, "python": None}
-    write_manifest(raw, Manifest(**{**manifest, **changes}, downloads=(), files=tuple(entries)))
-    return raw
-
-
-def run(folder: Path, files: dict[str, bytes], base: dict[str, object] = OFF, **changes: object) -> Cleaned:
-    return clean(params(base, **changes), make_raw(folder, files), folder / "clean")
-
-
-def split_texts(folder: Path, split: str = "train") -> list[str]:
-    return list(iter_texts(folder / "clean" / f"{split}.jsonl"))
-
-
-def read(folder: Path, content: bytes, *, newlines: bool = True, name: str = "x.txt", **manifest: object) -> list[str]:
-    """The documents of one file."""
-    raw = make_raw(folder, {name: content}, **manifest)
-    manifest_read = documents.Manifest(**json.loads((raw / "manifest.json").read_text()))
-    manifest_read = type(manifest_read)(
-        **{**vars(manifest_read), "files": (RawFile(name=name, url=None, bytes=len(content), sha256="", split=None),)}
+        path = folder / "raw" / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        split = path.stem if path.stem in ("train", "val", "test") else None
+        entries.append(RawFile(name=name, url=None, bytes=len(content), sha256="", split=split))
+    manifest = {"separator": None, "document_start": None, "python": None, **changes}
+    write_manifest(
+        folder / "raw", Manifest(source="own", licence="unknown", downloads=(), files=tuple(entries), **manifest)
     )
-    reader = Reader(raw, manifest_read, separator=None, newlines=newlines)
-    return [document.text for document in reader.iter_documents(evaluation_first=False)]
+    return folder / "raw"
+
+
+def run(folder: Path, files: dict[str, bytes], **changes: object) -> Cleaned:
+    return clean(params(**changes), make_raw(folder, files), folder / "clean")
+
+
+def train_texts(folder: Path) -> list[str]:
+    return list(iter_texts(folder / "clean" / "train.jsonl"))
+
+
+def reader(folder: Path, name: str, content: bytes, *, newlines: bool = True, **manifest: object) -> Reader:
+    raw = make_raw(folder, {name: content}, **manifest)
+    return Reader(raw, read_manifest(raw), separator=None, newlines=newlines)
+
+
+def read(folder: Path, content: bytes, *, name: str = "x.txt", **changes: object) -> list[str]:
+    """The documents of one file."""
+    made = reader(folder, name, content, **changes)
+    return [document.text for document in made.iter_documents(evaluation_first=False)]
+
+
+# The params
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"separator": ""}, "clean.separator is empty"),
+        ({"newlines": "yes"}, "clean.newlines='yes' must be true or false"),
+        ({"control_characters": 1}, "clean.control_characters=1 must be true or false"),
+        ({"unicode_nfc": None}, "clean.unicode_nfc=None must be true or false"),
+        ({"min_bytes": 0}, "clean.min_bytes=0 must be within"),
+        ({"exact_duplicates": "no"}, "clean.exact_duplicates='no' must be true or false"),
+        ({"near_duplicates": 0.0}, "clean.near_duplicates=0.0 must be within"),
+        ({"near_duplicates": 1.1}, "clean.near_duplicates=1.1 must be within"),
+        ({"split": "tial"}, "clean.split='tial' is not one of .*did you mean 'tail'"),
+        ({"val_fraction": 1.0}, "clean.val_fraction=1.0 must be within"),
+        ({"test_fraction": -0.1}, "clean.test_fraction=-0.1 must be within"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "clean.val_fraction=0.5 and clean.test_fraction=0.5 must sum"),
+        ({"split_seed": -1}, "clean.split_seed=-1 must be within"),
+        ({"min_byte": 1}, "unknown key clean.min_byte"),
+    ],
+)
+def test_bad_clean_params_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        params(**changes)
+
+
+# From files to documents
+
+
+def test_a_plain_file_is_one_document_with_every_byte(tmp_path: Path) -> None:
+    assert read(tmp_path, b"\n a \n\n\n b \n\n") == ["\n a \n\n\n b \n\n"]
+
+
+def test_white_space_alone_is_no_document(tmp_path: Path) -> None:
+    assert read(tmp_path, b" \n\t\n") == []
+
+
+def test_a_separator_goes_with_the_line_ends_around_it(tmp_path: Path) -> None:
+    stories = b"\none\n\nmore of it\n<|endoftext|>\n two \n\n\n<|endoftext|>\n<|endoftext|>\nthree"
+    expected = ["one\n\nmore of it", " two ", "three"]
+    assert read(tmp_path, stories, separator="<|endoftext|>") == expected
+    assert read(tmp_path, stories.replace(b"\n", b"\r\n"), separator="<|endoftext|>") == expected
+
+
+def test_blank_lines_can_separate(tmp_path: Path) -> None:
+    assert read(tmp_path, b"a\nb\r\n\r\n\r\nc\n", separator="\n\n") == ["a\nb", "c"]
+
+
+def test_the_separator_of_the_params_goes_before_that_of_the_source(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path, {"x.txt": b"a---b+++c"}, separator="+++", document_start="b")
+    made = Reader(raw, read_manifest(raw), separator="---", newlines=True)
+    assert [text for text, _ in made.iter_documents(evaluation_first=False)] == ["a", "b+++c"]
+
+
+def test_without_a_separator_its_text_stays_text(tmp_path: Path) -> None:
+    assert read(tmp_path, b"a<|endoftext|>b") == ["a<|endoftext|>b"]
+
+
+def test_wikitext_articles_begin_at_their_titles_and_lose_no_byte(tmp_path: Path) -> None:
+    start = SOURCES["wikitext-2"].document_start
+    text = " \n = One = \n \n text \n = = Part = = \n \n x = y \n = = = Deep = = = \n \n = Two = \n \n text \n"
+    found = read(tmp_path, text.encode(), document_start=start)
+    assert [document.split("\n")[1 if i == 0 else 0] for i, document in enumerate(found)] == [" = One = ", " = Two = "]
+    assert "".join(found) == text
+
+
+@given(
+    pieces=st.lists(st.sampled_from(["a", "é", "\n", "\r\n", "\r", "--", "-", "𝄞", " "]), max_size=30),
+    chunk=st.integers(1, 7),
+)
+def test_where_the_chunks_end_makes_no_difference(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[str], chunk: int
+) -> None:
+    folder = tmp_path_factory.mktemp("raw")
+    content = "".join(pieces).encode()
+    unix = "".join(pieces).replace("\r\n", "\n").replace("\r", "\n")
+    expected = [text for part in unix.split("--") if (text := part.strip("\n")) and not text.isspace()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "CHUNK_BYTES", chunk)
+        assert read(folder, content, separator="--") == expected
+
+
+def test_json_lines_give_their_texts(tmp_path: Path) -> None:
+    lines = [{"text": "a\r\nb\u2028c", "id": 1}, {"text": ""}, {"text": "<|endoftext|>"}]
+    content = "\n\n".join(json.dumps(line) for line in lines).encode()
+    assert read(tmp_path, content, name="x.jsonl") == ["a\nb\u2028c", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"7", b'{"txt": "a"}', b'{"text": 7}', b'{"text": null}', b'"text"'])
+def test_a_broken_json_line_is_named(tmp_path: Path, line: bytes) -> None:
+    with pytest.raises(UserError, match=r"x\.jsonl line 2 is not a JSON object with a .text."):
+        read(tmp_path, b'{"text": "a"}\n' + line, name="x.jsonl")
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 1 << 20])
+def test_bytes_that_are_no_utf8_are_replaced_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
+    made = reader(tmp_path, "x.txt", b"caf\xe9 \xc3\xa9 \xff\xfe \xed\xa0\x80 \xe2\x82")
+    (document,) = made.iter_documents(evaluation_first=False)
+    assert document.text == "caf\ufffd é \ufffd\ufffd \ufffd\ufffd\ufffd \ufffd\ufffd"
+    assert made.repaired == {"x.txt": 8}
+
+
+def test_half_characters_in_json_are_replaced_and_counted(tmp_path: Path) -> None:
+    made = reader(tmp_path, "x.jsonl", b'{"text": "a\\ud800b\\ud83d\\ude00\xff"}')
+    (document,) = made.iter_documents(evaluation_first=False)
+    assert document.text == "a\ufffdb😀\ufffd"
+    assert made.repaired == {"x.jsonl": 2}
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_a_gigantic_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(documents, "MOST_CHARACTERS", 10)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 4)
+    text = "1234\n678\n" + "x" * 25 + "\n" + "1234567890"
+    made = reader(tmp_path, name, (text_line(text) if name.endswith("l") else text).encode())
+    pieces = [document.text for document in made.iter_documents(evaluation_first=False)]
+    assert "".join(pieces) == text
+    assert pieces == ["1234\n678\n", "x" * 10, "x" * 10, "x" * 5 + "\n", "1234567890"]
+    assert made.counts["long_cut"] == 4
+
+
+def test_newlines_are_counted_and_can_be_left(tmp_path: Path) -> None:
+    made = reader(tmp_path, "x.txt", b"a\r\nb\rc\n")
+    assert [text for text, _ in made.iter_documents(evaluation_first=False)] == ["a\nb\nc\n"]
+    assert made.counts["newlines_changed"] == 2
+    assert read(tmp_path, b"a\r\nb\rc\n", newlines=False) == ["a\r\nb\rc\n"]
+
+
+# The rules
+
+
+def cleaned(text: str, **changes: object) -> tuple[str, Counter[str]]:
+    counts: Counter[str] = Counter()
+    return clean_text(text, params(**changes), counts), counts
+
+
+def test_control_characters_go_and_line_ends_and_tabs_stay() -> None:
+    text = "\ufeffa\0b\x1b[0m\tc\r\n\x7fd\x85e\x0cf\x9f"
+    assert cleaned(text, control_characters=True) == ("ab[0m\tc\r\ndef", {"control_removed": 7})
+    assert cleaned(text) == (text, {})
+
+
+def test_characters_are_composed() -> None:
+    assert cleaned("cafe\u0301 \u212b", unicode_nfc=True) == ("café Å", {"nfc_changed": 1})
+    assert cleaned("cafe\u0301") == ("cafe\u0301", {})
+
+
+@given(st.text())
+def test_cleaning_twice_is_cleaning_once(text: str) -> None:
+    once, _ = cleaned(text, control_characters=True, unicode_nfc=True)
+    twice, counts = cleaned(once, control_characters=True, unicode_nfc=True)
+    assert twice == once
+    assert not +counts
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_clean_text_is_nfc_without_control_characters(text: str) -> None:
+    text, _ = cleaned(text, control_characters=True, unicode_nfc=True)
+    assert unicodedata.is_normalized("NFC", text)
+    assert not CONTROL.search(text)
+
+
+def test_short_documents_are_dropped_by_bytes(tmp_path: Path) -> None:
+    files = {"a.txt": "é".encode(), "b.txt": b"ab", "c.txt": b"abc", "d.txt": LONG}
+    assert run(tmp_path, files, min_bytes=3).report["too_short"] == 2
+    assert train_texts(tmp_path) == ["abc", LONG.decode()]
+
+
+def test_of_exact_duplicates_the_first_stays(tmp_path: Path) -> None:
+    files = {"a.txt": b"same\r\n", "b.txt": LONG, "c.txt": b"same\n", "d.txt": b"same \n"}
+    assert run(tmp_path, files, newlines=True, exact_duplicates=True).report["exact_duplicates"] == 1
+    assert train_texts(tmp_path) == ["same\n", LONG.decode(), "same \n"]
+    assert run(tmp_path, files, newlines=True).report["exact_duplicates"] == 0
+    assert len(train_texts(tmp_path)) == 4
+
+
+def words(n: int, seed: int) -> list[str]:
+    return random.Random(seed).choices([f"word{i}" for i in range(1000)], k=n)
+
+
+def test_of_near_duplicates_the_first_stays(tmp_path: Path) -> None:
+    first, other = words(300, 1), words(300, 2)
+    near = [*first[:297], "changed", *first[298:]]
+    far = [*first[:150], *other[:150]]
+    files = {f"{i}.txt": " ".join(text).encode() for i, text in enumerate((first, near, far, other))}
+    assert run(tmp_path, files, near_duplicates=0.8).report["near_duplicates"] == 1
+    assert train_texts(tmp_path) == [" ".join(text) for text in (first, far, other)]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95])
+def test_near_duplicates_follow_the_true_similarity(threshold: float) -> None:
+    near, found = NearDuplicates(threshold), {"above": 0, "below": 0}
+    for i in range(50):
+        first, rest = words(400, i), words(400, 1000 + i)
+        assert not near.seen(" ".join(first))
+        for name, similarity in (("above", threshold + (1 - threshold) / 2), ("below", threshold / 2)):
+            n_same = round(400 * 2 * similarity / (1 + similarity))
+            changed = " ".join(first[:n_same] + rest[n_same:])
+            found[name] += NearDuplicates.seen(near, changed)
+    assert found["above"] >= 40  # the rest is what LEAST_RECALL and the estimate miss
+    assert found["below"] == 0
+
+
+def test_shingles_are_runs_of_five_words() -> None:
+    assert shingles("a b\nc  d e f") == ["a b c d e", "b c d e f"]
+    assert shingles("a b") == ["a b"]
+
+
+def test_near_duplicates_are_the_same_in_every_run(tmp_path: Path) -> None:
+    files = {f"{i:03}.txt": " ".join(words(60, i % 40) + words(i % 17, i)).encode() for i in range(120)}
+    first = run(tmp_path, files, near_duplicates=0.7)
+    texts = train_texts(tmp_path)
+    assert 40 <= len(texts) < 120
+    assert run(tmp_path, files, near_duplicates=0.7) == first
+    assert train_texts(tmp_path) == texts
+
+
+# The whole stage
+
+
+def test_the_report_counts_every_rule(tmp_path: Path) -> None:
+    files = {"a.txt": b"cafe\xcc\x81 \x00\xff\r\n", "b.txt": b"x", "c.txt": LONG, "d.txt": LONG}
+    changes = {"newlines": True, "control_characters": True, "unicode_nfc": True, "exact_duplicates": True}
+    result = run(tmp_path, files, min_bytes=3, **changes)
+    assert result.report == {
+        "documents_in": 4,
+        "bytes_in": 12 + 1 + 2 * len(LONG),  # U+FFFD is three bytes
+        "repaired_bytes": 1,
+        "repaired_files": 1,
+        "newlines_changed": 1,
+        "control_removed": 1,
+        "nfc_changed": 1,
+        "long_cut": 0,
+        "too_short": 1,
+        "exact_duplicates": 1,
+        "near_duplicates": 0,
+        "leaked": 0,
+        "train_documents": 2,
+        "train_bytes": 10 + len(LONG),
+        "val_documents": 0,
+        "val_bytes": 0,
+        "test_documents": 0,
+        "test_bytes": 0,
+    }
+    assert result.repaired == {"a.txt": 1}
+    assert train_texts(tmp_path) == ["café \ufffd\n", LONG.decode()]
+
+
+def test_the_same_raw_files_give_the_same_bytes(tmp_path: Path) -> None:
+    files = {f"{i}.txt": LONG + str(i).encode() for i in range(20)}
+    run(tmp_path, files, split="hash", val_fraction=0.2, test_fraction=0.2)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "clean").iterdir()}
+    assert sorted(first) == ["test.jsonl", "train.jsonl", "val.jsonl"]
+    run(tmp_path, files, split="hash", val_fraction=0.2, test_fraction=0.2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "clean").iterdir()} == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_bytes": 5000}, r"0 B of text left .* clean\.min_bytes dropped 1 of 1 documents"),
+        ({"split": "hash", "val_fraction": 0.99}, r"clean\.split=tail or smaller clean\.val_fraction"),
+        ({"split": "hash", "val_fraction": 0.01}, r"clean\.val_fraction=0\.01 of 1 documents is none"),
+        ({"split": "hash", "test_fraction": 0.01}, r"clean\.test_fraction=0\.01 of 1 documents is none"),
+        ({"split": "source"}, r"clean\.split=source needs a source with official splits, and download\.source=own"),
+    ],
+)
+def test_an_empty_result_names_its_cause_and_leaves_nothing(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, {"a.txt": LONG}, **changes)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_duplicates_that_take_nearly_all_are_named(tmp_path: Path) -> None:
+    files = {f"{i}.txt": LONG[: LEAST_TRAIN_BYTES // 2] for i in range(9)}
+    with pytest.raises(UserError, match=r"500 B of text left .* clean\.exact_duplicates dropped 8 of 9"):
+        run(tmp_path, files, exact_duplicates=True)
+    with pytest.raises(UserError, match=r"clean\.near_duplicates dropped 8 of 9"):
+        run(tmp_path, files, near_duplicates=0.9)
+
+
+def test_a_missing_raw_folder_names_its_stage(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `dvc repro download`"):
+        clean(params(), tmp_path / "raw", tmp_path / "clean")
+
+
+def test_a_line_of_text_is_what_json_would_write() -> None:
+    text = 'a"\\\n\t\x00\x7f\u2028é😀</'
+    assert text_line(text) == json.dumps({"text": text}, ensure_ascii=False) + "\n"

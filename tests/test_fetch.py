@@ -360,7 +360,7 @@ def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
         members(zip_with(tmp_path / "x.zip", content=b"/etc/passwd", mode=0o120777))
 
 
-@pytest.mark.parametrize("ending", ["txt.gz", "zip", "tar.xz"])
+@pytest.mark.parametrize("ending", ["txt.gz", "zip", "tar.gz"])
 def test_bombs_are_refused(tmp_path: Path, ending: str) -> None:
     zeros, path = bytes(110_000_000), tmp_path / f"x.{ending}"
     if ending == "zip":
@@ -368,7 +368,7 @@ def test_bombs_are_refused(tmp_path: Path, ending: str) -> None:
     elif ending == "txt.gz":
         path.write_bytes(gzip.compress(zeros, 1))
     else:
-        with tarfile.open(path, "w:xz", preset=0) as archive:
+        with tarfile.open(path, "w:gz", compresslevel=1) as archive:
             member = tarfile.TarInfo("x")
             member.size = len(zeros)
             archive.addfile(member, io.BytesIO(zeros))

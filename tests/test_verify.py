@@ -84,7 +84,7 @@ def test_a_tokenizer_with_another_merge_order_fails(check, model, tiny_tokenizer
 
 
 def test_weights_that_are_no_numbers_fail_to_load(check, model):
-    with pytest.raises(UserError, match="cannot load .*invalid"):
+    with pytest.raises(UserError, match=r"cannot load .*invalid"):
         check(model, exported=changed(model, "blocks.1.mlp.down_proj.weight", lambda w: w * torch.nan))
 
 

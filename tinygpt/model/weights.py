@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tinygpt.errors import UserError
@@ -27,7 +27,7 @@ def model_tensors(model: GPT) -> dict[str, Tensor]:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all; the same tensors give the same bytes."""
     with atomic_write(path, "wb") as file:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file.name, {"format": "pt"})
+        file.write(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"}))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

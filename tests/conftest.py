@@ -1,0 +1,85 @@
+"""What many tests share: small configs and one small tokenizer."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from tinygpt.model import GPT, GPTConfig
+from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer.bpe import train_bpe
+
+SMALL = {
+    "vocab_size": 300,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": None,
+    "n_embd": 32,
+    "n_hidden": None,
+    "block_size": 64,
+    "position": "rope",
+    "rope_theta": 10000.0,
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "bias": "none",
+    "qk_norm": False,
+    "tie_weights": True,
+    "dropout": 0.0,
+    "attention": "sdpa",
+}
+
+# One config of each exported family.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"qk_norm": True, "n_kv_head": 2},
+    "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": "all"},
+}
+
+
+def tiny_config(**changes: Any) -> GPTConfig:
+    """A config of two layers, 32 wide, with some fields changed."""
+    return GPTConfig(**{**SMALL, **changes})
+
+
+def tiny_model(*, seed: int = 0, **changes: Any) -> GPT:
+    """A model of random weights, in eval mode.
+
+    The weights are ten times as large as at the start of training, so that logits differ enough to compare.
+    """
+    model = GPT(tiny_config(**changes), generator=torch.Generator().manual_seed(seed)).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter *= 10
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def random_ids(*shape: int, vocab_size: int = 300, seed: int = 0) -> torch.Tensor:
+    """Ids drawn evenly, int64."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prose(n_words: int, *, seed: int = 0) -> str:
+    """Made-up sentences over some hundred words, a few of them not English."""
+    syllables = "ba co di fu ga ho in ka lo me no pa re so ti un va we yo ze".split()
+    words = [a + b + c for a in syllables for b in syllables[::3] for c in ("", "n", "st")]
+    words += "the then there other this that thing return returns error list file model".split() * 20
+    words += "naïve façade über 中文 данные 42 3.14 don't it's we'll".split() * 5
+    rng = random.Random(seed)
+    return " ".join(rng.choice(words) + rng.choice(["", "", "", ",", ".\n"]) for _ in range(n_words))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """300 tokens learned from `prose`."""
+    return train_bpe([prose(2000)], 300, special_tokens=("<|user|>",))

@@ -1,0 +1,126 @@
+"""Files: whole or not at all."""
+
+import errno
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinygpt.errors import UserError
+from tinygpt.files import (
+    atomic_folder,
+    atomic_write,
+    human_bytes,
+    must_exist,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with atomic_write(path) as file:
+        file.write("héllo\n")
+        assert not path.exists()
+    assert path.read_bytes() == "héllo\n".encode()
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_write(path, "wb") as file:
+        file.write(b"new")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_folder_takes_the_place_of_the_old_one_whole(tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("first", "second"):
+        with atomic_folder(folder) as partial:
+            (partial / name).write_text(name)
+    assert os.listdir(folder) == ["second"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(KeyError), atomic_folder(folder) as partial:
+        (partial / "new").touch()
+        raise KeyError
+    assert os.listdir(folder) == ["old"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_a_killed_program_left_half_written_is_in_nobodys_way(tmp_path):
+    (tmp_path / "folder.partial").mkdir()
+    (tmp_path / "folder.partial" / "rest").touch()
+    with atomic_folder(tmp_path / "folder") as partial:
+        (partial / "new").touch()
+    assert os.listdir(tmp_path / "folder") == ["new"]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path):
+    code = (
+        "import resource, signal, errno\n"
+        "from tinygpt.errors import program\n"
+        "from tinygpt.files import atomic_write\n"
+        "@program\n"
+        "def main():\n"
+        f"    with atomic_write({str(tmp_path / 'big.bin')!r}, 'wb') as file:\n"
+        "        try:\n"
+        "            for _ in range(100): file.write(bytes(10_000)); file.flush()\n"
+        "        except OSError as error:\n"
+        "            raise OSError(errno.ENOSPC, 'No space left on device') from error\n"
+        "main()\n"
+    )
+
+    def limit() -> None:  # a limit on the file's size stands for the disk's end: write() fails in the same way
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], preexec_fn=limit
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"error: the disk is full (writing {tmp_path / 'big.bin'}): free some space, run again"
+    assert os.listdir(tmp_path) == []
+    assert errno.ENOSPC
+
+
+def test_json_has_the_same_bytes_each_time_and_no_nan(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"b": 1, "a": "é"})
+    assert path.read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "é"\n}\n'
+    assert read_json(path, stage="x") == {"b": 1, "a": "é"}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, float("nan"))
+
+
+def test_errors_name_the_stage_that_makes_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"no.json not found: run `dvc repro clean`"):
+        must_exist(tmp_path / "no.json", stage="clean")
+    (tmp_path / "bad.json").write_bytes(b'{"a": \xff')
+    with pytest.raises(UserError, match=r"bad.json is not valid JSON .*`dvc repro train`"):
+        read_json(tmp_path / "bad.json", stage="train")
+
+
+def test_hashes(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
+    assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1})
+
+
+def test_sizes_for_people():
+    assert [human_bytes(n) for n in (0, 999, 1500, 2_100_000, 3 * 10**12)] == ["0 B", "999 B", "1.5 kB", "2.1 MB", "3.0 TB"]

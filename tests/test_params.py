@@ -1,0 +1,222 @@
+"""params.yaml: strict, typed, all problems at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pytest
+
+from tinygpt.evaluate.config import EvaluateParams
+from tinygpt.model.config import ModelParams
+from tinygpt.params import (
+    Count,
+    CountOrDerived,
+    ParamsError,
+    Within,
+    check_params,
+    from_mapping,
+    load_params,
+    require,
+)
+from tinygpt.report.plots import PlotParams
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer.bpe import TokenizerParams
+from tinygpt.train.config import TrainParams
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    group: ClassVar[str] = "model"
+
+    whole: Count
+    derived: CountOrDerived
+    real: Annotated[float, Within("(0, 1]")]
+    text: str | None
+    switch: bool
+    choice: Literal["red", "green"]
+    pair: tuple[float, float]
+    names: tuple[str, ...]
+    inner: Inner
+
+
+GOOD: dict[str, Any] = {
+    "whole": 3,
+    "derived": None,
+    "real": 0.5,
+    "text": None,
+    "switch": True,
+    "choice": "red",
+    "pair": [0.9, 1],
+    "names": ["a"],
+    "inner": {"size": 1},
+}
+
+
+def test_good_values_are_read_as_their_types():
+    example = from_mapping(Example, {**GOOD, "whole": 8.0, "real": 1})
+    assert (example.whole, type(example.whole)) == (8, int)
+    assert (example.real, type(example.real)) == (1.0, float)
+    assert example.pair == (0.9, 1.0)
+    assert example.inner == Inner(size=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("whole", 8.5, "model.whole=8.5 must be a whole number"),
+        ("whole", True, "model.whole=True must be a whole number"),
+        ("whole", "8", "model.whole='8' must be a whole number"),
+        ("whole", 0, r"model.whole=0 must be within \[1, inf\)"),
+        ("whole", None, "model.whole=None must be a whole number"),
+        ("derived", 0, r"model.derived=0 must be within \[1, inf\)"),
+        ("real", "1e-5", "model.real='1e-5' must be a finite number"),
+        ("real", float("nan"), "model.real=nan must be a finite number"),
+        ("real", 0, r"model.real=0.0 must be within \(0, 1\]"),
+        ("text", 5, "model.text=5 must be a text"),
+        ("switch", "on", "model.switch='on' must be true or false"),
+        ("switch", 1, "model.switch=1 must be true or false"),
+        ("choice", "gren", r"model.choice='gren' is not one of 'red', 'green' \(did you mean 'green'\?\)"),
+        ("pair", [1.0], r"model.pair=\[1.0\] must have 2 values"),
+        ("pair", 1.0, "model.pair=1.0 must be a list"),
+        ("names", ["a", 1], r"model.names\[1\]=1 must be a text"),
+        ("inner", {"size": 0}, "model.inner.size=0 must be within"),
+        ("inner", 3, "model.inner must be a mapping"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(key: str, value: Any, message: str):
+    with pytest.raises(ParamsError, match=message):
+        from_mapping(Example, {**GOOD, key: value}, prefix="model.")
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ParamsError) as caught:
+        from_mapping(Example, {**GOOD, "whole": 0, "switch": "on", "chioce": "red"}, prefix="model.")
+    assert len(caught.value.problems) == 3
+    assert "unknown key model.chioce (did you mean model.choice?)" in caught.value.problems
+
+
+def test_a_missing_key_is_refused():
+    with pytest.raises(ParamsError, match="missing key model.real"):
+        from_mapping(Example, {key: value for key, value in GOOD.items() if key != "real"}, prefix="model.")
+
+
+def test_the_file_of_the_project_is_good():
+    check_params(ROOT / "params.yaml")
+
+
+def edited(tmp_path: Path, old: str, new: str) -> Path:
+    text = (ROOT / "params.yaml").read_text()
+    assert old in text
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+def test_a_typo_in_any_group_is_told_with_the_nearest_name(tmp_path):
+    path = edited(tmp_path, "  stride:", "  stirde:")
+    with pytest.raises(ParamsError, match=r"unknown key evaluate.stirde \(did you mean evaluate.stride\?\)"):
+        check_params(path)
+
+
+def test_a_typo_in_the_name_of_a_group_is_told_whatever_is_loaded(tmp_path):
+    path = edited(tmp_path, "\nexport:", "\nexprot:")
+    with pytest.raises(ParamsError, match=r"unknown key exprot \(did you mean export\?\)"):
+        load_params(ModelParams, path=path)
+
+
+def test_problems_of_several_groups_come_together(tmp_path):
+    path = edited(tmp_path, "  n_layer: ", "  n_layer: -")
+    path.write_text(path.read_text().replace("  dpi: ", "  dpi: x"))
+    with pytest.raises(ParamsError) as caught:
+        load_params(ModelParams, PlotParams, path=path)
+    assert len(caught.value.problems) == 2
+
+
+def test_yaml_is_version_1_2(tmp_path):
+    path = edited(tmp_path, "  lr: 1.0e-3", "  lr: 1e-05")  # what `-S train.lr=1e-5` writes; YAML 1.1 reads a text
+    assert load_params(TrainParams, path=path).lr == 1e-5
+    path = edited(tmp_path, "position: rope", "position: on")  # YAML 1.1 reads true
+    with pytest.raises(ParamsError, match="model.position='on'"):
+        load_params(ModelParams, path=path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- list", "", "a: 1\na: 2", "\x00"])
+def test_a_file_that_is_no_params_file_is_one_clear_error(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(Exception, match=r"params.yaml|unknown key") as caught:
+        load_params(ModelParams, path=path)
+    assert type(caught.value).__name__ in ("UserError", "ParamsError")
+
+
+def test_a_missing_file_is_told():
+    with pytest.raises(Exception, match="nowhere.yaml not found"):
+        load_params(ModelParams, path=Path("nowhere.yaml"))
+
+
+def test_require_collects_every_broken_rule():
+    with pytest.raises(ParamsError) as caught:
+        require((False, "one"), (True, "two"), (False, "three"))
+    assert caught.value.problems == ["one", "three"]
+
+
+def load_edited(cls: type, **changes: Any) -> Any:
+    from ruamel.yaml import YAML
+
+    values = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")[cls.group]
+    return from_mapping(cls, {**values, **changes}, prefix=f"{cls.group}.")
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (ModelParams, {"n_head": 3}, "model.n_embd=.* must be a multiple of model.n_head=3"),
+        (ModelParams, {"n_kv_head": 3}, "must be a multiple of model.n_kv_head=3"),
+        (ModelParams, {"n_head": 16, "n_embd": 48}, "needs an even n_embd / n_head"),
+        (ModelParams, {"n_layer": 0}, "model.n_layer"),
+        (ModelParams, {"block_size": 0}, "model.block_size"),
+        (ModelParams, {"n_hidden": -1}, "model.n_hidden"),
+        (ModelParams, {"rope_theta": 0}, "model.rope_theta"),
+        (ModelParams, {"dropout": 1.0}, "model.dropout"),
+        (ModelParams, {"norm": "rms_norm"}, "did you mean 'rmsnorm'"),
+        (ModelParams, {"mlp": "relu"}, "model.mlp"),
+        (ModelParams, {"bias": True}, "model.bias"),
+        (ModelParams, {"attention": "flash"}, "model.attention"),
+        (TrainParams, {"warmup_steps": 10**9}, "train.warmup_steps=.* must be below train.max_steps"),
+        (TrainParams, {"seed": -1}, "train.seed"),
+        (TrainParams, {"lr": 0}, "train.lr"),
+        (TrainParams, {"min_lr_frac": 2}, "train.min_lr_frac"),
+        (TrainParams, {"betas": [0.9, 1.0]}, r"train.betas\[1\]"),
+        (TrainParams, {"grad_clip": 0}, "train.grad_clip"),
+        (TrainParams, {"weight_decay": -1}, "train.weight_decay"),
+        (TrainParams, {"batch_size": 0}, "train.batch_size"),
+        (TrainParams, {"schedule": "linear"}, "train.schedule"),
+        (TrainParams, {"precision": "fp8"}, "train.precision"),
+        (EvaluateParams, {"split": "train"}, "evaluate.split"),
+        (EvaluateParams, {"top_p": 0}, "evaluate.top_p"),
+        (EvaluateParams, {"temperature": -1}, "evaluate.temperature"),
+        (EvaluateParams, {"prompts": "one"}, "evaluate.prompts"),
+        (EvaluateParams, {"max_new_tokens": 0}, "evaluate.max_new_tokens"),
+        (TokenizerParams, {"vocab_size": 100}, "tokenizer.vocab_size"),
+        (TokenizerParams, {"vocab_size": 257, "special_tokens": ["<|a|>"]}, "must hold 256 bytes and 2 special"),
+        (TokenizerParams, {"special_tokens": ["<|endoftext|>"]}, "tokenizer.special_tokens"),
+        (TokenizerParams, {"special_tokens": ["x"]}, "two or more characters"),
+        (PlotParams, {"formats": []}, "plot.formats"),
+        (PlotParams, {"formats": ["gif"]}, "plot.formats"),
+        (PlotParams, {"dpi": 1}, "plot.dpi"),
+        (RuntimeParams, {"device": "tpu"}, "runtime.device"),
+        (RuntimeParams, {"micro_batch_size": 0}, "runtime.micro_batch_size"),
+        (RuntimeParams, {"n_thread": -1}, "runtime.n_thread"),
+        (RuntimeParams, {"log_every": 0}, "runtime.log_every"),
+    ],
+)
+def test_every_rule_of_a_group_names_its_key(cls, changes, message):
+    with pytest.raises(ParamsError, match=message):
+        load_edited(cls, **changes)

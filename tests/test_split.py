@@ -1,0 +1,201 @@
+"""Splits: stable, disjoint, of the wanted sizes, and without a test text in training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinygpt.corpus.clean import CleanParams, clean
+from tinygpt.corpus.documents import Document
+from tinygpt.corpus.jsonl import iter_texts
+from tinygpt.corpus.raw import Manifest, RawFolder, write_manifest
+from tinygpt.corpus.split import NAMES, SPLITTERS, Shares, by_hash, by_source, by_tail, write_splits
+from tinygpt.errors import UserError
+from tinygpt.params import from_mapping
+
+HERE = Path(__file__).parent
+ON = {
+    "separator": None,
+    "newlines": True,
+    "control_characters": True,
+    "unicode_nfc": True,
+    "min_bytes": 1,
+    "exact_duplicates": True,
+    "near_duplicates": None,
+    "split": "tail",
+    "val_fraction": 0.0,
+    "test_fraction": 0.0,
+    "split_seed": 0,
+}
+LONG = "".join(f"{i} is a number.\n" for i in range(100)).encode()  # enough text for a train split
+fractions = st.floats(0, 0.45)
+texts_lists = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=20)
+
+
+def documents(texts: Iterable[str]) -> list[Document]:
+    return [Document(text, None) for text in texts]
+
+
+def make_raw(folder: Path, files: dict[str, bytes], separator: str | None = None) -> Path:
+    """A raw folder as the download stage writes it; files `val.txt` and so on have that official split."""
+    raw = RawFolder(folder / "raw", max_bytes=None)
+    for name, content in files.items():
+        split = Path(name).stem
+        raw.add(name, iter([content]), split=split if split in NAMES else None)
+    found = {"source": "own", "licence": "unknown", "document_start": None, "python": None, "downloads": ()}
+    write_manifest(raw.folder, Manifest(**found, separator=separator, files=tuple(raw.files)))
+    return raw.folder
+
+
+def tail(texts: Iterable[str], shares: Shares, folder: Path) -> dict[str, list[str]]:
+    """The texts of each split."""
+    found: dict[str, list[str]] = {name: [] for name in NAMES}
+    for text, split in by_tail(documents(texts), shares, folder / "spool"):
+        assert split is not None
+        found[split].append(text)
+    assert not (folder / "spool").exists()
+    return found
+
+
+def hashed(texts: Iterable[str], shares: Shares) -> dict[str, str | None]:
+    """text -> split"""
+    return dict(by_hash(documents(texts), shares, Path("unused")))
+
+
+def test_tail_cuts_one_text_by_characters(tmp_path: Path) -> None:
+    assert tail(["0123456789"], Shares(0.2, 0.1, 0), tmp_path) == {"train": ["0123456"], "val": ["78"], "test": ["9"]}
+
+
+def test_tail_cuts_the_document_on_the_border(tmp_path: Path) -> None:
+    found = tail(["abc", "defg", "hij"], Shares(0.5, 0.0, 0), tmp_path)
+    assert found == {"train": ["abc", "de"], "val": ["fg", "hij"], "test": []}
+
+
+def test_tail_cuts_no_document_where_the_border_is_one(tmp_path: Path) -> None:
+    found = tail(["abcde", "fghij"], Shares(0.5, 0.0, 0), tmp_path)
+    assert found == {"train": ["abcde"], "val": ["fghij"], "test": []}
+
+
+@given(texts=texts_lists, val=fractions, test=fractions)
+def test_tail_loses_nothing_and_keeps_the_order(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], val: float, test: float
+) -> None:
+    found = tail(texts, Shares(val, test, 0), tmp_path_factory.mktemp("tail"))
+    whole = "".join(texts)
+    train = "".join(found["train"])
+    assert train + "".join(found["val"]) + "".join(found["test"]) == whole
+    assert len(train) == int(len(whole) * (1 - val - test))
+
+
+def real_or_made_shakespeare() -> str:
+    """The real text where a mirror has it, else one of its kind: the project needs no file from elsewhere."""
+    for folder in (os.environ.get("TINYGPT_MIRROR", ""), HERE.parent.parent / "shared" / "corpora"):
+        path = Path(folder, "tinyshakespeare.txt")
+        if path.is_file():
+            return path.read_bytes().decode()
+    return "".join(f"First Citizen:\nBefore we proceed {i}, hear me -- speak!\n\n" for i in range(20_000))
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_tiny_shakespeare_is_split_as_everybody_splits_it(tmp_path: Path, made: bool) -> None:
+    data = "É\tto be&c.--\n\n\nor not:\n" * 5_001 if made else real_or_made_shakespeare()
+    raw = make_raw(tmp_path, {"tinyshakespeare.txt": data.encode()})
+    rules = {**ON, "near_duplicates": 0.8, "min_bytes": 100, "split": "tail", "val_fraction": 0.1}
+    clean(from_mapping(CleanParams, rules), raw, tmp_path / "clean")
+    n = len(data)
+    train, val = data[: int(n * 0.9)], data[int(n * 0.9) :]  # the usual recipe
+    assert list(iter_texts(tmp_path / "clean" / "train.jsonl")) == [train]
+    assert list(iter_texts(tmp_path / "clean" / "val.jsonl")) == [val]
+    assert list(iter_texts(tmp_path / "clean" / "test.jsonl")) == []
+
+
+@given(texts=texts_lists, more=texts_lists, val=fractions, test=fractions)
+def test_hash_keeps_each_text_in_its_split_whatever_joins(
+    texts: list[str], more: list[str], val: float, test: float
+) -> None:
+    shares = Shares(val, test, 3)
+    alone, joined = hashed(texts, shares), hashed([*more, *reversed(texts)], shares)
+    assert alone.items() <= joined.items()
+    assert set(joined.values()) <= set(NAMES)
+
+
+def test_hash_meets_the_fractions() -> None:
+    splits = list(hashed((f"document {i}" for i in range(20_000)), Shares(0.1, 0.05, 0)).values())
+    assert splits.count("val") / len(splits) == pytest.approx(0.1, abs=0.01)
+    assert splits.count("test") / len(splits) == pytest.approx(0.05, abs=0.01)
+
+
+def test_hash_moves_nothing_from_train_to_test_when_val_grows() -> None:
+    texts = [f"document {i}" for i in range(2000)]
+    small, large = hashed(texts, Shares(0.1, 0.1, 0)), hashed(texts, Shares(0.3, 0.1, 0))
+    assert {text for text in texts if small[text] == "test"} == {text for text in texts if large[text] == "test"}
+
+
+def test_another_seed_chooses_other_documents() -> None:
+    texts = [f"document {i}" for i in range(200)]
+    assert hashed(texts, Shares(0.5, 0.0, 0)) != hashed(texts, Shares(0.5, 0.0, 1))
+
+
+def test_hash_is_the_same_on_every_machine() -> None:
+    splits = hashed((f"document {i}" for i in range(1000)), Shares(0.2, 0.2, 7))
+    assert hashlib.sha256(repr(splits).encode()).hexdigest()[:16] == "5d6343ea215fa766"
+
+
+def test_source_keeps_the_official_splits() -> None:
+    given_documents = [Document("a", "test"), Document("b", "train")]
+    assert list(by_source(given_documents, Shares(0, 0, 0), Path("unused"))) == given_documents
+
+
+def test_source_refuses_a_document_in_no_split() -> None:
+    with pytest.raises(UserError, match=r"clean\.split=source needs a source with official splits"):
+        list(by_source(documents(["a"]), Shares(0, 0, 0), Path("unused")))
+
+
+def test_the_choices_of_the_params_are_the_splitters() -> None:
+    assert set(SPLITTERS) == set(get_args(get_type_hints(CleanParams)["split"]))
+
+
+# Leaks
+
+
+def test_train_loses_what_stands_in_val_or_test(tmp_path: Path) -> None:
+    found = [("x", "test"), ("y", "val"), ("x", "train"), ("y", "train"), ("z", "train"), ("z", "train")]
+    counts = write_splits((Document(*pair) for pair in found), tmp_path)
+    assert list(iter_texts(tmp_path / "train.jsonl")) == ["z", "z"]
+    assert counts["leaked"] == 2
+
+
+@given(
+    texts=st.lists(st.sampled_from(["a", "b", "ab", "aa", "ba"]), min_size=1, max_size=30),
+    split=st.sampled_from(["hash", "tail"]),
+    val=fractions,
+    test=fractions,
+)
+def test_no_text_is_in_train_and_in_evaluation(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], split: str, val: float, test: float
+) -> None:
+    folder = tmp_path_factory.mktemp("splits")
+    write_splits(SPLITTERS[split](documents(texts), Shares(val, test, 0), folder / "spool"), folder)
+    train, *others = (set(iter_texts(folder / f"{name}.jsonl")) for name in NAMES)
+    assert not train & set.union(*others)
+
+
+def test_official_test_texts_stay_and_their_copies_leave_train(tmp_path: Path) -> None:
+    files = {"train.txt": LONG + b"--copy--own", "val.txt": b"copy--own val", "test.txt": b"own test--own test"}
+    raw = make_raw(tmp_path, files, separator="--")
+    rules = {**ON, "split": "source", "exact_duplicates": False}
+    report = clean(from_mapping(CleanParams, rules), raw, tmp_path / "clean").report
+    assert list(iter_texts(tmp_path / "clean" / "train.jsonl")) == [LONG.decode().strip("\n"), "own"]
+    assert list(iter_texts(tmp_path / "clean" / "val.jsonl")) == ["copy", "own val"]
+    assert report["leaked"] == 1
+    assert report["test_documents"] == 2
+    report = clean(from_mapping(CleanParams, {**rules, "exact_duplicates": True}), raw, tmp_path / "clean").report
+    assert (report["exact_duplicates"], report["leaked"]) == (2, 0)
+    assert list(iter_texts(tmp_path / "clean" / "val.jsonl")) == ["copy", "own val"]

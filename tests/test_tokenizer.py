@@ -1,0 +1,225 @@
+"""The tokenizer against the tokenizers library, which nobody here wrote."""
+
+import json
+import random
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from conftest import prose
+from tinygpt.errors import UserError
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.bpe import train_bpe
+from tinygpt.tokenizer.pretokenize import PATTERN, byte_alphabet, count_pretokens, split_chunks, to_bytes, to_token
+from tinygpt.tokenizer.tokenizer import EOS, merge
+
+# Characters that pretokenizers disagree about: white space of all kinds, contractions, joiners, marks, numbers.
+TRICKY = st.text(
+    st.one_of(
+        st.sampled_from(list(" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000\u200b\u200d\ufeff'’stvremld.,!?½Ⅷ٣१")),
+        st.characters(codec="utf-8", max_codepoint=0xFFFF),
+        st.sampled_from(list("aAé中я😀👩🏽\u0301\x00")),
+    ),
+    max_size=80,
+)
+
+
+def reference_training(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    reference = tokenizers.Tokenizer(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    reference.train_from_iterator(texts, trainer)
+    return reference
+
+
+def merges_of(reference: tokenizers.Tokenizer) -> list[tuple[str, str]]:
+    return [tuple(pair) for pair in json.loads(reference.to_str())["model"]["merges"]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_training_finds_the_merges_of_the_tokenizers_library(seed):
+    texts = prose(5000, seed=seed).split("\n")
+    reference = reference_training(texts, 450)
+    ours = train_bpe(texts, 450)
+    assert ours.merges == merges_of(reference)
+    assert {token: i for i, token in enumerate(ours.tokens)} == reference.get_vocab()
+
+
+def test_training_breaks_ties_and_overlaps_as_the_tokenizers_library_does():
+    rng = random.Random(0)
+    for _ in range(60):
+        texts = ["".join(rng.choice("aab b\n") for _ in range(rng.randint(1, 50))) for _ in range(4)]
+        reference = reference_training(texts, 275)
+        if reference.get_vocab_size() > 257:
+            assert train_bpe(texts, reference.get_vocab_size()).merges == merges_of(reference)
+
+
+def test_the_example_of_the_articles_on_byte_pair_encoding():
+    # "aaabdaaabac" of https://en.wikipedia.org/wiki/Byte_pair_encoding: aa, then a with the larger pair, then ab
+    tokenizer = train_bpe(["aaabdaaabac"], 257 + 3)
+    assert tokenizer.merges == [("a", "a"), ("a", "b"), ("aa", "ab")]
+    assert [tokenizer.tokens[i] for i in tokenizer.encode("aaabdaaabac")] == ["aaab", "d", "aaab", "a", "c"]
+
+
+def test_order_of_documents_does_not_matter():
+    texts = prose(3000).split("\n")
+    assert train_bpe(texts, 400).merges == train_bpe(texts[::-1], 400).merges
+
+
+def test_min_frequency_stops_early_and_too_little_text_is_told():
+    with pytest.raises(UserError, match=r"gives only 259 tokens: lower tokenizer.vocab_size=300"):
+        train_bpe(["abab cdcd"], 300, min_frequency=2)  # ab and cd; abab occurs once
+    with pytest.raises(UserError, match="only 257 tokens"):
+        train_bpe([], 300)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_tokenizer, tmp_path_factory) -> tokenizers.Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer.save(folder)
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@given(text=TRICKY)
+@settings(max_examples=400, deadline=None)
+def test_ids_equal_those_of_the_tokenizers_library_and_decode_to_the_text(tiny_tokenizer, reference, text):
+    ids = tiny_tokenizer.encode(text)
+    assert ids == reference.encode(text).ids
+    assert tiny_tokenizer.decode(ids) == text
+
+
+@given(text=TRICKY)
+@settings(max_examples=200, deadline=None)
+def test_cutting_into_chunks_first_changes_no_pretoken(text):
+    first, rest = split_chunks(text)
+    pieces = [PATTERN.findall(first), *(PATTERN.findall(" " + chunk) for chunk in rest)]
+    assert [pretoken for piece in pieces for pretoken in piece] == PATTERN.findall(text)
+    assert sum(count_pretokens([text]).values()) == len(PATTERN.findall(text))
+
+
+def test_long_repeats_and_long_words_are_encoded(tiny_tokenizer, reference):
+    for text in ("^" * 10_000, "the" * 5_000, " " * 3_000, "\n" * 1_000 + "a", "x " * 2_000):
+        assert tiny_tokenizer.encode(text) == reference.encode(text).ids
+
+
+@given(
+    ids=st.lists(st.integers(0, 3), max_size=30),
+    pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6, unique=True),
+)
+def test_merging_is_the_same_as_looking_for_the_lowest_rank_each_time(ids, pairs):
+    ranks = {pair: (rank, 4 + rank) for rank, pair in enumerate(pairs)}
+
+    def slowly(ids: list[int]) -> list[int]:
+        while found := [(*ranks[p], i) for i, p in enumerate(zip(ids, ids[1:], strict=False)) if p in ranks]:
+            _, merged, i = min(found)
+            ids = [*ids[:i], merged, *ids[i + 2 :]]
+        return ids
+
+    assert merge(ids, ranks) == slowly(ids)
+
+
+def test_a_special_token_is_never_made_from_text(tiny_tokenizer):
+    ids = tiny_tokenizer.encode(f"a{EOS}b<|user|>")
+    assert not set(ids) & set(tiny_tokenizer.special_tokens.values())
+    assert tiny_tokenizer.decode(ids) == f"a{EOS}b<|user|>"
+    assert tiny_tokenizer.special_tokens == {EOS: 0, "<|user|>": 1}
+    assert tiny_tokenizer.decode([tiny_tokenizer.eos_id]) == EOS
+
+
+def test_half_a_character_decodes_to_the_replacement_character(tiny_tokenizer):
+    half = tiny_tokenizer.encode("😀")[:-1]
+    assert tiny_tokenizer.decode(half) in ("�", "��", "���")
+    assert tiny_tokenizer.decode_bytes(tiny_tokenizer.encode("😀")) == "😀".encode()
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character(tiny_tokenizer):
+    assert tiny_tokenizer.decode(tiny_tokenizer.encode("a\ud800b")) in ("a�b", "a���b")
+
+
+@pytest.mark.parametrize("ids", [[-1], [300], [0, 10**9]])
+def test_ids_out_of_range_are_refused(tiny_tokenizer, ids):
+    with pytest.raises(ValueError, match=r"ids must be within \[0, 300\)"):
+        tiny_tokenizer.decode(ids)
+
+
+def test_batches_and_empty_texts(tiny_tokenizer):
+    assert tiny_tokenizer.encode("") == []
+    assert tiny_tokenizer.decode([]) == ""
+    assert tiny_tokenizer.encode_batch(["the file", ""]) == [tiny_tokenizer.encode("the file"), []]
+
+
+def test_saving_and_loading_gives_the_same_tokenizer_and_the_same_bytes(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save(tmp_path / "a")
+    loaded = load_tokenizer(tmp_path / "a")
+    assert (loaded.tokens, loaded.merges, loaded.special_tokens) == (
+        tiny_tokenizer.tokens,
+        tiny_tokenizer.merges,
+        tiny_tokenizer.special_tokens,
+    )
+    loaded.save(tmp_path / "b")
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+    assert load_tokenizer(tmp_path / "a" / "tokenizer.json").encode(prose(50)) == tiny_tokenizer.encode(prose(50))
+
+
+def test_the_byte_alphabet_is_the_one_of_the_tokenizers_library():
+    assert set(byte_alphabet()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert to_token(b" the\n") == "ĠtheĊ"
+    assert to_bytes(to_token(bytes(range(256)))) == bytes(range(256))
+
+
+def broken(document: dict, path: tuple, value: object) -> dict:
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model", "type"), "Unigram", "model.type is 'Unigram'"),
+        (("model", "merges"), [["a", "zzz"]], "1 merges have unknown parts"),
+        (("model", "vocab", "a"), 5_000, "are not 0 to"),
+        (("model", "vocab", "a"), True, "are not 0 to"),
+        (("model", "vocab"), {}, "of the 256 bytes have no token"),
+        (("model", "vocab", "⚠"), 300, "not byte-level, such as '⚠'"),
+        (("normalizer",), {"type": "NFC"}, "it has a normalizer"),
+        (("pre_tokenizer", "add_prefix_space"), True, "pre_tokenizer is not ByteLevel"),
+        (("pre_tokenizer",), None, "pre_tokenizer is not ByteLevel"),
+        (("model", "ignore_merges"), True, "model.ignore_merges is set"),
+        (("added_tokens",), [], "there is no special token"),
+        (("added_tokens",), 7, "is no byte-level BPE tokenizer.json"),
+        (("model", "merges"), ["abc"], "is no byte-level BPE tokenizer.json"),
+    ],
+)
+def test_a_file_that_cannot_be_honoured_is_refused(tiny_tokenizer, tmp_path, path, value, message):
+    tiny_tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(broken(json.loads(file.read_text()), path, value)))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer.json is no byte-level BPE"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_vocabulary_decides_the_type_of_token_files():
+    small = Tokenizer([EOS, *byte_alphabet()], [], {EOS: 0})
+    assert small.dtype.str == "<u2"
+    assert small.encode("ab") == [small.tokens.index("a"), small.tokens.index("b")]
+    large = Tokenizer([EOS, *byte_alphabet(), *(f"a{i}" for i in range(2**16))], [], {EOS: 0})
+    assert large.dtype.str == "<u4"
