@@ -19,7 +19,7 @@ from tinygpt.model.device import open_device
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
-from tinygpt.tokens import load_tokens
+from tinygpt.tokens import load_meta, load_tokens
 
 MODEL_DIR = Path("data/model")
 TOKENS_DIR = Path("data/tokens")
@@ -35,6 +35,8 @@ def main() -> None:
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
     model, tokenizer = load_model(MODEL_DIR), load_tokenizer(TOKENIZER_DIR)
     check_export(model.config, params)
+    split = "test" if load_meta(TOKENS_DIR).test.tokens >= CHUNK_SIZE else "val"
+    ids = load_tokens(TOKENS_DIR, split, at_least=CHUNK_SIZE)[: params.check_tokens]
     report: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
     with atomic_folder(EXPORT_DIR) as folder:
@@ -45,7 +47,6 @@ def main() -> None:
         for weight_type in params.gguf:
             path = folder / "gguf" / gguf_name(weight_type)
             tensor_types = export_gguf(model, tokenizer, path, weight_type)
-            ids = load_tokens(TOKENS_DIR, "test", at_least=CHUNK_SIZE)[: params.check_tokens]
             measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
             instead = {name: kind for name, kind in tensor_types.items() if kind not in (weight_type, "f32")}
             counts = dict(Counter(tensor_types.values()))

@@ -94,7 +94,9 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], preexec_fn=limit
     )
     assert done.returncode == 1
-    assert done.stderr.strip() == f"error: the disk is full (writing {tmp_path / 'big.bin'}): free some space, run again"
+    assert (
+        done.stderr.strip() == f"error: the disk is full (writing {tmp_path / 'big.bin'}): free some space, run again"
+    )
     assert os.listdir(tmp_path) == []
     assert errno.ENOSPC
 
@@ -123,4 +125,10 @@ def test_hashes(tmp_path):
 
 
 def test_sizes_for_people():
-    assert [human_bytes(n) for n in (0, 999, 1500, 2_100_000, 3 * 10**12)] == ["0 B", "999 B", "1.5 kB", "2.1 MB", "3.0 TB"]
+    assert [human_bytes(n) for n in (0, 999, 1500, 2_100_000, 3 * 10**12)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "2.1 MB",
+        "3.0 TB",
+    ]

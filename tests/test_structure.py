@@ -14,10 +14,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from tinygpt import params
-from tinygpt.evaluate.config import EvaluateParams
 from tinygpt.model import attention, layers
 from tinygpt.model.config import ModelParams
-from tinygpt.report import plots
 from tinygpt.train import schedules
 from tinygpt.train.config import TrainParams
 

@@ -2,14 +2,15 @@
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
 import tokenizers
+from conftest import prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from conftest import prose
 from tinygpt.errors import UserError
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
@@ -119,7 +120,7 @@ def test_merging_is_the_same_as_looking_for_the_lowest_rank_each_time(ids, pairs
     ranks = {pair: (rank, 4 + rank) for rank, pair in enumerate(pairs)}
 
     def slowly(ids: list[int]) -> list[int]:
-        while found := [(*ranks[p], i) for i, p in enumerate(zip(ids, ids[1:], strict=False)) if p in ranks]:
+        while found := [(*ranks[p], i) for i, p in enumerate(pairwise(ids)) if p in ranks]:
             _, merged, i = min(found)
             ids = [*ids[:i], merged, *ids[i + 2 :]]
         return ids

@@ -5,16 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import prose, tiny_config
 from test_gguf import GPT2, LLAMA, QWEN3, random_model
 
 from tinygpt.errors import UserError
+from tinygpt.evaluate.perplexity import scored_nll
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.verify import TOLERANCES, check_gguf, scored_nll
+from tinygpt.export.verify import TOLERANCES, check_gguf
 from tinygpt.model import GPT
 from tinygpt.tokenizer import Tokenizer
-
-IDS = np.random.default_rng(1).integers(0, 256, 600)
 
 
 @pytest.fixture
@@ -24,7 +23,8 @@ def check(tmp_path, tiny_tokenizer):
     def run(model, *, exported=None, tokenizer=tiny_tokenizer, weight_type="f32"):
         path = tmp_path / "model.gguf"
         export_gguf(exported or model, tiny_tokenizer, path, weight_type)
-        return check_gguf(model, tokenizer, path, weight_type, IDS.astype(tiny_tokenizer.dtype))
+        ids = np.array(tiny_tokenizer.encode(prose(500, seed=9))[:600], tiny_tokenizer.dtype)
+        return check_gguf(model, tokenizer, path, weight_type, ids)
 
     return run
 

@@ -6,7 +6,7 @@ T tokens, V vocab_size; nll is the negative log-probability of a token, in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,22 +86,14 @@ def _equal_batches(windows: list[tuple[int, int, int]], size: int) -> Iterator[l
         yield batch
 
 
-def llamacpp_nll(
-    logits_of: Callable[[NDArray[np.int64]], NDArray[np.float32]], tokens: TokenIds, *, n_ctx: int
-) -> NDArray[np.float64]:
-    """Nats of the tokens that llama-perplexity scores: the second half of each whole chunk of `n_ctx` tokens.
+def scored_nll(logprobs: NDArray[np.floating], ids: NDArray[np.integer]) -> NDArray[np.floating]:
+    """Nats of the targets that llama-perplexity scores in one chunk: those in its second half.
 
-    `logits_of` maps ids (T,) to logits (T, V). From tools/perplexity/perplexity.cpp of llama.cpp: chunks do not
-    overlap, the rest at the end is dropped, and log-probabilities are taken in double precision.
+    Each is predicted from at least half a chunk: ids 0 to 7 score the targets 5, 6 and 7.  (T, V), (T,) -> (T/2 - 1,)
+    From tools/perplexity/perplexity.cpp of llama.cpp.
     """
-    first = n_ctx // 2
-    scored = []
-    for start in range(0, len(tokens) - n_ctx + 1, n_ctx):
-        ids = tokens[start : start + n_ctx].astype(np.int64)
-        logits = torch.from_numpy(logits_of(ids)[first:-1]).double()  # (n_ctx - first - 1, V)
-        targets = torch.from_numpy(ids[first + 1 :])
-        scored.append(F.cross_entropy(logits, targets, reduction="none").numpy())
-    return np.concatenate(scored) if scored else np.empty(0)
+    positions = np.arange(len(ids) // 2, len(ids) - 1)
+    return -logprobs[positions, ids[positions + 1]]
 
 
 def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_bytes: int) -> dict[str, Any]:
@@ -139,17 +131,22 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
 
 
 def llamacpp_report(model: GPT, tokens: TokenIds, *, n_ctx: int) -> dict[str, Any]:
-    """Perplexity as llama-perplexity computes it with `-c n_ctx`, or only the context when the text is too short."""
-    device = model.tok_emb.weight.device
+    """Perplexity as llama-perplexity computes it with `-c n_ctx`, or only n_ctx when the text is too short.
 
-    def logits_of(ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = model(torch.from_numpy(ids)[None].to(device))[0].float().cpu().numpy()
-            return logits
-
-    nll = llamacpp_nll(logits_of, tokens, n_ctx=n_ctx)
-    if not len(nll):
+    Its chunks do not overlap, and what is left at the end is dropped.
+    """
+    chunks = tokens[: len(tokens) // n_ctx * n_ctx].reshape(-1, n_ctx).astype(np.int64)
+    if not len(chunks) or n_ctx < 4:
         return {"n_ctx": n_ctx}
+    nll = np.concatenate([scored_nll(token_logprobs(model, chunk), chunk) for chunk in chunks]).astype(np.float64)
     loss = estimate(nll)
     ppl = math.exp(loss.mean)
     return {"n_ctx": n_ctx, "tokens": len(nll), "ppl": ppl, "ppl_error": ppl * loss.error}
+
+
+@torch.inference_mode()
+def token_logprobs(model: GPT, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The model's log-probabilities after each token.  (T,) -> (T, V)"""
+    logits = model(torch.from_numpy(ids)[None].to(model.tok_emb.weight.device))[0]
+    logprobs: NDArray[np.float32] = logits.float().log_softmax(-1).cpu().numpy()
+    return logprobs

@@ -18,7 +18,7 @@ class ExportParams:
 
     hf: bool  # a folder for transformers: AutoModelForCausalLM, AutoTokenizer
     gguf: tuple[GGUFType, ...]  # one file for llama.cpp per weight type; [] for none
-    check_tokens: Annotated[int, Within("[512, inf)")]  # tokens of the test split that each GGUF file is checked on
+    check_tokens: Annotated[int, Within("[512, inf)")]  # test (or else val) tokens that each file is checked on
 
     def __post_init__(self) -> None:
         require((len(set(self.gguf)) == len(self.gguf), f"export.gguf={list(self.gguf)} names a type twice"))

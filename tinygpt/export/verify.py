@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tinygpt.evaluate.perplexity import scored_nll, token_logprobs
 from tinygpt.export.config import GGUFType
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model import GPT
@@ -111,7 +112,7 @@ def compare_logprobs(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, floa
     """Log-probabilities at every position of (N, T) chunks, and both perplexities by llama-perplexity's protocol."""
     largest, ours_nll, theirs_nll = 0.0, [], []
     for chunk in chunks:
-        ours, theirs = logprobs(model, chunk), log_softmax(llama.logits(chunk.tolist()))
+        ours, theirs = token_logprobs(model, chunk), log_softmax(llama.logits(chunk.tolist()))
         largest = max(largest, float(np.abs(ours - theirs).max()))
         ours_nll.append(scored_nll(ours, chunk))
         theirs_nll.append(scored_nll(theirs, chunk))
@@ -136,24 +137,9 @@ def compare_greedy(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, float]
     for chunk in chunks[:: max(1, len(chunks) // N_PROMPT)][:N_PROMPT]:
         prompt = chunk[: size - n_new].tolist()
         new = llama.greedy(prompt, n_new)
-        ours = logprobs(model, np.array(prompt + new[:-1]))[len(prompt) - 1 :]  # (n_new, V)
+        ours = token_logprobs(model, np.array(prompt + new[:-1]))[len(prompt) - 1 :]  # (n_new, V)
         gaps.append(ours.max(-1) - ours[np.arange(n_new), new])
     return {"greedy_agreement": float(np.mean(np.array(gaps) == 0)), "max_greedy_gap": float(np.max(gaps))}
-
-
-def scored_nll(logprobs: Floats, ids: Ids) -> Floats:
-    """Negative log-likelihoods that llama-perplexity counts in a chunk: of the targets in its second half.
-
-    Each is predicted from at least half a chunk: ids 0 to 7 score the targets 5, 6 and 7.  (T, V), (T,) -> (T/2 - 1,)
-    """
-    positions = np.arange(len(ids) // 2, len(ids) - 1)
-    return -logprobs[positions, ids[positions + 1]]
-
-
-@torch.inference_mode()
-def logprobs(model: GPT, ids: Ids) -> Floats:
-    """The model's log-probabilities after each token.  (T,) -> (T, V)"""
-    return model(torch.from_numpy(ids)[None])[0].log_softmax(-1).numpy()
 
 
 def log_softmax(logits: Floats) -> Floats:

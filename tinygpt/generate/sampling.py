@@ -32,7 +32,7 @@ def make_filters(sampling: Sampling) -> list[LogitsFilter]:
     """The filters that `sampling` asks for, in the order in which they are applied."""
     filters: list[LogitsFilter] = []
     if sampling.temperature > 0:
-        filters.append(lambda logits: logits / sampling.temperature)
+        filters.append(lambda logits: (logits - logits.max()) / sampling.temperature)  # the largest stays finite
     if sampling.top_k:
         filters.append(lambda logits: apply_top_k(logits, sampling.top_k))
     if sampling.top_p < 1:
@@ -63,7 +63,7 @@ def make_sampler(sampling: Sampling) -> Callable[[Tensor], int]:
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def sample(logits: Tensor) -> int:
-        logits = logits.float().cpu()
+        logits = logits.double().cpu()
         for apply in filters:
             logits = apply(logits)
         if sampling.temperature == 0:

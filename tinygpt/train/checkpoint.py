@@ -6,7 +6,7 @@
             weights.safetensors          the model after 500 steps
             optimizer.safetensors
             best.safetensors             the weights of lowest validation loss so far
-            state.json                   the step, the curve so far, and the checksums of the three files
+            state.json                   the step, the curve so far, and checksums of it all
 
 The folder is no DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
 """
@@ -86,6 +86,8 @@ class Checkpoints:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"another trainer is writing {self.folder}: wait for it, or stop it first") from None
+        for partial in self.folder.glob("*.partial"):  # a killed trainer's
+            shutil.rmtree(partial)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -97,7 +99,8 @@ class Checkpoints:
             for part in PARTS:
                 save_tensors(folder / f"{part}.safetensors", tensors[part])
             checksums = {part: sha256_file(folder / f"{part}.safetensors") for part in PARTS}
-            write_json(folder / "state.json", {"checksums": checksums, "progress": dataclasses.asdict(progress)})
+            state = {"checksums": checksums, "progress": dataclasses.asdict(progress)}
+            write_json(folder / "state.json", state | {"checksum": sha256_json(state)})
         for old in self._all()[:-N_KEPT]:
             shutil.rmtree(old)
 
@@ -106,6 +109,8 @@ class Checkpoints:
         for folder in reversed(self._all()):
             try:
                 state = read_json(folder / "state.json", stage="train")
+                if sha256_json({key: state[key] for key in ("checksums", "progress")}) != state["checksum"]:
+                    raise UserError("state.json is not what was written")
                 for part, checksum in state["checksums"].items():
                     if sha256_file(folder / f"{part}.safetensors") != checksum:
                         raise UserError(f"{part}.safetensors is not what was written")

@@ -1,0 +1,203 @@
+"""The model: parity between its ways, causality, sizes, files."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, random_ids, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tinygpt.errors import UserError
+from tinygpt.model import GPT, load_model
+from tinygpt.model.attention import attention_mask, explicit_attention, sdpa_attention
+from tinygpt.model.config import config_fields, derived_hidden
+from tinygpt.model.device import open_device
+from tinygpt.model.kv_cache import KVCache
+from tinygpt.model.layers import apply_rope, rope_tables
+from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.params import ParamsError
+from tinygpt.runtime import RuntimeParams
+
+CHOICES = {
+    "position": ["learned", "rope"],
+    "norm": ["layernorm", "rmsnorm"],
+    "mlp": ["gelu", "swiglu"],
+    "bias": ["none", "qkv", "all"],
+    "n_kv_head": [4, 2, 1],
+    "qk_norm": [False, True],
+    "tie_weights": [True, False],
+    "dropout": [0.0, 0.2],
+    "attention": ["explicit", "sdpa"],
+}
+
+
+def pairwise_rows() -> list[dict]:
+    """Few rows in which every pair of choices of two switches stands somewhere."""
+    names = list(CHOICES)
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in CHOICES[a] for y in CHOICES[b]}
+    rng, rows = np.random.default_rng(0), []
+    while missing:
+        tries = [{name: values[rng.integers(len(values))] for name, values in CHOICES.items()} for _ in range(60)]
+        row = max(tries, key=lambda row: len(missing & set(itertools.combinations(row.items(), 2))))
+        missing -= set(itertools.combinations(row.items(), 2))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("row", pairwise_rows(), ids=lambda row: "-".join(str(v) for v in row.values()))
+def test_every_pair_of_switches_learns_and_generates_the_same_with_a_cache(row):
+    model = GPT(tiny_config(**row), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(4, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(5):
+        logits = model(ids[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.inference_mode():
+        cache = KVCache(model.config, batch_size=4, max_tokens=40)
+        cached = torch.cat([model(part, cache) for part in ids.split([7, 1, 5, 1, 19], dim=1)], dim=1)
+        torch.testing.assert_close(cached, model(ids), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_do_not_depend_on_later_tokens(family):
+    model, ids = tiny_model(**FAMILIES[family]), random_ids(1, 20)
+    embedded = model.tok_emb(ids).detach().requires_grad_()
+    handle = model.tok_emb.register_forward_hook(lambda *_: embedded)
+    model(ids)[0, 9].sum().backward()
+    handle.remove()
+    reach = embedded.grad[0].abs().sum(-1)
+    assert (reach[10:] == 0).all()
+    assert (reach[:10] > 0).all()
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_explicit_and_fused_attention_agree(n_kv_head):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, n_kv_head, 9, 8), torch.randn(2, n_kv_head, 9, 8)
+    torch.testing.assert_close(explicit_attention(q, k, v, None), sdpa_attention(q, k, v, None))
+    mask = attention_mask(3, 9, torch.device("cpu"))
+    both = explicit_attention(q[:, :, :3], k, v, mask), sdpa_attention(q[:, :, :3], k, v, mask)
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_training_uses_the_fused_kernel_with_dropout_and_groups_too(n_kv_head):
+    model = GPT(tiny_config(n_kv_head=n_kv_head, dropout=0.1)).train()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises when flash attention cannot serve the call
+        model(random_ids(2, 16)).sum().backward()
+
+
+def test_the_mask_lets_each_query_see_itself_and_the_past():
+    mask = attention_mask(2, 4, torch.device("cpu"))
+    assert mask.tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(8), torch.randn(8)
+    tables = rope_tables(32, 8, 100.0)
+    rotated_q = apply_rope(q.expand(1, 1, 32, 8), tables)[0, 0]
+    rotated_k = apply_rope(k.expand(1, 1, 32, 8), tables)[0, 0]
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(32))
+    products = rotated_q @ rotated_k.T
+    for distance in (0, 3, 10):
+        diagonal = products.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=1e-4)
+    cos, sin = tables
+    assert (cos[1, 0].item(), sin[1, 0].item()) == pytest.approx((math.cos(1), math.sin(1)))
+    assert cos[1, 1].item() == pytest.approx(math.cos(100 ** (-2 / 8)))  # the second of four wavelengths
+
+
+def test_tied_and_untied_models_of_equal_weights_agree():
+    tied = tiny_model()
+    untied = GPT(tiny_config(tie_weights=False))
+    untied.load_state_dict(tied.state_dict())
+    ids = random_ids(2, 10)
+    assert torch.equal(tied(ids), untied.eval()(ids))
+    assert untied.n_params() - tied.n_params() == tied.tok_emb.weight.numel()
+
+
+def test_the_number_of_weights_of_gpt2_small():
+    with torch.device("meta"):
+        model = GPT(
+            tiny_config(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, block_size=1024, **FAMILIES["gpt2"])
+        )
+    assert model.n_params() == 124_439_808  # https://huggingface.co/openai-community/gpt2
+
+
+def test_the_first_weights_come_from_the_seed_alone():
+    one, same, other = (GPT(tiny_config(), generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.tok_emb.weight, other.tok_emb.weight)
+    assert one.blocks[0].attn.o_proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.1)
+    assert one.blocks[0].attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_derived_sizes():
+    assert derived_hidden(256, "gelu") == 1024
+    assert derived_hidden(256, "swiglu") == 704  # 682.67, up to a multiple of 32
+    assert tiny_config(n_head=4, n_kv_head=None).n_kv_head == 4
+    assert tiny_config(n_embd=32, n_head=4).head_dim == 8
+
+
+def test_too_long_a_sequence_is_a_programmers_mistake():
+    with pytest.raises(AssertionError, match="65 tokens, but block_size is 64"):
+        tiny_model()(random_ids(1, 65))
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_weights": False}, FAMILIES["gpt2"], FAMILIES["qwen3"]])
+def test_a_saved_model_loads_as_it_was_and_with_the_same_bytes(tmp_path, changes):
+    model = tiny_model(**changes)
+    for name in "ab":
+        save_model(tmp_path / name, model.config, model_tensors(model))
+    loaded = load_model(tmp_path / "a")
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert torch.equal(loaded(random_ids(1, 12)), model(random_ids(1, 12)))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_model_folder_that_does_not_fit_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"config.json not found: run `dvc repro train`"):
+        load_model(tmp_path)
+    model = tiny_model()
+    save_model(tmp_path, model.config, model_tensors(model))
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["surplus"] = tensors.pop("norm.weight")
+    tensors["tok_emb.weight"] = tensors["tok_emb.weight"][:5].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path)
+    for problem in ("missing norm.weight", "extra surplus", r"tok_emb.weight is (5, 32), expected (300, 32)"):
+        assert problem in str(caught.value)
+
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
+    with pytest.raises(UserError, match=r"model.safetensors cannot be read as safetensors"):
+        load_model(tmp_path)
+
+    fields = config_fields(model.config)
+    del fields["qk_norm"]  # a folder of an older version
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"config.json does not fit this version .*missing key qk_norm"):
+        load_model(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    runtime = RuntimeParams(device="auto", n_thread=1, micro_batch_size=None, log_every=1)
+    assert open_device(runtime).type in ("cpu", "cuda", "mps")
+    missing = "cuda" if not torch.cuda.is_available() else "mps"
+    with pytest.raises(ParamsError, match=f"runtime.device={missing} is not there"):
+        open_device(RuntimeParams(device=missing, n_thread=1, micro_batch_size=None, log_every=1))

@@ -1,0 +1,50 @@
+"""Plots: the same bytes from the same numbers, and in them what they promise."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pandas as pd
+import pytest
+
+from tinygpt.errors import UserError
+from tinygpt.report.plots import COLUMNS, PlotParams, read_curve, write_plots
+
+PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=3)
+
+
+@pytest.fixture
+def curve() -> pd.DataFrame:
+    steps = range(1, 21)
+    val = [3 - step / 10 if step % 5 == 0 and step < 20 else (1.9 if step == 20 else None) for step in steps]
+    return pd.DataFrame(
+        {"step": steps, "train_loss": [3 - s / 20 for s in steps], "val_loss": val, "lr": 1e-3, "grad_norm": 0.5}
+    )
+
+
+def test_plots_are_whole_files_with_labels_and_the_best_step(curve, tmp_path):
+    names = write_plots(curve, tmp_path / "plots", PARAMS)
+    assert names == ["loss.svg", "loss.png", "optimizer.svg", "optimizer.png"]
+    svg = (tmp_path / "plots/loss.svg").read_text()
+    ElementTree.fromstring(svg)
+    for text in ("best: 1.500 at step 15", "train", "validation", "loss (nats per token)", "step"):
+        assert text in svg
+    assert "learning rate" in (tmp_path / "plots/optimizer.svg").read_text()
+    assert (tmp_path / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_have_the_same_bytes_each_time(curve, tmp_path):
+    for name in "ab":
+        write_plots(curve, tmp_path / name, PARAMS)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_a_curve_is_read_as_it_was_written(curve, tmp_path):
+    curve.to_csv(tmp_path / "train.csv", index=False)
+    pd.testing.assert_frame_equal(read_curve(tmp_path / "train.csv"), curve)
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\n"])
+def test_a_file_that_is_no_curve_is_refused(text, tmp_path):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError, match="train.csv .*run `dvc repro train`"):
+        read_curve(tmp_path / "train.csv")

@@ -1,0 +1,83 @@
+"""Token files: what is written is what is read, and anything else is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tinygpt.errors import UserError
+from tinygpt.files import write_json
+from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer.pretokenize import byte_alphabet
+from tinygpt.tokenizer.tokenizer import EOS
+from tinygpt.tokens import TokensMeta, load_meta, load_tokens, write_tokens
+
+DOCUMENTS = ["the first", "the sécond", ""]
+
+
+def write_folder(folder, tokenizer):
+    splits = {
+        name: write_tokens(folder / f"{name}.bin", documents, tokenizer)
+        for name, documents in [("train", DOCUMENTS), ("val", ["x"]), ("test", [])]
+    }
+    meta = TokensMeta(
+        dtype=tokenizer.dtype.str,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256="0" * 64,
+        **splits,
+    )
+    write_json(folder / "meta.json", dataclasses.asdict(meta))
+    return meta
+
+
+def test_documents_are_joined_and_enclosed_by_the_end_of_text(tiny_tokenizer, tmp_path):
+    meta = write_folder(tmp_path, tiny_tokenizer)
+    assert load_meta(tmp_path) == meta
+    ids = load_tokens(tmp_path, "train").tolist()
+    assert tiny_tokenizer.decode(ids) == f"{EOS}the first{EOS}the sécond{EOS}{EOS}"
+    assert ids[0] == ids[-1] == tiny_tokenizer.eos_id
+    assert (meta.train.documents, meta.train.bytes, meta.train.tokens) == (3, 9 + 11, len(ids))
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path):
+    tokenizer = Tokenizer([EOS, *byte_alphabet(), *(f"a{i}" for i in range(2**16))], [], {EOS: 0})
+    write_folder(tmp_path, tokenizer)
+    assert load_tokens(tmp_path, "train").dtype == np.uint32
+    assert tokenizer.decode(load_tokens(tmp_path, "val")) == f"{EOS}x{EOS}"
+
+
+def test_the_map_cannot_be_written(tiny_tokenizer, tmp_path):
+    write_folder(tmp_path, tiny_tokenizer)
+    with pytest.raises(ValueError, match="read-only"):
+        load_tokens(tmp_path, "train")[0] = 1
+
+
+def test_a_file_of_another_length_is_refused(tiny_tokenizer, tmp_path):
+    write_folder(tmp_path, tiny_tokenizer)
+    with open(tmp_path / "train.bin", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(
+        UserError, match=r"train.bin has \d+ bytes, meta.json promises \d+ tokens: run `dvc repro encode`"
+    ):
+        load_tokens(tmp_path, "train")
+
+
+def test_too_few_tokens_are_told_with_the_params_to_change(tiny_tokenizer, tmp_path):
+    write_folder(tmp_path, tiny_tokenizer)
+    with pytest.raises(UserError, match=r"test.bin has 0 tokens, at least 1 .*a larger clean.test_fraction"):
+        load_tokens(tmp_path, "test")
+    with pytest.raises(UserError, match=r"at least 1000 are needed: take more text or a smaller model.block_size"):
+        load_tokens(tmp_path, "train", at_least=1000)
+
+
+def test_missing_and_foreign_files_are_told(tiny_tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"meta.json not found: run `dvc repro encode`"):
+        load_tokens(tmp_path, "train")
+    write_folder(tmp_path, tiny_tokenizer)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    del meta["eos_id"], meta["val"]["bytes"]
+    write_json(tmp_path / "meta.json", meta)
+    with pytest.raises(UserError, match=r"is not of this version \(missing key eos_id; missing key val.bytes\)"):
+        load_meta(tmp_path)

@@ -1,0 +1,397 @@
+"""Training: batches, schedules, optimizer, and a loop that resumes to the last bit."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_ids, tiny_config, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinygpt.errors import UserError
+from tinygpt.model.weights import model_tensors
+from tinygpt.runtime import RuntimeParams
+from tinygpt.train import checkpoint
+from tinygpt.train.batches import Batches
+from tinygpt.train.checkpoint import Checkpoints, code_hash, fingerprint
+from tinygpt.train.config import TrainParams
+from tinygpt.train.interrupts import Interrupts
+from tinygpt.train.loss import next_token_loss
+from tinygpt.train.optim import build_optimizer, decayed_names, load_optimizer_tensors, optimizer_tensors
+from tinygpt.train.publish import publish
+from tinygpt.train.schedules import lr_at
+from tinygpt.train.trainer import Stopped, Trainer, pick_precision, validation_sequences
+
+PARAMS = TrainParams(
+    seed=1,
+    max_steps=10,
+    batch_size=4,
+    lr=3e-3,
+    min_lr_frac=0.1,
+    warmup_steps=2,
+    schedule="cosine",
+    weight_decay=0.1,
+    betas=(0.9, 0.99),
+    grad_clip=1.0,
+    precision="auto",
+    eval_every=4,
+    eval_tokens=500,
+    save_every=3,
+    sample_tokens=0,
+)
+RUNTIME = RuntimeParams(device="cpu", n_thread=1, micro_batch_size=None, log_every=5)
+
+
+def tokens(n: int = 2000) -> np.ndarray:
+    """Ids with something to learn: each is one of four that may follow the one before. Ends as it begins."""
+    rng = np.random.default_rng(0)
+    ids = [0]
+    for step in rng.integers(1, 5, n - 2):
+        ids.append(int(ids[-1] * 3 + step) % 300)
+    return np.array([*ids, 0], np.uint16)
+
+
+@pytest.fixture(autouse=True)
+def runs_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+
+
+def make_trainer(
+    checkpoints: Checkpoints, *, params=PARAMS, runtime=RUNTIME, sample=lambda model: "", **config
+) -> Trainer:
+    return Trainer(
+        tiny_config(**config),
+        params,
+        runtime,
+        train_tokens=tokens(),
+        val_tokens=tokens(800),
+        checkpoints=checkpoints,
+        device=torch.device("cpu"),
+        write_sample=sample,
+    )
+
+
+def train(name: str = "run", **kwargs):
+    with Checkpoints(name) as checkpoints:
+        return make_trainer(checkpoints, **kwargs).fit()
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- batches ----
+
+
+@given(n=st.integers(20, 300), seq_len=st.integers(1, 19), batch_size=st.integers(1, 7), seed=st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_has_each_token_once_but_for_less_than_a_sequence(n, seq_len, batch_size, seed):
+    ring = np.arange(n).astype(np.uint16)
+    batches = Batches(np.r_[ring, ring[:1]], seq_len=seq_len, batch_size=batch_size, seed=seed)
+    n_steps = -(-batches.per_epoch // batch_size)
+    rows = np.concatenate([batches.batch_at(step) for step in range(n_steps)])[: batches.per_epoch]
+    counts = Counter(rows[:, 1:].flatten().tolist())
+    assert set(counts.values()) == {1}
+    assert n - len(counts) < seq_len
+    assert ((rows[:, 1:] - rows[:, :-1]) % n == 1).all()  # each target follows its token
+
+
+def test_the_batch_of_a_step_does_not_depend_on_the_steps_before():
+    once = Batches(tokens(), seq_len=16, batch_size=4, seed=1)
+    forward = [once.batch_at(step) for step in range(80)]
+    for step in (79, 3, 40):
+        assert (Batches(tokens(), seq_len=16, batch_size=4, seed=1).batch_at(step) == forward[step]).all()
+    other = Batches(tokens(), seq_len=16, batch_size=4, seed=2).batch_at(0)
+    assert (other != forward[0]).any()
+    assert (forward[0] != forward[once.per_epoch // 4 + 1]).any()  # another epoch, another order
+
+
+# ---- schedules ----
+
+
+@given(
+    max_steps=st.integers(1, 500),
+    warmup_share=st.floats(0, 0.99),
+    schedule=st.sampled_from(["cosine", "constant"]),
+)
+def test_learning_rate_is_never_zero_peaks_after_the_warmup_and_ends_at_the_minimum(max_steps, warmup_share, schedule):
+    warmup = int(max_steps * warmup_share)
+    params = dataclasses.replace(PARAMS, max_steps=max_steps, warmup_steps=warmup, schedule=schedule)
+    lrs = [lr_at(step, params) for step in range(max_steps)]
+    assert 0 < lrs[0] <= params.lr
+    assert lrs[warmup] == pytest.approx(params.lr)
+    assert all(a < b for a, b in pairwise(lrs[: warmup + 1]))
+    after = lrs[warmup:]
+    assert all(a >= b for a, b in pairwise(after))
+    if schedule == "cosine" and len(after) > 1:
+        assert after[-1] == pytest.approx(params.lr * params.min_lr_frac)
+
+
+# ---- loss and optimizer ----
+
+
+def test_the_loss_of_three_tokens_by_hand():
+    logits = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0], [0.0, math.log(3)]]])
+    targets = torch.tensor([[0, 0, 0]])
+    expected = (math.log(2) + math.log(4 / 3) + math.log(4)) / 3
+    assert next_token_loss(logits, targets).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_only_matrices_of_linear_layers_decay(tie_weights):
+    model = tiny_model(tie_weights=tie_weights, position="learned", norm="layernorm", mlp="gelu", bias="all")
+    optimizer = build_optimizer(model, PARAMS)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert names == decayed_names(model)
+    assert ("lm_head.weight" in names) == (not tie_weights)
+    assert all(name.endswith("_proj.weight") or name == "lm_head.weight" for name in names)
+    assert len(names) == 2 * 6 + (not tie_weights)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_one_step_of_the_optimizer_by_hand():
+    model = tiny_model()
+    optimizer = build_optimizer(model, PARAMS)
+    weight, norm = model.blocks[0].mlp.up_proj.weight, model.norm.weight
+    before, norm_before = weight.detach().clone(), norm.detach().clone()
+    next_token_loss(model(random_ids(2, 9)), random_ids(2, 9, seed=1)).backward()
+    optimizer.step()  # the first step of Adam moves each weight by lr · g / (|g| + eps), decay apart
+    moved = PARAMS.lr * weight.grad / (weight.grad.abs() + 1e-8)
+    torch.testing.assert_close(weight, before * (1 - PARAMS.lr * PARAMS.weight_decay) - moved, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        norm, norm_before - PARAMS.lr * norm.grad / (norm.grad.abs() + 1e-8), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_optimizer_state_survives_as_named_tensors():
+    model = tiny_model()
+    optimizer = build_optimizer(model, PARAMS)
+    next_token_loss(model(random_ids(2, 9)), random_ids(2, 9, seed=1)).backward()
+    optimizer.step()
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    other = tiny_model()
+    other.load_state_dict(model.state_dict())
+    fresh = build_optimizer(other, PARAMS)
+    load_optimizer_tensors(other, fresh, saved)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        b.grad = a.grad.clone()
+    optimizer.step()
+    fresh.step()
+    assert same(model.state_dict(), other.state_dict())
+
+
+# ---- the loop ----
+
+
+def test_training_lowers_the_loss_and_keeps_the_best_and_the_last_weights():
+    trained = train(params=dataclasses.replace(PARAMS, max_steps=40))
+    rows = trained.progress.rows
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 0.3
+    assert trained.progress.best_val_loss == min(row["val_loss"] for row in rows if row["val_loss"] is not None)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows if row["val_loss"] is not None] == list(range(4, 41, 4))
+    assert trained.progress.best_step == 40
+    assert same(trained.best, trained.last)
+
+
+@pytest.mark.parametrize("config", [{}, {"dropout": 0.2}, {"tie_weights": False, "bias": "all"}])
+def test_a_run_cut_anywhere_ends_with_the_same_bits(config, tmp_path, monkeypatch):
+    undisturbed = train("undisturbed", **config)
+    cuts = iter([2, 5, 6, 9])
+
+    class Killed(BaseException):
+        pass
+
+    original = Trainer._train_step
+
+    def step_or_die(trainer: Trainer, step: int) -> None:
+        if step == step_or_die.cut:
+            step_or_die.cut = next(cuts, None)
+            raise Killed
+        original(trainer, step)
+
+    step_or_die.cut = next(cuts)
+    monkeypatch.setattr(Trainer, "_train_step", step_or_die)
+    for _ in range(4):
+        with pytest.raises(Killed):
+            train("cut", **config)
+    resumed = train("cut", **config)
+    assert same(resumed.last, undisturbed.last)
+    assert same(resumed.best, undisturbed.best)
+    ignore_time = {"seconds": 0.0}
+    assert dataclasses.replace(resumed.progress, **ignore_time) == dataclasses.replace(
+        undisturbed.progress, **ignore_time
+    )
+
+
+def test_a_finished_run_is_given_again_without_a_step(monkeypatch):
+    first = train()
+    monkeypatch.setattr(Trainer, "_train_step", lambda *_: pytest.fail("it trained again"))
+    again = train()
+    assert same(first.last, again.last)
+    assert same(first.best, again.best)
+    assert again.progress == first.progress
+
+
+@pytest.mark.parametrize("part", ["weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["torn", "flipped", "gone"])
+def test_a_damaged_checkpoint_makes_way_for_the_one_before(part, damage, tmp_path, capsys):
+    undisturbed = train("undisturbed")
+    train("damaged")
+    newest = sorted((tmp_path / "runs/damaged").glob("step-*"))[-1]
+    path = newest / part
+    raw = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        raw[len(raw) // 2] ^= 0xFF
+        path.write_bytes(raw if damage == "flipped" else raw[: len(raw) // 2])
+    resumed = train("damaged")
+    assert "taking the one before" in capsys.readouterr().out
+    assert same(resumed.last, undisturbed.last)
+    assert same(resumed.best, undisturbed.best)
+
+
+def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path):
+    train()
+    folder = tmp_path / "runs/run"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-0000009", "step-0000010"]
+    shutil.copytree(folder / "step-0000010", folder / "step-0000011.partial")
+    assert train().progress.step == 10
+
+
+def test_a_second_trainer_of_the_same_run_is_refused():
+    with (
+        Checkpoints("run"),
+        pytest.raises(UserError, match=r"another trainer is writing .*runs/run"),
+        Checkpoints("run"),
+    ):
+        pass
+
+
+def test_micro_batches_of_any_size_give_the_same_model_up_to_rounding():
+    params = dataclasses.replace(PARAMS, max_steps=5)
+    whole = train("whole", params=params)
+    for size in (1, 3):
+        parts = train(f"parts{size}", params=params, runtime=dataclasses.replace(RUNTIME, micro_batch_size=size))
+        for name in whole.last:
+            torch.testing.assert_close(parts.last[name], whole.last[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("lr", "grad_clip"), [(1e30, 1e30)])
+def test_a_loss_that_is_no_number_stops_the_run_with_its_step_and_keeps_the_last_good_checkpoint(
+    lr, grad_clip, tmp_path
+):
+    params = dataclasses.replace(PARAMS, lr=lr, grad_clip=grad_clip, save_every=1)
+    with pytest.raises(UserError, match=r"loss .* at step \d+: lower train.lr"):
+        train(params=params)
+    with Checkpoints("run") as checkpoints:
+        progress, tensors = checkpoints.load_latest()
+    assert progress.step >= 1
+    assert all(tensor.isfinite().all() for tensor in tensors["weights"].values())
+
+
+def test_a_request_to_stop_saves_and_says_so(monkeypatch):
+    asked = iter([False, False, False, False, True])
+
+    def requested(interrupts: Interrupts) -> bool:
+        if next(asked):
+            interrupts.signal = 15
+        return interrupts.signal is not None
+
+    monkeypatch.setattr(Interrupts, "requested", requested)
+    with pytest.raises(Stopped, match="stopped after step") as stopped:
+        train()
+    assert stopped.value.signal == 15
+
+
+def test_bf16_is_taken_when_asked_for_and_trains():
+    assert pick_precision("auto", torch.device("cpu")) == torch.float32
+    assert pick_precision("bf16", torch.device("cpu")) == torch.bfloat16
+    trained = train(params=dataclasses.replace(PARAMS, precision="bf16", max_steps=20))
+    rows = trained.progress.rows
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert all(tensor.dtype == torch.float32 for tensor in trained.last.values())
+
+
+def test_validation_sequences_lie_side_by_side():
+    rows = validation_sequences(np.arange(30, dtype=np.uint16), 8, 1000)
+    assert rows.tolist() == [list(range(start, start + 9)) for start in (0, 8, 16)]
+    assert len(validation_sequences(np.arange(30, dtype=np.uint16), 8, 17)) == 2
+    assert len(validation_sequences(np.arange(30, dtype=np.uint16), 8, 1)) == 1
+
+
+def test_a_fingerprint_names_the_params_the_data_and_the_code_but_no_comment(tmp_path, monkeypatch):
+    from tinygpt.tokens import SplitMeta, TokensMeta
+
+    split = SplitMeta(tokens=1, documents=1, bytes=1, sha256="a")
+    meta = TokensMeta(dtype="<u2", vocab_size=300, eos_id=0, tokenizer_sha256="t", train=split, val=split, test=split)
+    base = fingerprint(tiny_config(), PARAMS, meta)
+    others = [
+        fingerprint(tiny_config(n_layer=3), PARAMS, meta),
+        fingerprint(tiny_config(), dataclasses.replace(PARAMS, lr=1e-4), meta),
+        fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, train=dataclasses.replace(split, sha256="b"))),
+        fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, tokenizer_sha256="u")),
+    ]
+    assert len({base, *others}) == 5
+    assert base == fingerprint(tiny_config(), PARAMS, meta)
+
+
+def test_the_code_hash_sees_code_and_not_comments(tmp_path, monkeypatch):
+    package = tmp_path / "tinygpt"
+    for name in ("train", "model"):
+        (package / name).mkdir(parents=True)
+    (package / "tokens.py").write_text("A = 1\n")
+    file = package / "model" / "gpt.py"
+    monkeypatch.setattr(checkpoint, "__file__", str(package / "train" / "checkpoint.py"))
+    hashes = []
+    sources = [
+        'def f(x):\n    """One."""\n    return x\n',
+        "def f(x):\n    # why\n    return  x\n",
+        "def f(x):\n    return -x\n",
+    ]
+    for source in sources:
+        file.write_text(source)
+        hashes.append(code_hash())
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_publishing_writes_the_same_bytes_twice(tmp_path):
+    params = dataclasses.replace(PARAMS, sample_tokens=5)
+    files = []
+    for name in "ab":
+        with Checkpoints(name) as checkpoints:
+            trainer = make_trainer(checkpoints, params=params, sample=lambda model: "a sample")
+            report = publish(trainer.fit(), trainer, tmp_path / name / "model", tmp_path / name / "reports")
+        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file() and path.name != "train.json")
+        files.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in paths})
+    assert files[0] == files[1]
+    assert sorted(files[0]) == [
+        "model/config.json",
+        "model/last.safetensors",
+        "model/model.safetensors",
+        "reports/train.csv",
+        "reports/train_samples.md",
+    ]
+    header, *rows = files[0]["reports/train.csv"].decode().splitlines()
+    assert header == "step,train_loss,val_loss,lr,grad_norm"
+    assert len(rows) == PARAMS.max_steps
+    assert files[0]["reports/train_samples.md"].decode().count("a sample") == 3
+    assert json.loads((tmp_path / "a/reports/train.json").read_text())["tokens"] == 10 * 4 * 64
+    assert report["epochs"] == pytest.approx(10 * 4 * 64 / 1999)
+
+
+def test_weights_of_the_model_are_what_is_saved():
+    trained = train()
+    with Checkpoints("run") as checkpoints:
+        trainer = make_trainer(checkpoints)
+        trainer._resume()
+        assert same(model_tensors(trainer.model), trained.last)
