@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import matplotlib as mpl
 import pandas as pd
@@ -21,7 +21,7 @@ from tinygpt.params import Count, Within, require
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "tinygpt",  # else ids of SVG elements are random
     "svg.fonttype": "none",
     "font.size": 10,
@@ -78,7 +78,7 @@ def plot_loss(curve: pd.DataFrame, params: PlotParams) -> Figure:
     axes.plot(curve.step, smooth, color=BLUE, linewidth=1.2, label="train")
     val = curve.dropna(subset="val_loss")
     axes.plot(val.step, val.val_loss, "--o", color=VERMILION, markersize=3.5, label="validation")
-    best = val.loc[val.val_loss.idxmin()]
+    best = val.sort_values("val_loss", kind="stable").iloc[0]
     label = f"best: {best.val_loss:.3f} at step {best.step:,.0f}"
     axes.plot([best.step], [best.val_loss], "*", color=GREEN, markersize=14, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training and validation loss")

@@ -1,0 +1,1 @@
+"""Measurements beside others, each a command: `python -m benchmarks.<name>`."""

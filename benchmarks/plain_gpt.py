@@ -1,0 +1,147 @@
+"""Validation loss of params.yaml's run beside a plain GPT of the same size, trained with AdamW for the same time.
+
+    dvc repro encode && python -m benchmarks.plain_gpt
+
+The plain GPT is put together from torch.nn's own transformer layers: learned positions, LayerNorm with biases, GELU,
+tied embeddings, as GPT-2 has it. It sees the same tokens in the same order and is given several learning rates, of
+which the best counts. Both are timed in training alone, without evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tinygpt.errors import program
+from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.device import open_device
+from tinygpt.params import load_params
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokens import load_meta, load_tokens
+from tinygpt.train.batches import Batches
+from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.train.config import TrainParams
+from tinygpt.train.trainer import Trainer, validation_sequences
+
+TOKENS_DIR = Path("data/tokens")
+WARMUP = 0.05  # share of the time in which the plain GPT's learning rate rises; then a cosine to a tenth
+
+
+class PlainGPT(nn.Module):
+    """torch.nn's encoder layers, norm first, under a causal mask."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
+        layer = nn.TransformerEncoderLayer(
+            config.n_embd,
+            config.n_head,
+            dim_feedforward=4 * config.n_embd,
+            dropout=0.0,
+            activation=lambda x: F.gelu(x, approximate="tanh"),
+            batch_first=True,
+            norm_first=True,
+        )
+        norm = nn.LayerNorm(config.n_embd)
+        self.layers = nn.TransformerEncoder(layer, config.n_layer, norm=norm, enable_nested_tensor=False)
+        for name, parameter in self.named_parameters():  # GPT-2's first weights
+            if parameter.ndim == 2:
+                share = math.sqrt(2 * config.n_layer) if name.endswith(("out_proj.weight", "linear2.weight")) else 1.0
+                nn.init.normal_(parameter, std=0.02 / share)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(config.block_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V)"""
+        t = ids.size(1)
+        x = self.tok_emb(ids) + self.pos_emb.weight[:t]
+        assert isinstance(self.mask, Tensor)
+        return self.layers(x, mask=self.mask[:t, :t], is_causal=True) @ self.tok_emb.weight.T
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """(B, T + 1) -> mean nats per token"""
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+def train_plain(config: GPTConfig, batches: Batches, *, lr: float, seconds: float, seed: int) -> tuple[nn.Module, int]:
+    """Train for `seconds`; return the model and the number of steps."""
+    torch.manual_seed(seed)
+    model = PlainGPT(config)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "emb" not in n)]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    began, step = time.perf_counter(), 0
+    while (gone := (time.perf_counter() - began) / seconds) < 1:
+        rise = min(1.0, (gone + 1e-3) / WARMUP)
+        fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, gone - WARMUP) / (1 - WARMUP)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rise * fall
+        loss_of(model, torch.from_numpy(batches.batch_at(step))).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+    return model.eval(), step
+
+
+@torch.inference_mode()
+def validation_loss(model: nn.Module, rows: NDArray[np.int64]) -> float:
+    """Mean nats per token over sequences side by side."""
+    parts = torch.from_numpy(rows).split(8)
+    return sum(loss_of(model, part).item() * len(part) for part in parts) / len(rows)
+
+
+@program
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3], help="of the plain GPT")
+    args = parser.parse_args()
+    model_params, params, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
+    config = GPTConfig(**config_fields(model_params), vocab_size=load_meta(TOKENS_DIR).vocab_size)
+    device = open_device(runtime)
+    tokens = {split: load_tokens(TOKENS_DIR, split) for split in ("train", "val")}
+    rows = validation_sequences(tokens["val"], config.block_size, len(tokens["val"]))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DVC_ROOT"] = folder
+        with Checkpoints("benchmark") as checkpoints:
+            trainer = Trainer(
+                config,
+                params,
+                runtime,
+                train_tokens=tokens["train"],
+                val_tokens=tokens["val"],
+                checkpoints=checkpoints,
+                device=device,
+                write_sample=lambda model: "",
+            )
+            seconds = trainer.fit().progress.seconds
+    trainer.model.eval()
+    table = [
+        ("params.yaml", params.lr, trainer.model.n_params(), params.max_steps, validation_loss(trainer.model, rows))
+    ]
+    for lr in args.lrs:
+        batches = Batches(tokens["train"], seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
+        plain, steps = train_plain(config, batches, lr=lr, seconds=seconds, seed=params.seed)
+        n_params = sum(p.numel() for p in plain.parameters())
+        table.append(("plain GPT", lr, n_params, steps, validation_loss(plain, rows)))
+    print(f"\n| model | lr | weights | steps in {seconds:.0f} s | validation loss (nats per token) |")
+    print("|---|---|---|---|---|")
+    for name, lr, n_params, steps, loss in table:
+        print(f"| {name} | {lr:g} | {n_params:,} | {steps:,} | {loss:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
