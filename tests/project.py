@@ -1,0 +1,109 @@
+"""A copy of this project with a small corpus and small params, for tests that run whole stages."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+BIN = str(Path(sys.executable).parent)
+
+SMALL = {
+    "download.source": "corpus.txt",
+    "clean.separator": "\n\n",
+    "clean.near_duplicates": None,
+    "tokenizer.vocab_size": 320,
+    "model.n_layer": 1,
+    "model.n_head": 2,
+    "model.n_embd": 32,
+    "model.block_size": 64,
+    "train.max_steps": 40,
+    "train.batch_size": 4,
+    "train.warmup_steps": 5,
+    "train.eval_every": 10,
+    "train.eval_tokens": 500,
+    "train.save_every": 5,
+    "train.sample_tokens": 10,
+    "evaluate.max_new_tokens": 10,
+    "export.gguf": ["f32", "q8_0"],
+    "export.check_tokens": 512,
+    "plot.dpi": 30,
+    "runtime.n_thread": 1,
+}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Ours, with the tests' Python first and no git identity or settings of this machine."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC", "GIT", "PYTEST"))}
+    env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | changes
+
+
+def run(command: str, folder: Path, *, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command in a folder; stdout has both streams."""
+    return subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def succeed(command: str, folder: Path, **env: str) -> str:
+    """Run a command that must succeed; return what it printed."""
+    done = run(command, folder, **env)
+    assert done.returncode == 0, f"{command}: {done.stdout}"
+    return done.stdout
+
+
+def commit(folder: Path, message: str) -> None:
+    """Commit everything, as somebody."""
+    succeed(f"git add -A && git -c user.name=t -c user.email=t@t commit -qm '{message}'", folder)
+
+
+def corpus(n_documents: int = 400) -> str:
+    """Sentences of made-up words: about 100 kB that a small model learns something from."""
+    rng = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(150)]
+
+    def sentence() -> str:
+        return f"The {rng.choice(words)} {rng.choice(words)}s the {rng.choice(words)} naïve {rng.choice(words)}."
+
+    return "\n\n".join(" ".join(sentence() for _ in range(rng.randint(3, 8))) for _ in range(n_documents)) + "\n"
+
+
+def make_project(folder: Path, changes: Mapping[str, Any] = SMALL) -> Path:
+    """Copy what git would hold of this project into `folder`, with a corpus and changed params, and commit it."""
+    listed = succeed("git ls-files -co --exclude-standard", ROOT).splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and not name.startswith(("reports/", "dvc.lock")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "corpus.txt").write_text(corpus(), encoding="utf-8")
+    set_params(folder, changes)
+    succeed("git init -q -b main", folder)
+    commit(folder, "start")
+    return folder
+
+
+def set_params(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Change values in a folder's params.yaml, by "group.key"."""
+    yaml = YAML()
+    document = yaml.load(folder / "params.yaml")
+    for name, value in changes.items():
+        group, key = name.split(".")
+        assert key in document[group], name
+        document[group][key] = value
+    yaml.dump(document, folder / "params.yaml")
