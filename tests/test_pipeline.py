@@ -1,7 +1,6 @@
 """The pipeline as DVC's users run it."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from project import BIN, ROOT, commit, environment, make_project, run, set_params, succeed
 from test_resume import hashes
 
-pytestmark = [pytest.mark.xdist_group("pipeline"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 STAGES = ["download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export"]
 
@@ -124,7 +123,7 @@ def test_comments_re_run_only_what_they_stand_in(project):
 
 def test_an_experiment_in_a_copy_and_a_sweep_in_the_queue_leave_the_folder_alone(project):
     succeed("dvc exp run --temp -S train.seed=2 -n temporary", project)
-    succeed("dvc exp run --queue -S 'train.lr=1e-3,3e-4'", project)
+    succeed("dvc exp run --queue -S 'train.lr=1e-5,3e-4'", project)
     succeed("dvc queue start --jobs 2", project)
     deadline = time.monotonic() + 240
     while True:
@@ -203,10 +202,10 @@ def wait_until_nobody_trains(project: Path) -> None:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 if b"stages.train" in (entry / "cmdline").read_bytes():
-                    cwds.append(os.readlink(entry / "cwd"))
+                    cwds.append((entry / "cwd").readlink())
             except OSError:
                 continue
-        if str(project) not in cwds:
+        if project not in cwds:
             return
         assert time.monotonic() < deadline, "the trainer outlived dvc"
         time.sleep(0.05)
@@ -236,7 +235,7 @@ def test_a_folder_without_git_is_told_what_to_do(tmp_path):
     venv = tmp_path / "zip/.venv"
     venv.mkdir()
     (tmp_path / "zip/requirements.txt").touch()
-    os.symlink(BIN, venv / "bin")
+    (venv / "bin").symlink_to(BIN)
     (venv / "requirements.installed").touch()
     failed = run("make repro", tmp_path / "zip", GIT_CEILING_DIRECTORIES=str(tmp_path))
     assert failed.returncode != 0

@@ -1,7 +1,6 @@
 """Training killed in every way goes on and ends with the same bytes."""
 
 import hashlib
-import os
 import resource
 import shutil
 import signal
@@ -12,8 +11,6 @@ from pathlib import Path
 
 import pytest
 from project import environment, make_project, run, set_params, succeed
-
-pytestmark = pytest.mark.xdist_group("resume")
 
 TRAIN = [sys.executable, "-m", "stages.train"]
 RESULTS = ("data/model/model.safetensors", "data/model/last.safetensors", "data/model/config.json")
@@ -39,7 +36,9 @@ def undisturbed(tmp_path_factory) -> Path:
 def project(undisturbed, tmp_path) -> Path:
     """The same project before training."""
     folder = tmp_path / "project"
-    shutil.copytree(undisturbed, folder, ignore=shutil.ignore_patterns("runs", "model"))
+    shutil.copytree(undisturbed, folder)
+    for name in ("runs", "data/model"):
+        shutil.rmtree(folder / name)
     for name in REPORTS:
         (folder / name).unlink()
     return folder
@@ -149,4 +148,4 @@ def test_the_death_of_its_parent_alone_does_not_stop_a_trainer_that_a_person_sta
         assert time.monotonic() < deadline, (project / "train.log").read_text()
         time.sleep(0.1)
     assert pid
-    assert os.path.exists(project / "reports/train.csv")
+    assert (project / "reports/train.csv").exists()

@@ -28,10 +28,11 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             sys.stderr.close()
             sys.exit(141)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                sys.exit(f"error: the disk is full (writing {error.filename or 'a file'}): free some space, run again")
-            if error.errno in (errno.EACCES, errno.EROFS, errno.EDQUOT):
-                sys.exit(f"error: cannot write {error.filename or 'a file'}: {error.strerror}")
+            name, reason = error.filename or "a file", error.strerror
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                sys.exit(f"error: no room to write {name} ({reason}): free some space and run again")
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                sys.exit(f"error: cannot use {name} ({reason}): see to its permissions")
             raise
 
     return run
