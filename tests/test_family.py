@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 from conftest import tiny_config
@@ -65,3 +66,7 @@ def test_the_table_for_the_docs_has_a_row_for_each_family():
     assert len(rows) == 2 + len(FAMILIES)
     assert len({row.count("|") for row in rows}) == 1
     assert rows[2] == "| learned | layernorm | gelu | none, qkv, all | false | `gpt2` | `GPT2LMHeadModel` |"
+
+
+def test_the_docs_show_the_table_of_families():
+    assert family_table() in (Path(__file__).parents[1] / "docs/export.md").read_text(encoding="utf-8")
