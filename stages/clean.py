@@ -22,12 +22,12 @@ def main() -> None:
     report, repaired = clean(load_params(CleanParams), RAW, CLEAN)
     write_json(REPORT, report)
     for name, n in list(repaired.items())[:MOST_NAMED]:
-        print(f"{name}: {n:,} bytes were no UTF-8 and became U+FFFD", file=sys.stderr)
+        print(f"clean: {n:,} bytes of {name} were no UTF-8 and became U+FFFD", file=sys.stderr)
     splits = ", ".join(
         f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})"
         for split in ("train", "val", "test")
     )
-    print(f"{report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}")
+    print(f"clean: {report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}")
 
 
 if __name__ == "__main__":

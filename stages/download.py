@@ -25,7 +25,7 @@ def main() -> None:
     files = downloaded.manifest.files
     size = human_bytes(sum(file.bytes for file in files))
     skipped = f", {len(downloaded.skipped)} files that are no text left out" if downloaded.skipped else ""
-    print(f"{params.source}: {len(files)} files, {size} -> {RAW}{skipped}")
+    print(f"download: {params.source}, {size} of text, files: {len(files):,}{skipped}")
 
 
 if __name__ == "__main__":
