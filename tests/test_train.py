@@ -350,7 +350,8 @@ def test_the_code_hash_sees_code_and_not_comments(tmp_path, monkeypatch):
     for name in ("train", "model"):
         (package / name).mkdir(parents=True)
     (package / "tokens.py").write_text("A = 1\n")
-    file = package / "model" / "gpt.py"
+    (package / "train" / "config.py").write_text("B = 2\n")  # of the same name as the file that changes
+    file = package / "model" / "config.py"
     monkeypatch.setattr(checkpoint, "__file__", str(package / "train" / "checkpoint.py"))
     hashes = []
     sources = [

@@ -61,7 +61,7 @@ def code_hash() -> str:
     """SHA-256 of what the training code does: an edit of a comment or a docstring does not change it."""
     package = Path(__file__).parents[1]
     files = sorted(path for pattern in CODE for path in package.glob(pattern))
-    return sha256_json({path.name: ast.dump(_without_docstrings(path)) for path in files})
+    return sha256_json({str(path.relative_to(package)): ast.dump(_without_docstrings(path)) for path in files})
 
 
 def _without_docstrings(path: Path) -> ast.Module:
