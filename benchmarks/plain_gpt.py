@@ -2,9 +2,10 @@
 
     dvc repro encode && python -m benchmarks.plain_gpt
 
-The plain GPT is put together from torch.nn's own transformer layers: learned positions, LayerNorm with biases, GELU,
-tied embeddings, as GPT-2 has it. It sees the same tokens in the same order and is given several learning rates, of
-which the best counts. Both are timed in training alone, without evaluation.
+The plain GPT is put together from torch.nn's own transformer layers: learned positions, LayerNorm with biases and GELU,
+as GPT-2 has it; its head is tied to the embedding where params.yaml ties it. It sees the same tokens in the same order,
+has the same AdamW and is given several learning rates, of which the best counts. Both are timed in training alone,
+without evaluation.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class PlainGPT(nn.Module):
         super().__init__()
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.tok_emb.weight
         layer = nn.TransformerEncoderLayer(
             config.n_embd,
             config.n_head,
@@ -66,7 +70,7 @@ class PlainGPT(nn.Module):
         t = ids.size(1)
         x = self.tok_emb(ids) + self.pos_emb.weight[:t]
         assert isinstance(self.mask, Tensor)
-        return self.layers(x, mask=self.mask[:t, :t], is_causal=True) @ self.tok_emb.weight.T
+        return self.head(self.layers(x, mask=self.mask[:t, :t], is_causal=True))
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -74,14 +78,16 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
-def train_plain(config: GPTConfig, batches: Batches, *, lr: float, seconds: float, seed: int) -> tuple[nn.Module, int]:
+def train_plain(
+    config: GPTConfig, params: TrainParams, batches: Batches, *, lr: float, seconds: float
+) -> tuple[nn.Module, int]:
     """Train for `seconds`; return the model and the number of steps."""
-    torch.manual_seed(seed)
+    torch.manual_seed(params.seed)
     model = PlainGPT(config)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "emb" not in n)]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=params.betas, fused=True)
     began, step = time.perf_counter(), 0
     while (gone := (time.perf_counter() - began) / seconds) < 1:
         rise = min(1.0, (gone + 1e-3) / WARMUP)
@@ -89,7 +95,7 @@ def train_plain(config: GPTConfig, batches: Batches, *, lr: float, seconds: floa
         for group in optimizer.param_groups:
             group["lr"] = lr * rise * fall
         loss_of(model, torch.from_numpy(batches.batch_at(step))).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -134,7 +140,7 @@ def main() -> None:
     ]
     for lr in args.lrs:
         batches = Batches(tokens["train"], seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
-        plain, steps = train_plain(config, batches, lr=lr, seconds=seconds, seed=params.seed)
+        plain, steps = train_plain(config, params, batches, lr=lr, seconds=seconds)
         n_params = sum(p.numel() for p in plain.parameters())
         table.append(("plain GPT", lr, n_params, steps, validation_loss(plain, rows)))
     print(f"\n| model | lr | weights | steps in {seconds:.0f} s | validation loss (nats per token) |")

@@ -5,10 +5,11 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
@@ -107,3 +108,17 @@ def set_params(folder: Path, changes: Mapping[str, Any]) -> None:
         assert key in document[group], name
         document[group][key] = value
     yaml.dump(document, folder / "params.yaml")
+
+
+def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder that `make` fills: once in a run of the tests, whose workers (pytest-xdist) share it.
+
+    `base` is the worker's temporary folder, tmp_path_factory.getbasetemp().
+    """
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / f"{name}.lock"):
+        if not (shared / f"{name}.done").exists():
+            shutil.rmtree(shared / name, ignore_errors=True)  # what another worker failed to make
+            make(shared / name)
+            (shared / f"{name}.done").touch()
+    return shared / name
