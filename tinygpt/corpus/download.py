@@ -57,10 +57,9 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
             source = LOCAL
             _local(params, texts, root, raw)
         if not any(file.bytes for file in texts.files):
-            raise UserError(
-                f"download.source={params.source} holds no text that is kept: {len(texts.skipped)} files are no UTF-8 "
-                f"text, download.max_bytes={params.max_bytes}"
-            )
+            skipped = f"; {len(texts.skipped)} of its files are no UTF-8 text" if texts.skipped else ""
+            few = f" or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
+            raise UserError(f"download.source={params.source} holds no text{skipped}: name another file or folder{few}")
         manifest = Manifest(
             source=params.source,
             licence=source.licence,
