@@ -4,13 +4,18 @@ Reads data/clean and data/tokenizer, writes data/tokens/{train,val,test}.bin and
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
-from tinygpt.corpus.jsonl import iter_texts
+import numpy as np
+
 from tinygpt.errors import program
-from tinygpt.files import atomic_folder, human_bytes, sha256_file, write_json
-from tinygpt.progress import progress
+from tinygpt.files import atomic_folder, human_bytes, must_exist, sha256_file, write_json
+from tinygpt.params import load_params
+from tinygpt.runtime import RuntimeParams
+from tinygpt.shards import shard_results
 from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokenizer.bulk import save_ids
 from tinygpt.tokens import META_FILE, SPLITS, TokensMeta, write_tokens
 
 CLEAN_DIR = Path("data/clean")
@@ -21,17 +26,22 @@ TOKENS_DIR = Path("data/tokens")
 @program
 def main() -> None:
     """Run the stage."""
+    runtime = load_params(RuntimeParams)
     tokenizer = load_tokenizer(TOKENIZER_DIR)
-    with atomic_folder(TOKENS_DIR) as folder, progress("encode", unit="B") as bar:
+    tokenizer_sha256 = sha256_file(TOKENIZER_DIR / "tokenizer.json")
+    work = partial(save_ids, tokenizer=TOKENIZER_DIR.absolute())
+    with atomic_folder(TOKENS_DIR) as folder:
         splits = {}
         for name in SPLITS:
-            documents = iter_texts(CLEAN_DIR / f"{name}.jsonl", on_bytes=bar.update)
-            splits[name] = write_tokens(folder / f"{name}.bin", documents, tokenizer)
+            file = must_exist(CLEAN_DIR / f"{name}.jsonl", stage="clean")
+            with shard_results(work, file, name=f"encode-{name}", key=tokenizer_sha256, runtime=runtime) as paths:
+                parts = (np.fromfile(path, tokenizer.dtype) for path in paths)
+                splits[name] = write_tokens(folder / f"{name}.bin", parts, tokenizer)
         meta = TokensMeta(
             dtype=tokenizer.dtype.str,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
-            tokenizer_sha256=sha256_file(TOKENIZER_DIR / "tokenizer.json"),
+            tokenizer_sha256=tokenizer_sha256,
             **splits,
         )
         write_json(folder / META_FILE, dataclasses.asdict(meta))

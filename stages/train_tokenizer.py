@@ -1,15 +1,18 @@
-"""Learn the tokenizer from the training documents.
+"""Learn the tokenizer from the training documents, or take a ready one.
 
 Reads data/clean/train.jsonl, writes data/tokenizer/tokenizer.json.
 """
 
 from pathlib import Path
 
-from tinygpt.corpus.jsonl import iter_texts
 from tinygpt.errors import program
-from tinygpt.files import human_bytes
+from tinygpt.files import human_bytes, must_exist
 from tinygpt.params import load_params
-from tinygpt.tokenizer.bpe import TokenizerParams, train_bpe
+from tinygpt.runtime import RuntimeParams
+from tinygpt.shards import shard_results
+from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.tokenizer.counts import save_counts, sum_counts
+from tinygpt.tokenizer.kinds import learn_tokenizer, take_tokenizer
 
 TRAIN_FILE = Path("data/clean/train.jsonl")
 TOKENIZER_DIR = Path("data/tokenizer")
@@ -18,13 +21,13 @@ TOKENIZER_DIR = Path("data/tokenizer")
 @program
 def main() -> None:
     """Run the stage."""
-    params = load_params(TokenizerParams)
-    tokenizer = train_bpe(
-        iter_texts(TRAIN_FILE),
-        params.vocab_size,
-        min_frequency=params.min_frequency,
-        special_tokens=params.special_tokens,
-    )
+    params, runtime = load_params(TokenizerParams, RuntimeParams)
+    if params.from_file:
+        tokenizer = take_tokenizer(params)
+    else:
+        file = must_exist(TRAIN_FILE, stage="clean")
+        with shard_results(save_counts, file, name="count", key="", runtime=runtime) as paths:
+            tokenizer = learn_tokenizer(sum_counts(paths), params)
     tokenizer.save(TOKENIZER_DIR)
     size = sum(file.stat().st_size for file in TOKENIZER_DIR.iterdir())
     print(f"train_tokenizer: {tokenizer.vocab_size:,} tokens, {len(tokenizer.merges):,} merges, {human_bytes(size)}")

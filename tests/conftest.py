@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from tinygpt.model import GPT, GPTConfig
+from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 
@@ -32,6 +34,20 @@ SMALL = {
     "dropout": 0.0,
     "attention": "sdpa",
 }
+
+# Characters that pretokenizers disagree about: white space of all kinds, contractions, joiners, marks, numbers.
+TRICKY = st.text(
+    st.one_of(
+        st.sampled_from(list(" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000\u200b\u200d\ufeff'’stvremld.,!?½Ⅷ٣१")),
+        st.characters(codec="utf-8", max_codepoint=0xFFFF),
+        st.sampled_from(list("aAé中я😀👩🏽\u0301\x00")),
+    ),
+    max_size=80,
+)
+
+RUNTIME = RuntimeParams(
+    device="cpu", n_worker=1, engine="process", ray_address=None, n_thread=1, micro_batch_size=None, log_every=5
+)
 
 # One config of each exported family.
 FAMILIES: dict[str, dict[str, Any]] = {

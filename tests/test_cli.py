@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from conftest import prose, tiny_model
 
+from tinygpt.cli.main import COMMANDS
+from tinygpt.corpus.jsonl import text_line
 from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,3 +85,60 @@ def test_a_reader_that_goes_away_is_no_error(folders):
     command = f"{sys.executable} -m tinygpt generate --max-new-tokens 2000 {' '.join(folders)} | head -c 10"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=120, check=False)
     assert done.stderr == b""
+
+
+def test_encode_shows_ids_and_pieces_and_decode_reads_them(folders, tiny_tokenizer):
+    text = "the naïve\n file"
+    shown = run("encode", text, *folders[2:])
+    assert shown.returncode == 0, shown.stderr
+    ids, pieces, sizes = shown.stdout.splitlines()
+    assert [int(i) for i in ids.split()] == tiny_tokenizer.encode(text)
+    assert pieces.count("|") == len(ids.split()) + 1
+    assert pieces.replace("|", "") in (r"the·na\xc3\xafve\n·file", r"the·naïve\n·file")
+    assert sizes == f"{len(tiny_tokenizer.encode(text))} tokens, 16 bytes"
+    assert run("encode", "--ids", *folders[2:], text=text).stdout == ids + "\n"
+    assert run("decode", *ids.split(), *folders[2:]).stdout == text
+    assert run("decode", *folders[2:], text=ids.replace(" ", ", ")).stdout == text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["decode", "12", "x"], "'x' is no id"), (["decode", "99999"], "ids must be within [0, 300), found [99999]")],
+)
+def test_ids_that_are_none_are_told(folders, args, message):
+    done = run(*args, *folders[2:])
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_commands_without_a_model_do_without_torch():
+    names = ", ".join(f"tinygpt.cli.{name}" for name in ("main", "encode", "decode", "tokenizer_report"))
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_help_lists_every_command():
+    assert run("--help").returncode == 0
+    for name in COMMANDS:
+        assert name in run("--help").stdout
+        assert run(name, "--help").returncode == 0
+
+
+def test_the_report_tells_how_the_tokenizer_fits_beside_another(folders, tiny_tokenizer, tmp_path):
+    texts = {"train": [prose(200), "déjà vu"], "val": [prose(20)], "test": []}
+    for split, some in texts.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(map(text_line, some)))
+    Tokenizer.from_merges([]).save(tmp_path / "bytes")
+    against = ["--against", str(tmp_path / "bytes"), "--text", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
+    done = run("tokenizer-report", *folders[2:], *against)
+    assert done.returncode == 0, done.stderr
+    rows = {(r[0], r[1]): r[2:] for r in (line.split() for line in done.stdout.splitlines()) if len(r) == 5}
+    n_tokens = sum(len(tiny_tokenizer.encode(text)) for text in texts["train"])
+    n_bytes = sum(len(text.encode()) for text in texts["train"])
+    n_words = sum(len(text.split()) for text in texts["train"])
+    found = rows[folders[3], "train"]
+    assert [float(x) for x in found[:2]] == [round(n_bytes / n_tokens, 3), round(n_tokens / n_words, 3)]
+    assert rows[str(tmp_path / "bytes"), "val"][0] == "1.000"
+    assert (folders[3], "test") not in rows  # it has no text
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

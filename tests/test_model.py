@@ -1,5 +1,6 @@
 """The model: parity between its ways, causality, sizes, files."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -7,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, random_ids, tiny_config, tiny_model
+from conftest import FAMILIES, RUNTIME, random_ids, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,7 +21,6 @@ from tinygpt.model.kv_cache import KVCache
 from tinygpt.model.layers import apply_rope, rope_tables
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.params import ParamsError
-from tinygpt.runtime import RuntimeParams
 
 CHOICES = {
     "position": ["learned", "rope"],
@@ -196,8 +196,8 @@ def test_a_model_folder_that_does_not_fit_is_one_clear_error(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused():
-    runtime = RuntimeParams(device="auto", n_thread=1, micro_batch_size=None, log_every=1)
+    runtime = dataclasses.replace(RUNTIME, device="auto")
     assert open_device(runtime).type in ("cpu", "cuda", "mps")
     missing = "cuda" if not torch.cuda.is_available() else "mps"
     with pytest.raises(ParamsError, match=f"runtime.device={missing} is not there"):
-        open_device(RuntimeParams(device=missing, n_thread=1, micro_batch_size=None, log_every=1))
+        open_device(dataclasses.replace(RUNTIME, device=missing))

@@ -21,7 +21,7 @@ from tinygpt.params import (
 )
 from tinygpt.report.plots import PlotParams
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokenizer.bpe import TokenizerParams
+from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.train.config import TrainParams
 
 ROOT = Path(__file__).parents[1]

@@ -110,6 +110,15 @@ def test_an_experiment_runs_train_and_what_follows_and_shows_in_every_diff(proje
     assert succeed("git status --porcelain", project).strip() == ""
 
 
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_every_kind_of_tokenizer_goes_through_to_llama_cpp(project, kind):
+    set_params(project, {"tokenizer.kind": kind, "tokenizer.special_tokens": ["<|begin|>"], "train.max_steps": 10})
+    assert ran(succeed("dvc repro", project)) == STAGES[2:]
+    report = json.loads((project / "reports/export.json").read_text())
+    assert report["f32"]["wrong_tokens"] == 0
+    assert report["f32"]["max_logprob_diff"] < 1e-3
+
+
 def test_an_experiment_in_a_copy_and_a_sweep_in_the_queue_leave_the_folder_alone(project):
     succeed("dvc exp run --temp train -S train.seed=2 -n temporary", project)
     succeed("dvc exp run --queue train -S 'train.lr=1e-5,3e-4'", project)

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tinygpt import params
+from tinygpt import params, shards
 from tinygpt.model import attention, layers
 from tinygpt.model.config import ModelParams
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer import kinds
+from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.train import schedules
 from tinygpt.train.config import TrainParams
 
@@ -29,6 +32,7 @@ ROOMS = [
     ["params"],
     ["runtime"],
     ["corpus", "tokenizer"],
+    ["shards"],
     ["tokens"],
     ["model"],
     ["train", "generate"],
@@ -150,6 +154,8 @@ def test_every_key_of_params_yaml_is_a_field_and_every_field_a_key():
         (ModelParams, "mlp", layers.MLPS),
         (ModelParams, "attention", attention.ATTENTION),
         (TrainParams, "schedule", schedules.SCHEDULES),
+        (RuntimeParams, "engine", shards.ENGINES),
+        (TokenizerParams, "kind", kinds.KINDS),
     ],
 )
 def test_choices_are_the_keys_of_their_registry(cls, field, registry):

@@ -2,30 +2,18 @@
 
 import json
 import random
-from itertools import pairwise
 
 import pytest
 import tokenizers
-from conftest import prose
+from conftest import TRICKY, prose
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinygpt.errors import UserError
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.alphabet import byte_alphabet, to_bytes, to_token
 from tinygpt.tokenizer.bpe import train_bpe
-from tinygpt.tokenizer.pretokenize import PATTERN, byte_alphabet, count_pretokens, split_chunks, to_bytes, to_token
-from tinygpt.tokenizer.tokenizer import EOS, merge
-
-# Characters that pretokenizers disagree about: white space of all kinds, contractions, joiners, marks, numbers.
-TRICKY = st.text(
-    st.one_of(
-        st.sampled_from(list(" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000\u200b\u200d\ufeff'’stvremld.,!?½Ⅷ٣१")),
-        st.characters(codec="utf-8", max_codepoint=0xFFFF),
-        st.sampled_from(list("aAé中я😀👩🏽\u0301\x00")),
-    ),
-    max_size=80,
-)
+from tinygpt.tokenizer.tokenizer import EOS
 
 
 def reference_training(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -98,34 +86,9 @@ def test_ids_equal_those_of_the_tokenizers_library_and_decode_to_the_text(tiny_t
     assert tiny_tokenizer.decode(ids) == text
 
 
-@given(text=TRICKY)
-@settings(max_examples=200, deadline=None)
-def test_cutting_into_chunks_first_changes_no_pretoken(text):
-    first, rest = split_chunks(text)
-    pieces = [PATTERN.findall(first), *(PATTERN.findall(" " + chunk) for chunk in rest)]
-    assert [pretoken for piece in pieces for pretoken in piece] == PATTERN.findall(text)
-    assert sum(count_pretokens([text]).values()) == len(PATTERN.findall(text))
-
-
 def test_long_repeats_and_long_words_are_encoded(tiny_tokenizer, reference):
     for text in ("^" * 10_000, "the" * 5_000, " " * 3_000, "\n" * 1_000 + "a", "x " * 2_000):
         assert tiny_tokenizer.encode(text) == reference.encode(text).ids
-
-
-@given(
-    ids=st.lists(st.integers(0, 3), max_size=30),
-    pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6, unique=True),
-)
-def test_merging_is_the_same_as_looking_for_the_lowest_rank_each_time(ids, pairs):
-    ranks = {pair: (rank, 4 + rank) for rank, pair in enumerate(pairs)}
-
-    def slowly(ids: list[int]) -> list[int]:
-        while found := [(*ranks[p], i) for i, p in enumerate(pairwise(ids)) if p in ranks]:
-            _, merged, i = min(found)
-            ids = [*ids[:i], merged, *ids[i + 2 :]]
-        return ids
-
-    assert merge(ids, ranks) == slowly(ids)
 
 
 def test_a_special_token_is_never_made_from_text(tiny_tokenizer):

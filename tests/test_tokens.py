@@ -9,16 +9,20 @@ import pytest
 from tinygpt.errors import UserError
 from tinygpt.files import write_json
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.pretokenize import byte_alphabet
+from tinygpt.tokenizer.alphabet import byte_alphabet
 from tinygpt.tokenizer.tokenizer import EOS
 from tinygpt.tokens import TokensMeta, load_meta, load_tokens, write_tokens
 
 DOCUMENTS = ["the first", "the sécond", ""]
 
 
+def ids_of(documents, tokenizer):
+    return [np.array([tokenizer.eos_id, *tokenizer.encode(text)], tokenizer.dtype) for text in documents]
+
+
 def write_folder(folder, tokenizer):
     splits = {
-        name: write_tokens(folder / f"{name}.bin", documents, tokenizer)
+        name: write_tokens(folder / f"{name}.bin", ids_of(documents, tokenizer), tokenizer)
         for name, documents in [("train", DOCUMENTS), ("val", ["x"]), ("test", [])]
     }
     meta = TokensMeta(

@@ -10,16 +10,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
+from conftest import RUNTIME, random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinygpt import files
 from tinygpt.errors import UserError
 from tinygpt.model.weights import model_tensors
-from tinygpt.runtime import RuntimeParams
-from tinygpt.train import checkpoint
 from tinygpt.train.batches import Batches
-from tinygpt.train.checkpoint import Checkpoints, code_hash, fingerprint
+from tinygpt.train.checkpoint import CODE, Checkpoints, fingerprint
 from tinygpt.train.config import TrainParams
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.loss import next_token_loss
@@ -45,7 +44,6 @@ PARAMS = TrainParams(
     save_every=3,
     sample_tokens=0,
 )
-RUNTIME = RuntimeParams(device="cpu", n_thread=1, micro_batch_size=None, log_every=5)
 
 
 def tokens(n: int = 2000) -> np.ndarray:
@@ -352,7 +350,7 @@ def test_the_code_hash_sees_code_and_not_comments(tmp_path, monkeypatch):
     (package / "tokens.py").write_text("A = 1\n")
     (package / "train" / "config.py").write_text("B = 2\n")  # of the same name as the file that changes
     file = package / "model" / "config.py"
-    monkeypatch.setattr(checkpoint, "__file__", str(package / "train" / "checkpoint.py"))
+    monkeypatch.setattr(files, "__file__", str(package / "files.py"))
     hashes = []
     sources = [
         'def f(x):\n    """One."""\n    return x\n',
@@ -361,7 +359,7 @@ def test_the_code_hash_sees_code_and_not_comments(tmp_path, monkeypatch):
     ]
     for source in sources:
         file.write_text(source)
-        hashes.append(code_hash())
+        hashes.append(files.code_hash(*CODE))
     assert hashes[0] == hashes[1] != hashes[2]
 
 

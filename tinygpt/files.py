@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -52,6 +53,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def runs_folder() -> Path:
+    """Where work is kept that was stopped half-way: `runs`, of which DVC knows nothing.
+
+    DVC deletes outputs before it runs a stage, and in its temporary copies sets DVC_ROOT to the checkout they belong
+    to: all kinds of runs share the folder.
+    """
+    return Path(os.environ.get("DVC_ROOT", ".")) / "runs"
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
@@ -61,6 +71,21 @@ def sha256_file(path: str | Path) -> str:
 def sha256_json(value: Any) -> str:
     """Hex SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def code_hash(*patterns: str) -> str:
+    """SHA-256 of what our own files do, such as "model/*.py": a comment or a docstring does not change it."""
+    package = Path(__file__).parent
+    files = sorted(path for pattern in patterns for path in package.glob(pattern))
+    return sha256_json({str(path.relative_to(package)): ast.dump(_without_docstrings(path)) for path in files})
+
+
+def _without_docstrings(path: Path) -> ast.Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return tree
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -26,7 +26,7 @@ PARAMS_FILE = Path("params.yaml")
 GROUPS = {
     "download": "tinygpt.corpus.sources:DownloadParams",
     "clean": "tinygpt.corpus.clean:CleanParams",
-    "tokenizer": "tinygpt.tokenizer.bpe:TokenizerParams",
+    "tokenizer": "tinygpt.tokenizer.config:TokenizerParams",
     "model": "tinygpt.model.config:ModelParams",
     "train": "tinygpt.train.config:TrainParams",
     "evaluate": "tinygpt.evaluate.config:EvaluateParams",

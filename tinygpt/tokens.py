@@ -23,6 +23,8 @@ from tinygpt.tokenizer import Tokenizer
 SPLITS = ("train", "val", "test")
 META_FILE = "meta.json"
 
+PIECE = 1 << 20  # ids looked up at a time, so that memory does not grow with a part
+
 TokenIds = NDArray[np.unsignedinteger]
 
 
@@ -53,25 +55,23 @@ class TokensMeta:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
-def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) -> SplitMeta:
-    """Encode documents into one token file, a document at a time."""
-    eos = np.array([tokenizer.eos_id], tokenizer.dtype).tobytes()
+def write_tokens(path: Path, parts: Iterable[TokenIds], tokenizer: Tokenizer) -> SplitMeta:
+    """Write parts of ids, `<|endoftext|>` before each document, into one token file."""
+    sizes = np.array(tokenizer.token_bytes, np.uint32)
     n_documents = n_bytes = n_tokens = 0
     digest = hashlib.sha256()
     with atomic_write(path, "wb") as file:
-
-        def write(encoded: bytes) -> None:
-            nonlocal n_tokens
-            file.write(encoded)
-            digest.update(encoded)
-            n_tokens += len(encoded) // len(eos)
-
-        for text in documents:
-            write(eos + tokenizer.encode_to_bytes(text))
-            n_documents += 1
-            n_bytes += len(text.encode())
+        for ids in parts:
+            file.write(ids.data)
+            digest.update(ids.data)
+            n_tokens += len(ids)
+            n_bytes += sum(int(sizes[some].sum()) for some in np.array_split(ids, 1 + len(ids) // PIECE))
+            n_documents += int(np.count_nonzero(ids == tokenizer.eos_id))
         if n_documents:
-            write(eos)
+            last = np.array([tokenizer.eos_id], tokenizer.dtype)
+            file.write(last.data)
+            digest.update(last.data)
+            n_tokens += 1
     return SplitMeta(tokens=n_tokens, documents=n_documents, bytes=n_bytes, sha256=digest.hexdigest())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from json.encoder import encode_basestring
 from pathlib import Path
 
@@ -16,20 +16,19 @@ def text_line(text: str) -> str:
     return f'{{"text": {encode_basestring(text)}}}\n'
 
 
-def iter_texts(
-    path: Path, *, stage: str = "clean", on_bytes: Callable[[int], object] = lambda n: None
-) -> Iterator[str]:
-    """The texts of a file that `stage` wrote, one at a time; `on_bytes` hears the size of each line.
+def iter_texts(path: Path, *, begin: int = 0, end: int | None = None, stage: str = "clean") -> Iterator[str]:
+    """The texts of a file that `stage` wrote, one at a time: those whose lines begin in bytes [begin, end).
 
-    Raises UserError naming the line that is no document.
+    Raises UserError naming the place that is no document.
     """
     with open(must_exist(path, stage=stage), "rb") as file:  # bytes: only "\n" ends a line there
-        for number, line in enumerate(file, 1):
-            on_bytes(len(line))
+        file.seek(begin)
+        while (end is None or begin < end) and (line := file.readline()):
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
                 text = None
             if not isinstance(text, str):
-                raise UserError(f'{path} line {number} is no {{"text": …}} document: run `dvc repro {stage}`')
+                raise UserError(f'{path} byte {begin:,} begins no {{"text": …}} document: run `dvc repro {stage}`')
             yield text
+            begin += len(line)

@@ -93,8 +93,12 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_token_list(tokenizer.tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges] or [UNREACHABLE_MERGE])
-    writer.add_bos_token_id(tokenizer.eos_id)  # without the two, token 11 ends every generation
+    writer.add_bos_token_id(tokenizer.bos_id)  # without the two, token 11 ends every generation
     writer.add_eos_token_id(tokenizer.eos_id)
+    if tokenizer.pad_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_id)
+    if tokenizer.unk_id is not None:
+        writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
 

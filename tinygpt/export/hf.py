@@ -89,17 +89,18 @@ def check_hf(model: GPT, folder: str | Path) -> None:
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """One end-of-text token opens and closes each document; nothing is padded."""
-    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
 def _tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    names: dict[int | None, str] = {id: name for name, id in tokenizer.special_tokens.items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the model's own class would rebuild the pre-tokenizer
         "model_max_length": config.block_size,
-        "bos_token": names[tokenizer.eos_id],
+        "bos_token": names[tokenizer.bos_id],
         "eos_token": names[tokenizer.eos_id],
+        "pad_token": names.get(tokenizer.pad_id),
+        "unk_token": names.get(tokenizer.unk_id),
         "add_bos_token": False,
         "add_eos_token": False,
         "add_prefix_space": False,

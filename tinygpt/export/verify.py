@@ -161,5 +161,6 @@ def _texts(tokenizer: Tokenizer, ids: Ids) -> list[str]:
     newer script is a letter for one side only.
     """
     borders = np.flatnonzero(ids == tokenizer.eos_id)
-    documents: Sequence[str] = [tokenizer.decode(part[part != tokenizer.eos_id]) for part in np.split(ids, borders)]
+    special = [*tokenizer.special_tokens.values()]
+    documents: Sequence[str] = [tokenizer.decode(part[~np.isin(part, special)]) for part in np.split(ids, borders)]
     return ["".join(c for c in text if unicodedata.category(c) != "Cn") for text in (*documents, *SAMPLES)]

@@ -40,9 +40,9 @@ def stream(
 ) -> Iterator[str]:
     """Pieces of the text that follows the prompt, until `<|endoftext|>`; never half a character.
 
-    The prompt begins a document: it is read behind an `<|endoftext|>`.
+    The prompt begins a document: it is read behind the tokenizer's `bos_id`.
     """
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for next_id in islice(iter_ids(model, ids, make_sampler(sampling or Sampling())), max_new_tokens):
         if next_id == tokenizer.eos_id:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, must_exist
-from tinygpt.tokenizer.pretokenize import BYTE_TO_CHAR, CHAR_TO_BYTE
+from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR, CHAR_TO_BYTE
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 

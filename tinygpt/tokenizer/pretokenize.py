@@ -1,25 +1,30 @@
-"""Cut text into the pretokens inside which byte pairs are merged, and write bytes as printable characters.
+"""Cut text into the pretokens inside which byte pairs are merged: GPT-2's pattern, as a regex and as array arithmetic.
 
-The pattern and the byte alphabet are GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners"), which llama.cpp calls `gpt-2` and the tokenizers library `ByteLevel`.
+The pattern is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), which llama.cpp
+calls `gpt-2` and the tokenizers library `ByteLevel`. Classes of characters are those of the `regex` module.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import regex
+from numpy.typing import NDArray
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# A pretoken always begins at a space that stands before a non-space, so text may be cut there first, at the speed of
-# `re`; the pattern is then run on each different chunk only once. `re` counts U+001C to U+001F as white space and
-# `regex` does not: those places are merely not cut.
+# A pretoken always begins at a space that stands before a non-space, so text may be cut there. `re` counts U+001C to
+# U+001F as white space and `regex` does not: those places are merely not cut.
 CHUNK_BORDER = re.compile(r" (?=\S)")
 
-MAX_CHUNKS = 1_000_000  # different chunks held while counting, about 100 MB
+DOCUMENT_BORDER = b"\xff"  # stands between documents in a block: a byte that UTF-8 never has
+BLOCK_BYTES = 1 << 20  # as much text at a time as a processor's cache holds with what is computed from it
+
+SPACE, LETTER, NUMBER, OTHER, BORDER = range(5)  # classes of characters
+CLASSES = ((SPACE, r"\s+"), (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"))
 
 
 def split_chunks(text: str) -> tuple[str, list[str]]:
@@ -31,46 +36,108 @@ def split_chunks(text: str) -> tuple[str, list[str]]:
     return first, rest
 
 
-def count_pretokens(texts: Iterable[str]) -> Counter[str]:
-    """How often each pretoken occurs: ["to be to"] -> {"to": 1, " be": 1, " to": 1}."""
-    pretokens: Counter[str] = Counter()
-    chunks: Counter[str] = Counter()
-    for text in texts:
-        first, rest = split_chunks(text)
-        pretokens.update(PATTERN.findall(first))
-        chunks.update(rest)
-        if len(chunks) > MAX_CHUNKS:
-            _count_inside(chunks, pretokens)
-            chunks.clear()
-    _count_inside(chunks, pretokens)
-    return pretokens
+def to_utf8(text: str) -> bytes:
+    """Text as UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace").encode()
 
 
-def _count_inside(chunks: Counter[str], pretokens: Counter[str]) -> None:
-    for chunk, n in chunks.items():
-        for pretoken in PATTERN.findall(" " + chunk):
-            pretokens[pretoken] += n
+def iter_blocks(texts: Iterable[str]) -> Iterator[bytes]:
+    """Texts as UTF-8 in blocks of about a megabyte, a DOCUMENT_BORDER before each text.
 
-
-def byte_alphabet() -> list[str]:
-    """A printable character for each of the 256 bytes: itself where it is one, else the next from U+0100 on.
-
-    `byte_alphabet()[0x20]` is "Ġ", the space.
+    A long text is cut where a pretoken begins, so the blocks' pretokens are those of the texts.
     """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    substitutes = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
+    parts, size = [], 0
+    for text in texts:
+        parts.append(DOCUMENT_BORDER)
+        for piece in _pieces(text):
+            parts.append(to_utf8(piece))
+            size += len(parts[-1])
+            if size >= BLOCK_BYTES:
+                yield b"".join(parts)
+                parts, size = [], 0
+    yield b"".join(parts)
 
 
-BYTE_TO_CHAR = byte_alphabet()
-CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
+def _pieces(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > BLOCK_BYTES and (border := CHUNK_BORDER.search(text, begin + BLOCK_BYTES)):
+        yield text[begin : border.start()]
+        begin = border.start()
+    yield text[begin:] if begin else text
 
 
-def to_token(raw: bytes) -> str:
-    """Bytes as a token's string: b" the" -> "Ġthe"."""
-    return "".join(BYTE_TO_CHAR[byte] for byte in raw)
+def pretoken_starts(block: bytes) -> NDArray[np.int64]:
+    """Where pretokens begin in a block of UTF-8, and its length: b"so it" -> [0, 2, 5].
+
+    The same pretokens as PATTERN finds in each document, and each DOCUMENT_BORDER alone.
+    """
+    n = len(block)
+    if not n:
+        return np.zeros(1, np.int64)
+    raw, classes = np.frombuffer(block, np.uint8), _classes(block)
+    starts = np.ones(n + 1, bool)
+    np.not_equal(classes[1:], classes[:-1], out=starts[1:n])
+    starts[:n] |= classes == BORDER
+    # The last of a run of white space begins a pretoken when text follows; a plain space takes the text along.
+    last = np.flatnonzero(starts[1:n] & (classes[:-1] == SPACE) & (classes[1:] != BORDER))
+    starts[last[raw[last] == ord(" ")] + 1] = False
+    for _ in range(2):  # white space has up to three bytes: back to its first
+        last = last - (raw[last] & 0xC0 == 0x80)
+    starts[last] = True
+    apostrophes = np.flatnonzero((raw == ord("'")) & starts[:n])
+    for length, found in _contractions(block, apostrophes):
+        starts[found + 1] = False
+        starts[found + length] = True
+    return np.flatnonzero(starts)
 
 
-def to_bytes(token: str) -> bytes:
-    """A token's string as its bytes: "Ġthe" -> b" the".  Raises KeyError for a character outside the alphabet."""
-    return bytes(CHAR_TO_BYTE[char] for char in token)
+def _contractions(block: bytes, at: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Which of the apostrophes begin 's 't 'm 'd (of length 2) and 're 've 'll (of length 3)."""
+    raw = np.frombuffer(block + b"\0\0", np.uint8)
+    first, second = raw[at + 1], raw[at + 2]
+    yield 2, at[np.isin(first, list(b"stmd"))]
+    yield 3, at[(second == ord("e")) & np.isin(first, list(b"rv")) | (second == ord("l")) & (first == ord("l"))]
+
+
+def _classes(block: bytes) -> NDArray[np.uint8]:
+    """The class of each byte: that of its character."""
+    classes = np.frombuffer(block.translate(_byte_classes()), np.uint8)
+    if block.isascii():
+        return classes
+    raw, classes = np.frombuffer(block, np.uint8), classes.copy()
+    for length, low, high in ((2, 0xC0, 0xE0), (3, 0xE0, 0xF0), (4, 0xF0, 0xF8)):  # RFC 3629, section 3
+        at = np.flatnonzero((raw >= low) & (raw < high))
+        code_points = raw[at].astype(np.int32) & (0x7F >> length)
+        for i in range(1, length):
+            code_points = code_points << 6 | raw[at + i] & 0x3F
+        found = _character_classes()[code_points]
+        for i in range(length):
+            classes[at + i] = found
+    return classes
+
+
+@functools.cache
+def _character_classes() -> NDArray[np.uint8]:
+    """The class of each code point."""
+    classes = np.full(0x110000, OTHER, np.uint8)
+    surrogates = range(0xD800, 0xE000)  # no characters
+    for begin, end in ((0, surrogates.start), (surrogates.stop, 0x110000)):
+        characters = "".join(map(chr, range(begin, end)))
+        for kind, pattern in CLASSES:
+            for match in regex.finditer(pattern, characters):
+                classes[begin + match.start() : begin + match.end()] = kind
+    return classes
+
+
+@functools.cache
+def _byte_classes() -> bytes:
+    """The class of each byte that is a character by itself, and of DOCUMENT_BORDER."""
+    table = bytearray([OTHER] * 256)
+    for kind, pattern in CLASSES:
+        for match in regex.finditer(pattern, "".join(map(chr, range(128)))):
+            table[match.start() : match.end()] = bytes([kind]) * (match.end() - match.start())
+    table[DOCUMENT_BORDER[0]] = BORDER
+    return bytes(table)

@@ -13,9 +13,7 @@ The folder is no DVC output: DVC deletes outputs before it runs a stage, and `dv
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_folder, read_json, sha256_file, sha256_json, write_json
+from tinygpt.files import atomic_folder, code_hash, read_json, runs_folder, sha256_file, sha256_json, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.tokens import TokensMeta
@@ -53,31 +51,20 @@ class Progress:
 def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta) -> str:
     """Names a run by all that decides its weights: params, tokens, and the code without comments and docstrings."""
     data = {"train": tokens.train.sha256, "val": tokens.val.sha256, "tokenizer": tokens.tokenizer_sha256}
-    inputs = {"model": config_fields(config), "train": dataclasses.asdict(params), "data": data, "code": code_hash()}
+    inputs = {
+        "model": config_fields(config),
+        "train": dataclasses.asdict(params),
+        "data": data,
+        "code": code_hash(*CODE),
+    }
     return sha256_json(inputs)[:16]
-
-
-def code_hash() -> str:
-    """SHA-256 of what the training code does: an edit of a comment or a docstring does not change it."""
-    package = Path(__file__).parents[1]
-    files = sorted(path for pattern in CODE for path in package.glob(pattern))
-    return sha256_json({str(path.relative_to(package)): ast.dump(_without_docstrings(path)) for path in files})
-
-
-def _without_docstrings(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return tree
 
 
 class Checkpoints:
     """The folder of one run; use it as a context manager, which holds the folder's lock."""
 
     def __init__(self, name: str) -> None:
-        # DVC sets DVC_ROOT, in its temporary copies to the checkout they belong to: all kinds of runs share `runs`.
-        self.folder = Path(os.environ.get("DVC_ROOT", ".")) / "runs" / name
+        self.folder = runs_folder() / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
 

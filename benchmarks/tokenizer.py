@@ -1,0 +1,281 @@
+"""Our tokenizer beside the tokenizers library and tiktoken: the same text, merges, ids and number of threads.
+
+    python -m benchmarks.tokenizer                        # 64 MB of what this machine has installed
+    python -m benchmarks.tokenizer --megabytes 1000 --only train,encode
+
+Each contender runs alone in a process of its own, in turn, `--repeat` times; the table has medians. The text is Python
+and C sources, documentation and type stubs of the Python installation, in an order that mixes them; where there is too
+little of it, it comes again with its lines in another order. Times are of the work: reading the text from a file for
+ours, from memory for the others, up to the merges or to ids on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinygpt.corpus.jsonl import iter_texts, text_line
+from tinygpt.errors import program
+from tinygpt.runtime import RuntimeParams
+from tinygpt.shards import shard_results
+from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokenizer.alphabet import to_bytes
+from tinygpt.tokenizer.bpe import learn_bpe
+from tinygpt.tokenizer.bulk import save_ids
+from tinygpt.tokenizer.counts import save_counts, sum_counts
+from tinygpt.tokenizer.pretokenize import PATTERN
+from tinygpt.tokenizer.tokenizer import EOS
+from tinygpt.tokens import write_tokens
+
+SUFFIXES = {".py", ".pyi", ".txt", ".md", ".rst", ".h", ".c"}
+PROMPT = (
+    "The quick brown fox jumps over the lazy dog; then def main(argv: list[str]) -> int: returns 0, it's done.\n" * 2
+)
+
+
+def gather(file: Path, n_bytes: int) -> None:
+    """Write about `n_bytes` of text as documents."""
+    rng, size = random.Random(0), 0
+    roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib", "include")}
+    sources = sorted({path for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES})
+    rng.shuffle(sources)
+    with open(file, "w", encoding="utf-8") as out:
+        for again in range(100):
+            for source in sources:
+                try:
+                    text = source.read_text(encoding="utf-8")
+                except (OSError, UnicodeDecodeError):
+                    continue
+                if again:
+                    lines = text.splitlines(keepends=True)
+                    rng.shuffle(lines)
+                    text = "".join(lines)
+                out.write(text_line(text))
+                size += len(text.encode())
+                if size >= n_bytes:
+                    return
+
+
+def runtime(folder: Path, n_thread: int) -> RuntimeParams:
+    """Settings for our own code, whose scratch folder then is `folder`."""
+    os.environ["DVC_ROOT"] = str(folder)
+    return RuntimeParams(
+        device="cpu",
+        n_worker=n_thread,
+        engine="process",
+        ray_address=None,
+        n_thread=n_thread,
+        micro_batch_size=1,
+        log_every=1,
+    )
+
+
+def texts_of(folder: Path) -> list[str]:
+    """All documents, in memory."""
+    return [*iter_texts(folder / "text.jsonl")]
+
+
+def train_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """Counts in worker processes, then merges; saves the tokenizer that all others encode with."""
+
+    def work() -> None:
+        file, settings = folder / "text.jsonl", runtime(folder, n_thread)
+        with shard_results(save_counts, file, name="count", key="", runtime=settings) as paths:
+            counts = sum_counts(paths)
+        learn_bpe(counts, vocab_size).save(folder)
+
+    return work
+
+
+def train_tokenizers(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """The tokenizers library's own trainer; its merges must be ours."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    texts = texts_of(folder)
+
+    def work() -> None:
+        tokenizer.train_from_iterator(texts, trainer)
+
+    def check() -> None:
+        merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+        assert merges == load_tokenizer(folder).merges, "other merges than ours"
+
+    work.check = check  # type: ignore[attr-defined]
+    return work
+
+
+def encode_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """As stages/encode.py does it, up to the token file."""
+    tokenizer = load_tokenizer(folder)
+
+    def work() -> None:
+        file, settings = folder / "text.jsonl", runtime(folder, n_thread)
+        with shard_results(partial(save_ids, tokenizer=folder), file, name="encode", key="", runtime=settings) as paths:
+            write_tokens(folder / "ours.bin", (np.fromfile(path, tokenizer.dtype) for path in paths), tokenizer)
+
+    return work
+
+
+def write_others(folder: Path, encode: Callable[[list[str]], Iterator[list[int]]]) -> Callable[[], Any]:
+    """Encode batches of documents into a file of ids, which must be ours."""
+    texts, eos = texts_of(folder), load_tokenizer(folder).eos_id
+
+    def work() -> None:
+        with open(folder / "others.bin", "wb") as file:
+            for begin in range(0, len(texts), 1000):
+                for ids in encode(texts[begin : begin + 1000]):
+                    np.array([eos, *ids], np.uint16).tofile(file)
+            np.array([eos], np.uint16).tofile(file)
+
+    def check() -> None:
+        assert (folder / "others.bin").read_bytes() == (folder / "ours.bin").read_bytes(), "other ids than ours"
+
+    work.check = check  # type: ignore[attr-defined]
+    return work
+
+
+def encode_tokenizers(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """The tokenizers library's fastest way, which leaves out offsets."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # a special token's name in a text is text, as with us
+    return write_others(folder, lambda texts: (found.ids for found in tokenizer.encode_batch_fast(texts)))
+
+
+def tiktoken_of(folder: Path) -> Any:
+    """The same tokenizer in tiktoken, which takes a token's id for its rank."""
+    import tiktoken
+
+    tokenizer = load_tokenizer(folder)
+    ranks = {to_bytes(t): i for i, t in enumerate(tokenizer.tokens) if i != tokenizer.eos_id}
+    special = {EOS: tokenizer.eos_id}
+    return tiktoken.Encoding("ours", pat_str=PATTERN.pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def encode_tiktoken(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """tiktoken on as many threads."""
+    encoding = tiktoken_of(folder)
+    return write_others(folder, lambda texts: encoding.encode_ordinary_batch(texts, num_threads=n_thread))
+
+
+def prompt(encode: Callable[[str], Any]) -> Callable[[], Any]:
+    """10,000 times the same prompt of about 200 bytes."""
+
+    def work() -> None:
+        for _ in range(10_000):
+            encode(PROMPT)
+
+    return work
+
+
+def prompt_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """Tokenizer.encode."""
+    return prompt(load_tokenizer(folder).encode)
+
+
+def prompt_tiktoken(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """Encoding.encode_ordinary."""
+    return prompt(tiktoken_of(folder).encode_ordinary)
+
+
+def prompt_tokenizers(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """Tokenizer.encode."""
+    from tokenizers import Tokenizer
+
+    return prompt(Tokenizer.from_file(str(folder / "tokenizer.json")).encode)
+
+
+CONTENDERS = {
+    "train": {"tinygpt": train_ours, "tokenizers": train_tokenizers},
+    "encode": {"tinygpt": encode_ours, "tokenizers": encode_tokenizers, "tiktoken": encode_tiktoken},
+    "prompt": {"tinygpt": prompt_ours, "tokenizers": prompt_tokenizers, "tiktoken": prompt_tiktoken},
+}
+
+
+def measure(task: str, name: str, folder: Path, n_thread: int, vocab_size: int) -> None:
+    """In a process of its own: do the work once and print seconds and peak memory."""
+    work = CONTENDERS[task][name](folder, n_thread, vocab_size)
+    began = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - began
+    # Workers of ours: as many times the largest one.
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * n_thread
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + workers) * 1024
+    getattr(work, "check", lambda: None)()
+    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+@program
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", default="train,encode,prompt", help="tasks, of train, encode and prompt")
+    parser.add_argument("--measure", nargs=3, metavar=("TASK", "NAME", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        task, name, folder = args.measure
+        measure(task, name, Path(folder), args.threads, args.vocab_size)
+        return
+    print(
+        f"{platform.machine()}, {args.threads} threads, "
+        + ", ".join(f"{p} {version(p)}" for p in ("tokenizers", "tiktoken", "numpy"))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.jsonl"
+        gather(text, args.megabytes * 1_000_000)
+        size = sum(len(t.encode()) for t in iter_texts(text))
+        print(f"{size / 1e6:.0f} MB of text, vocabulary {args.vocab_size}\n")
+        for task in args.only.split(","):
+            compare(task, Path(folder), size, args)
+
+
+def compare(task: str, folder: Path, size: int, args: argparse.Namespace) -> None:
+    """Print one task's table."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS[task]}
+    for _ in range(args.repeat):
+        for name in found:
+            command = [sys.executable, "-m", "benchmarks.tokenizer", "--measure", task, name, str(folder)]
+            command += ["--threads", str(args.threads), "--vocab-size", str(args.vocab_size)]
+            env = os.environ | {"RAYON_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "true"}
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    work = size if task != "prompt" else 10_000 * len(PROMPT.encode())
+    base = statistics.median(run["seconds"] for run in found["tinygpt"])
+    print(f"| {task} | seconds | MB/s | tinygpt is faster by | peak memory |\n|---|---|---|---|---|")
+    for name, runs in found.items():
+        seconds = statistics.median(run["seconds"] for run in runs)
+        peak = statistics.median(run["peak"] for run in runs) / 1e6
+        print(f"| {name} | {seconds:.2f} | {work / seconds / 1e6:.2f} | {seconds / base:.1f} | {peak:.0f} MB |")
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Encoding in bulk gives the ids of encoding one text after the other."""
+
+from pathlib import Path
+
+import numpy as np
+from conftest import TRICKY, prose
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinygpt.tokenizer import Tokenizer, bulk
+from tinygpt.tokenizer.alphabet import byte_alphabet
+from tinygpt.tokenizer.bulk import BulkEncoder, save_ids
+from tinygpt.tokenizer.pretokenize import iter_blocks
+from tinygpt.tokenizer.tokenizer import EOS
+
+
+def one_by_one(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    return [i for text in texts for i in (tokenizer.eos_id, *tokenizer.encode(text))]
+
+
+@given(texts=st.lists(TRICKY, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_bulk_gives_the_ids_of_one_by_one(tiny_tokenizer, texts):
+    encoder = BulkEncoder(tiny_tokenizer)
+    for _ in range(2):  # the second time from what it has learned
+        ids = [int(i) for block in iter_blocks(texts) for i in encoder.encode(block)]
+        assert ids == one_by_one(tiny_tokenizer, texts)
+
+
+def test_a_full_table_starts_anew(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(bulk, "MAX_PRETOKENS", 20)
+    texts, encoder = [prose(50, seed=seed) for seed in range(5)], BulkEncoder(tiny_tokenizer)
+    ids = [int(i) for text in texts for block in iter_blocks([text]) for i in encoder.encode(block)]
+    assert ids == one_by_one(tiny_tokenizer, texts)
+
+
+def test_a_file_of_ids_has_the_tokenizers_type_and_follows_another_tokenizer(tiny_tokenizer, tmp_path):
+    large = Tokenizer([EOS, *byte_alphabet(), *(f"a{i}" for i in range(2**16))], [], {EOS: 0})
+    for name, tokenizer in [("a", tiny_tokenizer), ("b", large)]:
+        tokenizer.save(tmp_path / name)
+        save_ids(["the file", "", "é"], Path(tmp_path / f"{name}.ids"), tokenizer=tmp_path / name)
+        ids = np.fromfile(tmp_path / f"{name}.ids", tokenizer.dtype)
+        assert ids.tolist() == one_by_one(tokenizer, ["the file", "", "é"])

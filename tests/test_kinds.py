@@ -1,0 +1,135 @@
+"""Every kind of tokenizer: the same ids in the tokenizers library and in llama.cpp, and nothing lost."""
+
+import dataclasses
+import json
+
+import pytest
+import tokenizers
+from conftest import TRICKY, prose, tiny_config
+from hypothesis import HealthCheck, given, settings
+from transformers import AutoTokenizer
+
+from tinygpt.errors import UserError
+from tinygpt.export.gguf import export_gguf
+from tinygpt.export.hf import export_hf
+from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.generate import stream
+from tinygpt.generate.sampling import Sampling
+from tinygpt.model import GPT
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.bulk import BulkEncoder
+from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.tokenizer.counts import count_pretokens
+from tinygpt.tokenizer.kinds import KINDS, learn_tokenizer, take_tokenizer
+from tinygpt.tokenizer.pretokenize import iter_blocks
+from tinygpt.tokenizer.tokenizer import BEGIN, EOS, PAD, UNKNOWN
+
+PARAMS = TokenizerParams(
+    kind="bpe", from_file=None, vocab_size=400, min_frequency=1, special_tokens=(BEGIN, PAD, UNKNOWN)
+)
+TEXT = prose(400) + " 😀 é "
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def tokenizer(request) -> Tokenizer:
+    return learn_tokenizer(count_pretokens([TEXT]), dataclasses.replace(PARAMS, kind=request.param))
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    """A folder for transformers and a GGUF file of a model with that vocabulary."""
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer.save(folder / "tokenizer")
+    model = GPT(tiny_config(vocab_size=tokenizer.vocab_size))
+    export_hf(model, tokenizer, folder / "tokenizer", folder / "hf")
+    export_gguf(model, tokenizer, folder / "model.gguf", "f32")
+    return folder
+
+
+@given(text=TRICKY)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_same_ids_everywhere_and_back_to_the_text(tokenizer, exported, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizers.Tokenizer.from_file(str(exported / "tokenizer/tokenizer.json")).encode(text).ids == ids
+    with LlamaCpp(exported / "model.gguf", vocab_only=True) as llama:
+        assert llama.tokenize(text) == ids
+
+
+def test_roles_of_special_tokens_reach_transformers_and_llama_cpp(tokenizer, exported):
+    theirs = AutoTokenizer.from_pretrained(exported / "hf")
+    assert (theirs.bos_token, theirs.eos_token) == (BEGIN, EOS)
+    assert (theirs.pad_token, theirs.unk_token) == (PAD, UNKNOWN)
+    assert theirs.pad_token_id == tokenizer.pad_id
+    assert theirs.unk_token_id == tokenizer.unk_id
+    config = json.loads((exported / "hf/config.json").read_text())
+    assert (config["bos_token_id"], config["pad_token_id"]) == (tokenizer.bos_id, tokenizer.pad_id)
+    with LlamaCpp(exported / "model.gguf", vocab_only=True) as llama:
+        assert llama.eog_ids() == [tokenizer.eos_id]
+    assert not set(tokenizer.encode(f"{EOS}{BEGIN}{PAD}{UNKNOWN}")) & set(tokenizer.special_tokens.values())
+
+
+def test_begin_stands_before_each_document_and_each_generated_text(tokenizer):
+    block = b"".join(iter_blocks(["the", "file"]))
+    ids = BulkEncoder(tokenizer).encode(block).tolist()
+    assert tokenizer.decode(ids) == f"{EOS}{BEGIN}the{EOS}{BEGIN}file"
+    plain = Tokenizer.from_merges(tokenizer.merges)
+    assert plain.bos_id == plain.eos_id
+    assert (plain.pad_id, plain.unk_id) == (None, None)
+    assert plain.decode(BulkEncoder(plain).encode(block).tolist()) == f"{EOS}the{EOS}file"
+    model = GPT(tiny_config(vocab_size=tokenizer.vocab_size)).eval()
+    seen = []
+    model.tok_emb.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten().tolist()))
+    [*stream(model, tokenizer, "the", max_new_tokens=1, sampling=Sampling())]
+    assert seen[0] == [tokenizer.bos_id, *tokenizer.encode("the")]
+
+
+def test_bytes_are_a_token_each_and_characters_too():
+    counts = count_pretokens([TEXT])
+    as_bytes = learn_tokenizer(counts, dataclasses.replace(PARAMS, kind="byte"))
+    assert as_bytes.vocab_size == 256 + 4
+    assert len(as_bytes.encode("né中😀")) == 1 + 2 + 3 + 4
+    as_chars = learn_tokenizer(counts, dataclasses.replace(PARAMS, kind="char"))
+    assert {len(as_chars.encode(character)) for character in set(TEXT)} == {1}
+    assert len(as_chars.encode("the 中文😀é")) == 8
+    assert len(as_chars.encode("ű")) == 2  # not in the text: its bytes
+
+
+def test_where_there_is_no_room_the_rarer_characters_stay_bytes():
+    counts = count_pretokens(["éééé 中中 😀"])
+    small = dataclasses.replace(PARAMS, kind="char", special_tokens=(), vocab_size=257 + 1)
+    assert learn_tokenizer(counts, small).tokens[257:] == ["Ã©"]
+    chars = learn_tokenizer(counts, dataclasses.replace(small, vocab_size=257 + 3))
+    assert [len(chars.encode(c)) for c in "é中😀"] == [1, 1, 4]
+    frequent = learn_tokenizer(counts, dataclasses.replace(small, vocab_size=400, min_frequency=2))
+    assert [len(frequent.encode(c)) for c in "é中😀"] == [1, 1, 4]
+
+
+def test_a_ready_tokenizer_keeps_its_ids(tmp_path):
+    # GPT-2's layout: bytes first, <|endoftext|> last, merges as strings, no `version` of ours
+    ours = learn_tokenizer(count_pretokens([TEXT]), dataclasses.replace(PARAMS, special_tokens=()))
+    tokens = [*ours.tokens[1:], EOS]
+    document = {
+        "added_tokens": [{"id": len(tokens) - 1, "content": EOS, "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [" ".join(pair) for pair in ours.merges],
+        },
+    }
+    file = tmp_path / "gpt2.json"
+    file.write_text(json.dumps(document))
+    params = dataclasses.replace(PARAMS, from_file=str(file), special_tokens=())
+    taken = take_tokenizer(params)
+    assert taken.eos_id == len(tokens) - 1
+    assert taken.encode(TEXT) == [i - 1 for i in ours.encode(TEXT)]
+    taken.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode(TEXT) == taken.encode(TEXT)
+    with pytest.raises(UserError, match=r"tokenizer.special_tokens names <\|pad\|>, which .*gpt2.json has not"):
+        take_tokenizer(dataclasses.replace(params, special_tokens=(PAD,)))
+    with pytest.raises(UserError, match=r"tokenizer.from_file=.*none.json not found"):
+        take_tokenizer(dataclasses.replace(params, from_file=str(tmp_path / "none.json")))

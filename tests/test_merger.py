@@ -1,0 +1,63 @@
+"""Merging bytes into tokens: one row, many rows at once, and very long ones, all with the same result."""
+
+import random
+import string
+from itertools import pairwise
+
+import pytest
+from conftest import prose
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tinygpt.tokenizer.merger import LONG, TOGETHER, Merger, merge, merge_long
+
+ROWS = st.lists(st.integers(0, 3), max_size=30)
+# Pairs of ids in rank order; the id that a pair becomes may be one that exists, as from another way to one token.
+MERGES = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(4, 9)), max_size=8)
+
+
+def ranks_of(merges: list[tuple[int, int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
+    return {(left, right): (rank, merged) for rank, (left, right, merged) in enumerate(merges)}
+
+
+def slowly(ids: list[int], ranks: dict) -> list[int]:
+    """By looking for the pair of lowest rank each time."""
+    while found := [(*ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]:
+        _, merged, i = min(found)
+        ids = [*ids[:i], merged, *ids[i + 2 :]]
+    return ids
+
+
+@given(ids=ROWS, merges=MERGES)
+@example(ids=[0, 0, 0, 1, 0, 0, 1], merges=[(1, 0, 4), (0, 0, 5), (5, 5, 6), (4, 0, 5)])
+def test_a_row_is_merged_as_by_looking_for_the_lowest_rank_each_time(ids, merges):
+    ranks = ranks_of(merges)
+    assert merge(ids, ranks) == slowly(ids, ranks)
+    if ids:
+        assert merge_long(ids, ranks) == slowly(ids, ranks)
+
+
+@given(rows=st.lists(st.binary(min_size=1, max_size=TOGETHER + 5), max_size=30), merges=MERGES)
+def test_many_rows_are_merged_as_each_alone(rows, merges):
+    rows = [bytes(byte % 4 for byte in row) for row in rows]
+    merger = Merger([*range(4), *range(1000, 1252)], ranks_of(merges))
+    ids, lengths = merger.merge_all(rows)
+    assert lengths.tolist() == [len(slowly([*row], merger.ranks)) for row in rows]
+    assert ids.tolist() == [i for row in rows for i in slowly([*row], merger.ranks)]
+
+
+def test_the_merges_of_a_trained_tokenizer_give_the_same_in_all_three_ways(tiny_tokenizer):
+    merger, rng = tiny_tokenizer.merger, random.Random(0)
+    rows = [word.encode() for word in prose(300).split()] + [b"a" * 70, "ÿ中😀".encode() * 30]
+    ids, lengths = merger.merge_all(rows)
+    assert ids.tolist() == [i for row in rows for i in merger.merge(row)]
+    assert len(lengths) == len(rows)
+    long = "".join(rng.choices("the fil" + string.ascii_lowercase, k=LONG + 500)).encode()
+    assert merger.merge(long) == slowly([merger.byte_ids[byte] for byte in long], merger.ranks)
+
+
+@pytest.mark.parametrize("text", ["a" * 10_000_000, "the" * 400_000], ids=["one letter", "without a space"])
+def test_a_word_of_megabytes_takes_seconds(tiny_tokenizer, text):
+    ids = tiny_tokenizer.encode(text)
+    assert tiny_tokenizer.decode(ids) == text
+    assert ids[10:1000] == tiny_tokenizer.encode(text[:100_000])[10:1000]

@@ -1,0 +1,131 @@
+"""Shards: nothing lost, nothing done twice, the same results whoever computes them."""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import RUNTIME
+
+from tinygpt import shards
+from tinygpt.corpus.jsonl import iter_texts, text_line
+from tinygpt.errors import UserError
+from tinygpt.files import atomic_write
+from tinygpt.shards import cut_shards, shard_results
+
+TEXTS = [f"document {i} " + "é\n" * (i % 50) for i in range(500)]
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(shards, "WORTH_A_WORKER", 1000)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(map(text_line, TEXTS)))
+    return path
+
+
+def upper(texts: Iterable[str], path: Path) -> None:
+    """Work that tells who did it."""
+    with atomic_write(path) as out:
+        out.writelines(text.upper() + "|" for text in texts)
+    with open(path.parents[2] / "done.log", "a") as log:
+        log.write(f"{os.getpid()} {path.name}\n")
+
+
+def die_once(texts: Iterable[str], path: Path, *, parent: int) -> None:
+    """Work during which a worker process is killed, once."""
+    mark = path.parents[2] / "killed"
+    if os.getpid() != parent and path.name != "000000" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    upper(texts, path)
+
+
+def fail(texts: Iterable[str], path: Path) -> None:
+    """Work that finds a mistake of the user."""
+    raise UserError(f"cannot do {path.name}")
+
+
+def results(file: Path, work: shards.Work = upper, **changes: object) -> str:
+    runtime = dataclasses.replace(RUNTIME, **changes)
+    with shard_results(work, file, name="upper", key="", runtime=runtime) as paths:
+        return "".join(path.read_text() for path in paths)
+
+
+def log(file: Path) -> list[list[str]]:
+    return [line.split() for line in (file.parent / "done.log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("n_bytes", [1, 999, 1000, 10**9])
+def test_shards_cover_the_file_and_end_at_lines(file, monkeypatch, n_bytes):
+    monkeypatch.setattr(shards, "SHARD_BYTES", n_bytes)
+    monkeypatch.setattr(shards, "MOST_SHARDS", 10**9)
+    cut = cut_shards(file)
+    assert [cut[0].begin, *(shard.end for shard in cut)] == [*(shard.begin for shard in cut), file.stat().st_size]
+    assert [t for s in cut for t in iter_texts(s.path, begin=s.begin, end=s.end)] == TEXTS
+    file.write_text("")
+    assert cut_shards(file) == []
+
+
+@pytest.mark.parametrize("n_worker", [1, 2, 3])
+def test_results_are_the_same_whoever_computes_them_and_leave_nothing_behind(file, n_worker):
+    assert results(file, n_worker=n_worker) == "".join(text.upper() + "|" for text in TEXTS)
+    assert len({pid for pid, _ in log(file)}) <= n_worker
+    assert not [path for path in (file.parent / "runs").iterdir() if path.suffix != ".lock"]
+
+
+def test_workers_share_the_work(file):
+    results(file, n_worker=2)
+    assert len({pid for pid, _ in log(file)}) == 2
+
+
+def test_only_missing_shards_are_made_after_a_worker_was_killed(file):
+    with pytest.raises(UserError, match=r"a worker process was killed.*lower runtime.n_worker and run again"):
+        results(file, partial(die_once, parent=os.getpid()), n_worker=2)
+    done = {name for _, name in log(file)}
+    assert done
+    assert results(file, partial(die_once, parent=os.getpid()), n_worker=2) == "".join(
+        text.upper() + "|" for text in TEXTS
+    )
+    assert sorted(name for _, name in log(file)) == [f"{i:06d}" for i in range(len(cut_shards(file)))]
+
+
+def test_other_texts_take_nothing_from_a_run_that_was_stopped(file):
+    with pytest.raises(UserError, match="killed"):
+        results(file, partial(die_once, parent=os.getpid()), n_worker=2)
+    file.write_text("".join(map(text_line, TEXTS[::-1])))
+    assert results(file) == "".join(text.upper() + "|" for text in TEXTS[::-1])
+
+
+@pytest.mark.parametrize("n_worker", [1, 2])
+def test_a_mistake_in_a_worker_is_told_as_here(file, n_worker):
+    with pytest.raises(UserError, match="cannot do 0000"):
+        results(file, fail, n_worker=n_worker)
+
+
+def test_ray_gives_the_same_results_though_a_worker_is_killed(file):
+    pytest.importorskip("ray")
+    work = partial(die_once, parent=os.getpid())
+    assert results(file, work, engine="ray", n_worker=2) == "".join(text.upper() + "|" for text in TEXTS)
+    assert (file.parent / "killed").exists()
+    assert str(os.getpid()) not in {pid for pid, _ in log(file)}
+
+
+def test_ray_tells_a_mistake_in_one_line(file):
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match="cannot do 0000"):
+        results(file, fail, engine="ray")
+    with pytest.raises(UserError, match=r"runtime.ray_address=127.0.0.1:1: no Ray cluster answers"):
+        results(file, engine="ray", ray_address="127.0.0.1:1")
+
+
+def test_without_ray_the_command_that_helps_is_named(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"runtime.engine=ray needs Ray: pip install -r requirements-cluster.txt"):
+        results(file, engine="ray")

@@ -1,0 +1,38 @@
+"""Find the command and run it.  Only its own file is imported, so that those without a model start at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from tinygpt.errors import program
+
+# Name -> the file that has `add_options` and `run` for it, and what it does.
+COMMANDS = {
+    "generate": ("generate", "continue a prompt"),
+    "chat": ("chat", "continue what you type, line by line; an empty line starts afresh"),
+    "encode": ("encode", "show the ids and pieces of a text"),
+    "decode": ("decode", "show the text of ids"),
+    "tokenizer-report": ("tokenizer_report", "tell how well the tokenizer fits the text, as a table and a plot"),
+}
+
+
+@program
+def main() -> None:
+    """Run one command."""
+    args = build_parser(sys.argv[1:]).parse_args()
+    args.run(args)
+
+
+def build_parser(argv: list[str]) -> argparse.ArgumentParser:
+    """All commands, and the options of the one that `argv` names."""
+    parser = argparse.ArgumentParser(prog="python -m tinygpt", description="Use what the pipeline has made.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, (file, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        if name in argv[:1]:
+            module = importlib.import_module(f"tinygpt.cli.{file}")
+            module.add_options(command)
+            command.set_defaults(run=module.run)
+    return parser

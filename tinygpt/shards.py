@@ -1,0 +1,175 @@
+"""Documents in shards: each is worked on by itself, on all cores or on a Ray cluster, into a file of its own.
+
+The work is a function of texts that fills a path, and leaves no trace but that file. So the results do not depend on
+who computes which shard, and a run that was stopped computes only the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tinygpt.corpus.jsonl import iter_texts
+from tinygpt.errors import UserError
+from tinygpt.files import code_hash, runs_folder, sha256_file, sha256_json
+from tinygpt.progress import progress
+from tinygpt.runtime import RuntimeParams
+
+CODE = ("shards.py", "corpus/jsonl.py", "tokenizer/*.py")  # what results depend on, beside the file and the key
+SHARD_BYTES = 4_000_000  # at least, and
+MOST_SHARDS = 4096  # of a file, about
+WORTH_A_WORKER = 8_000_000  # bytes: with less a worker's start takes longer than its work
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The bytes [begin, end) of a .jsonl file, cut where lines end."""
+
+    path: Path
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.end - self.begin
+
+
+Work = Callable[[Iterable[str], Path], None]  # fills the path with what comes of texts, whole or not at all
+Jobs = list[tuple[Shard, Path]]
+Tick = Callable[[int], object]  # told the bytes of each shard that is done
+
+
+def cut_shards(path: Path) -> list[Shard]:
+    """A file in shards of about the same size; none for an empty file."""
+    size, bounds = path.stat().st_size, [0]
+    n_bytes = max(SHARD_BYTES, size // MOST_SHARDS)
+    with open(path, "rb") as file:
+        while bounds[-1] < size:
+            file.seek(bounds[-1] + n_bytes - 1)
+            file.readline()
+            bounds.append(min(file.tell(), size))
+    return [Shard(path, begin, end) for begin, end in pairwise(bounds)]
+
+
+@contextmanager
+def shard_results(work: Work, file: Path, *, name: str, key: str, runtime: RuntimeParams) -> Iterator[list[Path]]:
+    """Call work(texts, path) for each shard of a file and yield the paths, in the shards' order.
+
+    They last as long as the block. When it fails or the program is killed they stay in runs/, and the next call with
+    the same file and `key`, which names all else that decides them, makes only those that are missing.
+    """
+    fingerprint = sha256_json([sha256_file(file), key, code_hash(*CODE)])[:16]
+    folder = runs_folder() / f"{name}-{fingerprint}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        shards = cut_shards(file)
+        paths = [folder / f"{i:06d}" for i in range(len(shards))]
+        missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
+        total, todo = sum(shard.size for shard in shards), sum(shard.size for shard, _ in missing)
+        n_worker = min(runtime.n_worker or os.cpu_count() or 1, len(missing), 1 + todo // WORTH_A_WORKER)
+        with progress(name, total=total, unit="B", start=total - todo) as bar:
+            ENGINES[runtime.engine](work, missing, n_worker, runtime, bar.update)
+        yield paths
+        shutil.rmtree(folder)
+
+
+def _do(work: Work, shard: Shard, path: Path) -> None:
+    work(iter_texts(shard.path, begin=shard.begin, end=shard.end), path)
+
+
+def _run_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams, tick: Tick) -> None:
+    """In processes of this machine, of which this one is one of the workers."""
+    todo = deque(jobs)
+    others: dict[Future[None], tuple[Shard, Path]] = {}  # what other processes do
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork: ready at once
+    with ProcessPoolExecutor(max(1, n_worker - 1), mp_context=context, initializer=_leave_with_parent) as pool:
+        try:
+            while todo or others:
+                while todo and len(others) < 2 * (n_worker - 1):  # one at work and one to go on with
+                    job = todo.popleft()
+                    others[pool.submit(_do, work, *job)] = job
+                if todo:
+                    job = todo.popleft()
+                    _do(work, *job)
+                    tick(job[0].size)
+                else:
+                    wait(others, return_when=FIRST_COMPLETED)
+                for future in [future for future in others if future.done()]:
+                    future.result()
+                    tick(others.pop(future)[0].size)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: lower runtime.n_worker and run again; "
+                "shards that are done are kept"
+            ) from None
+
+
+def _leave_with_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it ends, however that happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams, tick: Tick) -> None:
+    """On a Ray cluster, which starts a task again when its worker dies."""
+    try:
+        import ray
+        from ray.exceptions import RayTaskError
+    except ImportError:
+        raise UserError("runtime.engine=ray needs Ray: pip install -r requirements-cluster.txt") from None
+    path = os.pathsep.join(map(os.path.abspath, sys.path))  # where workers find our code: the same folders as here
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
+    if runtime.ray_address:
+        _must_answer(runtime.ray_address)
+        ray.init(runtime.ray_address, logging_level=logging.ERROR, **options)
+    else:
+        ray.init(num_cpus=max(1, n_worker), include_dashboard=False, logging_level=logging.ERROR, **options)
+    try:
+        task = ray.remote(max_retries=3)(_do)
+        pending = {task.remote(work, shard, path.absolute()): shard for shard, path in jobs}
+        while pending:
+            done, _ = ray.wait([*pending])
+            ray.get(done)
+            for reference in done:
+                tick(pending.pop(reference).size)
+    except RayTaskError as error:
+        raise error.cause from None
+    finally:
+        ray.shutdown()
+
+
+def _must_answer(address: str) -> None:
+    """Raise UserError when nobody listens there: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"runtime.ray_address={address}: no Ray cluster answers ({error})") from None
+
+
+ENGINES = {"process": _run_processes, "ray": _run_ray}
