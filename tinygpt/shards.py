@@ -79,7 +79,7 @@ def shard_results(work: Work, file: Path, *, name: str, key: str, runtime: Runti
     fingerprint = sha256_json([sha256_file(file), key, code_hash(*CODE)])[:16]
     folder = runs_folder() / f"{name}-{fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with FileLock(folder.with_name(f"{name}.lock")):  # of all that do the same work, one at a time
         shards = cut_shards(file)
         paths = [folder / f"{i:06d}" for i in range(len(shards))]
         missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
