@@ -123,7 +123,7 @@ def test_the_death_of_the_dvc_above_it_stops_it_whatever_stands_between(project)
 
 def test_what_a_person_started_outlives_its_parent(project):
     succeed(f"nohup {sys.executable} -m stages.train >train.log 2>&1 &", project)
-    wait_until(lambda: "step    600 of 600" in log(project), project)  # written out when it ends
+    wait_until(lambda: "train: lowest validation loss" in log(project), project)  # its last words
     assert (project / "reports/train.json").exists()
 
 
