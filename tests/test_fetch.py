@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from tinygpt.corpus.archive import iter_members
 from tinygpt.corpus.fetch import ATTEMPTS, BACKOFF_S, CHUNK_BYTES, NotThereError, fetch
@@ -331,11 +332,23 @@ def test_zip_archives_give_their_files(tmp_path: Path) -> None:
     assert members(zip_with(tmp_path / "x.zip")) == {"x/a/b.txt": b"text"}
 
 
-@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def zst(content: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(content)
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zst)]
+)
 def test_compressed_files_give_themselves(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
     path = tmp_path / f"x.txt.{ending}"
     path.write_bytes(compress(b"text"))
     assert members(path) == {"x.txt": b"text"}
+
+
+def test_a_zst_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
+    parts = [os.urandom(n) for n in (0, 5000, 1, 100_000)]
+    (tmp_path / "x.txt.zst").write_bytes(b"".join(map(zst, parts)))
+    assert members(tmp_path / "x.txt.zst") == {"x.txt": b"".join(parts)}
 
 
 UNSAFE = ["../b.txt", "/etc/b.txt", "a/../../b.txt", "C:\\b.txt", "..\\b.txt", ".."]
@@ -360,13 +373,15 @@ def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
         members(zip_with(tmp_path / "x.zip", content=b"/etc/passwd", mode=0o120777))
 
 
-@pytest.mark.parametrize("ending", ["txt.gz", "zip", "tar.gz"])
+@pytest.mark.parametrize("ending", ["txt.gz", "txt.zst", "zip", "tar.gz"])
 def test_bombs_are_refused(tmp_path: Path, ending: str) -> None:
     zeros, path = bytes(110_000_000), tmp_path / f"x.{ending}"
     if ending == "zip":
         zip_with(path, content=zeros)
     elif ending == "txt.gz":
         path.write_bytes(gzip.compress(zeros, 1))
+    elif ending == "txt.zst":
+        path.write_bytes(zst(zeros))
     else:
         with tarfile.open(path, "w:gz", compresslevel=1) as archive:
             member = tarfile.TarInfo("x")
@@ -378,7 +393,9 @@ def test_bombs_are_refused(tmp_path: Path, ending: str) -> None:
                 pass
 
 
-@pytest.mark.parametrize("ending", ["txt.gz", "txt.bz2", "txt.xz", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize(
+    "ending", ["txt.gz", "txt.bz2", "txt.xz", "txt.zst", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz"]
+)
 def test_cut_off_archives_are_told_by_name(tmp_path: Path, ending: str) -> None:
     noise = os.urandom(50_000)
     path = tmp_path / f"x.{ending}"
@@ -391,13 +408,14 @@ def test_cut_off_archives_are_told_by_name(tmp_path: Path, ending: str) -> None:
         ) as archive:
             archive.add(tmp_path / "noise", "noise")
     else:
-        path.write_bytes({"gz": gzip, "bz2": bz2, "xz": lzma}[ending[4:]].compress(noise))
+        compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zst}[ending[4:]]
+        path.write_bytes(compress(noise))
     path.write_bytes(path.read_bytes()[:30_000])
     with pytest.raises(UserError, match=rf"x\.{ending} is damaged"):
         members(path)
 
 
-@pytest.mark.parametrize("ending", ["txt.gz", "txt.bz2", "txt.xz", "zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("ending", ["txt.gz", "txt.bz2", "txt.xz", "txt.zst", "zip", "tar", "tar.gz"])
 def test_what_is_no_archive_is_told_by_name(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_bytes(b"<html>404</html>" * 100)

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from tinygpt.corpus.parquet import iter_parquet_lines
 from tinygpt.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+ZST_BYTES = 1 << 12  # compressed bytes read at a time: even the densest become no more than 128 MB
 # An archive may unpack to MOST_RATIO times its size, text compresses to a tenth or so; small ones to SMALL_BYTES.
 MOST_RATIO = 200
 SMALL_BYTES = 100_000_000
@@ -46,6 +48,10 @@ def iter_members(path: Path, name: str | None = None) -> Iterator[Member]:
             yield from _zip_members(path, name, budget)
         elif lower.endswith(TAR):
             yield from _tar_members(path, name, budget)
+        elif lower.endswith(".zst"):
+            yield name[: -len(".zst")], _zst_chunks(path, name, budget)
+        elif lower.endswith(".parquet"):
+            yield name.removesuffix(PurePosixPath(name).suffix) + ".jsonl", iter_parquet_lines(path, name)
         elif (ending := PurePosixPath(lower).suffix) in OPENERS:
             with OPENERS[ending](path, "rb") as file:
                 yield name[: -len(ending)], budget.chunks(file)
@@ -78,6 +84,29 @@ class _Budget:
                 yield chunk
             if declared is not None and size != declared:
                 raise EOFError(f"{size} of {declared} bytes")
+
+
+def _zst_chunks(path: Path, name: str, budget: _Budget) -> Iterator[bytes]:
+    try:
+        from zstandard import ZstdDecompressor, ZstdError
+    except ImportError:
+        raise UserError(f"{name} needs zstandard: pip install zstandard") from None
+    frame, is_whole = ZstdDecompressor().decompressobj(), True
+    with open(path, "rb") as file, _damage(name):
+        while compressed := file.read(ZST_BYTES):
+            while compressed:
+                try:
+                    chunk = frame.decompress(compressed)
+                except ZstdError as error:
+                    raise EOFError(str(error)) from None
+                compressed, is_whole = frame.unused_data, frame.eof
+                if frame.eof:  # others may follow it
+                    frame = ZstdDecompressor().decompressobj()
+                budget.spend(len(chunk))
+                if chunk:
+                    yield chunk
+        if not is_whole:
+            raise EOFError("it ends inside a frame")
 
 
 def _zip_members(path: Path, name: str, budget: _Budget) -> Iterator[Member]:

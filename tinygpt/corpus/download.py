@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from tinygpt.corpus.archive import iter_members
+from tinygpt.corpus.bucket import fetch_bucket
 from tinygpt.corpus.fetch import NotThereError, fetch
 from tinygpt.corpus.jsonl import text_line
 from tinygpt.corpus.python_docs import iter_python_docs, python_version
@@ -55,7 +56,9 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
             downloads = _remote(params, source, texts, root, cache)
         else:
             source = LOCAL
-            _local(params, texts, root, raw)
+            is_address = "://" in params.source
+            files = fetch_bucket(params.source, cache) if is_address else _local_files(params.source, root, raw)
+            _add_files(params, texts, files)
         if not any(file.bytes for file in texts.files):
             skipped = f"; {len(texts.skipped)} of its files are no UTF-8 text" if texts.skipped else ""
             few = f" or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
@@ -117,8 +120,7 @@ def _obtain(remote: Remote, sha256: str | None, root: Path, cache: Path) -> tupl
     return path, fetch(remote.url, path, sha256=sha256)
 
 
-def _local(params: DownloadParams, texts: RawFolder, root: Path, raw: Path) -> None:
-    files = _local_files(params.source, root, raw)
+def _add_files(params: DownloadParams, texts: RawFolder, files: list[tuple[str, Path]]) -> None:
     if params.sha256 and len(files) > 1:
         raise UserError(f"download.sha256 must be null: {params.source} holds {len(files)} files, not one")
     for name, path in files:

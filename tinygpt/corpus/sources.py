@@ -113,15 +113,15 @@ SOURCES = {
 
 
 def remote_source(name: str) -> Source | None:
-    """The source that `download.source` names on the web; None where it can only be a local file.
+    """The source that `download.source` names on the web; None where it is a local file or another address.
 
-    Raises UserError for a Gutenberg number that is none and for an address that is neither http nor https.
+    Raises UserError for a Gutenberg number that is none and for an incomplete address.
     """
     if name in SOURCES:
         return SOURCES[name]
     if name.startswith("gutenberg:"):
         return _gutenberg(name.removeprefix("gutenberg:"))
-    if "://" in name:
+    if name.startswith(("http://", "https://")):
         return _url(name)
     return None
 
@@ -141,7 +141,6 @@ def _url(url: str) -> Source:
     parts = urlsplit(url)
     name = PurePosixPath(unquote(parts.path)).name
     require(
-        (parts.scheme in ("http", "https"), f"download.source={url} must begin with http:// or https://"),
         (bool(parts.hostname), f"download.source={url} names no host"),
         (bool(name) and name not in (".", ".."), f"download.source={url} must end with the name of a file"),
     )

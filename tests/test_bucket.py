@@ -1,0 +1,67 @@
+"""Sources at addresses of fsspec's file systems; memory:// stands for s3:// and its like."""
+
+import gzip
+from pathlib import Path
+
+import fsspec
+import pytest
+from test_sources import fill, texts
+
+from tinygpt.errors import UserError
+
+
+@pytest.fixture
+def bucket():
+    files = fsspec.filesystem("memory")
+    for name, content in {"a/x.txt": b"one\n", "a/y.txt.gz": gzip.compress(b"two\n"), "a/b/z.md": b"three\n"}.items():
+        files.pipe(f"/bucket/{name}", content)
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("memory://bucket/a/x.txt", {"x.txt": "one\n"}),
+        ("memory://bucket/a", {"x.txt": "one\n", "y.txt": "two\n", "b/z.md": "three\n"}),
+        ("memory://bucket/a/*.txt*", {"x.txt": "one\n", "y.txt": "two\n"}),
+    ],
+)
+def test_a_file_a_folder_and_a_glob_are_read(bucket, tmp_path, source, expected):
+    fill(tmp_path, source)
+    assert texts(tmp_path) == expected
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_what_was_copied_before_is_not_copied_again_unless_it_changed(bucket, tmp_path, monkeypatch):
+    fill(tmp_path, "memory://bucket/a/*.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bucket), "_open", None)  # nothing can be opened
+        fill(tmp_path, "memory://bucket/a/*.txt")
+    bucket.pipe("/bucket/a/x.txt", b"another\n")
+    fill(tmp_path, "memory://bucket/a/*.txt")
+    assert texts(tmp_path) == {"x.txt": "another\n"}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("memory://nowhere/*.txt", "memory://nowhere/.* names no files"),
+        ("memory://nowhere", "memory://nowhere names no files"),
+        ("nosuch://bucket/x", "download.source=nosuch://bucket/x: Protocol not known: nosuch"),
+        ("s3://bucket/x", "download.source=s3://bucket/x: Install s3fs to access S3"),
+    ],
+)
+def test_an_address_that_gives_nothing_is_told(tmp_path: Path, source: str, message: str):
+    with pytest.raises(UserError, match=message):
+        fill(tmp_path, source)
+
+
+def test_a_copy_that_breaks_off_leaves_nothing_under_its_name(bucket, tmp_path, monkeypatch):
+    def refuse(self: object, path: str, **options: object) -> object:
+        raise PermissionError(13, "no entry")
+
+    monkeypatch.setattr(type(bucket), "_open", refuse)
+    with pytest.raises(UserError, match=r"memory://bucket/a cannot be read .*check the address and your rights"):
+        fill(tmp_path, "memory://bucket/a")
+    assert not (tmp_path / "raw").exists()
