@@ -75,7 +75,9 @@ def test_min_frequency_stops_early_and_too_little_text_is_told():
 def reference(tiny_tokenizer, tmp_path_factory) -> tokenizers.Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer.save(folder)
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found.encode_special_tokens = True  # a special token's name in a text is text, as with us
+    return found
 
 
 @given(text=TRICKY)
@@ -171,6 +173,25 @@ def test_a_file_that_cannot_be_honoured_is_refused(tiny_tokenizer, tmp_path, pat
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(broken(json.loads(file.read_text()), path, value)))
     with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = file.read_text()
+    document = json.loads(whole)
+    del document["model"]["merges"]
+    file.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"is no byte-level BPE tokenizer.json \(KeyError: 'merges'\)"):
+        load_tokenizer(tmp_path)
+    assert whole.count('"vocab": {') == 1
+    file.write_text(whole.replace('"vocab": {', '"vocab": {"a": 299,'))
+    with pytest.raises(UserError, match=r"ValueError: 'a' stands twice in it"):
+        load_tokenizer(tmp_path)
+    with open(file, "r+b") as big:
+        big.truncate(2_000_000_000)  # a hole, which takes no room
+    with pytest.raises(UserError, match=r"tokenizer.json is larger than 500.0 MB"):
         load_tokenizer(tmp_path)
 
 

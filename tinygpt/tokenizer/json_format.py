@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, must_exist
+from tinygpt.files import atomic_write, human_bytes, must_exist
 from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR, CHAR_TO_BYTE
 
+MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -52,8 +53,10 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
 
     Raises UserError with everything that is wrong with the file, such as a missing special token `required`.
     """
+    if must_exist(path, stage="train_tokenizer").stat().st_size > MOST_BYTES:
+        raise UserError(f"{path} is larger than {human_bytes(MOST_BYTES)}, as no tokenizer is")
     try:
-        document = json.loads(must_exist(path, stage="train_tokenizer").read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
         model = document["model"]
         vocab, merges = dict(model["vocab"]), [_pair(merge) for merge in model["merges"]]
         special = {token["content"]: token["id"] for token in document["added_tokens"] if token["special"]}
@@ -65,6 +68,14 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
     return sorted(vocab | special, key=(vocab | special).__getitem__), merges, special
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in it")
+    return found
 
 
 def _added_token(name: str, i: int) -> dict[str, Any]:
