@@ -29,6 +29,7 @@ ON = {
     "min_bytes": 1,
     "exact_duplicates": True,
     "near_duplicates": None,
+    "unlike_prose": False,
     "split": "tail",
     "val_fraction": 0.0,
     "test_fraction": 0.0,

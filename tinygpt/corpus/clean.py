@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from tinygpt.corpus.documents import Document, Reader
 from tinygpt.corpus.duplicates import NearDuplicates, digest
+from tinygpt.corpus.quality import RULES, broken_rules
 from tinygpt.corpus.raw import Manifest, read_manifest
 from tinygpt.corpus.split import NAMES, SPLITTERS, Shares, write_splits
 from tinygpt.errors import UserError
@@ -41,6 +42,7 @@ REPORTED = (
     "long_cut",
     *DROPPING.values(),
     "leaked",
+    *(f"unlike_prose_{rule}" for rule in RULES),
     *(f"{split}_{what}" for split in NAMES for what in ("documents", "bytes")),
 )
 
@@ -67,6 +69,7 @@ class CleanParams:
     near_duplicates: (
         Annotated[float, Within("(0, 1]")] | None
     )  # drop one this alike: Jaccard of word 5-grams; null = off
+    unlike_prose: bool  # count the documents that look unlike prose; none is dropped for it
     split: Literal["hash", "tail", "source"]  # by document; by position in the corpus; as the source says
     val_fraction: Fraction  # share of validation text, for hash (of documents) and tail (of characters)
     test_fraction: Fraction  # share of test text, likewise
@@ -132,6 +135,8 @@ def _keep(documents: Iterable[Document], params: CleanParams, counts: Counter[st
         else:
             if params.exact_duplicates:
                 seen.add(key)
+            if params.unlike_prose:
+                counts.update(f"unlike_prose_{rule}" for rule in broken_rules(text))
             yield Document(text, document.split)
 
 
