@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
 from tinygpt.shards import cut_shards, shard_results
 
+ROOT = Path(__file__).parents[1]
 TEXTS = [f"document {i} " + "é\n" * (i % 50) for i in range(500)]
 
 
@@ -129,3 +132,44 @@ def test_without_ray_the_command_that_helps_is_named(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"runtime.engine=ray needs Ray: pip install -r requirements-cluster.txt"):
         results(file, engine="ray")
+
+
+SLOW = """
+import dataclasses, os, sys, time
+from pathlib import Path
+from tinygpt import shards
+
+def work(texts, path):
+    (path.parents[2] / f"pid-{os.getpid()}").touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    sys.path.insert(0, "tests")
+    from conftest import RUNTIME
+    shards.SHARD_BYTES = shards.WORTH_A_WORKER = 1000
+    runtime = dataclasses.replace(RUNTIME, n_worker=3)
+    with shards.shard_results(work, Path(sys.argv[1]), name="slow", key="", runtime=runtime):
+        pass
+"""
+
+
+def test_workers_end_with_the_program_that_started_them(file):
+    (file.parent / "slow.py").write_text(SLOW)
+    command = [sys.executable, str(file.parent / "slow.py"), str(file)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen(command, cwd=ROOT, env=env)
+
+    def pids() -> set[int]:
+        return {int(path.name[4:]) for path in file.parent.glob("pid-*")}
+
+    wait_until(lambda: len(pids()) == 3)
+    program.kill()
+    program.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids()))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
