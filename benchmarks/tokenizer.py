@@ -34,7 +34,7 @@ import numpy as np
 from tinygpt.corpus.jsonl import iter_texts, text_line
 from tinygpt.errors import program
 from tinygpt.runtime import RuntimeParams
-from tinygpt.shards import shard_results
+from tinygpt.shards import cut_lines, shard_results
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.alphabet import to_bytes
 from tinygpt.tokenizer.bpe import learn_bpe
@@ -97,7 +97,7 @@ def train_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any
 
     def work() -> None:
         file, settings = folder / "text.jsonl", runtime(folder, n_thread)
-        with shard_results(save_counts, file, name="count", key="", runtime=settings) as paths:
+        with shard_results(save_counts, cut_lines(file), name="count", key="", runtime=settings) as paths:
             counts = sum_counts(paths)
         learn_bpe(counts, vocab_size).save(folder)
 
@@ -133,7 +133,8 @@ def encode_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], An
 
     def work() -> None:
         file, settings = folder / "text.jsonl", runtime(folder, n_thread)
-        with shard_results(partial(save_ids, tokenizer=folder), file, name="encode", key="", runtime=settings) as paths:
+        work = partial(save_ids, tokenizer=folder)
+        with shard_results(work, cut_lines(file), name="encode", key="", runtime=settings) as paths:
             write_tokens(folder / "ours.bin", (np.fromfile(path, tokenizer.dtype) for path in paths), tokenizer)
 
     return work

@@ -13,7 +13,7 @@ from tinygpt.errors import program
 from tinygpt.files import atomic_folder, human_bytes, must_exist, sha256_file, write_json
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.shards import shard_results
+from tinygpt.shards import cut_lines, shard_results
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.bulk import save_ids
 from tinygpt.tokens import META_FILE, SPLITS, TokensMeta, write_tokens
@@ -34,7 +34,8 @@ def main() -> None:
         splits = {}
         for name in SPLITS:
             file = must_exist(CLEAN_DIR / f"{name}.jsonl", stage="clean")
-            with shard_results(work, file, name=f"encode-{name}", key=tokenizer_sha256, runtime=runtime) as paths:
+            key = [sha256_file(file), tokenizer_sha256]
+            with shard_results(work, cut_lines(file), name=f"encode-{name}", key=key, runtime=runtime) as paths:
                 parts = (np.fromfile(path, tokenizer.dtype) for path in paths)
                 splits[name] = write_tokens(folder / f"{name}.bin", parts, tokenizer)
         meta = TokensMeta(

@@ -6,10 +6,10 @@ Reads data/clean/train.jsonl, writes data/tokenizer/tokenizer.json.
 from pathlib import Path
 
 from tinygpt.errors import program
-from tinygpt.files import human_bytes, must_exist
+from tinygpt.files import human_bytes, must_exist, sha256_file
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.shards import shard_results
+from tinygpt.shards import cut_lines, shard_results
 from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.tokenizer.counts import save_counts, sum_counts
 from tinygpt.tokenizer.kinds import learn_tokenizer, take_tokenizer
@@ -26,7 +26,7 @@ def main() -> None:
         tokenizer = take_tokenizer(params)
     else:
         file = must_exist(TRAIN_FILE, stage="clean")
-        with shard_results(save_counts, file, name="count", key="", runtime=runtime) as paths:
+        with shard_results(save_counts, cut_lines(file), name="count", key=sha256_file(file), runtime=runtime) as paths:
             tokenizer = learn_tokenizer(sum_counts(paths), params)
     tokenizer.save(TOKENIZER_DIR)
     size = sum(file.stat().st_size for file in TOKENIZER_DIR.iterdir())

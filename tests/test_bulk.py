@@ -1,12 +1,12 @@
 """Encoding in bulk gives the ids of encoding one text after the other."""
 
-from pathlib import Path
-
 import numpy as np
 from conftest import TRICKY, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinygpt.corpus.jsonl import text_line
+from tinygpt.shards import cut_lines
 from tinygpt.tokenizer import Tokenizer, bulk
 from tinygpt.tokenizer.alphabet import byte_alphabet
 from tinygpt.tokenizer.bulk import BulkEncoder, save_ids
@@ -36,8 +36,10 @@ def test_a_full_table_starts_anew(tiny_tokenizer, monkeypatch):
 
 def test_a_file_of_ids_has_the_tokenizers_type_and_follows_another_tokenizer(tiny_tokenizer, tmp_path):
     large = Tokenizer([EOS, *byte_alphabet(), *(f"a{i}" for i in range(2**16))], [], {EOS: 0})
+    texts = ["the file", "", "é"]
+    (tmp_path / "texts.jsonl").write_text("".join(map(text_line, texts)))
     for name, tokenizer in [("a", tiny_tokenizer), ("b", large)]:
         tokenizer.save(tmp_path / name)
-        save_ids(["the file", "", "é"], Path(tmp_path / f"{name}.ids"), tokenizer=tmp_path / name)
+        save_ids(*cut_lines(tmp_path / "texts.jsonl"), tmp_path / f"{name}.ids", tokenizer=tmp_path / name)
         ids = np.fromfile(tmp_path / f"{name}.ids", tokenizer.dtype)
-        assert ids.tolist() == one_by_one(tokenizer, ["the file", "", "é"])
+        assert ids.tolist() == one_by_one(tokenizer, texts)

@@ -10,6 +10,8 @@ from conftest import TRICKY, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinygpt.corpus.jsonl import text_line
+from tinygpt.shards import cut_lines
 from tinygpt.tokenizer import pretokenize, pretokens
 from tinygpt.tokenizer.counts import count_pretokens, save_counts, sum_counts
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, PATTERN, iter_blocks, pretoken_starts, split_chunks, to_utf8
@@ -93,6 +95,7 @@ def test_the_table_grows_with_new_pretokens():
 def test_counts_of_several_files_are_added(tmp_path):
     texts = [prose(100, seed=1), prose(100, seed=2), ""]
     for i, text in enumerate(texts):
-        save_counts([text], tmp_path / str(i))
-    assert sum_counts(sorted(tmp_path.iterdir())) == count_pretokens(texts)
+        (tmp_path / "text.jsonl").write_text(text_line(text))
+        save_counts(*cut_lines(tmp_path / "text.jsonl"), tmp_path / str(i))
+    assert sum_counts([tmp_path / str(i) for i in range(len(texts))]) == count_pretokens(texts)
     assert sum_counts([]) == Counter()

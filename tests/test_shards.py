@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import pytest
 from conftest import RUNTIME
 
 from tinygpt import shards
-from tinygpt.corpus.jsonl import iter_texts, text_line
+from tinygpt.corpus.jsonl import shard_texts, text_line
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
-from tinygpt.shards import cut_shards, shard_results
+from tinygpt.shards import Shard, Span, cut_lines, join_spans, shard_results
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"document {i} " + "é\n" * (i % 50) for i in range(500)]
@@ -33,31 +33,31 @@ def file(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def upper(texts: Iterable[str], path: Path) -> None:
+def upper(shard: Shard, path: Path) -> None:
     """Work that tells who did it."""
     with atomic_write(path) as out:
-        out.writelines(text.upper() + "|" for text in texts)
+        out.writelines(text.upper() + "|" for text in shard_texts(shard))
     with open(path.parents[2] / "done.log", "a") as log:
         log.write(f"{os.getpid()} {path.name}\n")
 
 
-def die_once(texts: Iterable[str], path: Path, *, parent: int) -> None:
+def die_once(shard: Shard, path: Path, *, parent: int) -> None:
     """Work during which a worker process is killed, once."""
     mark = path.parents[2] / "killed"
     if os.getpid() != parent and path.name != "000000" and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    upper(texts, path)
+    upper(shard, path)
 
 
-def fail(texts: Iterable[str], path: Path) -> None:
+def fail(shard: Shard, path: Path) -> None:
     """Work that finds a mistake of the user."""
     raise UserError(f"cannot do {path.name}")
 
 
 def results(file: Path, work: shards.Work = upper, **changes: object) -> str:
     runtime = dataclasses.replace(RUNTIME, **changes)
-    with shard_results(work, file, name="upper", key="", runtime=runtime) as paths:
+    with shard_results(work, cut_lines(file), name="upper", key=file.read_text(), runtime=runtime) as paths:
         return "".join(path.read_text() for path in paths)
 
 
@@ -69,11 +69,18 @@ def log(file: Path) -> list[list[str]]:
 def test_shards_cover_the_file_and_end_at_lines(file, monkeypatch, n_bytes):
     monkeypatch.setattr(shards, "SHARD_BYTES", n_bytes)
     monkeypatch.setattr(shards, "MOST_SHARDS", 10**9)
-    cut = cut_shards(file)
-    assert [cut[0].begin, *(shard.end for shard in cut)] == [*(shard.begin for shard in cut), file.stat().st_size]
-    assert [t for s in cut for t in iter_texts(s.path, begin=s.begin, end=s.end)] == TEXTS
+    cut = cut_lines(file)
+    spans = [span for shard in cut for span in shard.spans]
+    assert [spans[0].begin, *(span.end for span in spans)] == [*(span.begin for span in spans), file.stat().st_size]
+    assert [text for shard in cut for text in shard_texts(shard)] == TEXTS
     file.write_text("")
-    assert cut_shards(file) == []
+    assert cut_lines(file) == []
+
+
+def test_small_spans_are_joined():
+    spans = [Span(Path(str(i)), 0, size) for i, size in enumerate([3, 3, 9, 1, 20, 2])]
+    assert [[span.size for span in shard.spans] for shard in join_spans(spans, 10)] == [[3, 3, 9], [1, 20], [2]]
+    assert list(join_spans([], 10)) == []
 
 
 @pytest.mark.parametrize("n_worker", [1, 2, 3])
@@ -96,7 +103,7 @@ def test_only_missing_shards_are_made_after_a_worker_was_killed(file):
     assert results(file, partial(die_once, parent=os.getpid()), n_worker=2) == "".join(
         text.upper() + "|" for text in TEXTS
     )
-    assert sorted(name for _, name in log(file)) == [f"{i:06d}" for i in range(len(cut_shards(file)))]
+    assert sorted(name for _, name in log(file)) == [f"{i:06d}" for i in range(len(cut_lines(file)))]
 
 
 def test_other_texts_take_nothing_from_a_run_that_was_stopped(file):
@@ -139,7 +146,7 @@ import dataclasses, os, sys, time
 from pathlib import Path
 from tinygpt import shards
 
-def work(texts, path):
+def work(shard, path):
     (path.parents[2] / f"pid-{os.getpid()}").touch()
     time.sleep(60)
 
@@ -148,7 +155,7 @@ if __name__ == "__main__":
     from conftest import RUNTIME
     shards.SHARD_BYTES = shards.WORTH_A_WORKER = 1000
     runtime = dataclasses.replace(RUNTIME, n_worker=3)
-    with shards.shard_results(work, Path(sys.argv[1]), name="slow", key="", runtime=runtime):
+    with shards.shard_results(work, shards.cut_lines(Path(sys.argv[1])), name="slow", key="", runtime=runtime):
         pass
 """
 

@@ -1,7 +1,7 @@
-"""Documents in shards: each is worked on by itself, on all cores or on a Ray cluster, into a file of its own.
+"""Text in shards: each is worked on by itself, on all cores or on a Ray cluster, into a result of its own.
 
-The work is a function of texts that fills a path, and leaves no trace but that file. So the results do not depend on
-who computes which shard, and a run that was stopped computes only the shards that are missing.
+The work is a function of a shard that fills a path, and leaves no trace but that. So the results do not depend on who
+computes which shard, and a run that was stopped computes only the shards that are missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,21 +26,20 @@ from typing import Any
 
 from filelock import FileLock
 
-from tinygpt.corpus.jsonl import iter_texts
 from tinygpt.errors import UserError
-from tinygpt.files import code_hash, runs_folder, sha256_file, sha256_json
+from tinygpt.files import code_hash, runs_folder, sha256_json
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 
-CODE = ("shards.py", "corpus/jsonl.py", "tokenizer/*.py")  # what results depend on, beside the file and the key
+CODE = ("shards.py", "corpus/*.py", "tokenizer/*.py")  # what results depend on, beside the text and the key
 SHARD_BYTES = 4_000_000  # at least, and
-MOST_SHARDS = 4096  # of a file, about
+MOST_SHARDS = 4096  # about
 WORTH_A_WORKER = 8_000_000  # bytes: with less a worker's start takes longer than its work
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The bytes [begin, end) of a .jsonl file, cut where lines end."""
+class Span:
+    """The bytes [begin, end) of a file."""
 
     path: Path
     begin: int
@@ -52,36 +51,66 @@ class Shard:
         return self.end - self.begin
 
 
-Work = Callable[[Iterable[str], Path], None]  # fills the path with what comes of texts, whole or not at all
+@dataclass(frozen=True)
+class Shard:
+    """Spans of one or more files, in order."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(span.size for span in self.spans)
+
+
+Work = Callable[[Shard, Path], None]  # fills the path (a file or a folder) with what comes of a shard, or raises
 Jobs = list[tuple[Shard, Path]]
 Tick = Callable[[int], object]  # told the bytes of each shard that is done
 
 
-def cut_shards(path: Path) -> list[Shard]:
-    """A file in shards of about the same size; none for an empty file."""
-    size, bounds = path.stat().st_size, [0]
-    n_bytes = max(SHARD_BYTES, size // MOST_SHARDS)
+def shard_bytes(total: int) -> int:
+    """How many bytes a shard of a corpus of `total` bytes has at least."""
+    return max(SHARD_BYTES, total // MOST_SHARDS)
+
+
+def cut_lines(path: Path) -> list[Shard]:
+    """A file in shards of about the same size, cut where lines end; none for an empty file."""
+    path, size, bounds = path.absolute(), path.stat().st_size, [0]
+    n_bytes = shard_bytes(size)
     with open(path, "rb") as file:
         while bounds[-1] < size:
             file.seek(bounds[-1] + n_bytes - 1)
             file.readline()
             bounds.append(min(file.tell(), size))
-    return [Shard(path, begin, end) for begin, end in pairwise(bounds)]
+    return [Shard((Span(path, begin, end),)) for begin, end in pairwise(bounds)]
+
+
+def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
+    """Small spans together, until a shard has `n_bytes`."""
+    joined: list[Span] = []
+    for span in spans:
+        joined.append(span)
+        if sum(span.size for span in joined) >= n_bytes:
+            yield Shard(tuple(joined))
+            joined = []
+    if joined:
+        yield Shard(tuple(joined))
 
 
 @contextmanager
-def shard_results(work: Work, file: Path, *, name: str, key: str, runtime: RuntimeParams) -> Iterator[list[Path]]:
-    """Call work(texts, path) for each shard of a file and yield the paths, in the shards' order.
+def shard_results(
+    work: Work, shards: Sequence[Shard], *, name: str, key: Any, runtime: RuntimeParams
+) -> Iterator[list[Path]]:
+    """Call work(shard, path) for each shard and yield the paths, in the shards' order.
 
     They last as long as the block. When it fails or the program is killed they stay in runs/, and the next call with
-    the same file and `key`, which names all else that decides them, makes only those that are missing.
+    the same `key` (a JSON value that names all that decides them) makes only those that are missing.
     """
-    fingerprint = sha256_json([sha256_file(file), key, code_hash(*CODE)])[:16]
+    fingerprint = sha256_json([key, code_hash(*CODE)])[:16]
     folder = runs_folder() / f"{name}-{fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):  # of all that do the same work, one at a time
-        shards = cut_shards(file)
-        paths = [folder / f"{i:06d}" for i in range(len(shards))]
+        paths = [folder.absolute() / f"{i:06d}" for i in range(len(shards))]
         missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
         total, todo = sum(shard.size for shard in shards), sum(shard.size for shard, _ in missing)
         n_worker = min(runtime.n_worker or os.cpu_count() or 1, len(missing), 1 + todo // WORTH_A_WORKER)
@@ -89,10 +118,6 @@ def shard_results(work: Work, file: Path, *, name: str, key: str, runtime: Runti
             ENGINES[runtime.engine](work, missing, n_worker, runtime, bar.update)
         yield paths
         shutil.rmtree(folder)
-
-
-def _do(work: Work, shard: Shard, path: Path) -> None:
-    work(iter_texts(shard.path, begin=shard.begin, end=shard.end), path)
 
 
 def _run_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams, tick: Tick) -> None:
@@ -105,10 +130,10 @@ def _run_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams
             while todo or others:
                 while todo and len(others) < 2 * (n_worker - 1):  # one at work and one to go on with
                     job = todo.popleft()
-                    others[pool.submit(_do, work, *job)] = job
+                    others[pool.submit(work, *job)] = job
                 if todo:
                     job = todo.popleft()
-                    _do(work, *job)
+                    work(*job)
                     tick(job[0].size)
                 else:
                     wait(others, return_when=FIRST_COMPLETED)
@@ -135,6 +160,10 @@ def _leave_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _do(work: Work, shard: Shard, path: Path) -> None:
+    work(shard, path)
+
+
 def _run_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams, tick: Tick) -> None:
     """On a Ray cluster, which starts a task again when its worker dies."""
     try:
@@ -151,7 +180,7 @@ def _run_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams, tick
         ray.init(num_cpus=max(1, n_worker), include_dashboard=False, logging_level=logging.ERROR, **options)
     try:
         task = ray.remote(max_retries=3)(_do)
-        pending = {task.remote(work, shard, path.absolute()): shard for shard, path in jobs}
+        pending = {task.remote(work, shard, path): shard for shard, path in jobs}
         while pending:
             done, _ = ray.wait([*pending])
             ray.get(done)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist
+from tinygpt.shards import Shard
 
 
 def text_line(text: str) -> str:
@@ -32,3 +33,9 @@ def iter_texts(path: Path, *, begin: int = 0, end: int | None = None, stage: str
                 raise UserError(f'{path} byte {begin:,} begins no {{"text": …}} document: run `dvc repro {stage}`')
             yield text
             begin += len(line)
+
+
+def shard_texts(shard: Shard) -> Iterator[str]:
+    """The texts of a shard of such files."""
+    for span in shard.spans:
+        yield from iter_texts(span.path, begin=span.begin, end=span.end)

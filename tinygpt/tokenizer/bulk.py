@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tinygpt.corpus.jsonl import shard_texts
 from tinygpt.files import atomic_write, sha256_file
+from tinygpt.shards import Shard
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, iter_blocks
 from tinygpt.tokenizer.pretokens import PretokenTable
 from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -56,11 +57,11 @@ class BulkEncoder:
         self._ids = np.concatenate([self._ids, ids.astype(self._ids.dtype)])
 
 
-def save_ids(texts: Iterable[str], path: Path, *, tokenizer: Path) -> None:
-    """Encode texts with a saved tokenizer into a file of ids, its `border_ids` before each text."""
+def save_ids(shard: Shard, path: Path, *, tokenizer: Path) -> None:
+    """Encode a shard of texts with a saved tokenizer into a file of ids, its `border_ids` before each text."""
     encoder = _encoder(tokenizer, sha256_file(tokenizer / TOKENIZER_FILE))
     with atomic_write(path, "wb") as file:
-        for block in iter_blocks(texts):
+        for block in iter_blocks(shard_texts(shard)):
             file.write(encoder.encode(block).data)
 
 

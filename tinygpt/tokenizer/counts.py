@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tinygpt.corpus.jsonl import shard_texts
 from tinygpt.files import atomic_write
+from tinygpt.shards import Shard
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, iter_blocks
 from tinygpt.tokenizer.pretokens import PretokenTable
 
@@ -31,9 +33,9 @@ def count_pretokens(texts: Iterable[str], table: PretokenTable | None = None) ->
     return found
 
 
-def save_counts(texts: Iterable[str], path: Path) -> None:
-    """Count the pretokens of texts into a file of two numpy arrays."""
-    found = count_pretokens(texts, _table())
+def save_counts(shard: Shard, path: Path) -> None:
+    """Count the pretokens of a shard of texts into a file of two numpy arrays."""
+    found = count_pretokens(shard_texts(shard), _table())
     if len(_table().pretokens) > MAX_PRETOKENS:
         _table.cache_clear()
     pretokens = np.frombuffer(DOCUMENT_BORDER.join(found), np.uint8)
