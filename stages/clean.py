@@ -9,6 +9,7 @@ from tinygpt.corpus.clean import CleanParams, clean
 from tinygpt.errors import program
 from tinygpt.files import human_bytes, write_json
 from tinygpt.params import load_params
+from tinygpt.runtime import RuntimeParams
 
 RAW = Path("data/raw")
 CLEAN = Path("data/clean")
@@ -19,7 +20,8 @@ MOST_NAMED = 10  # files whose repairs are told; the report has the sum
 @program
 def main() -> None:
     """Read the `clean` group, fill data/clean and write reports/clean.json."""
-    report, repaired = clean(load_params(CleanParams), RAW, CLEAN)
+    params, runtime = load_params(CleanParams, RuntimeParams)
+    report, repaired = clean(params, RAW, CLEAN, runtime)
     write_json(REPORT, report)
     for name, n in list(repaired.items())[:MOST_NAMED]:
         print(f"clean: {n:,} bytes of {name} were no UTF-8 and became U+FFFD", file=sys.stderr)

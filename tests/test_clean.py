@@ -8,14 +8,17 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import RUNTIME
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt.corpus import documents
-from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, Cleaned, CleanParams, clean, clean_text
+from tinygpt.corpus.borders import raw_shards
+from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, CleanParams, Report, clean, clean_text
 from tinygpt.corpus.documents import Reader
-from tinygpt.corpus.duplicates import NearDuplicates, shingles
+from tinygpt.corpus.duplicates import near_duplicates, shingles, signature
 from tinygpt.corpus.jsonl import iter_texts, text_line
 from tinygpt.corpus.quality import RULES
 from tinygpt.corpus.raw import Manifest, RawFile, read_manifest, write_manifest
@@ -62,8 +65,14 @@ def make_raw(folder: Path, files: dict[str, bytes], **changes: object) -> Path:
     return folder / "raw"
 
 
-def run(folder: Path, files: dict[str, bytes], **changes: object) -> Cleaned:
-    return clean(params(**changes), make_raw(folder, files), folder / "clean")
+@pytest.fixture(autouse=True)
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep runs/ out of the checkout."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+
+
+def run(folder: Path, files: dict[str, bytes], **changes: object) -> Report:
+    return clean(params(**changes), make_raw(folder, files), folder / "clean", RUNTIME)
 
 
 def train_texts(folder: Path) -> list[str]:
@@ -77,8 +86,12 @@ def reader(folder: Path, name: str, content: bytes, *, newlines: bool = True, **
 
 def read(folder: Path, content: bytes, *, name: str = "x.txt", **changes: object) -> list[str]:
     """The documents of one file."""
-    made = reader(folder, name, content, **changes)
-    return [document.text for document in made.iter_documents(evaluation_first=False)]
+    return texts_of(reader(folder, name, content, **changes), folder / "raw")
+
+
+def texts_of(made: Reader, raw: Path) -> list[str]:
+    """Everything that a reader finds in a raw folder."""
+    return [text for shard, _ in raw_shards(made, read_manifest(raw).files) for text in made.iter_texts(shard)]
 
 
 # The params
@@ -133,7 +146,7 @@ def test_blank_lines_can_separate(tmp_path: Path) -> None:
 def test_the_separator_of_the_params_goes_before_that_of_the_source(tmp_path: Path) -> None:
     raw = make_raw(tmp_path, {"x.txt": b"a---b+++c"}, separator="+++", document_start="b")
     made = Reader(raw, read_manifest(raw), separator="---", newlines=True)
-    assert [text for text, _ in made.iter_documents(evaluation_first=False)] == ["a", "b+++c"]
+    assert texts_of(made, raw) == ["a", "b+++c"]
 
 
 def test_without_a_separator_its_text_stays_text(tmp_path: Path) -> None:
@@ -182,15 +195,13 @@ def test_bytes_that_are_no_utf8_are_replaced_and_counted(
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
     made = reader(tmp_path, "x.txt", b"caf\xe9 \xc3\xa9 \xff\xfe \xed\xa0\x80 \xe2\x82")
-    (document,) = made.iter_documents(evaluation_first=False)
-    assert document.text == "caf\ufffd é \ufffd\ufffd \ufffd\ufffd\ufffd \ufffd\ufffd"
+    assert texts_of(made, tmp_path / "raw") == ["caf\ufffd é \ufffd\ufffd \ufffd\ufffd\ufffd \ufffd\ufffd"]
     assert made.repaired == {"x.txt": 8}
 
 
 def test_half_characters_in_json_are_replaced_and_counted(tmp_path: Path) -> None:
     made = reader(tmp_path, "x.jsonl", b'{"text": "a\\ud800b\\ud83d\\ude00\xff"}')
-    (document,) = made.iter_documents(evaluation_first=False)
-    assert document.text == "a\ufffdb😀\ufffd"
+    assert texts_of(made, tmp_path / "raw") == ["a\ufffdb😀\ufffd"]
     assert made.repaired == {"x.jsonl": 2}
 
 
@@ -200,7 +211,7 @@ def test_a_gigantic_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(documents, "CHUNK_BYTES", 4)
     text = "1234\n678\n" + "x" * 25 + "\n" + "1234567890"
     made = reader(tmp_path, name, (text_line(text) if name.endswith("l") else text).encode())
-    pieces = [document.text for document in made.iter_documents(evaluation_first=False)]
+    pieces = texts_of(made, tmp_path / "raw")
     assert "".join(pieces) == text
     assert pieces == ["1234\n678\n", "x" * 10, "x" * 10, "x" * 5 + "\n", "1234567890"]
     assert made.counts["long_cut"] == 4
@@ -208,7 +219,7 @@ def test_a_gigantic_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: py
 
 def test_newlines_are_counted_and_can_be_left(tmp_path: Path) -> None:
     made = reader(tmp_path, "x.txt", b"a\r\nb\rc\n")
-    assert [text for text, _ in made.iter_documents(evaluation_first=False)] == ["a\nb\nc\n"]
+    assert texts_of(made, tmp_path / "raw") == ["a\nb\nc\n"]
     assert made.counts["newlines_changed"] == 2
     assert read(tmp_path, b"a\r\nb\rc\n", newlines=False) == ["a\r\nb\rc\n"]
 
@@ -249,15 +260,15 @@ def test_clean_text_is_nfc_without_control_characters(text: str) -> None:
 
 def test_short_documents_are_dropped_by_bytes(tmp_path: Path) -> None:
     files = {"a.txt": "é".encode(), "b.txt": b"ab", "c.txt": b"abc", "d.txt": LONG}
-    assert run(tmp_path, files, min_bytes=3).report["too_short"] == 2
+    assert run(tmp_path, files, min_bytes=3).counts["too_short"] == 2
     assert train_texts(tmp_path) == ["abc", LONG.decode()]
 
 
 def test_of_exact_duplicates_the_first_stays(tmp_path: Path) -> None:
     files = {"a.txt": b"same\r\n", "b.txt": LONG, "c.txt": b"same\n", "d.txt": b"same \n"}
-    assert run(tmp_path, files, newlines=True, exact_duplicates=True).report["exact_duplicates"] == 1
+    assert run(tmp_path, files, newlines=True, exact_duplicates=True).counts["exact_duplicates"] == 1
     assert train_texts(tmp_path) == ["same\n", LONG.decode(), "same \n"]
-    assert run(tmp_path, files, newlines=True).report["exact_duplicates"] == 0
+    assert run(tmp_path, files, newlines=True).counts["exact_duplicates"] == 0
     assert len(train_texts(tmp_path)) == 4
 
 
@@ -270,22 +281,33 @@ def test_of_near_duplicates_the_first_stays(tmp_path: Path) -> None:
     near = [*first[:297], "changed", *first[298:]]
     far = [*first[:150], *other[:150]]
     files = {f"{i}.txt": " ".join(text).encode() for i, text in enumerate((first, near, far, other))}
-    assert run(tmp_path, files, near_duplicates=0.8).report["near_duplicates"] == 1
+    assert run(tmp_path, files, near_duplicates=0.8).counts["near_duplicates"] == 1
     assert train_texts(tmp_path) == [" ".join(text) for text in (first, far, other)]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95])
 def test_near_duplicates_follow_the_true_similarity(threshold: float) -> None:
-    near, found = NearDuplicates(threshold), {"above": 0, "below": 0}
+    texts = []
     for i in range(50):
         first, rest = words(400, i), words(400, 1000 + i)
-        assert not near.seen(" ".join(first))
-        for name, similarity in (("above", threshold + (1 - threshold) / 2), ("below", threshold / 2)):
+        texts.append(" ".join(first))
+        for similarity in (threshold / 2, threshold + (1 - threshold) / 2):
             n_same = round(400 * 2 * similarity / (1 + similarity))
-            changed = " ".join(first[:n_same] + rest[n_same:])
-            found[name] += NearDuplicates.seen(near, changed)
-    assert found["above"] >= 40  # the rest is what LEAST_RECALL and the estimate miss
-    assert found["below"] == 0
+            texts.append(" ".join(first[:n_same] + rest[n_same:]))
+    signatures = np.array([signature(text) for text in texts], np.uint32)
+    everything = np.ones(len(texts), np.bool_)
+    found = near_duplicates(lambda: iter([signatures]), everything, threshold)
+    first, below, above = found.reshape(-1, 3).sum(axis=0)
+    assert above >= 40  # the rest is what LEAST_RECALL and the estimate miss
+    assert (first, below) == (0, 0)
+    parts = np.array_split(signatures, 7)
+    assert (near_duplicates(lambda: iter(parts), everything, threshold) == found).all()
+
+
+def test_a_document_that_was_dropped_makes_no_other_superfluous() -> None:
+    signatures = np.array([signature(" ".join(words(100, seed))) for seed in (1, 1, 2, 1, 2)], np.uint32)
+    kept = np.array([False, True, True, True, True])
+    assert near_duplicates(lambda: iter([signatures]), kept, 0.8).tolist() == [False, False, False, True, True]
 
 
 def test_shingles_are_runs_of_five_words() -> None:
@@ -308,10 +330,10 @@ def test_near_duplicates_are_the_same_in_every_run(tmp_path: Path) -> None:
 def test_the_report_counts_every_rule(tmp_path: Path) -> None:
     files = {"a.txt": b"cafe\xcc\x81 \x00\xff\r\n", "b.txt": b"x", "c.txt": LONG, "d.txt": LONG}
     result = run(tmp_path, files, **{**ON, "unlike_prose": True, "min_bytes": 3})
-    unlike_prose = {name: n for name, n in result.report.items() if name.startswith("unlike_prose")}
+    unlike_prose = {name: n for name, n in result.counts.items() if name.startswith("unlike_prose")}
     assert unlike_prose["unlike_prose_word_count"] == 1  # a.txt is too short for it, and stays
     assert unlike_prose.keys() == {f"unlike_prose_{rule}" for rule in RULES}
-    assert result.report == unlike_prose | {
+    assert result.counts == unlike_prose | {
         "documents_in": 4,
         "bytes_in": 12 + 1 + 2 * len(LONG),  # U+FFFD is three bytes
         "repaired_bytes": 1,
@@ -359,7 +381,7 @@ def test_an_empty_result_names_its_cause_and_leaves_nothing(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(tmp_path, {"a.txt": LONG}, **changes)
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+    assert {path.name for path in tmp_path.iterdir()} - {"runs"} == {"raw"}
 
 
 def test_duplicates_that_take_nearly_all_are_named(tmp_path: Path) -> None:
@@ -372,7 +394,7 @@ def test_duplicates_that_take_nearly_all_are_named(tmp_path: Path) -> None:
 
 def test_a_missing_raw_folder_names_its_stage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `dvc repro download`"):
-        clean(params(), tmp_path / "raw", tmp_path / "clean")
+        clean(params(), tmp_path / "raw", tmp_path / "clean", RUNTIME)
 
 
 def test_a_line_of_text_is_what_json_would_write() -> None:

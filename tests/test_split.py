@@ -8,15 +8,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
+from conftest import RUNTIME
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt.corpus.clean import CleanParams, clean
-from tinygpt.corpus.documents import Document
+from tinygpt.corpus.cleaned import FACTS, CleanDocument, Cleaned, save_cleaned
+from tinygpt.corpus.duplicates import digest
 from tinygpt.corpus.jsonl import iter_texts
 from tinygpt.corpus.raw import Manifest, RawFolder, write_manifest
-from tinygpt.corpus.split import NAMES, SPLITTERS, Shares, by_hash, by_source, by_tail, write_splits
+from tinygpt.corpus.split import (
+    NAMES,
+    NOWHERE,
+    SPLITTERS,
+    TEST,
+    TRAIN,
+    VAL,
+    Shares,
+    by_hash,
+    count_splits,
+    drop_leaks,
+    place,
+    write_splits,
+)
 from tinygpt.errors import UserError
 from tinygpt.params import from_mapping
 
@@ -40,8 +56,10 @@ fractions = st.floats(0, 0.45)
 texts_lists = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=20)
 
 
-def documents(texts: Iterable[str]) -> list[Document]:
-    return [Document(text, None) for text in texts]
+@pytest.fixture(autouse=True)
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep runs/ out of the checkout."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
 
 
 def make_raw(folder: Path, files: dict[str, bytes], separator: str | None = None) -> Path:
@@ -55,19 +73,37 @@ def make_raw(folder: Path, files: dict[str, bytes], separator: str | None = None
     return raw.folder
 
 
-def tail(texts: Iterable[str], shares: Shares, folder: Path) -> dict[str, list[str]]:
-    """The texts of each split."""
-    found: dict[str, list[str]] = {name: [] for name in NAMES}
-    for text, split in by_tail(documents(texts), shares, folder / "spool"):
-        assert split is not None
-        found[split].append(text)
-    assert not (folder / "spool").exists()
-    return found
+def split(
+    folder: Path, texts: list[str], how: str, shares: Shares, official: list[int] | None = None, *, leaks: bool = False
+) -> tuple[dict[str, list[str]], int]:
+    """The texts of each split, and how many leaks there were."""
+    found = (CleanDocument(text, digest(text), place(text, shares.seed), 0, []) for text in texts)
+    save_cleaned(folder / "shard", found, {})
+    cleaned = Cleaned([folder / "shard"])
+    given_splits = np.array(official or [NOWHERE] * len(texts), np.int8)
+    splits = SPLITTERS[how](cleaned.facts, given_splits, shares, cleaned.text)
+    n_leaked = 0 if leaks else drop_leaks(splits, cleaned.facts)
+    write_splits(splits, enumerate(cleaned.lines()), folder)
+    found_texts = {name: list(iter_texts(folder / f"{name}.jsonl")) for name in NAMES}
+    counts = count_splits(splits, cleaned.facts)
+    for name, written in found_texts.items():
+        sizes = [len(text.encode()) for text in written]
+        assert (counts[f"{name}_documents"], counts[f"{name}_bytes"]) == (len(sizes), sum(sizes))
+    return found_texts, n_leaked
 
 
-def hashed(texts: Iterable[str], shares: Shares) -> dict[str, str | None]:
+def tail(texts: list[str], shares: Shares, folder: Path) -> dict[str, list[str]]:
+    """The texts of each split, leaks included."""
+    return split(folder, texts, "tail", shares, leaks=True)[0]
+
+
+def hashed(texts: Iterable[str], shares: Shares) -> dict[str, str]:
     """text -> split"""
-    return dict(by_hash(documents(texts), shares, Path("unused")))
+    texts = list(texts)
+    facts = np.zeros(len(texts), FACTS)
+    facts["place"] = [place(text, shares.seed) for text in texts]
+    assigned, _ = by_hash(facts, np.zeros(0, np.int8), shares, texts.__getitem__)
+    return {text: NAMES[i] for text, i in zip(texts, assigned, strict=True)}
 
 
 def test_tail_cuts_one_text_by_characters(tmp_path: Path) -> None:
@@ -109,7 +145,7 @@ def test_tiny_shakespeare_is_split_as_everybody_splits_it(tmp_path: Path, made: 
     data = "É\tto be&c.--\n\n\nor not:\n" * 5_001 if made else real_or_made_shakespeare()
     raw = make_raw(tmp_path, {"tinyshakespeare.txt": data.encode()})
     rules = {**ON, "near_duplicates": 0.8, "min_bytes": 100, "split": "tail", "val_fraction": 0.1}
-    clean(from_mapping(CleanParams, rules), raw, tmp_path / "clean")
+    clean(from_mapping(CleanParams, rules), raw, tmp_path / "clean", RUNTIME)
     n = len(data)
     train, val = data[: int(n * 0.9)], data[int(n * 0.9) :]  # the usual recipe
     assert list(iter_texts(tmp_path / "clean" / "train.jsonl")) == [train]
@@ -149,14 +185,14 @@ def test_hash_is_the_same_on_every_machine() -> None:
     assert hashlib.sha256(repr(splits).encode()).hexdigest()[:16] == "5d6343ea215fa766"
 
 
-def test_source_keeps_the_official_splits() -> None:
-    given_documents = [Document("a", "test"), Document("b", "train")]
-    assert list(by_source(given_documents, Shares(0, 0, 0), Path("unused"))) == given_documents
+def test_source_keeps_the_official_splits(tmp_path: Path) -> None:
+    found, _ = split(tmp_path, ["a", "b", "c"], "source", Shares(0, 0, 0), [TEST, TRAIN, VAL])
+    assert found == {"train": ["b"], "val": ["c"], "test": ["a"]}
 
 
-def test_source_refuses_a_document_in_no_split() -> None:
+def test_source_refuses_a_document_in_no_split(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"clean\.split=source needs a source with official splits"):
-        list(by_source(documents(["a"]), Shares(0, 0, 0), Path("unused")))
+        split(tmp_path, ["a"], "source", Shares(0, 0, 0))
 
 
 def test_the_choices_of_the_params_are_the_splitters() -> None:
@@ -167,36 +203,38 @@ def test_the_choices_of_the_params_are_the_splitters() -> None:
 
 
 def test_train_loses_what_stands_in_val_or_test(tmp_path: Path) -> None:
-    found = [("x", "test"), ("y", "val"), ("x", "train"), ("y", "train"), ("z", "train"), ("z", "train")]
-    counts = write_splits((Document(*pair) for pair in found), tmp_path)
-    assert list(iter_texts(tmp_path / "train.jsonl")) == ["z", "z"]
-    assert counts["leaked"] == 2
+    official = [TEST, VAL, TRAIN, TRAIN, TRAIN, TRAIN]
+    found, n_leaked = split(tmp_path, ["x", "y", "x", "y", "z", "z"], "source", Shares(0, 0, 0), official)
+    assert found == {"train": ["z", "z"], "val": ["y"], "test": ["x"]}
+    assert n_leaked == 2
 
 
 @given(
     texts=st.lists(st.sampled_from(["a", "b", "ab", "aa", "ba"]), min_size=1, max_size=30),
-    split=st.sampled_from(["hash", "tail"]),
+    how=st.sampled_from(["hash", "tail"]),
     val=fractions,
     test=fractions,
 )
 def test_no_text_is_in_train_and_in_evaluation(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], split: str, val: float, test: float
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], how: str, val: float, test: float
 ) -> None:
-    folder = tmp_path_factory.mktemp("splits")
-    write_splits(SPLITTERS[split](documents(texts), Shares(val, test, 0), folder / "spool"), folder)
-    train, *others = (set(iter_texts(folder / f"{name}.jsonl")) for name in NAMES)
-    assert not train & set.union(*others)
+    found, n_leaked = split(tmp_path_factory.mktemp("splits"), texts, how, Shares(val, test, 0))
+    assert not set(found["train"]) & {*found["val"], *found["test"]}
+    n_found = sum(len(text) for texts_of_split in found.values() for text in texts_of_split)
+    assert bool(n_leaked) == (n_found < sum(map(len, texts)))
 
 
 def test_official_test_texts_stay_and_their_copies_leave_train(tmp_path: Path) -> None:
     files = {"train.txt": LONG + b"--copy--own", "val.txt": b"copy--own val", "test.txt": b"own test--own test"}
     raw = make_raw(tmp_path, files, separator="--")
     rules = {**ON, "split": "source", "exact_duplicates": False}
-    report = clean(from_mapping(CleanParams, rules), raw, tmp_path / "clean").report
+    report = clean(from_mapping(CleanParams, rules), raw, tmp_path / "clean", RUNTIME).counts
     assert list(iter_texts(tmp_path / "clean" / "train.jsonl")) == [LONG.decode().strip("\n"), "own"]
     assert list(iter_texts(tmp_path / "clean" / "val.jsonl")) == ["copy", "own val"]
     assert report["leaked"] == 1
     assert report["test_documents"] == 2
-    report = clean(from_mapping(CleanParams, {**rules, "exact_duplicates": True}), raw, tmp_path / "clean").report
+    report = clean(
+        from_mapping(CleanParams, {**rules, "exact_duplicates": True}), raw, tmp_path / "clean", RUNTIME
+    ).counts
     assert (report["exact_duplicates"], report["leaked"]) == (2, 0)
     assert list(iter_texts(tmp_path / "clean" / "val.jsonl")) == ["copy", "own val"]

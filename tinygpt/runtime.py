@@ -16,7 +16,7 @@ class RuntimeParams:
 
     device: Literal["auto", "cpu", "cuda", "mps"]  # auto = the first of cuda, mps and cpu that is there
     n_thread: Annotated[int, Within("[0, 1024]")]  # CPU threads for PyTorch and llama.cpp: 0 = all cores
-    n_worker: Annotated[int, Within("[0, 1024]")]  # processes that count and encode text: 0 = one a core
+    n_worker: Annotated[int, Within("[0, 1024]")]  # processes that clean, count and encode text: 0 = one a core
     engine: Literal["process", "ray"]  # who runs them: this machine, or a Ray cluster
     ray_address: str | None  # host:port of a running cluster's head: null = a local one for the time of a stage
     micro_batch_size: CountOrDerived  # sequences in one forward pass: null = all of train.batch_size

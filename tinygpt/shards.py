@@ -75,14 +75,19 @@ def shard_bytes(total: int) -> int:
 
 def cut_lines(path: Path) -> list[Shard]:
     """A file in shards of about the same size, cut where lines end; none for an empty file."""
-    path, size, bounds = path.absolute(), path.stat().st_size, [0]
-    n_bytes = shard_bytes(size)
+    bounds = [0, *line_ends(path, shard_bytes(path.stat().st_size))]
+    return [Shard((Span(path.absolute(), begin, end),)) for begin, end in pairwise(bounds)]
+
+
+def line_ends(path: Path, n_bytes: int) -> Iterator[int]:
+    """Where lines of a file end, each at least `n_bytes` behind the one before; and the end of the file."""
+    size, end = path.stat().st_size, 0
     with open(path, "rb") as file:
-        while bounds[-1] < size:
-            file.seek(bounds[-1] + n_bytes - 1)
+        while end < size:
+            file.seek(end + n_bytes - 1)
             file.readline()
-            bounds.append(min(file.tell(), size))
-    return [Shard((Span(path, begin, end),)) for begin, end in pairwise(bounds)]
+            end = min(file.tell(), size)
+            yield end
 
 
 def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:

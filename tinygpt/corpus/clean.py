@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from tinygpt.corpus.documents import Document, Reader
-from tinygpt.corpus.duplicates import NearDuplicates, digest
+import numpy as np
+
+from tinygpt.corpus.borders import raw_shards
+from tinygpt.corpus.cleaned import CleanDocument, Cleaned, save_cleaned
+from tinygpt.corpus.documents import Reader
+from tinygpt.corpus.duplicates import came_before, digest, near_duplicates, signature
 from tinygpt.corpus.quality import RULES, broken_rules
 from tinygpt.corpus.raw import Manifest, read_manifest
-from tinygpt.corpus.split import NAMES, SPLITTERS, Shares, write_splits
+from tinygpt.corpus.split import (
+    NAMES,
+    NOWHERE,
+    SPLITTERS,
+    Assigned,
+    Shares,
+    count_splits,
+    drop_leaks,
+    place,
+    write_splits,
+)
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, human_bytes
 from tinygpt.params import Count, Fraction, Within, require
+from tinygpt.runtime import RuntimeParams
+from tinygpt.shards import Shard, shard_results
 
 LEAST_TRAIN_BYTES = 1000  # less text than this teaches no tokenizer and no model
 
 # C0 and C1 control characters and the byte order mark; "\r" is the `newlines` rule's business.
 CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+
+EVALUATION_FIRST = ("test", "val", "train")  # so that what training shares with them is found in training
+BETWEEN_DOCUMENTS = ("exact_duplicates", "split", "val_fraction", "test_fraction")  # params that no shard depends on
+RULE_BIT = {rule: 1 << i for i, rule in enumerate(RULES)}
 
 # Rule that drops documents -> what it is counted as.
 DROPPING = {
@@ -47,10 +70,10 @@ REPORTED = (
 )
 
 
-class Cleaned(NamedTuple):
+class Report(NamedTuple):
     """What the stage tells about its work."""
 
-    report: dict[str, int]  # counts by rule, for reports/clean.json
+    counts: dict[str, int]  # by rule, for reports/clean.json
     repaired: dict[str, int]  # bytes that were no UTF-8, by file
 
 
@@ -86,25 +109,39 @@ class CleanParams:
         )
 
 
-def clean(params: CleanParams, raw: Path, clean_folder: Path) -> Cleaned:
+def clean(params: CleanParams, raw: Path, clean_folder: Path, runtime: RuntimeParams) -> Report:
     """Fill `clean_folder` with train.jsonl, val.jsonl and test.jsonl.
 
     Raises UserError where nothing or next to nothing is left, naming the param that took most.
     """
     manifest = read_manifest(raw)
     _check_official_splits(params, manifest)
+    files = manifest.files
+    if params.split == "source":
+        files = tuple(sorted(files, key=lambda file: EVALUATION_FIRST.index(file.split or "train")))
     reader = Reader(raw, manifest, separator=params.separator, newlines=params.newlines)
-    counts: Counter[str] = Counter()
-    shares = Shares(params.val_fraction, params.test_fraction, params.split_seed)
-    with atomic_folder(clean_folder) as folder:
-        documents = reader.iter_documents(evaluation_first=params.split == "source")
-        kept = _keep(documents, params, counts)
-        counts += write_splits(SPLITTERS[params.split](kept, shares, folder / "spool"), folder)
-        _check_result(params, counts)
-    counts += reader.counts
-    counts["repaired_bytes"] = reader.repaired.total()
-    counts["repaired_files"] = len(reader.repaired)
-    return Cleaned({name: counts[name] for name in REPORTED}, dict(reader.repaired))
+    shards = [*raw_shards(reader, files)]
+    work = partial(clean_shard, params=params, raw=raw.absolute(), manifest=manifest)
+    decisive = {key: value for key, value in dataclasses.asdict(params).items() if key not in BETWEEN_DOCUMENTS}
+    key = [decisive, dataclasses.asdict(manifest), str(shards), unicodedata.unidata_version]
+    with shard_results(work, [shard for shard, _ in shards], name="clean", key=key, runtime=runtime) as paths:
+        cleaned = Cleaned(paths)
+        counts, repaired = cleaned.counts()
+        official = [NAMES.index(split) if split else NOWHERE for _, split in shards]
+        with atomic_folder(clean_folder) as folder:
+            _choose(cleaned, np.repeat(np.array(official, np.int8), cleaned.n_documents), params, counts, folder)
+            _check_result(params, counts)
+    counts["repaired_bytes"] = repaired.total()
+    counts["repaired_files"] = len(repaired)
+    return Report({name: counts[name] for name in REPORTED}, dict(repaired))
+
+
+def clean_shard(shard: Shard, path: Path, *, params: CleanParams, raw: Path, manifest: Manifest) -> None:
+    """Clean the documents of a shard of raw files into a folder that `Cleaned` reads."""
+    reader = Reader(raw, manifest, separator=params.separator, newlines=params.newlines)
+    counts: Counter[str] = reader.counts
+    documents = _documents(reader.iter_texts(shard), params, counts)
+    save_cleaned(path, documents, {"rules": counts, "repaired": reader.repaired})
 
 
 def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str:
@@ -118,26 +155,43 @@ def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str:
     return text
 
 
-def _keep(documents: Iterable[Document], params: CleanParams, counts: Counter[str]) -> Iterator[Document]:
-    """The documents that no rule drops, cleaned; of duplicates the first one stays."""
-    seen: set[bytes] = set()
-    near = NearDuplicates(params.near_duplicates) if params.near_duplicates else None
-    for document in documents:
+def _documents(texts: Iterable[str], params: CleanParams, counts: Counter[str]) -> Iterator[CleanDocument]:
+    """Texts after the rules that look at one alone."""
+    for raw_text in texts:
         counts["documents_in"] += 1
-        counts["bytes_in"] += len(document.text.encode())
-        text = clean_text(document.text, params, counts)
+        counts["bytes_in"] += len(raw_text.encode())
+        text = clean_text(raw_text, params, counts)
         if len(text.encode()) < params.min_bytes:
             counts["too_short"] += 1
-        elif params.exact_duplicates and (key := digest(text)) in seen:
-            counts["exact_duplicates"] += 1
-        elif near and near.seen(text):
-            counts["near_duplicates"] += 1
-        else:
-            if params.exact_duplicates:
-                seen.add(key)
-            if params.unlike_prose:
-                counts.update(f"unlike_prose_{rule}" for rule in broken_rules(text))
-            yield Document(text, document.split)
+            continue
+        yield CleanDocument(
+            text,
+            digest(text),
+            place(text, params.split_seed),
+            sum(RULE_BIT[rule] for rule in broken_rules(text)) if params.unlike_prose else 0,
+            signature(text) if params.near_duplicates else [],
+        )
+
+
+def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: Counter[str], folder: Path) -> None:
+    """Write the documents that no other makes superfluous into their splits; of duplicates the first one stays."""
+    facts = cleaned.facts
+    kept = np.ones(len(facts), np.bool_)
+    if params.exact_duplicates:
+        kept = ~came_before(facts["digest"])
+        counts["exact_duplicates"] = len(facts) - int(kept.sum())
+    if params.near_duplicates:
+        alike = near_duplicates(cleaned.signatures, kept, params.near_duplicates)
+        counts["near_duplicates"] = int(alike.sum())
+        kept &= ~alike
+    facts, documents = facts[kept], np.flatnonzero(kept)
+    for rule, bit in RULE_BIT.items():
+        counts[f"unlike_prose_{rule}"] = int(np.count_nonzero(facts["unlike_prose"] & bit))
+    shares = Shares(params.val_fraction, params.test_fraction, params.split_seed)
+    splits = SPLITTERS[params.split](facts, official[kept], shares, lambda i: cleaned.text(documents[i]))
+    counts["leaked"] = drop_leaks(splits, facts)
+    counts.update(count_splits(splits, facts))
+    write_splits(splits, enumerate(compress(cleaned.lines(), kept)), folder)
 
 
 def _check_official_splits(params: CleanParams, manifest: Manifest) -> None:

@@ -7,34 +7,22 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from tinygpt.corpus.raw import TEXTS, Manifest, RawFile
+from tinygpt.corpus.raw import TEXTS, Manifest
 from tinygpt.errors import UserError
-from tinygpt.progress import progress
+from tinygpt.shards import Shard, Span
 
 CHUNK_BYTES = 1 << 20
 MOST_CHARACTERS = 16 << 20  # a longer document is cut at line ends into consecutive ones
-EVALUATION_FIRST = ("test", "val", "train")  # so that what training shares with them is found in training
-
-Tick = Callable[[int], object]  # told the number of bytes read
-
-
-class Document(NamedTuple):
-    """A text, and the split that it belongs to where that is known."""
-
-    text: str
-    split: str | None
 
 
 class Reader:
     """Reads documents and counts what had to be changed for it: `counts`, and `repaired` bytes by file."""
 
     def __init__(self, raw: Path, manifest: Manifest, *, separator: str | None, newlines: bool) -> None:
-        self.folder = raw / TEXTS
-        self.files = manifest.files
+        self.folder = raw.absolute() / TEXTS
         self.separator = separator or manifest.separator
         self.newlines = newlines
         start = manifest.document_start
@@ -42,53 +30,51 @@ class Reader:
         self.counts: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
 
-    def iter_documents(self, *, evaluation_first: bool) -> Iterator[Document]:
-        """Every document with more than white space in it, file by file in the manifest's order.
+    def iter_texts(self, shard: Shard) -> Iterator[str]:
+        """The text of every document of a shard with more than white space in it."""
+        for span in shard.spans:
+            yield from (text for text in self._texts(span) if text and not text.isspace())
 
-        With `evaluation_first` the files of the test and val splits come before those of train.
-        """
-        files = self.files
-        if evaluation_first:
-            files = tuple(sorted(files, key=lambda file: EVALUATION_FIRST.index(file.split or "train")))
-        with progress("clean", total=sum(file.bytes for file in files), unit="B") as bar:
-            for file in files:
-                for text in self._texts(file, bar.update):
-                    if text and not text.isspace():
-                        yield Document(text, file.split)
-
-    def _texts(self, file: RawFile, tick: Tick) -> Iterator[str]:
-        if file.name.lower().endswith(".jsonl"):
-            return self._json_texts(file.name, tick)
-        chunks = self._repaired(file.name, tick)
+    def _texts(self, span: Span) -> Iterator[str]:
+        name = str(span.path.relative_to(self.folder))
+        if name.lower().endswith(".jsonl"):
+            return self._json_texts(span, name)
+        chunks = self._repaired(span, name)
         if self.newlines:
             chunks = self._with_newlines(chunks)
         if self.start:
             return self._split_before(chunks, self.start)
         return self._split_at(chunks, self.separator)
 
-    def _json_texts(self, name: str, tick: Tick) -> Iterator[str]:
-        with open(self.folder / name, "rb") as file:
-            for number, line in enumerate(file, 1):
-                tick(len(line))
+    def _json_texts(self, span: Span, name: str) -> Iterator[str]:
+        begin = span.begin
+        with open(span.path, "rb") as file:
+            file.seek(begin)
+            while begin < span.end:
+                line = file.readline()
                 if line.strip():
-                    chunks: Iterable[str] = [self._json_text(line, name, number)]
-                    yield from self._split_at(self._with_newlines(chunks) if self.newlines else chunks, None)
+                    text = self._json_text(line, name)
+                    if text is None:
+                        raise UserError(
+                            f'{name} line {_line_number(span.path, begin)} is not a JSON object with a "text": '
+                            "mend the source or rename it"
+                        )
+                    yield from self._split_at(self._with_newlines([text]) if self.newlines else [text], None)
+                begin += len(line)
 
-    def _json_text(self, line: bytes, name: str, number: int) -> str:
+    def _json_text(self, line: bytes, name: str) -> str | None:
         try:
             text = json.loads(self._repair(line.decode("utf-8", "surrogateescape"), name))["text"]
             return self._repair(text, name)  # "\ud800" in JSON is half a character
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f'{self.folder / name} line {number} is not a JSON object with a "text": mend the source or rename it'
-            ) from None
+            return None
 
-    def _repaired(self, name: str, tick: Tick) -> Iterator[str]:
+    def _repaired(self, span: Span, name: str) -> Iterator[str]:
         """The file as text in chunks, each byte that is no UTF-8 made U+FFFD and counted."""
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        with open(self.folder / name, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                tick(len(chunk))
+        with open(span.path, "rb") as file:
+            file.seek(span.begin)
+            while chunk := file.read(min(CHUNK_BYTES, span.end - file.tell())):
                 yield self._repair(decoder.decode(chunk), name)
         yield self._repair(decoder.decode(b"", final=True), name)
 
@@ -148,3 +134,10 @@ def _lines(chunks: Iterable[str]) -> Iterator[str]:
         yield from (line + "\n" for line in lines)
     if rest:
         yield rest
+
+
+def _line_number(path: Path, position: int) -> int:
+    """Of the line that begins there, from 1."""
+    with open(path, "rb") as file:
+        chunks = (file.read(min(CHUNK_BYTES, position - at)) for at in range(0, position, CHUNK_BYTES))
+        return 1 + sum(chunk.count(b"\n") for chunk in chunks)

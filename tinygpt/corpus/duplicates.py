@@ -1,22 +1,31 @@
 """Finding documents that stood there before, exactly or nearly.
 
-Near duplicates by MinHash over word 5-grams (Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900) and an index of
-bands. The library is `rensa`: its signatures depend on nothing but the text and SEED.
+Near duplicates by MinHash over word 5-grams and bands of its values (Broder 1997,
+https://doi.org/10.1109/SEQUEN.1997.666900). The library is `rensa`: its signatures depend on nothing but the text and
+SEED.
 """
 
 from __future__ import annotations
 
 import hashlib
-import operator
-from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
 
 SHINGLE_WORDS = 5
 HASHES = 64  # values in a signature; the estimate of a similarity of 0.8 is right to about 0.05
 SEED = 1
-LEAST_RECALL = 0.6  # share of the pairs just at the threshold that the index of bands must find
+LEAST_RECALL = 0.6  # share of the pairs just at the threshold that the bands must find
 DIGEST_BYTES = 16
+FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd and without pattern: the golden ratio's digits
+
+Mask = NDArray[np.bool_]
+Signatures = NDArray[np.uint32]  # HASHES values a document
 
 
 def digest(text: str) -> bytes:
@@ -24,35 +33,19 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
-class NearDuplicates:
-    """Remembers documents, about 1 kB each, and tells whether a similar one came before."""
+def signature(text: str) -> list[int]:
+    """HASHES values; the share of them that two texts have in common estimates their similarity (Jaccard)."""
+    minhash = _min_hash()(HASHES, SEED)
+    minhash.update(shingles(text))
+    return minhash.digest()
 
-    def __init__(self, threshold: float) -> None:
-        try:
-            from rensa import RMinHash, RMinHashLSH
-        except ImportError:
-            raise UserError("clean.near_duplicates needs rensa: pip install rensa, or set it to null") from None
-        self.threshold = threshold
-        self._minhash = RMinHash
-        self._index = RMinHashLSH(threshold, HASHES, _n_band(threshold))
-        self._signatures = array("I")  # HASHES values a document
-        self._n = 0
 
-    def seen(self, text: str) -> bool:
-        """Whether `text` is at least `threshold` alike (Jaccard, estimated) to one before; if not, remember it."""
-        minhash = self._minhash(HASHES, SEED)
-        minhash.update(shingles(text))
-        signature = minhash.digest()
-        if any(self._similarity(signature, key) >= self.threshold for key in self._index.query(minhash)):
-            return True
-        self._index.insert(self._n, minhash)
-        self._signatures.extend(signature)
-        self._n += 1
-        return False
-
-    def _similarity(self, signature: list[int], key: int) -> float:
-        other = self._signatures[key * HASHES : (key + 1) * HASHES]
-        return sum(map(operator.eq, signature, other)) / HASHES
+def _min_hash() -> Any:
+    try:
+        from rensa import RMinHash
+    except ImportError:
+        raise UserError("clean.near_duplicates needs rensa: pip install rensa, or set it to null") from None
+    return RMinHash
 
 
 def shingles(text: str) -> list[str]:
@@ -61,6 +54,66 @@ def shingles(text: str) -> list[str]:
     if len(words) < SHINGLE_WORDS:
         return [" ".join(words)]
     return list(map(" ".join, zip(*(words[i:] for i in range(SHINGLE_WORDS)), strict=False)))
+
+
+def came_before(digests: NDArray[np.bytes_]) -> Mask:
+    """Which documents are equal to an earlier one."""
+    again = np.ones(len(digests), np.bool_)
+    again[np.unique(digests, return_index=True)[1]] = False
+    return again
+
+
+def near_duplicates(signatures: Callable[[], Iterable[Signatures]], kept: Mask, threshold: float) -> Mask:
+    """Which of the `kept` documents are at least `threshold` alike to an earlier one that stays.
+
+    `signatures()` gives them in parts, one after the other the documents of `kept`. Takes the memory of the bands, 64
+    bytes a document at a threshold of 0.8, and of a signature for each document that shares a band with another.
+    """
+    n_band = _n_band(threshold)
+    bands = np.concatenate([np.empty((0, n_band), np.uint64), *(_bands(part, n_band) for part in signatures())])
+    groups: dict[int, list[int]] = defaultdict(list)  # document -> the groups of equal bands that it is in
+    for band in range(n_band):
+        for document, group in _shared(bands[:, band], kept):
+            groups[document].append(group * n_band + band)
+    documents = sorted(groups)
+    signature_of = dict(zip(documents, _rows(signatures(), documents), strict=True))
+    alike = np.zeros(len(kept), np.bool_)
+    staying: dict[int, list[int]] = defaultdict(list)  # group -> its documents
+    for document in documents:
+        candidates = sorted({other for group in groups[document] for other in staying[group]})
+        others = np.array([signature_of[other] for other in candidates], np.uint32).reshape(-1, HASHES)
+        similarity = (others == signature_of[document]).mean(axis=1)
+        alike[document] = bool((similarity >= threshold).any())
+        if not alike[document]:
+            for group in groups[document]:
+                staying[group].append(document)
+    return alike
+
+
+def _bands(signatures: Signatures, n_band: int) -> NDArray[np.uint64]:
+    """A hash of the values in each band of each document."""
+    values = signatures.reshape(-1, n_band, HASHES // n_band)
+    hashes = np.zeros(values.shape[:2], np.uint64)
+    for i in range(values.shape[2]):
+        hashes = (hashes ^ values[:, :, i]) * FACTOR
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
+
+
+def _shared(hashes: NDArray[np.uint64], kept: Mask) -> Iterator[tuple[int, int]]:
+    """(document, group) of the kept documents whose hash another one has."""
+    documents = np.flatnonzero(kept)
+    _, group, size = np.unique(hashes[documents], return_inverse=True, return_counts=True)
+    several = np.flatnonzero(size[group] > 1)
+    return zip(documents[several].tolist(), group[several].tolist(), strict=True)
+
+
+def _rows(parts: Iterable[Signatures], rows: list[int]) -> Iterator[NDArray[np.uint32]]:
+    """These rows, ascending, of all parts."""
+    wanted, begin = np.array(rows, np.int64), 0
+    for part in parts:
+        yield from part[wanted[(wanted >= begin) & (wanted < begin + len(part))] - begin]
+        begin += len(part)
 
 
 def _n_band(threshold: float) -> int:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from tinygpt.corpus.documents import Document
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygpt.corpus.cleaned import Facts
 from tinygpt.corpus.duplicates import digest
 from tinygpt.corpus.jsonl import text_line
 from tinygpt.errors import UserError
 
 NAMES = ("train", "val", "test")
+TRAIN, VAL, TEST = range(len(NAMES))
+NOWHERE = -1
+
+Assigned = NDArray[np.int8]  # by document: TRAIN, VAL, TEST or NOWHERE
+Parts = dict[int, list[tuple[int, str]]]  # document -> (split, text) of the parts that it is cut into
 
 
 class Shares(NamedTuple):
@@ -27,78 +33,95 @@ class Shares(NamedTuple):
     seed: int
 
 
-def by_hash(documents: Iterable[Document], shares: Shares, spool: Path) -> Iterator[Document]:
+class Splits(NamedTuple):
+    """Where each document goes."""
+
+    assigned: Assigned
+    parts: Parts  # of the documents that a border of splits runs through
+
+
+def place(text: str, seed: int) -> int:
+    """Where a text stands among 2**64 places, the same on every machine."""
+    salt = seed.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "little")
+
+
+def by_hash(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[[int], str]) -> Splits:
     """Choose by a hash of the text, so that a document stays in its split whatever else joins the corpus."""
-    salt = shares.seed.to_bytes(8, "little")
-    for text, _ in documents:
-        hashed = hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest()
-        place = int.from_bytes(hashed, "little") / 2**64  # even in [0, 1)
-        split = "test" if place < shares.test else "val" if place < shares.test + shares.val else "train"
-        yield Document(text, split)
+    where = facts["place"] / 2.0**64  # even in [0, 1)
+    assigned = np.where(where < shares.test, TEST, np.where(where < shares.test + shares.val, VAL, TRAIN))
+    return Splits(assigned.astype(np.int8), {})
 
 
-def by_tail(documents: Iterable[Document], shares: Shares, spool: Path) -> Iterator[Document]:
+def by_tail(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[[int], str]) -> Splits:
     """Cut the corpus by characters: train first, then val, then test; a document on a border is cut in two.
 
-    With val 0.1 and test 0 a text is cut as `text[: int(n * 0.9)]`.  Test and val come out before train.
+    With val 0.1 and test 0 a text is cut as `text[: int(n * 0.9)]`.
     """
-    lengths = array("q")  # characters of each document
-    with open(spool, "w", encoding="utf-8", newline="\n") as file:
-        for text, _ in documents:
-            file.write(text_line(text))
-            lengths.append(len(text))
-    n = sum(lengths)
-    val_begin = int(n * (1 - shares.val - shares.test))
-    test_begin = int(n * (1 - shares.test))
-    for split, begin, end in (("test", test_begin, n), ("val", val_begin, test_begin), ("train", 0, val_begin)):
-        for text in _between(spool, lengths, begin, end):
-            yield Document(text, split)
-    spool.unlink()
+    ends = np.cumsum(facts["characters"].astype(np.int64))
+    n = int(ends[-1]) if len(ends) else 0
+    begins = ends - facts["characters"].astype(np.int64)
+    bounds = [0, int(n * (1 - shares.val - shares.test)), int(n * (1 - shares.test)), n]
+    assigned = (np.searchsorted(bounds[1:-1], begins, side="right")).astype(np.int8)
+    parts: Parts = {}
+    for document in np.flatnonzero(np.searchsorted(bounds[1:-1], ends, side="left") > assigned).tolist():
+        text, begin = text_of(document), int(begins[document])
+        pieces = [(i, text[max(0, bounds[i] - begin) : max(0, bounds[i + 1] - begin)]) for i in range(len(NAMES))]
+        parts[document] = [(split, piece) for split, piece in pieces if piece]
+    return Splits(assigned, parts)
 
 
-def _between(spool: Path, lengths: Iterable[int], begin: int, end: int) -> Iterator[str]:
-    """The documents, or their parts, between two character positions of the whole corpus."""
-    position = 0
-    with open(spool, "rb") as file:
-        for line, length in zip(file, lengths, strict=True):
-            if position < end and begin < position + length:
-                yield json.loads(line)["text"][max(begin - position, 0) : end - position]
-            position += length
-
-
-def by_source(documents: Iterable[Document], shares: Shares, spool: Path) -> Iterator[Document]:
+def by_source(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[[int], str]) -> Splits:
     """Keep the official splits.  Raises UserError for a document that is in none."""
-    for document in documents:
-        if document.split not in NAMES:
-            raise UserError("clean.split=source needs a source with official splits: set it to hash or tail")
-        yield document
+    if (official == NOWHERE).any():
+        raise UserError("clean.split=source needs a source with official splits: set it to hash or tail")
+    return Splits(official, {})
 
 
-SPLITTERS: dict[str, Callable[[Iterable[Document], Shares, Path], Iterator[Document]]] = {
+SPLITTERS: dict[str, Callable[[Facts, Assigned, Shares, Callable[[int], str]], Splits]] = {
     "hash": by_hash,
     "tail": by_tail,
     "source": by_source,
 }
 
 
-def write_splits(documents: Iterable[Document], folder: Path) -> Counter[str]:
-    """Write train.jsonl, val.jsonl and test.jsonl, less what train shares with the others.
+def drop_leaks(splits: Splits, facts: Facts) -> int:
+    """Take what stands in val or test out of train.  -> the number of texts taken out"""
+    assigned, parts = splits
+    digests, whole = facts["digest"], np.ones(len(facts), np.bool_)
+    whole[[*parts]] = False
+    evaluation = [digest(text) for pieces in parts.values() for split, text in pieces if split != TRAIN]
+    known = np.concatenate([digests[whole & (assigned > TRAIN)], np.array(evaluation, digests.dtype)])
+    leaked = whole & (assigned == TRAIN) & np.isin(digests, known)
+    assigned[leaked] = NOWHERE
+    n_leaked = int(leaked.sum())
+    for pieces in parts.values():
+        training = [piece for piece in pieces if piece[0] == TRAIN]
+        if training and np.isin(np.array(digest(training[0][1]), digests.dtype), known):
+            pieces.remove(training[0])
+            n_leaked += 1
+    return n_leaked
 
-    A train document whose exact text came before in val or test is dropped and counted as `leaked`.
-    Returns documents and UTF-8 bytes of text by split.
-    """
+
+def count_splits(splits: Splits, facts: Facts) -> Counter[str]:
+    """Documents and UTF-8 bytes of text by split."""
     counts: Counter[str] = Counter()
-    evaluation: set[bytes] = set()
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / f"{name}.jsonl", "wb")) for name in NAMES}
-        for text, split in documents:
-            assert split in files
-            if split != "train":
-                evaluation.add(digest(text))
-            elif evaluation and digest(text) in evaluation:
-                counts["leaked"] += 1
-                continue
-            files[split].write(text_line(text).encode())
-            counts[f"{split}_documents"] += 1
-            counts[f"{split}_bytes"] += len(text.encode())
+    whole = np.ones(len(facts), np.bool_)
+    whole[[*splits.parts]] = False
+    for split, name in enumerate(NAMES):
+        sizes = [*facts["bytes"][whole & (splits.assigned == split)].tolist()]
+        sizes += [len(text.encode()) for pieces in splits.parts.values() for of, text in pieces if of == split]
+        counts[f"{name}_documents"], counts[f"{name}_bytes"] = len(sizes), sum(sizes)
     return counts
+
+
+def write_splits(splits: Splits, lines: Iterable[tuple[int, bytes]], folder: Path) -> None:
+    """Write train.jsonl, val.jsonl and test.jsonl from (document, its line) of all documents."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"{name}.jsonl", "wb")) for name in NAMES]
+        for document, line in lines:
+            if document in splits.parts:
+                for split, text in splits.parts[document]:
+                    files[split].write(text_line(text).encode())
+            elif splits.assigned[document] != NOWHERE:
+                files[splits.assigned[document]].write(line)
