@@ -9,7 +9,7 @@ from tinygpt.errors import program
 from tinygpt.files import human_bytes, must_exist, sha256_file
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.shards import cut_lines, shard_results
+from tinygpt.shards import cut_lines, shard_results, thin
 from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.tokenizer.counts import save_counts, sum_counts
 from tinygpt.tokenizer.kinds import learn_tokenizer, take_tokenizer
@@ -26,7 +26,9 @@ def main() -> None:
         tokenizer = take_tokenizer(params)
     else:
         file = must_exist(TRAIN_FILE, stage="clean")
-        with shard_results(save_counts, cut_lines(file), name="count", key=sha256_file(file), runtime=runtime) as paths:
+        shards = thin(cut_lines(file), params.max_bytes or file.stat().st_size)
+        key = [sha256_file(file), params.max_bytes]
+        with shard_results(save_counts, shards, name="count", key=key, runtime=runtime) as paths:
             tokenizer = learn_tokenizer(sum_counts(paths), params)
     tokenizer.save(TOKENIZER_DIR)
     size = sum(file.stat().st_size for file in TOKENIZER_DIR.iterdir())

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import tokenizers
 from conftest import TRICKY, prose, tiny_config
 from hypothesis import HealthCheck, given, settings
+from project import ROOT, set_params, succeed
 from transformers import AutoTokenizer
 
+from tinygpt.corpus.jsonl import text_line
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
@@ -17,6 +20,7 @@ from tinygpt.generate import stream
 from tinygpt.generate.sampling import Sampling
 from tinygpt.model import GPT
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.bulk import BulkEncoder
 from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.tokenizer.counts import count_pretokens
@@ -25,7 +29,7 @@ from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokenizer.tokenizer import BEGIN, EOS, PAD, UNKNOWN
 
 PARAMS = TokenizerParams(
-    kind="bpe", from_file=None, vocab_size=400, min_frequency=1, special_tokens=(BEGIN, PAD, UNKNOWN)
+    kind="bpe", from_file=None, vocab_size=400, min_frequency=1, max_bytes=None, special_tokens=(BEGIN, PAD, UNKNOWN)
 )
 TEXT = prose(400) + " 😀 é "
 
@@ -135,3 +139,15 @@ def test_a_ready_tokenizer_keeps_its_ids(tmp_path):
         take_tokenizer(dataclasses.replace(params, special_tokens=(PAD,)))
     with pytest.raises(UserError, match=r"tokenizer.from_file=.*none.json not found"):
         take_tokenizer(dataclasses.replace(params, from_file=str(tmp_path / "none.json")))
+
+
+def test_the_stage_learns_from_max_bytes_alone(tmp_path):
+    texts = [f"{letter * (300 + 2 * i)} end" for i, letter in enumerate("abcdefgh")]
+    file = tmp_path / "data/clean/train.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(map(text_line, texts)))
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    set_params(tmp_path, {"tokenizer.vocab_size": 259, "tokenizer.min_frequency": 1, "tokenizer.max_bytes": 700})
+    succeed("python -m stages.train_tokenizer", tmp_path, PYTHONPATH=str(ROOT))
+    assert load_tokenizer(tmp_path / "data/tokenizer").merges == train_bpe(texts[:3], 259).merges
+    assert train_bpe(texts[:3], 259).merges != train_bpe(texts, 259).merges

@@ -4,12 +4,15 @@ import random
 import string
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from conftest import prose
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tinygpt.errors import UserError
 from tinygpt.tokenizer.merger import LONG, TOGETHER, Merger, merge, merge_long
+from tinygpt.tokenizer.pairs import ROW_END, Pairs
 
 ROWS = st.lists(st.integers(0, 3), max_size=30)
 # Pairs of ids in rank order; the id that a pair becomes may be one that exists, as from another way to one token.
@@ -61,3 +64,9 @@ def test_a_word_of_megabytes_takes_seconds(tiny_tokenizer, text):
     ids = tiny_tokenizer.encode(text)
     assert tiny_tokenizer.decode(ids) == text
     assert ids[10:1000] == tiny_tokenizer.encode(text[:100_000])[10:1000]
+
+
+def test_more_than_can_be_numbered_is_refused():
+    ids = np.array([2**30, 2**30, ROW_END], np.int32)
+    with pytest.raises(UserError, match=r"lower tokenizer.max_bytes or tokenizer.vocab_size"):
+        Pairs(ids, np.zeros(3, np.int32), np.ones(1, np.int64))

@@ -17,7 +17,7 @@ from tinygpt import shards
 from tinygpt.corpus.jsonl import shard_texts, text_line
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
-from tinygpt.shards import Shard, Span, cut_lines, join_spans, shard_results
+from tinygpt.shards import Shard, Span, cut_lines, join_spans, shard_results, thin
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"document {i} " + "é\n" * (i % 50) for i in range(500)]
@@ -81,6 +81,18 @@ def test_small_spans_are_joined():
     spans = [Span(Path(str(i)), 0, size) for i, size in enumerate([3, 3, 9, 1, 20, 2])]
     assert [[span.size for span in shard.spans] for shard in join_spans(spans, 10)] == [[3, 3, 9], [1, 20], [2]]
     assert list(join_spans([], 10)) == []
+
+
+@pytest.mark.parametrize("max_bytes", [1, 500, 5000, 10**9])
+def test_a_thinned_file_is_taken_evenly(file, max_bytes):
+    shards_of_all = cut_lines(file)
+    thinned = thin(shards_of_all, max_bytes)
+    assert sum(shard.size for shard in thinned) <= max_bytes
+    assert [shard.spans[0].begin for shard in thinned] == [shard.spans[0].begin for shard in shards_of_all]
+    taken = [sum(len(text_line(text).encode()) for text in shard_texts(shard)) for shard in thinned]
+    assert all(shard.size <= n <= shard.size + 250 for shard, n in zip(thinned, taken, strict=True))  # whole lines
+    assert max(taken) - min(taken[:-1]) <= 500
+    assert max_bytes < 10**9 or thinned == shards_of_all
 
 
 @pytest.mark.parametrize("n_worker", [1, 2, 3])

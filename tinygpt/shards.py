@@ -90,6 +90,15 @@ def line_ends(path: Path, n_bytes: int) -> Iterator[int]:
             yield end
 
 
+def thin(shards: Sequence[Shard], max_bytes: int) -> list[Shard]:
+    """The beginning of each span, so that together they have `max_bytes` at most; all of it where that is little."""
+    share = min(1.0, max_bytes / max(1, sum(shard.size for shard in shards)))
+    return [
+        Shard(tuple(Span(span.path, span.begin, span.begin + int(span.size * share)) for span in shard.spans))
+        for shard in shards
+    ]
+
+
 def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
     """Small spans together, until a shard has `n_bytes`."""
     joined: list[Span] = []

@@ -34,7 +34,7 @@ def learn_bpe(
 
     Ids: `<|endoftext|>` and the other special tokens, the 256 bytes by code point of their stand-ins, then merges in
     the order in which they were found. Of equally frequent pairs the one of smaller ids goes first.
-    Raises UserError when there are too few pairs.
+    Raises UserError when there are too few pairs, or more pretokens than can be numbered.
     """
     tokens = [EOS, *special_tokens, *sorted(BYTE_TO_CHAR)]  # as Tokenizer.from_merges numbers them
     ids = {token: i for i, token in enumerate(tokens) if i > len(special_tokens)}
@@ -79,7 +79,8 @@ def _pairs(counts: Mapping[bytes, int], ids: dict[str, int], at_least: int) -> P
     byte_ids[DOCUMENT_BORDER[0]] = ROW_END  # no pretoken has it
     rows = byte_ids[np.frombuffer(b"".join([pretoken + DOCUMENT_BORDER for pretoken in counts]), np.uint8)]
     lengths = np.array([len(pretoken) + 1 for pretoken in counts], np.int64)
-    return Pairs(rows, np.repeat(np.array([*counts.values()], np.int64), lengths), at_least=at_least)
+    row = np.repeat(np.arange(len(counts), dtype=np.int32), lengths)
+    return Pairs(rows, row, np.array([*counts.values()], np.int64), at_least=at_least)
 
 
 def _heap(pairs: Pairs) -> list[tuple[int, int]]:

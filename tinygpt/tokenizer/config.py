@@ -19,6 +19,7 @@ class TokenizerParams:
     from_file: str | None  # a tokenizer.json to take instead of learning one; null = none
     vocab_size: Annotated[int, Within("[257, 16777216]")]  # tokens in all: of bpe exactly, of char at most
     min_frequency: Count  # a pair (or character) that occurs less often in the training text gets no token
+    max_bytes: Count | None  # bytes of data/clean/train.jsonl that it learns from, evenly taken; null = all
     special_tokens: tuple[str, ...]  # names beside <|endoftext|>, such as <|user|>; text never becomes one of them
 
     def __post_init__(self) -> None:

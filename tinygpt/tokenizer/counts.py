@@ -51,6 +51,7 @@ def _table() -> PretokenTable:
 
 def sum_counts(paths: Iterable[Path]) -> PretokenCounts:
     """The counts of several files together."""
+    _table.cache_clear()  # counting is over
     found: PretokenCounts = Counter()
     for path in paths:
         with np.load(path, allow_pickle=False) as arrays:

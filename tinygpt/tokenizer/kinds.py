@@ -53,7 +53,7 @@ def learn_chars(
     for character, n in sorted(characters.items(), key=lambda item: (-item[1], item[0])):
         token = to_token(character.encode())
         new = {token[:end]: (token[: end - 1], token[end - 1]) for end in range(2, len(token) + 1)}
-        if n >= min_frequency and len(merges | new) <= room:
+        if n >= min_frequency and len(merges) + len(new.keys() - merges.keys()) <= room:
             merges |= new
     return Tokenizer.from_merges([*merges.values()], special_tokens)
 

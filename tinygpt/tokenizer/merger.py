@@ -49,7 +49,7 @@ def merge(ids: list[int], ranks: Ranks) -> list[int]:
 
 def merge_long(ids: list[int], ranks: Ranks) -> list[int]:
     """The same for a row of millions, such as a long word of one letter: a pair is merged everywhere at once."""
-    pairs = Pairs(np.array([*ids, ROW_END], np.int32), np.ones(len(ids) + 1, np.int64))
+    pairs = Pairs(np.array([*ids, ROW_END], np.int32), np.zeros(len(ids) + 1, np.int32), np.ones(1, np.int64))
     ranked = {pair_of(*pair): found for pair, found in ranks.items()}
     used_at: dict[int, int] = {}  # the lowest rank of the merges that a token takes part in
     for parts, (rank, _) in ranks.items():
