@@ -9,11 +9,12 @@ from typing import Any
 
 from tinygpt.errors import UserError, program
 from tinygpt.export.config import ExportParams
-from tinygpt.export.family import check_export
+from tinygpt.export.coverage import check_export
 from tinygpt.export.gguf import export_gguf, gguf_name
 from tinygpt.export.hf import check_hf, export_hf
+from tinygpt.export.remarks import remarks
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
-from tinygpt.files import atomic_folder, human_bytes, write_json
+from tinygpt.files import atomic_folder, write_json
 from tinygpt.model import load_model
 from tinygpt.model.device import open_device
 from tinygpt.params import load_params
@@ -41,30 +42,29 @@ def main() -> None:
     failures: list[str] = []
     with atomic_folder(EXPORT_DIR) as folder:
         if params.hf:
-            export_hf(model, tokenizer, TOKENIZER_DIR, folder / "hf")
+            family, n_ctx = export_hf(model, tokenizer, TOKENIZER_DIR, folder / "hf")
             check_hf(model, folder / "hf")
-            report["hf"] = {"bytes": sum(file.stat().st_size for file in (folder / "hf").iterdir())}
+            size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
+            report["hf"] = {"family": family, "context": n_ctx, "bytes": size}
         for weight_type in params.gguf:
             path = folder / "gguf" / gguf_name(weight_type)
-            tensor_types = export_gguf(model, tokenizer, path, weight_type)
+            made = export_gguf(model, tokenizer, path, weight_type)
             measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
-            instead = {name: kind for name, kind in tensor_types.items() if kind not in (weight_type, "f32")}
-            counts = dict(Counter(tensor_types.values()))
-            report[weight_type] = {"bytes": path.stat().st_size, **measures, "tensors": counts, "instead": instead}
+            report[weight_type] = {
+                "family": made.family,
+                "context": made.n_ctx,
+                "bytes": path.stat().st_size,
+                "bits_per_weight": round(made.bits_per_weight, 3),
+                **measures,
+                "tensors": dict(Counter(made.types.values())),
+            }
+            write_json(path.with_suffix(".types.json"), made.types)
             failures += problems
         write_json(REPORT_FILE, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT_DIR} is not written, see {REPORT_FILE}"]))
     for name, entry in report.items():
-        print(f"export: {name} {human_bytes(entry['bytes'])}", *_remarks(name, entry), sep=", ")
-
-
-def _remarks(name: str, entry: dict[str, Any]) -> list[str]:
-    """What llama.cpp made of a file, and what is not of its type."""
-    if name == "hf":
-        return []
-    remarks = [f"perplexity {entry['ppl']:.2f} in llama.cpp and {entry['ppl_pytorch']:.2f} in PyTorch"]
-    return remarks + ([f"{len(entry['instead'])} tensors f16, as they do not fill blocks"] if entry["instead"] else [])
+        print(f"export: {name} {remarks(entry, model.config.block_size)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinygpt.errors import program
 from tinygpt.export.config import ExportParams
-from tinygpt.export.family import check_export
+from tinygpt.export.coverage import check_export
 from tinygpt.files import human_bytes
 from tinygpt.generate import generate
 from tinygpt.generate.sampling import Sampling

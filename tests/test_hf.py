@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_gguf import GPT2, IDS, LLAMA, MATRIX, QWEN3, random_model
+from test_gguf import GPT2, IDS, LLAMA, QWEN3, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinygpt.errors import UserError
@@ -31,16 +31,11 @@ def export(tmp_path, tiny_tokenizer):
     return run
 
 
-@pytest.mark.parametrize(("family", "bias", "n_kv_head", "tied"), MATRIX)
-def test_transformers_computes_what_the_model_computes(family, bias, n_kv_head, tied, export):
-    model, folder = export(**family, bias=bias, n_kv_head=n_kv_head, tie_weights=tied, rope_theta=5000.0)
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ids = torch.from_numpy(IDS)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded.eval()(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
-    assert loaded.dtype == torch.float32
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_left_out(tied, export):
+    _, folder = export(**LLAMA, tie_weights=tied)
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", [GPT2, LLAMA, QWEN3])

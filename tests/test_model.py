@@ -25,7 +25,10 @@ from tinygpt.params import ParamsError
 CHOICES = {
     "position": ["learned", "rope"],
     "norm": ["layernorm", "rmsnorm"],
-    "mlp": ["gelu", "swiglu"],
+    "mlp": ["gelu", "swiglu", "relu2"],
+    "parallel_block": [False, True],
+    "windows": [(None, None), (6, None), (6, 2)],  # window and full_every
+    "head_dim": [None, 10],
     "bias": ["none", "qkv", "all"],
     "n_kv_head": [4, 2, 1],
     "qk_norm": [False, True],
@@ -50,6 +53,8 @@ def pairwise_rows() -> list[dict]:
 
 @pytest.mark.parametrize("row", pairwise_rows(), ids=lambda row: "-".join(str(v) for v in row.values()))
 def test_every_pair_of_switches_learns_and_generates_the_same_with_a_cache(row):
+    row = dict(row)
+    row["window"], row["full_every"] = row.pop("windows")
     model = GPT(tiny_config(**row), generator=torch.Generator().manual_seed(0))
     ids = random_ids(4, 33)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -87,21 +92,51 @@ def test_explicit_and_fused_attention_agree(n_kv_head):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, n_kv_head, 9, 8), torch.randn(2, n_kv_head, 9, 8)
     torch.testing.assert_close(explicit_attention(q, k, v, None), sdpa_attention(q, k, v, None))
-    mask = attention_mask(3, 9, torch.device("cpu"))
-    both = explicit_attention(q[:, :, :3], k, v, mask), sdpa_attention(q[:, :, :3], k, v, mask)
-    torch.testing.assert_close(*both)
+    for window in (None, 2, 7):
+        mask = attention_mask(3, 9, window, torch.device("cpu"))
+        both = explicit_attention(q[:, :, :3], k, v, mask), sdpa_attention(q[:, :, :3], k, v, mask)
+        torch.testing.assert_close(*both)
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_training_uses_the_fused_kernel_with_dropout_and_groups_too(n_kv_head):
-    model = GPT(tiny_config(n_kv_head=n_kv_head, dropout=0.1)).train()
+def test_training_uses_the_fused_kernel_with_dropout_groups_and_windows_too(n_kv_head, window):
+    model = GPT(tiny_config(n_kv_head=n_kv_head, dropout=0.1, window=window)).train()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises when flash attention cannot serve the call
         model(random_ids(2, 16)).sum().backward()
 
 
 def test_the_mask_lets_each_query_see_itself_and_the_past():
-    mask = attention_mask(2, 4, torch.device("cpu"))
-    assert mask.tolist() == [[True, True, True, False], [True, True, True, True]]
+    cpu = torch.device("cpu")
+    assert attention_mask(2, 4, None, cpu).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert attention_mask(2, 4, 2, cpu).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert attention_mask(3, 3, 1, cpu).int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert attention_mask(4, 4, None, cpu) is attention_mask(4, 4, 4, cpu) is None
+
+
+def test_a_window_reaches_that_far_and_full_layers_farther():
+    def reach(**changes):
+        model, ids = tiny_model(n_layer=2, **changes), random_ids(1, 20)
+        embedded = model.tok_emb(ids).detach().requires_grad_()
+        model.tok_emb.register_forward_hook(lambda *_: embedded)
+        model(ids)[0, 15].sum().backward()
+        return embedded.grad[0].abs().sum(-1).nonzero().flatten().tolist()
+
+    assert reach(window=4) == list(range(15 - 2 * 3, 16))  # three back in each of two layers
+    assert reach(window=4, full_every=2) == list(range(16))
+    assert reach(window=20) == list(range(16))
+
+
+def test_relu2_and_the_parallel_block_by_hand():
+    model = tiny_model(mlp="relu2", parallel_block=True, n_layer=1, bias="all")
+    block, x = model.blocks[0], torch.randn(1, 5, 32)
+    tables = model.rope_cos[:5], model.rope_sin[:5]
+    n = block.attn_norm(x)
+    hidden = (n @ block.mlp.up_proj.weight.T + block.mlp.up_proj.bias).clamp(min=0) ** 2
+    mlp = hidden @ block.mlp.down_proj.weight.T + block.mlp.down_proj.bias
+    expected = x + block.attn(n, tables, {None: None}, None) + mlp
+    torch.testing.assert_close(block(x, tables, {None: None}, None), expected)
+    assert not [name for name, _ in model.named_parameters() if "mlp_norm" in name]
 
 
 def test_rotation_keeps_lengths_and_depends_on_the_distance_alone():
@@ -149,7 +184,11 @@ def test_derived_sizes():
     assert derived_hidden(256, "gelu") == 1024
     assert derived_hidden(256, "swiglu") == 704  # 682.67, up to a multiple of 32
     assert tiny_config(n_head=4, n_kv_head=None).n_kv_head == 4
+    assert derived_hidden(256, "relu2") == 1024
     assert tiny_config(n_embd=32, n_head=4).head_dim == 8
+    assert tiny_config(n_embd=32, n_head=3, head_dim=8).head_dim == 8
+    config = tiny_config(n_layer=6, window=8, full_every=3)
+    assert [config.window_of(layer) for layer in range(6)] == [8, 8, None, 8, 8, None]
 
 
 def test_too_long_a_sequence_is_a_programmers_mistake():

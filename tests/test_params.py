@@ -178,9 +178,11 @@ def load_edited(cls: type, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("cls", "changes", "message"),
     [
+        (ModelParams, {"window": 1000}, "model.window=1000 is longer than model.block_size"),
+        (ModelParams, {"full_every": 2}, "model.full_every=2 has no effect without model.window"),
         (ModelParams, {"n_head": 3}, "model.n_embd=.* must be a multiple of model.n_head=3"),
         (ModelParams, {"n_kv_head": 3}, "must be a multiple of model.n_kv_head=3"),
-        (ModelParams, {"n_head": 16, "n_embd": 48}, "needs an even n_embd / n_head"),
+        (ModelParams, {"n_head": 16, "n_embd": 48}, "needs an even model.head_dim"),
         (ModelParams, {"n_layer": 0}, "model.n_layer"),
         (ModelParams, {"block_size": 0}, "model.block_size"),
         (ModelParams, {"n_hidden": -1}, "model.n_hidden"),

@@ -214,7 +214,7 @@ def test_a_typo_stops_before_training(project):
 def test_an_export_that_cannot_be_is_refused_before_training(project):
     failed = run("dvc exp run -S model.position=learned", project)
     assert failed.returncode != 0
-    assert "cannot be exported: set" in failed.stdout
+    assert "no model of transformers and llama.cpp has model.position=learned" in failed.stdout
     assert "tokens/s" not in failed.stdout
     assert "Traceback" not in failed.stdout
 

@@ -24,7 +24,7 @@ from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import build_optimizer, decayed_names, load_optimizer_tensors, optimizer_tensors
 from tinygpt.train.publish import publish
-from tinygpt.train.schedules import lr_at
+from tinygpt.train.schedules import dropout_frac_at, lr_at
 from tinygpt.train.trainer import Stopped, Trainer, pick_precision, validation_sequences
 
 PARAMS = TrainParams(
@@ -38,6 +38,7 @@ PARAMS = TrainParams(
     weight_decay=0.1,
     betas=(0.9, 0.99),
     grad_clip=1.0,
+    anneal_dropout=False,
     precision="auto",
     eval_every=4,
     eval_tokens=500,
@@ -132,6 +133,18 @@ def test_learning_rate_is_never_zero_peaks_after_the_warmup_and_ends_at_the_mini
 
 
 # ---- loss and optimizer ----
+
+
+def test_dropout_falls_to_zero_over_the_run_where_asked():
+    annealed = dataclasses.replace(PARAMS, anneal_dropout=True)
+    assert [dropout_frac_at(step, annealed) for step in (0, 5, 9)] == pytest.approx([1, 0.5, 0.1])
+    assert dropout_frac_at(9, PARAMS) == 1
+    with Checkpoints("run") as checkpoints:
+        trainer = make_trainer(checkpoints, params=annealed, dropout=0.4)
+        trainer.fit()
+    shares = {round(module.p, 9) for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert shares == {0.04}
+    assert not same(train("annealed", params=annealed, dropout=0.4).last, train("constant", dropout=0.4).last)
 
 
 def test_the_loss_of_three_tokens_by_hand():

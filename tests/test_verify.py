@@ -1,6 +1,8 @@
 """The check of exported files: it lets right ones pass and stops wrong ones."""
 
 from dataclasses import replace
+from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +12,13 @@ from test_gguf import GPT2, LLAMA, QWEN3, random_model
 
 from tinygpt.errors import UserError
 from tinygpt.evaluate.perplexity import scored_nll
+from tinygpt.export import gguf
+from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.verify import TOLERANCES, check_gguf
+from tinygpt.export.gguf_families import GGUF_FAMILIES, LLAMA_CPP
+from tinygpt.export.verify import check_gguf, tolerance
 from tinygpt.model import GPT
+from tinygpt.model.layers import MLPS
 from tinygpt.tokenizer import Tokenizer
 
 
@@ -34,15 +40,15 @@ def model(tiny_tokenizer):
     return random_model(**LLAMA, vocab_size=tiny_tokenizer.vocab_size, n_kv_head=2)
 
 
-@pytest.mark.parametrize("weight_type", ["f32", "f16", "bf16", "q8_0"])
-@pytest.mark.parametrize("family", [GPT2, LLAMA, QWEN3])
+@pytest.mark.parametrize("weight_type", ["f32", "f16", "bf16", "q8_0", "q4_k_m", "q2_k"])
+@pytest.mark.parametrize("family", [GPT2, LLAMA, QWEN3, LLAMA | {"window": 16}, GPT2 | {"window": 16}])
 def test_a_right_file_passes(family, weight_type, check, tiny_tokenizer):
     model = random_model(**family, vocab_size=tiny_tokenizer.vocab_size)
     measures, failures = check(model, weight_type=weight_type)
     assert failures == []
     assert measures["wrong_tokens"] == 0
     assert measures["greedy_agreement"] > 0.9
-    assert measures["ppl"] == pytest.approx(measures["ppl_pytorch"], rel=2e-2)
+    assert measures["ppl"] == pytest.approx(measures["ppl_pytorch"], rel=0.1 if weight_type == "q2_k" else 2e-2)
 
 
 def changed(model, name, change):
@@ -54,15 +60,17 @@ def changed(model, name, change):
     return copy
 
 
-def as_if_not_permuted(weight):
-    """The rows that the export's reordering for adjacent rotation pairs turns back into the original ones."""
-    return weight.unflatten(0, (4, 8, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def test_rows_not_permuted_for_the_rotation_fail(check, model):
-    _, failures = check(model, exported=changed(model, "blocks.0.attn.q_proj.weight", as_if_not_permuted))
+def test_rows_not_permuted_for_the_rotation_fail(check, model, monkeypatch):
+    families = [replace(f, layout=replace(f.layout, adjacent_rope=False)) for f in GGUF_FAMILIES]
+    monkeypatch.setattr(gguf, "LLAMA_CPP", LLAMA_CPP._replace(families=families))
+    _, failures = check(model)
     assert any(failure.startswith("model.gguf: max_logprob_diff is ") for failure in failures)
     assert all(", allowed is " in failure for failure in failures)
+
+
+def test_other_weights_fail(check, model):
+    _, failures = check(model, exported=changed(model, "blocks.0.attn.q_proj.weight", lambda w: w + 1e-6))
+    assert [failure.split()[1] for failure in failures] == ["max_weight_error"]
 
 
 @pytest.mark.parametrize("weight_type", ["f32", "q8_0"])
@@ -104,4 +112,5 @@ def test_perplexity_counts_the_second_half_of_a_chunk_as_llama_perplexity_does()
 
 
 def test_there_is_a_tolerance_for_every_kind_of_mlp_and_weight_type():
-    assert len(TOLERANCES) == 2 * 4
+    for mlp, weight_type in product(MLPS, get_args(GGUFType)):
+        assert (tolerance(mlp, weight_type).weight == 0) == (weight_type == "f32")

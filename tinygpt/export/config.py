@@ -7,7 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from tinygpt.params import Within, require
 
-GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
+GGUFType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+    "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

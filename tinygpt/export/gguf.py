@@ -7,37 +7,49 @@ is written that llama.cpp would otherwise guess, as most wrong guesses load with
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-from gguf.quants import QuantError, quantize
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
 from tinygpt.export.family import check_vocabulary, family_of
+from tinygpt.export.gguf_families import LLAMA_CPP, GGUFFamily
 from tinygpt.export.layout import apply_layout
+from tinygpt.export.quantize import MIXES, bits_per_weight, quantized, tensor_types
+from tinygpt.export.reverse import revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.layers import NORM_EPS
 from tinygpt.model.weights import model_tensors
 from tinygpt.tokenizer import Tokenizer
 
-FILE_TYPES: Mapping[GGUFType, tuple[LlamaFileType, GGMLQuantizationType]] = {
-    "f32": (LlamaFileType.ALL_F32, GGMLQuantizationType.F32),
-    "f16": (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
-    "bf16": (LlamaFileType.MOSTLY_BF16, GGMLQuantizationType.BF16),
-    "q8_0": (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
+ADDERS: Mapping[type, Callable[[GGUFWriter, str, Any], None]] = {
+    int: GGUFWriter.add_uint32,
+    float: GGUFWriter.add_float32,
+    list: GGUFWriter.add_array,
 }
-POSITIONS = "position_embd.weight"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # The reader demands merges and the writer drops an empty list. No text reaches this one: its symbols are longer than
 # a byte, and no other merge makes them.
 UNREACHABLE_MERGE = "xx yy"
+
+
+class GGUFFile(NamedTuple):
+    """What was written."""
+
+    family: str  # llama.cpp's architecture
+    n_ctx: int  # tokens of context: less than the model's where the architecture knows no window
+    bits_per_weight: float
+    types: dict[str, str]  # of each tensor
 
 
 def gguf_name(weight_type: GGUFType) -> str:
@@ -45,30 +57,54 @@ def gguf_name(weight_type: GGUFType) -> str:
     return f"tinygpt-{weight_type}.gguf"
 
 
-def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type: GGUFType) -> dict[str, str]:
-    """Write one file, whole or not at all, and return the effective type of every tensor by name.
+def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type: GGUFType) -> GGUFFile:
+    """Write one file, whole or not at all.
 
-    Norms, biases and learned positions stay float32; a matrix that cannot be quantized becomes float16.
     Raises ParamsError when llama.cpp has no architecture for the model, UserError when the tokenizer is
     another or weights do not fit in the type.
     """
     check_vocabulary(model.config, tokenizer.vocab_size)
-    family = family_of(model.config)
-    tensors = apply_layout(model_tensors(model), model.config, family.gguf)
+    family, n_ctx = family_of(LLAMA_CPP, model.config)
+    tensors = apply_layout(model_tensors(model), model.config, family.layout, n_ctx)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    types = tensor_types(shapes, model.config, weight_type)
     with atomic_write(path, "wb") as file:
-        writer = GGUFWriter(file.name, family.gguf_arch)
-        _add_model(writer, model.config)
+        writer = GGUFWriter(file.name, family.name)
+        _add_model(writer, model.config, family, n_ctx)
         _add_tokenizer(writer, tokenizer)
-        _add_type(writer, weight_type)
-        types = {name: _add_tensor(writer, name, tensor, weight_type) for name, tensor in tensors.items()}
+        writer.add_file_type(MIXES[weight_type].file_type)
+        writer.add_quantization_version(QUANTIZATION_VERSION)
+        for name, tensor in tensors.items():
+            _add_tensor(writer, name, tensor, types[name], weight_type)
         _write(writer)
-    return types
+    names = {name: kind.name.lower() for name, kind in types.items()}
+    return GGUFFile(family.name, n_ctx, bits_per_weight(shapes, types), names)
 
 
-def _add_model(writer: GGUFWriter, config: GPTConfig) -> None:
+def read_gguf(path: str | Path, config: GPTConfig) -> GPT:
+    """A model with the weights that stand in a file that export_gguf wrote of a model of `config`, in float32.
+
+    Its context is the file's, and its head its own matrix: in the file that may be of another type than the embedding.
+    """
+    family, n_ctx = family_of(LLAMA_CPP, config)
+    tensors = {
+        tensor.name: torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+        for tensor in GGUFReader(path).tensors
+    }
+    if "output.weight" not in tensors:
+        tensors["output.weight"] = tensors["token_embd.weight"]
+    if n_ctx < config.block_size:
+        config = replace(config, block_size=n_ctx, window=None, full_every=None)
+    config = replace(config, tie_weights=False)
+    model = GPT(config)
+    model.load_state_dict(revert_layout(tensors, config, family.layout))
+    return model.eval()
+
+
+def _add_model(writer: GGUFWriter, config: GPTConfig, family: GGUFFamily, n_ctx: int) -> None:
     writer.add_name("tinygpt")
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.block_size)
+    writer.add_context_length(n_ctx)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_feed_forward_length(config.n_hidden)
@@ -83,6 +119,8 @@ def _add_model(writer: GGUFWriter, config: GPTConfig) -> None:
     if config.position == "rope":
         writer.add_rope_freq_base(config.rope_theta)
         writer.add_rope_dimension_count(config.head_dim)
+    for key, value in family.keys(config).items():
+        ADDERS[type(value)](writer, f"{family.name}.{key}", value)
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
@@ -103,34 +141,19 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_add_eos_token(False)
 
 
-def _add_type(writer: GGUFWriter, weight_type: GGUFType) -> None:
-    writer.add_file_type(FILE_TYPES[weight_type][0])
-    if weight_type == "q8_0":
-        writer.add_quantization_version(QUANTIZATION_VERSION)
-
-
-def _add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, weight_type: GGUFType) -> str:
-    """Add one tensor and return its type.  Rows go in as they are: ggml names the same bytes (columns, rows)."""
+def _add_tensor(
+    writer: GGUFWriter, name: str, tensor: Tensor, kind: GGMLQuantizationType, weight_type: GGUFType
+) -> None:
+    """Rows go in as they are: ggml names the same bytes (columns, rows)."""
     array: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
-    kind = FILE_TYPES[weight_type][1]
-    if array.ndim == 1 or name == POSITIONS:  # llama.cpp aborts on a bias or norm of another type
-        kind = GGMLQuantizationType.F32
     try:
         with np.errstate(over="raise"):
-            kind, data = _quantize(array, kind)
+            data = quantized(array, kind)
     except FloatingPointError:
         raise UserError(
             f"{name} has weights beyond the range of float16: drop {weight_type} from export.gguf"
         ) from None
     writer.add_tensor(name, data, raw_dtype=kind)
-    return kind.name.lower()
-
-
-def _quantize(array: NDArray[np.float32], kind: GGMLQuantizationType) -> tuple[GGMLQuantizationType, NDArray[Any]]:
-    try:
-        return kind, quantize(array, kind)
-    except QuantError:  # q8_0 holds blocks of 32 and this row is no multiple of it
-        return GGMLQuantizationType.F16, quantize(array, GGMLQuantizationType.F16)
 
 
 def _write(writer: GGUFWriter) -> None:

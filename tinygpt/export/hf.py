@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from tinygpt.errors import UserError
-from tinygpt.export.family import Family, check_vocabulary, family_of
+from tinygpt.export.family import check_vocabulary, family_of
+from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
 from tinygpt.export.layout import apply_layout
 from tinygpt.files import atomic_folder, atomic_write, must_exist, write_json
 from tinygpt.model import GPT, GPTConfig
@@ -42,32 +43,35 @@ print(pipeline("text-generation", "path/to/this/folder")("Once upon a time")[0][
 """
 
 
-def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> None:
+def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> tuple[str, int]:
     """Write the folder, whole or not at all; tokenizer.json is copied from `tokenizer_dir` as it is.
+
+    Returns the model_type and the tokens of context, less than the model's where the class knows no window.
 
     Raises ParamsError when transformers has no class for the model, UserError when the tokenizer is another.
     """
     check_vocabulary(model.config, tokenizer.vocab_size)
-    family = family_of(model.config)
+    family, n_ctx = family_of(TRANSFORMERS, model.config)
     source = must_exist(Path(tokenizer_dir) / TOKENIZER_FILE, stage="train_tokenizer")
     with atomic_folder(folder) as partial:
-        write_json(partial / "config.json", model_config(model.config, family, tokenizer))
+        write_json(partial / "config.json", model_config(model.config, family, tokenizer, n_ctx))
         write_json(partial / "generation_config.json", _special_ids(tokenizer))
-        write_json(partial / "tokenizer_config.json", _tokenizer_config(model.config, tokenizer))
+        write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, n_ctx))
         shutil.copyfile(source, partial / TOKENIZER_FILE)
-        save_tensors(partial / WEIGHTS_FILE, apply_layout(model_tensors(model), model.config, family.hf))
+        save_tensors(partial / WEIGHTS_FILE, apply_layout(model_tensors(model), model.config, family.layout, n_ctx))
         with atomic_write(partial / "README.md") as file:
-            file.write(_card(model, family))
+            file.write(_card(model, family, n_ctx))
+    return family.name, n_ctx
 
 
-def model_config(config: GPTConfig, family: Family, tokenizer: Tokenizer) -> dict[str, Any]:
+def model_config(config: GPTConfig, family: HFFamily, tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
     """What transformers reads from config.json."""
     return {
-        "architectures": [family.hf_class],
-        "model_type": family.hf_type,
+        "architectures": [family.cls],
+        "model_type": family.name,
         "vocab_size": config.vocab_size,
-        **family.hf_config(config),
-        family.hf_eps: NORM_EPS,
+        **family.config(config, n_ctx),
+        family.eps: NORM_EPS,
         "tie_word_embeddings": config.tie_weights,  # the classes disagree on the default
         **_special_ids(tokenizer),
         "use_cache": True,
@@ -78,7 +82,8 @@ def model_config(config: GPTConfig, family: Family, tokenizer: Tokenizer) -> dic
 def check_hf(model: GPT, folder: str | Path) -> None:
     """Read the weights back and compare every bit.  Raises UserError that names the first tensor that differs."""
     path = Path(folder) / WEIGHTS_FILE
-    expected = apply_layout(model_tensors(model), model.config, family_of(model.config).hf)
+    family, n_ctx = family_of(TRANSFORMERS, model.config)
+    expected = apply_layout(model_tensors(model), model.config, family.layout, n_ctx)
     found = load_tensors(path)
     if found.keys() != expected.keys():
         odd = ", ".join(sorted(found.keys() ^ expected.keys()))
@@ -92,11 +97,11 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
-def _tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
     names: dict[int | None, str] = {id: name for name, id in tokenizer.special_tokens.items()}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the model's own class would rebuild the pre-tokenizer
-        "model_max_length": config.block_size,
+        "model_max_length": n_ctx,
         "bos_token": names[tokenizer.bos_id],
         "eos_token": names[tokenizer.eos_id],
         "pad_token": names.get(tokenizer.pad_id),
@@ -108,12 +113,12 @@ def _tokenizer_config(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]
     }
 
 
-def _card(model: GPT, family: Family) -> str:
+def _card(model: GPT, family: HFFamily, n_ctx: int) -> str:
     config = model.config
     return CARD.format(
         n_params=model.n_params(),
-        hf_class=family.hf_class,
+        hf_class=family.cls,
         n_layer=config.n_layer,
         n_embd=config.n_embd,
-        block_size=config.block_size,
+        block_size=n_ctx,
     )

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import re
 from collections import deque
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from typing import Any
 
 from tinygpt.errors import UserError
@@ -123,6 +123,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
     "llama_backend_init": (None, []),
+    "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
 }
 
 _errors: deque[str] = deque(maxlen=4)  # llama.cpp's last error lines; its log is silent otherwise

@@ -6,6 +6,7 @@ B batch, T query length, S key length (cache + T), H query heads, G key/value he
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,17 @@ from tinygpt.model.kv_cache import KVCache
 from tinygpt.model.layers import NORMS, apply_rope
 
 
-def attention_mask(t: int, s: int, device: torch.device) -> Tensor:
-    """True where a query may look: at itself and the past.  -> (T, S) bool
+def attention_mask(t: int, s: int, window: int | None, device: torch.device) -> Tensor | None:
+    """True where a query may look: at itself and the past, or the window's part of it.  -> (T, S) bool
 
-    The last query stands at the last key, so a (2, 4) mask is [[1, 1, 1, 0], [1, 1, 1, 1]].
+    The last query stands at the last key, so a (2, 4) mask is [[1, 1, 1, 0], [1, 1, 1, 1]], and with a window of 2
+    [[0, 1, 1, 0], [0, 0, 1, 1]]. None stands for the plain causal case T == S, which kernels do fastest.
     """
-    return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
+    everything = window is None or window >= s
+    if everything and t == s:
+        return None
+    mask = torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
+    return mask if everything else mask.triu(s - t - (window or s) + 1)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -30,7 +36,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     `mask` is (T, S) bool, or None for the plain causal case T == S.
     """
     if mask is None:
-        mask = attention_mask(q.size(2), k.size(2), q.device)
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     group = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, D)
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, S)
@@ -42,6 +48,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
 
 
+Masks = Mapping[int | None, Tensor | None]  # by window, for one forward pass
+
 ATTENTION = {"explicit": explicit_attention, "sdpa": sdpa_attention}
 
 
@@ -51,6 +59,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer  # where this block's keys and values stand in a cache
+        self.window = config.window_of(layer)
         self.head_dim = config.head_dim
         qkv_bias, o_bias = config.bias != "none", config.bias == "all"
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=qkv_bias)
@@ -61,9 +70,7 @@ class Attention(nn.Module):
         self.k_norm = NORMS[config.norm](config.head_dim, bias=False) if config.qk_norm else nn.Identity()
         self.attend = ATTENTION[config.attention]
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         q = self.q_norm(self._heads(self.q_proj(x)))
         k = self.k_norm(self._heads(self.k_proj(x)))
@@ -72,7 +79,7 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = self.attend(q, k, v, mask)  # (B, H, T, D)
+        y = self.attend(q, k, v, masks[self.window])  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

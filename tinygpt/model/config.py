@@ -14,7 +14,7 @@ HIDDEN_MULTIPLE = 32  # a derived n_hidden is a multiple of this, the block leng
 class ModelParams:
     """Sizes and switches of one GPT.
 
-    `n_kv_head` and `n_hidden` may be given as None; afterwards they hold the derived number.
+    `n_kv_head`, `head_dim` and `n_hidden` may be given as None; afterwards they hold the derived number.
     """
 
     group: ClassVar[str] = "model"
@@ -23,12 +23,16 @@ class ModelParams:
     n_head: Count  # query heads in each block
     n_kv_head: CountOrDerived  # key/value heads: null = n_head (MHA), 1 = MQA, a divisor of n_head between = GQA
     n_embd: Count  # width of the residual stream
-    n_hidden: CountOrDerived  # width inside the MLP: null = 4·n_embd (gelu) or about 8/3·n_embd (swiglu)
+    head_dim: CountOrDerived  # width of one attention head: null = n_embd / n_head
+    n_hidden: CountOrDerived  # width inside the MLP: null = 4·n_embd, or about 8/3·n_embd (swiglu)
     block_size: Count  # tokens of context, at most
     position: Literal["learned", "rope"]  # a learned vector per position, or rotated queries and keys
     rope_theta: Annotated[float, Within("(0, inf)")]  # base of the rotation's wavelengths; used by rope only
     norm: Literal["layernorm", "rmsnorm"]
-    mlp: Literal["gelu", "swiglu"]  # gelu is the tanh approximation
+    mlp: Literal["gelu", "swiglu", "relu2"]  # gelu is the tanh approximation, relu2 the square of relu
+    parallel_block: bool  # attention and MLP read the same norm and are added together, not one after the other
+    window: Count | None  # a token sees itself and the window - 1 before; null = all before
+    full_every: Count | None  # with a window: every n-th layer sees all before; null = none
     bias: Literal["none", "qkv", "all"]  # which linear layers carry one; "all" also gives layernorm its bias
     qk_norm: bool  # normalize each head's queries and keys before the rotation
     tie_weights: bool  # the output head shares the token embedding's matrix
@@ -40,26 +44,35 @@ class ModelParams:
             object.__setattr__(self, "n_kv_head", self.n_head)
         if self.n_hidden is None:
             object.__setattr__(self, "n_hidden", derived_hidden(self.n_embd, self.mlp))
-        head_dim = self.n_embd // self.n_head
+        derived = self.head_dim is None
+        if derived:
+            object.__setattr__(self, "head_dim", max(1, self.n_embd // self.n_head))
         require(
             (
-                self.n_embd % self.n_head == 0,
-                f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}",
+                not derived or self.n_embd % self.n_head == 0,
+                f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}, or set model.head_dim",
             ),
             (
                 self.n_head % self.n_kv_head == 0,
                 f"model.n_head={self.n_head} must be a multiple of model.n_kv_head={self.n_kv_head}",
             ),
             (
-                self.position != "rope" or head_dim % 2 == 0,
-                f"model.position=rope needs an even n_embd / n_head, found {self.n_embd} / {self.n_head} = {head_dim}",
+                self.position != "rope" or self.head_dim % 2 == 0,
+                f"model.position=rope needs an even model.head_dim, found {self.head_dim}",
+            ),
+            (
+                self.window is None or self.window <= self.block_size,
+                f"model.window={self.window} is longer than model.block_size={self.block_size}: set it to null",
+            ),
+            (
+                self.full_every is None or self.window is not None,
+                f"model.full_every={self.full_every} has no effect without model.window: set it to null",
             ),
         )
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.n_embd // self.n_head
+    def window_of(self, layer: int) -> int | None:
+        """The window of one layer, counted from 0; None where it sees everything before."""
+        return None if self.full_every and (layer + 1) % self.full_every == 0 else self.window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +83,8 @@ class GPTConfig(ModelParams):
 
 
 def derived_hidden(n_embd: int, mlp: str) -> int:
-    """MLP width of equal parameter count for both kinds: 4·n_embd with two matrices, 8/3·n_embd with three."""
-    if mlp == "gelu":
+    """MLP width of equal parameter count for all kinds: 4·n_embd with two matrices, 8/3·n_embd with three."""
+    if mlp != "swiglu":
         return 4 * n_embd
     return -(-8 * n_embd // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tinygpt.model.attention import Attention, attention_mask
+from tinygpt.model.attention import Attention, Masks, attention_mask
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.kv_cache import KVCache
 from tinygpt.model.layers import MLPS, NORMS, rope_tables
@@ -19,21 +19,23 @@ INIT_STD = 0.02
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); or in parallel x + attention(norm(x)) + mlp(norm(x)), one norm."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = NORMS[config.norm](config.n_embd, bias=config.bias == "all")
         self.attn = Attention(config, layer)
-        self.mlp_norm = NORMS[config.norm](config.n_embd, bias=config.bias == "all")
+        self.mlp_norm = None if config.parallel_block else NORMS[config.norm](config.n_embd, bias=config.bias == "all")
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks, cache: KVCache | None) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, mask, cache))
+        normed = self.attn_norm(x)
+        attended = self.dropout(self.attn(normed, rope, masks, cache))
+        if self.mlp_norm is None:
+            return x + attended + self.dropout(self.mlp(normed))
+        x = x + attended
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -54,6 +56,7 @@ class GPT(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.windows = {config.window_of(layer) for layer in range(config.n_layer)}
         self.norm = NORMS[config.norm](config.n_embd, bias=config.bias == "all")
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         init_weights(self, generator)
@@ -76,14 +79,20 @@ class GPT(nn.Module):
             rope = (self.rope_cos[start:end], self.rope_sin[start:end])
         else:
             x = x + self.pos_emb.weight[start:end]
-        mask = attention_mask(t, end, ids.device) if start else None
+        masks = {window: attention_mask(t, end, window, ids.device) for window in self.windows}
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            x = block(x, rope, masks, cache)
         if cache:
             cache.advance(t)
         normed: Tensor = self.norm(x)
         return normed
+
+    def set_dropout(self, share: float) -> None:
+        """Change the share of values that training sets to zero, everywhere."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share
 
     def n_params(self) -> int:
         """Number of distinct weights (a tied matrix counts once)."""

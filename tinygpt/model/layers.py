@@ -5,6 +5,9 @@ B batch, T tokens, C n_embd, H heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,18 +30,29 @@ def rms_norm(size: int, bias: bool) -> nn.Module:
 NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}
 
 
-class GELUMLP(nn.Module):
-    """down(gelu(up(x))), the tanh form of GELU (Hendrycks and Gimpel, https://arxiv.org/abs/1606.08415)."""
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form of GELU (Hendrycks and Gimpel, https://arxiv.org/abs/1606.08415)."""
+    return F.gelu(x, approximate="tanh")
 
-    def __init__(self, config: GPTConfig) -> None:
+
+def relu2(x: Tensor) -> Tensor:
+    """The square of relu (So et al., https://arxiv.org/abs/2109.08668)."""
+    return F.relu(x).square()
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: GPTConfig, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         bias = config.bias == "all"
         self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=bias)
         self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=bias)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class SwiGLUMLP(nn.Module):
@@ -56,7 +70,11 @@ class SwiGLUMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-MLPS = {"gelu": GELUMLP, "swiglu": SwiGLUMLP}
+MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "gelu": partial(MLP, activation=gelu),
+    "swiglu": SwiGLUMLP,
+    "relu2": partial(MLP, activation=relu2),
+}
 
 
 def rope_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

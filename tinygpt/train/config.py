@@ -26,6 +26,7 @@ class TrainParams:
     weight_decay: Annotated[float, Within("[0, inf)")]  # of matrices; biases, norms and embeddings have none
     betas: tuple[Fraction, Fraction]  # how slowly AdamW forgets the mean and the mean square of gradients
     grad_clip: Positive  # longest gradient, as the 2-norm over all weights; a longer one is scaled down
+    anneal_dropout: bool  # model.dropout falls to zero over the run, in a straight line
     precision: Literal["auto", "fp32", "bf16"]  # of products: auto = bf16 on a GPU that has it, else fp32
     eval_every: Count  # steps between two looks at the validation split
     eval_tokens: Count  # validation tokens of each look, at most

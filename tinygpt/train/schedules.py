@@ -21,3 +21,8 @@ def lr_at(step: int, params: TrainParams) -> float:
     progress = (step - params.warmup_steps) / max(1, params.max_steps - 1 - params.warmup_steps)
     share = SCHEDULES[params.schedule](progress)
     return params.lr * (params.min_lr_frac + (1 - params.min_lr_frac) * share)
+
+
+def dropout_frac_at(step: int, params: TrainParams) -> float:
+    """Share of model.dropout at step `step`, counted from 0: one, or down to zero over the run."""
+    return 1 - step / params.max_steps if params.anneal_dropout else 1.0

@@ -27,7 +27,7 @@ from tinygpt.train.config import TrainParams
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from tinygpt.train.schedules import lr_at
+from tinygpt.train.schedules import dropout_frac_at, lr_at
 
 MAX_ROWS = 1000  # of the curve, about: a longer run averages more steps into a row
 
@@ -110,6 +110,7 @@ class Trainer:
     def _train_step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, self.params)
+        self.model.set_dropout(self.model.config.dropout * dropout_frac_at(step, self.params))
         torch.manual_seed(self.params.seed + 1_000_003 * (step + 1))  # dropout depends on the step, not on the past
         ids = self._to_device(self.batches.batch_at(step))  # (B, T + 1)
         loss = torch.zeros((), device=self.device)
