@@ -8,7 +8,7 @@ from pathlib import Path
 from tinygpt.corpus.clean import CleanParams, clean
 from tinygpt.errors import program
 from tinygpt.files import human_bytes, write_json
-from tinygpt.params import load_params
+from tinygpt.params import check_params, load_params
 from tinygpt.runtime import RuntimeParams
 
 RAW = Path("data/raw")
@@ -20,6 +20,7 @@ MOST_NAMED = 10  # files whose repairs are told; the report has the sum
 @program
 def main() -> None:
     """Read the `clean` group, fill data/clean and write reports/clean.json."""
+    check_params()  # so that a mistake in any group is told before the work
     params, runtime = load_params(CleanParams, RuntimeParams)
     report, repaired = clean(params, RAW, CLEAN, runtime)
     write_json(REPORT, report)

@@ -14,7 +14,7 @@ from conftest import RUNTIME
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygpt.corpus import documents
+from tinygpt.corpus import documents, duplicates
 from tinygpt.corpus.borders import raw_shards
 from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, CleanParams, Report, clean, clean_text
 from tinygpt.corpus.documents import Reader
@@ -183,6 +183,10 @@ def test_json_lines_give_their_texts(tmp_path: Path) -> None:
     assert read(tmp_path, content, name="x.jsonl") == ["a\nb\u2028c", "<|endoftext|>"]
 
 
+def test_a_byte_order_mark_before_json_lines_is_passed_over(tmp_path: Path) -> None:
+    assert read(tmp_path, b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}', name="x.jsonl") == ["a", "b"]
+
+
 @pytest.mark.parametrize("line", [b"{", b"[]", b"7", b'{"txt": "a"}', b'{"text": 7}', b'{"text": null}', b'"text"'])
 def test_a_broken_json_line_is_named(tmp_path: Path, line: bytes) -> None:
     with pytest.raises(UserError, match=r"x\.jsonl line 2 is not a JSON object with a .text."):
@@ -311,8 +315,16 @@ def test_a_document_that_was_dropped_makes_no_other_superfluous() -> None:
 
 
 def test_shingles_are_runs_of_five_words() -> None:
-    assert shingles("a b\nc  d e f") == ["a b c d e", "b c d e f"]
-    assert shingles("a b") == ["a b"]
+    assert shingles("a b c d e f".split()) == ["a b c d e", "b c d e f"]
+    assert shingles(["a", "b"]) == ["a b"]
+
+
+def test_a_signature_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [" ".join(words(n, n)) for n in (1, 4, 5, 6, 7, 14, 15, 100)]
+    whole = [signature(text) for text in texts]
+    for n in (1, 3, 10):
+        monkeypatch.setattr(duplicates, "PIECE_WORDS", n)
+        assert [signature(text) for text in texts] == whole
 
 
 def test_near_duplicates_are_the_same_in_every_run(tmp_path: Path) -> None:
@@ -370,7 +382,7 @@ def test_the_same_raw_files_give_the_same_bytes(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"min_bytes": 5000}, r"0 B of text left .* clean\.min_bytes dropped 1 of 1 documents"),
-        ({"split": "hash", "val_fraction": 0.99}, r"clean\.split=tail or smaller clean\.val_fraction"),
+        ({"split": "hash", "val_fraction": 0.99}, r"clean\.split=tail for one long text, smaller clean\.val_fraction"),
         ({"split": "hash", "val_fraction": 0.01}, r"clean\.val_fraction=0\.01 of 1 documents is none"),
         ({"split": "hash", "test_fraction": 0.01}, r"clean\.test_fraction=0\.01 of 1 documents is none"),
         ({"split": "source"}, r"clean\.split=source needs a source with official splits, and download\.source=own"),
@@ -382,6 +394,12 @@ def test_an_empty_result_names_its_cause_and_leaves_nothing(
     with pytest.raises(UserError, match=message):
         run(tmp_path, {"a.txt": LONG}, **changes)
     assert {path.name for path in tmp_path.iterdir()} - {"runs"} == {"raw"}
+
+
+def test_a_separator_that_stands_nowhere_is_told_and_nothing_is_kept_for_another_try(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"clean.separator='---' stands nowhere in the text"):
+        run(tmp_path, {"a.txt": LONG}, separator="---")
+    assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
 
 
 def test_duplicates_that_take_nearly_all_are_named(tmp_path: Path) -> None:

@@ -124,3 +124,22 @@ def test_sizes_for_people():
         "2.1 MB",
         "3.0 TB",
     ]
+
+
+def test_two_programs_that_fill_one_folder_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "folder"
+    inner = f"""
+from tinygpt.files import atomic_folder
+with atomic_folder({str(path)!r}) as folder:
+    (folder / "b").touch()
+"""
+    with atomic_folder(path) as folder:
+        (folder / "a").touch()
+        subprocess.run([sys.executable, "-c", inner], check=True)
+        assert [file.name for file in path.iterdir()] == ["b"]
+        abandoned = path.with_name(f"folder.{subprocess.Popen(['true']).pid}9999.partial")  # of no program that runs
+        abandoned.mkdir()
+    assert [file.name for file in path.iterdir()] == ["a"]
+    with atomic_folder(path):
+        assert not abandoned.exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]

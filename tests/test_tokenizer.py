@@ -108,7 +108,7 @@ def test_half_a_character_decodes_to_the_replacement_character(tiny_tokenizer):
 
 
 def test_a_lone_surrogate_becomes_the_replacement_character(tiny_tokenizer):
-    assert tiny_tokenizer.decode(tiny_tokenizer.encode("a\ud800b")) in ("a�b", "a���b")
+    assert tiny_tokenizer.decode(tiny_tokenizer.encode("a\ud800b\udcff")) == "a\ufffdb\ufffd"
 
 
 @pytest.mark.parametrize("ids", [[-1], [300], [0, 10**9]])

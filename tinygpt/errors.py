@@ -33,6 +33,8 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
                 sys.exit(f"error: no room to write {name} ({reason}): free some space and run again")
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 sys.exit(f"error: cannot use {name} ({reason}): see to its permissions")
+            if error.filename:
+                sys.exit(f"error: cannot use {name} ({reason})")
             raise
 
     return run

@@ -39,7 +39,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it takes the place of `path` only when the block ends well."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # its own, should two programs write the same
+    _remove_abandoned(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -51,6 +52,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what programs left half-written in place of `path` that were killed."""
+    for partial in path.parent.glob(f"{path.name}.*.partial"):
+        try:
+            os.kill(int(partial.suffixes[-2][1:]), 0)  # asks only whether it runs
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except (ValueError, OSError):
+            continue
 
 
 def runs_folder() -> Path:

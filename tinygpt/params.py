@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import math
+import sys
 import types
 import typing
 from pathlib import Path
@@ -213,9 +213,10 @@ def _sequence(value: Any, args: tuple[Any, ...], key: str) -> tuple[Any, ...]:
 
 def _scalar(value: Any, kind: type, key: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = is_number and abs(value) <= sys.float_info.max  # no infinity, no NaN, nothing that overflows
     if kind is int and is_number and float(value).is_integer():
         return int(value)
-    if kind is float and is_number and math.isfinite(value):
+    if kind is float and is_number:
         return float(value)
     if kind in (str, bool) and isinstance(value, kind):
         return value

@@ -14,12 +14,13 @@ class _Lines:
     """A text stream that ends each redraw of a bar with a newline instead of returning to the line's start."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self.stream, self.last = stream, ""
 
     def write(self, text: str) -> None:
         text = text.replace("\r", "").strip("\n ")
-        if text:
+        if text and text != self.last:
             self.stream.write(text + "\n")
+            self.last = text
 
     def flush(self) -> None:
         self.stream.flush()

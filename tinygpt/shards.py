@@ -117,8 +117,8 @@ def shard_results(
 ) -> Iterator[list[Path]]:
     """Call work(shard, path) for each shard and yield the paths, in the shards' order.
 
-    They last as long as the block. When it fails or the program is killed they stay in runs/, and the next call with
-    the same `key` (a JSON value that names all that decides them) makes only those that are missing.
+    They last as long as the block. When the work fails or the program is killed they stay in runs/, and the next call
+    with the same `key` (a JSON value that names all that decides them) makes only those that are missing.
     """
     fingerprint = sha256_json([key, code_hash(*CODE)])[:16]
     folder = runs_folder() / f"{name}-{fingerprint}"
@@ -130,7 +130,11 @@ def shard_results(
         n_worker = min(runtime.n_worker or os.cpu_count() or 1, len(missing), 1 + todo // WORTH_A_WORKER)
         with progress(name, total=total, unit="B", start=total - todo) as bar:
             ENGINES[runtime.engine](work, missing, n_worker, runtime, bar.update)
-        yield paths
+        try:
+            yield paths
+        except UserError:  # nothing that another try with other params would find here
+            shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder)
 
 

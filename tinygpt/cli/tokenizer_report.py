@@ -8,6 +8,7 @@ from pathlib import Path
 from tinygpt.cli.encode import visible
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist
+from tinygpt.report.plots import NO_DATE
 from tinygpt.report.tokenizer import fit_file, fit_table, longest_tokens, plot_fit
 from tinygpt.tokenizer import load_tokenizer
 
@@ -27,6 +28,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table and the longest tokens, write the plot."""
+    if args.plot.suffix[1:] not in NO_DATE:
+        raise UserError(f"--plot {args.plot}: the name must end in .{' or .'.join(NO_DATE)}")
+    if args.against and not args.against.exists():
+        raise UserError(f"--against {args.against} not found: give a tokenizer.json or the folder of one")
     paths = [args.tokenizer, *([args.against] if args.against else [])]
     tokenizers = {str(path): load_tokenizer(path) for path in paths}
     files = {split: must_exist(args.text / f"{split}.jsonl", stage="clean") for split in SPLITS}

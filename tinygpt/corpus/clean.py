@@ -203,6 +203,8 @@ def _check_official_splits(params: CleanParams, manifest: Manifest) -> None:
 
 
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
+    if params.separator and not counts["separators"]:
+        raise UserError(f"clean.separator={params.separator!r} stands nowhere in the text: mend it or set it to null")
     dropped = {key: counts[name] for key, name in DROPPING.items()}
     worst = max(dropped, key=lambda key: dropped[key])
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
@@ -212,13 +214,15 @@ def _check_result(params: CleanParams, counts: Counter[str]) -> None:
         if dropped[worst]:
             raise UserError(f"{found}: {worst} dropped {dropped[worst]} of {counts['documents_in']} documents")
         raise UserError(
-            f"{found}: set clean.split=tail or smaller clean.val_fraction and clean.test_fraction, or get more text "
-            f"({counts['documents_in']} documents came in)"
+            f"{found}: {counts['documents_in']} documents came in; set clean.separator where a file holds several, "
+            "clean.split=tail for one long text, smaller clean.val_fraction and clean.test_fraction, or get more text"
         )
     wanted = {"val": params.val_fraction, "test": params.test_fraction}
     for split, fraction in wanted.items():
         if params.split != "source" and fraction and not counts[f"{split}_documents"]:
+            n = sum(counts[f"{name}_documents"] for name in NAMES)
             raise UserError(
-                f"clean.{split}_fraction={fraction} of {counts['train_documents']} documents is none: set "
-                "clean.split=tail, which cuts by characters, or another clean.split_seed"
+                f"clean.{split}_fraction={fraction} of {n} documents is none ({counts['documents_in']} came in): set "
+                "clean.separator where a file holds several, clean.split=tail for one long text, or another "
+                "clean.split_seed"
             )

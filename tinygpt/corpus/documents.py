@@ -52,8 +52,9 @@ class Reader:
             file.seek(begin)
             while begin < span.end:
                 line = file.readline()
-                if line.strip():
-                    text = self._json_text(line, name)
+                text_of = line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
+                if text_of.strip():
+                    text = self._json_text(text_of, name)
                     if text is None:
                         raise UserError(
                             f'{name} line {_line_number(span.path, begin)} is not a JSON object with a "text": '
@@ -101,6 +102,7 @@ class Reader:
             rest += chunk
             if separator:
                 *whole, rest = rest.split(separator)  # `rest` may end with a part of the next separator
+                self.counts["separators"] += len(whole)
                 yield from (text.strip("\n") for text in whole)
             while len(rest) > MOST_CHARACTERS + len(separator or ""):
                 piece, rest = self._cut(rest)

@@ -20,6 +20,7 @@ from tinygpt.errors import UserError
 SHINGLE_WORDS = 5
 HASHES = 64  # values in a signature; the estimate of a similarity of 0.8 is right to about 0.05
 SEED = 1
+PIECE_WORDS = 100_000
 LEAST_RECALL = 0.6  # share of the pairs just at the threshold that the bands must find
 DIGEST_BYTES = 16
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd and without pattern: the golden ratio's digits
@@ -36,7 +37,9 @@ def digest(text: str) -> bytes:
 def signature(text: str) -> list[int]:
     """HASHES values; the share of them that two texts have in common estimates their similarity (Jaccard)."""
     minhash = _min_hash()(HASHES, SEED)
-    minhash.update(shingles(text))
+    words = text.split()
+    for begin in range(0, max(1, len(words) - SHINGLE_WORDS + 1), PIECE_WORDS):  # shingles take twenty times their text
+        minhash.update(shingles(words[begin : begin + PIECE_WORDS + SHINGLE_WORDS - 1]))
     return minhash.digest()
 
 
@@ -48,9 +51,8 @@ def _min_hash() -> Any:
     return RMinHash
 
 
-def shingles(text: str) -> list[str]:
-    """Every run of SHINGLE_WORDS words; a shorter text is one shingle."""
-    words = text.split()
+def shingles(words: list[str]) -> list[str]:
+    """Every run of SHINGLE_WORDS words; fewer words are one shingle."""
     if len(words) < SHINGLE_WORDS:
         return [" ".join(words)]
     return list(map(" ".join, zip(*(words[i:] for i in range(SHINGLE_WORDS)), strict=False)))

@@ -36,6 +36,12 @@ def iter_texts(path: Path, *, begin: int = 0, end: int | None = None, stage: str
 
 
 def shard_texts(shard: Shard) -> Iterator[str]:
-    """The texts of a shard of such files."""
+    """The texts of a shard of such files, no more characters of them than the shard has bytes.
+
+    That cuts a text only where `thin` has cut the shard.
+    """
     for span in shard.spans:
-        yield from iter_texts(span.path, begin=span.begin, end=span.end)
+        room = span.size
+        for text in iter_texts(span.path, begin=span.begin, end=span.end):
+            yield text[:room]
+            room = max(0, room - len(text))

@@ -91,4 +91,4 @@ def plot_fit(fits: Mapping[str, tuple[Tokenizer, Fit]], path: Path) -> None:
         right.set(xlabel="bytes of a token", ylabel="share of the text", title="How long", xlim=(0, 20.5))
         left.legend()
         with atomic_write(path, "wb") as file:
-            figure.savefig(file, format="png", dpi=120, metadata=NO_DATE["png"])
+            figure.savefig(file, format=path.suffix[1:], dpi=120, metadata=NO_DATE[path.suffix[1:]])

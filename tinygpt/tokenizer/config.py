@@ -26,6 +26,10 @@ class TokenizerParams:
         names = (EOS, *self.special_tokens)
         require(
             (len(set(names)) == len(names), f"tokenizer.special_tokens must be different names, none of them {EOS}"),
+            (
+                not any("\ud800" <= char <= "\udfff" for name in names for char in name),
+                "tokenizer.special_tokens must be whole characters, not halves such as \\ud800",
+            ),
             (all(len(name) > 1 for name in names), "tokenizer.special_tokens must have two or more characters each"),
             (
                 self.vocab_size >= 256 + len(names),

@@ -41,7 +41,7 @@ def to_utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace").encode()
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
 def iter_blocks(texts: Iterable[str]) -> Iterator[bytes]:

@@ -130,5 +130,5 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a `tokenizer.json`, or the folder that holds one.  Raises UserError when it is missing or not ours."""
     path = Path(path)
-    path = path / TOKENIZER_FILE if path.suffix != ".json" else path
+    path = path if path.is_file() or path.suffix == ".json" else path / TOKENIZER_FILE
     return Tokenizer(*read_tokenizer_json(path, required=EOS))
