@@ -50,6 +50,7 @@ SIZES: dict[str, Any] = {
     "n_hidden": 96,
     "block_size": 64,
     "rope_theta": 5000.0,
+    "norm_eps": 2e-3,
     "dropout": 0.0,
     "attention": "sdpa",
     "vocab_size": 257,

@@ -28,6 +28,7 @@ SMALL = {
     "position": "rope",
     "rope_theta": 10000.0,
     "norm": "rmsnorm",
+    "norm_eps": 1e-5,
     "mlp": "swiglu",
     "parallel_block": False,
     "window": None,

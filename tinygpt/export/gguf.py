@@ -28,7 +28,6 @@ from tinygpt.export.quantize import MIXES, bits_per_weight, quantized, tensor_ty
 from tinygpt.export.reverse import revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model import GPT, GPTConfig
-from tinygpt.model.layers import NORM_EPS
 from tinygpt.model.weights import model_tensors
 from tinygpt.tokenizer import Tokenizer
 
@@ -113,9 +112,9 @@ def _add_model(writer: GGUFWriter, config: GPTConfig, family: GGUFFamily, n_ctx:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     if config.norm == "rmsnorm":
-        writer.add_layer_norm_rms_eps(NORM_EPS)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
     else:
-        writer.add_layer_norm_eps(NORM_EPS)
+        writer.add_layer_norm_eps(config.norm_eps)
     if config.position == "rope":
         writer.add_rope_freq_base(config.rope_theta)
         writer.add_rope_dimension_count(config.head_dim)

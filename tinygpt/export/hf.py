@@ -20,7 +20,6 @@ from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
 from tinygpt.export.layout import apply_layout
 from tinygpt.files import atomic_folder, atomic_write, must_exist, write_json
 from tinygpt.model import GPT, GPTConfig
-from tinygpt.model.layers import NORM_EPS
 from tinygpt.model.weights import load_tensors, model_tensors, save_tensors
 from tinygpt.tokenizer import Tokenizer
 
@@ -71,7 +70,7 @@ def model_config(config: GPTConfig, family: HFFamily, tokenizer: Tokenizer, n_ct
         "model_type": family.name,
         "vocab_size": config.vocab_size,
         **family.config(config, n_ctx),
-        family.eps: NORM_EPS,
+        family.eps: config.norm_eps,
         "tie_word_embeddings": config.tie_weights,  # the classes disagree on the default
         **_special_ids(tokenizer),
         "use_cache": True,

@@ -66,8 +66,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=o_bias)
-        self.q_norm = NORMS[config.norm](config.head_dim, bias=False) if config.qk_norm else nn.Identity()
-        self.k_norm = NORMS[config.norm](config.head_dim, bias=False) if config.qk_norm else nn.Identity()
+        self.q_norm = NORMS[config.norm](config.head_dim, config, bias=False) if config.qk_norm else nn.Identity()
+        self.k_norm = NORMS[config.norm](config.head_dim, config, bias=False) if config.qk_norm else nn.Identity()
         self.attend = ATTENTION[config.attention]
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks, cache: KVCache | None) -> Tensor:

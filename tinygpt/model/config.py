@@ -29,6 +29,7 @@ class ModelParams:
     position: Literal["learned", "rope"]  # a learned vector per position, or rotated queries and keys
     rope_theta: Annotated[float, Within("(0, inf)")]  # base of the rotation's wavelengths; used by rope only
     norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: Annotated[float, Within("(0, 1)")]  # added to the variance
     mlp: Literal["gelu", "swiglu", "relu2"]  # gelu is the tanh approximation, relu2 the square of relu
     parallel_block: bool  # attention and MLP read the same norm and are added together, not one after the other
     window: Count | None  # a token sees itself and the window - 1 before; null = all before

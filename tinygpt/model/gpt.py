@@ -6,6 +6,7 @@ B batch, T tokens, C n_embd, V vocab_size, D head_dim.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,10 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = NORMS[config.norm](config.n_embd, bias=config.bias == "all")
+        norm = partial(NORMS[config.norm], config.n_embd, config, bias=config.bias == "all")
+        self.attn_norm = norm()
         self.attn = Attention(config, layer)
-        self.mlp_norm = None if config.parallel_block else NORMS[config.norm](config.n_embd, bias=config.bias == "all")
+        self.mlp_norm = None if config.parallel_block else norm()
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -57,7 +59,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.windows = {config.window_of(layer) for layer in range(config.n_layer)}
-        self.norm = NORMS[config.norm](config.n_embd, bias=config.bias == "all")
+        self.norm = NORMS[config.norm](config.n_embd, config, bias=config.bias == "all")
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         init_weights(self, generator)
         if config.tie_weights:

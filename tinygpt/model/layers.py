@@ -14,17 +14,15 @@ from torch import Tensor, nn
 
 from tinygpt.model.config import GPTConfig
 
-NORM_EPS = 1e-5  # added to the variance; exported with the model
 
-
-def layer_norm(size: int, bias: bool) -> nn.Module:
+def layer_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
     """LayerNorm over the last dimension (Ba et al., https://arxiv.org/abs/1607.06450)."""
-    return nn.LayerNorm(size, eps=NORM_EPS, bias=bias)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=bias)
 
 
-def rms_norm(size: int, bias: bool) -> nn.Module:
+def rms_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
     """RMSNorm over the last dimension (Zhang and Sennrich, https://arxiv.org/abs/1910.07467); it has no bias."""
-    return nn.RMSNorm(size, eps=NORM_EPS)
+    return nn.RMSNorm(size, eps=config.norm_eps)
 
 
 NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}

@@ -1,0 +1,64 @@
+"""What a run will cost: by hand, and counted against the real thing."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_config
+from project import ROOT, run, set_params, succeed
+from test_presets import params  # noqa: F401  a folder with params.yaml
+from test_train import PARAMS
+
+from tinygpt.model import GPT
+from tinygpt.train.loss import next_token_loss
+from tinygpt.train.profile import flops_per_token, memory_of, peak_flops, tokens_per_second, weights_by_part
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_weights": False, "position": "learned", "bias": "all", "qk_norm": True}])
+def test_parts_are_all_the_weights(changes):
+    model = GPT(tiny_config(**changes))
+    assert sum(weights_by_part(model).values()) == model.n_params()
+    assert weights_by_part(model)["embedding"] == 300 * 32
+
+
+def test_operations_by_hand():
+    config = tiny_config(n_layer=2, n_head=4, n_embd=32, n_hidden=64, block_size=64, vocab_size=300, n_kv_head=2)
+    matrices = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64) + 32 * 300
+    attention = 2 * 2 * 2 * 32 * 32.5  # a token sees 32.5 tokens on average
+    assert flops_per_token(config) == 3 * (2 * matrices + attention)
+    windowed = tiny_config(n_layer=2, n_embd=32, n_hidden=64, block_size=64, n_kv_head=2, window=2, full_every=2)
+    seen = (32.5 + (1 + 63 * 2) / 64) / 2
+    assert flops_per_token(windowed) == 3 * (2 * matrices + attention / 32.5 * seen)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp": "gelu", "norm": "layernorm", "position": "learned"}, {"window": 8}])
+def test_activations_counted_without_computing_are_those_of_a_real_step(changes):
+    model, ids, kept = GPT(tiny_config(**changes)), random_ids(4, 65), {}
+
+    def count(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    real = sum(size for place, size in kept.items() if place not in weights)
+    assert loss.isfinite()
+    memory = memory_of(model.config, 4, torch.device("cpu"))
+    assert memory.activations == pytest.approx(real, rel=0.01)
+    assert memory.weights == memory.gradients == memory.optimizer / 2 == 4 * model.n_params()
+    assert memory.kv_cache == 2 * 4 * 2 * 4 * 8 * 64
+
+
+def test_speeds_are_measured():
+    assert tokens_per_second(tiny_config(), PARAMS, torch.device("cpu"), 2) > 100
+    assert peak_flops(torch.device("cpu")) > 1e9
+
+
+def test_the_command_tells_the_costs_and_warns_of_a_run_that_will_not_fit(params):  # noqa: F811
+    folder = params.parent
+    said = succeed("python -m tinygpt profile", folder, PYTHONPATH=str(ROOT))
+    for words in ("weights     1,066,112: embedding 131,072", "operations", "training", "generation", "MFU"):
+        assert words in said
+    set_params(folder, {"model.n_embd": 16384, "model.n_layer": 400})
+    said = run("python -m tinygpt profile", folder, PYTHONPATH=str(ROOT))
+    assert said.returncode == 1
+    assert "error: the run will not fit: lower runtime.micro_batch_size" in said.stdout

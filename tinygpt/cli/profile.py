@@ -1,0 +1,83 @@
+"""`python -m tinygpt profile`: what the run of params.yaml will cost, and whether it fits into this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from tinygpt.errors import UserError
+from tinygpt.files import human_bytes
+from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import ModelParams, config_fields
+from tinygpt.model.device import open_device
+from tinygpt.params import load_params
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.train.config import TrainParams
+from tinygpt.train.profile import (
+    available_memory,
+    flops_per_token,
+    memory_of,
+    peak_flops,
+    tokens_per_second,
+    weights_by_part,
+)
+
+TOKENIZER_FILE = Path("data/tokenizer/tokenizer.json")
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("--no-measure", action="store_true", help="count only, compute nothing")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the costs; leave with status 1 when the run will not fit."""
+    params = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
+    model_params, train, runtime, tokenizer = params
+    vocab_size = load_tokenizer(TOKENIZER_FILE).vocab_size if TOKENIZER_FILE.exists() else tokenizer.vocab_size
+    config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
+    micro = min(runtime.micro_batch_size or train.batch_size, train.batch_size)
+    device = open_device(runtime)
+    _print_weights(config)
+    flops, n_tokens = flops_per_token(config), train.max_steps * train.batch_size * config.block_size
+    print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
+    memory, free = memory_of(config, micro, device), available_memory(device)
+    print(
+        f"training    {human_bytes(memory.training)}: weights {human_bytes(memory.weights)}, gradients "
+        f"{human_bytes(memory.gradients)}, AdamW {human_bytes(memory.optimizer)}, activations "
+        f"{human_bytes(memory.activations)} of {micro} sequences; {human_bytes(free)} are free on {device}"
+    )
+    print(
+        f"generation  {human_bytes(memory.generation)}: weights, and keys and values of {config.block_size:,} tokens "
+        f"{human_bytes(memory.kv_cache)}"
+    )
+    if memory.training > free:
+        sys.stdout.flush()
+        raise UserError(
+            "the run will not fit: lower runtime.micro_batch_size, which changes no result, then model.block_size "
+            "or the model"
+        )
+    if not args.no_measure:
+        speed, peak = tokens_per_second(config, train, device, micro), peak_flops(device)
+        print(f"speed       {speed:,.0f} tokens a second, so about {_duration(n_tokens / speed)}")
+        print(
+            f"            {speed * flops / 1e9:,.1f} billion operations a second, {speed * flops / peak:.0%} of the "
+            f"{peak / 1e9:,.1f} of a large matrix product (MFU)"
+        )
+
+
+def _print_weights(config: GPTConfig) -> None:
+    with torch.device("meta"):
+        model = GPT(config)
+    parts = ", ".join(f"{part} {n:,}" for part, n in weights_by_part(model).items())
+    print(f"weights     {model.n_params():,}: {parts}")
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 1.5 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,150 @@
+"""What a run will cost: weights, operations, memory and time, before it is started.
+
+B batch, T tokens, C n_embd, V vocab_size. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tinygpt.model import GPT, GPTConfig
+from tinygpt.train.config import TrainParams
+from tinygpt.train.loss import next_token_loss
+from tinygpt.train.optim import build_optimizer
+
+FLOAT = 4  # bytes of a float32, in which weights, gradients and AdamW's two means are kept
+MATMUL_SIZE = 2048  # rows of the square matrices that the peak is measured with
+MEASURE_S = 1.0  # seconds that a measurement takes at least
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one training step, and of generation with one sequence."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # kept for the backward pass of one micro-batch, logits included
+    kv_cache: int  # of a full context
+
+    @property
+    def training(self) -> int:
+        """All that a training step holds."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def generation(self) -> int:
+        """Weights and cache."""
+        return self.weights + self.kv_cache
+
+
+def weights_by_part(model: GPT) -> dict[str, int]:
+    """Number of weights of each part; a tied head counts as embedding."""
+    parts = dict.fromkeys(("embedding", "positions", "attention", "mlp", "norms", "head"), 0)
+    for name, parameter in model.named_parameters():
+        parts[_part(name)] += parameter.numel()
+    return {part: n for part, n in parts.items() if n}
+
+
+def _part(name: str) -> str:
+    if "norm" in name:
+        return "norms"
+    places = {"tok_emb": "embedding", "pos_emb": "positions", ".attn.": "attention", ".mlp.": "mlp", "lm_head": "head"}
+    return next(part for place, part in places.items() if place in name)
+
+
+def flops_per_token(config: GPTConfig) -> float:
+    """Floating-point operations of training on one token of a full context: three times those of a forward pass.
+
+    Two for each weight of a matrix, and two for each product of queries and keys and of shares and values, of which a
+    token has half a context on average, or a window's part of it (Kaplan et al., https://arxiv.org/abs/2001.08361).
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    seen = [_mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
+    attention = sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
+    return 3 * (2 * matrices + attention)
+
+
+def _mean_seen(t: int, window: int | None) -> float:
+    """How many tokens a token looks at on average, itself included."""
+    w = min(t, window or t)
+    return (w * (w + 1) / 2 + (t - w) * w) / t
+
+
+def memory_of(config: GPTConfig, micro_batch_size: int, device: torch.device) -> Memory:
+    """What a step will hold, counted without computing it: fake tensors take the device's kernels and no memory."""
+    with FakeTensorMode(), torch.device(device):
+        return _count_memory(config, torch.zeros(micro_batch_size, config.block_size + 1, dtype=torch.long))
+
+
+def _count_memory(config: GPTConfig, ids: Tensor) -> Memory:
+    model = GPT(config)
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:])
+    activations = sum(size for storage, size in kept.items() if storage not in parameters)
+    del loss
+    size = FLOAT * model.n_params()
+    cache = 2 * FLOAT * config.n_layer * config.n_kv_head * config.head_dim * config.block_size
+    return Memory(weights=size, gradients=size, optimizer=2 * size, activations=activations, kv_cache=cache)
+
+
+def available_memory(device: torch.device) -> int:
+    """Memory that is free on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def tokens_per_second(config: GPTConfig, params: TrainParams, device: torch.device, micro_batch_size: int) -> float:
+    """Measured on training steps with random tokens, the first of which does not count."""
+    model = GPT(config).to(device)
+    optimizer = build_optimizer(model, params)
+    ids = torch.randint(config.vocab_size, (params.batch_size, config.block_size + 1), device=device)
+    times: list[float] = []
+    while sum(times[1:]) < MEASURE_S or len(times) < 3:
+        began = time.perf_counter()
+        for part in ids.split(micro_batch_size):
+            (next_token_loss(model(part[:, :-1]), part[:, 1:]) * len(part) / len(ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return params.batch_size * config.block_size / _median(times[1:])
+
+
+def peak_flops(device: torch.device) -> float:
+    """Operations per second of a large float32 matrix product, the best of several."""
+    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device)
+    times: list[float] = []
+    while sum(times) < MEASURE_S or len(times) < 3:
+        began = time.perf_counter()
+        a @ a
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return 2 * MATMUL_SIZE**3 / min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[math.floor(len(values) / 2)]
