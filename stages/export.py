@@ -1,6 +1,7 @@
 """Export the model for transformers and llama.cpp, and check every file against it.
 
-Reads data/model, data/tokenizer and data/tokens, writes data/export and reports/export.json.
+Reads data/model, data/tokenizer and data/tokens, for the card data/raw/manifest.json and reports/eval.json; writes
+data/export and reports/export.json.
 """
 
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError, program
+from tinygpt.export.card import model_card, modelfile, read_origin
 from tinygpt.export.config import ExportParams
 from tinygpt.export.coverage import check_export
 from tinygpt.export.gguf import export_gguf, gguf_name
@@ -22,10 +24,12 @@ from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
 
+RAW_DIR = Path("data/raw")
 MODEL_DIR = Path("data/model")
 TOKENS_DIR = Path("data/tokens")
 TOKENIZER_DIR = Path("data/tokenizer")
 EXPORT_DIR = Path("data/export")
+CARD_FILE = "README.md"
 REPORT_FILE = Path("reports/export.json")
 
 
@@ -38,6 +42,8 @@ def main() -> None:
     check_export(model.config, params)
     split = "test" if load_meta(TOKENS_DIR).test.tokens >= CHUNK_SIZE else "val"
     ids = load_tokens(TOKENS_DIR, split, at_least=CHUNK_SIZE)[: params.check_tokens]
+    origin = read_origin(RAW_DIR, MODEL_DIR, REPORT_FILE.parent)
+    card = model_card(model.config, model.n_params(), origin, params.gguf[-1] if params.gguf else "f16")
     report: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
     with atomic_folder(EXPORT_DIR) as folder:
@@ -45,6 +51,7 @@ def main() -> None:
             family, n_ctx = export_hf(model, tokenizer, TOKENIZER_DIR, folder / "hf")
             check_hf(model, folder / "hf")
             size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
+            (folder / "hf" / CARD_FILE).write_text(card, encoding="utf-8")
             report["hf"] = {"family": family, "context": n_ctx, "bytes": size}
         for weight_type in params.gguf:
             path = folder / "gguf" / gguf_name(weight_type)
@@ -60,6 +67,8 @@ def main() -> None:
             }
             write_json(path.with_suffix(".types.json"), made.types)
             failures += problems
+            (path.parent / CARD_FILE).write_text(card, encoding="utf-8")
+            (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
         write_json(REPORT_FILE, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT_DIR} is not written, see {REPORT_FILE}"]))

@@ -390,6 +390,7 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path):
         "model/config.json",
         "model/last.safetensors",
         "model/model.safetensors",
+        "model/training.json",
         "reports/train.csv",
         "reports/train_samples.md",
     ]

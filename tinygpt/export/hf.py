@@ -18,28 +18,13 @@ from tinygpt.errors import UserError
 from tinygpt.export.family import check_vocabulary, family_of
 from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
 from tinygpt.export.layout import apply_layout
-from tinygpt.files import atomic_folder, atomic_write, must_exist, write_json
+from tinygpt.files import atomic_folder, must_exist, write_json
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.weights import load_tensors, model_tensors, save_tensors
 from tinygpt.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
----
-A {n_params:,}-parameter language model ({hf_class}, {n_layer} layers, {n_embd} wide, context of {block_size} tokens),
-trained from scratch and exported by tinygpt.
-
-```python
-from transformers import pipeline
-
-print(pipeline("text-generation", "path/to/this/folder")("Once upon a time")[0]["generated_text"])
-```
-"""
 
 
 def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> tuple[str, int]:
@@ -58,8 +43,6 @@ def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folde
         write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, n_ctx))
         shutil.copyfile(source, partial / TOKENIZER_FILE)
         save_tensors(partial / WEIGHTS_FILE, apply_layout(model_tensors(model), model.config, family.layout, n_ctx))
-        with atomic_write(partial / "README.md") as file:
-            file.write(_card(model, family, n_ctx))
     return family.name, n_ctx
 
 
@@ -110,14 +93,3 @@ def _tokenizer_config(tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
-
-
-def _card(model: GPT, family: HFFamily, n_ctx: int) -> str:
-    config = model.config
-    return CARD.format(
-        n_params=model.n_params(),
-        hf_class=family.cls,
-        n_layer=config.n_layer,
-        n_embd=config.n_embd,
-        block_size=n_ctx,
-    )

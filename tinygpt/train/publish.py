@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import resource
 from pathlib import Path
@@ -20,6 +21,7 @@ def publish(trained: Trained, trainer: Trainer, model_dir: Path, reports_dir: Pa
     with atomic_folder(model_dir) as folder:
         save_model(folder, trainer.model.config, trained.best)
         save_tensors(folder / "last.safetensors", trained.last)
+        write_json(folder / "training.json", dataclasses.asdict(trainer.params))
     progress = trained.progress
     with atomic_write(reports_dir / "train.csv") as file:
         pd.DataFrame(progress.rows).to_csv(file, index=False, lineterminator="\n", float_format="%.8g")

@@ -1,0 +1,113 @@
+"""What people read beside an export: the model card, and the Modelfile by which Ollama runs it.
+
+https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinygpt.files import read_json
+from tinygpt.model.config import GPTConfig, config_fields
+from tinygpt.tokenizer import Tokenizer
+
+TRAINING_FILE = "training.json"
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [tinygpt]
+---
+# A small language model
+
+{n_params:,} weights, {n_layer} layers, {n_embd} wide, a context of {block_size:,} tokens; trained from scratch on
+{source} (licence of the text: {licence}) with tinygpt. It continues text like that and knows nothing else.
+
+| measured on held-out text ({split}, {tokens:,} tokens, {context} of context) | |
+|---|---|
+| loss | {loss:.4f} nats per token |
+| perplexity | {ppl:.2f} |
+| bits per byte | {bpb:.4f} |
+
+## How to run it
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "path/to/this/folder")("Once upon a time")[0]["generated_text"])
+```
+
+With llama.cpp or Ollama, from the folder of the GGUF files:
+
+```console
+$ llama-completion -m tinygpt-{weight_type}.gguf -no-cnv -p "Once upon a time" -n 100
+$ ollama create tinygpt -f Modelfile && ollama run tinygpt "Once upon a time"
+```
+
+## How it was made
+
+| model | |
+|---|---|
+{model}
+
+| training | |
+|---|---|
+{training}
+"""
+
+MODELFILE = """\
+FROM ./tinygpt-{weight_type}.gguf
+TEMPLATE "{{{{ .Prompt }}}}"
+PARAMETER num_ctx {n_ctx}
+PARAMETER temperature 0.7
+PARAMETER top_p 0.95
+PARAMETER stop "{eos}"
+"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made from, as the stages wrote it."""
+
+    manifest: Mapping[str, Any]  # of data/raw
+    training: Mapping[str, Any]  # params
+    evaluation: Mapping[str, Any]  # reports/eval.json
+
+
+def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
+    """Read it from the stages' folders.  Raises UserError that names the stage of a file that is missing."""
+    return Origin(
+        manifest=read_json(raw / "manifest.json", stage="download"),
+        training=read_json(model / TRAINING_FILE, stage="train"),
+        evaluation=read_json(reports / "eval.json", stage="evaluate"),
+    )
+
+
+def model_card(config: GPTConfig, n_params: int, origin: Origin, weight_type: str) -> str:
+    """The README.md of an export: what it was made from and how well it does, in numbers that the run decides."""
+    return CARD.format(
+        n_params=n_params,
+        n_layer=config.n_layer,
+        n_embd=config.n_embd,
+        block_size=config.block_size,
+        source=origin.manifest["source"],
+        licence=origin.manifest["licence"],
+        weight_type=weight_type,
+        model=_rows(config_fields(config)),
+        training=_rows(origin.training),
+        **{key: origin.evaluation[key] for key in ("split", "tokens", "context", "loss", "ppl", "bpb")},
+    )
+
+
+def modelfile(tokenizer: Tokenizer, weight_type: str, n_ctx: int) -> str:
+    """How Ollama runs the GGUF file of this type: text as it is, without a chat template."""
+    names = {id: name for name, id in tokenizer.special_tokens.items()}
+    return MODELFILE.format(weight_type=weight_type, n_ctx=n_ctx, eos=names[tokenizer.eos_id])
+
+
+def _rows(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {key} | {value} |" for key, value in values.items() if value is not None)
