@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock
 
 from tinygpt.errors import UserError
-from tinygpt.files import code_hash, runs_folder, sha256_json
+from tinygpt.files import runs_folder, sha256_file, sha256_json
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 
@@ -120,7 +120,7 @@ def shard_results(
     They last as long as the block. When the work fails or the program is killed they stay in runs/, and the next call
     with the same `key` (a JSON value that names all that decides them) makes only those that are missing.
     """
-    fingerprint = sha256_json([key, code_hash(*CODE)])[:16]
+    fingerprint = sha256_json([key, _source_hash()])[:16]
     folder = runs_folder() / f"{name}-{fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):  # of all that do the same work, one at a time
@@ -176,6 +176,13 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _source_hash() -> str:
+    """Of our own files that results depend on; comments count too, as parsing them away would take a tenth second."""
+    package = Path(__file__).parent
+    files = sorted(path for pattern in CODE for path in package.glob(pattern))
+    return sha256_json({str(path.relative_to(package)): sha256_file(path) for path in files})
 
 
 def _do(work: Work, shard: Shard, path: Path) -> None:
