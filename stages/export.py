@@ -35,7 +35,7 @@ REPORT_FILE = Path("reports/export.json")
 
 @program
 def main() -> None:
-    """Run the stage: data/export appears only when every file passes, the report in any case."""
+    """Run the stage: data/export appears only when every file passes, the report when llama.cpp can load them."""
     params, runtime = load_params(ExportParams, RuntimeParams)
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
     model, tokenizer = load_model(MODEL_DIR), load_tokenizer(TOKENIZER_DIR)

@@ -1,6 +1,7 @@
 """Train the model; killed in any way and run again, it goes on and ends with the same bytes.
 
-Reads data/tokens and data/tokenizer, writes data/model, reports/train.csv, train.json and train_samples.md.
+Reads data/tokens and data/tokenizer, and data/base where training starts from it. Writes data/model,
+reports/train.csv, train.json and train_samples.md.
 """
 
 import sys
@@ -9,16 +10,18 @@ from pathlib import Path
 from tinygpt.errors import program
 from tinygpt.export.config import ExportParams
 from tinygpt.export.coverage import check_export
-from tinygpt.files import human_bytes
+from tinygpt.files import human_bytes, sha256_file
 from tinygpt.generate import generate
 from tinygpt.generate.sampling import Sampling
 from tinygpt.model import GPT
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.device import open_device
+from tinygpt.model.weights import WEIGHTS_FILE
 from tinygpt.params import check_params, load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
+from tinygpt.train.base import load_base
 from tinygpt.train.checkpoint import Checkpoints, fingerprint
 from tinygpt.train.config import TrainParams
 from tinygpt.train.publish import publish
@@ -27,6 +30,7 @@ from tinygpt.train.trainer import Stopped, Trainer
 TOKENIZER_DIR = Path("data/tokenizer")
 TOKENS_DIR = Path("data/tokens")
 MODEL_DIR = Path("data/model")
+BASE_DIR = Path("data/base")
 REPORTS_DIR = Path("reports")
 
 
@@ -43,7 +47,9 @@ def main() -> None:
     def write_sample(model: GPT) -> str:
         return generate(model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=Sampling(seed=params.seed))
 
-    with Checkpoints(fingerprint(config, params, meta)) as checkpoints:
+    base = load_base(BASE_DIR, config, tokenizer) if params.init_from == "base" else None
+    base_sha256 = sha256_file(BASE_DIR / WEIGHTS_FILE) if base else None
+    with Checkpoints(fingerprint(config, params, meta, base_sha256)) as checkpoints:
         trainer = Trainer(
             config,
             params,
@@ -53,6 +59,7 @@ def main() -> None:
             checkpoints=checkpoints,
             device=open_device(runtime),
             write_sample=write_sample,
+            base=base,
         )
         try:
             trained = trainer.fit()

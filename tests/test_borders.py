@@ -25,7 +25,7 @@ from tinygpt.errors import UserError
 from tinygpt.shards import Shard
 
 WIKI_START = SOURCES["wikitext-2"].document_start
-PIECES = ["a", "é", "\n", "\r\n", "\r", "--", "-", "𝄞", " ", " = T = \n", "\n\n", " = = S = = \n"]
+PIECES = ["a", "é", "\n", "\r\n", "\r", "--", "-", "𝄞", " ", " = T = \n", " = T = \r\n", "\n\n", " = = S = = \n"]
 
 
 def documents(raw: Path, n_bytes: int, *, newlines: bool) -> tuple[list[str], int]:

@@ -43,6 +43,9 @@ def test_each_family_is_needed_and_no_model_has_two():
         used = set()
         for core, bias, (window, full_every) in product(COMBINATIONS, BIASES, [*PLAIN, (6, None), (6, 2)]):
             config = tiny_config(**core, bias=bias, window=window, full_every=full_every)
+            plain = switches_of(config) | {"window": "null"}
+            fitting = [f for f in families if all(plain[key] in values for key, values in f.switches.items())]
+            assert len(fitting) <= 1
             if found := find_family(families, config):
                 used.add(found[0].name)
                 honoured = switches_of(config)["window"] in found[0].switches["window"]
@@ -97,6 +100,12 @@ def test_a_context_too_short_to_check_is_refused_before_training():
         check_export(tiny_config(block_size=2), BOTH)
     with pytest.raises(ParamsError, match=r"model\.window=3 .* at least 4"):
         check_export(tiny_config(qk_norm=True, window=3), BOTH)
+
+
+def test_a_short_window_counts_where_it_shortens_the_context_alone():
+    config = tiny_config(window=3, full_every=2)  # llama.cpp honours it, transformers' llama does not
+    check_export(config, BOTH)
+    check_export(config, GGUF)
 
 
 def test_a_type_given_twice_is_refused():

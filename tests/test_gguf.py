@@ -127,9 +127,9 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path):
         export_gguf(random_model(**LLAMA, vocab_size=300), byte_tokenizer(), tmp_path / "m.gguf", "f32")
 
 
-@pytest.mark.parametrize("weight_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("weight_type", ["f16", "q8_0", "q4_k_m"])
 def test_weights_beyond_float16_are_refused(weight_type, tmp_path):
-    model = random_model(**LLAMA, vocab_size=257)
+    model = random_model(**LLAMA, vocab_size=257, n_embd=256)
     with torch.no_grad():
         model.blocks[0].mlp.up_proj.weight.mul_(1e9)
     with pytest.raises(UserError, match=rf"blk\.0\.ffn_up\.weight .*float16.* {weight_type} from export\.gguf"):

@@ -29,6 +29,7 @@ from tinygpt.train.trainer import Stopped, Trainer, pick_precision, validation_s
 
 PARAMS = TrainParams(
     seed=1,
+    init_from="scratch",
     max_steps=10,
     batch_size=4,
     lr=3e-3,

@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 
 CODE = ("shards.py", "corpus/*.py", "tokenizer/*.py")  # what results depend on, beside the text and the key
+PACKAGES = ("numpy", "regex", "rensa")  # likewise
 SHARD_BYTES = 4_000_000  # at least, and
 MOST_SHARDS = 4096  # about
 WORTH_A_WORKER = 8_000_000  # bytes: with less a worker's start takes longer than its work
@@ -102,11 +104,13 @@ def thin(shards: Sequence[Shard], max_bytes: int) -> list[Shard]:
 def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
     """Small spans together, until a shard has `n_bytes`."""
     joined: list[Span] = []
+    size = 0
     for span in spans:
         joined.append(span)
-        if sum(span.size for span in joined) >= n_bytes:
+        size += span.size
+        if size >= n_bytes:
             yield Shard(tuple(joined))
-            joined = []
+            joined, size = [], 0
     if joined:
         yield Shard(tuple(joined))
 
@@ -120,10 +124,11 @@ def shard_results(
     They last as long as the block. When the work fails or the program is killed they stay in runs/, and the next call
     with the same `key` (a JSON value that names all that decides them) makes only those that are missing.
     """
-    fingerprint = sha256_json([key, _source_hash()])[:16]
+    fingerprint = sha256_json([key, _source_hash(), [version(package) for package in PACKAGES]])[:16]
     folder = runs_folder() / f"{name}-{fingerprint}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):  # of all that do the same work, one at a time
+        folder.mkdir(exist_ok=True)
         paths = [folder.absolute() / f"{i:06d}" for i in range(len(shards))]
         missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
         total, todo = sum(shard.size for shard in shards), sum(shard.size for shard, _ in missing)

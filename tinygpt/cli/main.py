@@ -14,6 +14,8 @@ COMMANDS = {
     "chat": ("chat", "continue what you type, line by line; an empty line starts afresh"),
     "encode": ("encode", "show the ids and pieces of a text"),
     "decode": ("decode", "show the text of ids"),
+    "import-hf": ("import_hf", "take a folder of transformers as the model that training starts from"),
+    "promote": ("promote", "take the trained model as the one that training starts from"),
     "profile": ("profile", "tell what the run of params.yaml will cost, and whether it fits"),
     "preset": ("preset", "put the values of a preset into params.yaml, or list the presets"),
     "tokenizer-report": ("tokenizer_report", "tell how well the tokenizer fits the text, as a table and a plot"),

@@ -15,6 +15,7 @@ from tinygpt.files import atomic_write
 from tinygpt.params import PARAMS_FILE, check_params
 
 PRESETS = Path("presets")
+BASE = Path("data/base/preset.yaml")  # written with the model there
 NULL = "tag:yaml.org,2002:null"
 
 
@@ -26,6 +27,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """List the presets, or apply one and show what has changed."""
     files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    if BASE.exists():
+        files["base"] = BASE
     if args.name is None:
         width = max(map(len, files), default=0)
         for name, path in files.items():

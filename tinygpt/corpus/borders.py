@@ -29,7 +29,7 @@ def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:
     elif path.name.lower().endswith(".jsonl"):
         ends = line_ends(path, n_bytes)
     elif reader.start:
-        ends = _starts(path, n_bytes, reader.start)
+        ends = _starts(path, n_bytes, reader.start, newlines=reader.newlines)
     elif reader.separator:
         ends = _separators(path, n_bytes, reader.separator, newlines=reader.newlines)
     else:
@@ -37,23 +37,32 @@ def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:
     return (Span(path, begin, end) for begin, end in pairwise([0, *ends]))
 
 
-def _starts(path: Path, n_bytes: int, start: re.Pattern[str]) -> Iterator[int]:
+def _starts(path: Path, n_bytes: int, start: re.Pattern[str], *, newlines: bool) -> Iterator[int]:
     """Where a line begins a document, each at least `n_bytes` behind the one before; and the end."""
     last = 0
     with open(path, "rb") as file:
         for end in line_ends(path, n_bytes):
             file.seek(max(end, last))
-            while (line := file.readline()) and not start.match(_first_line(line)):
+            while (line := file.readline()) and not start.match(_first_line(line) if newlines else _decoded(line)):
                 pass
             end = file.tell() - len(line)
-            if end > last:
+            if end > last and (last or not line or not _is_blank(path, end)):  # white space before the first is its
                 yield end
                 last = end
 
 
 def _first_line(line: bytes) -> str:
     r"""The line as the reader sees it; one that only "\r" ends is cut there."""
-    return re.split("\r\n|\r|\n", line.decode("utf-8", "replace"), maxsplit=1)[0] + "\n"
+    return re.split("\r\n|\r|\n", _decoded(line), maxsplit=1)[0] + "\n"
+
+
+def _decoded(line: bytes) -> str:
+    return line.decode("utf-8", "replace")
+
+
+def _is_blank(path: Path, end: int) -> bool:
+    with open(path, "rb") as file:
+        return not _decoded(file.read(end)).strip()
 
 
 def _separators(path: Path, n_bytes: int, separator: str, *, newlines: bool) -> Iterator[int]:

@@ -161,7 +161,7 @@ def _documents(texts: Iterable[str], params: CleanParams, counts: Counter[str]) 
         counts["documents_in"] += 1
         counts["bytes_in"] += len(raw_text.encode())
         text = clean_text(raw_text, params, counts)
-        if len(text.encode()) < params.min_bytes:
+        if len(text.encode()) < params.min_bytes or text.isspace():
             counts["too_short"] += 1
             continue
         yield CleanDocument(
@@ -204,7 +204,7 @@ def _check_official_splits(params: CleanParams, manifest: Manifest) -> None:
 
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
-        raise UserError(f"clean.separator={params.separator!r} stands nowhere in the text: mend it or set it to null")
+        raise UserError(f"clean.separator={params.separator!r} stands in no text file: mend it or set it to null")
     dropped = {key: counts[name] for key, name in DROPPING.items()}
     worst = max(dropped, key=lambda key: dropped[key])
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:

@@ -27,7 +27,7 @@ def check_export(config: ModelParams, export: ExportParams) -> None:
     """Refuse a model that cannot be exported as asked, before it is trained.  Raises ParamsError."""
     targets = [*([TRANSFORMERS] if export.hf else []), *([LLAMA_CPP] if export.gguf else [])]
     covered = [find_family(target.families, config) for target in targets]
-    n_ctx = min((found[1] for found in covered if found), default=config.block_size)
+    n_ctx = covered[-1][1] if covered and covered[-1] else config.block_size
     key = "block_size" if n_ctx == config.block_size else "window"
     require(
         (None not in covered, refusal(targets, config) if None in covered else ""),

@@ -107,6 +107,7 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
     lacking = [target for target in targets if find_family(target.families, config) is None]
     names = " and ".join(target.name for target in lacking)
     off = " and ".join(target.off for target in lacking)
+    found["head_dim"] = config.head_dim if found["head_dim"] == "own" else found["head_dim"]
     plain = ", ".join(f"model.{key}={_yaml(value)}" for key, value in found.items() if key != "window")
     return f"no model of {names} has {plain}: set {', or '.join(advice)}, or turn that export off with {off}"
 

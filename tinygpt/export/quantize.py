@@ -33,6 +33,7 @@ FALLBACKS = {
     Type.Q6_K: Type.Q8_0,
 }
 K_TYPES = tuple(FALLBACKS)
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 class Place(NamedTuple):
@@ -170,9 +171,14 @@ def bits_per_weight(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, T
 
 
 def quantized(array: NDArray[np.float32], kind: Type) -> NDArray[Any]:
-    """A matrix or vector in a type, as the gguf package writes it: for block types (rows, bytes of a row)."""
+    """A matrix or vector in a type, as the gguf package writes it: for block types (rows, bytes of a row).
+
+    Raises FloatingPointError for numbers beyond what the type holds.
+    """
     if kind not in K_TYPES:
         return quantize(array, kind)
+    if np.abs(array).max(initial=0) > FLOAT16_MAX:
+        raise FloatingPointError("scales are float16")
     n_row, n_column = array.shape
     size, n_bytes = GGML_QUANT_SIZES[kind]
     data = np.empty((n_row, n_column // size * n_bytes), np.uint8)

@@ -48,9 +48,12 @@ class Progress:
     n_summed: int = 0
 
 
-def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta) -> str:
-    """Names a run by all that decides its weights: params, tokens, and the code without comments and docstrings."""
-    data = {"train": tokens.train.sha256, "val": tokens.val.sha256, "tokenizer": tokens.tokenizer_sha256}
+def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base: str | None = None) -> str:
+    """Names a run by all that decides its weights: params, tokens, and the code without comments and docstrings.
+
+    `base` is the SHA-256 of the weights that it starts from, None where it starts from its seed.
+    """
+    data = {"train": tokens.train.sha256, "val": tokens.val.sha256, "tokenizer": tokens.tokenizer_sha256, "base": base}
     inputs = {
         "model": config_fields(config),
         "train": dataclasses.asdict(params),

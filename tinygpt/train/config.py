@@ -17,6 +17,7 @@ class TrainParams:
     group: ClassVar[str] = "train"
 
     seed: Annotated[int, Within("[0, 4294967295]")]  # of the first weights, the order of the data and dropout
+    init_from: Literal["scratch", "base"]  # random weights, or those of data/base
     max_steps: Count  # optimizer steps
     batch_size: Count  # sequences of model.block_size tokens in one step, over all processes and micro-batches
     lr: Positive  # learning rate at its peak

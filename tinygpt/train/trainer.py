@@ -63,10 +63,14 @@ class Trainer:
         checkpoints: Checkpoints,
         device: torch.device,
         write_sample: Callable[[GPT], str],
+        base: dict[str, Tensor] | None = None,
     ) -> None:
+        """`base` has the weights to start from, by name; without it they come from the seed."""
         self.params, self.runtime, self.device = params, runtime, device
         self.checkpoints, self.write_sample = checkpoints, write_sample
         self.model = GPT(config, generator=torch.Generator().manual_seed(params.seed)).to(device)
+        if base is not None:
+            self.model.load_state_dict(base, strict=False)  # a tied head is not in it
         self.optimizer = build_optimizer(self.model, params)
         self.batches = Batches(train_tokens, seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
         self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)

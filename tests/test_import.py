@@ -1,0 +1,215 @@
+"""Models that transformers made become ours, with the same logits; what would compute something else is refused."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+from project import make_project, run, set_params, succeed
+from safetensors.torch import load_file, save_file
+
+from tinygpt.errors import UserError
+from tinygpt.export.base import write_base
+from tinygpt.export.hf import export_hf
+from tinygpt.export.hf_import import read_hf
+from tinygpt.model import GPT, load_model
+from tinygpt.model.weights import model_tensors
+from tinygpt.tokenizer import load_tokenizer
+
+IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
+ROPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+WHOLE = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0}
+MODELS = {
+    "gpt2": transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt2 untied": transformers.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=40, tie_word_embeddings=False
+    ),
+    "llama": transformers.LlamaConfig(**ROPE, rms_norm_eps=1e-6),
+    "llama biased": transformers.LlamaConfig(**ROPE, attention_bias=True, mlp_bias=True, head_dim=12),
+    "llama tied": transformers.LlamaConfig(**ROPE, tie_word_embeddings=True, rope_parameters=WHOLE),
+    "mistral": transformers.MistralConfig(**ROPE, sliding_window=16),
+    "qwen3": transformers.Qwen3Config(**ROPE, head_dim=16),
+    "qwen3 windows": transformers.Qwen3Config(
+        **ROPE,
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "starcoder2": transformers.Starcoder2Config(**ROPE),
+    "phi": transformers.PhiConfig(**ROPE, rope_parameters=WHOLE),
+    "stablelm": transformers.StableLmConfig(**ROPE, rope_parameters=WHOLE, use_qkv_bias=True),
+    "stablelm parallel": transformers.StableLmConfig(**ROPE, rope_parameters=WHOLE, use_parallel_residual=True),
+    "arcee": transformers.ArceeConfig(**ROPE),
+}
+
+
+def saved(config: transformers.PretrainedConfig, folder: Path) -> torch.nn.Module:
+    """A random model of transformers, written by it."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # no model of ours has Phi's bias of the head, or StableLM's biases of norms alone
+            if name != "lm_head.bias" and not (config.model_type == "stablelm" and name.endswith("norm.bias")):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    theirs = saved(MODELS[name], tmp_path)
+    config, tensors = read_hf(tmp_path)
+    model = GPT(config).eval()
+    model.load_state_dict(tensors, strict=False)
+    with torch.inference_mode():
+        logits = theirs(IDS).logits
+        assert logits.std() > 0.2
+        torch.testing.assert_close(model(IDS), logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": "all"},
+        {"norm": "layernorm", "mlp": "gelu", "bias": "qkv"},
+        {
+            "norm": "layernorm",
+            "mlp": "gelu",
+            "bias": "all",
+            "parallel_block": True,
+            "qk_norm": True,
+            "tie_weights": False,
+        },
+        {"norm": "layernorm", "qk_norm": True, "n_kv_head": 2},
+        {"bias": "qkv", "head_dim": 6},
+        {"window": 8},
+        {"qk_norm": True, "n_kv_head": 1, "window": 8, "full_every": 2, "norm_eps": 1e-6},
+        {"mlp": "relu2", "bias": "all", "rope_theta": 500.0},
+    ],
+    ids=lambda changes: "-".join(f"{value}" for value in changes.values()),
+)
+def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
+    model = tiny_model(**changes)
+    tiny_tokenizer.save(tmp_path)
+    export_hf(model, tiny_tokenizer, tmp_path, tmp_path / "hf")
+    config, tensors = read_hf(tmp_path / "hf")
+    assert config == model.config
+    expected = model_tensors(model)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma"}, r"is of model_type gemma, covered are gpt2, starcoder2"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type=llama3, not default"),
+        ({"rope_parameters": WHOLE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5, not 1.0"),
+        ({"hidden_act": "relu"}, "activation relu, covered are gelu_pytorch_tanh, silu"),
+        ({"num_key_value_heads": 3}, "must be a multiple of model.n_kv_head=3"),
+        ({"hidden_size": None}, "it has no hidden_size"),
+        ({"num_hidden_layers": 5}, r"blocks.4.attn.k_proj.weight is missing"),
+        ({"intermediate_size": 40}, r"gate_proj.weight is \(48, 32\), expected \(40, 32\)"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused(changes, message, tmp_path):
+    saved(MODELS["llama"], tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text()) | changes
+    document = {key: value for key, value in document.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message):
+        read_hf(tmp_path)
+
+
+def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"config.json not found: give a folder that transformers saved"):
+        read_hf(tmp_path)
+    saved(MODELS["llama"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"blocks.0.attn.k_proj.bias is missing"):
+        read_hf(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="weights are read from safetensors alone"):
+        read_hf(tmp_path)
+
+
+def test_shards_and_old_names_are_read(tmp_path):
+    theirs = saved(MODELS["gpt2"], tmp_path)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    (tmp_path / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config, found = read_hf(tmp_path)
+    model = GPT(config).eval()
+    model.load_state_dict(found, strict=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_a_vocabulary_that_was_filled_up_is_refused(tmp_path, tiny_tokenizer):
+    model = tiny_model(vocab_size=320)
+    with pytest.raises(UserError, match=r"the model has 320 tokens and its tokenizer.json 300"):
+        write_base(tmp_path / "base", model.config, model_tensors(model), tiny_tokenizer)
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
+    project = make_project(tmp_path / "project")
+    set_params(project, {"export.hf": True, "export.gguf": [], "train.max_steps": 60, "train.lr": 1e-2})
+    succeed("dvc repro", project)
+    first = json.loads((project / "reports/train.json").read_text())
+
+    succeed("python -m tinygpt import-hf data/export/hf", project)
+    said = succeed("python -m tinygpt preset base", project)
+    assert "train.init_from: scratch -> base" in said
+    set_params(project, {"train.max_steps": 10, "train.lr": 1e-4})
+    succeed("dvc repro", project)
+    second = json.loads((project / "reports/train.json").read_text())
+    assert second["val_loss"] < first["val_loss"] + 0.02
+    assert json.loads((project / "data/tokens/meta.json").read_text())["tokenizer_sha256"]
+
+    succeed("python -m tinygpt promote", project)
+    assert torch.equal(
+        load_model(project / "data/base").lm_head.weight, load_model(project / "data/model").lm_head.weight
+    )
+    assert "train" in succeed("dvc status", project)  # another base: another run
+    set_params(project, {"model.n_layer": 2})
+    wrong = run("dvc repro", project)
+    assert (
+        "data/base does not fit params.yaml (model.n_layer=2 there 1): run `python -m tinygpt preset base`"
+        in wrong.stdout
+    )
+    assert load_tokenizer(project / "data/base").vocab_size == 320
+
+
+@pytest.mark.slow
+def test_without_a_base_the_command_that_helps_is_named(tmp_path):
+    project = make_project(tmp_path / "project")
+    set_params(project, {"train.init_from": "base"})
+    wrong = run("dvc repro train", project)
+    assert (
+        "train.init_from=base, but data/base holds no model: run `python -m tinygpt import-hf FOLDER`" in wrong.stdout
+    )

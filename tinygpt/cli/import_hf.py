@@ -1,0 +1,27 @@
+"""`python -m tinygpt import-hf`: a folder of transformers becomes the model that training can start from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tinygpt.errors import UserError
+from tinygpt.export.base import write_base
+from tinygpt.export.hf_import import read_hf
+from tinygpt.tokenizer import load_tokenizer
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("folder", type=Path, help="with config.json, model.safetensors and tokenizer.json")
+    command.add_argument("--to", type=Path, default=Path("data/base"), help="folder (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the base and tell what to do next."""
+    config, tensors = read_hf(args.folder)
+    if not (args.folder / "tokenizer.json").exists():
+        raise UserError(f"{args.folder / 'tokenizer.json'} not found: only byte-level BPE in that form can be taken")
+    write_base(args.to, config, tensors, load_tokenizer(args.folder))
+    n_weights = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{args.to}: {n_weights:,} weights; `python -m tinygpt preset base` sets params.yaml to go on")

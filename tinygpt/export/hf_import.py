@@ -1,0 +1,166 @@
+"""A folder of transformers, of a family that we export, as a model of ours: the way back of hf.py.
+
+What this GPT does not compute, such as scaled rotary positions, is refused: it would load and compute something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from tinygpt.errors import UserError
+from tinygpt.export.hf_families import ACTIVATIONS, HF_FAMILIES, HFFamily
+from tinygpt.export.reverse import revert_layout
+from tinygpt.model import GPTConfig
+from tinygpt.model.weights import load_tensors
+from tinygpt.params import ParamsError
+
+FAMILIES = {family.name: family for family in HF_FAMILIES}
+MLPS = {activation: mlp for mlp, activation in ACTIVATIONS.items()} | {"gelu_new": "gelu", "gelu_fast": "gelu"}
+BIASES: tuple[Literal["none", "qkv", "all"], ...] = ("none", "qkv", "all")  # the first that holds all that is not zero
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # no weights; older files have them
+
+# Values that a model of each family must have, and has where config.json is silent.
+FIXED: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+}
+ROPE_FIXED = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}
+
+
+def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config and the tensors, float32 and by our names, of a folder.
+
+    Raises UserError with all that is wrong with it.
+    """
+    document = _read_json(folder / "config.json")
+    family = FAMILIES.get(str(document.get("model_type")))
+    if family is None:
+        raise UserError(
+            f"{folder / 'config.json'} is of model_type {document.get('model_type')}, covered are {', '.join(FAMILIES)}"
+        )
+    problems = _fixed_problems(document, family)
+    fields: dict[str, Any] = {}
+    try:
+        fields = _gpt2_fields(document) if family.name == "gpt2" else _rope_fields(document, family)
+    except KeyError as error:
+        problems.append(f"it has no {error.args[0]}")
+    if problems:
+        raise UserError(f"{folder / 'config.json'} is no model that can be taken: {'; '.join(problems)}")
+    tensors = _read_tensors(folder, family)
+    reason = ""
+    for bias in (bias for bias in BIASES if bias in family.switches["bias"]):
+        try:
+            config = GPTConfig(**fields, bias=bias, norm_eps=float(document[family.eps]))
+            return config, revert_layout(tensors, config, family.layout)
+        except ParamsError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from None
+        except UserError as error:
+            reason = str(error)
+    raise UserError(f"{folder}: {reason}")
+
+
+def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:
+    found = {**document, **(document.get("rope_parameters") or {})}
+    fixed = FIXED.get(family.name, ROPE_FIXED)
+    return [f"{key}={found[key]}, not {value}" for key, value in fixed.items() if key in found and found[key] != value]
+
+
+def _gpt2_fields(document: Mapping[str, Any]) -> dict[str, Any]:
+    return _plain() | {
+        "n_layer": document["n_layer"],
+        "n_head": document["n_head"],
+        "n_kv_head": document["n_head"],
+        "n_embd": document["n_embd"],
+        "head_dim": None,
+        "n_hidden": document.get("n_inner") or 4 * document["n_embd"],
+        "block_size": document["n_positions"],
+        "position": "learned",
+        "norm": "layernorm",
+        "mlp": _mlp(document["activation_function"]),
+        "tie_weights": document.get("tie_word_embeddings", True),
+        "vocab_size": document["vocab_size"],
+    }
+
+
+def _rope_fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
+    rope = document.get("rope_parameters") or document
+    n_layer, block_size = document["num_hidden_layers"], document["max_position_embeddings"]
+    window = document.get("sliding_window") if document.get("use_sliding_window", True) else None
+    window = window if window and window < block_size else None
+    return _plain() | {
+        "n_layer": n_layer,
+        "n_head": document["num_attention_heads"],
+        "n_kv_head": document.get("num_key_value_heads") or document["num_attention_heads"],
+        "n_embd": document["hidden_size"],
+        "head_dim": document.get("head_dim") or None,
+        "n_hidden": document["intermediate_size"],
+        "block_size": block_size,
+        "position": "rope",
+        "rope_theta": float(rope.get("rope_theta", 10000.0)),
+        "norm": family.switches["norm"][0],
+        "mlp": _mlp(document["hidden_act"]),
+        "parallel_block": document.get("use_parallel_residual", family.switches["parallel_block"][0]),
+        "qk_norm": document.get("qk_layernorm", family.switches["qk_norm"][0]),
+        "window": window,
+        "full_every": _full_every(document.get("layer_types"), n_layer) if window else None,
+        "tie_weights": document.get("tie_word_embeddings", family.name == "starcoder2"),
+        "vocab_size": document["vocab_size"],
+    }
+
+
+def _plain() -> dict[str, Any]:
+    """The fields that most families do not have."""
+    return {
+        "rope_theta": 10000.0,
+        "parallel_block": False,
+        "qk_norm": False,
+        "window": None,
+        "full_every": None,
+        "dropout": 0.0,
+        "attention": "sdpa",
+    }
+
+
+def _mlp(activation: str) -> str:
+    if activation not in MLPS:
+        raise UserError(f"config.json has the activation {activation}, covered are {', '.join(MLPS)}")
+    return MLPS[activation]
+
+
+def _full_every(layer_types: list[str] | None, n_layer: int) -> int | None:
+    """The period of layers that see everything; None where none does."""
+    full = [i + 1 for i, kind in enumerate(layer_types or []) if kind == "full_attention"]
+    if not full:
+        return None
+    if full != [*range(full[0], n_layer + 1, full[0])]:
+        raise UserError("config.json has layer_types of full attention that are not every n-th")
+    return full[0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path} not found: give a folder that transformers saved")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return document
+
+
+def _read_tensors(folder: Path, family: HFFamily) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / Path(name).name  # no path that leaves the folder
+        if not path.exists():
+            raise UserError(f"{path} not found: weights are read from safetensors alone")
+        tensors |= load_tensors(path)
+    prefix = "transformer." if family.name == "gpt2" and "wte.weight" in tensors else ""  # the first files lack it
+    return {prefix + name: tensor.float() for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
