@@ -4,17 +4,17 @@ Reads data/model, data/tokenizer and data/tokens, for the card data/raw/manifest
 data/export and reports/export.json.
 """
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError, program
+from tinygpt.export.adapter import export_adapters
 from tinygpt.export.card import model_card, modelfile, read_origin
 from tinygpt.export.config import ExportParams
 from tinygpt.export.coverage import check_export
 from tinygpt.export.gguf import export_gguf, gguf_name
 from tinygpt.export.hf import check_hf, export_hf
-from tinygpt.export.remarks import remarks
+from tinygpt.export.remarks import gguf_entry, remarks
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
 from tinygpt.model import load_model
@@ -57,18 +57,12 @@ def main() -> None:
             path = folder / "gguf" / gguf_name(weight_type)
             made = export_gguf(model, tokenizer, path, weight_type)
             measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
-            report[weight_type] = {
-                "family": made.family,
-                "context": made.n_ctx,
-                "bytes": path.stat().st_size,
-                "bits_per_weight": round(made.bits_per_weight, 3),
-                **measures,
-                "tensors": dict(Counter(made.types.values())),
-            }
+            report[weight_type] = gguf_entry(made, path.stat().st_size, measures)
             write_json(path.with_suffix(".types.json"), made.types)
             failures += problems
             (path.parent / CARD_FILE).write_text(card, encoding="utf-8")
             (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
+        export_adapters(folder, MODEL_DIR, model.config, params)
         write_json(REPORT_FILE, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT_DIR} is not written, see {REPORT_FILE}"]))

@@ -11,7 +11,7 @@ from tinygpt.export.card import Origin, model_card, modelfile, read_origin
 
 ORIGIN = Origin(
     manifest={"source": "python-docs", "licence": "PSF-2.0"},
-    training={"max_steps": 1600, "betas": [0.9, 0.95]},
+    training={"init_from": "scratch", "max_steps": 1600, "betas": [0.9, 0.95]},
     evaluation={"split": "test", "tokens": 25013, "context": 128, "loss": 3.12086, "ppl": 22.6657, "bpb": 1.86304},
 )
 
@@ -22,6 +22,7 @@ def test_the_card_has_data_params_and_metrics():
     assert YAML(typ="safe").load(front)["pipeline_tag"] == "text-generation"
     for words in (
         "1,066,112 weights",
+        "trained from scratch on",
         "python-docs (licence of the text: PSF-2.0)",
         "| loss | 3.1209 nats per token |",
         "| perplexity | 22.67 |",

@@ -191,6 +191,16 @@ def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
     assert second["val_loss"] < first["val_loss"] + 0.02
     assert json.loads((project / "data/tokens/meta.json").read_text())["tokenizer_sha256"]
 
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "down_proj"]}
+    set_params(project, {"train.lora": lora, "train.lr": 1e-2, "export.gguf": ["f32"]})
+    succeed("dvc repro", project)
+    third = json.loads((project / "reports/train.json").read_text())
+    assert third["val_loss"] < first["val_loss"] + 0.02
+    assert third["n_params"] == first["n_params"]
+    assert third["n_trained"] == 2 * (32 + 32) + 2 * (96 + 32)
+    exported = {str(path.relative_to(project / "data/export")) for path in (project / "data/export").rglob("*.*")}
+    assert {"peft/adapter_config.json", "peft/adapter_model.safetensors", "gguf/tinygpt-lora.gguf"} <= exported
+
     succeed("python -m tinygpt promote", project)
     assert torch.equal(
         load_model(project / "data/base").lm_head.weight, load_model(project / "data/model").lm_head.weight

@@ -63,7 +63,7 @@ def test_everything_is_made_and_git_has_only_what_it_should(done):
         assert (done / name).stat().st_size > 0
     tracked = succeed("git ls-files", done).split()
     made = {name for name in tracked if name.startswith(("data/", "reports/", "runs/")) or name.endswith(".lock")}
-    assert made == {"data/README.md", "dvc.lock", *METRICS}
+    assert made == {"data/README.md", "data/base/README.md", "dvc.lock", *METRICS}
     assert [name for name in tracked if name.endswith(".gitignore")] == [".dvc/.gitignore", ".gitignore"]
     assert succeed("git status --porcelain", done) == ""
     report = json.loads((done / "reports/export.json").read_text())

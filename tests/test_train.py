@@ -30,6 +30,7 @@ from tinygpt.train.trainer import Stopped, Trainer, pick_precision, validation_s
 PARAMS = TrainParams(
     seed=1,
     init_from="scratch",
+    lora=None,
     max_steps=10,
     batch_size=4,
     lr=3e-3,
@@ -63,7 +64,7 @@ def runs_in_tmp(tmp_path, monkeypatch):
 
 
 def make_trainer(
-    checkpoints: Checkpoints, *, params=PARAMS, runtime=RUNTIME, sample=lambda model: "", **config
+    checkpoints: Checkpoints, *, params=PARAMS, runtime=RUNTIME, sample=lambda model: "", base=None, **config
 ) -> Trainer:
     return Trainer(
         tiny_config(**config),
@@ -74,6 +75,7 @@ def make_trainer(
         checkpoints=checkpoints,
         device=torch.device("cpu"),
         write_sample=sample,
+        base=base,
     )
 
 

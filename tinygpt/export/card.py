@@ -24,7 +24,7 @@ tags: [tinygpt]
 ---
 # A small language model
 
-{n_params:,} weights, {n_layer} layers, {n_embd} wide, a context of {block_size:,} tokens; trained from scratch on
+{n_params:,} weights, {n_layer} layers, {n_embd} wide, a context of {block_size:,} tokens; trained {start} on
 {source} (licence of the text: {licence}) with tinygpt. It continues text like that and knows nothing else.
 
 | measured on held-out text ({split}, {tokens:,} tokens, {context} of context) | |
@@ -94,6 +94,7 @@ def model_card(config: GPTConfig, n_params: int, origin: Origin, weight_type: st
         n_layer=config.n_layer,
         n_embd=config.n_embd,
         block_size=config.block_size,
+        start="from scratch" if origin.training["init_from"] == "scratch" else "from the weights of another model",
         source=origin.manifest["source"],
         licence=origin.manifest["licence"],
         weight_type=weight_type,

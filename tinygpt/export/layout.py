@@ -19,6 +19,7 @@ from tinygpt.model.weights import TIED
 
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
 
+QKV = ("q_proj", "k_proj", "v_proj")
 NO_SINK = -1e30  # a logit beside those of the keys that takes no probability
 
 
@@ -47,9 +48,9 @@ def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int
             f"blocks.{i}.attn.sinks.weight": torch.full((config.n_head,), NO_SINK) for i in range(config.n_layer)
         }
     if layout.repeated_kv:
-        tensors = {name: _repeat_kv(name, tensor, config) for name, tensor in tensors.items()}
+        tensors = {name: repeat_kv(name, tensor, config) for name, tensor in tensors.items()}
     if layout.adjacent_rope:
-        tensors = {name: _pair_rope(name, tensor, config) for name, tensor in tensors.items()}
+        tensors = {name: pair_rope(name, tensor, config) for name, tensor in tensors.items()}
     if layout.fused_qkv:
         tensors = _fuse_qkv(tensors)
     renamed = {
@@ -74,7 +75,7 @@ def _cut_positions(tensors: Tensors, n_ctx: int) -> Tensors:
     return {name: tensor[:n_ctx] if leaf(name) == "pos_emb" else tensor for name, tensor in tensors.items()}
 
 
-def _repeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+def repeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """Write each key/value head H/G times in a row, as GQA reads them.  (G·D, …) -> (H·D, …)"""
     if leaf(name) not in ("k_proj", "v_proj"):
         return tensor
@@ -82,7 +83,7 @@ def _repeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     return heads.repeat_interleave(config.n_head // config.n_kv_head, dim=0).flatten(0, 1)
 
 
-def _pair_rope(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+def pair_rope(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """Reorder the rows of queries and keys: a head's 0 1 2 3 4 5 becomes 0 3 1 4 2 5, pairs (i, i + D/2) adjacent.
 
     llama.cpp loads rows in the wrong order without a word and computes nonsense from them.
@@ -97,7 +98,7 @@ def _fuse_qkv(tensors: Tensors) -> Tensors:
     fused: Tensors = {}
     for name, tensor in tensors.items():
         if leaf(name) == "q_proj":
-            fused[name] = torch.cat([tensors[name.replace("q_proj", qkv)] for qkv in ("q_proj", "k_proj", "v_proj")])
+            fused[name] = torch.cat([tensors[name.replace("q_proj", qkv)] for qkv in QKV])
         elif leaf(name) not in ("k_proj", "v_proj"):
             fused[name] = tensor
     return fused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_int8, c_int32, create_string_buffer
+from ctypes import c_float, c_int8, c_int32, c_void_p, create_string_buffer
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,6 +51,15 @@ class LlamaCpp:
         if self._model:
             self._lib.llama_model_free(self._model)
         self._model = self._context = None
+
+    def apply_lora(self, path: Path) -> None:
+        """Use an adapter from now on.  Raises UserError when it does not fit the model."""
+        clear_errors()
+        adapter = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
+        if not adapter:
+            raise UserError(f"llama.cpp cannot apply {path}: {last_error()}")
+        status = self._lib.llama_set_adapters_lora(self._context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
+        assert status == 0, f"llama_set_adapters_lora returned {status}"
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text; the names of special tokens in it are plain text, and nothing is added."""

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from tinygpt.export.gguf import GGUFFile
 from tinygpt.files import human_bytes
+
+
+def gguf_entry(made: GGUFFile, n_bytes: int, measures: Mapping[str, float | None]) -> dict[str, Any]:
+    """The entry of a GGUF file in reports/export.json."""
+    return {
+        "family": made.family,
+        "context": made.n_ctx,
+        "bytes": n_bytes,
+        "bits_per_weight": round(made.bits_per_weight, 3),
+        **measures,
+        "tensors": dict(Counter(made.types.values())),
+    }
 
 
 def remarks(entry: Mapping[str, Any], block_size: int) -> str:

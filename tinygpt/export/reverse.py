@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.export.layout import Layout, Tensors, leaf, rename
+from tinygpt.export.layout import QKV, Layout, Tensors, leaf, rename
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import TIED, model_tensors
 
 KINDS = ("weight", "bias")
-QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:

@@ -11,6 +11,19 @@ Positive = Annotated[float, Within("(0, inf)")]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAParams:
+    """Adapters that are trained instead of the weights."""
+
+    rank: Count  # of the product of two matrices that is added to a weight
+    alpha: Positive  # the product counts alpha / rank times
+    dropout: Fraction  # share of an adapter's input set to zero in training
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...]
+
+    def __post_init__(self) -> None:
+        require((bool(self.targets), "train.lora.targets is empty: name a layer, such as q_proj"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainParams:
     """Everything that decides the trained weights, beside the model and the tokens."""
 
@@ -18,6 +31,7 @@ class TrainParams:
 
     seed: Annotated[int, Within("[0, 4294967295]")]  # of the first weights, the order of the data and dropout
     init_from: Literal["scratch", "base"]  # random weights, or those of data/base
+    lora: LoRAParams | None  # adapters that are trained instead of the weights of the base; null = all weights
     max_steps: Count  # optimizer steps
     batch_size: Count  # sequences of model.block_size tokens in one step, over all processes and micro-batches
     lr: Positive  # learning rate at its peak
@@ -39,5 +53,9 @@ class TrainParams:
             (
                 self.warmup_steps < self.max_steps,
                 f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}",
+            ),
+            (
+                self.lora is None or self.init_from == "base",
+                "train.lora trains adapters of a base: set train.init_from=base, or train.lora=null",
             ),
         )

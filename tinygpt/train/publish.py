@@ -21,6 +21,8 @@ def publish(trained: Trained, trainer: Trainer, model_dir: Path, reports_dir: Pa
     with atomic_folder(model_dir) as folder:
         save_model(folder, trainer.model.config, trained.best)
         save_tensors(folder / "last.safetensors", trained.last)
+        if trainer.params.lora is not None:
+            save_tensors(folder / "adapter.safetensors", trained.trained)
         write_json(folder / "training.json", dataclasses.asdict(trainer.params))
     progress = trained.progress
     with atomic_write(reports_dir / "train.csv") as file:
@@ -42,7 +44,8 @@ def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
         "best_step": progress.best_step,
         "last_val_loss": progress.rows[-1]["val_loss"],
         "last_train_loss": progress.rows[-1]["train_loss"],
-        "n_params": trainer.model.n_params(),
+        "n_params": sum(tensor.numel() for tensor in trained.best.values()),
+        "n_trained": sum(tensor.numel() for tensor in trained.trained.values()),
         "tokens": tokens,
         "epochs": tokens / trainer.batches.ring,
         "seconds": progress.seconds,

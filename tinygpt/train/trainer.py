@@ -5,6 +5,7 @@ B batch, T tokens, V vocab_size.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from tinygpt.errors import UserError
 from tinygpt.model import GPT, GPTConfig
-from tinygpt.model.weights import model_tensors
+from tinygpt.model.lora import add_lora, merged_tensors, trained_tensors
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import TokenIds
@@ -47,6 +48,7 @@ class Trained:
     progress: Progress
     last: dict[str, Tensor]  # weights after the last step
     best: dict[str, Tensor]  # weights of lowest validation loss
+    trained: dict[str, Tensor]  # of these, what was trained: the same, or adapters
 
 
 class Trainer:
@@ -71,6 +73,9 @@ class Trainer:
         self.model = GPT(config, generator=torch.Generator().manual_seed(params.seed)).to(device)
         if base is not None:
             self.model.load_state_dict(base, strict=False)  # a tied head is not in it
+        if params.lora is not None:
+            seed = torch.Generator().manual_seed(params.seed)
+            add_lora(self.model, **dataclasses.asdict(params.lora), generator=seed)
         self.optimizer = build_optimizer(self.model, params)
         self.batches = Batches(train_tokens, seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
         self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
@@ -99,7 +104,9 @@ class Trainer:
                 if interrupts.signal is not None and done < max_steps:
                     raise Stopped(interrupts.signal, f"stopped after step {done}; run it again to go on from there")
                 bar.update(1)
-        return Trained(self.progress, model_tensors(self.model), self.best)
+        last = {name: tensor.detach() for name, tensor in trained_tensors(self.model).items()}
+        last, best = (merged_tensors(self.model, tensors) for tensors in (last, self.best))
+        return Trained(self.progress, last, best, trained=self.best)
 
     def _resume(self) -> None:
         found = self.checkpoints.load_latest()
@@ -157,7 +164,7 @@ class Trainer:
         best = self.progress.best_val_loss
         if best is None or val_loss < best:
             self.progress.best_val_loss, self.progress.best_step = val_loss, self.progress.step
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in model_tensors(self.model).items()}
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in trained_tensors(self.model).items()}
         return val_loss
 
     def _add_row(self, val_loss: float | None) -> None:
@@ -185,7 +192,7 @@ class Trainer:
 
     def _save(self) -> None:
         optimizer = optimizer_tensors(self.model, self.optimizer)
-        parts = {"weights": model_tensors(self.model), "optimizer": optimizer, "best": self.best}
+        parts = {"weights": trained_tensors(self.model), "optimizer": optimizer, "best": self.best}
         self.checkpoints.save(self.progress, parts)
 
     def _to_device(self, ids: NDArray[np.int64]) -> Tensor:

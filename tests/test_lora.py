@@ -1,0 +1,160 @@
+"""Adapters: nothing at first, merged without loss, and the same on their base in PEFT and llama.cpp."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from test_gguf import GPT2, IDS, LLAMA, QWEN3, STABLELM, byte_tokenizer, logprobs, random_model
+from test_train import PARAMS, runs_in_tmp, same, tokens, train  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+from tinygpt.errors import UserError
+from tinygpt.export.adapter import export_gguf_adapter, export_peft
+from tinygpt.export.gguf import export_gguf
+from tinygpt.export.hf import export_hf
+from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.model import GPT
+from tinygpt.model.lora import LoRALinear, add_lora, merged_tensors, trained_tensors
+from tinygpt.params import ParamsError, from_mapping
+from tinygpt.train.config import LoRAParams, TrainParams
+from tinygpt.train.trainer import Trainer
+
+LORA = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ("q_proj", "v_proj", "o_proj", "up_proj")}
+STARCODER = {"norm": "layernorm", "mlp": "gelu"}
+
+
+def adapted(model: GPT, **changes) -> GPT:
+    """A copy of a model with random adapters."""
+    copy = GPT(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    add_lora(copy, **{**LORA, **changes}, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for module in copy.modules():
+            if isinstance(module, LoRALinear):
+                module.lora_B.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    return copy.eval()
+
+
+def merged(model: GPT) -> GPT:
+    plain = GPT(model.config).eval()
+    plain.load_state_dict(merged_tensors(model, trained_tensors(model)), strict=False)
+    return plain
+
+
+def test_an_adapter_does_nothing_at_first_and_is_all_that_is_trained():
+    model = tiny_model(tie_weights=False)
+    ids, before = random_ids(2, 20), None
+    before = model(ids)
+    add_lora(model, **LORA, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(ids), before)
+    names = trained_tensors(model)
+    assert len(names) == 2 * 4 * 2
+    assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in names)
+    assert names["blocks.1.attn.q_proj.lora_A.weight"].shape == (3, 32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_weights_compute_the_same_and_have_plain_names(tied):
+    model = tiny_model(tie_weights=tied)
+    with_adapters = adapted(model)
+    plain, ids = merged(with_adapters), random_ids(2, 20)
+    assert (with_adapters(ids) - model(ids)).abs().max() > 0.1
+    torch.testing.assert_close(plain(ids), with_adapters(ids), atol=1e-4, rtol=1e-4)
+    assert ("lm_head.weight" in merged_tensors(with_adapters, trained_tensors(with_adapters))) is not tied
+
+
+def test_dropout_is_on_the_adapters_input_in_training_alone():
+    model = adapted(tiny_model(), dropout=0.5)
+    ids = random_ids(1, 10)
+    assert torch.equal(model(ids), model(ids))
+    assert not torch.equal(model.train()(ids), model(ids))
+    model.set_dropout(0.0)  # the model's own, which is another
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_training_changes_adapters_alone_and_goes_on_with_the_same_bits(monkeypatch):
+    base = {name: tensor.detach() for name, tensor in tiny_model().state_dict().items()}
+    params = dataclasses.replace(PARAMS, init_from="base", lora=LoRAParams(**LORA), eval_every=5)
+    undisturbed = train("undisturbed", params=params, base=base)
+    for name, tensor in undisturbed.last.items():
+        target = name.split(".")[-2] in LORA["targets"]
+        assert torch.equal(tensor, base[name]) is not target, name
+    assert len(undisturbed.trained) == 2 * 4 * 2
+
+    class Killed(BaseException):
+        pass
+
+    original = Trainer._train_step
+
+    def die_at_seven(trainer, step):
+        if step == 7:
+            raise Killed
+        original(trainer, step)
+
+    monkeypatch.setattr(Trainer, "_train_step", die_at_seven)
+    with pytest.raises(Killed):
+        train("cut", params=params, base=base)
+    monkeypatch.setattr(Trainer, "_train_step", original)
+    resumed = train("cut", params=params, base=base)
+    assert same(resumed.last, undisturbed.last)
+    assert same(resumed.trained, undisturbed.trained)
+
+
+def test_targets_that_are_not_there_and_adapters_without_a_base_are_refused():
+    with pytest.raises(UserError, match=r"train.lora.targets names gate_proj, which this model has not"):
+        add_lora(tiny_model(mlp="gelu"), **{**LORA, "targets": ("q_proj", "gate_proj")}, generator=None)
+    values = dataclasses.asdict(PARAMS) | {"betas": [0.9, 0.99], "lora": {**LORA, "targets": ["q_proj"]}}
+    with pytest.raises(ParamsError, match=r"set train.init_from=base, or train.lora=null"):
+        from_mapping(TrainParams, values, prefix="train.")
+    values["lora"] = {"rank": 0, "alpha": 1, "dropout": 0, "targets": ["k_prj"], "alhpa": 1}
+    with pytest.raises(ParamsError) as caught:
+        from_mapping(TrainParams, values, prefix="train.")
+    for problem in ("train.lora.rank=0 must be within", "did you mean 'k_proj'", "unknown key train.lora.alhpa"):
+        assert problem in str(caught.value)
+
+
+FAMILIES = [LLAMA, QWEN3, GPT2 | {"bias": "all"}, STABLELM, LLAMA | STARCODER, LLAMA | {"mlp": "relu2", "head_dim": 12}]
+
+
+@pytest.mark.parametrize("targets", [LORA["targets"], ("k_proj", "v_proj", "down_proj")])
+@pytest.mark.parametrize("family", FAMILIES, ids=["llama", "qwen3", "gpt2", "stablelm", "starcoder2", "arcee"])
+def test_peft_and_llama_cpp_apply_the_adapter_to_its_base(family, targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = random_model(**family, n_kv_head=2, vocab_size=257)
+    model, tokenizer = adapted(base, targets=targets), byte_tokenizer()
+    adapter, ids = trained_tensors(model), torch.from_numpy(IDS)[None]
+    with torch.inference_mode():
+        ours = model(ids)[0].log_softmax(-1)
+        assert (ours - base(ids)[0].log_softmax(-1)).abs().max() > 0.05
+
+    tokenizer.save(tmp_path)
+    export_hf(base, tokenizer, tmp_path, tmp_path / "hf")
+    export_peft(tmp_path / "peft", adapter, model.config, LORA)
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tmp_path / "peft")
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs.eval()(ids).logits[0].log_softmax(-1), ours, atol=1e-4, rtol=1e-4)
+
+    export_gguf(base, tokenizer, tmp_path / "base.gguf", "f32")
+    export_gguf_adapter(tmp_path / "lora.gguf", adapter, model.config, LORA)
+    with LlamaCpp(tmp_path / "base.gguf") as llama:
+        llama.apply_lora(tmp_path / "lora.gguf")
+        found = logprobs(llama.logits(IDS.tolist()))
+    np.testing.assert_allclose(found, ours.numpy(), atol=1e-2 if family["mlp"] == "gelu" else 1e-4)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    base = random_model(**LLAMA, vocab_size=257)
+    other = adapted(random_model(**LLAMA, vocab_size=257, n_embd=96))
+    export_gguf(base, byte_tokenizer(), tmp_path / "base.gguf", "f32")
+    export_gguf_adapter(tmp_path / "lora.gguf", trained_tensors(other), other.config, LORA)
+    with (
+        LlamaCpp(tmp_path / "base.gguf") as llama,
+        pytest.raises(UserError, match=r"llama.cpp cannot apply .*lora.gguf"),
+    ):
+        llama.apply_lora(tmp_path / "lora.gguf")
