@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": ("chat", "continue what you type, line by line; an empty line starts afresh"),
     "encode": ("encode", "show the ids and pieces of a text"),
     "decode": ("decode", "show the text of ids"),
+    "attention": ("attention", "draw where each head of the model looks in a text"),
     "import-hf": ("import_hf", "take a folder of transformers as the model that training starts from"),
     "promote": ("promote", "take the trained model as the one that training starts from"),
     "profile": ("profile", "tell what the run of params.yaml will cost, and whether it fits"),

@@ -30,17 +30,25 @@ def attention_mask(t: int, s: int, window: int | None, device: torch.device) -> 
     return mask if everything else mask.triu(s - t - (window or s) + 1)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention written out, the readable reference.  (B,H,T,D), (B,G,S,D), (B,G,S,D) -> (B,H,T,D)
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """What share of its attention each query gives to each key.  (B,H,T,D), (B,G,S,D) -> (B,H,T,S)
 
     `mask` is (T, S) bool, or None for the plain causal case T == S.
     """
     if mask is None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
-    group = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, D)
-    scores = q @ k.mT / math.sqrt(q.size(-1))  # (B, H, T, S)
-    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+    scores = q @ repeated(k, q).mT / math.sqrt(q.size(-1))
+    return scores.masked_fill(~mask, -math.inf).softmax(-1)
+
+
+def repeated(kv: Tensor, q: Tensor) -> Tensor:
+    """Each key/value head once for every query head that reads it.  (B, G, S, D) -> (B, H, S, D)"""
+    return kv.repeat_interleave(q.size(1) // kv.size(1), dim=1)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention written out, the readable reference.  (B,H,T,D), (B,G,S,D), (B,G,S,D) -> (B,H,T,D)"""
+    return attention_weights(q, k, mask) @ repeated(v, q)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
