@@ -1,7 +1,7 @@
 """Train the model; killed in any way and run again, it goes on and ends with the same bytes.
 
 Reads data/tokens and data/tokenizer, and data/base where training starts from it. Writes data/model,
-reports/train.csv, train.json and train_samples.md.
+reports/train.csv, train_norms.csv, train.json and train_samples.md.
 """
 
 import sys

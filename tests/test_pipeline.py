@@ -15,7 +15,10 @@ from test_resume import hashes, newest_step
 pytestmark = pytest.mark.slow
 
 STAGES = ["download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export"]
-METRICS = {f"reports/{name}" for name in ("clean.json", "train.json", "train.csv", "eval.json", "export.json")}
+METRICS = {
+    f"reports/{name}"
+    for name in ("clean.json", "train.json", "train.csv", "train_norms.csv", "eval.json", "export.json")
+}
 
 
 def ran(output: str) -> list[str]:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from tinygpt.errors import UserError
-from tinygpt.report.plots import COLUMNS, PlotParams, read_curve, write_plots
+from tinygpt.report.plots import COLUMNS, PlotParams, read_curve, read_norms, write_plots
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=3)
 
@@ -20,20 +20,24 @@ def curve() -> pd.DataFrame:
     )
 
 
+NORMS = pd.DataFrame({"step": [5, 10], "tok_emb": [0.5, 0.25], "block_0": [1.0, 0.0], "norm": [0.1, 0.2]})
+
+
 def test_plots_are_whole_files_with_labels_and_the_best_step(curve, tmp_path):
-    names = write_plots(curve, tmp_path / "plots", PARAMS)
-    assert names == ["loss.svg", "loss.png", "optimizer.svg", "optimizer.png"]
+    names = write_plots(curve, NORMS, tmp_path / "plots", PARAMS)
+    assert names == ["loss.svg", "loss.png", "optimizer.svg", "optimizer.png", "norms.svg", "norms.png"]
     svg = (tmp_path / "plots/loss.svg").read_text()
     ElementTree.fromstring(svg)
     for text in ("best: 1.500 at step 15", "train", "validation", "loss (nats per token)", "step"):
         assert text in svg
     assert "learning rate" in (tmp_path / "plots/optimizer.svg").read_text()
+    assert "block_0" in (tmp_path / "plots/norms.svg").read_text()
     assert (tmp_path / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plots_have_the_same_bytes_each_time(curve, tmp_path):
     for name in "ab":
-        write_plots(curve, tmp_path / name, PARAMS)
+        write_plots(curve, NORMS, tmp_path / name, PARAMS)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
@@ -48,3 +52,11 @@ def test_a_file_that_is_no_curve_is_refused(text, tmp_path):
     (tmp_path / "train.csv").write_text(text)
     with pytest.raises(UserError, match="train.csv .*run `dvc repro train`"):
         read_curve(tmp_path / "train.csv")
+
+
+def test_norms_are_read_as_they_were_written_and_others_refused(tmp_path):
+    NORMS.to_csv(tmp_path / "norms.csv", index=False)
+    pd.testing.assert_frame_equal(read_norms(tmp_path / "norms.csv"), NORMS)
+    (tmp_path / "norms.csv").write_text("step\n1\n")
+    with pytest.raises(UserError, match=r"norms.csv must have a column step, one for each part"):
+        read_norms(tmp_path / "norms.csv")

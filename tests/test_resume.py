@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 TRAIN = [sys.executable, "-m", "stages.train"]
 MODEL = ("data/model/model.safetensors", "data/model/last.safetensors", "data/model/config.json")
-REPORTS = ("reports/train.csv", "reports/train_samples.md")
+REPORTS = ("reports/train.csv", "reports/train_norms.csv", "reports/train_samples.md")
 STEPS = {"train.max_steps": 600, "train.save_every": 7, "train.eval_every": 100}  # some seconds of training
 LIKE_DVC = """
 import os, subprocess, sys

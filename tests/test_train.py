@@ -22,6 +22,7 @@ from tinygpt.train.checkpoint import CODE, Checkpoints, fingerprint
 from tinygpt.train.config import TrainParams
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.loss import next_token_loss
+from tinygpt.train.norms import part_norms
 from tinygpt.train.optim import build_optimizer, decayed_names, load_optimizer_tensors, optimizer_tensors
 from tinygpt.train.publish import publish
 from tinygpt.train.schedules import dropout_frac_at, lr_at
@@ -216,6 +217,18 @@ def test_training_lowers_the_loss_and_keeps_the_best_and_the_last_weights():
     assert same(trained.best, trained.last)
 
 
+def test_norms_of_parts_make_up_the_norm_of_the_whole():
+    model = tiny_model(tie_weights=False)
+    next_token_loss(model(random_ids(2, 9)), random_ids(2, 9, seed=1)).backward()
+    norms = part_norms(model)
+    assert list(norms) == ["tok_emb", "block_0", "block_1", "norm", "lm_head"]
+    whole = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    torch.testing.assert_close(torch.stack([*norms.values()]).norm(), whole)
+    rows = train().progress.norms
+    assert [row["step"] for row in rows] == [4, 8, 10]
+    assert all(row["block_1"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("config", [{}, {"dropout": 0.2}, {"tie_weights": False, "bias": "all"}])
 def test_a_run_cut_anywhere_ends_with_the_same_bits(config, tmp_path, monkeypatch):
     undisturbed = train("undisturbed", **config)
@@ -395,6 +408,7 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path):
         "model/model.safetensors",
         "model/training.json",
         "reports/train.csv",
+        "reports/train_norms.csv",
         "reports/train_samples.md",
     ]
     header, *rows = files[0]["reports/train.csv"].decode().splitlines()

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, must_exist
@@ -58,12 +61,23 @@ def read_curve(path: Path) -> pd.DataFrame:
     return curve
 
 
-def write_plots(curve: pd.DataFrame, folder: Path, params: PlotParams) -> list[str]:
+def read_norms(path: Path) -> pd.DataFrame:
+    """reports/train_norms.csv as a table.  Raises UserError when it is missing or no such table."""
+    try:
+        norms = pd.read_csv(must_exist(path, stage="train"))
+    except ValueError as error:
+        raise UserError(f"{path} is no CSV ({error}): run `dvc repro train`") from None
+    if norms.columns[:1].tolist() != ["step"] or len(norms.columns) < 2 or norms.empty:
+        raise UserError(f"{path} must have a column step, one for each part, and a row: run `dvc repro train`")
+    return norms
+
+
+def write_plots(curve: pd.DataFrame, norms: pd.DataFrame, folder: Path, params: PlotParams) -> list[str]:
     """Write every figure in every format; return the names of the files."""
     names = []
     with mpl.rc_context(STYLE), atomic_folder(folder) as partial:
-        for name, plot in FIGURES.items():
-            figure = plot(curve, params)
+        figures = {name: plot(curve, params) for name, plot in FIGURES.items()} | {"norms": plot_norms(norms)}
+        for name, figure in figures.items():
             for extension in params.formats:
                 names.append(f"{name}.{extension}")
                 figure.savefig(partial / names[-1], dpi=params.dpi, metadata=NO_DATE[extension])
@@ -95,6 +109,31 @@ def plot_optimizer(curve: pd.DataFrame, params: PlotParams) -> Figure:
     below.plot(curve.step, curve.grad_norm, color=GREY, linewidth=0.9)
     below.set(xlabel="step", ylabel="gradient norm\n(before clipping)", yscale="log")
     return figure
+
+
+def plot_norms(norms: pd.DataFrame) -> Figure:
+    """The gradient of each part at each look: a column for a step, a row for a part, the first one below."""
+    parts = norms.columns[1:]
+    figure = Figure(figsize=(7, 1.4 + 0.3 * len(parts)), layout="constrained")
+    axes = figure.subplots()
+    values = norms[parts].to_numpy(float).T
+    low, high = _limits(values)
+    shown = np.maximum(values, low)  # a zero has no logarithm
+    image = axes.imshow(shown, aspect="auto", origin="lower", cmap="cividis", norm=LogNorm(low, high))
+    every = max(1, len(norms) // 8)
+    axes.set_xticks(range(0, len(norms), every), [f"{step:,}" for step in norms.step[::every]])
+    axes.set_yticks(range(len(parts)), parts)
+    axes.grid(visible=False)
+    axes.set(xlabel="step", title="Gradient norm by part")
+    figure.colorbar(image, ax=axes, label="2-norm, before clipping")
+    return figure
+
+
+def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The smallest and largest of the numbers above zero, a little apart."""
+    positive = values[values > 0]
+    low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    return float(low), float(max(high, low * 1.01))
 
 
 FIGURES = {"loss": plot_loss, "optimizer": plot_optimizer}

@@ -39,6 +39,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     rows: list[dict[str, float | None]] = dataclasses.field(default_factory=list)  # the curve
+    norms: list[dict[str, float]] = dataclasses.field(default_factory=list)  # of gradients by part, at each look
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # texts written on the way
     best_step: int = 0
     best_val_loss: float | None = None

@@ -25,8 +25,9 @@ def publish(trained: Trained, trainer: Trainer, model_dir: Path, reports_dir: Pa
             save_tensors(folder / "adapter.safetensors", trained.trained)
         write_json(folder / "training.json", dataclasses.asdict(trainer.params))
     progress = trained.progress
-    with atomic_write(reports_dir / "train.csv") as file:
-        pd.DataFrame(progress.rows).to_csv(file, index=False, lineterminator="\n", float_format="%.8g")
+    for name, rows in (("train.csv", progress.rows), ("train_norms.csv", progress.norms)):
+        with atomic_write(reports_dir / name) as file:
+            pd.DataFrame(rows).to_csv(file, index=False, lineterminator="\n", float_format="%.8g")
     with atomic_write(reports_dir / "train_samples.md") as file:
         file.write("# Samples written while training\n")
         for sample in progress.samples:

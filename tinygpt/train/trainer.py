@@ -27,6 +27,7 @@ from tinygpt.train.checkpoint import Checkpoints, Progress
 from tinygpt.train.config import TrainParams
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.loss import next_token_loss
+from tinygpt.train.norms import part_norms
 from tinygpt.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from tinygpt.train.schedules import dropout_frac_at, lr_at
 
@@ -83,6 +84,7 @@ class Trainer:
         self.row_every = math.ceil(params.max_steps / MAX_ROWS)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
+        self.part_norms: dict[str, Tensor] = {}  # of the last step, before clipping
 
     def fit(self) -> Trained:
         """Train to the last step.  Raises Stopped on request, UserError when the loss is no number any more."""
@@ -129,6 +131,7 @@ class Trainer:
             part_loss = self._loss(part) * (len(part) / len(ids))
             part_loss.backward()
             loss += part_loss.detach()
+        self.part_norms = part_norms(self.model)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip)
         self._count(step, loss.item(), grad_norm.item())
         self.optimizer.step()
@@ -161,6 +164,8 @@ class Trainer:
                 text = self.write_sample(self.model)
                 self.progress.samples.append({"step": self.progress.step, "text": text})
         self.model.train()
+        norms = {part: norm.item() for part, norm in self.part_norms.items()}
+        self.progress.norms.append({"step": self.progress.step, **norms})
         best = self.progress.best_val_loss
         if best is None or val_loss < best:
             self.progress.best_val_loss, self.progress.best_step = val_loss, self.progress.step
