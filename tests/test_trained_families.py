@@ -1,0 +1,133 @@
+"""A trained model of every family writes the same in PyTorch, transformers and llama.cpp, after text of any script."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from conftest import prose, tiny_config
+from transformers import AutoModelForCausalLM
+
+from tinygpt.export.gguf import export_gguf
+from tinygpt.export.hf import export_hf
+from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.generate import stream
+from tinygpt.generate.sampling import Sampling
+from tinygpt.model import GPT
+from tinygpt.train.loss import next_token_loss
+
+pytestmark = pytest.mark.slow
+
+N_NEW, N_TOP, STEPS = 64, 5, 150
+PROMPTS = ["the naïve façade über", "中文 данные 42", "returns a list’s 🙂 file"]
+LAYERNORM = {"norm": "layernorm"}
+GELU = LAYERNORM | {"mlp": "gelu"}
+# Those that transformers has no class for, or llama.cpp no architecture, go without it.
+FAMILIES = {
+    "gpt2": (GELU | {"position": "learned", "bias": "all", "tie_weights": True}, True, True),
+    "llama": ({"n_kv_head": 2}, True, True),
+    "llama, window": ({"window": 24, "bias": "none"}, True, True),
+    "qwen3": ({"qk_norm": True, "bias": "qkv", "head_dim": 24}, True, True),
+    "starcoder2": (GELU | {"bias": "all", "n_kv_head": 1}, True, True),
+    "phi2": (GELU | {"bias": "all", "parallel_block": True}, True, True),
+    "stablelm": (LAYERNORM | {"qk_norm": True, "bias": "qkv", "n_kv_head": 2}, True, True),
+    "stablelm, parallel": (LAYERNORM | {"parallel_block": True}, True, True),
+    "arcee": ({"mlp": "relu2", "tie_weights": False}, True, True),
+    "arcee, gelu": ({"mlp": "gelu"}, True, False),
+    "plamo": ({"parallel_block": True, "bias": "qkv"}, False, True),
+}
+
+
+def trained(changes, tokenizer) -> GPT:
+    """A model that has learned something of `prose`: its choices are clear."""
+    model = GPT(tiny_config(**{"n_embd": 64, "block_size": 128} | changes), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor(tokenizer.encode(prose(4000, seed=1)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    places = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        begin = torch.randint(len(ids) - 65, (8, 1), generator=places)
+        batch = ids[begin + torch.arange(65)]
+        loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 4.2  # 5.7 at first
+    return model.eval()
+
+
+def top(logits) -> tuple[list[int], np.ndarray]:
+    """The likeliest tokens and their log-probabilities."""
+    found = torch.as_tensor(logits).log_softmax(-1).topk(N_TOP)
+    return found.indices.tolist(), found.values.numpy()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_continuation_and_the_same_likeliest_tokens(name, tmp_path, tiny_tokenizer):
+    changes, in_transformers, in_llama_cpp = FAMILIES[name]
+    model = trained(changes, tiny_tokenizer)
+    prompts = [[tiny_tokenizer.eos_id, *tiny_tokenizer.encode(prompt)] for prompt in PROMPTS]
+    with torch.inference_mode():
+        ours = [top(model(torch.tensor([ids]))[0, -1]) for ids in prompts]
+    texts = [greedy(model, ids) for ids in prompts]
+    assert len({tuple(text) for text in texts}) > 1
+    within = 1e-2 if changes.get("mlp") == "gelu" else 1e-3
+
+    if in_transformers:
+        tiny_tokenizer.save(tmp_path)
+        export_hf(model, tiny_tokenizer, tmp_path, tmp_path / "hf")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+        for ids, expected, text in zip(prompts, ours, texts, strict=True):
+            with torch.inference_mode():
+                found = top(theirs(torch.tensor([ids])).logits[0, -1])
+                prompt = torch.tensor([ids])
+                mask = torch.ones_like(prompt)  # else a first <|endoftext|> would be taken for padding
+                written = theirs.generate(
+                    prompt,
+                    attention_mask=mask,
+                    max_new_tokens=N_NEW,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            assert found[0] == expected[0]
+            np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+            assert_same_choices(model, ids, text, written[0, len(ids) :].tolist(), 1e-4)
+    if in_llama_cpp:
+        export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
+        with LlamaCpp(tmp_path / "m.gguf") as llama:
+            for ids, expected, text in zip(prompts, ours, texts, strict=True):
+                found = top(llama.logits(ids)[-1])
+                assert found[0] == expected[0]
+                np.testing.assert_allclose(found[1], expected[1], atol=within)
+                assert_same_choices(model, ids, text, llama.greedy(ids, N_NEW), within)
+
+
+def assert_same_choices(model: GPT, prompt: list[int], ours: list[int], theirs: list[int], within: float) -> None:
+    """Equal to the end, or to a step at which two tokens were so near to each other that rounding chose."""
+    differing = [i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
+    if differing:
+        first = differing[0]
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([prompt + ours[:first]]))[0, -1].log_softmax(-1)
+        assert logprobs[ours[first]] - logprobs[theirs[first]] < 2 * within, f"token {first}"
+
+
+def greedy(model: GPT, ids: list[int]) -> list[int]:
+    """The likeliest continuation, each token from the whole context."""
+    ids = list(ids)
+    with torch.inference_mode():
+        for _ in range(N_NEW):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[-N_NEW:]
+
+
+def test_the_stream_of_the_command_line_is_that_continuation(tiny_tokenizer):
+    model = trained({}, tiny_tokenizer)
+    text = "".join(
+        stream(model, tiny_tokenizer, PROMPTS[0], max_new_tokens=N_NEW, sampling=Sampling(temperature=0, seed=0))
+    )
+    ids = [*tiny_tokenizer.border_ids, *tiny_tokenizer.encode(PROMPTS[0])]
+    expected = tiny_tokenizer.decode(greedy(model, ids))
+    assert text == expected or expected.startswith(text)  # the stream ends at the end of a text
