@@ -10,6 +10,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate import stream
 from tinygpt.generate.sampling import Sampling
 from tinygpt.model import load_model
+from tinygpt.model.quantize import KINDS, quantize
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.tokenizer import load_tokenizer
 
@@ -21,6 +22,9 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0 = all")
     command.add_argument("--top-p", type=float, default=0.95, help="only this much probability (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    command.add_argument(
+        "--quantize", choices=list(KINDS), help="weights of one byte or half of one: less memory, faster"
+    )
     command.add_argument("--model", type=Path, default=Path("data/model"), help="folder (default: %(default)s)")
     command.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer"), help="folder (default: %(default)s)")
 
@@ -34,6 +38,8 @@ class Writer:
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens must be at least 1, found {args.max_new_tokens}")
         self.model, self.tokenizer = load_model(args.model), load_tokenizer(args.tokenizer)
+        if args.quantize:
+            quantize(self.model, args.quantize)
         if self.tokenizer.vocab_size != self.model.config.vocab_size:
             raise UserError(
                 f"{args.model} knows {self.model.config.vocab_size} tokens and {args.tokenizer} "

@@ -1,0 +1,76 @@
+"""Weights of one byte and of half of one: near the weights, smaller, and the same for any number of tokens at once."""
+
+import pytest
+import torch
+from conftest import FAMILIES, random_ids, tiny_model
+from torch import nn
+
+from tinygpt.errors import UserError
+from tinygpt.model.kv_cache import KVCache
+from tinygpt.model.quantize import KINDS, Int4Linear, Int8Linear, n_bytes, quantize
+
+ERRORS = {"int8": 0.01, "int4": 0.11}  # of Gaussian weights: 0.5 % and 7 %, and bfloat16
+
+
+def layer(n_in: int = 96, n_out: int = 48, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(n_in, n_out, bias=bias).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_near_those_of_the_weights(kind, bias):
+    linear = layer(bias=bias)
+    quantized = KINDS[kind](linear)
+    for shape in ((96,), (1, 1, 96), (2, 5, 96), (3, 40, 96)):
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            expected, found = linear(x), quantized(x)
+        assert found.shape == expected.shape
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() / expected.norm() < ERRORS[kind]
+
+
+def test_what_has_few_values_is_held_exactly():
+    linear = layer(32, 16, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-7, 9, (16, 32)).float())
+        linear.weight[:, 0], linear.weight[:, 1] = -7, 8  # so that every group and row spans the same steps
+    eye = torch.eye(32)
+    assert torch.equal(Int4Linear(linear)(eye), linear(eye))
+    with torch.no_grad():
+        linear.weight[:, 2] = 127
+    assert torch.equal(Int8Linear(linear)(eye), linear(eye))
+
+
+def test_a_row_of_zeros_stays_zero():
+    linear = layer(bias=False)
+    with torch.no_grad():
+        linear.weight.zero_()
+    for kind in KINDS.values():
+        assert not kind(linear)(torch.randn(3, 96)).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantized_model_is_smaller_near_and_works_with_a_cache(kind, family):
+    changes = FAMILIES[family] | {"n_embd": 64, "tie_weights": True, "vocab_size": 304}
+    model, ids = tiny_model(**changes), random_ids(1, 20)
+    with torch.inference_mode():
+        before, size = model(ids).log_softmax(-1), n_bytes(model)
+        quantize(model, kind)
+        after = model(ids).log_softmax(-1)
+        assert n_bytes(model) < 0.75 * size
+        assert (after - before).square().mean().sqrt() < {"int8": 0.1, "int4": 1.5}[kind] * before.std()
+        cache = KVCache(model.config, max_tokens=20)
+        parts = [model(part, cache) for part in ids.split([7, 1, 1, 11], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1).log_softmax(-1), after, atol=0.1, rtol=0.05)
+    assert isinstance(model.lm_head, KINDS[kind])
+    assert isinstance(model.tok_emb, nn.Embedding)  # which shared its matrix with the head
+
+
+def test_int4_refuses_what_its_blocks_do_not_fit():
+    with pytest.raises(UserError, match=r"int4 needs rows that are multiples of 32 long .* take int8"):
+        quantize(tiny_model(n_hidden=50), "int4")
+    with pytest.raises(UserError, match="which lm_head has not"):
+        quantize(tiny_model(n_embd=64, vocab_size=300, tie_weights=False), "int4")

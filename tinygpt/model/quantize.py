@@ -1,0 +1,105 @@
+"""Linear layers whose weights take one byte or half of one, put in place of a trained model's to generate with it.
+
+Weights are rounded to the nearest step, each row (int8) or group of GROUP columns (int4) with a step of its own, as in
+Dettmers et al., https://arxiv.org/abs/2208.07339, without its outliers. Products are bfloat16 on the CPU, by PyTorch's
+kernels for such weights; elsewhere weights become floats again on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinygpt.errors import UserError
+from tinygpt.model.gpt import GPT
+
+GROUP = 32  # columns of int4 that share a step: the smallest that the kernel takes
+ROWS = 16  # of int4 the kernel takes as a multiple
+
+
+class Int8Linear(nn.Module):
+    """weight ≈ step · q, q in [-127, 127], a step for each row."""
+
+    q: Tensor
+    step: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        step = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (out,)
+        self.register_buffer("q", (weight / step[:, None]).round().to(torch.int8))
+        self.register_buffer("step", step)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)"""
+        y = _flat(self._product, x) * self.step
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.linear(x, self.q.to(x.dtype))
+        ones = torch.ones(len(self.step), dtype=torch.bfloat16)  # rows are scaled in float32 instead
+        return torch._weight_int8pack_mm(x.bfloat16(), self.q, ones).to(x.dtype)
+
+
+class Int4Linear(nn.Module):
+    """weight ≈ step · (q - 8) + middle, q in [0, 15], a step and a middle for each group of a row."""
+
+    packed: Tensor
+    steps: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        groups = weight.unflatten(1, (-1, GROUP))  # (out, in / GROUP, GROUP)
+        low, high = groups.amin(-1), groups.amax(-1)
+        step = ((high - low) / 15).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16().float()
+        middle = (low + 8 * step).bfloat16().float()
+        q = ((groups - middle[..., None]) / step[..., None] + 8).round().clamp(0, 15).to(torch.int32).flatten(1)
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.cpu(), 1))
+        self.register_buffer("steps", torch.stack([step, middle], -1).transpose(0, 1).contiguous().bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)"""
+        y = _flat(self._product, x)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.packed, GROUP, self.steps)
+        return torch.as_tensor(y, dtype=x.dtype)
+
+
+def _flat(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A product of (rows, in) for any number of dimensions."""
+    return product(x.reshape(-1, x.size(-1))).reshape(*x.shape[:-1], -1)
+
+
+KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def quantize(model: GPT, kind: str) -> None:
+    """Put such layers in place of all linear ones, the head included; embeddings and norms stay.
+
+    Raises UserError where int4 does not fit.
+    """
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    odd = [name for name, linear in linears if linear.in_features % GROUP or linear.out_features % ROWS]
+    if kind == "int4" and odd:
+        raise UserError(
+            f"int4 needs rows that are multiples of {GROUP} long and {ROWS} in number, which {odd[0]} has not: "
+            "take int8"
+        )
+    for name, linear in linears:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, KINDS[kind](linear))
+
+
+def n_bytes(model: GPT) -> int:
+    """Memory of all weights, one that two layers share counted once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.nbytes for tensor in tensors.values())
