@@ -84,6 +84,13 @@ def test_a_refusal_names_the_program_and_the_nearest_change():
     assert "off with export.hf=false" in str(caught.value)
 
 
+def test_no_advice_asks_for_more_than_another_one_does():
+    with pytest.raises(ParamsError) as caught:
+        check_export(tiny_config(position="learned", qk_norm=True), BOTH)
+    assert "set model.position=rope, or" in str(caught.value)
+    assert "model.position=rope and" not in str(caught.value)
+
+
 def test_a_head_width_of_its_own_is_refused_where_a_family_derives_it():
     config = tiny_config(norm="layernorm", mlp="gelu", head_dim=12)
     with pytest.raises(ParamsError, match=r"set model\.head_dim=null"):

@@ -103,7 +103,8 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
         alternatives = [_common(a, family.switches) for a in alternatives for family in target.families]
         alternatives = [a for a in alternatives if all(a.values())]
     misfits = sorted((_misfit(found, a) for a in alternatives), key=len)
-    advice = [*dict.fromkeys(map(_settings, misfits))][:N_ADVICE]
+    smallest = [m for i, m in enumerate(misfits) if not any(known.keys() <= m.keys() for known in misfits[:i])]
+    advice = [_settings(misfit) for misfit in smallest[:N_ADVICE]]
     lacking = [target for target in targets if find_family(target.families, config) is None]
     names = " and ".join(target.name for target in lacking)
     off = " and ".join(target.off for target in lacking)
