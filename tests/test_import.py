@@ -123,6 +123,7 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
         ({"hidden_act": "relu"}, "activation relu, covered are gelu_pytorch_tanh, silu"),
         ({"num_key_value_heads": 3}, "must be a multiple of model.n_kv_head=3"),
         ({"hidden_size": None}, "it has no hidden_size"),
+        ({"hidden_size": "32"}, "has a value of another type"),
         ({"num_hidden_layers": 5}, r"blocks.4.attn.k_proj.weight is missing"),
         ({"intermediate_size": 40}, r"gate_proj.weight is \(48, 32\), expected \(40, 32\)"),
     ],

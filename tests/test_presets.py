@@ -68,6 +68,11 @@ def test_the_command_lists_applies_and_helps(params):
     assert (wrong.returncode, wrong.stdout) == (1, "error: there is no preset smal (did you mean small?)\n")
 
 
+def test_a_base_that_is_not_there_is_told(params):
+    wrong = run("python -m tinygpt preset base", params.parent, PYTHONPATH=str(ROOT))
+    assert wrong.stdout.startswith("error: data/base is empty: run `python -m tinygpt import-hf FOLDER`")
+
+
 def test_a_preset_that_does_not_fit_leaves_params_as_they_are(params):
     before = params.read_bytes()
     with pytest.raises(ParamsError, match="must be a multiple of model.n_head=3"):

@@ -22,7 +22,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--plot",
         type=Path,
-        default=Path("reports/plots/attention.png"),
+        default=Path("reports/attention.png"),
         help=".png or .svg; the page beside it ends in .html (default: %(default)s)",
     )
 
@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot.suffix[1:] not in NO_DATE:
         raise UserError(f"--plot {args.plot}: the name must end in .{' or .'.join(NO_DATE)}")
     model, tokenizer = load_model(args.model), load_tokenizer(args.tokenizer)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(f"{args.model} and {args.tokenizer} are of different runs: run `dvc repro`")
     ids = [*tokenizer.border_ids, *tokenizer.encode(args.prompt)]
     if len(ids) > model.config.block_size:
         raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")

@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
         for name, path in files.items():
             print(f"{name:{width}}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
         return
+    if args.name == "base" and not BASE.exists():
+        raise UserError("data/base is empty: run `python -m tinygpt import-hf FOLDER` or `python -m tinygpt promote`")
     if args.name not in files:
         near = difflib.get_close_matches(args.name, files, n=1)
         raise UserError(

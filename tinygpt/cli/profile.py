@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
     """Print the costs; leave with status 1 when the run will not fit."""
     params = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
     model_params, train, runtime, tokenizer = params
-    vocab_size = load_tokenizer(TOKENIZER_FILE).vocab_size if TOKENIZER_FILE.exists() else tokenizer.vocab_size
+    learned = tokenizer.kind == "bpe" and tokenizer.from_file is None  # then it has as many tokens as params.yaml says
+    found = TOKENIZER_FILE.exists() and not learned
+    vocab_size = load_tokenizer(TOKENIZER_FILE).vocab_size if found else tokenizer.vocab_size
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
     micro = min(runtime.micro_batch_size or train.batch_size, train.batch_size)
     device = open_device(runtime)

@@ -21,9 +21,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer"), help="folder (default: %(default)s)")
     command.add_argument("--against", type=Path, help="another tokenizer.json, such as GPT-2's, on the same text")
     command.add_argument("--text", type=Path, default=Path("data/clean"), help="folder (default: %(default)s)")
-    command.add_argument(
-        "--plot", type=Path, default=Path("reports/plots/tokenizer.png"), help="file (default: %(default)s)"
-    )
+    command.add_argument("--plot", type=Path, default=Path("reports/tokenizer.png"), help="file (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

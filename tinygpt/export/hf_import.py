@@ -48,6 +48,8 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         fields = _gpt2_fields(document) if family.name == "gpt2" else _rope_fields(document, family)
     except KeyError as error:
         problems.append(f"it has no {error.args[0]}")
+    except TypeError as error:
+        problems.append(f"it has a value of another type ({error})")
     if problems:
         raise UserError(f"{folder / 'config.json'} is no model that can be taken: {'; '.join(problems)}")
     tensors = _read_tensors(folder, family)
@@ -56,6 +58,8 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         try:
             config = GPTConfig(**fields, bias=bias, norm_eps=float(document[family.eps]))
             return config, revert_layout(tensors, config, family.layout)
+        except TypeError as error:
+            raise UserError(f"{folder / 'config.json'}: it has a value of another type ({error})") from None
         except ParamsError as error:
             raise UserError(f"{folder / 'config.json'}: {error}") from None
         except UserError as error:
