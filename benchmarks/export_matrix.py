@@ -25,8 +25,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from tinygpt.export.coverage import BIASES, CORE
-from tinygpt.export.family import find_family
+from tinygpt.export.coverage import CORE
+from tinygpt.export.family import ANY_BIAS, find_family
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import export_hf
@@ -102,7 +102,7 @@ def run(windows: Windows = PLAIN, head_dim: int | None = None) -> Found:
     transformers.logging.set_verbosity_error()
     tokenizer = Tokenizer([*BYTE_TO_CHAR, EOS], [], {EOS: 256})
     found: Found = defaultdict(lambda: defaultdict(list))
-    variants = list(product(product(*CORE.values()), windows, BIASES, (4, 2, 1), (False, True)))
+    variants = list(product(product(*CORE.values()), windows, ANY_BIAS, (4, 2, 1), (False, True)))
     for core, (window, full_every), bias, n_kv_head, tied in tqdm(variants):
         switches = SIZES | dict(zip(CORE, core, strict=True)) | {"window": window, "full_every": full_every}
         switches["head_dim"] = head_dim

@@ -9,6 +9,7 @@ Tokens a second are of generation one by one with the KV cache, batch 1: the med
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -16,36 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinygpt.evaluate.perplexity import scored_nll, token_logprobs
+from tinygpt.evaluate.perplexity import llamacpp_report
 from tinygpt.model import GPT, GPTConfig, load_model
+from tinygpt.model.config import ModelParams, config_fields
 from tinygpt.model.kv_cache import KVCache
 from tinygpt.model.quantize import KINDS, n_bytes, quantize
+from tinygpt.params import load_params
 from tinygpt.tokens import load_tokens
 
 N_STEPS = 200
-LARGE: dict[str, Any] = {
-    "vocab_size": 8192,
-    "n_layer": 6,
-    "n_head": 6,
-    "n_kv_head": None,
-    "n_embd": 384,
-    "head_dim": None,
-    "n_hidden": None,
-    "block_size": 256,
-    "position": "rope",
-    "rope_theta": 10000.0,
-    "norm": "rmsnorm",
-    "norm_eps": 1e-5,
-    "mlp": "swiglu",
-    "parallel_block": False,
-    "window": None,
-    "full_every": None,
-    "bias": "none",
-    "qk_norm": False,
-    "tie_weights": True,
-    "dropout": 0.0,
-    "attention": "sdpa",
-}
+N_TOKENS = 4096
+LARGE: dict[str, Any] = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "tie_weights": True}
+DERIVED: dict[str, Any] = {"n_kv_head": None, "head_dim": None, "n_hidden": None}
+VOCAB_SIZE = 8192
+
+
+def large_model() -> GPT:
+    """The model of params.yaml, larger."""
+    params = dataclasses.replace(load_params(ModelParams), **LARGE, **DERIVED)
+    return GPT(GPTConfig(**config_fields(params), vocab_size=VOCAB_SIZE)).eval()
 
 
 def tokens_per_second(model: GPT) -> float:
@@ -63,12 +53,9 @@ def tokens_per_second(model: GPT) -> float:
 
 
 def perplexity(model: GPT) -> float:
-    """Of the first 4096 test tokens, by llama-perplexity's protocol."""
-    size = model.config.block_size
-    ids = load_tokens("data/tokens", "test")[:4096].astype(np.int64)
-    chunks = ids[: len(ids) // size * size].reshape(-1, size)
-    nll = [scored_nll(token_logprobs(model, chunk), chunk) for chunk in chunks]
-    return float(np.exp(np.mean(nll, dtype=np.float64)))
+    """Of the first N_TOKENS test tokens, by llama-perplexity's protocol."""
+    tokens = load_tokens("data/tokens", "test")[:N_TOKENS]
+    return float(llamacpp_report(model, tokens, n_ctx=model.config.block_size)["ppl"])
 
 
 def main() -> None:
@@ -80,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print("| weights | memory | tokens a second | perplexity |\n|---|---|---|---|")
     for kind in ("float32", *KINDS):
-        model = GPT(GPTConfig(**LARGE)).eval() if args.large else load_model(Path("data/model"))
+        model = large_model() if args.large else load_model(Path("data/model"))
         if kind != "float32":
             quantize(model, kind)
         ppl = "" if args.large else f"{perplexity(model):.2f}"

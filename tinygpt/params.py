@@ -141,6 +141,11 @@ def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "") -> T:
     return cls(**values)
 
 
+def yaml_text(value: Any) -> str:
+    """A plain value as params.yaml has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} not found: run this from the project's top folder")

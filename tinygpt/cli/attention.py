@@ -6,19 +6,17 @@ import argparse
 from pathlib import Path
 
 from tinygpt.cli.encode import visible
+from tinygpt.cli.model import add_folder_options, load_folders
 from tinygpt.errors import UserError
 from tinygpt.evaluate.attention import attention_maps
-from tinygpt.model import load_model
 from tinygpt.report.attention import attention_page, plot_attention
 from tinygpt.report.plots import NO_DATE
-from tinygpt.tokenizer import load_tokenizer
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """What the command takes."""
     command.add_argument("--prompt", required=True, help="the text to look at")
-    command.add_argument("--model", type=Path, default=Path("data/model"), help="folder (default: %(default)s)")
-    command.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer"), help="folder (default: %(default)s)")
+    add_folder_options(command)
     command.add_argument(
         "--plot",
         type=Path,
@@ -31,15 +29,13 @@ def run(args: argparse.Namespace) -> None:
     """Write the picture and the page."""
     if args.plot.suffix[1:] not in NO_DATE:
         raise UserError(f"--plot {args.plot}: the name must end in .{' or .'.join(NO_DATE)}")
-    model, tokenizer = load_model(args.model), load_tokenizer(args.tokenizer)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(f"{args.model} and {args.tokenizer} are of different runs: run `dvc repro`")
+    model, tokenizer = load_folders(args)
     ids = [*tokenizer.border_ids, *tokenizer.encode(args.prompt)]
     if len(ids) > model.config.block_size:
         raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")
     tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
     maps = attention_maps(model, ids)
     plot_attention(maps, tokens, args.plot)
-    attention_page(maps, tokens, args.plot.with_suffix(".html"))
     page = args.plot.with_suffix(".html")
+    attention_page(maps, tokens, page)
     print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")

@@ -9,10 +9,10 @@ from pathlib import Path
 from tinygpt.errors import UserError
 from tinygpt.generate import stream
 from tinygpt.generate.sampling import Sampling
-from tinygpt.model import load_model
+from tinygpt.model import GPT, load_model
 from tinygpt.model.quantize import KINDS, quantize
 from tinygpt.params import ParamsError, from_mapping
-from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -25,8 +25,24 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--quantize", choices=list(KINDS), help="weights of one byte or half of one: less memory, faster"
     )
+    add_folder_options(command)
+
+
+def add_folder_options(command: argparse.ArgumentParser) -> None:
+    """Where the model and its tokenizer are."""
     command.add_argument("--model", type=Path, default=Path("data/model"), help="folder (default: %(default)s)")
     command.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer"), help="folder (default: %(default)s)")
+
+
+def load_folders(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
+    """The model and its tokenizer.  Raises UserError when one is missing or they do not belong together."""
+    model, tokenizer = load_model(args.model), load_tokenizer(args.tokenizer)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{args.model} knows {model.config.vocab_size} tokens and {args.tokenizer} {tokenizer.vocab_size}: "
+            "they are of different runs; run `dvc repro`"
+        )
+    return model, tokenizer
 
 
 class Writer:
@@ -37,14 +53,9 @@ class Writer:
         self.sampling, self.max_new_tokens = _read_sampling(args), args.max_new_tokens
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens must be at least 1, found {args.max_new_tokens}")
-        self.model, self.tokenizer = load_model(args.model), load_tokenizer(args.tokenizer)
+        self.model, self.tokenizer = load_folders(args)
         if args.quantize:
             quantize(self.model, args.quantize)
-        if self.tokenizer.vocab_size != self.model.config.vocab_size:
-            raise UserError(
-                f"{args.model} knows {self.model.config.vocab_size} tokens and {args.tokenizer} "
-                f"{self.tokenizer.vocab_size}: they are of different runs; run `dvc repro`"
-            )
 
     def answer(self, prompt: str) -> str:
         """Print what follows the prompt piece by piece and return it."""

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
-from tinygpt.params import PARAMS_FILE, check_params
+from tinygpt.params import PARAMS_FILE, check_params, yaml_text
 
 PRESETS = Path("presets")
 BASE = Path("data/base/preset.yaml")  # written with the model there
@@ -60,7 +60,7 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     for group, keys in values.items():
         for key, value in keys.items():
             if document[group][key] != value:
-                changed.append(f"{group}.{key}: {_shown(document[group][key])} -> {_shown(value)}")
+                changed.append(f"{group}.{key}: {yaml_text(document[group][key])} -> {yaml_text(value)}")
                 document[group][key] = value
     text = io.StringIO()
     yaml.dump(document, text)
@@ -82,7 +82,3 @@ def _as_written() -> YAML:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar(NULL, "null"))
     return yaml
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

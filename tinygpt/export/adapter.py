@@ -17,6 +17,7 @@ from torch import Tensor
 from tinygpt.export.card import TRAINING_FILE
 from tinygpt.export.config import ExportParams
 from tinygpt.export.family import family_of
+from tinygpt.export.gguf import write_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.layout import QKV, Layout, leaf, pair_rope, rename, repeat_kv
@@ -81,10 +82,7 @@ def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTCo
         for name, (a, b) in adapter_pairs(adapter, config, family.layout).items():
             writer.add_tensor(f"{name}.weight.lora_a", a.detach().float().cpu().numpy())
             writer.add_tensor(f"{name}.weight.lora_b", b.detach().float().cpu().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_gguf(writer)
 
 
 def adapter_pairs(adapter: Mapping[str, Tensor], config: GPTConfig, layout: Layout) -> dict[str, Pair]:

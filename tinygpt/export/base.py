@@ -16,7 +16,6 @@ from tinygpt.model.weights import save_model
 from tinygpt.tokenizer import Tokenizer
 
 PRESET_FILE = "preset.yaml"
-README = "README.md"  # which is in git, so that the folder is there for DVC to look into
 
 
 def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal
 
 from tinygpt.export.config import ExportParams
-from tinygpt.export.family import Target, find_family, refusal
+from tinygpt.export.family import ANY_BIAS, Target, find_family, refusal
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.model.config import ModelParams
@@ -20,7 +19,6 @@ CORE = {
     "parallel_block": (False, True),
     "qk_norm": (False, True),
 }
-BIASES: tuple[Literal["none", "qkv", "all"], ...] = ("none", "qkv", "all")
 
 
 def check_export(config: ModelParams, export: ExportParams) -> None:
@@ -52,7 +50,7 @@ def coverage_table() -> str:
 def _cell(target: Target, core: dict[str, object]) -> str:
     """The families of a combination, with the biases that they allow."""
     found = {
-        family.name: [bias for bias in BIASES if bias in family.switches["bias"]]
+        family.name: [bias for bias in ANY_BIAS if bias in family.switches["bias"]]
         for family in target.families
         if all(value in family.switches[key] for key, value in core.items()) and "null" in family.switches["window"]
     }

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from tinygpt.errors import UserError
 from tinygpt.export.layout import Layout
 from tinygpt.model.config import GPTConfig, ModelParams
-from tinygpt.params import ParamsError
+from tinygpt.params import ParamsError, yaml_text
 
 N_ADVICE = 2  # changes that a refusal names
-ANY_BIAS = ("none", "qkv", "all")
+Bias = Literal["none", "qkv", "all"]
+ANY_BIAS: tuple[Bias, ...] = ("none", "qkv", "all")  # from fewest to most
 ANY_HEAD_DIM = ("null", "own")  # head_dim = n_embd / n_head, or another
 FULL, ALL, MIXED = "null", "in all layers", "in some layers"  # of window
 
@@ -109,7 +110,7 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
     names = " and ".join(target.name for target in lacking)
     off = " and ".join(target.off for target in lacking)
     found["head_dim"] = config.head_dim if found["head_dim"] == "own" else found["head_dim"]
-    plain = ", ".join(f"model.{key}={_yaml(value)}" for key, value in found.items() if key != "window")
+    plain = ", ".join(f"model.{key}={yaml_text(value)}" for key, value in found.items() if key != "window")
     return f"no model of {names} has {plain}: set {', or '.join(advice)}, or turn that export off with {off}"
 
 
@@ -134,8 +135,4 @@ def _misfit(found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) ->
 
 
 def _settings(changes: Mapping[str, tuple[Any, ...]]) -> str:
-    return " and ".join(f"model.{key}={'|'.join(map(_yaml, allowed))}" for key, allowed in changes.items())
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower()
+    return " and ".join(f"model.{key}={'|'.join(map(yaml_text, allowed))}" for key, allowed in changes.items())

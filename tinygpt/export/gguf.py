@@ -75,7 +75,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type:
         writer.add_quantization_version(QUANTIZATION_VERSION)
         for name, tensor in tensors.items():
             _add_tensor(writer, name, tensor, types[name], weight_type)
-        _write(writer)
+        write_gguf(writer)
     names = {name: kind.name.lower() for name, kind in types.items()}
     return GGUFFile(family.name, n_ctx, bits_per_weight(shapes, types), names)
 
@@ -155,7 +155,8 @@ def _add_tensor(
     writer.add_tensor(name, data, raw_dtype=kind)
 
 
-def _write(writer: GGUFWriter) -> None:
+def write_gguf(writer: GGUFWriter) -> None:
+    """Write all that was added."""
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

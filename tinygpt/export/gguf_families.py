@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinygpt.export.family import ALL, ANY_HEAD_DIM, MIXED, Family, Target, switches
-from tinygpt.export.layout import Layout
-from tinygpt.export.names import FUSED_GGUF_NAMES, GGUF_NAMES
+from tinygpt.export.layout import QKV, Layout
+from tinygpt.export.names import FUSED_GGUF_NAMES, GGUF_NAMES, NORMS
 from tinygpt.model.config import ModelParams
 
-NORMS = ("attn_norm", "mlp_norm", "norm")
 OUTPUTS = ("o_proj", "up_proj", "down_proj")
-QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +28,8 @@ def _window_keys(config: ModelParams) -> dict[str, Any]:
         "attention.sliding_window_pattern": [config.window_of(i) is not None for i in range(config.n_layer)],
     }
 
+
+LLAMA_LAYOUT = Layout(names=GGUF_NAMES, zero_bias={}, adjacent_rope=True)
 
 GGUF_FAMILIES = (
     GGUFFamily(
@@ -69,7 +69,7 @@ GGUF_FAMILIES = (
     GGUFFamily(
         name="llama",
         switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM),
-        layout=Layout(names=GGUF_NAMES, zero_bias={}, adjacent_rope=True),
+        layout=LLAMA_LAYOUT,
     ),
     GGUFFamily(
         name="granite_swa",
@@ -90,7 +90,7 @@ GGUF_FAMILIES = (
     GGUFFamily(
         name="arcee",
         switches=switches("rope", "rmsnorm", "relu2", bias=("none", "qkv"), head_dim=ANY_HEAD_DIM),
-        layout=Layout(names=GGUF_NAMES, zero_bias={}, adjacent_rope=True),
+        layout=LLAMA_LAYOUT,
     ),
 )
 LLAMA_CPP = Target("llama.cpp", GGUF_FAMILIES, "export.gguf=[]")

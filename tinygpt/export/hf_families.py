@@ -8,10 +8,9 @@ from typing import Any
 
 from tinygpt.export.family import ALL, ANY_HEAD_DIM, FULL, MIXED, Family, Target, switches
 from tinygpt.export.layout import Layout
-from tinygpt.export.names import GPT2_NAMES, llama_names
+from tinygpt.export.names import GPT2_NAMES, NORMS, llama_names
 from tinygpt.model.config import ModelParams
 
-NORMS = ("attn_norm", "mlp_norm", "norm")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "swiglu": "silu", "relu2": "relu2"}
 
@@ -104,6 +103,8 @@ def _stablelm_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     }
 
 
+LLAMA_LAYOUT = Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)})  # attention has all biases or none
+
 HF_FAMILIES = (
     HFFamily(
         name="gpt2",
@@ -169,7 +170,7 @@ HF_FAMILIES = (
         eps="rms_norm_eps",
         config=_rope_config,
         switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM),
-        layout=Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)}),
+        layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="mistral",
@@ -177,7 +178,7 @@ HF_FAMILIES = (
         eps="rms_norm_eps",
         config=_window_config,
         switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, bias=("none",), window=(ALL,)),
-        layout=Layout(names=llama_names(), zero_bias={}),
+        layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="qwen3",
@@ -193,7 +194,7 @@ HF_FAMILIES = (
             head_dim=ANY_HEAD_DIM,
             window=(FULL, ALL, MIXED),
         ),
-        layout=Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)}),
+        layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="arcee",
@@ -201,7 +202,7 @@ HF_FAMILIES = (
         eps="rms_norm_eps",
         config=_rope_config,
         switches=switches("rope", "rmsnorm", "relu2", head_dim=ANY_HEAD_DIM) | {"mlp": ("gelu", "relu2")},
-        layout=Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)}),
+        layout=LLAMA_LAYOUT,
     ),
 )
 TRANSFORMERS = Target("transformers", HF_FAMILIES, "export.hf=false")

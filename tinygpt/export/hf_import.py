@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from tinygpt.errors import UserError
+from tinygpt.export.family import ANY_BIAS
 from tinygpt.export.hf_families import ACTIVATIONS, HF_FAMILIES, HFFamily
 from tinygpt.export.reverse import revert_layout
 from tinygpt.model import GPTConfig
@@ -21,7 +22,6 @@ from tinygpt.params import ParamsError
 
 FAMILIES = {family.name: family for family in HF_FAMILIES}
 MLPS = {activation: mlp for mlp, activation in ACTIVATIONS.items()} | {"gelu_new": "gelu", "gelu_fast": "gelu"}
-BIASES: tuple[Literal["none", "qkv", "all"], ...] = ("none", "qkv", "all")  # the first that holds all that is not zero
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # no weights; older files have them
 
 # Values that a model of each family must have, and has where config.json is silent.
@@ -54,7 +54,7 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise UserError(f"{folder / 'config.json'} is no model that can be taken: {'; '.join(problems)}")
     tensors = _read_tensors(folder, family)
     reason = ""
-    for bias in (bias for bias in BIASES if bias in family.switches["bias"]):
+    for bias in (bias for bias in ANY_BIAS if bias in family.switches["bias"]):  # the first that holds what is not zero
         try:
             config = GPTConfig(**fields, bias=bias, norm_eps=float(document[family.eps]))
             return config, revert_layout(tensors, config, family.layout)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+NORMS = ("attn_norm", "mlp_norm", "norm")  # our modules whose bias many programs demand
+
 GGUF_NAMES = {
     "tok_emb": "token_embd",
     "pos_emb": "position_embd",

@@ -15,7 +15,7 @@ from tinygpt.errors import UserError
 from tinygpt.export.layout import QKV, Layout, Tensors, leaf, rename
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import TIED, model_tensors
+from tinygpt.model.weights import TIED, misshapen, model_tensors
 
 KINDS = ("weight", "bias")
 
@@ -34,9 +34,7 @@ def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensor
     tensors = _without_neutral(tensors, expected.keys())
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
     problems += [f"{name} is too much" for name in tensors.keys() - expected.keys()]
-    for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
+    problems += misshapen(tensors, expected)
     if problems:
         raise UserError(f"the tensors do not fit their config: {'; '.join(sorted(problems))}")
     return tensors

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinygpt.evaluate.perplexity import scored_nll, token_logprobs
+from tinygpt.evaluate.perplexity import llamacpp_report, scored_nll, token_logprobs
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
 from tinygpt.export.llamacpp import LlamaCpp
@@ -92,7 +92,7 @@ def check_gguf(
             **compare_logprobs(written, llama, chunks),
             **compare_greedy(written, llama, chunks),
         }
-    measures["ppl_pytorch"] = perplexity_of(model, chunks)
+    measures["ppl_pytorch"] = llamacpp_report(model, chunks.reshape(-1), n_ctx=size)["ppl"]
     measures["ppl_increase"] = measures["ppl"] / measures["ppl_pytorch"] - 1
     allowed = {
         "wrong_tokens": 0,
@@ -119,12 +119,6 @@ def compare_weights(model: GPT, written: GPT) -> float:
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:
     error, size = float((ours.cpu() - theirs).norm()), float(ours.norm())
     return error / size if size else error
-
-
-def perplexity_of(model: GPT, chunks: Ids) -> float:
-    """By llama-perplexity's protocol, in PyTorch.  (N, T) chunks"""
-    nll = [scored_nll(token_logprobs(model, chunk), chunk) for chunk in chunks]
-    return float(np.exp(np.mean(nll, dtype=np.float64)))
 
 
 def count_wrong_tokens(tokenizer: Tokenizer, llama: LlamaCpp, texts: Iterable[str]) -> int:

@@ -62,14 +62,21 @@ def load_model(folder: str | Path) -> GPT:
     return model.eval()
 
 
+def misshapen(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the shapes of the tensors that both have."""
+    return [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected.keys() & tensors.keys()
+        if tensors[name].shape != expected[name].shape
+    ]
+
+
 def load_weights(model: GPT, path: Path) -> None:
     """Copy a safetensors file into `model`.  Raises UserError with all missing, extra and misshapen tensors."""
     tensors, expected = load_tensors(path), model_tensors(model)
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"extra {name}" for name in tensors.keys() - expected.keys()]
-    for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}")
+    problems += misshapen(tensors, expected)
     if problems:
         raise UserError(f"{path} does not fit its config.json: {'; '.join(sorted(problems))}")
     model.load_state_dict(tensors, strict=False)

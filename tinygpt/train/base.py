@@ -10,6 +10,7 @@ from tinygpt.errors import UserError
 from tinygpt.model import GPTConfig, load_model
 from tinygpt.model.config import config_fields
 from tinygpt.model.weights import model_tensors
+from tinygpt.params import yaml_text
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 
 FREE = ("dropout", "attention")  # fields in which the run may differ from its base
@@ -25,7 +26,7 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> dict[str
     base, theirs = load_model(folder), load_tokenizer(folder)
     ours = config_fields(config)
     differing = [
-        f"model.{key}={_shown(ours[key])} there {_shown(value)}"
+        f"model.{key}={yaml_text(ours[key])} there {yaml_text(value)}"
         for key, value in config_fields(base.config).items()
         if key not in (*FREE, "vocab_size") and ours[key] != value
     ]
@@ -36,7 +37,3 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> dict[str
             f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`"
         )
     return model_tensors(base)
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

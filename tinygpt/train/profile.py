@@ -5,8 +5,8 @@ B batch, T tokens, C n_embd, V vocab_size. Sizes are bytes.
 
 from __future__ import annotations
 
-import math
 import os
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -126,7 +126,7 @@ def tokens_per_second(config: GPTConfig, params: TrainParams, device: torch.devi
         optimizer.zero_grad()
         _wait(device)
         times.append(time.perf_counter() - began)
-    return params.batch_size * config.block_size / _median(times[1:])
+    return params.batch_size * config.block_size / statistics.median(times[1:])
 
 
 def peak_flops(device: torch.device) -> float:
@@ -144,7 +144,3 @@ def peak_flops(device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[math.floor(len(values) / 2)]
