@@ -54,6 +54,9 @@ MODELS = {
     "stablelm": transformers.StableLmConfig(**ROPE, rope_parameters=WHOLE, use_qkv_bias=True),
     "stablelm parallel": transformers.StableLmConfig(**ROPE, rope_parameters=WHOLE, use_parallel_residual=True),
     "arcee": transformers.ArceeConfig(**ROPE),
+    "cohere2": transformers.Cohere2Config(
+        **ROPE, logit_scale=1.0, sliding_window=16, layer_types=["sliding_attention"] * 4, rope_parameters=WHOLE
+    ),
 }
 
 
@@ -100,6 +103,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
         {"window": 8},
         {"qk_norm": True, "n_kv_head": 1, "window": 8, "full_every": 2, "norm_eps": 1e-6},
         {"mlp": "relu2", "bias": "all", "rope_theta": 500.0},
+        {"norm": "layernorm", "parallel_block": True, "tie_weights": True, "window": 8, "bias": "qkv"},
     ],
     ids=lambda changes: "-".join(f"{value}" for value in changes.values()),
 )
@@ -130,6 +134,23 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
 )
 def test_what_cannot_be_taken_is_refused(changes, message, tmp_path):
     saved(MODELS["llama"], tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text()) | changes
+    document = {key: value for key, value in document.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=message):
+        read_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logit_scale": None}, "logit_scale=0.0625, not 1.0"),  # what the class takes where config.json is silent
+        ({"layer_types": ["sliding_attention", "full_attention"] * 2}, "a cohere2 is not the same here with window"),
+        ({"use_sliding_window": False}, "a cohere2 is not the same here with window: null"),
+    ],
+)
+def test_a_cohere2_with_layers_that_do_not_rotate_is_refused(changes, message, tmp_path):
+    saved(MODELS["cohere2"], tmp_path)
     document = json.loads((tmp_path / "config.json").read_text()) | changes
     document = {key: value for key, value in document.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(document))

@@ -34,6 +34,7 @@ FAMILIES = {
     "phi2": (GELU | {"bias": "all", "parallel_block": True}, True, True),
     "stablelm": (LAYERNORM | {"qk_norm": True, "bias": "qkv", "n_kv_head": 2}, True, True),
     "stablelm, parallel": (LAYERNORM | {"parallel_block": True}, True, True),
+    "cohere2": (LAYERNORM | {"parallel_block": True, "tie_weights": True, "window": 24}, True, True),
     "arcee": ({"mlp": "relu2", "tie_weights": False}, True, True),
     "arcee, gelu": ({"mlp": "gelu"}, True, False),
     "plamo": ({"parallel_block": True, "bias": "qkv"}, False, True),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinygpt.export.card import TRAINING_FILE
 from tinygpt.export.config import ExportParams
-from tinygpt.export.family import family_of
+from tinygpt.export.family import family_of, find_family
 from tinygpt.export.gguf import write_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf_families import TRANSFORMERS
@@ -32,14 +32,14 @@ Pair = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 
 
 def export_adapters(folder: Path, model_dir: Path, config: GPTConfig, params: ExportParams) -> None:
-    """Write those of a model that was trained with adapters; nothing for another."""
+    """Write those of a model that was trained with adapters, for the programs that know its base as it is."""
     lora = read_json(model_dir / TRAINING_FILE, stage="train")["lora"]
     if lora is None:
         return
     adapter = load_tensors(must_exist(model_dir / ADAPTER_FILE, stage="train"))
-    if params.hf:
+    if params.hf and find_family(TRANSFORMERS.families, config):
         export_peft(folder / "peft", adapter, config, lora)
-    if params.gguf:
+    if params.gguf and find_family(LLAMA_CPP.families, config):
         export_gguf_adapter(folder / "gguf" / "tinygpt-lora.gguf", adapter, config, lora)
 
 

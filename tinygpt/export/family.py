@@ -53,6 +53,7 @@ def switches(position: str, norm: str, mlp: str, **others: tuple[Any, ...]) -> d
         "parallel_block": (False,),
         "qk_norm": (False,),
         "bias": ANY_BIAS,
+        "tie_weights": (False, True),
         "head_dim": ("null",),
         "window": (FULL,),
     }
@@ -69,6 +70,7 @@ def switches_of(config: ModelParams) -> dict[str, Any]:
         "parallel_block": config.parallel_block,
         "qk_norm": config.qk_norm,
         "bias": config.bias,
+        "tie_weights": config.tie_weights,
         "head_dim": "null" if config.head_dim * config.n_head == config.n_embd else "own",
         "window": FULL if windows == {None} else MIXED if None in windows else ALL,
     }

@@ -67,6 +67,20 @@ GGUF_FAMILIES = (
         layout=Layout(names=GGUF_NAMES, zero_bias={"none": NORMS, "qkv": NORMS}, untied=True, head_norms="stacked"),
     ),
     GGUFFamily(
+        name="cohere2",  # rotates where a window is, so it must be in all layers
+        switches=switches(
+            "rope",
+            "layernorm",
+            "swiglu",
+            parallel_block=(True,),
+            bias=("none", "qkv"),
+            tie_weights=(True,),
+            window=(ALL,),
+        ),
+        layout=LLAMA_LAYOUT,
+        keys=_window_keys,
+    ),
+    GGUFFamily(
         name="llama",
         switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM),
         layout=LLAMA_LAYOUT,

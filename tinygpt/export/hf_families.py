@@ -103,6 +103,10 @@ def _stablelm_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     }
 
 
+def _cohere2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
+    return _window_config(config, n_ctx) | {"logit_scale": 1.0}
+
+
 LLAMA_LAYOUT = Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)})  # attention has all biases or none
 
 HF_FAMILIES = (
@@ -163,6 +167,22 @@ HF_FAMILIES = (
             zero_bias={"none": NORMS, "qkv": NORMS},
             head_norms="listed",
         ),
+    ),
+    HFFamily(
+        name="cohere2",  # rotates where a window is, so it must be in all layers
+        cls="Cohere2ForCausalLM",
+        eps="layer_norm_eps",
+        config=_cohere2_config,
+        switches=switches(
+            "rope",
+            "layernorm",
+            "swiglu",
+            parallel_block=(True,),
+            bias=("none", "qkv"),
+            tie_weights=(True,),
+            window=(ALL,),
+        ),
+        layout=Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)}, adjacent_rope=True),
     ),
     HFFamily(
         name="llama",

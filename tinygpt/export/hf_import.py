@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.export.family import ANY_BIAS
+from tinygpt.export.family import ANY_BIAS, find_family, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, HF_FAMILIES, HFFamily
 from tinygpt.export.reverse import revert_layout
 from tinygpt.model import GPTConfig
@@ -25,10 +25,13 @@ MLPS = {activation: mlp for mlp, activation in ACTIVATIONS.items()} | {"gelu_new
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # no weights; older files have them
 
 # Values that a model of each family must have, and has where config.json is silent.
+ROPE_FIXED = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}
 FIXED: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    "cohere2": ROPE_FIXED | {"logit_scale": 1.0},
 }
-ROPE_FIXED = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}
+SILENT: Mapping[str, Mapping[str, Any]] = {"cohere2": {"logit_scale": 0.0625}}  # where that is another value
+TIED_IF_SILENT = ("starcoder2", "cohere2")
 
 
 def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -57,6 +60,7 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     for bias in (bias for bias in ANY_BIAS if bias in family.switches["bias"]):  # the first that holds what is not zero
         try:
             config = GPTConfig(**fields, bias=bias, norm_eps=float(document[family.eps]))
+            _check_switches(config, family)
             return config, revert_layout(tensors, config, family.layout)
         except TypeError as error:
             raise UserError(f"{folder / 'config.json'}: it has a value of another type ({error})") from None
@@ -67,8 +71,18 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     raise UserError(f"{folder}: {reason}")
 
 
+def _check_switches(config: GPTConfig, family: HFFamily) -> None:
+    """Refuse what the class computes in another way than a model of the same switches here."""
+    if find_family([family], config) is None:
+        found = switches_of(config)
+        shown = ", ".join(
+            f"{key}: {found[key]}" for key, allowed in family.switches.items() if found[key] not in allowed
+        )
+        raise UserError(f"a {family.name} is not the same here with {shown}")
+
+
 def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:
-    found = {**document, **(document.get("rope_parameters") or {})}
+    found = {**SILENT.get(family.name, {}), **document, **(document.get("rope_parameters") or {})}
     fixed = FIXED.get(family.name, ROPE_FIXED)
     return [f"{key}={found[key]}, not {value}" for key, value in fixed.items() if key in found and found[key] != value]
 
@@ -111,7 +125,7 @@ def _rope_fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any
         "qk_norm": document.get("qk_layernorm", family.switches["qk_norm"][0]),
         "window": window,
         "full_every": _full_every(document.get("layer_types"), n_layer) if window else None,
-        "tie_weights": document.get("tie_word_embeddings", family.name == "starcoder2"),
+        "tie_weights": document.get("tie_word_embeddings", family.name in TIED_IF_SILENT),
         "vocab_size": document["vocab_size"],
     }
 
