@@ -200,7 +200,7 @@ def load_edited(cls: type, **changes: Any) -> Any:
         (TrainParams, {"grad_clip": 0}, "train.grad_clip"),
         (TrainParams, {"weight_decay": -1}, "train.weight_decay"),
         (TrainParams, {"batch_size": 0}, "train.batch_size"),
-        (TrainParams, {"schedule": "linear"}, "train.schedule"),
+        (TrainParams, {"schedule": "polynomial"}, "train.schedule"),
         (TrainParams, {"precision": "fp8"}, "train.precision"),
         (EvaluateParams, {"split": "train"}, "evaluate.split"),
         (EvaluateParams, {"top_p": 0}, "evaluate.top_p"),

@@ -6,6 +6,7 @@
             weights.safetensors          the model after 500 steps
             optimizer.safetensors
             best.safetensors             the weights of lowest validation loss so far
+            ema.safetensors              the average of the weights, where there is one
             state.json                   the step, the curve so far, and checksums of it all
 
 The folder is no DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
@@ -29,7 +30,7 @@ from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 
 N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
-PARTS = ("weights", "optimizer", "best")
+PARTS = ("weights", "optimizer", "best", "ema")
 CODE = ("tokens.py", "model/*.py", "train/*.py")  # what a trained weight depends on
 
 
@@ -85,7 +86,7 @@ class Checkpoints:
         self._lock.release()
 
     def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Write one checkpoint of the parts "weights", "optimizer" and "best", and drop the oldest."""
+        """Write one checkpoint of the PARTS, and drop the oldest."""
         with atomic_folder(self.folder / f"step-{progress.step:07d}") as folder:
             for part in PARTS:
                 save_tensors(folder / f"{part}.safetensors", tensors[part])

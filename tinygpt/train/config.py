@@ -24,6 +24,14 @@ class LoRAParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EMAParams:
+    """An average of the weights over the last steps, which is evaluated and published in their place."""
+
+    decay: Fraction  # share of the average that a step leaves as it is
+    start: Annotated[int, Within("[0, inf)")]  # steps done before the average begins
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainParams:
     """Everything that decides the trained weights, beside the model and the tokens."""
 
@@ -34,13 +42,24 @@ class TrainParams:
     lora: LoRAParams | None  # adapters that are trained instead of the weights of the base; null = all weights
     max_steps: Count  # optimizer steps
     batch_size: Count  # sequences of model.block_size tokens in one step, over all processes and micro-batches
+    optimizer: Literal["adamw", "adamw8bit", "lion", "muon"]
     lr: Positive  # learning rate at its peak
+    embedding_lr: Positive | None  # that of the embeddings; null = lr
+    head_lr: Positive | None  # that of an untied head; null = lr
+    vector_lr: Positive | None  # that of norms and biases; null = lr
     min_lr_frac: Annotated[float, Within("[0, 1]")]  # learning rate at the last step, as a share of the peak
     warmup_steps: Annotated[int, Within("[0, inf)")]  # steps over which the learning rate rises to its peak
-    schedule: Literal["cosine", "constant"]  # how it goes on after that
-    weight_decay: Annotated[float, Within("[0, inf)")]  # of matrices; biases, norms and embeddings have none
-    betas: tuple[Fraction, Fraction]  # how slowly AdamW forgets the mean and the mean square of gradients
+    schedule: Literal["cosine", "linear", "wsd", "constant"]  # how it goes on after that
+    decay_frac: Annotated[float, Within("(0, 1]")]  # share of the run over which wsd falls, at its end
+    weight_decay: Annotated[float, Within("[0, inf)")]  # of matrices, the head's too; norms and biases have none
+    embedding_weight_decay: Annotated[float, Within("[0, inf)")]  # of embeddings, also where they are the head
+    betas: tuple[Fraction, Fraction]  # how slowly AdamW and Lion forget: the mean, and the mean square of gradients
+    momentum: Fraction  # how slowly Muon forgets the mean of gradients
     grad_clip: Positive  # longest gradient, as the 2-norm over all weights; a longer one is scaled down
+    label_smoothing: Fraction  # share of the target's probability that is spread over all tokens
+    z_loss: Annotated[float, Within("[0, inf)")]  # weight of the squared logarithm of the sum of exp(logits)
+    ema: EMAParams | None  # an average of the weights that is used in their place; null = the weights themselves
+    patience: Count | None  # looks without a lower validation loss after which the run ends; null = never
     anneal_dropout: bool  # model.dropout falls to zero over the run, in a straight line
     precision: Literal["auto", "fp32", "bf16"]  # of products: auto = bf16 on a GPU that has it, else fp32
     eval_every: Count  # steps between two looks at the validation split

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.train.config import TrainParams
 from tinygpt.train.loss import next_token_loss
-from tinygpt.train.optim import build_optimizer
+from tinygpt.train.optim import build_optimizers
 
 FLOAT = 4  # bytes of a float32, in which weights, gradients and AdamW's two means are kept
 MATMUL_SIZE = 2048  # rows of the square matrices that the peak is measured with
@@ -115,15 +115,16 @@ def available_memory(device: torch.device) -> int:
 def tokens_per_second(config: GPTConfig, params: TrainParams, device: torch.device, micro_batch_size: int) -> float:
     """Measured on training steps with random tokens, the first of which does not count."""
     model = GPT(config).to(device)
-    optimizer = build_optimizer(model, params)
+    optimizers = build_optimizers(model, params)
     ids = torch.randint(config.vocab_size, (params.batch_size, config.block_size + 1), device=device)
     times: list[float] = []
     while sum(times[1:]) < MEASURE_S or len(times) < 3:
         began = time.perf_counter()
         for part in ids.split(micro_batch_size):
             (next_token_loss(model(part[:, :-1]), part[:, 1:]) * len(part) / len(ids)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         _wait(device)
         times.append(time.perf_counter() - began)
     return params.batch_size * config.block_size / statistics.median(times[1:])

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +26,12 @@ from tinygpt.tokens import TokenIds
 from tinygpt.train.batches import Batches
 from tinygpt.train.checkpoint import Checkpoints, Progress
 from tinygpt.train.config import TrainParams
+from tinygpt.train.ema import EMA
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.norms import part_norms
-from tinygpt.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from tinygpt.train.schedules import dropout_frac_at, lr_at
+from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
 
 MAX_ROWS = 1000  # of the curve, about: a longer run averages more steps into a row
 
@@ -77,7 +79,8 @@ class Trainer:
         if params.lora is not None:
             seed = torch.Generator().manual_seed(params.seed)
             add_lora(self.model, **dataclasses.asdict(params.lora), generator=seed)
-        self.optimizer = build_optimizer(self.model, params)
+        self.optimizers = build_optimizers(self.model, params)
+        self.ema = EMA(params.ema) if params.ema else None
         self.batches = Batches(train_tokens, seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
         self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
         self.precision = pick_precision(params.precision, device)
@@ -92,6 +95,8 @@ class Trainer:
         start, max_steps = self.progress.step, self.params.max_steps
         with Interrupts() as interrupts, progress("train", total=max_steps, unit="steps", start=start) as bar:
             for step in range(start, max_steps):
+                if self._out_of_patience():
+                    break
                 began = time.perf_counter()
                 self._train_step(step)
                 self.progress.step = done = step + 1
@@ -101,12 +106,14 @@ class Trainer:
                 self.progress.seconds += time.perf_counter() - began
                 if val_loss is not None or self._due(done, self.runtime.log_every):
                     bar.write(self._log_line())
-                if self._due(done, self.params.save_every) or interrupts.requested():
+                finished = done == max_steps or self._out_of_patience()
+                if finished or done % self.params.save_every == 0 or interrupts.requested():
                     self._save()
-                if interrupts.signal is not None and done < max_steps:
+                if interrupts.signal is not None and not finished:
                     raise Stopped(interrupts.signal, f"stopped after step {done}; run it again to go on from there")
                 bar.update(1)
         last = {name: tensor.detach() for name, tensor in trained_tensors(self.model).items()}
+        last |= self.ema.average if self.ema else {}
         last, best = (merged_tensors(self.model, tensors) for tensors in (last, self.best))
         return Trained(self.progress, last, best, trained=self.best)
 
@@ -116,26 +123,30 @@ class Trainer:
             return
         self.progress, tensors = found
         self.model.load_state_dict(tensors["weights"], strict=False)  # a tied head is not in the file
-        load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
+        load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
         self.best = tensors["best"]
+        if self.ema:
+            self.ema.average = {name: tensor.to(self.device) for name, tensor in tensors["ema"].items()}
         print(f"going on after step {self.progress.step} of {self.params.max_steps} ({self.checkpoints.folder})")
 
     def _train_step(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(step, self.params)
+        set_lr(self.optimizers, lr_frac_at(step, self.params))
         self.model.set_dropout(self.model.config.dropout * dropout_frac_at(step, self.params))
         torch.manual_seed(self.params.seed + 1_000_003 * (step + 1))  # dropout depends on the step, not on the past
         ids = self._to_device(self.batches.batch_at(step))  # (B, T + 1)
         loss = torch.zeros((), device=self.device)
         for part in ids.split(self.runtime.micro_batch_size or len(ids)):
-            part_loss = self._loss(part) * (len(part) / len(ids))
+            part_loss = self._loss(part, training=True) * (len(part) / len(ids))
             part_loss.backward()
             loss += part_loss.detach()
         self.part_norms = part_norms(self.model)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip)
         self._count(step, loss.item(), grad_norm.item())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(step + 1, trained_tensors(self.model))
 
     def _count(self, step: int, loss: float, grad_norm: float) -> None:
         """Add to the sums of the next row.  Raises UserError when a number is not finite."""
@@ -148,29 +159,35 @@ class Trainer:
         self.progress.grad_norm_sum += grad_norm
         self.progress.n_summed += 1
 
-    def _loss(self, ids: Tensor) -> Tensor:
-        """(B, T + 1) ids -> mean nats per token"""
+    def _loss(self, ids: Tensor, *, training: bool = False) -> Tensor:
+        """(B, T + 1) ids -> mean nats per token; what training adds to it is no part of the validation loss."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             logits = self.model(ids[:, :-1])
-        return next_token_loss(logits, ids[:, 1:])
+        extra = {"label_smoothing": self.params.label_smoothing, "z_loss": self.params.z_loss} if training else {}
+        return next_token_loss(logits, ids[:, 1:], **extra)
 
     def _evaluate(self) -> float:
         """Validation loss in nats per token; keeps the best weights and a sample with it."""
+        trained = trained_tensors(self.model)
         self.model.eval()
-        with torch.inference_mode():
-            parts = self._to_device(self.val_batch).split(self.runtime.micro_batch_size or self.params.batch_size)
-            val_loss = sum(self._loss(part).item() * len(part) for part in parts) / len(self.val_batch)
+        with self.ema.in_place_of(trained) if self.ema else nullcontext():
+            val_loss = self._validation_loss()
             if self.params.sample_tokens:
                 text = self.write_sample(self.model)
                 self.progress.samples.append({"step": self.progress.step, "text": text})
+            best = self.progress.best_val_loss
+            if best is None or val_loss < best:
+                self.progress.best_val_loss, self.progress.best_step = val_loss, self.progress.step
+                self.best = {name: tensor.detach().cpu().clone() for name, tensor in trained.items()}
         self.model.train()
         norms = {part: norm.item() for part, norm in self.part_norms.items()}
         self.progress.norms.append({"step": self.progress.step, **norms})
-        best = self.progress.best_val_loss
-        if best is None or val_loss < best:
-            self.progress.best_val_loss, self.progress.best_step = val_loss, self.progress.step
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in trained_tensors(self.model).items()}
         return val_loss
+
+    @torch.inference_mode()
+    def _validation_loss(self) -> float:
+        parts = self._to_device(self.val_batch).split(self.runtime.micro_batch_size or self.params.batch_size)
+        return sum(self._loss(part).item() * len(part) for part in parts) / len(self.val_batch)
 
     def _add_row(self, val_loss: float | None) -> None:
         """Means since the last row, as one row of the curve."""
@@ -180,7 +197,7 @@ class Trainer:
                 "step": state.step,
                 "train_loss": state.loss_sum / state.n_summed,
                 "val_loss": val_loss,
-                "lr": lr_at(state.step - 1, self.params),
+                "lr": self.params.lr * lr_frac_at(state.step - 1, self.params),
                 "grad_norm": state.grad_norm_sum / state.n_summed,
             }
         )
@@ -196,12 +213,17 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        optimizer = optimizer_tensors(self.model, self.optimizer)
-        parts = {"weights": trained_tensors(self.model), "optimizer": optimizer, "best": self.best}
+        optimizer = optimizer_tensors(self.model, self.optimizers)
+        average = self.ema.average if self.ema else {}
+        parts = {"weights": trained_tensors(self.model), "optimizer": optimizer, "best": self.best, "ema": average}
         self.checkpoints.save(self.progress, parts)
 
     def _to_device(self, ids: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(ids).to(self.device)
+
+    def _out_of_patience(self) -> bool:
+        waited = self.progress.step - self.progress.best_step
+        return self.params.patience is not None and waited >= self.params.patience * self.params.eval_every
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.params.max_steps
