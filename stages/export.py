@@ -17,11 +17,10 @@ from tinygpt.export.hf import check_hf, export_hf
 from tinygpt.export.remarks import gguf_entry, remarks
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
-from tinygpt.model import load_model
 from tinygpt.model.device import open_device
+from tinygpt.model.weights import load_pair
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
 
 RAW_DIR = Path("data/raw")
@@ -38,7 +37,7 @@ def main() -> None:
     """Run the stage: data/export appears only when every file passes, the report when llama.cpp can load them."""
     params, runtime = load_params(ExportParams, RuntimeParams)
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
-    model, tokenizer = load_model(MODEL_DIR), load_tokenizer(TOKENIZER_DIR)
+    model, tokenizer = load_pair(MODEL_DIR, TOKENIZER_DIR)
     check_export(model.config, params)
     split = "test" if load_meta(TOKENS_DIR).test.tokens >= CHUNK_SIZE else "val"
     ids = load_tokens(TOKENS_DIR, split, at_least=CHUNK_SIZE)[: params.check_tokens]

@@ -66,7 +66,7 @@ def main() -> None:
         except Stopped as stopped:
             print(f"train: {stopped}", file=sys.stderr)
             sys.exit(128 + stopped.signal)
-        report = publish(trained, trainer, MODEL_DIR, REPORTS_DIR)
+        report = publish(trained, trainer, MODEL_DIR, REPORTS_DIR, tokenizer_sha256=meta.tokenizer_sha256)
     size = human_bytes((MODEL_DIR / "model.safetensors").stat().st_size)
     print(f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s")
     print(f"train: lowest validation loss {report['val_loss']:.4f}, at step {report['best_step']:,}")

@@ -10,8 +10,10 @@ from conftest import prose, tiny_model
 
 from tinygpt.cli.main import COMMANDS
 from tinygpt.corpus.jsonl import text_line
+from tinygpt.export.base import write_base
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer.bpe import train_bpe
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +81,20 @@ def test_a_tokenizer_of_another_run_is_refused(folders, tmp_path):
     done = run("generate", *folders[:2], "--tokenizer", str(tmp_path))
     assert done.returncode == 1
     assert "they are of different runs" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "attention", "promote"])
+def test_a_tokenizer_of_another_text_with_as_many_tokens_is_refused(command, tiny_tokenizer, tmp_path):
+    model = tiny_model()
+    write_base(tmp_path / "model", model.config, model_tensors(model), tiny_tokenizer)
+    train_bpe([prose(2000, seed=1)[::-1]], 300).save(tmp_path / "other")
+    options = {"attention": ["--prompt", "x", "--plot", f"{tmp_path}/a.png"], "promote": ["--to", f"{tmp_path}/to"]}
+    args = [command, *options.get(command, []), "--model", str(tmp_path / "model"), "--tokenizer"]
+    refused = run(*args, str(tmp_path / "other"), text="")
+    assert refused.returncode == 1
+    assert f"{tmp_path / 'model'} was not trained with the tokenizer in {tmp_path / 'other'}" in refused.stderr
+    assert not (tmp_path / "to").exists()
+    assert run(*args, str(tmp_path / "model"), text="").returncode == 0
 
 
 def test_a_reader_that_goes_away_is_no_error(folders):

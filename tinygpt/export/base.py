@@ -9,11 +9,12 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write
+from tinygpt.files import atomic_write, sha256_file
 from tinygpt.model import GPTConfig
 from tinygpt.model.config import config_fields
 from tinygpt.model.weights import save_model
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 PRESET_FILE = "preset.yaml"
 
@@ -26,8 +27,8 @@ def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], toke
             "that was filled up cannot be taken"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder, config, tensors)
     tokenizer.save(folder)
+    save_model(folder, config, tensors, sha256_file(tokenizer_file(folder)))
     model = {key: value for key, value in config_fields(config).items() if key not in ("vocab_size", "attention")}
     preset = {
         "tokenizer": {"from_file": str(folder / "tokenizer.json"), "special_tokens": []},
