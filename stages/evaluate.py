@@ -29,8 +29,9 @@ def main() -> None:
     params, runtime = load_params(EvaluateParams, RuntimeParams)
     model, tokenizer = load_pair(MODEL_DIR, TOKENIZER_DIR)
     model = model.to(open_device(runtime))
+    meta = load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR)
     tokens = load_tokens(TOKENS_DIR, params.split, at_least=2)
-    report = evaluate_model(model, tokens, params, n_bytes=load_meta(TOKENS_DIR).split(params.split).bytes)
+    report = evaluate_model(model, tokens, params, n_bytes=meta.split(params.split).bytes)
     write_json(REPORT_FILE, report)
     write_samples(SAMPLES_FILE, model, tokenizer, params)
     print(

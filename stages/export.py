@@ -39,7 +39,7 @@ def main() -> None:
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
     model, tokenizer = load_pair(MODEL_DIR, TOKENIZER_DIR)
     check_export(model.config, params)
-    split = "test" if load_meta(TOKENS_DIR).test.tokens >= CHUNK_SIZE else "val"
+    split = "test" if load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR).test.tokens >= CHUNK_SIZE else "val"
     ids = load_tokens(TOKENS_DIR, split, at_least=CHUNK_SIZE)[: params.check_tokens]
     origin = read_origin(RAW_DIR, MODEL_DIR, REPORT_FILE.parent)
     card = model_card(model.config, model.n_params(), origin, params.gguf[-1] if params.gguf else "f16")

@@ -39,7 +39,7 @@ def main() -> None:
     """Run the stage."""
     check_params()  # of every stage that follows, before the long one
     model_params, params, runtime, export = load_params(ModelParams, TrainParams, RuntimeParams, ExportParams)
-    tokenizer, meta = load_tokenizer(TOKENIZER_DIR), load_meta(TOKENS_DIR)
+    tokenizer, meta = load_tokenizer(TOKENIZER_DIR), load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR)
     config = GPTConfig(**config_fields(model_params), vocab_size=meta.vocab_size)
     check_export(config, export)
     tokens = {split: load_tokens(TOKENS_DIR, split, at_least=config.block_size + 1) for split in ("train", "val")}
