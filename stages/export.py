@@ -4,6 +4,7 @@ Reads data/model, data/tokenizer and data/tokens, for the card data/raw/manifest
 data/export and reports/export.json.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def main() -> None:
     split = "test" if load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR).test.tokens >= CHUNK_SIZE else "val"
     ids = load_tokens(TOKENS_DIR, split, at_least=CHUNK_SIZE)[: params.check_tokens]
     origin = read_origin(RAW_DIR, MODEL_DIR, REPORT_FILE.parent)
-    card = model_card(model.config, model.n_params(), origin, params.gguf[-1] if params.gguf else "f16")
+    card = partial(model_card, model.config, model.n_params(), origin)
     report: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
     with atomic_folder(EXPORT_DIR) as folder:
@@ -50,7 +51,7 @@ def main() -> None:
             family, n_ctx = export_hf(model, tokenizer, TOKENIZER_DIR, folder / "hf")
             check_hf(model, folder / "hf")
             size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
-            (folder / "hf" / CARD_FILE).write_text(card, encoding="utf-8")
+            (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
             report["hf"] = {"family": family, "context": n_ctx, "bytes": size}
         for weight_type in params.gguf:
             path = folder / "gguf" / gguf_name(weight_type)
@@ -59,7 +60,7 @@ def main() -> None:
             report[weight_type] = gguf_entry(made, path.stat().st_size, measures)
             write_json(path.with_suffix(".types.json"), made.types)
             failures += problems
-            (path.parent / CARD_FILE).write_text(card, encoding="utf-8")
+            (path.parent / CARD_FILE).write_text(card(made.n_ctx, weight_type), encoding="utf-8")
             (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
         export_adapters(folder, MODEL_DIR, model.config, params)
         write_json(REPORT_FILE, report)
