@@ -14,7 +14,7 @@ import torch
 from gguf import GGUFWriter
 from torch import Tensor
 
-from tinygpt.export.card import TRAINING_FILE
+from tinygpt.export.card import ADAPTER_CARD, TRAINING_FILE
 from tinygpt.export.config import ExportParams
 from tinygpt.export.family import family_of
 from tinygpt.export.gguf import write_gguf
@@ -27,6 +27,7 @@ from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import load_tensors, save_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
+BASE_HF = "data/base-hf"  # the base as a folder of transformers, which the README tells how to write
 
 Pair = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 
@@ -58,7 +59,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
         document = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": "data/base",
+            "base_model_name_or_path": BASE_HF,
             "r": lora["rank"],
             "lora_alpha": lora["alpha"],
             "lora_dropout": lora["dropout"],
@@ -69,6 +70,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
             "inference_mode": True,
         }
         write_json(partial / "adapter_config.json", document)
+        (partial / "README.md").write_text(ADAPTER_CARD, encoding="utf-8")
 
 
 def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:

@@ -63,6 +63,42 @@ $ ollama create tinygpt -f Modelfile && ollama run tinygpt "Once upon a time"
 ```
 """
 
+ADAPTER_CARD = """\
+---
+library_name: peft
+pipeline_tag: text-generation
+tags: [tinygpt]
+---
+# Adapters of a small language model
+
+They belong to the model in `data/base`, which the PEFT library needs as a folder of transformers. From the project's
+top folder, this writes it:
+
+```python
+from tinygpt.export.hf import export_hf
+from tinygpt.model.weights import load_pair
+
+export_hf(*load_pair("data/base", "data/base"), "data/base", "data/base-hf")
+```
+
+and this loads both:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("data/export/peft")
+```
+
+Elsewhere, take both folders along:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("data/base-hf"), "data/export/peft")
+```
+"""
+
 MODELFILE = """\
 FROM ./tinygpt-{weight_type}.gguf
 TEMPLATE "{{{{ .Prompt }}}}"
