@@ -62,12 +62,14 @@ def main() -> None:
             failures += problems
             (path.parent / CARD_FILE).write_text(card(made.n_ctx, weight_type), encoding="utf-8")
             (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
-        export_adapters(folder, MODEL_DIR, model.config, params)
+        adapters = export_adapters(folder, MODEL_DIR, model.config, params)
         write_json(REPORT_FILE, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT_DIR} is not written, see {REPORT_FILE}"]))
     for name, entry in report.items():
         print(f"export: {name} {remarks(entry, model.config.block_size)}")
+    for line in adapters:
+        print(f"export: {line}")
 
 
 if __name__ == "__main__":

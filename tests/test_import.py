@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -214,7 +215,9 @@ def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
 
     lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "down_proj"]}
     set_params(project, {"train.lora": lora, "train.lr": 1e-2, "export.gguf": ["f32"]})
-    succeed("dvc repro", project)
+    said = succeed("dvc repro", project)
+    for name in ("peft/adapter_model.safetensors", "gguf/tinygpt-lora.gguf"):
+        assert re.search(f"export: {name} [0-9.]+ kB, adapters of rank 2 for data/base", said)
     third = json.loads((project / "reports/train.json").read_text())
     assert third["val_loss"] < first["val_loss"] + 0.02
     assert third["n_params"] == first["n_params"]
