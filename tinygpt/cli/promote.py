@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tinygpt.cli.model import add_folder_options
-from tinygpt.export.base import write_base
+from tinygpt.export.base import use_of, write_base
 from tinygpt.model.weights import load_pair, model_tensors
 
 
@@ -20,6 +20,4 @@ def run(args: argparse.Namespace) -> None:
     """Write the base and tell what to do next."""
     model, tokenizer = load_pair(args.model, args.tokenizer)
     write_base(args.to, model.config, model_tensors(model), tokenizer)
-    print(
-        f"{args.to}: {model.n_params():,} weights; `python -m tinygpt preset base` sets params.yaml to go on from them"
-    )
+    print(f"{args.to}: {model.n_params():,} weights; {use_of(args.to)}")

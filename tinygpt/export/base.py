@@ -16,6 +16,7 @@ from tinygpt.model.weights import save_model
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
+BASE_DIR = Path("data/base")  # where training looks for it
 PRESET_FILE = "preset.yaml"
 
 
@@ -39,3 +40,10 @@ def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], toke
     YAML(typ="safe", pure=True).dump(preset, text)
     with atomic_write(folder / PRESET_FILE) as file:
         file.write(f"# goes on training the model in {folder}\n{text.getvalue()}")
+
+
+def use_of(folder: Path) -> str:
+    """What a folder that `write_base` has filled can be used for."""
+    if folder == BASE_DIR:
+        return "`python -m tinygpt preset base` sets params.yaml to go on from them"
+    return f"`python -m tinygpt generate --model {folder} --tokenizer {folder}` writes with them"
