@@ -47,8 +47,7 @@ def main() -> None:
     ids = load_tokens(TOKENS_DIR, split, at_least=CHUNK_SIZE)[: params.check_tokens]
     origin = read_origin(RAW_DIR, MODEL_DIR, REPORT_FILE.parent)
     card = partial(model_card, model.config, model.n_params(), origin)
-    report: dict[str, dict[str, Any]] = {}
-    failures: list[str] = []
+    report, failures = dict[str, dict[str, Any]](), list[str]()
     with atomic_folder(EXPORT_DIR) as folder:
         if params.hf:
             written = rewrite_model(model, TRANSFORMERS) if params.rewrite else model
@@ -57,7 +56,7 @@ def main() -> None:
             size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
             (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
             report["hf"] = {"family": family, "context": n_ctx, "bytes": size, **rewrite_entry(model, written)}
-        written = rewrite_model(model, LLAMA_CPP) if params.rewrite and params.gguf else model
+        written = rewrite_model(model, LLAMA_CPP) if params.rewrite else model
         for weight_type in params.gguf:
             path = folder / "gguf" / gguf_name(weight_type)
             made = export_gguf(written, tokenizer, path, weight_type)
@@ -71,9 +70,8 @@ def main() -> None:
         write_json(REPORT_FILE, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT_DIR} is not written, see {REPORT_FILE}"]))
-    for name, entry in report.items():
-        print(f"export: {name} {remarks(entry, model.config.block_size)}")
-    for line in adapters:
+    lines = [f"{name} {remarks(entry, model.config.block_size)}" for name, entry in report.items()]
+    for line in [*lines, *adapters]:
         print(f"export: {line}")
 
 

@@ -34,7 +34,10 @@ Pair = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 
 
 def export_adapters(folder: Path, model_dir: Path, config: GPTConfig, params: ExportParams) -> list[str]:
-    """Write those of a model that was trained with adapters; for the programs that know its base as it is.  Returns a line for each."""
+    """Write those of a model that was trained with adapters, for the programs that know its base as it is.
+
+    Returns a line for each file, none for a model without adapters.
+    """
     lora = read_json(model_dir / TRAINING_FILE, stage="train")["lora"]
     if lora is None:
         return []
