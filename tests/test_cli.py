@@ -154,7 +154,9 @@ def test_ids_that_are_none_are_told(folders, args, message):
 
 
 def test_commands_without_a_model_do_without_torch():
-    names = ", ".join(f"tinygpt.cli.{name}" for name in ("main", "encode", "decode", "tokenizer_report"))
+    names = ", ".join(
+        f"tinygpt.cli.{name}" for name in ("main", "encode", "decode", "tokenizer_report", "runs", "compare")
+    )
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
