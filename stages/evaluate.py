@@ -10,11 +10,10 @@ from tinygpt.evaluate.config import EvaluateParams
 from tinygpt.evaluate.perplexity import evaluate_model
 from tinygpt.evaluate.samples import write_samples
 from tinygpt.files import write_json
-from tinygpt.model import load_model
 from tinygpt.model.device import open_device
+from tinygpt.model.weights import load_pair
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
 
 MODEL_DIR = Path("data/model")
@@ -28,11 +27,13 @@ SAMPLES_FILE = Path("reports/samples.md")
 def main() -> None:
     """Run the stage."""
     params, runtime = load_params(EvaluateParams, RuntimeParams)
-    model = load_model(MODEL_DIR).to(open_device(runtime))
+    model, tokenizer = load_pair(MODEL_DIR, TOKENIZER_DIR)
+    model = model.to(open_device(runtime))
+    meta = load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR)
     tokens = load_tokens(TOKENS_DIR, params.split, at_least=2)
-    report = evaluate_model(model, tokens, params, n_bytes=load_meta(TOKENS_DIR).split(params.split).bytes)
+    report = evaluate_model(model, tokens, params, n_bytes=meta.split(params.split).bytes)
     write_json(REPORT_FILE, report)
-    write_samples(SAMPLES_FILE, model, load_tokenizer(TOKENIZER_DIR), params)
+    write_samples(SAMPLES_FILE, model, tokenizer, params)
     print(
         f"evaluate: {params.split} split, {report['tokens']:,} tokens, context {report['context']}: "
         f"loss {report['loss']:.4f} ± {report['loss_error']:.4f} nats per token, perplexity {report['ppl']:.2f}, "

@@ -4,6 +4,7 @@ Reads data/model, data/tokenizer and data/tokens, for the card data/raw/manifest
 data/export and reports/export.json.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from tinygpt.export.remarks import gguf_entry, remarks, rewrite_entry
 from tinygpt.export.rewrite import rewrite_model
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
-from tinygpt.model import load_model
 from tinygpt.model.device import open_device
+from tinygpt.model.weights import load_pair
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
 
 RAW_DIR = Path("data/raw")
@@ -41,23 +41,22 @@ def main() -> None:
     """Run the stage: data/export appears only when every file passes, the report when llama.cpp can load them."""
     params, runtime = load_params(ExportParams, RuntimeParams)
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
-    model, tokenizer = load_model(MODEL_DIR), load_tokenizer(TOKENIZER_DIR)
+    model, tokenizer = load_pair(MODEL_DIR, TOKENIZER_DIR)
     check_export(model.config, params)
-    split = "test" if load_meta(TOKENS_DIR).test.tokens >= CHUNK_SIZE else "val"
+    split = "test" if load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR).test.tokens >= CHUNK_SIZE else "val"
     ids = load_tokens(TOKENS_DIR, split, at_least=CHUNK_SIZE)[: params.check_tokens]
     origin = read_origin(RAW_DIR, MODEL_DIR, REPORT_FILE.parent)
-    card = model_card(model.config, model.n_params(), origin, params.gguf[-1] if params.gguf else "f16")
-    report: dict[str, dict[str, Any]] = {}
-    failures: list[str] = []
+    card = partial(model_card, model.config, model.n_params(), origin)
+    report, failures = dict[str, dict[str, Any]](), list[str]()
     with atomic_folder(EXPORT_DIR) as folder:
         if params.hf:
             written = rewrite_model(model, TRANSFORMERS) if params.rewrite else model
             family, n_ctx = export_hf(written, tokenizer, TOKENIZER_DIR, folder / "hf")
             check_hf(written, folder / "hf")
             size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
-            (folder / "hf" / CARD_FILE).write_text(card, encoding="utf-8")
+            (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
             report["hf"] = {"family": family, "context": n_ctx, "bytes": size, **rewrite_entry(model, written)}
-        written = rewrite_model(model, LLAMA_CPP) if params.rewrite and params.gguf else model
+        written = rewrite_model(model, LLAMA_CPP) if params.rewrite else model
         for weight_type in params.gguf:
             path = folder / "gguf" / gguf_name(weight_type)
             made = export_gguf(written, tokenizer, path, weight_type)
@@ -65,14 +64,15 @@ def main() -> None:
             report[weight_type] = gguf_entry(made, path.stat().st_size, measures) | rewrite_entry(model, written)
             write_json(path.with_suffix(".types.json"), made.types)
             failures += problems
-            (path.parent / CARD_FILE).write_text(card, encoding="utf-8")
+            (path.parent / CARD_FILE).write_text(card(made.n_ctx, weight_type), encoding="utf-8")
             (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
-        export_adapters(folder, MODEL_DIR, model.config, params)
+        adapters = export_adapters(folder, MODEL_DIR, model.config, params)
         write_json(REPORT_FILE, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT_DIR} is not written, see {REPORT_FILE}"]))
-    for name, entry in report.items():
-        print(f"export: {name} {remarks(entry, model.config.block_size)}")
+    lines = [f"{name} {remarks(entry, model.config.block_size)}" for name, entry in report.items()]
+    for line in [*lines, *adapters]:
+        print(f"export: {line}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
     """Run the stage."""
     check_params()  # of every stage that follows, before the long one
     model_params, params, runtime, export = load_params(ModelParams, TrainParams, RuntimeParams, ExportParams)
-    tokenizer, meta = load_tokenizer(TOKENIZER_DIR), load_meta(TOKENS_DIR)
+    tokenizer, meta = load_tokenizer(TOKENIZER_DIR), load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR)
     config = GPTConfig(**config_fields(model_params), vocab_size=meta.vocab_size)
     check_export(config, export)
     tokens = {split: load_tokens(TOKENS_DIR, split, at_least=config.block_size + 1) for split in ("train", "val")}
@@ -50,6 +50,7 @@ def main() -> None:
     base = load_base(BASE_DIR, config, tokenizer) if params.init_from == "base" else None
     base_sha256 = sha256_file(BASE_DIR / WEIGHTS_FILE) if base else None
     with Checkpoints(fingerprint(config, params, meta, base_sha256)) as checkpoints:
+        checkpoints.note(max_steps=params.max_steps, finished=False)
         trainer = Trainer(
             config,
             params,
@@ -66,7 +67,8 @@ def main() -> None:
         except Stopped as stopped:
             print(f"train: {stopped}", file=sys.stderr)
             sys.exit(128 + stopped.signal)
-        report = publish(trained, trainer, MODEL_DIR, REPORTS_DIR)
+        report = publish(trained, trainer, MODEL_DIR, REPORTS_DIR, tokenizer_sha256=meta.tokenizer_sha256)
+        checkpoints.note(max_steps=params.max_steps, finished=True)
     size = human_bytes((MODEL_DIR / "model.safetensors").stat().st_size)
     print(f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s")
     print(f"train: lowest validation loss {report['val_loss']:.4f}, at step {report['best_step']:,}")

@@ -17,7 +17,7 @@ ORIGIN = Origin(
 
 
 def test_the_card_has_data_params_and_metrics():
-    card = model_card(tiny_config(), 1_066_112, ORIGIN, "q8_0")
+    card = model_card(tiny_config(), 1_066_112, ORIGIN, 64)
     _, front, text = card.split("---\n", 2)
     assert YAML(typ="safe").load(front)["pipeline_tag"] == "text-generation"
     for words in (
@@ -27,12 +27,23 @@ def test_the_card_has_data_params_and_metrics():
         "| loss | 3.1209 nats per token |",
         "| perplexity | 22.67 |",
         "| bits per byte | 1.8630 |",
-        "tinygpt-q8_0.gguf",
+        "a context of 64 tokens; trained",
         "| n_layer | 2 |",
         "| betas | [0.9, 0.95] |",
     ):
         assert words in text
     assert "None" not in text
+
+
+def test_each_folders_card_shows_what_runs_there_and_the_context_of_its_files():
+    folder, files = (model_card(tiny_config(window=8), 1_066_112, ORIGIN, 8, kind) for kind in (None, "q8_0"))
+    for card in (folder, files):
+        assert "a context of 8 tokens in this format (64 in tinygpt); trained" in card
+        assert "| window | 8 |" in card
+    assert "from transformers import pipeline" in folder and "library_name: transformers" in folder
+    assert "gguf" not in folder and "ollama" not in folder
+    assert "-m tinygpt-q8_0.gguf" in files and "ollama create" in files
+    assert "transformers" not in files and "library_name" not in files
 
 
 def test_the_modelfile_names_the_file_its_context_and_its_end(tiny_tokenizer):

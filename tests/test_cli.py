@@ -1,6 +1,8 @@
 """The command line as its users meet it."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import prose, tiny_model
 
-from tinygpt.cli.main import COMMANDS
+from tinygpt.cli.main import COMMANDS, main
 from tinygpt.corpus.jsonl import text_line
+from tinygpt.export.base import write_base
+from tinygpt.export.hf import export_hf
+from tinygpt.model import load_model
 from tinygpt.model.weights import model_tensors, save_model
-from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.bpe import train_bpe
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,10 +87,45 @@ def test_a_tokenizer_of_another_run_is_refused(folders, tmp_path):
     assert "they are of different runs" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "attention", "promote"])
+def test_a_tokenizer_of_another_text_with_as_many_tokens_is_refused(command, tiny_tokenizer, tmp_path, monkeypatch):
+    model = tiny_model()
+    write_base(tmp_path / "model", model.config, model_tensors(model), tiny_tokenizer)
+    train_bpe([prose(2000, seed=1)[::-1]], 300).save(tmp_path / "other")
+    options = {"attention": ["--prompt", "x", "--plot", f"{tmp_path}/a.png"], "promote": ["--to", f"{tmp_path}/to"]}
+    args = [command, *options.get(command, []), "--model", str(tmp_path / "model"), "--tokenizer"]
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.argv", ["tinygpt", *args, str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match=f"{tmp_path}/model was not trained with the tokenizer in {tmp_path}/other"):
+        main()
+    assert not (tmp_path / "to").exists()
+    monkeypatch.setattr("sys.argv", ["tinygpt", *args, str(tmp_path / "model")])
+    main()
+
+
 def test_a_reader_that_goes_away_is_no_error(folders):
     command = f"{sys.executable} -m tinygpt generate --max-new-tokens 2000 {' '.join(folders)} | head -c 10"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=120, check=False)
     assert done.stderr == b""
+
+
+def test_a_model_taken_to_another_folder_than_data_base_is_used_by_the_command_that_is_named(
+    folders, tmp_path, monkeypatch, capsys
+):
+    def said(*args: str) -> str:
+        monkeypatch.setattr("sys.argv", ["tinygpt", *args])
+        main()
+        return capsys.readouterr().out
+
+    model = load_model(folders[1])
+    export_hf(model, load_tokenizer(folders[3]), folders[3], tmp_path / "hf")
+    for command in (
+        ["import-hf", str(tmp_path / "hf"), "--to", str(tmp_path / "imported")],
+        ["promote", *folders, "--to", str(tmp_path / "promoted")],
+    ):
+        (named,) = re.findall("`python -m tinygpt (.*)`", said(*command))
+        assert named == f"generate --model {command[-1]} --tokenizer {command[-1]}"
+        assert said(*named.split(), "--prompt", "the", "--quantize", "int8").startswith("the")
 
 
 def test_encode_shows_ids_and_pieces_and_decode_reads_them(folders, tiny_tokenizer):
@@ -113,7 +154,9 @@ def test_ids_that_are_none_are_told(folders, args, message):
 
 
 def test_commands_without_a_model_do_without_torch():
-    names = ", ".join(f"tinygpt.cli.{name}" for name in ("main", "encode", "decode", "tokenizer_report"))
+    names = ", ".join(
+        f"tinygpt.cli.{name}" for name in ("main", "encode", "decode", "tokenizer_report", "runs", "compare")
+    )
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

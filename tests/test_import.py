@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -127,7 +128,12 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
         ({"hidden_act": "relu"}, "activation relu, covered are gelu_pytorch_tanh, silu"),
         ({"num_key_value_heads": 3}, "must be a multiple of model.n_kv_head=3"),
         ({"hidden_size": None}, "it has no hidden_size"),
-        ({"hidden_size": "32"}, "has a value of another type"),
+        ({"hidden_size": "32"}, "model.n_embd='32' must be a whole number"),
+        ({"hidden_act": ["silu"]}, "has a value of another type"),
+        ({"rope_parameters": 3}, "has a value of another type"),
+        ({"rms_norm_eps": None}, "it has no rms_norm_eps"),
+        ({"max_position_embeddings": 0}, r"config.json is no model that can be taken: model.block_size=0 must be"),
+        ({"sliding_window": -3}, r"model.window=-3 must be within \[1, inf\)"),
         ({"num_hidden_layers": 5}, r"blocks.4.attn.k_proj.weight is missing"),
         ({"intermediate_size": 40}, r"gate_proj.weight is \(48, 32\), expected \(40, 32\)"),
     ],
@@ -137,8 +143,23 @@ def test_what_cannot_be_taken_is_refused(changes, message, tmp_path):
     document = json.loads((tmp_path / "config.json").read_text()) | changes
     document = {key: value for key, value in document.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read_hf(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [("llama", {"intermediate_size": 40}, "; and 6 more"), ("gpt2", {"vocab_size": 299}, "expected (299, 32)")],
+)
+def test_of_wrong_sizes_no_bias_is_told_that_is_right(name, changes, told, tmp_path):
+    saved(MODELS[name], tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError) as caught:
+        read_hf(tmp_path)
+    assert ".bias" not in str(caught.value)
+    assert str(caught.value).endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +186,7 @@ def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"blocks.0.attn.k_proj.bias is missing"):
+    with pytest.raises(UserError, match=r"blocks.0.attn.q_proj.bias is too much"):
         read_hf(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="weights are read from safetensors alone"):
@@ -215,7 +236,9 @@ def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
 
     lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "down_proj"]}
     set_params(project, {"train.lora": lora, "train.lr": 1e-2, "export.gguf": ["f32"]})
-    succeed("dvc repro", project)
+    said = succeed("dvc repro", project)
+    for name in ("peft/adapter_model.safetensors", "gguf/tinygpt-lora.gguf"):
+        assert re.search(f"export: {name} [0-9.]+ kB, adapters of rank 2 for data/base", said)
     third = json.loads((project / "reports/train.json").read_text())
     assert third["val_loss"] < first["val_loss"] + 0.02
     assert third["n_params"] == first["n_params"]

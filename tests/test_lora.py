@@ -5,27 +5,33 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from project import ROOT
 from test_gguf import GPT2, IDS, LLAMA, QWEN3, STABLELM, byte_tokenizer, logprobs, random_model
 from test_train import PARAMS, runs_in_tmp, same, tokens, train  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from tinygpt.errors import UserError
 from tinygpt.export.adapter import export_gguf_adapter, export_peft
+from tinygpt.export.base import write_base
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model import GPT
 from tinygpt.model.lora import LoRALinear, add_lora, merged_tensors, trained_tensors
+from tinygpt.model.weights import model_tensors
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.trainer import Trainer
 
 LORA = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ("q_proj", "v_proj", "o_proj", "up_proj")}
+BLOCK = r"```python\n(.*?)```"
 STARCODER = {"norm": "layernorm", "mlp": "gelu"}
 
 
@@ -146,6 +152,29 @@ def test_peft_and_llama_cpp_apply_the_adapter_to_its_base(family, targets, tmp_p
         llama.apply_lora(tmp_path / "lora.gguf")
         found = logprobs(llama.logits(IDS.tolist()))
     np.testing.assert_allclose(found, ours.numpy(), atol=1e-2 if family["mlp"] == "gelu" else 1e-4)
+
+
+def test_the_readme_of_the_adapters_tells_how_to_load_them(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    base = random_model(**LLAMA, vocab_size=257)
+    model = adapted(base)
+    monkeypatch.chdir(tmp_path)
+    write_base(tmp_path / "data/base", base.config, model_tensors(base), byte_tokenizer())
+    export_peft(tmp_path / "data/export/peft", trained_tensors(model), model.config, LORA)
+    readme = tmp_path / "data/export/peft/README.md"
+    documented, write, *loads = (
+        code for path in (ROOT / "docs/export.md", readme) for code in re.findall(BLOCK, path.read_text(), re.DOTALL)
+    )
+    exec(documented, {})
+    with LlamaCpp(tmp_path / "data/base.gguf"):
+        shutil.rmtree(tmp_path / "data/base-hf")
+    exec(write, {})
+    for load in loads:
+        scope = {}
+        exec(load, scope)
+        with torch.inference_mode():
+            ids = torch.from_numpy(IDS)[None]
+            torch.testing.assert_close(scope["model"].eval()(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):

@@ -180,6 +180,7 @@ def load_edited(cls: type, **changes: Any) -> Any:
     [
         (ModelParams, {"window": 1000}, "model.window=1000 is longer than model.block_size"),
         (ModelParams, {"full_every": 2}, "model.full_every=2 has no effect without model.window"),
+        (ModelParams, {"window": 8, "full_every": 5}, "model.full_every=5 is beyond model.n_layer=4: set it to null"),
         (ModelParams, {"n_head": 3}, "model.n_embd=.* must be a multiple of model.n_head=3"),
         (ModelParams, {"n_kv_head": 3}, "must be a multiple of model.n_kv_head=3"),
         (ModelParams, {"n_head": 16, "n_embd": 48}, "needs an even model.head_dim"),
@@ -193,6 +194,11 @@ def load_edited(cls: type, **changes: Any) -> Any:
         (ModelParams, {"bias": True}, "model.bias"),
         (ModelParams, {"attention": "flash"}, "model.attention"),
         (TrainParams, {"warmup_steps": 10**9}, "train.warmup_steps=.* must be below train.max_steps"),
+        (
+            TrainParams,
+            {"init_from": "base", "lora": {"rank": 2, "alpha": 4, "dropout": 0, "targets": ["q_proj", "q_proj"]}},
+            r"train.lora.targets=\['q_proj', 'q_proj'\] names a layer twice",
+        ),
         (TrainParams, {"seed": -1}, "train.seed"),
         (TrainParams, {"lr": 0}, "train.lr"),
         (TrainParams, {"min_lr_frac": 2}, "train.min_lr_frac"),

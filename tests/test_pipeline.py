@@ -224,6 +224,23 @@ def test_a_typo_stops_before_training(project):
     assert "tokens/s" not in failed.stdout
 
 
+def test_a_stage_run_by_hand_after_the_tokenizer_alone_has_changed_tells_so_in_one_line(project):
+    set_params(project, {"tokenizer.vocab_size": 300})
+    succeed("python -m stages.train_tokenizer", project)
+    told = {
+        "train": "data/tokens was not made with the tokenizer in data/tokenizer: run `dvc repro encode`",
+        "evaluate": "data/model was not trained with the tokenizer in data/tokenizer",
+        "export": "data/model was not trained with the tokenizer in data/tokenizer",
+    }
+    for stage, message in told.items():
+        refused = run(f"python -m stages.{stage}", project)
+        assert refused.returncode == 1
+        assert refused.stdout.startswith(f"error: {message}")
+        assert len(refused.stdout.splitlines()) == 1
+    succeed("python -m stages.encode", project)
+    assert run("python -m stages.evaluate", project).stdout.startswith(f"error: {told['evaluate']}")
+
+
 def test_an_export_that_cannot_be_is_refused_before_training(project):
     failed = run("dvc exp run -S model.position=learned", project)
     assert failed.returncode != 0

@@ -107,7 +107,10 @@ def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed):
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
         assert f"stopped after step {newest_step(project)};" in log(project)
+    listed = succeed("python -m tinygpt runs", project).split()
+    assert "interrupted" in listed and "finished" not in listed
     assert f"going on after step {newest_step(project)} of 600" in succeed("python -m stages.train", project)
+    assert "finished 600 of 600 steps" in " ".join(succeed("python -m tinygpt runs", project).split())
     assert hashes(project) == hashes(undisturbed)
 
 

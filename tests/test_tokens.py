@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinygpt.errors import UserError
-from tinygpt.files import write_json
+from tinygpt.files import sha256_file, write_json
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.alphabet import byte_alphabet
 from tinygpt.tokenizer.tokenizer import EOS
@@ -50,6 +50,16 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path):
     write_folder(tmp_path, tokenizer)
     assert load_tokens(tmp_path, "train").dtype == np.uint32
     assert tokenizer.decode(load_tokens(tmp_path, "val")) == f"{EOS}x{EOS}"
+
+
+def test_tokens_of_another_tokenizer_are_refused_where_the_tokenizer_is_named(tiny_tokenizer, tmp_path):
+    meta = write_folder(tmp_path, tiny_tokenizer)
+    tiny_tokenizer.save(tmp_path)
+    with pytest.raises(UserError, match=r"was not made with the tokenizer in .*: run `dvc repro encode`"):
+        load_meta(tmp_path, tokenizer=tmp_path)
+    meta = dataclasses.replace(meta, tokenizer_sha256=sha256_file(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "meta.json", dataclasses.asdict(meta))
+    assert load_meta(tmp_path, tokenizer=tmp_path) == meta
 
 
 def test_the_map_cannot_be_written(tiny_tokenizer, tmp_path):

@@ -425,7 +425,9 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path):
     for name in "ab":
         with Checkpoints(name) as checkpoints:
             trainer = make_trainer(checkpoints, params=params, sample=lambda model: "a sample")
-            report = publish(trainer.fit(), trainer, tmp_path / name / "model", tmp_path / name / "reports")
+            report = publish(
+                trainer.fit(), trainer, tmp_path / name / "model", tmp_path / name / "reports", tokenizer_sha256="0"
+            )
         paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file() and path.name != "train.json")
         files.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in paths})
     assert files[0] == files[1]
@@ -443,6 +445,7 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path):
     assert len(rows) == PARAMS.max_steps
     assert files[0]["reports/train_samples.md"].decode().count("a sample") == 3
     assert json.loads((tmp_path / "a/reports/train.json").read_text())["tokens"] == 10 * 4 * 64
+    assert json.loads(files[0]["model/config.json"])["tokenizer_sha256"] == "0"
     assert report["epochs"] == pytest.approx(10 * 4 * 64 / 1999)
 
 

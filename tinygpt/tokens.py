@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, must_exist, read_json
+from tinygpt.files import atomic_write, must_exist, read_json, sha256_file
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 SPLITS = ("train", "val", "test")
 META_FILE = "meta.json"
@@ -75,15 +76,21 @@ def write_tokens(path: Path, parts: Iterable[TokenIds], tokenizer: Tokenizer) ->
     return SplitMeta(tokens=n_tokens, documents=n_documents, bytes=n_bytes, sha256=digest.hexdigest())
 
 
-def load_meta(folder: str | Path) -> TokensMeta:
-    """Read `meta.json`.  Raises UserError when it is missing or not of this version."""
+def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMeta:
+    """Read `meta.json`.
+
+    Raises UserError when it is missing, not of this version, or, if `tokenizer` is given, another one made the tokens.
+    """
     path = Path(folder) / META_FILE
     try:
-        return from_mapping(TokensMeta, read_json(path, stage="encode"))
+        meta = from_mapping(TokensMeta, read_json(path, stage="encode"))
     except ParamsError as error:
         raise UserError(
             f"{path} is not of this version ({'; '.join(error.problems)}): run `dvc repro encode`"
         ) from None
+    if tokenizer is not None and sha256_file(tokenizer_file(tokenizer)) != meta.tokenizer_sha256:
+        raise UserError(f"{folder} was not made with the tokenizer in {tokenizer}: run `dvc repro encode`")
+    return meta
 
 
 def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenIds:

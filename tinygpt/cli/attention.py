@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from tinygpt.cli.encode import visible
-from tinygpt.cli.model import add_folder_options, load_folders
+from tinygpt.cli.model import add_folder_options
 from tinygpt.errors import UserError
 from tinygpt.evaluate.attention import attention_maps
+from tinygpt.model.weights import load_pair
 from tinygpt.report.attention import attention_page, plot_attention
 from tinygpt.report.plots import NO_DATE
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the picture and the page."""
     if args.plot.suffix[1:] not in NO_DATE:
         raise UserError(f"--plot {args.plot}: the name must end in .{' or .'.join(NO_DATE)}")
-    model, tokenizer = load_folders(args)
+    model, tokenizer = load_pair(args.model, args.tokenizer)
     ids = [*tokenizer.border_ids, *tokenizer.encode(args.prompt)]
     if len(ids) > model.config.block_size:
         raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")

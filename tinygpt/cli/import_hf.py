@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tinygpt.errors import UserError
-from tinygpt.export.base import write_base
+from tinygpt.export.base import use_of, write_base
 from tinygpt.export.hf_import import read_hf
 from tinygpt.tokenizer import load_tokenizer
 
@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.folder / 'tokenizer.json'} not found: only byte-level BPE in that form can be taken")
     write_base(args.to, config, tensors, load_tokenizer(args.folder))
     n_weights = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{args.to}: {n_weights:,} weights; `python -m tinygpt preset base` sets params.yaml to go on")
+    print(f"{args.to}: {n_weights:,} weights; {use_of(args.to)}")

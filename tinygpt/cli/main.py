@@ -19,6 +19,8 @@ COMMANDS = {
     "promote": ("promote", "take the trained model as the one that training starts from"),
     "profile": ("profile", "tell what the run of params.yaml will cost, and whether it fits"),
     "preset": ("preset", "put the values of a preset into params.yaml, or list the presets"),
+    "runs": ("runs", "list what training keeps in runs/, and remove what is finished"),
+    "compare": ("compare", "show DVC's experiments side by side, as a table and a picture"),
     "tokenizer-report": ("tokenizer_report", "tell how well the tokenizer fits the text, as a table and a plot"),
 }
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from tinygpt.errors import UserError
 from tinygpt.generate import stream
 from tinygpt.generate.sampling import Sampling
-from tinygpt.model import GPT, load_model
 from tinygpt.model.quantize import KINDS, quantize
+from tinygpt.model.weights import load_pair
 from tinygpt.params import ParamsError, from_mapping
-from tinygpt.tokenizer import Tokenizer, load_tokenizer
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -34,17 +33,6 @@ def add_folder_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokenizer", type=Path, default=Path("data/tokenizer"), help="folder (default: %(default)s)")
 
 
-def load_folders(args: argparse.Namespace) -> tuple[GPT, Tokenizer]:
-    """The model and its tokenizer.  Raises UserError when one is missing or they do not belong together."""
-    model, tokenizer = load_model(args.model), load_tokenizer(args.tokenizer)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{args.model} knows {model.config.vocab_size} tokens and {args.tokenizer} {tokenizer.vocab_size}: "
-            "they are of different runs; run `dvc repro`"
-        )
-    return model, tokenizer
-
-
 class Writer:
     """A model, its tokenizer and how to sample, as the options say."""
 
@@ -53,7 +41,7 @@ class Writer:
         self.sampling, self.max_new_tokens = _read_sampling(args), args.max_new_tokens
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens must be at least 1, found {args.max_new_tokens}")
-        self.model, self.tokenizer = load_folders(args)
+        self.model, self.tokenizer = load_pair(args.model, args.tokenizer)
         if args.quantize:
             quantize(self.model, args.quantize)
 

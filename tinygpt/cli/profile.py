@@ -17,9 +17,10 @@ from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.config import TokenizerParams
-from tinygpt.train.config import TrainParams
+from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.profile import (
     available_memory,
+    build_trained,
     flops_per_token,
     memory_of,
     peak_flops,
@@ -45,13 +46,13 @@ def run(args: argparse.Namespace) -> None:
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
     micro = min(runtime.micro_batch_size or train.batch_size, train.batch_size)
     device = open_device(runtime)
-    _print_weights(config)
-    flops, n_tokens = flops_per_token(config), train.max_steps * train.batch_size * config.block_size
+    _print_weights(config, train.lora)
+    flops, n_tokens = flops_per_token(config, train.lora), train.max_steps * train.batch_size * config.block_size
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
-    memory, free = memory_of(config, micro, device), available_memory(device)
+    memory, free = memory_of(config, train, micro, device), available_memory(device)
     print(
         f"training    {human_bytes(memory.training)}: weights {human_bytes(memory.weights)}, gradients "
-        f"{human_bytes(memory.gradients)}, AdamW {human_bytes(memory.optimizer)}, activations "
+        f"{human_bytes(memory.gradients)}, {train.optimizer} {human_bytes(memory.optimizer)}, activations "
         f"{human_bytes(memory.activations)} of {micro} sequences; {human_bytes(free)} are free on {device}"
     )
     print(
@@ -65,6 +66,9 @@ def run(args: argparse.Namespace) -> None:
             "or the model"
         )
     if not args.no_measure:
+        sys.stdout.flush()
+        tokens = train.batch_size * config.block_size
+        print(f"profile: measures at least three training steps of {tokens:,} tokens", file=sys.stderr)
         speed, peak = tokens_per_second(config, train, device, micro), peak_flops(device)
         print(f"speed       {speed:,.0f} tokens a second, so about {_duration(n_tokens / speed)}")
         print(
@@ -73,11 +77,13 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _print_weights(config: GPTConfig) -> None:
+def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
     with torch.device("meta"):
-        model = GPT(config)
+        model, adapted = GPT(config), build_trained(config, lora)
     parts = ", ".join(f"{part} {n:,}" for part, n in weights_by_part(model).items())
     print(f"weights     {model.n_params():,}: {parts}")
+    if lora is not None:
+        print(f"adapters    {adapted.n_params() - model.n_params():,} weights, which alone are trained")
 
 
 def _duration(seconds: float) -> str:

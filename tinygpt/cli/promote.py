@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinygpt.cli.model import add_folder_options, load_folders
-from tinygpt.export.base import write_base
-from tinygpt.model.weights import model_tensors
+from tinygpt.cli.model import add_folder_options
+from tinygpt.export.base import use_of, write_base
+from tinygpt.model.weights import load_pair, model_tensors
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -18,8 +18,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the base and tell what to do next."""
-    model, tokenizer = load_folders(args)
+    model, tokenizer = load_pair(args.model, args.tokenizer)
     write_base(args.to, model.config, model_tensors(model), tokenizer)
-    print(
-        f"{args.to}: {model.n_params():,} weights; `python -m tinygpt preset base` sets params.yaml to go on from them"
-    )
+    print(f"{args.to}: {model.n_params():,} weights; {use_of(args.to)}")

@@ -14,33 +14,45 @@ import torch
 from gguf import GGUFWriter
 from torch import Tensor
 
-from tinygpt.export.card import TRAINING_FILE
+from tinygpt.export.card import ADAPTER_CARD, TRAINING_FILE
 from tinygpt.export.config import ExportParams
 from tinygpt.export.family import family_of, find_family
 from tinygpt.export.gguf import write_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.layout import QKV, Layout, leaf, pair_rope, rename, repeat_kv
-from tinygpt.files import atomic_folder, atomic_write, must_exist, read_json, write_json
+from tinygpt.files import atomic_folder, atomic_write, human_bytes, must_exist, read_json, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import load_tensors, save_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+BASE_HF = "data/base-hf"  # the base as a folder of transformers, which the README tells how to write
 
 Pair = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 
 
-def export_adapters(folder: Path, model_dir: Path, config: GPTConfig, params: ExportParams) -> None:
-    """Write those of a model that was trained with adapters, for the programs that know its base as it is."""
+def export_adapters(folder: Path, model_dir: Path, config: GPTConfig, params: ExportParams) -> list[str]:
+    """Write those of a model that was trained with adapters, for the programs that know its base as it is.
+
+    Returns a line for each file, none for a model without adapters.
+    """
     lora = read_json(model_dir / TRAINING_FILE, stage="train")["lora"]
     if lora is None:
-        return
+        return []
     adapter = load_tensors(must_exist(model_dir / ADAPTER_FILE, stage="train"))
+    files = []
     if params.hf and find_family(TRANSFORMERS.families, config):
         export_peft(folder / "peft", adapter, config, lora)
+        files.append(folder / "peft" / PEFT_FILE)
     if params.gguf and find_family(LLAMA_CPP.families, config):
-        export_gguf_adapter(folder / "gguf" / "tinygpt-lora.gguf", adapter, config, lora)
+        files.append(folder / "gguf" / "tinygpt-lora.gguf")
+        export_gguf_adapter(files[-1], adapter, config, lora)
+    return [
+        f"{file.relative_to(folder)} {human_bytes(file.stat().st_size)}, adapters of rank {lora['rank']} for data/base"
+        for file in files
+    ]
 
 
 def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:
@@ -54,11 +66,11 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
         for part, tensor in zip(ADAPTER, pair, strict=True)
     }
     with atomic_folder(folder) as partial:
-        save_tensors(partial / "adapter_model.safetensors", tensors)
+        save_tensors(partial / PEFT_FILE, tensors)
         document = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": "data/base",
+            "base_model_name_or_path": BASE_HF,
             "r": lora["rank"],
             "lora_alpha": lora["alpha"],
             "lora_dropout": lora["dropout"],
@@ -69,6 +81,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
             "inference_mode": True,
         }
         write_json(partial / "adapter_config.json", document)
+        (partial / "README.md").write_text(ADAPTER_CARD, encoding="utf-8")
 
 
 def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:

@@ -18,13 +18,12 @@ TRAINING_FILE = "training.json"
 
 CARD = """\
 ---
-library_name: transformers
-pipeline_tag: text-generation
+{library}pipeline_tag: text-generation
 tags: [tinygpt]
 ---
 # A small language model
 
-{n_params:,} weights, {n_layer} layers, {n_embd} wide, a context of {block_size:,} tokens; trained {start} on
+{n_params:,} weights, {n_layer} layers, {n_embd} wide, a context of {n_ctx:,} tokens{shorter}; trained {start} on
 {source} (licence of the text: {licence}) with tinygpt. It continues text like that and knows nothing else.
 
 | measured on held-out text ({split}, {tokens:,} tokens, {context} of context) | |
@@ -35,19 +34,7 @@ tags: [tinygpt]
 
 ## How to run it
 
-```python
-from transformers import pipeline
-
-print(pipeline("text-generation", "path/to/this/folder")("Once upon a time")[0]["generated_text"])
-```
-
-With llama.cpp or Ollama, from the folder of the GGUF files:
-
-```console
-$ llama-completion -m tinygpt-{weight_type}.gguf -no-cnv -p "Once upon a time" -n 100
-$ ollama create tinygpt -f Modelfile && ollama run tinygpt "Once upon a time"
-```
-
+{run}
 ## How it was made
 
 | model | |
@@ -57,6 +44,59 @@ $ ollama create tinygpt -f Modelfile && ollama run tinygpt "Once upon a time"
 | training | |
 |---|---|
 {training}
+"""
+
+TRANSFORMERS = """\
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "path/to/this/folder")("Once upon a time")[0]["generated_text"])
+```
+"""
+
+LLAMA_CPP = """\
+With llama.cpp or Ollama, from this folder:
+
+```console
+$ llama-completion -m tinygpt-{weight_type}.gguf -no-cnv -p "Once upon a time" -n 100
+$ ollama create tinygpt -f Modelfile && ollama run tinygpt "Once upon a time"
+```
+"""
+
+ADAPTER_CARD = """\
+---
+library_name: peft
+pipeline_tag: text-generation
+tags: [tinygpt]
+---
+# Adapters of a small language model
+
+They belong to the model in `data/base`, which the PEFT library needs as a folder of transformers. From the project's
+top folder, this writes it:
+
+```python
+from tinygpt.export.hf import export_hf
+from tinygpt.model.weights import load_pair
+
+export_hf(*load_pair("data/base", "data/base"), "data/base", "data/base-hf")
+```
+
+and this loads both:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("data/export/peft")
+```
+
+Elsewhere, take both folders along:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("data/base-hf"), "data/export/peft")
+```
 """
 
 MODELFILE = """\
@@ -87,17 +127,22 @@ def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
     )
 
 
-def model_card(config: GPTConfig, n_params: int, origin: Origin, weight_type: str) -> str:
-    """The README.md of an export: what it was made from and how well it does, in numbers that the run decides."""
+def model_card(config: GPTConfig, n_params: int, origin: Origin, n_ctx: int, weight_type: str | None = None) -> str:
+    """The README.md of an export: what it was made from and how well it does, in numbers that the run decides.
+
+    `n_ctx` is the context of the file; `weight_type` names the GGUF file to run, None a folder for transformers.
+    """
     return CARD.format(
         n_params=n_params,
         n_layer=config.n_layer,
         n_embd=config.n_embd,
-        block_size=config.block_size,
+        n_ctx=n_ctx,
+        shorter="" if n_ctx == config.block_size else f" in this format ({config.block_size:,} in tinygpt)",
         start="from scratch" if origin.training["init_from"] == "scratch" else "from the weights of another model",
         source=origin.manifest["source"],
         licence=origin.manifest["licence"],
-        weight_type=weight_type,
+        library="" if weight_type else "library_name: transformers\n",
+        run=LLAMA_CPP.format(weight_type=weight_type) if weight_type else TRANSFORMERS,
         model=_rows(config_fields(config)),
         training=_rows(origin.training),
         **{key: origin.evaluation[key] for key in ("split", "tokens", "context", "loss", "ppl", "bpb")},

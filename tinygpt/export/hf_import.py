@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import Tensor
 from tinygpt.errors import UserError
 from tinygpt.export.family import ANY_BIAS, find_family, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, HF_FAMILIES, HFFamily
-from tinygpt.export.reverse import revert_layout
+from tinygpt.export.reverse import Misfit, revert_layout
 from tinygpt.model import GPTConfig
 from tinygpt.model.weights import load_tensors
-from tinygpt.params import ParamsError
+from tinygpt.params import ParamsError, from_mapping
 
 FAMILIES = {family.name: family for family in HF_FAMILIES}
 MLPS = {activation: mlp for mlp, activation in ACTIVATIONS.items()} | {"gelu_new": "gelu", "gelu_fast": "gelu"}
@@ -45,40 +46,47 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise UserError(
             f"{folder / 'config.json'} is of model_type {document.get('model_type')}, covered are {', '.join(FAMILIES)}"
         )
-    problems = _fixed_problems(document, family)
-    fields: dict[str, Any] = {}
+    config = _read_config(folder / "config.json", document, family)
+    tensors = _read_tensors(folder, family)
+    misfits: list[Misfit] = []
     try:
+        for bias in (bias for bias in ANY_BIAS if bias in family.switches["bias"]):
+            try:  # the first that holds what is not zero
+                biased = replace(config, bias=bias)
+                return biased, revert_layout(tensors, biased, family.layout)
+            except Misfit as misfit:
+                misfits.append(misfit)
+        raise min(reversed(misfits), key=lambda misfit: len(misfit.problems))  # of equals that with most biases
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> GPTConfig:
+    """The config, of whatever bias.  Raises UserError with all that is wrong with the document."""
+    problems: list[str] = []
+    try:
+        problems += _fixed_problems(document, family)
         fields = _gpt2_fields(document) if family.name == "gpt2" else _rope_fields(document, family)
+        config = from_mapping(GPTConfig, fields | {"norm_eps": document[family.eps], "bias": "none"}, prefix="model.")
+        problems += _switch_problems(config, family)
     except KeyError as error:
         problems.append(f"it has no {error.args[0]}")
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         problems.append(f"it has a value of another type ({error})")
+    except ParamsError as error:
+        problems += error.problems
     if problems:
-        raise UserError(f"{folder / 'config.json'} is no model that can be taken: {'; '.join(problems)}")
-    tensors = _read_tensors(folder, family)
-    reason = ""
-    for bias in (bias for bias in ANY_BIAS if bias in family.switches["bias"]):  # the first that holds what is not zero
-        try:
-            config = GPTConfig(**fields, bias=bias, norm_eps=float(document[family.eps]))
-            _check_switches(config, family)
-            return config, revert_layout(tensors, config, family.layout)
-        except TypeError as error:
-            raise UserError(f"{folder / 'config.json'}: it has a value of another type ({error})") from None
-        except ParamsError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from None
-        except UserError as error:
-            reason = str(error)
-    raise UserError(f"{folder}: {reason}")
+        raise UserError(f"{path} is no model that can be taken: {'; '.join(problems)}")
+    return config
 
 
-def _check_switches(config: GPTConfig, family: HFFamily) -> None:
-    """Refuse what the class computes in another way than a model of the same switches here."""
-    if find_family([family], config) is None:
-        found = switches_of(config)
-        shown = ", ".join(
-            f"{key}: {found[key]}" for key, allowed in family.switches.items() if found[key] not in allowed
-        )
-        raise UserError(f"a {family.name} is not the same here with {shown}")
+def _switch_problems(config: GPTConfig, family: HFFamily) -> list[str]:
+    """What the class computes in another way than a model of the same switches here."""
+    if find_family([family], config):
+        return []
+    found = switches_of(config)
+    shown = ", ".join(f"{key}: {found[key]}" for key, allowed in family.switches.items() if found[key] not in allowed)
+    return [f"a {family.name} is not the same here with {shown}"]
 
 
 def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:
@@ -118,7 +126,7 @@ def _rope_fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any
         "n_hidden": document["intermediate_size"],
         "block_size": block_size,
         "position": "rope",
-        "rope_theta": float(rope.get("rope_theta", 10000.0)),
+        "rope_theta": rope.get("rope_theta", 10000.0),
         "norm": family.switches["norm"][0],
         "mlp": _mlp(document["hidden_act"]),
         "parallel_block": document.get("use_parallel_residual", family.switches["parallel_block"][0]),

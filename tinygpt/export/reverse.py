@@ -18,10 +18,20 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import TIED, misshapen, model_tensors
 
 KINDS = ("weight", "bias")
+MOST_NAMED = 6  # tensors that an error names
+
+
+class Misfit(UserError):
+    """Tensors that are not those of a config; `problems` has all that is missing, too much or of another shape."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = sorted(problems)
+        more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+        super().__init__(f"the tensors do not fit their config: {'; '.join(self.problems[:MOST_NAMED])}{more}")
 
 
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
-    """Tensors in a layout, by our names and in our shapes.  Raises UserError with all that is missing or too much."""
+    """Tensors in a layout, by our names and in our shapes.  Raises Misfit, or UserError where heads differ."""
     with torch.device("meta"):
         expected = model_tensors(GPT(config))
     tensors = _renamed(_shared_norms(tensors), config, layout)
@@ -36,7 +46,7 @@ def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensor
     problems += [f"{name} is too much" for name in tensors.keys() - expected.keys()]
     problems += misshapen(tensors, expected)
     if problems:
-        raise UserError(f"the tensors do not fit their config: {'; '.join(sorted(problems))}")
+        raise Misfit(problems)
     return tensors
 
 

@@ -9,13 +9,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, must_exist, read_json, write_json
+from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import ParamsError, from_mapping
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_KEY = "tokenizer_sha256"  # of config.json: the tokenizer.json that the model was trained with
 TIED = "lm_head.weight"  # left out of the file when it is the token embedding
 
 
@@ -38,10 +41,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as safetensors ({error})") from None
 
 
-def save_model(folder: Path, config: GPTConfig, tensors: dict[str, Tensor]) -> None:
-    """Write a model folder."""
+def save_model(
+    folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer_sha256: str | None = None
+) -> None:
+    """Write a model folder; with the SHA-256 of its tokenizer.json, `load_pair` refuses another one."""
     save_tensors(folder / WEIGHTS_FILE, tensors)
-    write_json(folder / CONFIG_FILE, config_fields(config))
+    known = {} if tokenizer_sha256 is None else {TOKENIZER_KEY: tokenizer_sha256}
+    write_json(folder / CONFIG_FILE, config_fields(config) | known)
 
 
 def load_model(folder: str | Path) -> GPT:
@@ -50,16 +56,40 @@ def load_model(folder: str | Path) -> GPT:
     Raises UserError when a file is missing, torn, or does not fit the other.
     """
     folder = Path(folder)
-    try:
-        config = from_mapping(GPTConfig, read_json(folder / CONFIG_FILE, stage="train"))
-    except ParamsError as error:
-        raise UserError(
-            f"{folder / CONFIG_FILE} does not fit this version of tinygpt ({'; '.join(error.problems)}): "
-            "run `dvc repro train` to make the model again"
-        ) from None
+    config, _ = _read_config(folder)
     model = GPT(config)
     load_weights(model, must_exist(folder / WEIGHTS_FILE, stage="train"))
     return model.eval()
+
+
+def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer]:
+    """Read a model folder and the tokenizer that the model was trained with.
+
+    Raises UserError when either cannot be read or the tokenizer is another; a model folder that does not name its
+    tokenizer takes every one of its size.
+    """
+    model, found = load_model(folder), load_tokenizer(tokenizer)
+    _, sha256 = _read_config(Path(folder))
+    if sha256 not in (None, sha256_file(tokenizer_file(tokenizer))) or found.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{folder} was not trained with the tokenizer in {tokenizer}, they are of different runs: run `dvc repro`, "
+            "or name two that belong together"
+        )
+    return model, found
+
+
+def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:
+    """The config, and the SHA-256 of the tokenizer.json; None where the folder is older or was not told it."""
+    path = folder / CONFIG_FILE
+    document = read_json(path, stage="train")
+    sha256 = document.pop(TOKENIZER_KEY, None) if isinstance(document, dict) else None
+    try:
+        return from_mapping(GPTConfig, document), sha256
+    except ParamsError as error:
+        raise UserError(
+            f"{path} does not fit this version of tinygpt ({'; '.join(error.problems)}): "
+            "run `dvc repro train` to make the model again"
+        ) from None
 
 
 def misshapen(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

@@ -129,6 +129,10 @@ class Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a `tokenizer.json`, or the folder that holds one.  Raises UserError when it is missing or not ours."""
+    return Tokenizer(*read_tokenizer_json(tokenizer_file(path), required=EOS))
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The `tokenizer.json` itself, or that in a folder."""
     path = Path(path)
-    path = path if path.is_file() or path.suffix == ".json" else path / TOKENIZER_FILE
-    return Tokenizer(*read_tokenizer_json(path, required=EOS))
+    return path if path.is_file() or path.suffix == ".json" else path / TOKENIZER_FILE

@@ -2,6 +2,7 @@
 
     runs/<fingerprint>/
         lock                             held by the one trainer that may write here
+        run.json                         how many steps it will do, and whether its results are out
         step-0000500/
             weights.safetensors          the model after 500 steps
             optimizer.safetensors
@@ -78,12 +79,16 @@ class Checkpoints:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"another trainer is writing {self.folder}: wait for it, or stop it first") from None
-        for partial in self.folder.glob("*.partial"):  # a killed trainer's
+        for partial in self.folder.glob("step-*.partial"):  # a killed trainer's
             shutil.rmtree(partial)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._lock.release()
+
+    def note(self, *, max_steps: int, finished: bool) -> None:
+        """Say where the run ends, and whether it has and its results were published: for `python -m tinygpt runs`."""
+        write_json(self.folder / "run.json", {"max_steps": max_steps, "finished": finished})
 
     def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write one checkpoint of the PARTS, and drop the oldest."""

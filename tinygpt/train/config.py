@@ -20,7 +20,13 @@ class LoRAParams:
     targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...]
 
     def __post_init__(self) -> None:
-        require((bool(self.targets), "train.lora.targets is empty: name a layer, such as q_proj"))
+        require(
+            (bool(self.targets), "train.lora.targets is empty: name a layer, such as q_proj"),
+            (
+                len(set(self.targets)) == len(self.targets),
+                f"train.lora.targets={list(self.targets)} names a layer twice",
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,17 @@ OPTIMIZERS: dict[str, Callable[[list[Group], TrainParams], list[Optimizer]]] = {
 }
 
 
+# Bytes that each keeps for a weight: of a matrix in a block, and of another.
+STATE_BYTES = {"adamw": (8, 8), "adamw8bit": (2, 2), "lion": (4, 4), "muon": (4, 8)}
+
+
+def state_bytes(model: GPT, params: TrainParams) -> int:
+    """What the optimizers will keep of a model, about."""
+    matrix, other = STATE_BYTES[params.optimizer]
+    sizes = ((kind_of(model, name), tensor.numel()) for name, tensor in trained_tensors(model).items())
+    return sum(n * (matrix if kind == "matrix" else other) for kind, n in sizes)
+
+
 def build_optimizers(model: GPT, params: TrainParams) -> list[Optimizer]:
     """Those of a run.  Each group of weights has its `kind` and its `peak_lr`."""
     lrs = {"embedding": params.embedding_lr, "head": params.head_lr, "vector": params.vector_lr}

@@ -5,31 +5,32 @@ B batch, T tokens, C n_embd, V vocab_size. Sizes are bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tinygpt.model import GPT, GPTConfig
-from tinygpt.train.config import TrainParams
+from tinygpt.model.lora import add_lora, trained_tensors
+from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.loss import next_token_loss
-from tinygpt.train.optim import build_optimizers
+from tinygpt.train.optim import build_optimizers, state_bytes
 
-FLOAT = 4  # bytes of a float32, in which weights, gradients and AdamW's two means are kept
+FLOAT = 4  # bytes of a float32, in which weights and gradients are kept
 MATMUL_SIZE = 2048  # rows of the square matrices that the peak is measured with
 MEASURE_S = 1.0  # seconds that a measurement takes at least
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Memory:
     """Of one training step, and of generation with one sequence."""
 
-    weights: int
-    gradients: int
+    weights: int  # adapters included
+    gradients: int  # of what is trained, as is the optimizer's state
     optimizer: int
     activations: int  # kept for the backward pass of one micro-batch, logits included
     kv_cache: int  # of a full context
@@ -60,18 +61,28 @@ def _part(name: str) -> str:
     return next(part for place, part in places.items() if place in name)
 
 
-def flops_per_token(config: GPTConfig) -> float:
+def build_trained(config: GPTConfig, lora: LoRAParams | None) -> GPT:
+    """A model of random weights as training has it, with adapters if there are any."""
+    model = GPT(config)
+    if lora is not None:
+        add_lora(model, **dataclasses.asdict(lora), generator=None)
+    return model
+
+
+def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
     """Floating-point operations of training on one token of a full context: three times those of a forward pass.
 
     Two for each weight of a matrix, and two for each product of queries and keys and of shares and values, of which a
     token has half a context on average, or a window's part of it (Kaplan et al., https://arxiv.org/abs/2001.08361).
+    A frozen matrix needs no gradient of its own and counts two times.
     """
     with torch.device("meta"):
-        model = GPT(config)
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+        model = build_trained(config, lora)
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    matrices = sum(weight.numel() * (3 if weight.requires_grad else 2) for weight in linear)
     seen = [_mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
     attention = sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
-    return 3 * (2 * matrices + attention)
+    return 2 * matrices + 3 * attention
 
 
 def _mean_seen(t: int, window: int | None) -> float:
@@ -80,14 +91,15 @@ def _mean_seen(t: int, window: int | None) -> float:
     return (w * (w + 1) / 2 + (t - w) * w) / t
 
 
-def memory_of(config: GPTConfig, micro_batch_size: int, device: torch.device) -> Memory:
+def memory_of(config: GPTConfig, params: TrainParams, micro_batch_size: int, device: torch.device) -> Memory:
     """What a step will hold, counted without computing it: fake tensors take the device's kernels and no memory."""
     with FakeTensorMode(), torch.device(device):
-        return _count_memory(config, torch.zeros(micro_batch_size, config.block_size + 1, dtype=torch.long))
+        ids = torch.zeros(micro_batch_size, config.block_size + 1, dtype=torch.long)
+        return _count_memory(build_trained(config, params.lora), params, ids)
 
 
-def _count_memory(config: GPTConfig, ids: Tensor) -> Memory:
-    model = GPT(config)
+def _count_memory(model: GPT, params: TrainParams, ids: Tensor) -> Memory:
+    config = model.config
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -101,8 +113,10 @@ def _count_memory(config: GPTConfig, ids: Tensor) -> Memory:
     activations = sum(size for storage, size in kept.items() if storage not in parameters)
     del loss
     size = FLOAT * model.n_params()
+    trained = FLOAT * sum(tensor.numel() for tensor in trained_tensors(model).values())
     cache = 2 * FLOAT * config.n_layer * config.n_kv_head * config.head_dim * config.block_size
-    return Memory(weights=size, gradients=size, optimizer=2 * size, activations=activations, kv_cache=cache)
+    state = state_bytes(model, params) + (trained if params.ema else 0)
+    return Memory(weights=size, gradients=trained, optimizer=state, activations=activations, kv_cache=cache)
 
 
 def available_memory(device: torch.device) -> int:
@@ -114,7 +128,7 @@ def available_memory(device: torch.device) -> int:
 
 def tokens_per_second(config: GPTConfig, params: TrainParams, device: torch.device, micro_batch_size: int) -> float:
     """Measured on training steps with random tokens, the first of which does not count."""
-    model = GPT(config).to(device)
+    model = build_trained(config, params.lora).to(device)
     optimizers = build_optimizers(model, params)
     ids = torch.randint(config.vocab_size, (params.batch_size, config.block_size + 1), device=device)
     times: list[float] = []

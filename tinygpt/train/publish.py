@@ -16,10 +16,12 @@ from tinygpt.model.weights import save_model, save_tensors
 from tinygpt.train.trainer import Trained, Trainer
 
 
-def publish(trained: Trained, trainer: Trainer, model_dir: Path, reports_dir: Path) -> dict[str, Any]:
+def publish(
+    trained: Trained, trainer: Trainer, model_dir: Path, reports_dir: Path, *, tokenizer_sha256: str
+) -> dict[str, Any]:
     """Write the best and last weights, the curve, the samples and the summary; return the summary."""
     with atomic_folder(model_dir) as folder:
-        save_model(folder, trainer.model.config, trained.best)
+        save_model(folder, trainer.model.config, trained.best, tokenizer_sha256)
         save_tensors(folder / "last.safetensors", trained.last)
         if trainer.params.lora is not None:
             save_tensors(folder / "adapter.safetensors", trained.trained)

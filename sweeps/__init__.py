@@ -1,0 +1,1 @@
+"""Searches for good params, driven from outside the pipeline."""

@@ -1,0 +1,149 @@
+"""Search for params of low validation loss with Optuna; every trial is an experiment of DVC.
+
+    python -m sweeps.optuna_sweep --trials 20 -S train.lr=log:1e-3..1e-2 -S model.n_layer=2..6 -S train.max_steps=400
+
+A value LOW..HIGH is searched evenly (among whole numbers if both are), log:LOW..HIGH on a logarithmic scale, a,b,c as a
+choice; anything else is set as it is. Without -S the ranges of SPACE are searched. Stopped in any way and started
+again, the sweep goes on: its trials lie in a SQLite file, and the one under way resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dvc.api
+from filelock import FileLock, Timeout
+
+from tinygpt.errors import UserError, program
+from tinygpt.files import runs_folder
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+
+SPACE = ("train.lr=log:5e-4..1e-2", "train.warmup_steps=20..200", "train.weight_decay=0.0..0.3")
+NUMBER = r"([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)"
+RANGE = re.compile(rf"(log:)?{NUMBER}\.\.{NUMBER}")
+TARGET = "evaluate"  # what a trial runs: plots and exports are for the model that one keeps
+REPORT = "reports/train.json"
+MOST_FAILED = 2  # trials in a row: one may diverge, two mean that something is wrong
+
+
+@program
+def main() -> None:
+    """Run trials until there are as many as were asked for; tell the best."""
+    parser = argparse.ArgumentParser(prog="python -m sweeps.optuna_sweep", description="Search for good params.")
+    parser.add_argument(
+        "-S", dest="settings", action="append", metavar="KEY=VALUE", help="LOW..HIGH, log:LOW..HIGH, a,b,c or a value"
+    )
+    parser.add_argument("--trials", type=int, default=20, help="in all, earlier ones included (default: %(default)s)")
+    parser.add_argument("--name", default="sweep", help="experiments are NAME-0, NAME-1, … (default: %(default)s)")
+    parser.add_argument("--study", type=Path, help="SQLite file (default: runs/optuna.db)")
+    parser.add_argument("--seed", type=int, default=1, help="of Optuna's draws (default: %(default)s)")
+    args = parser.parse_args()
+    settings = read_settings(args.settings or SPACE)
+    path = args.study or runs_folder() / "optuna.db"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{path}.lock", timeout=0):
+            sweep(open_study(path, args.name, settings, args.seed), settings, args.trials)
+    except Timeout:
+        raise UserError(f"another sweep is writing {path}: wait for it, or give another --study") from None
+
+
+def read_settings(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
+    """KEY=VALUE texts as a mapping.  Raises UserError for what is none, and where nothing is searched."""
+    wrong = [text for text in texts if not re.fullmatch(r"[\w.]+=.+", text)]
+    if wrong:
+        raise UserError(f"-S {wrong[0]}: must be KEY=VALUE, such as train.lr=log:1e-3..1e-2")
+    settings = {key: value for key, _, value in (text.partition("=") for text in texts)}
+    for key, value in settings.items():
+        match = RANGE.fullmatch(value)
+        if value.startswith("log:") and not match:
+            raise UserError(f"-S {key}={value}: must be log:LOW..HIGH")
+        if match and not (float(match[2]) < float(match[3]) and (float(match[2]) > 0 or not match[1])):
+            raise UserError(f"-S {key}={value}: must be LOW..HIGH with LOW < HIGH, and above 0 after log:")
+    if not any(RANGE.fullmatch(value) or choices(value) for value in settings.values()):
+        raise UserError("nothing to search: give a range, such as -S train.lr=log:1e-3..1e-2, or a choice a,b")
+    return settings
+
+
+def choices(value: str) -> list[str]:
+    """The parts of a,b,c; none for one value, and for the lists and mappings of YAML."""
+    return value.split(",") if "," in value and value[0] not in "[{" else []
+
+
+def open_study(path: Path, name: str, settings: dict[str, str], seed: int) -> Study:
+    """The study of that name in a SQLite file, made if it is not there."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("sweeps.optuna_sweep needs Optuna: pip install -r requirements-sweep.txt") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(storage=f"sqlite:///{path.absolute()}", study_name=name, load_if_exists=True)
+    before = study.user_attrs.setdefault("settings", settings)
+    if before != settings:
+        told = " ".join(f"-S {key}={value}" for key, value in before.items())
+        raise UserError(f"the study {name} of {path} has trials of {told}: give these, or another --name")
+    study.set_user_attr("settings", settings)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # other draws after each restart
+    return study
+
+
+def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
+    """Ask for params, run them, tell the loss, until `n_trials` have one."""
+    from optuna.trial import TrialState
+
+    for left in study.get_trials(states=[TrialState.RUNNING]):  # by a sweep that was stopped
+        study.tell(left.number, state=TrialState.FAIL)
+        study.enqueue_trial(left.params)
+    failed = 0
+    while len(study.get_trials(states=[TrialState.COMPLETE])) < n_trials:
+        trial = study.ask()
+        values = [f"{key}={suggest(trial, key, value)}" for key, value in settings.items()]
+        name = f"{study.study_name}-{trial.number}"
+        print(f"{name}: {' '.join(values)}", flush=True)
+        loss = run_experiment(name, values)
+        if loss is None:
+            study.tell(trial, state=TrialState.FAIL)
+            failed += 1
+            if failed == MOST_FAILED:
+                raise UserError(f"{failed} trials in a row failed, as told above: the sweep goes on when run again")
+            continue
+        failed = 0
+        study.tell(trial, loss)
+        best = study.best_trial
+        print(f"{name}: val_loss {loss:.4f}; lowest {best.value:.4f}, {study.study_name}-{best.number}", flush=True)
+    best_name = f"{study.study_name}-{study.best_trial.number}"
+    print(f"{best_name} has the lowest val_loss of {n_trials}: `dvc exp apply {best_name}` takes it over")
+
+
+def suggest(trial: Trial, key: str, value: str) -> str:
+    """One param of a trial, of at most four digits where it is no whole number."""
+    match, parts = RANGE.fullmatch(value), choices(value)
+    if match and match[2].isdecimal() and match[3].isdecimal():
+        return str(trial.suggest_int(key, int(match[2]), int(match[3]), log=bool(match[1])))
+    if match:
+        return f"{trial.suggest_float(key, float(match[2]), float(match[3]), log=bool(match[1])):.4g}"
+    return str(trial.suggest_categorical(key, parts)) if parts else value
+
+
+def run_experiment(name: str, values: list[str]) -> float | None:
+    """`dvc exp run` in a temporary copy -> its validation loss, None if it failed."""
+    changes = [word for value in values for word in ("-S", value)]
+    process = subprocess.Popen([sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *changes, TARGET])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the trainer has heard it, too, and saves
+        process.wait()
+        raise
+    return None if status else float(json.loads(dvc.api.read(REPORT, rev=name))["val_loss"])
+
+
+if __name__ == "__main__":
+    main()

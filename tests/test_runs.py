@@ -1,0 +1,173 @@
+"""The list of runs: told right, and nothing removed that somebody may still need."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RUNTIME
+from filelock import FileLock
+from project import ROOT, run, succeed
+
+from tinygpt.cli import runs
+from tinygpt.shards import Shard, Span, shard_results
+from tinygpt.train.checkpoint import PARTS, Checkpoints, Progress
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(300)
+"""
+NAMES = [letter * 16 for letter in "abcd"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path / "runs"
+
+
+def training(name: str, *, step: int, age: int, finished: bool = False) -> None:
+    """A training of 40 steps that has come to `step`, `age` seconds ago."""
+    rows = [{"step": 5, "val_loss": 3.5}, {"step": 6, "val_loss": None}, {"step": 7, "val_loss": 3.75}]
+    tensors = {part: {"weight": torch.zeros(1000)} for part in PARTS}
+    with Checkpoints(name) as checkpoints:
+        checkpoints.note(max_steps=40, finished=finished)
+        if step:
+            checkpoints.save(Progress(step=step, rows=rows, best_step=5, best_val_loss=3.5), tensors)
+    for path in [checkpoints.folder, *checkpoints.folder.rglob("*")]:
+        os.utime(path, (time.time() - age,) * 2)
+
+
+def command(folder: Path, options: str = "") -> str:
+    return succeed(
+        f"python -m tinygpt runs {options}", folder.parent, PYTHONPATH=str(ROOT), DVC_ROOT=str(folder.parent)
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def four_runs() -> None:
+    """From the newest to the oldest: finished, stopped, finished, and stopped before its first checkpoint."""
+    for age, (name, step, finished) in enumerate(zip(NAMES, (40, 20, 40, 0), (True, False, True, False), strict=True)):
+        training(name, step=step, finished=finished, age=7200 * (age + 1))
+
+
+def test_each_is_listed_with_its_state_the_newest_first(folder):
+    four_runs()
+    lines = [line.split() for line in command(folder).splitlines()]
+    size = 3 * (4000 + 72)  # three files of 1000 float32 and safetensors' header
+    assert lines[0] == ["run", "state", "done", "best_val_loss", "last_val_loss", "size", "age"]
+    assert [line[:8] for line in lines[1:5]] == [
+        ["aaaaaaaa", "finished", "40", "of", "40", "steps", "3.5000", "3.7500"],
+        ["bbbbbbbb", "interrupted", "20", "of", "40", "steps", "3.5000", "3.7500"],
+        ["cccccccc", "finished", "40", "of", "40", "steps", "3.5000", "3.7500"],
+        ["dddddddd", "interrupted", "0", "of", "40", "steps", "-", "-"],
+    ]
+    assert [line[-2:] for line in lines[1:5]] == [[str(n), "h"] for n in (2, 4, 6, 8)]
+    found = {found.folder.name: found for found in runs.find_runs(folder)}
+    on_disk = sum(path.stat().st_size for path in (folder / NAMES[1]).rglob("*") if path.is_file())
+    assert size < found[NAMES[1]].size == on_disk
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ("", "bd"),
+        ("--all", ""),
+        ("--keep 1", "abd"),
+        ("--all --keep 2", "ab"),
+        ("--keep 9", "abcd"),
+    ],
+)
+def test_pruning_removes_what_was_asked_for(folder, options, left):
+    four_runs()
+    before = sum(found.size for found in runs.find_runs(folder))
+    (folder / "notes").mkdir()  # somebody's own
+    said = command(folder, f"--prune {options}")
+    assert names(folder) == [letter * 16 for letter in left] + ["notes"]
+    freed = runs.human_bytes(before - sum(found.size for found in runs.find_runs(folder)))
+    assert said.splitlines()[-1].startswith(f"removed {4 - len(left)} of 4 in ")
+    assert said.endswith(f": {freed} freed\n")
+
+
+def test_a_run_is_kept_while_a_program_holds_it_and_goes_when_that_was_killed(folder):
+    training(NAMES[0], step=40, finished=True, age=0)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder / NAMES[0] / "lock"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert command(folder).splitlines()[1].split()[1] == "running"
+        found = runs.Run(folder / NAMES[0], "finished", "", None, None, 0, 0.0)  # what was seen a moment before
+        assert not runs.remove(found)
+        assert "removed 0 of 1" in command(folder, "--prune --all")
+        assert names(folder) == NAMES[:1]
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    assert command(folder).splitlines()[1].split()[1] == "finished"
+    assert "removed 1 of 1" in command(folder, "--prune")
+    assert names(folder) == []
+
+
+def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path):
+    def work(shard: Shard, path: Path) -> None:
+        if shard.spans[0].begin:
+            raise OSError("the disk is gone")
+        path.write_text("done")
+
+    shards = [Shard((Span(tmp_path / "text", begin, begin + 5),)) for begin in (0, 5)]
+    with (
+        pytest.raises(OSError, match="the disk is gone"),
+        shard_results(work, shards, name="encode-train", key=1, runtime=RUNTIME),
+    ):
+        pass
+    (found,) = runs.find_runs(folder)
+    assert (found.state, found.done, found.size) == ("interrupted", "1 shard", 4)
+    assert found.name.startswith("encode-train-") and len(found.name) == len("encode-train-") + 8
+    with FileLock(folder / "encode-train.lock"):
+        assert runs.find_runs(folder)[0].state == "running"
+    assert "removed 0 of 1" in command(folder, "--prune")
+    assert "removed 1 of 1" in command(folder, "--prune --all")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"progress": 3}'])
+def test_a_damaged_checkpoint_leaves_the_one_before_to_tell(folder, damage):
+    training(NAMES[0], step=20, age=0)
+    training(NAMES[0], step=25, age=0)
+    (folder / NAMES[0] / "step-0000025/state.json").write_text(damage)
+    (folder / NAMES[0] / "run.json").write_text(damage)
+    (found,) = runs.find_runs(folder)
+    assert (found.state, found.done, found.best) == ("interrupted", "20 steps", 3.5)
+
+
+def test_a_program_killed_while_it_noted_does_not_stop_the_next(folder):
+    training(NAMES[0], step=20, age=0)
+    (folder / NAMES[0] / "run.json.partial").write_text("{")
+    training(NAMES[0], step=25, age=0)
+    assert runs.find_runs(folder)[0].done == "25 of 40 steps"
+
+
+def test_nothing_there_is_no_mistake(folder):
+    assert command(folder) == f"{folder} holds no run: training keeps its checkpoints there\n"
+    assert command(folder, "--prune") == f"removed 0 of 0 in {folder}: 0 B freed\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--all", "--all and --keep say what --prune removes: add --prune"),
+        ("--prune --keep -1", "--keep=-1 must be at least 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_told(folder, options, message):
+    done = run(f"python -m tinygpt runs {options}", folder.parent, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout) == (1, f"error: {message}\n")

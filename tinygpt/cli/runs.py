@@ -1,0 +1,187 @@
+"""`python -m tinygpt runs`: what lies in runs/, and how to be rid of what nobody needs any more.
+
+Training keeps its checkpoints in runs/<fingerprint>, other stages their shards in runs/<name>-<fingerprint> until they
+are done. Whatever else is in runs/ is not ours and is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from tinygpt.errors import UserError
+from tinygpt.files import human_bytes, read_json, runs_folder
+
+NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
+SHORT = 8  # letters of a fingerprint that are shown
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder of runs/."""
+
+    folder: Path
+    state: str  # finished, interrupted or running
+    done: str  # steps or shards
+    best: float | None  # lowest validation loss, nats per token
+    last: float | None  # newest validation loss
+    size: int  # bytes
+    changed: float  # when, in seconds since 1970
+
+    @property
+    def name(self) -> str:
+        """Of the folder, its fingerprint cut short."""
+        return self.folder.name[: SHORT - 16]
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_argument("--prune", action="store_true", help="remove the finished ones; none that is running")
+    command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
+    command.add_argument("--keep", type=int, metavar="N", help="with --prune: not the newest N of them")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table, or remove and tell what it freed."""
+    if (args.all or args.keep is not None) and not args.prune:
+        raise UserError("--all and --keep say what --prune removes: add --prune")
+    if args.keep is not None and args.keep < 0:
+        raise UserError(f"--keep={args.keep} must be at least 0")
+    folder = runs_folder()
+    runs = find_runs(folder)
+    if args.prune:
+        states = ("finished", "interrupted") if args.all else ("finished",)
+        chosen = [found for found in runs if found.state in states][args.keep or 0 :]
+        removed = [found for found in chosen if remove(found)]
+        for found in removed:
+            print(f"{found.name}: {found.state}, {found.done}, {human_bytes(found.size)}")
+        print(f"removed {len(removed)} of {len(runs)} in {folder}: {human_bytes(sum(r.size for r in removed))} freed")
+    elif runs:
+        print(run_table(runs, now=time.time()).to_string(index=False))
+        freed = sum(found.size for found in runs if found.state == "finished")
+        print(f"{human_bytes(sum(r.size for r in runs))} in {folder}; `runs --prune` frees {human_bytes(freed)}")
+    else:
+        print(f"{folder} holds no run: training keeps its checkpoints there")
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """What lies in runs/, the newest first."""
+    paths = [path for path in folder.glob("*") if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(map(look_at, paths), key=lambda found: (-found.changed, found.folder.name))
+
+
+def look_at(folder: Path) -> Run:
+    """One of them; it may grow while we look."""
+    stats = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # of a checkpoint that its trainer has just dropped
+                stats.append(Path(parent, name).stat())
+    size = sum(stat.st_size for stat in stats)
+    changed = max((stat.st_mtime for stat in stats), default=0.0)
+    running = is_locked(folder)
+    if _work(folder):
+        n = sum(path.name.isdigit() for path in folder.glob("*"))
+        done = f"{n:,} shard{'s' * (n != 1)}"
+        return Run(folder, "running" if running else "interrupted", done, None, None, size, changed)
+    progress, plan = _progress(folder), _json(folder / "run.json")
+    of = f" of {plan['max_steps']:,}" if "max_steps" in plan else ""  # a trainer of an older version left no plan
+    losses = [row["val_loss"] for row in progress.get("rows", []) if row["val_loss"] is not None]
+    state = "running" if running else "finished" if plan.get("finished") else "interrupted"
+    steps = f"{progress.get('step', 0):,}{of} steps"
+    return Run(folder, state, steps, progress.get("best_val_loss"), losses[-1] if losses else None, size, changed)
+
+
+def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
+    """A row for each, as text."""
+    return pd.DataFrame(
+        {
+            "run": [found.name for found in runs],
+            "state": [found.state for found in runs],
+            "done": [found.done for found in runs],
+            "best_val_loss": [_loss(found.best) for found in runs],
+            "last_val_loss": [_loss(found.last) for found in runs],
+            "size": [human_bytes(found.size) for found in runs],
+            "age": [_age(now - found.changed) for found in runs],
+        }
+    )
+
+
+def remove(found: Run) -> bool:
+    """Remove a folder unless somebody works in it (again); whether it is gone."""
+    with _held(found.folder) as free:
+        if free:
+            shutil.rmtree(found.folder)
+        return free
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living program works there: the lock of a dead one is free."""
+    with _held(folder) as free:
+        return not free
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder for the block, if nobody else does."""
+    work = _work(folder)
+    path = folder.with_name(f"{work}.lock") if work else folder / "lock"
+    if not path.exists():  # nobody was there yet: we leave no lock behind
+        yield True
+        return
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _work(folder: Path) -> str | None:
+    """What the shards in a folder are for, None for a training."""
+    match = NAME.fullmatch(folder.name)
+    return match["work"] if match else None
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """That of the newest checkpoint that can be read."""
+    for path in sorted(folder.glob("step-*/state.json"), reverse=True):
+        progress = _json(path).get("progress")
+        if isinstance(progress, dict):
+            return progress
+    return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The mapping in a file, an empty one if there is none."""
+    try:
+        value = read_json(path, stage="train")
+    except (UserError, OSError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
