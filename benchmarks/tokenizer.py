@@ -83,6 +83,7 @@ def runtime(folder: Path, n_thread: int) -> RuntimeParams:
         ray_address=None,
         n_thread=n_thread,
         micro_batch_size=1,
+        compile=False,
         log_every=1,
     )
 

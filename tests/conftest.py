@@ -51,7 +51,14 @@ TRICKY = st.text(
 )
 
 RUNTIME = RuntimeParams(
-    device="cpu", n_worker=1, engine="process", ray_address=None, n_thread=1, micro_batch_size=None, log_every=5
+    device="cpu",
+    n_worker=1,
+    engine="process",
+    ray_address=None,
+    n_thread=1,
+    micro_batch_size=None,
+    compile=False,
+    log_every=5,
 )
 
 # One config of each exported family.
@@ -76,7 +83,9 @@ def tiny_model(*, seed: int = 0, **changes: Any) -> GPT:
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(std=0.1, generator=generator)  # zero at the start of training
+            elif parameter.ndim > 1:
                 parameter *= 10
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1, generator=generator)

@@ -5,20 +5,18 @@ import ctypes
 import numpy as np
 import pytest
 import xllamacpp
-from conftest import tiny_config
+from conftest import tiny_model
 
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.llama_library import ContextParams, _check_defaults, open_library
 from tinygpt.export.llamacpp import N_BATCH, LlamaCpp
-from tinygpt.model import GPT
 
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory, tiny_tokenizer):
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    config = tiny_config(vocab_size=tiny_tokenizer.vocab_size, block_size=N_BATCH + 100)
-    export_gguf(GPT(config), tiny_tokenizer, path, "f32")
+    export_gguf(tiny_model(vocab_size=tiny_tokenizer.vocab_size, block_size=N_BATCH + 100), tiny_tokenizer, path, "f32")
     return path
 
 

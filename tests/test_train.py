@@ -340,6 +340,18 @@ def test_micro_batches_of_any_size_give_the_same_model_up_to_rounding():
             torch.testing.assert_close(parts.last[name], whole.last[name], atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same_step_up_to_rounding(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    params = dataclasses.replace(PARAMS, max_steps=5, batch_size=5, label_smoothing=0.1)
+    runtime = dataclasses.replace(RUNTIME, micro_batch_size=3)  # 3 and 2
+    eager = train("eager", params=params, runtime=runtime)
+    compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True))
+    for name in eager.last:
+        torch.testing.assert_close(compiled.last[name], eager.last[name], atol=2e-4, rtol=1e-3)
+    assert compiled.progress.best_val_loss == pytest.approx(eager.progress.best_val_loss, abs=1e-4)
+
+
 @pytest.mark.parametrize(("lr", "grad_clip"), [(1e30, 1e30)])
 def test_a_loss_that_is_no_number_stops_the_run_with_its_step_and_keeps_the_last_good_checkpoint(
     lr, grad_clip, tmp_path

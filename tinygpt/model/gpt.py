@@ -5,7 +5,6 @@ B batch, T tokens, C n_embd, V vocab_size, D head_dim.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -107,15 +106,16 @@ def init_weights(model: GPT, generator: torch.Generator | None) -> None:
     | weight                                       | distribution                                 |
     |----------------------------------------------|----------------------------------------------|
     | embeddings, head, linear layers              | normal, standard deviation INIT_STD          |
-    | o_proj and down_proj, which end in the       | the same, divided by the square root of the  |
-    | residual stream                              | 2·n_layer matrices that add to it            |
+    | o_proj and down_proj, which end in the       | zero: each block begins as the identity      |
+    | residual stream                              | (Zhang et al., https://arxiv.org/abs/1901.09321) |
     | biases                                       | zero                                         |
     | norms                                        | one (PyTorch's own)                          |
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            ends_in_stream = name.endswith(("o_proj", "down_proj"))
-            std = INIT_STD / math.sqrt(2 * model.config.n_layer) if ends_in_stream else INIT_STD
-            nn.init.normal_(module.weight, std=std, generator=generator)
+            if name.endswith(("o_proj", "down_proj")):
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

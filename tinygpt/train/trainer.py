@@ -84,6 +84,7 @@ class Trainer:
         self.batches = Batches(train_tokens, seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
         self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
         self.precision = pick_precision(params.precision, device)
+        self.train_loss = torch.compile(self._loss, dynamic=False) if runtime.compile else self._loss
         self.row_every = math.ceil(params.max_steps / MAX_ROWS)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
@@ -136,7 +137,7 @@ class Trainer:
         ids = self._to_device(self.batches.batch_at(step))  # (B, T + 1)
         loss = torch.zeros((), device=self.device)
         for part in ids.split(self.runtime.micro_batch_size or len(ids)):
-            part_loss = self._loss(part, training=True) * (len(part) / len(ids))
+            part_loss = self.train_loss(part, training=True) * (len(part) / len(ids))
             part_loss.backward()
             loss += part_loss.detach()
         self.part_norms = part_norms(self.model)

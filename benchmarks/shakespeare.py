@@ -1,0 +1,159 @@
+"""Tiny Shakespeare by characters, beside a plain GPT trained as nanoGPT's recipe for a CPU does.
+
+    python -m benchmarks.shakespeare --text tinyshakespeare.txt
+
+Every run is a process of its own and its time counts from its start: imports, building and compiling are in it. All
+learn the first nine tenths of the text and are measured on the rest, in windows as long as their context.
+
+plain   4 layers, 4 heads, width 128, context 64, batch 12, AdamW 1e-3, cosine, 2000 steps, eager: put together from
+        torch.nn's layers (benchmarks/plain_gpt.py). Its evaluations do not count.
+short   params.yaml's recipe, for the same loss in the least time
+long    the same, for the lowest loss in the time that plain takes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.plain_gpt import PlainGPT, loss_of, validation_loss
+from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.params import load_params
+from tinygpt.runtime import RuntimeParams
+from tinygpt.train.batches import Batches
+from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.train.config import TrainParams
+from tinygpt.train.trainer import Trainer, validation_sequences
+
+GOAL = 1.88  # nats per character
+PLAIN_STEPS, PLAIN_LR = 2000, 1e-3
+EVERY = 100  # steps between two evaluations of the plain GPT
+SIZES: dict[str, Any] = {
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "n_kv_head": None,
+    "head_dim": None,
+    "n_hidden": None,
+}
+SHORT = ({"block_size": 64}, {"batch_size": 12, "max_steps": 190, "warmup_steps": 5, "lr": 0.012})
+LONG = ({"block_size": 256}, {"batch_size": 8, "max_steps": 900, "warmup_steps": 20, "lr": 0.008})
+RECIPES = {"short": SHORT, "long": LONG}
+
+
+def run_plain(text: Path, began: float) -> dict[str, Any]:
+    """Train the plain GPT; its losses on the way, with the seconds since `began` that training took."""
+    config, train_ids, val_ids = _read(text, block_size=64)
+    torch.manual_seed(1)
+    model = PlainGPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PLAIN_LR, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    batches = Batches(train_ids, seq_len=64, batch_size=12, seed=1)
+    rows, reached, uncounted = validation_sequences(val_ids, 64, len(val_ids)), None, 0.0
+    for step in range(PLAIN_STEPS):
+        fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / PLAIN_STEPS))
+        optimizer.param_groups[0]["lr"] = PLAIN_LR * min(1, (step + 1) / 100) * fall
+        loss_of(model, torch.from_numpy(batches.batch_at(step))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % EVERY == 0:
+            paused = time.time()
+            loss = validation_loss(model.eval(), rows)
+            model.train()
+            uncounted += time.time() - paused
+            if loss <= GOAL and reached is None:
+                reached = time.time() - began - uncounted
+    n_params = sum(p.numel() for p in model.parameters())
+    seconds = time.time() - began - uncounted
+    return {"n_params": n_params, "steps": PLAIN_STEPS, "loss": loss, "seconds": seconds, "reached": reached}
+
+
+def run_recipe(text: Path, began: float, name: str) -> dict[str, Any]:
+    """Train by params.yaml and the recipe's changes; the evaluation at the end counts."""
+    model_changes, train_changes = RECIPES[name]
+    config, train_ids, val_ids = _read(text, **model_changes)
+    params, runtime = load_params(TrainParams, RuntimeParams)
+    once = {"eval_every": 10**9, "save_every": 10**9, "eval_tokens": len(val_ids), "sample_tokens": 0}
+    params = replace(params, **train_changes, **once)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DVC_ROOT"] = folder
+        with Checkpoints("benchmark") as checkpoints:
+            trainer = Trainer(
+                config,
+                params,
+                runtime,
+                train_tokens=train_ids,
+                val_tokens=val_ids,
+                checkpoints=checkpoints,
+                device=torch.device("cpu"),
+                write_sample=lambda model: "",
+            )
+            loss = trainer.fit().progress.best_val_loss
+    seconds = time.time() - began
+    assert loss is not None
+    n_params, reached = trainer.model.n_params(), seconds if loss <= GOAL else None
+    return {"n_params": n_params, "steps": params.max_steps, "loss": loss, "seconds": seconds, "reached": reached}
+
+
+def _read(text: Path, **changes: Any) -> Any:
+    """The config, and the ids of the first nine tenths and of the rest."""
+    characters, ids = np.unique(list(text.read_text(encoding="utf-8")), return_inverse=True)
+    ids = ids.astype(np.uint16)
+    params = replace(load_params(ModelParams), **SIZES, **changes)
+    n_train = len(ids) * 9 // 10
+    ring = np.r_[ids[:n_train], ids[:1]]  # begins and ends alike, as token files do
+    return GPTConfig(**config_fields(params), vocab_size=len(characters)), ring, ids[n_train:]
+
+
+RUNS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
+    "plain": run_plain,
+    "short": lambda text, began: run_recipe(text, began, "short"),
+    "long": lambda text, began: run_recipe(text, began, "long"),
+}
+
+
+def main() -> None:
+    """Print the table, or make one run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--repeat", type=int, default=3, help="the medians of so many")
+    parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(RUNS[args.one](args.text, args.began)))
+        return
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.runs}
+    for _ in range(args.repeat):
+        for name in args.runs:
+            command = [sys.executable, "-m", "benchmarks.shakespeare", "--text", str(args.text), "--one", name]
+            done = subprocess.run([*command, "--began", str(time.time())], check=True, capture_output=True, text=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(name, found[name][-1], file=sys.stderr, flush=True)
+    print(
+        f"| run | weights | steps | seconds to {GOAL} | seconds in all | validation loss |\n|---|---|---|---|---|---|"
+    )
+    for name, results in found.items():
+        reached = [r["reached"] for r in results if r["reached"]]
+        first, seconds = results[0], median(r["seconds"] for r in results)
+        goal = f"{median(reached):.1f}" if len(reached) == len(results) else "–"
+        print(f"| {name} | {first['n_params']:,} | {first['steps']} | {goal} | {seconds:.1f} | {first['loss']:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
