@@ -42,6 +42,7 @@ from tinygpt.train.trainer import Trainer, validation_sequences
 GOAL = 1.88  # nats per character
 PLAIN_STEPS, PLAIN_LR = 2000, 1e-3
 EVERY = 100  # steps between two evaluations of the plain GPT
+Changes = tuple[dict[str, Any], dict[str, Any]]  # of the model and of train
 SIZES: dict[str, Any] = {
     "n_layer": 4,
     "n_head": 4,
@@ -50,8 +51,8 @@ SIZES: dict[str, Any] = {
     "head_dim": None,
     "n_hidden": None,
 }
-SHORT = ({"block_size": 64}, {"batch_size": 12, "max_steps": 190, "warmup_steps": 5, "lr": 0.012})
-LONG = ({"block_size": 256}, {"batch_size": 8, "max_steps": 900, "warmup_steps": 20, "lr": 0.008})
+SHORT: Changes = ({"block_size": 64}, {"batch_size": 12, "max_steps": 190, "warmup_steps": 5, "lr": 0.012})
+LONG: Changes = ({"block_size": 256}, {"batch_size": 8, "max_steps": 900, "warmup_steps": 20, "lr": 0.008})
 RECIPES = {"short": SHORT, "long": LONG}
 
 
@@ -87,7 +88,7 @@ def run_recipe(text: Path, began: float, name: str) -> dict[str, Any]:
     model_changes, train_changes = RECIPES[name]
     config, train_ids, val_ids = _read(text, **model_changes)
     params, runtime = load_params(TrainParams, RuntimeParams)
-    once = {"eval_every": 10**9, "save_every": 10**9, "eval_tokens": len(val_ids), "sample_tokens": 0}
+    once: dict[str, Any] = {"eval_every": 10**9, "save_every": 10**9, "eval_tokens": len(val_ids), "sample_tokens": 0}
     params = replace(params, **train_changes, **once)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = folder

@@ -67,7 +67,9 @@ def main() -> None:
         except Stopped as stopped:
             print(f"train: {stopped}", file=sys.stderr)
             sys.exit(128 + stopped.signal)
-        report = publish(trained, trainer, MODEL_DIR, REPORTS_DIR, tokenizer_sha256=meta.tokenizer_sha256)
+        report = publish(
+            trained, trainer, MODEL_DIR, REPORTS_DIR, tokenizer_sha256=meta.tokenizer_sha256, base_sha256=base_sha256
+        )
         checkpoints.note(max_steps=params.max_steps, finished=True)
     size = human_bytes((MODEL_DIR / "model.safetensors").stat().st_size)
     print(f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s")

@@ -179,6 +179,14 @@ def test_a_cohere2_with_layers_that_do_not_rotate_is_refused(changes, message, t
         read_hf(tmp_path)
 
 
+def test_a_tensor_that_is_in_no_module_is_told(tmp_path):
+    saved(MODELS["llama"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"foo": torch.ones(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="foo is too much"):
+        read_hf(tmp_path)
+
+
 def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
     with pytest.raises(UserError, match=r"config.json not found: give a folder that transformers saved"):
         read_hf(tmp_path)
@@ -251,6 +259,9 @@ def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
         load_model(project / "data/base").lm_head.weight, load_model(project / "data/model").lm_head.weight
     )
     assert "train" in succeed("dvc status", project)  # another base: another run
+    wrong = run("python -m stages.export", project)
+    assert "data/base is not the model that these adapters were trained on" in wrong.stdout
+    assert "Traceback" not in wrong.stdout
     set_params(project, {"model.n_layer": 2})
     wrong = run("dvc repro", project)
     assert (

@@ -14,6 +14,8 @@ import torch
 from gguf import GGUFWriter
 from torch import Tensor
 
+from tinygpt.errors import UserError
+from tinygpt.export.base import BASE_DIR
 from tinygpt.export.card import ADAPTER_CARD, TRAINING_FILE
 from tinygpt.export.config import ExportParams
 from tinygpt.export.family import family_of, find_family
@@ -21,10 +23,10 @@ from tinygpt.export.gguf import write_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.layout import QKV, Layout, leaf, pair_rope, rename, repeat_kv
-from tinygpt.files import atomic_folder, atomic_write, human_bytes, must_exist, read_json, write_json
+from tinygpt.files import atomic_folder, atomic_write, human_bytes, must_exist, read_json, sha256_file, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.lora import ADAPTER
-from tinygpt.model.weights import load_tensors, save_tensors
+from tinygpt.model.weights import WEIGHTS_FILE, load_tensors, save_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -36,11 +38,18 @@ Pair = tuple[Tensor, Tensor]  # A (rank, in) and B (out, rank)
 def export_adapters(folder: Path, model_dir: Path, config: GPTConfig, params: ExportParams) -> list[str]:
     """Write those of a model that was trained with adapters, for the programs that know its base as it is.
 
-    Returns a line for each file, none for a model without adapters.
+    Returns a line for each file, none for a model without adapters.  Raises UserError when data/base is another model.
     """
-    lora = read_json(model_dir / TRAINING_FILE, stage="train")["lora"]
+    training = read_json(model_dir / TRAINING_FILE, stage="train")
+    lora = training["lora"]
     if lora is None:
         return []
+    base = BASE_DIR / WEIGHTS_FILE
+    if not base.exists() or sha256_file(base) != training.get("base_sha256"):
+        raise UserError(
+            f"{BASE_DIR} is not the model that these adapters were trained on: put that one back, or run `dvc repro "
+            "train` to train adapters of this one"
+        )
     adapter = load_tensors(must_exist(model_dir / ADAPTER_FILE, stage="train"))
     files = []
     if params.hf and find_family(TRANSFORMERS.families, config):

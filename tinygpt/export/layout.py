@@ -156,4 +156,4 @@ def rename(name: str, layout: Layout) -> str:
 
 def leaf(name: str) -> str:
     """The module's own name: "blocks.0.attn.q_proj.weight" -> "q_proj"."""
-    return name.split(".")[-2]
+    return name.split(".")[-2:][0]  # a tensor of another program may have no module

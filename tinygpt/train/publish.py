@@ -17,15 +17,24 @@ from tinygpt.train.trainer import Trained, Trainer
 
 
 def publish(
-    trained: Trained, trainer: Trainer, model_dir: Path, reports_dir: Path, *, tokenizer_sha256: str
+    trained: Trained,
+    trainer: Trainer,
+    model_dir: Path,
+    reports_dir: Path,
+    *,
+    tokenizer_sha256: str,
+    base_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Write the best and last weights, the curve, the samples and the summary; return the summary."""
+    """Write the best and last weights, the curve, the samples and the summary; return the summary.
+
+    `base_sha256` is that of the weights that the run started from, if it did.
+    """
     with atomic_folder(model_dir) as folder:
         save_model(folder, trainer.model.config, trained.best, tokenizer_sha256)
         save_tensors(folder / "last.safetensors", trained.last)
         if trainer.params.lora is not None:
             save_tensors(folder / "adapter.safetensors", trained.trained)
-        write_json(folder / "training.json", dataclasses.asdict(trainer.params))
+        write_json(folder / "training.json", dataclasses.asdict(trainer.params) | {"base_sha256": base_sha256})
     progress = trained.progress
     for name, rows in (("train.csv", progress.rows), ("train_norms.csv", progress.norms)):
         with atomic_write(reports_dir / name) as file:
