@@ -7,7 +7,7 @@ import torch
 from conftest import random_ids, tiny_model
 from test_train import PARAMS, same
 
-from tinygpt.model.lora import trained_tensors
+from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import (
     OPTIMIZERS,
@@ -166,6 +166,17 @@ def test_state_survives_as_named_tensors(name):
         set_lr(some, 1.0)
         train_steps(trained, some, range(2, 4))
     assert same(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_adapters_alone_can_be_trained(name):
+    model = tiny_model()
+    add_lora(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj"], generator=None)
+    optimizers = build_optimizers(model, params_with(optimizer=name))
+    assert [group["kind"] for group in groups_of(optimizers).values()] == ["matrix"]
+    before = {key: tensor.detach().clone() for key, tensor in trained_tensors(model).items()}
+    train_steps(model, optimizers, range(2))
+    assert all(not torch.equal(tensor, before[key]) for key, tensor in trained_tensors(model).items())
 
 
 def test_every_optimizer_learns():

@@ -48,7 +48,9 @@ def test_a_right_file_passes(family, weight_type, check, tiny_tokenizer):
     assert failures == []
     assert measures["wrong_tokens"] == 0
     assert measures["greedy_agreement"] > 0.9
-    assert measures["ppl"] == pytest.approx(measures["ppl_pytorch"], rel=0.1 if weight_type == "q2_k" else 2e-2)
+    assert measures["ppl"] == pytest.approx(
+        measures["ppl_pytorch"], rel={"q2_k": 0.1, "q4_k_m": 5e-2}.get(weight_type, 2e-2)
+    )
 
 
 def changed(model, name, change):
@@ -98,6 +100,10 @@ def test_weights_that_are_no_numbers_fail_to_load(check, model):
 
 def test_a_choice_between_equals_is_not_a_failure(check, tiny_tokenizer):
     flat = GPT(tiny_config(**LLAMA, vocab_size=tiny_tokenizer.vocab_size, block_size=64, tie_weights=False)).eval()
+    with torch.no_grad():
+        for block in flat.blocks:
+            block.attn.o_proj.weight.normal_(std=0.01)
+            block.mlp.down_proj.weight.normal_(std=0.01)
     measures, failures = check(flat, weight_type="q8_0")
     assert failures == []
     assert measures["greedy_agreement"] < 1

@@ -106,11 +106,8 @@ def _lion(groups: list[Group], params: TrainParams) -> list[Optimizer]:
 def _muon(groups: list[Group], params: TrainParams) -> list[Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for what it is not made for."""
     inner, outer = ([group for group in groups if (group["kind"] == "matrix") is which] for which in (True, False))
-    return (
-        [Muon(inner, lr=params.lr, momentum=params.momentum), *_adamw(outer, params)]
-        if inner
-        else _adamw(outer, params)
-    )
+    muon = [Muon(inner, lr=params.lr, momentum=params.momentum)] if inner else []
+    return [*muon, *(_adamw(outer, params) if outer else [])]
 
 
 OPTIMIZERS: dict[str, Callable[[list[Group], TrainParams], list[Optimizer]]] = {
