@@ -322,6 +322,19 @@ def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path
     assert train().progress.step == 10
 
 
+def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys):
+    params, runtime = dataclasses.replace(PARAMS, eval_every=100), dataclasses.replace(RUNTIME, log_every=3)
+    with Checkpoints("run") as checkpoints:
+        trainer = make_trainer(checkpoints, params=params, runtime=runtime)
+        trainer.row_every = 4  # as of a run of thousands of steps
+        trainer.fit()
+    losses = [row["train_loss"] for row in train("every", params=params).progress.rows]
+    expected = {3: losses[:3], 6: losses[4:6], 9: losses[8:9], 10: losses[8:]}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][: len(expected)]
+    for (step, part), line in zip(expected.items(), lines, strict=True):
+        assert line.startswith(f"step {step:>6} of 10  train loss {np.mean(part):.4f}")
+
+
 def test_a_second_trainer_of_the_same_run_is_refused():
     with (
         Checkpoints("run"),

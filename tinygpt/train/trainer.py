@@ -189,22 +189,25 @@ class Trainer:
         parts = self._to_device(self.val_batch).split(self.runtime.micro_batch_size or self.params.batch_size)
         return sum(self._loss(part).item() * len(part) for part in parts) / len(self.val_batch)
 
-    def _add_row(self, val_loss: float | None) -> None:
-        """Means since the last row, as one row of the curve."""
+    def _row(self, val_loss: float | None) -> dict[str, float | None]:
+        """Means since the last row of the curve, as a row."""
         state = self.progress
-        state.rows.append(
-            {
-                "step": state.step,
-                "train_loss": state.loss_sum / state.n_summed,
-                "val_loss": val_loss,
-                "lr": self.params.lr * lr_frac_at(state.step - 1, self.params),
-                "grad_norm": state.grad_norm_sum / state.n_summed,
-            }
-        )
+        return {
+            "step": state.step,
+            "train_loss": state.loss_sum / state.n_summed,
+            "val_loss": val_loss,
+            "lr": self.params.lr * lr_frac_at(state.step - 1, self.params),
+            "grad_norm": state.grad_norm_sum / state.n_summed,
+        }
+
+    def _add_row(self, val_loss: float | None) -> None:
+        state = self.progress
+        state.rows.append(self._row(val_loss))
         state.loss_sum, state.grad_norm_sum, state.n_summed = 0.0, 0.0, 0
 
     def _log_line(self) -> str:
-        row, state = self.progress.rows[-1], self.progress
+        state = self.progress
+        row = self._row(None) if state.n_summed else state.rows[-1]  # between two rows, or at one
         tokens_per_s = state.step * self.params.batch_size * self.batches.seq_len / state.seconds
         val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
         return (
