@@ -84,6 +84,7 @@ def runtime(folder: Path, n_thread: int) -> RuntimeParams:
         n_thread=n_thread,
         micro_batch_size=1,
         log_every=1,
+        log_to=(),
     )
 
 

@@ -25,6 +25,7 @@ from tinygpt.train.base import load_base
 from tinygpt.train.checkpoint import Checkpoints, fingerprint
 from tinygpt.train.config import TrainParams
 from tinygpt.train.publish import publish
+from tinygpt.train.sinks import Sinks
 from tinygpt.train.trainer import Stopped, Trainer
 
 TOKENIZER_DIR = Path("data/tokenizer")
@@ -48,8 +49,8 @@ def main() -> None:
         return generate(model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=Sampling(seed=params.seed))
 
     base = load_base(BASE_DIR, config, tokenizer) if params.init_from == "base" else None
-    base_sha256 = sha256_file(BASE_DIR / WEIGHTS_FILE) if base else None
-    with Checkpoints(fingerprint(config, params, meta, base_sha256)) as checkpoints:
+    name = fingerprint(config, params, meta, sha256_file(BASE_DIR / WEIGHTS_FILE) if base else None)
+    with Checkpoints(name) as checkpoints, Sinks(runtime.log_to, checkpoints.folder, config, params) as sinks:
         checkpoints.note(max_steps=params.max_steps, finished=False)
         trainer = Trainer(
             config,
@@ -61,6 +62,7 @@ def main() -> None:
             device=open_device(runtime),
             write_sample=write_sample,
             base=base,
+            watch=sinks,
         )
         try:
             trained = trainer.fit()

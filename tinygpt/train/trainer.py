@@ -69,10 +69,14 @@ class Trainer:
         device: torch.device,
         write_sample: Callable[[GPT], str],
         base: dict[str, Tensor] | None = None,
+        watch: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """`base` has the weights to start from, by name; without it they come from the seed."""
+        """`base` has the weights to start from, by name; without it they come from the seed.
+
+        `watch` is called with the progress at the start and after each step.
+        """
         self.params, self.runtime, self.device = params, runtime, device
-        self.checkpoints, self.write_sample = checkpoints, write_sample
+        self.checkpoints, self.write_sample, self.watch = checkpoints, write_sample, watch
         self.model = GPT(config, generator=torch.Generator().manual_seed(params.seed)).to(device)
         if base is not None:
             self.model.load_state_dict(base, strict=False)  # a tied head is not in it
@@ -92,6 +96,7 @@ class Trainer:
     def fit(self) -> Trained:
         """Train to the last step.  Raises Stopped on request, UserError when the loss is no number any more."""
         self._resume()
+        self.watch(self.progress)
         start, max_steps = self.progress.step, self.params.max_steps
         with Interrupts() as interrupts, progress("train", total=max_steps, unit="steps", start=start) as bar:
             for step in range(start, max_steps):
@@ -104,6 +109,7 @@ class Trainer:
                 if val_loss is not None or self._due(done, self.row_every):
                     self._add_row(val_loss)
                 self.progress.seconds += time.perf_counter() - began
+                self.watch(self.progress)
                 if val_loss is not None or self._due(done, self.runtime.log_every):
                     bar.write(self._log_line())
                 finished = done == max_steps or self._out_of_patience()
