@@ -85,6 +85,7 @@ def runtime(folder: Path, n_thread: int) -> RuntimeParams:
         micro_batch_size=1,
         compile=False,
         log_every=1,
+        log_to=(),
     )
 
 

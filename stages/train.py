@@ -13,7 +13,6 @@ from tinygpt.export.coverage import check_export
 from tinygpt.files import human_bytes, sha256_file
 from tinygpt.generate import generate
 from tinygpt.generate.sampling import Sampling
-from tinygpt.model import GPT
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.device import open_device
 from tinygpt.model.weights import WEIGHTS_FILE
@@ -25,6 +24,7 @@ from tinygpt.train.base import load_base
 from tinygpt.train.checkpoint import Checkpoints, fingerprint
 from tinygpt.train.config import TrainParams
 from tinygpt.train.publish import publish
+from tinygpt.train.sinks import Sinks
 from tinygpt.train.trainer import Stopped, Trainer
 
 TOKENIZER_DIR = Path("data/tokenizer")
@@ -44,12 +44,11 @@ def main() -> None:
     check_export(config, export)
     tokens = {split: load_tokens(TOKENS_DIR, split, at_least=config.block_size + 1) for split in ("train", "val")}
 
-    def write_sample(model: GPT) -> str:
-        return generate(model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=Sampling(seed=params.seed))
-
+    sampling = Sampling(seed=params.seed)
     base = load_base(BASE_DIR, config, tokenizer) if params.init_from == "base" else None
     base_sha256 = sha256_file(BASE_DIR / WEIGHTS_FILE) if base else None
-    with Checkpoints(fingerprint(config, params, meta, base_sha256)) as checkpoints:
+    name = fingerprint(config, params, meta, base_sha256)
+    with Checkpoints(name) as checkpoints, Sinks(runtime.log_to, checkpoints.folder, config, params) as sinks:
         checkpoints.note(max_steps=params.max_steps, finished=False)
         trainer = Trainer(
             config,
@@ -59,17 +58,18 @@ def main() -> None:
             val_tokens=tokens["val"],
             checkpoints=checkpoints,
             device=open_device(runtime),
-            write_sample=write_sample,
+            write_sample=lambda model: generate(
+                model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=sampling
+            ),
             base=base,
+            watch=sinks,
         )
         try:
             trained = trainer.fit()
         except Stopped as stopped:
             print(f"train: {stopped}", file=sys.stderr)
             sys.exit(128 + stopped.signal)
-        report = publish(
-            trained, trainer, MODEL_DIR, REPORTS_DIR, tokenizer_sha256=meta.tokenizer_sha256, base_sha256=base_sha256
-        )
+        report = publish(trained, trainer, MODEL_DIR, REPORTS_DIR, tokenizer=meta.tokenizer_sha256, base=base_sha256)
         checkpoints.note(max_steps=params.max_steps, finished=True)
     size = human_bytes((MODEL_DIR / "model.safetensors").stat().st_size)
     print(f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s")

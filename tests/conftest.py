@@ -52,13 +52,14 @@ TRICKY = st.text(
 
 RUNTIME = RuntimeParams(
     device="cpu",
+    n_thread=1,
     n_worker=1,
     engine="process",
     ray_address=None,
-    n_thread=1,
     micro_batch_size=None,
     compile=False,
     log_every=5,
+    log_to=(),
 )
 
 # One config of each exported family.

@@ -75,7 +75,7 @@ def test_everything_is_made_and_git_has_only_what_it_should(done):
 
 
 def test_again_nothing_runs_and_machine_settings_change_nothing(project):
-    set_params(project, {"runtime.log_every": 7, "runtime.micro_batch_size": 2})
+    set_params(project, {"runtime.log_every": 7, "runtime.micro_batch_size": 2, "runtime.log_to": ["wandb"]})
     assert ran(succeed("dvc repro", project)) == []
 
 

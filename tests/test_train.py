@@ -322,6 +322,19 @@ def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path
     assert train().progress.step == 10
 
 
+def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys):
+    params, runtime = dataclasses.replace(PARAMS, eval_every=100), dataclasses.replace(RUNTIME, log_every=3)
+    with Checkpoints("run") as checkpoints:
+        trainer = make_trainer(checkpoints, params=params, runtime=runtime)
+        trainer.row_every = 4  # as of a run of thousands of steps
+        trainer.fit()
+    losses = [row["train_loss"] for row in train("every", params=params).progress.rows]
+    expected = {3: losses[:3], 6: losses[4:6], 9: losses[8:9], 10: losses[8:]}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][: len(expected)]
+    for (step, part), line in zip(expected.items(), lines, strict=True):
+        assert line.startswith(f"step {step:>6} of 10  train loss {np.mean(part):.4f}")
+
+
 def test_a_second_trainer_of_the_same_run_is_refused():
     with (
         Checkpoints("run"),
@@ -405,7 +418,7 @@ def test_a_fingerprint_names_the_params_the_data_and_the_code_but_no_comment(tmp
         fingerprint(tiny_config(n_layer=3), PARAMS, meta),
         fingerprint(tiny_config(), dataclasses.replace(PARAMS, lr=1e-4), meta),
         fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, train=dataclasses.replace(split, sha256="b"))),
-        fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, tokenizer_sha256="u")),
+        fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, tokenizer="u")),
     ]
     assert len({base, *others}) == 5
     assert base == fingerprint(tiny_config(), PARAMS, meta)
@@ -438,7 +451,7 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path):
         with Checkpoints(name) as checkpoints:
             trainer = make_trainer(checkpoints, params=params, sample=lambda model: "a sample")
             report = publish(
-                trainer.fit(), trainer, tmp_path / name / "model", tmp_path / name / "reports", tokenizer_sha256="0"
+                trainer.fit(), trainer, tmp_path / name / "model", tmp_path / name / "reports", tokenizer="0"
             )
         paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file() and path.name != "train.json")
         files.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in paths})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from tinygpt.params import Count, CountOrDerived, Within
+from tinygpt.params import Count, CountOrDerived, Within, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,9 @@ class RuntimeParams:
     engine: Literal["process", "ray"]  # who runs them: this machine, or a Ray cluster
     ray_address: str | None  # host:port of a running cluster's head: null = a local one for the time of a stage
     micro_batch_size: CountOrDerived  # sequences in one forward pass: null = all of train.batch_size
-    compile: (
-        bool  # training steps by torch.compile: a fifth faster, after 10 to 20 seconds, or 2 from the second run on
-    )
+    compile: bool  # training steps by torch.compile: a fifth less time for each, seconds to begin with
     log_every: Count  # steps between two lines of the training log
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...]  # programs that show the curve; [] for none
+
+    def __post_init__(self) -> None:
+        require((len(set(self.log_to)) == len(self.log_to), f"runtime.log_to={list(self.log_to)} names one twice"))

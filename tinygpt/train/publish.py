@@ -22,19 +22,19 @@ def publish(
     model_dir: Path,
     reports_dir: Path,
     *,
-    tokenizer_sha256: str,
-    base_sha256: str | None = None,
+    tokenizer: str,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Write the best and last weights, the curve, the samples and the summary; return the summary.
 
-    `base_sha256` is that of the weights that the run started from, if it did.
+    `tokenizer` and `base` are the SHA-256 of the tokenizer and of the weights that the run started from, if it did.
     """
     with atomic_folder(model_dir) as folder:
-        save_model(folder, trainer.model.config, trained.best, tokenizer_sha256)
+        save_model(folder, trainer.model.config, trained.best, tokenizer)
         save_tensors(folder / "last.safetensors", trained.last)
         if trainer.params.lora is not None:
             save_tensors(folder / "adapter.safetensors", trained.trained)
-        write_json(folder / "training.json", dataclasses.asdict(trainer.params) | {"base_sha256": base_sha256})
+        write_json(folder / "training.json", dataclasses.asdict(trainer.params) | {"base_sha256": base})
     progress = trained.progress
     for name, rows in (("train.csv", progress.rows), ("train_norms.csv", progress.norms)):
         with atomic_write(reports_dir / name) as file:

@@ -69,10 +69,14 @@ class Trainer:
         device: torch.device,
         write_sample: Callable[[GPT], str],
         base: dict[str, Tensor] | None = None,
+        watch: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """`base` has the weights to start from, by name; without it they come from the seed."""
+        """`base` has the weights to start from, by name; without it they come from the seed.
+
+        `watch` is called with the progress at the start and after each step.
+        """
         self.params, self.runtime, self.device = params, runtime, device
-        self.checkpoints, self.write_sample = checkpoints, write_sample
+        self.checkpoints, self.write_sample, self.watch = checkpoints, write_sample, watch
         self.model = GPT(config, generator=torch.Generator().manual_seed(params.seed)).to(device)
         if base is not None:
             self.model.load_state_dict(base, strict=False)  # a tied head is not in it
@@ -93,6 +97,7 @@ class Trainer:
     def fit(self) -> Trained:
         """Train to the last step.  Raises Stopped on request, UserError when the loss is no number any more."""
         self._resume()
+        self.watch(self.progress)
         start, max_steps = self.progress.step, self.params.max_steps
         with Interrupts() as interrupts, progress("train", total=max_steps, unit="steps", start=start) as bar:
             for step in range(start, max_steps):
@@ -105,6 +110,7 @@ class Trainer:
                 if val_loss is not None or self._due(done, self.row_every):
                     self._add_row(val_loss)
                 self.progress.seconds += time.perf_counter() - began
+                self.watch(self.progress)
                 if val_loss is not None or self._due(done, self.runtime.log_every):
                     bar.write(self._log_line())
                 finished = done == max_steps or self._out_of_patience()
@@ -190,22 +196,25 @@ class Trainer:
         parts = self._to_device(self.val_batch).split(self.runtime.micro_batch_size or self.params.batch_size)
         return sum(self._loss(part).item() * len(part) for part in parts) / len(self.val_batch)
 
-    def _add_row(self, val_loss: float | None) -> None:
-        """Means since the last row, as one row of the curve."""
+    def _row(self, val_loss: float | None) -> dict[str, float | None]:
+        """Means since the last row of the curve, as a row."""
         state = self.progress
-        state.rows.append(
-            {
-                "step": state.step,
-                "train_loss": state.loss_sum / state.n_summed,
-                "val_loss": val_loss,
-                "lr": self.params.lr * lr_frac_at(state.step - 1, self.params),
-                "grad_norm": state.grad_norm_sum / state.n_summed,
-            }
-        )
+        return {
+            "step": state.step,
+            "train_loss": state.loss_sum / state.n_summed,
+            "val_loss": val_loss,
+            "lr": self.params.lr * lr_frac_at(state.step - 1, self.params),
+            "grad_norm": state.grad_norm_sum / state.n_summed,
+        }
+
+    def _add_row(self, val_loss: float | None) -> None:
+        state = self.progress
+        state.rows.append(self._row(val_loss))
         state.loss_sum, state.grad_norm_sum, state.n_summed = 0.0, 0.0, 0
 
     def _log_line(self) -> str:
-        row, state = self.progress.rows[-1], self.progress
+        state = self.progress
+        row = self._row(None) if state.n_summed else state.rows[-1]  # between two rows, or at one
         tokens_per_s = state.step * self.params.batch_size * self.batches.seq_len / state.seconds
         val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
         return (

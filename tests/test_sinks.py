@@ -1,0 +1,280 @@
+"""Logs of TensorBoard, Weights & Biases and MLflow, read back with their own readers."""
+
+import resource
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import pytest
+from conftest import tiny_config
+from test_train import PARAMS, make_trainer, runs_in_tmp, same, train  # noqa: F401
+
+from tinygpt.errors import UserError
+from tinygpt.params import ParamsError, from_mapping
+from tinygpt.runtime import RuntimeParams
+from tinygpt.train.checkpoint import Checkpoints, Progress
+from tinygpt.train.sinks import SINKS, Sinks
+
+RUN = "0123456789abcdef"
+NUMBERS = ("train_loss", "val_loss", "lr", "grad_norm")
+STEPS = list(range(1, PARAMS.max_steps + 1))
+
+
+class Killed(Exception):
+    """Ends a training between two checkpoints."""
+
+
+@pytest.fixture(autouse=True)
+def settings_of_nobody(monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_RUN_GROUP"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "runs" / RUN
+
+
+def logged(*names: str, killed_after: int | None = None):
+    """Train as the stage does; what was trained."""
+    with Checkpoints(RUN) as checkpoints, Sinks(names, checkpoints.folder, tiny_config(), PARAMS) as sinks:
+
+        def watch(progress: Progress) -> None:
+            sinks(progress)
+            if progress.step == killed_after:
+                raise Killed
+
+        trainer = make_trainer(checkpoints)
+        trainer.watch = watch
+        return trainer.fit()
+
+
+def logged_twice(name: str):
+    """Train, killed two steps after a checkpoint and begun again."""
+    with pytest.raises(Killed):
+        logged(name, killed_after=8)
+    return logged(name)
+
+
+def curve(rows, number: str) -> list[tuple[int, float]]:
+    """Steps and values of one number in the rows of a curve."""
+    return [(row["step"], pytest.approx(row[number])) for row in rows if row[number] is not None]
+
+
+# ---- TensorBoard ----
+
+
+def tensorboard_log(folder: Path):
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return module.EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def scalars(log, number: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in log.Scalars(number)]
+
+
+def test_tensorboard_has_each_step_once_also_after_a_kill(folder):
+    pytest.importorskip("tensorboard")
+    trained = logged_twice("tensorboard")
+    assert len(list((folder / "tensorboard").iterdir())) == 2
+    log = tensorboard_log(folder)
+    for number in NUMBERS:
+        assert scalars(log, number) == curve(trained.progress.rows, number)
+    assert [step for step, speed in scalars(log, "tokens_per_s") if speed > 0] == STEPS
+
+
+def test_tensorboard_has_the_params(folder):
+    pytest.importorskip("tensorboard")
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    logged("tensorboard")
+    (content,) = tensorboard_log(folder).PluginTagToContent("hparams").values()
+    params = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert params["model.n_layer"].number_value == 2
+    assert params["train.schedule"].string_value == "cosine"
+    assert params["train.patience"].string_value == "null"
+    assert params["train.betas"].string_value == "[0.9, 0.99]"
+
+
+def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(folder, capsys):
+    pytest.importorskip("tensorboard")
+    rows = [{"step": step, "train_loss": float(step), "val_loss": None} for step in range(1, 7)]
+    folder.mkdir(parents=True)
+    sinks = Sinks(["tensorboard"], folder, tiny_config(), PARAMS)
+    sinks(Progress())
+    with sinks:
+        for step in range(1, 7):
+            sinks(Progress(step=step, rows=rows[:step], seconds=step))
+            if step == 2:
+                (file,) = (folder / "tensorboard").iterdir()
+                limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: tensorboard failed, training goes on without it ([Errno 27]")
+    assert scalars(tensorboard_log(folder), "train_loss") == [(1, 1), (2, 2)]
+    with Sinks(["tensorboard"], folder, tiny_config(), PARAMS) as sinks:
+        sinks(Progress(step=6, rows=rows, seconds=6))
+    assert scalars(tensorboard_log(folder), "train_loss") == [(step, step) for step in range(1, 7)]
+
+
+# ---- Weights & Biases ----
+
+
+def wandb_records(path: Path):
+    """The records of an offline run: blocks of 32 KiB in the layout of LevelDB's log, after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, part = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if left < 7 or kind == 0:
+            at += left  # no header fits, or padding
+            continue
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(part)
+            part = b""
+
+
+def wandb_run(path: Path) -> tuple[object, list[dict[str, float]]]:
+    """What is told of the run, and its rows."""
+    deadline, records = time.monotonic() + 30, []
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):  # W&B's own process writes it
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+        records = list(wandb_records(path))
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    return run, [{"".join([i.key, *i.nested_key]): float(i.value_json) for i in row} for row in rows]
+
+
+def wandb_curve(rows, number: str) -> list[tuple[int, float]]:
+    return [(int(row["_step"]), row[number]) for row in rows if number in row]
+
+
+def test_each_start_is_an_offline_run_of_wandb_with_the_whole_curve(folder):
+    pytest.importorskip("wandb")
+    trained = logged_twice("wandb")
+    first, second = (wandb_run(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")))
+    for (run, rows), n_steps in ((first, 8), (second, PARAMS.max_steps)):
+        for number in NUMBERS:
+            assert wandb_curve(rows, number) == curve(trained.progress.rows[:n_steps], number)
+        config = {item.key: item.value_json for item in run.config.update}
+        assert (run.project, run.run_group) == ("tinygpt", RUN)
+        assert (config["model.n_layer"], config["train.schedule"]) == ("2", '"cosine"')
+    assert [step for step, _ in wandb_curve(second[1], "tokens_per_s")] == [7, 8, 9, 10]  # of this start
+
+
+def test_wandb_goes_where_its_own_settings_say(folder, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    logged("wandb")
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert wandb_run(path)[0].project == "mine"
+    assert not (folder / "wandb").exists()
+
+
+# ---- MLflow ----
+
+
+def mlflow_run(place: Path, experiment: str = "tinygpt"):
+    """The only run of a store of files, and its client."""
+    client = pytest.importorskip("mlflow.tracking").MlflowClient(tracking_uri=place.as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return run, client
+
+
+def test_mlflow_goes_on_in_the_same_run_with_each_step_once(folder):
+    pytest.importorskip("mlflow")
+    with pytest.raises(Killed):
+        logged("mlflow", killed_after=8)
+    assert mlflow_run(folder / "mlflow")[0].info.status == "KILLED"
+    trained = logged("mlflow")
+    run, client = mlflow_run(folder / "mlflow")
+    assert (run.info.status, run.info.run_name, run.data.params["model.n_layer"]) == ("FINISHED", RUN, "2")
+    history = {name: client.get_metric_history(run.info.run_id, name) for name in (*NUMBERS, "tokens_per_s")}
+    for number in NUMBERS:
+        assert [(one.step, one.value) for one in history[number]] == curve(trained.progress.rows, number)
+    assert [one.step for one in history["tokens_per_s"]] == STEPS
+
+
+def test_mlflow_goes_where_its_own_settings_say(folder, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    logged("mlflow")
+    assert mlflow_run(tmp_path / "store", "mine")[0].info.status == "FINISHED"
+    assert not (folder / "mlflow").exists()
+
+
+# ---- all of them ----
+
+
+def test_choices_are_the_keys_of_the_registry():
+    (choice, _) = typing.get_args(typing.get_type_hints(RuntimeParams)["log_to"])
+    assert set(typing.get_args(choice)) == set(SINKS)
+
+
+def test_a_log_that_is_named_twice_is_refused():
+    fields = {"device": "cpu", "n_thread": 1, "n_worker": 1, "engine": "process", "ray_address": None}
+    fields |= {"micro_batch_size": None, "log_every": 1, "log_to": ["wandb", "wandb"]}
+    with pytest.raises(ParamsError, match=r"runtime.log_to=\['wandb', 'wandb'\] names one twice"):
+        from_mapping(RuntimeParams, fields)
+
+
+def test_logs_change_no_weight_and_no_row():
+    names = list(SINKS)
+    for name in names:
+        pytest.importorskip(name)
+    plain, watched = train("plain"), logged(*names)
+    assert same(plain.last, watched.last) and same(plain.best, watched.best)
+    assert plain.progress.rows == watched.progress.rows
+
+
+def test_a_finished_run_is_written_without_training(folder):
+    pytest.importorskip("tensorboard")
+    trained = train(RUN)
+    logged("tensorboard")
+    assert scalars(tensorboard_log(folder), "train_loss") == curve(trained.progress.rows, "train_loss")
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_a_log_that_cannot_be_opened_costs_one_line(name, folder, monkeypatch, capsys):
+    pytest.importorskip(name)
+    folder.mkdir(parents=True)
+    (folder / "tensorboard").write_text("no folder")
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nobody listens
+    assert logged(name).progress.step == PARAMS.max_steps
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"warning: {name} failed, training goes on without it (")
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_a_missing_package_is_told_before_training(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf"runtime.log_to=\[{name}\] needs {name}: pip install {name}.*, or take it"):
+        Sinks([name], tmp_path, tiny_config(), PARAMS)
+
+
+def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()  # as W&B itself makes it
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="needs wandb"):
+        Sinks(["wandb"], tmp_path, tiny_config(), PARAMS)
+
+
+def test_nothing_of_them_is_imported_unless_asked_for():
+    code = f"import sys, stages.train; sys.exit(any(name in sys.modules for name in {list(SINKS)}))"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -1,0 +1,224 @@
+"""Places that show the numbers of a training while it runs: TensorBoard, Weights & Biases, MLflow.
+
+Each writes into the folder of the run, unless its own environment variables name another place, and gets the curve row
+by row. What a log lacks of the curve when a run goes on is written first, what it has is not written twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from tinygpt.errors import UserError
+from tinygpt.model.config import GPTConfig, config_fields
+from tinygpt.params import yaml_text
+from tinygpt.train.checkpoint import Progress
+from tinygpt.train.config import TrainParams
+
+PROJECT = "tinygpt"  # the name of all runs together, in W&B and MLflow
+PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where it is not the name of the module
+
+
+class Sink(Protocol):
+    """A log that takes numbers; made from the run's folder, named by its fingerprint, and its params."""
+
+    last_step: int  # the newest that the log has from an earlier start, 0 for none
+
+    def __init__(self, folder: Path, params: dict[str, Any]) -> None: ...
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """One row of the curve."""
+
+    def close(self, finished: bool) -> None:
+        """`finished` tells the end of the training from an interruption."""
+
+
+class TensorBoard:
+    """Event files in runs/<fingerprint>/tensorboard, one a start: `tensorboard --logdir runs` shows them as one.
+
+    Written here and not by torch's SummaryWriter, whose thread prints a traceback when the disk is full.
+    """
+
+    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder = folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self.last_step = self._find_last_step(folder)
+        path = folder / f"events.out.tfevents.{time.time_ns()}"  # TensorBoard reads them in this order
+        self._writer = RecordWriter(open(path, "wb", buffering=0))  # noqa: SIM115, close() does
+        self._add(file_version="brain.Event:2")
+        if not self.last_step:
+            self._add(summary=hparams_pb(params, trial_id=folder.parent.name))
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """One event for the row: it is in the file whole or not at all."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        self._add(step=step, summary=Summary(value=values))
+
+    def close(self, finished: bool) -> None:
+        """Nothing is left to write."""
+        self._writer.close()
+
+    def _add(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._writer.flush()
+
+    @staticmethod
+    def _find_last_step(folder: Path) -> int:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        log = EventAccumulator(str(folder)).Reload()
+        return log.Scalars("train_loss")[-1].step if "train_loss" in log.Tags()["scalars"] else 0
+
+
+class WandB:
+    """A run of Weights & Biases a start, grouped by fingerprint; in runs/<fingerprint>/wandb, and sent nowhere.
+
+    WANDB_MODE=online sends. An offline log cannot be appended to, so each start is a run that has the whole curve.
+    """
+
+    last_step = 0
+
+    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            group=os.environ.get("WANDB_RUN_GROUP", folder.name),
+            dir=os.environ.get("WANDB_DIR", str(folder)),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config=params,
+            settings=wandb.Settings(console="off", quiet=True, finish_timeout=120),  # off: our output is not its
+        )
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Hand the row to W&B's own process."""
+        self._run.log(numbers, step=step)
+
+    def close(self, finished: bool) -> None:
+        """Online, this waits until all is sent."""
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+class MLflow:
+    """One MLflow run a fingerprint; in files in runs/<fingerprint>/mlflow, or where MLFLOW_TRACKING_URI says."""
+
+    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else MLflow refuses to write plain files
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # of 7: minutes in which nothing is trained
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds, of 120
+        from mlflow.entities import Param
+        from mlflow.tracking import MlflowClient
+
+        place = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").absolute().as_uri()
+        self._client = MlflowClient(tracking_uri=place)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        in_it = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        found = self._client.search_runs([in_it], f"tags.fingerprint = '{folder.name}'", max_results=1)
+        if found:
+            self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+        else:
+            run = self._client.create_run(in_it, tags={"fingerprint": folder.name}, run_name=folder.name)
+            self._id = run.info.run_id
+            self._client.log_batch(self._id, params=[Param(key, str(value)) for key, value in params.items()])
+        history = self._client.get_metric_history(self._id, "train_loss")
+        self.last_step = max((metric.step for metric in history), default=0)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Write the row to the files, or send it."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)  # milliseconds since 1970
+        self._client.log_batch(self._id, metrics=[Metric(name, number, now, step) for name, number in numbers.items()])
+
+    def close(self, finished: bool) -> None:
+        """Leave the run as FINISHED or KILLED."""
+        self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
+
+
+SINKS: dict[str, type[Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+
+
+class Sinks:
+    """The logs that are asked for, as a context manager; call it with the progress at the start and after each step.
+
+    One that fails is told of in a line and left out from then on: it ends no training. A missing package does, at once.
+    """
+
+    def __init__(self, names: Iterable[str], folder: Path, config: GPTConfig, params: TrainParams) -> None:
+        """Raises UserError when a package is missing.  `folder` is that of the run's checkpoints."""
+        self._names, self._folder = tuple(names), folder
+        for name in self._names:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # no origin: a mere folder of that name
+                install = f"pip install {PIP_NAMES.get(name, name)}"
+                raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or take it off the list")
+        self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
+        self._tokens_per_step = params.batch_size * config.block_size
+        self._sinks: dict[str, Sink] = {}
+        self._n_rows = 0  # of the curve, handed on
+        self._since: tuple[int, float] | None = None  # steps and seconds at the last of them
+
+    def __enter__(self) -> Sinks:
+        for name in self._names:
+            self._attempt(name, self._open, name)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        for name, sink in list(self._sinks.items()):
+            self._attempt(name, sink.close, kind is None)
+
+    def __call__(self, progress: Progress) -> None:
+        """Write what is new of the curve, with the speed since the row before where this start has measured it."""
+        rows, self._n_rows = progress.rows[self._n_rows :], len(progress.rows)
+        if self._since is not None and not rows:
+            return
+        speed = {}
+        if self._since is not None:
+            steps, seconds = progress.step - self._since[0], progress.seconds - self._since[1]
+            speed = {"tokens_per_s": steps * self._tokens_per_step / seconds}
+        self._since = progress.step, progress.seconds
+        for name, sink in list(self._sinks.items()):
+            self._attempt(name, _write, sink, rows, speed)
+
+    def _open(self, name: str) -> None:
+        self._sinks[name] = SINKS[name](self._folder, self._params)
+
+    def _attempt(self, name: str, action: Callable[..., None], *args: Any) -> None:
+        try:
+            action(*args)
+        except Exception as error:  # of any kind: it is the library's, and the training is worth more
+            reason = (str(error) or repr(error)).splitlines()[0]
+            tqdm.write(f"warning: {name} failed, training goes on without it ({reason})", file=sys.stderr)
+            self._sinks.pop(name, None)
+
+
+def _write(sink: Sink, rows: list[dict[str, float | None]], speed: dict[str, float]) -> None:
+    for row in rows:
+        numbers = {name: number for name, number in row.items() if number is not None}
+        step = int(numbers.pop("step"))
+        if step > sink.last_step:
+            sink.write(step, numbers | speed)
+
+
+def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Numbers, texts and switches as they are, the rest as params.yaml has it."""
+    plain = (bool, int, float, str)
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+    return {f"{group}.{key}": v if isinstance(v, plain) else yaml_text(v) for key, v in lists.items()}
