@@ -52,13 +52,13 @@ SIZES: dict[str, Any] = {
     "n_hidden": None,
 }
 SHORT: Changes = ({"block_size": 64}, {"batch_size": 12, "max_steps": 190, "warmup_steps": 5, "lr": 0.012})
-LONG: Changes = ({"block_size": 256}, {"batch_size": 8, "max_steps": 900, "warmup_steps": 20, "lr": 0.008})
+LONG: Changes = ({"block_size": 256}, {"batch_size": 6, "max_steps": 600, "warmup_steps": 20, "lr": 0.01})
 RECIPES = {"short": SHORT, "long": LONG}
 
 
 def run_plain(text: Path, began: float) -> dict[str, Any]:
     """Train the plain GPT; its losses on the way, with the seconds since `began` that training took."""
-    config, train_ids, val_ids = _read(text, block_size=64)
+    config, train_ids, val_ids = _read(text, block_size=64, tie_weights=True)
     torch.manual_seed(1)
     model = PlainGPT(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PLAIN_LR, betas=(0.9, 0.99), weight_decay=0.1, fused=True)

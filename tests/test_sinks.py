@@ -226,7 +226,7 @@ def test_choices_are_the_keys_of_the_registry():
 
 def test_a_log_that_is_named_twice_is_refused():
     fields = {"device": "cpu", "n_thread": 1, "n_worker": 1, "engine": "process", "ray_address": None}
-    fields |= {"micro_batch_size": None, "log_every": 1, "log_to": ["wandb", "wandb"]}
+    fields |= {"micro_batch_size": None, "compile": False, "log_every": 1, "log_to": ["wandb", "wandb"]}
     with pytest.raises(ParamsError, match=r"runtime.log_to=\['wandb', 'wandb'\] names one twice"):
         from_mapping(RuntimeParams, fields)
 

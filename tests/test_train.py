@@ -418,7 +418,7 @@ def test_a_fingerprint_names_the_params_the_data_and_the_code_but_no_comment(tmp
         fingerprint(tiny_config(n_layer=3), PARAMS, meta),
         fingerprint(tiny_config(), dataclasses.replace(PARAMS, lr=1e-4), meta),
         fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, train=dataclasses.replace(split, sha256="b"))),
-        fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, tokenizer="u")),
+        fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, tokenizer_sha256="u")),
     ]
     assert len({base, *others}) == 5
     assert base == fingerprint(tiny_config(), PARAMS, meta)
