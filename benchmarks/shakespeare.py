@@ -58,7 +58,7 @@ RECIPES = {"short": SHORT, "long": LONG}
 
 def run_plain(text: Path, began: float) -> dict[str, Any]:
     """Train the plain GPT; its losses on the way, with the seconds since `began` that training took."""
-    config, train_ids, val_ids = _read(text, block_size=64, tie_weights=True)
+    config, train_ids, val_ids = _read(text, block_size=64)
     torch.manual_seed(1)
     model = PlainGPT(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PLAIN_LR, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
