@@ -86,8 +86,8 @@ def test_experiments_of_dvc_are_compared_and_drawn(project):  # noqa: F811
     wide = read_json(project / "reports/train.json", stage="train")["val_loss"]
     head = rows["experiment"]
     assert head[:6] == ["experiment", "state", "model.n_layer", "train.lr", "val_loss", "eval_loss"]
-    assert rows["workspace"][1:4] == rows["main"][1:4] == ["1", "0.003", f"{wide:.4f}"]
-    assert rows["later"][1:5] == ["Queued", "2", "0.003", "-"]
+    assert rows["workspace"][1:4] == rows["main"][1:4] == ["1", "0.008", f"{wide:.4f}"]
+    assert rows["later"][1:5] == ["Queued", "2", "0.008", "-"]
     loss = float(rows["wide"][3])
     assert rows["wide"][1:3] == ["1", "0.01"] and loss < wide
     assert said.endswith("curves.svg shows 2 of 2 curves\n")  # the workspace is that of the commit

@@ -51,7 +51,7 @@ def apply_top_p(logits: Tensor, p: float) -> Tensor:
 
     p = 0.7 of probabilities [0.5, 0.3, 0.2] keeps the first two.
     """
-    ordered, order = logits.sort(descending=True)
+    ordered, order = logits.sort(descending=True, stable=True)
     probabilities = ordered.softmax(0)
     before = probabilities.cumsum(0) - probabilities  # of all likelier tokens together
     return logits.index_fill(0, order[before >= p], -math.inf)
