@@ -4,8 +4,8 @@
 
 The plain GPT is put together from torch.nn's own transformer layers: learned positions, LayerNorm with biases and GELU,
 as GPT-2 has it; its head is tied to the embedding where params.yaml ties it. It sees the same tokens in the same order
-and has AdamW with the same betas, decay and clipping; it is given several learning rates, of which the best counts. Both are timed in training alone,
-without evaluation.
+and has AdamW with the same betas, decay and clipping; it is given several learning rates, of which the best counts.
+Both are timed in training alone, without evaluation.
 """
 
 from __future__ import annotations
