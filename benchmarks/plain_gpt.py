@@ -28,7 +28,7 @@ from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.device import open_device
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokens import load_meta, load_tokens
+from tinygpt.tokens import TokenIds, load_meta, load_tokens
 from tinygpt.train.batches import Batches
 from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.config import TrainParams
@@ -109,6 +109,27 @@ def validation_loss(model: nn.Module, rows: NDArray[np.int64]) -> float:
     return sum(loss_of(model, part).item() * len(part) for part in parts) / len(rows)
 
 
+def train_by_params(
+    config: GPTConfig, params: TrainParams, runtime: RuntimeParams, train_tokens: TokenIds, val_tokens: TokenIds
+) -> Trainer:
+    """The trainer of a whole run in a folder of its own, after its last step."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DVC_ROOT"] = folder
+        with Checkpoints("benchmark") as checkpoints:
+            trainer = Trainer(
+                config,
+                params,
+                runtime,
+                train_tokens=train_tokens,
+                val_tokens=val_tokens,
+                checkpoints=checkpoints,
+                device=open_device(runtime),
+                write_sample=lambda model: "",
+            )
+            trainer.fit()
+    return trainer
+
+
 @program
 def main() -> None:
     """Print the table."""
@@ -117,23 +138,10 @@ def main() -> None:
     args = parser.parse_args()
     model_params, params, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
     config = GPTConfig(**config_fields(model_params), vocab_size=load_meta(TOKENS_DIR).vocab_size)
-    device = open_device(runtime)
     tokens = {split: load_tokens(TOKENS_DIR, split) for split in ("train", "val")}
     rows = validation_sequences(tokens["val"], config.block_size, len(tokens["val"]))
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["DVC_ROOT"] = folder
-        with Checkpoints("benchmark") as checkpoints:
-            trainer = Trainer(
-                config,
-                params,
-                runtime,
-                train_tokens=tokens["train"],
-                val_tokens=tokens["val"],
-                checkpoints=checkpoints,
-                device=device,
-                write_sample=lambda model: "",
-            )
-            seconds = trainer.fit().progress.seconds
+    trainer = train_by_params(config, params, runtime, tokens["train"], tokens["val"])
+    seconds = trainer.progress.seconds
     trainer.model.eval()
     table = [
         ("params.yaml", params.lr, trainer.model.n_params(), params.max_steps, validation_loss(trainer.model, rows))

@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,14 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.plain_gpt import PlainGPT, loss_of, validation_loss
+from benchmarks.plain_gpt import PlainGPT, loss_of, train_by_params, validation_loss
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.batches import Batches
-from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.config import TrainParams
-from tinygpt.train.trainer import Trainer, validation_sequences
+from tinygpt.train.trainer import validation_sequences
 
 GOAL = 1.88  # nats per character
 PLAIN_STEPS, PLAIN_LR = 2000, 1e-3
@@ -90,20 +87,8 @@ def run_recipe(text: Path, began: float, name: str) -> dict[str, Any]:
     params, runtime = load_params(TrainParams, RuntimeParams)
     once: dict[str, Any] = {"eval_every": 10**9, "save_every": 10**9, "eval_tokens": len(val_ids), "sample_tokens": 0}
     params = replace(params, **train_changes, **once)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["DVC_ROOT"] = folder
-        with Checkpoints("benchmark") as checkpoints:
-            trainer = Trainer(
-                config,
-                params,
-                runtime,
-                train_tokens=train_ids,
-                val_tokens=val_ids,
-                checkpoints=checkpoints,
-                device=torch.device("cpu"),
-                write_sample=lambda model: "",
-            )
-            loss = trainer.fit().progress.best_val_loss
+    trainer = train_by_params(config, params, runtime, train_ids, val_ids)
+    loss = trainer.progress.best_val_loss
     seconds = time.time() - began
     assert loss is not None
     n_params, reached = trainer.model.n_params(), seconds if loss <= GOAL else None

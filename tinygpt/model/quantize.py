@@ -2,7 +2,7 @@
 
 Weights are rounded to the nearest step, each row (int8) or group of GROUP columns (int4) with a step of its own, as in
 Dettmers et al., https://arxiv.org/abs/2208.07339, without its outliers. Products are bfloat16 on the CPU, by PyTorch's
-kernels for such weights; elsewhere weights become floats again on the way.
+kernels for such weights. On a GPU int8 becomes float again on the way; int4 is for the CPU alone.
 """
 
 from __future__ import annotations
