@@ -142,9 +142,15 @@ def main() -> None:
     rows = validation_sequences(tokens["val"], config.block_size, len(tokens["val"]))
     trainer = train_by_params(config, params, runtime, tokens["train"], tokens["val"])
     seconds = trainer.progress.seconds
-    trainer.model.eval()
+    trainer.learner.model.eval()
     table = [
-        ("params.yaml", params.lr, trainer.model.n_params(), params.max_steps, validation_loss(trainer.model, rows))
+        (
+            "params.yaml",
+            params.lr,
+            trainer.learner.model.n_params(),
+            params.max_steps,
+            validation_loss(trainer.learner.model, rows),
+        )
     ]
     for lr in args.lrs:
         batches = Batches(tokens["train"], seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)

@@ -91,7 +91,7 @@ def run_recipe(text: Path, began: float, name: str) -> dict[str, Any]:
     loss = trainer.progress.best_val_loss
     seconds = time.time() - began
     assert loss is not None
-    n_params, reached = trainer.model.n_params(), seconds if loss <= GOAL else None
+    n_params, reached = trainer.learner.model.n_params(), seconds if loss <= GOAL else None
     return {"n_params": n_params, "steps": params.max_steps, "loss": loss, "seconds": seconds, "reached": reached}
 
 

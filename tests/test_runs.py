@@ -15,7 +15,8 @@ from project import ROOT, run, succeed
 
 from tinygpt.cli import runs
 from tinygpt.shards import Shard, Span, shard_results
-from tinygpt.train.checkpoint import PARTS, Checkpoints, Progress
+from tinygpt.train.checkpoint import PARTS, Checkpoints
+from tinygpt.train.curve import Progress
 
 HOLD = """
 import sys, time

@@ -14,7 +14,8 @@ from test_train import PARAMS, make_trainer, runs_in_tmp, same, train  # noqa: F
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.runtime import RuntimeParams
-from tinygpt.train.checkpoint import Checkpoints, Progress
+from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.train.curve import Progress
 from tinygpt.train.sinks import SINKS, Sinks
 
 RUN = "0123456789abcdef"

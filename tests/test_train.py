@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from tinygpt import files
 from tinygpt.errors import UserError
 from tinygpt.model.weights import model_tensors
+from tinygpt.train import curve
 from tinygpt.train.batches import Batches
 from tinygpt.train.checkpoint import CODE, Checkpoints, fingerprint
 from tinygpt.train.config import EMAParams, TrainParams
 from tinygpt.train.interrupts import Interrupts
+from tinygpt.train.learner import pick_precision
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.norms import part_norms
 from tinygpt.train.publish import publish
 from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
-from tinygpt.train.trainer import Stopped, Trainer, pick_precision, validation_sequences
+from tinygpt.train.trainer import Stopped, Trainer, validation_sequences
 
 PARAMS = TrainParams(
     seed=1,
@@ -156,7 +158,7 @@ def test_dropout_falls_to_zero_over_the_run_where_asked():
     with Checkpoints("run") as checkpoints:
         trainer = make_trainer(checkpoints, params=annealed, dropout=0.4)
         trainer.fit()
-    shares = {round(module.p, 9) for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
+    shares = {round(module.p, 9) for module in trainer.learner.model.modules() if isinstance(module, torch.nn.Dropout)}
     assert shares == {0.04}
     assert not same(train("annealed", params=annealed, dropout=0.4).last, train("constant", dropout=0.4).last)
 
@@ -255,7 +257,7 @@ def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):
 
     def step(trainer: Trainer, number: int) -> None:
         original(trainer, number)
-        seen.append(trainer.model.norm.weight.detach().clone())
+        seen.append(trainer.learner.model.norm.weight.detach().clone())
 
     monkeypatch.setattr(Trainer, "_train_step", step)
     plain = train("plain")
@@ -273,9 +275,10 @@ def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):
     assert rows[-1]["train_loss"] == plain.progress.rows[-1]["train_loss"]
     with Checkpoints("check") as checkpoints:
         trainer = make_trainer(checkpoints)
-        trainer.model.load_state_dict(averaged.last, strict=False)
-        trainer.model.eval()
-        assert trainer._validation_loss() == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
+        trainer.learner.model.load_state_dict(averaged.last, strict=False)
+        with trainer.learner.looking():
+            val_loss = trainer.learner.loss_of(torch.from_numpy(trainer.val_batch))
+        assert val_loss == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
 
 
 def test_a_run_without_a_lower_loss_ends_when_patience_does(monkeypatch):
@@ -322,12 +325,11 @@ def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path
     assert train().progress.step == 10
 
 
-def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys):
+def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys, monkeypatch):
     params, runtime = dataclasses.replace(PARAMS, eval_every=100), dataclasses.replace(RUNTIME, log_every=3)
-    with Checkpoints("run") as checkpoints:
-        trainer = make_trainer(checkpoints, params=params, runtime=runtime)
-        trainer.row_every = 4  # as of a run of thousands of steps
-        trainer.fit()
+    with Checkpoints("run") as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(curve, "MAX_ROWS", 3)  # a row every fourth step, as of a run of thousands
+        make_trainer(checkpoints, params=params, runtime=runtime).fit()
     losses = [row["train_loss"] for row in train("every", params=params).progress.rows]
     expected = {3: losses[:3], 6: losses[4:6], 9: losses[8:9], 10: losses[8:]}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][: len(expected)]
@@ -479,4 +481,4 @@ def test_weights_of_the_model_are_what_is_saved():
     with Checkpoints("run") as checkpoints:
         trainer = make_trainer(checkpoints)
         trainer._resume()
-        assert same(model_tensors(trainer.model), trained.last)
+        assert same(model_tensors(trainer.learner.model), trained.last)

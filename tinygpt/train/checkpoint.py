@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -29,26 +28,11 @@ from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
+from tinygpt.train.curve import Progress
 
 N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
 PARTS = ("weights", "optimizer", "best", "ema")
 CODE = ("tokens.py", "model/*.py", "train/*.py")  # what a trained weight depends on
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come, beside its tensors."""
-
-    step: int = 0  # optimizer steps done
-    rows: list[dict[str, float | None]] = dataclasses.field(default_factory=list)  # the curve
-    norms: list[dict[str, float]] = dataclasses.field(default_factory=list)  # of gradients by part, at each look
-    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # texts written on the way
-    best_step: int = 0
-    best_val_loss: float | None = None
-    seconds: float = 0.0  # spent in training, over all attempts
-    loss_sum: float = 0.0  # since the last row of the curve
-    grad_norm_sum: float = 0.0
-    n_summed: int = 0
 
 
 def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base: str | None = None) -> str:

@@ -30,7 +30,7 @@ def publish(
     `tokenizer` and `base` are the SHA-256 of the tokenizer and of the weights that the run started from, if it did.
     """
     with atomic_folder(model_dir) as folder:
-        save_model(folder, trainer.model.config, trained.best, tokenizer)
+        save_model(folder, trainer.learner.model.config, trained.best, tokenizer)
         save_tensors(folder / "last.safetensors", trained.last)
         if trainer.params.lora is not None:
             save_tensors(folder / "adapter.safetensors", trained.trained)
@@ -68,6 +68,6 @@ def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
             "torch": torch.__version__,
             "device": str(trainer.device),
             "threads": torch.get_num_threads(),
-            "precision": str(trainer.precision),
+            "precision": str(trainer.learner.precision),
         },
     }

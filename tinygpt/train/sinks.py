@@ -20,8 +20,8 @@ from tqdm import tqdm
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
-from tinygpt.train.checkpoint import Progress
 from tinygpt.train.config import TrainParams
+from tinygpt.train.curve import Progress
 
 PROJECT = "tinygpt"  # the name of all runs together, in W&B and MLflow
 PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where it is not the name of the module
