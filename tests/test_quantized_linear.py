@@ -7,7 +7,7 @@ from torch import nn
 
 from tinygpt.errors import UserError
 from tinygpt.model.kv_cache import KVCache
-from tinygpt.model.quantize import KINDS, Int4Linear, Int8Linear, n_bytes, quantize
+from tinygpt.model.quantize import KINDS, Int4Linear, Int4LinearCPU, Int8Linear, int4_linear, n_bytes, quantize
 
 ERRORS = {"int8": 0.01, "int4": 0.11}  # of Gaussian weights: 0.5 % and 7 %, and bfloat16
 
@@ -38,9 +38,20 @@ def test_what_has_few_values_is_held_exactly():
         linear.weight[:, 0], linear.weight[:, 1] = -7, 8  # so that every group and row spans the same steps
     eye = torch.eye(32)
     assert torch.equal(Int4Linear(linear)(eye), linear(eye))
+    assert torch.equal(Int4LinearCPU(linear)(eye), linear(eye))
     with torch.no_grad():
         linear.weight[:, 2] = 127
     assert torch.equal(Int8Linear(linear)(eye), linear(eye))
+
+
+def test_int4_on_a_gpu_is_the_same_as_on_the_cpu_up_to_bfloat16():
+    linear = layer()
+    x = torch.randn(3, 40, 96)
+    here, there = Int4LinearCPU(linear), Int4Linear(linear)  # the one for a GPU works on every device
+    assert there.packed.nbytes == linear.weight.numel() // 2
+    torch.testing.assert_close(there(x), here(x), atol=0.02, rtol=0.02)
+    assert isinstance(int4_linear(linear), Int4LinearCPU)
+    assert not isinstance(int4_linear(linear.to("meta")), Int4LinearCPU)
 
 
 def test_a_row_of_zeros_stays_zero():
@@ -65,7 +76,7 @@ def test_a_quantized_model_is_smaller_near_and_works_with_a_cache(kind, family):
         cache = KVCache(model.config, max_tokens=20)
         parts = [model(part, cache) for part in ids.split([7, 1, 1, 11], dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1).log_softmax(-1), after, atol=0.1, rtol=0.05)
-    assert isinstance(model.lm_head, KINDS[kind])
+    assert not isinstance(model.lm_head, nn.Linear)
     assert isinstance(model.tok_emb, nn.Embedding)  # which shared its matrix with the head
 
 

@@ -2,7 +2,7 @@
 
 Weights are rounded to the nearest step, each row (int8) or group of GROUP columns (int4) with a step of its own, as in
 Dettmers et al., https://arxiv.org/abs/2208.07339, without its outliers. Products are bfloat16 on the CPU, by PyTorch's
-kernels for such weights. On a GPU int8 becomes float again on the way; int4 is for the CPU alone.
+kernels for such weights. On a GPU both become float again on the way.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Int4Linear(nn.Module):
         step = ((high - low) / 15).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16().float()
         middle = (low + 8 * step).bfloat16().float()
         q = ((groups - middle[..., None]) / step[..., None] + 8).round().clamp(0, 15).to(torch.int32).flatten(1)
-        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.cpu(), 1))
+        self.register_buffer("packed", self._pack(q))
         self.register_buffer("steps", torch.stack([step, middle], -1).transpose(0, 1).contiguous().bfloat16())
         self.bias = linear.bias
 
@@ -69,9 +69,32 @@ class Int4Linear(nn.Module):
         y = _flat(self._product, x)
         return y if self.bias is None else y + self.bias
 
+    def _pack(self, q: Tensor) -> Tensor:
+        """(out, in) int32 -> (out, in / 2) bytes, the even columns in the lower halves"""
+        return (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
+
+    def _product(self, x: Tensor) -> Tensor:
+        q = torch.stack([self.packed & 15, self.packed >> 4], -1).flatten(1).unflatten(1, (-1, GROUP))
+        step, middle = self.steps.to(x.dtype).transpose(0, 1).unbind(-1)  # (out, in / GROUP) each
+        weight = (q.to(x.dtype) - 8) * step[..., None] + middle[..., None]
+        return F.linear(x, weight.flatten(1))
+
+
+class Int4LinearCPU(Int4Linear):
+    """The same by the CPU's kernel, packed in its own way."""
+
+    def _pack(self, q: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        return packed
+
     def _product(self, x: Tensor) -> Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.packed, GROUP, self.steps)
         return torch.as_tensor(y, dtype=x.dtype)
+
+
+def int4_linear(linear: nn.Linear) -> Int4Linear:
+    """The layer for the device that the weights are on: it must stay there."""
+    return (Int4LinearCPU if linear.weight.device.type == "cpu" else Int4Linear)(linear)
 
 
 def _flat(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -79,7 +102,7 @@ def _flat(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return product(x.reshape(-1, x.size(-1))).reshape(*x.shape[:-1], -1)
 
 
-KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": Int8Linear, "int4": int4_linear}
 
 
 def quantize(model: GPT, kind: str) -> None:
