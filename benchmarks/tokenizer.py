@@ -78,6 +78,8 @@ def runtime(folder: Path, n_thread: int) -> RuntimeParams:
     os.environ["DVC_ROOT"] = str(folder)
     return RuntimeParams(
         device="cpu",
+        n_process=1,
+        parallel="ddp",
         n_worker=n_thread,
         engine="process",
         ray_address=None,

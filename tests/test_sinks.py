@@ -1,5 +1,6 @@
 """Logs of TensorBoard, Weights & Biases and MLflow, read back with their own readers."""
 
+import dataclasses
 import resource
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from conftest import RUNTIME, tiny_config
 from test_train import PARAMS, make_trainer, runs_in_tmp, same, train  # noqa: F401
 
 from tinygpt.errors import UserError
@@ -226,8 +227,7 @@ def test_choices_are_the_keys_of_the_registry():
 
 
 def test_a_log_that_is_named_twice_is_refused():
-    fields = {"device": "cpu", "n_thread": 1, "n_worker": 1, "engine": "process", "ray_address": None}
-    fields |= {"micro_batch_size": None, "compile": False, "log_every": 1, "log_to": ["wandb", "wandb"]}
+    fields = dataclasses.asdict(RUNTIME) | {"log_to": ["wandb", "wandb"]}
     with pytest.raises(ParamsError, match=r"runtime.log_to=\['wandb', 'wandb'\] names one twice"):
         from_mapping(RuntimeParams, fields)
 

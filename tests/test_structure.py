@@ -116,8 +116,8 @@ def test_stages_track_every_group_that_they_read_but_runtime():
     classes = {params_class(target).__name__: group for group, target in params.GROUPS.items()}
     for name, stage in PIPELINE["stages"].items():
         source = (ROOT / f"stages/{name}.py").read_text()
-        call = re.search(r"load_params\(([\w, ]*)\)", source)
-        read = {classes[cls] for cls in re.split(r",\s*", call.group(1))} if call else set()
+        calls = re.findall(r"load_params\(([\w, ]+)\)", source)
+        read = {classes[cls] for call in calls for cls in re.split(r",\s*", call)}
         untracked = {"runtime"} | (
             {"export"} if name == "train" else set()
         )  # train only refuses what cannot be exported

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygpt import files
-from tinygpt.errors import UserError
+from tinygpt.errors import Stopped, UserError
 from tinygpt.model.weights import model_tensors
 from tinygpt.train import curve
 from tinygpt.train.batches import Batches
@@ -27,7 +27,7 @@ from tinygpt.train.loss import next_token_loss
 from tinygpt.train.norms import part_norms
 from tinygpt.train.publish import publish
 from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
-from tinygpt.train.trainer import Stopped, Trainer, validation_sequences
+from tinygpt.train.trainer import Trainer, validation_sequences
 
 PARAMS = TrainParams(
     seed=1,
@@ -276,8 +276,8 @@ def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):
     with Checkpoints("check") as checkpoints:
         trainer = make_trainer(checkpoints)
         trainer.learner.model.load_state_dict(averaged.last, strict=False)
-        with trainer.learner.looking():
-            val_loss = trainer.learner.loss_of(torch.from_numpy(trainer.val_batch))
+        with trainer.learner.looking() as model:
+            val_loss = trainer.learner.loss_of(model, torch.from_numpy(trainer.val_batch))
         assert val_loss == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
 
 
@@ -383,10 +383,10 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step_and_keeps_the_last
 def test_a_request_to_stop_saves_and_says_so(monkeypatch):
     asked = iter([False, False, False, False, True])
 
-    def requested(interrupts: Interrupts) -> bool:
+    def requested(interrupts: Interrupts) -> int:
         if next(asked):
             interrupts.signal = 15
-        return interrupts.signal is not None
+        return interrupts.signal or 0
 
     monkeypatch.setattr(Interrupts, "requested", requested)
     with pytest.raises(Stopped, match="stopped after step") as stopped:
@@ -453,7 +453,11 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path):
         with Checkpoints(name) as checkpoints:
             trainer = make_trainer(checkpoints, params=params, sample=lambda model: "a sample")
             report = publish(
-                trainer.fit(), trainer, tmp_path / name / "model", tmp_path / name / "reports", tokenizer="0"
+                trainer.fit(),
+                trainer,
+                tmp_path / name / "model",
+                tmp_path / name / "reports",
+                made_from={"tokenizer": "0", "base": None},
             )
         paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file() and path.name != "train.json")
         files.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in paths})

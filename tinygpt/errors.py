@@ -12,6 +12,14 @@ class UserError(Exception):
     """Something the user can mend: the message names the key, file or stage and says what to do."""
 
 
+class Stopped(Exception):
+    """The program was asked to stop and has saved its state; `signal` is the number of the signal that asked."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        self.signal = signal
+        super().__init__(message)
+
+
 def program(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a program's `main`: a user's mistake prints one line on stderr and leaves with status 1."""
 
@@ -21,6 +29,9 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError as error:
             sys.exit(f"error: {error}")
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(128 + stopped.signal)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

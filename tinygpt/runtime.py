@@ -16,6 +16,8 @@ class RuntimeParams:
 
     device: Literal["auto", "cpu", "cuda", "mps"]  # auto = the first of cuda, mps and cpu that is there
     n_thread: Annotated[int, Within("[0, 1024]")]  # CPU threads for PyTorch and llama.cpp: 0 = all cores
+    n_process: Count  # processes that train together, a GPU each where there are: 1 = just this one
+    parallel: Literal["ddp", "fsdp"]  # each of them has all weights, or a part of each weight and its state
     n_worker: Annotated[int, Within("[0, 1024]")]  # processes that clean, count and encode text: 0 = one a core
     engine: Literal["process", "ray"]  # who runs them: this machine, or a Ray cluster
     ray_address: str | None  # host:port of a running cluster's head: null = a local one for the time of a stage

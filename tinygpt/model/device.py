@@ -8,11 +8,21 @@ from tinygpt.params import ParamsError
 from tinygpt.runtime import RuntimeParams
 
 
-def open_device(runtime: RuntimeParams) -> torch.device:
-    """Set the number of CPU threads and return the device.  Raises ParamsError when it is not there."""
-    torch.set_num_threads(runtime.n_thread or torch.get_num_threads())
+def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torch.device:
+    """Set the number of CPU threads and return the device.  Raises ParamsError when it is not there.
+
+    Of several processes on a machine, each takes its share of the threads and the GPU of its number.
+    """
+    torch.set_num_threads(max(1, (runtime.n_thread or torch.get_num_threads()) // of))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name in there if there[name]) if runtime.device == "auto" else runtime.device
     if not there[name]:
         raise ParamsError([f"runtime.device={name} is not there: set it to auto or cpu"])
-    return torch.device(name)
+    if of == 1:
+        return torch.device(name)
+    if name == "mps":
+        raise ParamsError(["runtime.device=mps works for one process alone: set runtime.n_process=1"])
+    if name == "cuda" and of > torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ParamsError([f"runtime.n_process: {of} processes on this machine need as many GPUs, found {found}"])
+    return torch.device(name, number) if name == "cuda" else torch.device(name)

@@ -29,6 +29,7 @@ from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.curve import Progress
+from tinygpt.train.distributed import ALONE, World
 
 N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
 PARTS = ("weights", "optimizer", "best", "ema")
@@ -51,20 +52,17 @@ def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base
 
 
 class Checkpoints:
-    """The folder of one run; use it as a context manager, which holds the folder's lock."""
+    """The folder of one run; use it as a context manager, which holds the folder's lock.
 
-    def __init__(self, name: str) -> None:
-        self.folder = runs_folder() / name
-        self.folder.mkdir(parents=True, exist_ok=True)
+    Of several processes the first locks and writes, and all read; their machines must share the folder.
+    """
+
+    def __init__(self, name: str, world: World = ALONE) -> None:
+        self.folder, self.world = runs_folder() / name, world
         self._lock = FileLock(self.folder / "lock")
 
     def __enter__(self) -> Checkpoints:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"another trainer is writing {self.folder}: wait for it, or stop it first") from None
-        for partial in self.folder.glob("step-*.partial"):  # a killed trainer's
-            shutil.rmtree(partial)
+        self.world.first(self._open)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -72,10 +70,23 @@ class Checkpoints:
 
     def note(self, *, max_steps: int, finished: bool) -> None:
         """Say where the run ends, and whether it has and its results were published: for `python -m tinygpt runs`."""
-        write_json(self.folder / "run.json", {"max_steps": max_steps, "finished": finished})
+        numbers = {"max_steps": max_steps, "finished": finished}
+        self.world.first(lambda: write_json(self.folder / "run.json", numbers))
 
     def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write one checkpoint of the PARTS, and drop the oldest."""
+        self.world.first(lambda: self._write(progress, tensors))
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another trainer is writing {self.folder}: wait for it, or stop it first") from None
+        for partial in self.folder.glob("step-*.partial"):  # a killed trainer's
+            shutil.rmtree(partial)
+
+    def _write(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
         with atomic_folder(self.folder / f"step-{progress.step:07d}") as folder:
             for part in PARTS:
                 save_tensors(folder / f"{part}.safetensors", tensors[part])

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 STAGE = b"DVC_STAGE"  # environment: DVC sets it for the command of a stage, which hands it down to all it starts
+ELASTIC = b"TORCHELASTIC_RUN_ID"  # environment of the processes that torch's elastic launcher starts
 
 
 class Interrupts:
@@ -28,7 +29,7 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._note)
-        if _adopted(self._starters):
+        if STAGE in os.environb and _adopted(self._starters):
             self.signal = signal.SIGTERM
         return self
 
@@ -36,20 +37,23 @@ class Interrupts:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def requested(self) -> bool:
-        """Whether to save and leave now."""
+    def requested(self) -> int:
+        """The number of the signal that asked to save and leave; 0 while none has."""
         if self.signal is None and starters() != self._starters:
             self.signal = signal.SIGTERM
-        return self.signal is not None
+        return self.signal or 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
 
 
 def starters() -> list[int]:
-    """Process ids: this program's, its parent's, and so on up to DVC's. Without DVC just the first."""
+    """Process ids: this program's, its parent's, and so on up to DVC's.
+
+    Without DVC just the first, and of one of several processes that train together that of their starter.
+    """
     pids = [os.getpid()]
-    if STAGE in os.environb:
+    if STAGE in os.environb or ELASTIC in os.environb:
         pids.append(os.getppid())
         while sys.platform == "linux" and _in_stage(pids[-1]):
             pids.append(_parent(pids[-1]))

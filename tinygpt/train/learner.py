@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
+from tinygpt.train.distributed import ALONE, World
 from tinygpt.train.ema import EMA
-from tinygpt.train.loss import next_token_loss
+from tinygpt.train.loss import Loss
 from tinygpt.train.norms import part_norms
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from tinygpt.train.parallel import PARALLEL, Alone, gathered, part_of, put, whole
 from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
 
 
@@ -33,35 +36,44 @@ class Learner:
         runtime: RuntimeParams,
         *,
         device: torch.device,
+        world: World = ALONE,
         base: dict[str, Tensor] | None = None,
     ) -> None:
         """`base` has the weights to start from, by name; without it they come from the seed."""
-        self.params, self.device = params, device
+        self.config, self.params, self.device, self.world = config, params, device, world
         self.micro_batch_size = runtime.micro_batch_size
-        self.model = GPT(config, generator=torch.Generator().manual_seed(params.seed)).to(device)
-        if base is not None:
-            self.model.load_state_dict(base, strict=False)  # a tied head is not in it
-        if params.lora is not None:
-            seed = torch.Generator().manual_seed(params.seed)
-            add_lora(self.model, **dataclasses.asdict(params.lora), generator=seed)
+        self._build = partial(build_model, config, params, base, device)
+        self.model = self._build()
+        self._parallel = PARALLEL[runtime.parallel]() if world.size > 1 else Alone()
+        self._parallel.split(self.model)
         self.optimizers = build_optimizers(self.model, params)
         self.ema = EMA(params.ema) if params.ema else None
         self.precision = pick_precision(params.precision, device)
-        self._train_loss = torch.compile(self._loss, dynamic=False) if runtime.compile else self._loss
+        loss = Loss(self.model, self.precision, label_smoothing=params.label_smoothing, z_loss=params.z_loss)
+        if runtime.compile:
+            loss.compile(dynamic=False)
+        n_rows = self.micro_batch_size or params.batch_size // world.size
+        example = torch.zeros(n_rows, config.block_size + 1, dtype=torch.long, device=device)
+        self._train_loss = self._parallel.wrap(loss, example)
         self.part_norms: dict[str, Tensor] = {}  # of the last step's gradient, before clipping
 
     def learn(self, step: int, ids: Tensor) -> Tensor:
-        """One optimizer step, counted from 0, on (B, T + 1) ids.  -> (2,): its loss and its gradient's norm"""
+        """One optimizer step, counted from 0, on (B, T + 1) ids, the same in every process.
+
+        -> (2,): the mean loss of this process's share, and the norm of the whole gradient
+        """
         set_lr(self.optimizers, lr_frac_at(step, self.params))
-        self.model.set_dropout(self.model.config.dropout * dropout_frac_at(step, self.params))
-        torch.manual_seed(self.params.seed + 1_000_003 * (step + 1))  # dropout depends on the step, not on the past
+        self.model.set_dropout(self.config.dropout * dropout_frac_at(step, self.params))
+        seed_dropout(self.params.seed, step, self.world)
+        ids = self.world.share(ids)
         loss = torch.zeros((), device=self.device)
-        for part in ids.split(self.micro_batch_size or len(ids)):
-            part_loss = self._train_loss(part, training=True) * (len(part) / len(ids))
-            part_loss.backward()
-            loss += part_loss.detach()
+        *parts, last = ids.split(self.micro_batch_size or len(ids))
+        with self._parallel.apart():
+            for part in parts:
+                loss += self._backward(part, len(part) / len(ids))
+        loss += self._backward(last, len(last) / len(ids))
         self.part_norms = part_norms(self.model)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip)
+        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -71,39 +83,59 @@ class Learner:
 
     @contextmanager
     def looking(self) -> Iterator[GPT]:
-        """A context in which the model evaluates, with the average of its weights where there is one."""
-        self.model.eval()
+        """A context with the model as it evaluates: with the average of its weights where there is one."""
         with self.ema.in_place_of(trained_tensors(self.model)) if self.ema else nullcontext():
-            yield self.model
+            yield self._parallel.whole_model(self.model, self._build).eval()
         self.model.train()
 
     @torch.inference_mode()
-    def loss_of(self, ids: Tensor) -> float:
-        """(N, T + 1) ids -> mean nats per token"""
-        parts = ids.split(self.micro_batch_size or self.params.batch_size)
-        return sum(self._loss(part).item() * len(part) for part in parts) / len(ids)
+    def loss_of(self, model: GPT, ids: Tensor) -> float:
+        """(N, T + 1) ids -> mean nats per token, without what training adds to it"""
+        loss = Loss(model, self.precision)
+        mine = ids[self.world.rank :: self.world.size]
+        parts = mine.split(self.micro_batch_size or self.params.batch_size)
+        total = torch.tensor(sum(loss(part).item() * len(part) for part in parts), dtype=torch.float64)
+        return self.world.sum(total).item() / len(ids)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps of it, by part."""
-        return {
+        """All that a checkpoint keeps of it, by part; whole, so that any number of processes may go on from there."""
+        parts = {
             "weights": trained_tensors(self.model),
             "optimizer": optimizer_tensors(self.model, self.optimizers),
             "ema": self.ema.average if self.ema else {},
         }
+        return {part: {name: gathered(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Put back what `tensors` gave, into a learner that has made no step."""
-        self.model.load_state_dict(tensors["weights"], strict=False)  # a tied head is not in the file
+        weights = trained_tensors(self.model)
+        for name, weight in weights.items():
+            put(weight, tensors["weights"][name])
         load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
         if self.ema:
-            self.ema.average = {name: tensor.to(self.device) for name, tensor in tensors["ema"].items()}
+            self.ema.average = {name: part_of(tensor, weights[name]) for name, tensor in tensors["ema"].items()}
 
-    def _loss(self, ids: Tensor, *, training: bool = False) -> Tensor:
-        """(B, T + 1) ids -> mean nats per token; what training adds to it is no part of the validation loss."""
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits = self.model(ids[:, :-1])
-        extra = {"label_smoothing": self.params.label_smoothing, "z_loss": self.params.z_loss} if training else {}
-        return next_token_loss(logits, ids[:, 1:], **extra)
+    def _backward(self, ids: Tensor, share: float) -> Tensor:
+        """Add the gradient of a share of the loss; returns that share of it."""
+        loss: Tensor = self._train_loss(ids) * share
+        loss.backward()
+        return loss.detach()
+
+
+def build_model(config: GPTConfig, params: TrainParams, base: dict[str, Tensor] | None, device: torch.device) -> GPT:
+    """The model before its first step."""
+    model = GPT(config, generator=torch.Generator().manual_seed(params.seed)).to(device)
+    if base is not None:
+        model.load_state_dict(base, strict=False)  # a tied head is not in it
+    if params.lora is not None:
+        seed = torch.Generator().manual_seed(params.seed)
+        add_lora(model, **dataclasses.asdict(params.lora), generator=seed)
+    return model
+
+
+def seed_dropout(seed: int, step: int, world: World) -> None:
+    """What dropout draws depends on the step and the process, and not on the past."""
+    torch.manual_seed(seed + 1_000_003 * (step + 1) + 7_919 * world.rank)
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from tinygpt.model import GPT
+
+
+class Loss(nn.Module):
+    """What training makes small: `loss(ids)`, (B, T + 1) int64 -> mean nats per token and what is added to it."""
+
+    def __init__(self, model: GPT, precision: torch.dtype, **extra: float) -> None:
+        """`extra` is what `next_token_loss` takes."""
+        super().__init__()
+        self.model, self.precision, self.extra = model, precision, extra
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T + 1) -> ()"""
+        with torch.autocast(ids.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits = self.model(ids[:, :-1])
+        return next_token_loss(logits, ids[:, 1:], **self.extra)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tinygpt.model import GPT
 from tinygpt.model.lora import trained_tensors
+from tinygpt.train.parallel import whole
 
 
 def part_norms(model: GPT) -> dict[str, Tensor]:
@@ -17,5 +18,5 @@ def part_norms(model: GPT) -> dict[str, Tensor]:
     for name, parameter in trained_tensors(model).items():
         if parameter.grad is not None:
             first, second, *_ = name.split(".")
-            parts[f"block_{second}" if first == "blocks" else first].append(parameter.grad.norm())
+            parts[f"block_{second}" if first == "blocks" else first].append(whole(parameter.grad.norm()))
     return {part: torch.stack(norms).norm() for part, norms in parts.items()}

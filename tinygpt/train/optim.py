@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from tinygpt.errors import UserError
 from tinygpt.model import GPT
 from tinygpt.model.lora import trained_tensors
 from tinygpt.train.config import TrainParams
+from tinygpt.train.parallel import part_of, put, whole
 
 Group = dict[str, Any]  # of an optimizer: weights and how they are trained
 
@@ -41,10 +43,10 @@ class Muon(Optimizer):
                 gradients = _gradients(same)
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                updates = orthogonalized(torch.stack(nesterov))
+                updates = orthogonalized(torch.stack([whole(matrix) for matrix in nesterov]))
                 scale = RMS_OF_ADAMW * max(same[0].shape) ** 0.5
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(same, list(updates), alpha=-group["lr"] * scale)
+                torch._foreach_add_(same, [*map(part_of, updates, same)], alpha=-group["lr"] * scale)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -191,7 +193,7 @@ def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dic
         optimizer.step()  # makes the state, and at a learning rate of 0 changes no weight
         optimizer.zero_grad()
     for name, tensor in optimizer_tensors(model, optimizers).items():
-        tensor.copy_(tensors[name])
+        put(tensor, tensors[name])
 
 
 def _groups(optimizers: Iterable[Optimizer]) -> Iterator[Group]:
@@ -200,7 +202,7 @@ def _groups(optimizers: Iterable[Optimizer]) -> Iterator[Group]:
 
 def _plain_parts(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
     """A tensor, or the plain ones that a packed one, as torchao's, is made of."""
-    if not hasattr(value, "__tensor_flatten__"):
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
         return [(name, value)]
     return [(f"{name}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
 

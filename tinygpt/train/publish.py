@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tinygpt.files import atomic_folder, atomic_write, write_json
-from tinygpt.model.weights import save_model, save_tensors
+from tinygpt.files import atomic_folder, atomic_write, human_bytes, write_json
+from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
 from tinygpt.train.trainer import Trained, Trainer
 
 
@@ -22,19 +22,18 @@ def publish(
     model_dir: Path,
     reports_dir: Path,
     *,
-    tokenizer: str,
-    base: str | None = None,
+    made_from: dict[str, str | None],
 ) -> dict[str, Any]:
     """Write the best and last weights, the curve, the samples and the summary; return the summary.
 
-    `tokenizer` and `base` are the SHA-256 of the tokenizer and of the weights that the run started from, if it did.
+    `made_from` has the SHA-256 of the "tokenizer", and of the "base" whose weights the run started from, or None.
     """
     with atomic_folder(model_dir) as folder:
-        save_model(folder, trainer.learner.model.config, trained.best, tokenizer)
+        save_model(folder, trainer.learner.config, trained.best, made_from["tokenizer"])
         save_tensors(folder / "last.safetensors", trained.last)
         if trainer.params.lora is not None:
             save_tensors(folder / "adapter.safetensors", trained.trained)
-        write_json(folder / "training.json", dataclasses.asdict(trainer.params) | {"base_sha256": base})
+        write_json(folder / "training.json", dataclasses.asdict(trainer.params) | {"base_sha256": made_from["base"]})
     progress = trained.progress
     for name, rows in (("train.csv", progress.rows), ("train_norms.csv", progress.norms)):
         with atomic_write(reports_dir / name) as file:
@@ -46,6 +45,15 @@ def publish(
     report = _summary(trained, trainer)
     write_json(reports_dir / "train.json", report)
     return report
+
+
+def described(report: dict[str, Any], model_dir: Path) -> str:
+    """The summary in two lines."""
+    size = human_bytes((model_dir / WEIGHTS_FILE).stat().st_size)
+    return (
+        f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s\n"
+        f"train: lowest validation loss {report['val_loss']:.4f}, at step {report['best_step']:,}"
+    )
 
 
 def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
@@ -67,6 +75,7 @@ def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "device": str(trainer.device),
+            "processes": trainer.world.size,
             "threads": torch.get_num_threads(),
             "precision": str(trainer.learner.precision),
         },

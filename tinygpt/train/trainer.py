@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tinygpt.errors import Stopped
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.lora import merged_tensors, trained_tensors
 from tinygpt.progress import progress
@@ -23,16 +24,9 @@ from tinygpt.train.batches import Batches
 from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.config import TrainParams
 from tinygpt.train.curve import Progress
+from tinygpt.train.distributed import ALONE, World
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.learner import Learner
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved its state; `signal` is the number of the signal that asked."""
-
-    def __init__(self, signal: int, message: str) -> None:
-        self.signal = signal
-        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,7 @@ class Trainer:
         val_tokens: TokenIds,
         checkpoints: Checkpoints,
         device: torch.device,
+        world: World = ALONE,
         write_sample: Callable[[GPT], str],
         base: dict[str, Tensor] | None = None,
         watch: Callable[[Progress], None] = lambda progress: None,
@@ -66,9 +61,9 @@ class Trainer:
 
         `watch` is called with the progress at the start and after each step.
         """
-        self.params, self.runtime, self.device = params, runtime, device
+        self.params, self.runtime, self.device, self.world = params, runtime, device, world
         self.checkpoints, self.write_sample, self.watch = checkpoints, write_sample, watch
-        self.learner = Learner(config, params, runtime, device=device, base=base)
+        self.learner = Learner(config, params, runtime, device=device, world=world, base=base)
         self.batches = Batches(train_tokens, seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
         self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
         self.progress = Progress()
@@ -88,7 +83,8 @@ class Trainer:
                 self._train_step(step)
                 self.progress.step = done = step + 1
                 look, log = self._due(done, self.params.eval_every), self._due(done, self.runtime.log_every)
-                save = done % self.params.save_every == 0 or interrupts.requested()
+                asked = self.world.max(interrupts.requested())
+                save = done % self.params.save_every == 0 or asked
                 if look or log or save:
                     self._count()
                 if look:
@@ -100,12 +96,11 @@ class Trainer:
                 finished = done == max_steps or self._out_of_patience()
                 if save or finished:
                     self._save()
-                if interrupts.signal is not None and not finished:
-                    raise Stopped(interrupts.signal, f"stopped after step {done}; run it again to go on from there")
+                if asked and not finished:
+                    raise Stopped(asked, f"train: stopped after step {done}; run it again to go on from there")
                 bar.update(1)
-        tensors = self.learner.tensors()
-        last = {name: tensor.detach() for name, tensor in (tensors["weights"] | tensors["ema"]).items()}
-        last, best = (merged_tensors(self.learner.model, part) for part in (last, self.best))
+        with self.learner.looking() as model:
+            last, best = (merged_tensors(model, part) for part in (_copied(trained_tensors(model)), self.best))
         return Trained(self.progress, last, best, trained=self.best)
 
     def _resume(self) -> None:
@@ -123,7 +118,8 @@ class Trainer:
     def _count(self) -> None:
         """Bring the numbers of the steps since the last time from the device, which waits for it, into the curve."""
         first = self.progress.step - len(self._uncounted) + 1
-        for step, (loss, grad_norm) in enumerate(torch.stack(self._uncounted).tolist(), first):
+        numbers = self.world.sum(torch.stack(self._uncounted)) / self.world.size
+        for step, (loss, grad_norm) in enumerate(numbers.tolist(), first):
             self.progress.count(step, loss, grad_norm, self.params)
         self._uncounted.clear()
 
@@ -131,12 +127,12 @@ class Trainer:
         """Measure the validation loss, keep the best weights, write a sample, note the gradient's norms."""
         state = self.progress
         with self.learner.looking() as model:
-            val_loss = self.learner.loss_of(self._to_device(self.val_batch))
-            if self.params.sample_tokens:
+            val_loss = self.learner.loss_of(model, self._to_device(self.val_batch))
+            if self.params.sample_tokens and self.world.rank == 0:
                 state.samples.append({"step": state.step, "text": self.write_sample(model)})
             if state.best_val_loss is None or val_loss < state.best_val_loss:
                 state.best_val_loss, state.best_step = val_loss, state.step
-                self.best = {name: tensor.detach().cpu().clone() for name, tensor in trained_tensors(model).items()}
+                self.best = _copied(trained_tensors(model))
         state.norms.append({"step": state.step, **{k: norm.item() for k, norm in self.learner.part_norms.items()}})
         state.look(val_loss, self.params)
 
@@ -162,6 +158,10 @@ class Trainer:
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.params.max_steps
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[np.int64]:

@@ -1,0 +1,218 @@
+"""Several processes train one model: as one would, and one that dies takes nothing along."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import RUNTIME, tiny_config
+from project import environment, made_once, make_project, run, set_params, succeed
+from safetensors.torch import load_file, save_file
+
+from tinygpt.errors import UserError
+from tinygpt.params import ParamsError, load_params
+from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.train.config import EMAParams, LoRAParams, TrainParams
+from tinygpt.train.distributed import ALONE, World, open_devices
+from tinygpt.train.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+PARAMS = dataclasses.replace(
+    load_params(TrainParams, path=ROOT / "params.yaml"),
+    max_steps=6,
+    batch_size=6,
+    warmup_steps=2,
+    eval_every=3,
+    eval_tokens=700,
+    save_every=4,
+    sample_tokens=0,
+)
+LORA = LoRAParams(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "down_proj"))
+RUNS = {  # changes of train, of the model and of runtime
+    "muon": ({}, {}, {}),
+    "adamw, tied, ema": (
+        {"optimizer": "adamw", "lr": 1e-3, "embedding_lr": None, "ema": EMAParams(decay=0.5, start=2)},
+        {"tie_weights": True},
+        {},
+    ),
+    "lion": ({"optimizer": "lion", "lr": 1e-4, "embedding_lr": None}, {}, {}),
+    "lora": ({"lora": LORA, "init_from": "base"}, {}, {}),
+    "micro-batches": ({}, {}, {"micro_batch_size": 1}),
+}
+
+
+def tokens(n: int) -> np.ndarray:
+    ids = np.random.default_rng(0).integers(0, 40, n).cumsum() % 300
+    return np.array([*ids, ids[0]], np.uint16)
+
+
+def train(name: str, world: World, parallel: str, kind: str) -> dict[str, torch.Tensor]:
+    """One of the RUNS; its last weights."""
+    of_train, of_model, of_runtime = RUNS[kind]
+    torch.set_num_threads(1)
+    with Checkpoints(name, world) as checkpoints:
+        trainer = Trainer(
+            tiny_config(**of_model),
+            dataclasses.replace(PARAMS, **of_train),
+            dataclasses.replace(RUNTIME, parallel=parallel, **of_runtime),
+            train_tokens=tokens(2000),
+            val_tokens=tokens(800),
+            checkpoints=checkpoints,
+            device=torch.device("cpu"),
+            world=world,
+            write_sample=lambda model: "",
+        )
+        done = trainer.fit()
+    rows = [row["val_loss"] for row in done.progress.rows if row["val_loss"] is not None]
+    return done.last | {f"best {name}": tensor for name, tensor in done.best.items()} | {"rows": torch.tensor(rows)}
+
+
+def many(rank: int, size: int, folder: Path) -> None:
+    """What one process of a group does: every run in both ways, one of them cut and resumed."""
+    os.environ["DVC_ROOT"] = str(folder / f"runs{size}")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
+    world, found = World(rank, size, rank, size), {}
+    for parallel in ("ddp", "fsdp"):
+        for kind in RUNS:
+            found[f"{kind}, {parallel}"] = train(f"{kind} {parallel}", world, parallel, kind)
+        newest = folder / f"runs{size}/runs/muon {parallel}/step-0000006"
+        world.first(lambda newest=newest: shutil.rmtree(newest))
+        found[f"resumed, {parallel}"] = train(f"muon {parallel}", world, parallel, "muon")
+    with pytest.raises(UserError, match="no room"):
+        world.first(lambda: (_ for _ in ()).throw(UserError("no room")))
+    if rank == 0:
+        flat = {f"{kind}/{name}": tensor for kind, tensors in found.items() for name, tensor in tensors.items()}
+        save_file({name: tensor.clone() for name, tensor in flat.items()}, folder / f"{size}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    """The last weights of each run in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("alone")))
+        return {kind: train(kind, ALONE, "ddp", kind) for kind in RUNS}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(size, alone, tmp_path, monkeypatch):
+    mp.spawn(many, (size, tmp_path), nprocs=size)
+    found = load_file(tmp_path / f"{size}.safetensors")
+    for parallel in ("ddp", "fsdp"):
+        for kind, expected in alone.items():
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[f"{kind}, {parallel}/{name}"], tensor, atol=2e-3, rtol=1e-3)
+        for name in alone["muon"]:
+            assert torch.equal(found[f"resumed, {parallel}/{name}"], found[f"muon, {parallel}/{name}"])
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / f"runs{size}"))  # and one process goes on where they stood
+    for parallel in ("ddp", "fsdp"):
+        shutil.rmtree(tmp_path / f"runs{size}/runs/muon {parallel}/step-0000006")
+        for name, tensor in train(f"muon {parallel}", ALONE, "ddp", "muon").items():
+            torch.testing.assert_close(tensor, alone["muon"][name], atol=2e-3, rtol=1e-3)
+
+
+def test_sequences_must_go_round():
+    with pytest.raises(ParamsError, match=r"train.batch_size=6 must be a multiple of the 4 processes"):
+        open_devices(RUNTIME, World(0, 4, 0, 4), 6)
+
+
+# ---- the stage ----
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory) -> Path:
+    """A project before training by two processes, for some seconds of it."""
+
+    def make(folder: Path) -> None:
+        make_project(folder)
+        set_params(folder, {"train.max_steps": 200, "train.save_every": 5, "runtime.n_process": 2})
+        for stage in ("download", "clean", "train_tokenizer", "encode"):
+            succeed(f"python -m stages.{stage}", folder)
+
+    return made_once(tmp_path_factory.getbasetemp(), "distributed", make)
+
+
+@pytest.fixture
+def project(ready, tmp_path) -> Path:
+    shutil.copytree(ready, tmp_path / "project")
+    return tmp_path / "project"
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    with open(folder / "train.log", "w") as log:
+        command = [sys.executable, "-m", "stages.train"]
+        return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while not any(int(path.name[5:12]) >= step for path in folder.glob("runs/*/step-*") if not path.suffix):
+        assert time.monotonic() < deadline, (folder / "train.log").read_text()
+        time.sleep(0.01)
+
+
+def workers(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The training processes."""
+    children = psutil.Process(starter.pid).children(recursive=True)
+    return [child for child in children if "stages.train" in child.cmdline()]
+
+
+def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same(project, tmp_path):
+    shutil.copytree(project, tmp_path / "undisturbed")
+    succeed("python -m stages.train", tmp_path / "undisturbed")
+    starter = start(project)
+    wait_for_step(project, 50)
+    assert len(workers(starter)) == 2
+    workers(starter)[-1].send_signal(signal.SIGKILL)
+    assert starter.wait(200) == 0, (project / "train.log").read_text()
+    log = (project / "train.log").read_text()
+    assert "process 1 was killed by signal 9" in log and "going on after step" in log
+    for name in ("data/model/model.safetensors", "data/model/last.safetensors", "reports/train.csv"):
+        assert (project / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert json.loads((project / "reports/train.json").read_text())["environment"]["processes"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number, project):
+    starter = start(project)
+    wait_for_step(project, 20)
+    group = workers(starter)
+    starter.send_signal(number)
+    assert starter.wait(200) == (-number if number == signal.SIGKILL else 128 + number)
+    _, alive = psutil.wait_procs(group, timeout=100)
+    assert not alive
+    log = (project / "train.log").read_text()
+    assert log.count("train: stopped after step") == 1 and "Traceback" not in log
+    set_params(project, {"runtime.n_process": 1})
+    found = run("python -m stages.train", project)
+    assert found.returncode == 0 and "going on after step" in found.stdout
+
+
+def test_a_users_mistake_is_one_line_of_all_processes(project):
+    set_params(project, {"train.batch_size": 3})
+    found = run("python -m stages.train", project)
+    assert found.returncode == 1
+    assert found.stdout.splitlines() == [
+        "error: train.batch_size=3 must be a multiple of the 2 processes that share it: set runtime.n_process"
+    ]
+
+
+def test_torchrun_starts_the_same_stage(project):
+    set_params(project, {"train.max_steps": 20, "runtime.n_process": 1})
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m stages.train"
+    found = run(command, project)
+    assert found.returncode == 0, found.stdout
+    assert found.stdout.count("train: lowest validation loss") == 1

@@ -1,0 +1,164 @@
+"""Processes that train one model together: how they start, and what they tell each other.
+
+    runtime.n_process: 4                     this machine; torch's elastic launcher starts them
+    torchrun … -m stages.train               one machine or several; torchrun has started them
+
+One that is killed takes the others with it, and all start again from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinygpt.errors import UserError
+from tinygpt.model.device import open_device
+from tinygpt.params import ParamsError
+from tinygpt.runtime import RuntimeParams
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+RESTARTS = 3  # after processes that were killed, before the run is given up
+PATIENCE_S = 120  # that a process which was asked to stop has for its last step and checkpoint
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run, as one of them sees them: it is number `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # the same among those of this machine
+    local_size: int = 1
+
+    def share(self, rows: Tensor) -> Tensor:
+        """The part of a batch that this process works on: as many rows as every other."""
+        return rows.tensor_split(self.size)[self.rank]
+
+    def max(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number)  # on the CPU: this waits for no GPU
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def first(self, action: Callable[[], T]) -> T | None:
+        """Let the first process do it, while the others wait; None there.
+
+        A failure is one of all: raised as it was in the first, as a UserError in the others.
+        """
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except Exception as error:
+                failure = error
+        if self.size > 1:
+            told = [str(failure) if failure else None]
+            dist.broadcast_object_list(told, src=0)
+            if self.rank and told[0] is not None:
+                raise UserError(told[0])
+        if failure:
+            raise failure
+        return result
+
+
+ALONE = World()
+
+
+def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
+    """Call `train` in this process, or run this program in `runtime.n_process` new ones that work together."""
+    if dist.is_torchelastic_launched():
+        train(_join())
+    elif runtime.n_process == 1:
+        train(ALONE)
+    else:
+        sys.exit(_launch(runtime.n_process))
+
+
+def open_devices(runtime: RuntimeParams, world: World, batch_size: int) -> torch.device:
+    """The device of this process.  Raises ParamsError where devices or sequences do not go round."""
+    if batch_size % world.size:
+        raise ParamsError(
+            [
+                f"train.batch_size={batch_size} must be a multiple of the {world.size} processes that share it: "
+                "set runtime.n_process"
+            ]
+        )
+    return open_device(runtime, number=world.local_rank, of=world.local_size)
+
+
+def _launch(n_process: int) -> int:
+    """Run this program's command in new processes; the exit status that the first to fail left with, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    logging.disable(logging.ERROR)  # of the launcher: the processes say themselves what is wrong
+    for _ in range(1 + RESTARTS):
+        with tempfile.TemporaryDirectory() as logs:
+            try:
+                elastic_launch(_launch_config(n_process, logs), sys.executable)(*sys.orig_argv[1:])
+                return 0
+            except SignalException as stopped:  # the processes have saved and said so
+                return 128 + stopped.sigval
+            except ChildFailedError as failed:
+                statuses = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+        killed = {rank: status for rank, status in statuses.items() if status < 0}
+        if not killed:
+            return next(iter(statuses.values()))
+        for rank, status in killed.items():
+            print(f"train: process {rank} was killed by signal {-status}", file=sys.stderr)
+    raise UserError(f"given up after {RESTARTS} new starts: run it again to go on from the newest checkpoint")
+
+
+def _launch_config(n_process: int, logs: str) -> LaunchConfig:
+    """All processes on this machine, and a port of its own for them to meet."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n_process,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,  # a new start with the same store would meet the addresses of the dead
+        shutdown_timeout=PATIENCE_S,
+        signals_to_handle="SIGTERM,SIGINT",
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
+    )
+
+
+def _join() -> World:
+    """Meet the other processes.  Only the first of them writes to the terminal."""
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_size)
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    return world

@@ -1,0 +1,106 @@
+"""How the processes of a run share a model: each has all of it, or a part of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tinygpt.model import GPT
+
+
+class Alone:
+    """One process."""
+
+    def split(self, model: GPT) -> None:
+        """Leave to this process its part of the weights, before its optimizers are built."""
+
+    def wrap(self, loss: nn.Module, example: Tensor) -> nn.Module:
+        """A module whose backward pass leaves the mean of all processes' gradients; `example` is what it is for."""
+        return loss
+
+    def apart(self) -> AbstractContextManager[None]:
+        """A context in which backward passes add up in this process alone: of all micro-batches but the last."""
+        return nullcontext()
+
+    def whole_model(self, model: GPT, build: Callable[[], GPT]) -> GPT:
+        """One with all weights here; `build` makes another of its kind."""
+        return model
+
+
+class Replicas(Alone):
+    """Each process has the whole model (Li et al., https://arxiv.org/abs/2006.15704)."""
+
+    def wrap(self, loss: nn.Module, example: Tensor) -> nn.Module:
+        """Gradients are summed in buckets while the backward pass goes on.
+
+        After the first pass the buckets are laid out anew, by the order in which gradients came, and of three
+        processes or more another bucket is another order of summing. So that pass is made here: a resumed run gets
+        the buckets that it had.
+        """
+        self.module = DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        self.module(example).backward()
+        self.module.zero_grad()
+        return self.module
+
+    def apart(self) -> AbstractContextManager[None]:
+        """No bucket is sent."""
+        context: AbstractContextManager[None] = self.module.no_sync()
+        return context
+
+
+class Shards(Alone):
+    """Each process has a part of every weight, its gradient and its optimizer's state, and fetches a block's when it
+    is the block's turn (Zhao et al., https://arxiv.org/abs/2304.11277)."""
+
+    def split(self, model: GPT) -> None:
+        """The unit is a block; what stands before and behind them is one more."""
+        for block in model.blocks:
+            fully_shard(block)
+        self.model: FSDPModule = fully_shard(model)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Gradients stay whole and here."""
+        self.model.set_requires_gradient_sync(False)
+        yield
+        self.model.set_requires_gradient_sync(True)
+
+    def whole_model(self, model: GPT, build: Callable[[], GPT]) -> GPT:
+        """A copy, as modules in parts can only train."""
+        copy = build()
+        for name, weight in copy.named_parameters():
+            put(weight, whole(model.get_parameter(name)))
+        return copy
+
+
+PARALLEL: dict[str, type[Alone]] = {"ddp": Replicas, "fsdp": Shards}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may have a part; all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The same, to be kept: what was in parts comes to the CPU."""
+    return whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process has of a whole tensor that is split like another."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one of which this process may have a part."""
+    target.copy_(part_of(value, target))
