@@ -60,7 +60,7 @@ def train(world: World) -> None:
             train_tokens=tokens["train"],
             val_tokens=tokens["val"],
             checkpoints=checkpoints,
-            device=open_devices(runtime, world, params.batch_size),
+            device=open_devices(runtime, world, params),
             world=world,
             write_sample=lambda model: generate(
                 model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=sampling

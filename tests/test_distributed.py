@@ -124,9 +124,14 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
             torch.testing.assert_close(tensor, alone["muon"][name], atol=2e-3, rtol=1e-3)
 
 
-def test_sequences_must_go_round():
-    with pytest.raises(ParamsError, match=r"train.batch_size=6 must be a multiple of the 4 processes"):
-        open_devices(RUNTIME, World(0, 4, 0, 4), 6)
+def test_what_processes_cannot_share_is_told_at_once():
+    params, runtime = dataclasses.replace(PARAMS, optimizer="adamw8bit"), dataclasses.replace(RUNTIME, parallel="fsdp")
+    with pytest.raises(ParamsError) as told:
+        open_devices(runtime, World(0, 4, 0, 4), params)
+    assert told.value.problems == [
+        "train.batch_size=6 must be a multiple of the 4 processes that share it: set runtime.n_process",
+        "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
+    ]
 
 
 # ---- the stage ----

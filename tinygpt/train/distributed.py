@@ -23,8 +23,9 @@ from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.model.device import open_device
-from tinygpt.params import ParamsError
+from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams
+from tinygpt.train.config import TrainParams
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -96,15 +97,19 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
         sys.exit(_launch(runtime.n_process))
 
 
-def open_devices(runtime: RuntimeParams, world: World, batch_size: int) -> torch.device:
-    """The device of this process.  Raises ParamsError where devices or sequences do not go round."""
-    if batch_size % world.size:
-        raise ParamsError(
-            [
-                f"train.batch_size={batch_size} must be a multiple of the {world.size} processes that share it: "
-                "set runtime.n_process"
-            ]
-        )
+def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
+    """The device of this process.  Raises ParamsError where the processes cannot share the work."""
+    require(
+        (
+            params.batch_size % world.size == 0,
+            f"train.batch_size={params.batch_size} must be a multiple of the {world.size} processes that share it: "
+            "set runtime.n_process",
+        ),
+        (
+            world.size == 1 or runtime.parallel == "ddp" or params.optimizer != "adamw8bit",
+            "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
+        ),
+    )
     return open_device(runtime, number=world.local_rank, of=world.local_size)
 
 
