@@ -7,8 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from tinygpt.errors import UserError
-from tinygpt.generate import stream
-from tinygpt.generate.sampling import Sampling
+from tinygpt.generate import Sampling, stream
 from tinygpt.model.quantize import KINDS, quantize
 from tinygpt.model.weights import load_pair
 from tinygpt.params import ParamsError, from_mapping
