@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -74,8 +75,8 @@ class Answer:
         self.text += self.piece
 
     def mean_logprob(self) -> float:
-        """Mean log-probability of a token, in nats."""
-        return sum(self.logprobs) / len(self.logprobs)
+        """Mean log-probability of a token, in nats; -inf without one."""
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else -math.inf
 
 
 def extend(model: GPT, answers: Sequence[Answer], *, with_logprobs: bool = False) -> Iterator[list[Answer]]:

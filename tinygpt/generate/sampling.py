@@ -206,7 +206,7 @@ def choose(logits: Tensor, sampling: Sampling, past: Past, generators: Sequence[
     logits = apply_penalties(logits, sampling, past)
     best, ids = logits.max(-1)
     if not bool((best < math.inf).all()):
-        raise UserError("the model's logits are not finite numbers: train it again, with a lower train.lr")
+        raise UserError("the logits are not finite numbers: a penalty is too large, or the model's training failed")
     if sampling.temperature > 0:
         # 48 bits: the largest number times a total never rounds to that total, even in double
         uniform = [generator.getrandbits(48) / 2**48 for generator in generators]

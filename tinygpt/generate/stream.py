@@ -24,19 +24,17 @@ def stream(
 ) -> Iterator[str]:
     """Pieces of the text that follows the prompt, until `<|endoftext|>`; never half a character.
 
-    A search for the best of several texts gives its text as one piece. Raises UserError as `generate_batch` does.
+    A search for the best of several texts is done at once and gives one piece. Raises UserError, before the first
+    piece is asked for, as `generate_batch` does.
     """
-    if search is not None and search != Search():
-        (answer,) = generate_batch(
+    sampling, search = sampling or Sampling(), search or Search()
+    if search != Search():
+        answers = generate_batch(
             model, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, search=search
         )
-        if answer.text:
-            yield answer.text
-        return
-    answer = begin(model, tokenizer, prompt, sampling or Sampling(), max_new_tokens)
-    for _ in extend(model, [answer]):
-        if answer.piece:
-            yield answer.piece
+        return iter([answer.text for answer in answers if answer.text])
+    answer = begin(model, tokenizer, prompt, sampling, max_new_tokens)
+    return (answer.piece for _ in extend(model, [answer]) if answer.piece)
 
 
 def generate(
