@@ -100,6 +100,10 @@ def test_a_seed_gives_the_same_text_whatever_runs_beside_it(rows, tiny_tokenizer
         assert answer.text == generate(MODEL, tiny_tokenizer, prompt, max_new_tokens=12, sampling=one)
 
 
+def test_no_prompts_give_no_answers(tiny_tokenizer):
+    assert generate_batch(MODEL, tiny_tokenizer, [], max_new_tokens=9) == []
+
+
 def test_beams_of_a_batch_are_those_of_each_prompt(tiny_tokenizer):
     search = Search(n_beam=3)
     found = generate_batch(MODEL, tiny_tokenizer, PROMPTS, max_new_tokens=9, sampling=GREEDY, search=search)

@@ -36,6 +36,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
+        lists = ("logit_bias", "banned_ids", "stop", "stop_ids")  # "ab" would be two texts, "a" and "b"
+        require(
+            *((isinstance(of(self, name), tuple), f"{name}={of(self, name)!r} must be a tuple") for name in lists),
+        )
         require(
             *interval_rules(self),
             (all(self.stop), f"stop={self.stop} has an empty text, which stands before everything: leave it out"),
@@ -70,7 +74,9 @@ class Search:
     """How many texts to follow at once, and which of them to take."""
 
     n_beam: Annotated[int, Within("[1, 256]")] = 1  # beam search: the likeliest texts, so many side by side; 1 = none
-    length_penalty: AnyNumber = 1.0  # a beam's log-probability is divided by its tokens to this power
+    length_penalty: Annotated[float, Within("[-10, 10]")] = (
+        1.0  # a beam's log-probability is divided by its tokens to this power
+    )
     early_stopping: Literal["false", "true", "never"] = "false"  # end with n_beam texts; "never": only when sure
     best_of: Annotated[int, Within("[1, 256]")] = 1  # so many sampled texts, of which the likeliest per token is taken
 
