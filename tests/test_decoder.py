@@ -1,0 +1,70 @@
+"""Rows that are decoded together have the logits that each has alone."""
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinygpt.errors import UserError
+from tinygpt.generate.decoder import Decoder
+
+MODEL = tiny_model(block_size=16)
+WINDOWED = {"window": {"window": 5}, "window_and_full": {"window": 5, "full_every": 2}}
+
+
+def read_whole(model, ids: list[int]) -> torch.Tensor:
+    """The logits after some ids, without a cache."""
+    with torch.inference_mode():
+        return model(torch.tensor([ids]))[0, -1]
+
+
+def rest_after_slide(ids: list[int], n_prompt: int, block_size: int) -> list[int]:
+    """What a row still knows: the prompt's end, and after each full context its newer half."""
+    seen = ids[:n_prompt][-block_size:]
+    for i in ids[n_prompt:]:
+        seen = [*seen, i] if len(seen) < block_size else [*seen, i][-(block_size // 2 + 1) :]
+    return seen
+
+
+@pytest.mark.parametrize("changes", [*FAMILIES.values(), *WINDOWED.values()], ids=[*FAMILIES, *WINDOWED])
+def test_prompts_of_unequal_length_each_have_the_logits_of_reading_them_alone(changes):
+    model = tiny_model(**changes)
+    rows = [[1], [5, 7, 11, 2, 3, 9, 8], [4, 4, 250], list(range(60))]
+    decoder = Decoder(model, rows)
+    for step in range(4):
+        expected = torch.stack([read_whole(model, ids) for ids in rows])
+        torch.testing.assert_close(decoder.logits, expected, atol=1e-4, rtol=1e-4)
+        assert decoder.logits.dtype == torch.float32
+        added = [(17 * step + 31 * i) % 300 for i in range(len(rows))]
+        decoder.step(added)
+        rows = [[*ids, i] for ids, i in zip(rows, added, strict=True)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_any_steps_and_rows_kept_in_any_order_past_the_end_of_the_context(prompts, data):
+    decoder = Decoder(MODEL, prompts)
+    rows = [(list(prompt), len(prompt)) for prompt in prompts]
+    for _ in range(data.draw(st.integers(1, 25))):
+        if data.draw(st.booleans()):
+            kept = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=4))
+            decoder.keep(kept)
+            rows = [(list(rows[i][0]), rows[i][1]) for i in kept]
+        added = data.draw(st.lists(st.integers(0, 299), min_size=len(rows), max_size=len(rows)))
+        decoder.step(added)
+        for (ids, _), i in zip(rows, added, strict=True):
+            ids.append(i)
+    expected = torch.stack([read_whole(MODEL, rest_after_slide(ids, n, 16)) for ids, n in rows])
+    torch.testing.assert_close(decoder.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_can_be_left_out_and_an_empty_prompt_is_refused():
+    decoder = Decoder(MODEL, [[1], [2]])
+    decoder.keep([1])
+    torch.testing.assert_close(decoder.logits, Decoder(MODEL, [[2]]).logits)
+    with pytest.raises(UserError, match="prompt is empty"):
+        Decoder(MODEL, [[1], []])
