@@ -121,8 +121,8 @@ def rms_norm(weight: Tensor, eps: float) -> Step:
 
 def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> Step:
     """The norms of queries and keys at once: (M, H + G, D) -> (M, H + G, D)."""
-    numbers = (config.n_head, config.n_kv_head)
-    weight = torch.cat([m.weight.detach().expand(n, -1) for m, n in zip((q_norm, k_norm), numbers, strict=True)])
+    numbers = ((q_norm, config.n_head), (k_norm, config.n_kv_head))
+    weight = torch.cat([cast(Tensor, norm.weight).detach().expand(n, -1) for norm, n in numbers])
     if isinstance(q_norm, nn.RMSNorm):
         return rms_norm(weight, config.norm_eps)
     return lambda x: F.layer_norm(x, (config.head_dim,), eps=config.norm_eps) * weight
