@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tinygpt.model.quantize import Int8Linear
 
+FEW = 64  # rows: above it the weights are read seldom enough for the plain product
 Product = Callable[[Tensor], Tensor]  # (M, I) -> (M, O)
 Products = Callable[[Tensor], Sequence[Tensor]]  # (M, I) -> an (M, O) of each layer
 
@@ -43,12 +44,15 @@ class SlicedProduct:
     def __init__(self, linear: nn.Linear) -> None:
         n = torch.get_num_threads()
         self.n = n if linear.out_features % n == 0 else 1
-        self.weight = linear.weight.detach().unflatten(0, (self.n, -1))  # (N, O / N, I)
+        self.whole = linear.weight.detach()  # (O, I)
+        self.weight = self.whole.unflatten(0, (self.n, -1))  # (N, O / N, I)
         self.transposed = self.weight.mT
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(M, I) -> (M, O)"""
+        if len(x) > FEW:
+            return F.linear(x, self.whole, self.bias)
         if len(x) == 1:
             y = torch.bmm(x.expand(self.n, -1, -1), self.transposed).view(1, -1)
         else:
@@ -68,7 +72,7 @@ class Int8Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(M, I) -> (M, O)"""
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and len(x) <= FEW:
             y = torch._weight_int8pack_mm(x.bfloat16().contiguous(), self.q, self.ones)
         else:
             y = F.linear(x, self.q.to(x.dtype))
