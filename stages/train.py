@@ -11,8 +11,7 @@ from tinygpt.errors import program
 from tinygpt.export.config import ExportParams
 from tinygpt.export.coverage import check_export
 from tinygpt.files import human_bytes, sha256_file
-from tinygpt.generate import generate
-from tinygpt.generate.sampling import Sampling
+from tinygpt.generate import Sampling, generate
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.device import open_device
 from tinygpt.model.weights import WEIGHTS_FILE

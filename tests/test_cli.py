@@ -1,5 +1,6 @@
 """The command line as its users meet it."""
 
+import dataclasses
 import io
 import json
 import re
@@ -14,6 +15,7 @@ from tinygpt.cli.main import COMMANDS, main
 from tinygpt.corpus.jsonl import text_line
 from tinygpt.export.base import write_base
 from tinygpt.export.hf import export_hf
+from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model import load_model
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
@@ -44,6 +46,31 @@ def test_generate_prints_the_prompt_and_goes_on_and_a_seed_repeats_it(folders):
     assert first.stdout == second.stdout
 
 
+def test_every_way_to_choose_has_its_option(folders, tiny_tokenizer):
+    told = run("generate", "--help").stdout
+    for cls in (Sampling, Search):
+        for field in dataclasses.fields(cls):
+            assert f"--{field.name.replace('_', '-')} " in told
+    model = load_model(folders[1])
+    e, t = tiny_tokenizer.encode("et")
+    options = f"--n-beam 3 --early-stopping true --length-penalty -0.5 --banned-ids {e} {t} --logit-bias {t + 1}=-2.5"
+    options += f" --logit-bias {t + 2}=1 --min-new-tokens 3 --stop q --stop x --stop-ids {t + 3} --when-full stop"
+    done = run("generate", "--prompt", "the", "--max-new-tokens", "12", *options.split(), *folders)
+    assert done.returncode == 0, done.stderr
+    asked = Sampling(
+        temperature=0,
+        banned_ids=(e, t),
+        logit_bias=((t + 1, -2.5), (t + 2, 1.0)),
+        min_new_tokens=3,
+        stop=("q", "x"),
+        stop_ids=(t + 3,),
+        when_full="stop",
+    )
+    search = Search(n_beam=3, early_stopping="true", length_penalty=-0.5)
+    text = generate(model, tiny_tokenizer, "the", max_new_tokens=12, sampling=asked, search=search)
+    assert done.stdout == f"the{text}\n"
+
+
 def test_chat_answers_each_line_and_ends_with_the_input(folders):
     done = run("chat", "--max-new-tokens", "5", *folders, text="the file\n\nagain\n")
     assert done.returncode == 0, done.stderr
@@ -64,6 +91,12 @@ def test_all_wrong_options_are_told_at_once_in_one_line_each(folders):
         (["generate", "--model", "nowhere"], "nowhere/config.json not found: run `dvc repro train`"),
         (["generate", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["generate", "--max-new-tokens", "x"], "invalid int value"),
+        (["generate", "--n-beam", "0"], "--n-beam=0 must be within [1, 256]"),
+        (["generate", "--n-beam", "2", "--temperature", "0.5"], "--n-beam=2 does not sample: it needs --temperature=0"),
+        (["generate", "--best-of", "2", "--temperature", "0"], "--best-of=2 needs temperature above 0"),
+        (["generate", "--length-penalty", "2"], "--length-penalty=2.0 is of beam search: it needs --n-beam above 1"),
+        (["generate", "--stop", ""], "--stop=('',) has an empty text"),
+        (["generate", "--logit-bias", "5"], "'5' is not of the form ID=BIAS, such as 17=-2.5"),
         (["sing"], "invalid choice: 'sing'"),
         ([], "required"),
     ],
@@ -71,6 +104,25 @@ def test_all_wrong_options_are_told_at_once_in_one_line_each(folders):
 def test_a_mistake_is_told_without_a_traceback(args, message):
     done = run(*args)
     assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--banned-ids", "5", "300"], "--banned-ids has 300, but the model's ids are 0 to 299"),
+        (["--min-new-tokens", "9", "--max-new-tokens", "5"], "--min-new-tokens=9 is more than --max-new-tokens=5"),
+        (
+            ["--prompt", "the " * 99, "--when-full", "stop"],
+            "no room in a context of 64: shorten it, or set --when",
+        ),
+        (["--prompt", "a\udcff"], "prompt is no UTF-8 from character 1 on"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told_before_anything_is_written(folders, args, message):
+    done = run("generate", *args, *folders)
+    assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -1,13 +1,16 @@
 """What the documents show, run as it stands there."""
 
+import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import prose, tiny_model
 from project import ROOT, environment
 
+from tinygpt.generate import Sampling, Search
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.tokenizer.bpe import train_bpe
 
@@ -22,8 +25,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_classification_head_learns(folder):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/classification.md").read_text(), re.DOTALL)
+def run_code_of(page: str, folder: Path) -> str:
+    """What the Python of a page prints."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -32,4 +36,19 @@ def test_the_classification_head_learns(folder):
         text=True,
         check=True,
     )
-    assert done.stdout == "the function is slow. statement\nis the function slow? question\n"
+    return done.stdout
+
+
+def test_the_classification_head_learns(folder):
+    printed = run_code_of("docs/classification.md", folder)
+    assert printed == "the function is slow. statement\nis the function slow? question\n"
+
+
+def test_texts_are_generated(folder):
+    assert run_code_of("docs/generation.md", folder).count("] length\n") == 2
+
+
+def test_every_option_of_generation_is_in_its_page():
+    page = (ROOT / "docs/generation.md").read_text()
+    options = {field.name for cls in (Sampling, Search) for field in dataclasses.fields(cls)}
+    assert {name for name in options if f"`{name}`" not in page} == set()

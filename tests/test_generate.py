@@ -1,102 +1,115 @@
-"""Sampling by hand, and streams that never print half a character."""
+"""Texts of prompts: the same alone and in a batch, and where they end."""
 
-import math
+import dataclasses
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt.generate import generate, stream
-from tinygpt.generate.sampling import Sampling, apply_top_k, apply_top_p, make_filters, make_sampler
-from tinygpt.generate.stream import iter_ids
+from tinygpt.errors import UserError
+from tinygpt.generate import Answer, Sampling, Search, generate, generate_batch, stream
+from tinygpt.generate.answer import extend
+from tinygpt.generate.stream import begin
+from tinygpt.params import ParamsError
 
-LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-
-
-def kept(logits: torch.Tensor) -> list[int]:
-    return [i for i, value in enumerate(logits.tolist()) if value > -math.inf]
-
-
-@pytest.mark.parametrize(("k", "expected"), [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
-def test_top_k_by_hand(k, expected):
-    assert kept(apply_top_k(LOGITS, k)) == expected
-
-
-@pytest.mark.parametrize(
-    ("p", "expected"), [(0.01, [0]), (0.5, [0]), (0.51, [0, 1]), (0.8, [0, 1]), (0.81, [0, 1, 2]), (0.96, [0, 1, 2, 3])]
-)
-def test_top_p_by_hand(p, expected):
-    assert kept(apply_top_p(LOGITS.double(), p)) == expected
-    shuffled = [2, 0, 3, 1]
-    assert kept(apply_top_p(LOGITS.double()[shuffled], p)) == sorted(shuffled.index(i) for i in expected)
+GREEDY = Sampling(temperature=0)
+MODEL = tiny_model(block_size=32)
+PROMPTS = ["", "the file", "über 中文 😀 and more than the context holds, " * 3, "a"]
+MIXED = [
+    GREEDY,
+    Sampling(seed=5, top_k=20, stop_ids=tuple(range(1, 300, 30))),
+    Sampling(seed=6, temperature=1.5, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=-0.2),
+    Sampling(seed=5, top_k=20, stop=("e", "th"), no_repeat_ngram_size=2),
+]
 
 
-@given(
-    values=st.lists(st.floats(-20, 20), min_size=1, max_size=30),
-    k=st.integers(0, 40),
-    p=st.floats(0.001, 1),
-    temperature=st.floats(0, 5),
-)
-def test_something_is_always_left_and_the_likeliest_is_among_it(values, k, p, temperature):
-    sampling = Sampling(temperature=temperature, top_k=k, top_p=p, seed=1)
-    logits = torch.tensor(values, dtype=torch.float64)
-    filtered = logits
-    for apply in make_filters(sampling):
-        filtered = apply(filtered)
-    assert len(kept(filtered)) >= 1
-    assert filtered.max() == filtered[logits.argmax()]
-    assert 0 <= make_sampler(sampling)(logits) < len(values)
-
-
-def test_off_means_no_filter():
-    assert make_filters(Sampling(temperature=0, top_k=0, top_p=1.0)) == []
-
-
-def test_draws_follow_the_probabilities():
-    sample = make_sampler(Sampling(seed=3))
-    counts = torch.bincount(torch.tensor([sample(LOGITS) for _ in range(4000)]), minlength=4) / 4000
-    torch.testing.assert_close(counts, LOGITS.exp(), atol=0.03, rtol=0)
-
-
-def test_temperature_zero_takes_the_likeliest_and_a_seed_repeats_itself():
-    assert make_sampler(Sampling(temperature=0))(LOGITS) == 0
-    draws = [[make_sampler(Sampling(seed=seed))(LOGITS) for _ in range(1)] for seed in range(20)]
-    assert draws == [[make_sampler(Sampling(seed=seed))(LOGITS) for _ in range(1)] for seed in range(20)]
-    assert len({draw[0] for draw in draws}) > 1
+def ids_of(model, prompt: list[int], tokenizer, n: int, sampling: Sampling = GREEDY) -> list[int]:
+    """Ids that follow ids."""
+    answer = Answer(prompt, tokenizer, sampling, max_new_tokens=n, block_size=model.config.block_size)
+    for _ in extend(model, [answer]):
+        pass
+    return answer.ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation_is_what_the_model_says_without_a_cache(family):
+def test_greedy_generation_is_what_the_model_says_without_a_cache(family, tiny_tokenizer):
     model = tiny_model(**FAMILIES[family])
     prompt = [5, 7, 11]
-    greedy = make_sampler(Sampling(temperature=0))
-    ids = iter_ids(model, prompt, greedy)
+    n = model.config.block_size - len(prompt) + 1  # as long as the context reaches back to the start
+    found = ids_of(model, prompt, tiny_tokenizer, n, Sampling(temperature=0, ignore_eos=True))
     seen = list(prompt)
-    for _ in range(model.config.block_size - len(prompt) + 1):  # as long as the context reaches back to the start
+    for _ in range(n):
         with torch.inference_mode():
-            expected = int(model(torch.tensor([seen]))[0, -1].argmax())
-        assert next(ids) == expected
-        seen.append(expected)
+            logits = model(torch.tensor([seen]))[0, -1]
+            logits[tiny_tokenizer.eos_id] = -torch.inf
+        seen.append(int(logits.argmax()))
+    assert prompt + found == seen
 
 
-def test_generation_goes_on_behind_the_end_of_the_context_with_its_newer_half():
+def test_generation_goes_on_behind_the_end_of_the_context_with_its_newer_half(tiny_tokenizer):
     model = tiny_model(block_size=16)
-    ids = iter_ids(model, [1, 2, 3], make_sampler(Sampling(temperature=0)))
-    seen = [1, 2, 3, *(next(ids) for _ in range(14))]  # the context of 16 is full, and one token is beyond it
-    with torch.inference_mode():
-        expected = int(model(torch.tensor([seen[-9:]]))[0, -1].argmax())
-    assert next(ids) == expected
-    for _ in range(50):
-        assert 0 <= next(ids) < 300
+    sampling = Sampling(temperature=0, ignore_eos=True)
+    seen = [1, 2, 3, *ids_of(model, [1, 2, 3], tiny_tokenizer, 65, sampling)]
+    assert len(seen) == 68
+    with torch.inference_mode():  # the context of 16 is full, and one token is beyond it
+        logits = model(torch.tensor([seen[8:17]]))[0, -1]
+        logits[tiny_tokenizer.eos_id] = -torch.inf
+    assert seen[17] == int(logits.argmax())
 
 
-def test_a_prompt_longer_than_the_context_is_read_from_its_end():
+def test_a_prompt_longer_than_the_context_is_read_from_its_end(tiny_tokenizer):
     model = tiny_model(block_size=16)
-    greedy = make_sampler(Sampling(temperature=0))
     long = [i % 300 for i in range(40)]
-    assert next(iter_ids(model, long, greedy)) == next(iter_ids(model, long[-16:], greedy))
+    assert ids_of(model, long, tiny_tokenizer, 5) == ids_of(model, long[-16:], tiny_tokenizer, 5)
+
+
+def test_a_full_context_ends_the_text_where_that_is_asked_for(tiny_tokenizer):
+    model = tiny_model(block_size=16)
+    sampling = Sampling(temperature=0, ignore_eos=True, when_full="stop")
+    assert len(ids_of(model, [1, 2, 3], tiny_tokenizer, 100, sampling)) == 13
+    assert len(ids_of(model, [1] * 15, tiny_tokenizer, 100, sampling)) == 1
+    with pytest.raises(ParamsError, match="prompt has 16 tokens, which leaves no room in a context of 16"):
+        ids_of(model, [1] * 16, tiny_tokenizer, 100, sampling)
+
+
+@pytest.mark.parametrize("sampling", [*MIXED, MIXED], ids=["greedy", "top_k", "penalties", "stop", "each its own"])
+def test_a_batch_gives_what_each_prompt_gives_alone(sampling, tiny_tokenizer):
+    found = generate_batch(MODEL, tiny_tokenizer, PROMPTS, max_new_tokens=60, sampling=sampling)
+    each = sampling if isinstance(sampling, list) else [sampling] * len(PROMPTS)
+    for answer, prompt, one in zip(found, PROMPTS, each, strict=True):
+        (alone,) = generate_batch(MODEL, tiny_tokenizer, [prompt], max_new_tokens=60, sampling=one)
+        assert (answer.ids, answer.text, answer.finish_reason) == (alone.ids, alone.text, alone.finish_reason)
+        assert answer.text == generate(MODEL, tiny_tokenizer, prompt, max_new_tokens=60, sampling=one)
+    has_stop = isinstance(sampling, list) or sampling.stop or sampling.stop_ids
+    assert not has_stop or len({len(answer.ids) for answer in found}) > 1  # some rows go on without others
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from(PROMPTS), st.sampled_from(MIXED), st.integers(0, 3)), min_size=1, max_size=5
+    )
+)
+def test_a_seed_gives_the_same_text_whatever_runs_beside_it(rows, tiny_tokenizer):
+    each = [dataclasses.replace(sampling, seed=seed) for _, sampling, seed in rows]
+    prompts = [prompt for prompt, _, _ in rows]
+    found = generate_batch(MODEL, tiny_tokenizer, prompts, max_new_tokens=12, sampling=each)
+    for answer, prompt, one in zip(found, prompts, each, strict=True):
+        assert answer.text == generate(MODEL, tiny_tokenizer, prompt, max_new_tokens=12, sampling=one)
+
+
+def test_no_prompts_give_no_answers(tiny_tokenizer):
+    assert generate_batch(MODEL, tiny_tokenizer, [], max_new_tokens=9) == []
+
+
+def test_beams_of_a_batch_are_those_of_each_prompt(tiny_tokenizer):
+    search = Search(n_beam=3)
+    found = generate_batch(MODEL, tiny_tokenizer, PROMPTS, max_new_tokens=9, sampling=GREEDY, search=search)
+    for answer, prompt in zip(found, PROMPTS, strict=True):
+        text = generate(MODEL, tiny_tokenizer, prompt, max_new_tokens=9, sampling=GREEDY, search=search)
+        assert answer.text == text != ""
 
 
 def test_pieces_make_up_the_text_and_never_half_a_character(tiny_tokenizer):
@@ -108,12 +121,48 @@ def test_pieces_make_up_the_text_and_never_half_a_character(tiny_tokenizer):
     assert all(pieces)
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), data=st.data())
+def test_a_stop_text_never_leaks_and_leaves_what_stands_before_it(seed, data, tiny_tokenizer):
+    sampling = Sampling(seed=seed, ignore_eos=True)
+    whole = generate(MODEL, tiny_tokenizer, "the", max_new_tokens=30, sampling=sampling)
+    begin_at = data.draw(st.integers(0, len(whole) - 1))
+    stop = whole[begin_at : begin_at + data.draw(st.integers(1, 6))]
+    stopped = dataclasses.replace(sampling, stop=(stop, "never in it"))
+    pieces = list(stream(MODEL, tiny_tokenizer, "the", max_new_tokens=30, sampling=stopped))
+    assert "".join(pieces) == whole[: whole.index(stop)]
+
+
+def test_stop_ids_end_a_text_and_are_left_out(tiny_tokenizer):
+    prompt = [5, 7, 11]
+    whole = ids_of(MODEL, prompt, tiny_tokenizer, 20, Sampling(seed=1, ignore_eos=True))
+    stopped = ids_of(MODEL, prompt, tiny_tokenizer, 20, Sampling(seed=1, ignore_eos=True, stop_ids=(whole[7], 299)))
+    assert stopped == whole[: whole.index(whole[7])]
+
+
 def test_generation_ends_at_the_end_of_text_and_after_max_new_tokens(tiny_tokenizer):
     model = tiny_model(tie_weights=False)
     with torch.no_grad():
         model.lm_head.weight.zero_()  # all tokens alike: the likeliest is id 0, <|endoftext|>
-    assert generate(model, tiny_tokenizer, "a", max_new_tokens=50, sampling=Sampling(temperature=0)) == ""
-    with torch.no_grad():
-        model.lm_head.weight[tiny_tokenizer.encode("a")[0]] = model.hidden(torch.tensor([[0]]))[0, 0]
-    pieces = list(stream(model, tiny_tokenizer, "", max_new_tokens=3, sampling=Sampling(temperature=0)))
-    assert len(pieces) <= 3
+    assert generate(model, tiny_tokenizer, "a", max_new_tokens=50, sampling=GREEDY) == ""
+    assert ids_of(model, [1], tiny_tokenizer, 50, Sampling(temperature=0, min_new_tokens=7)) == [1] * 7
+    assert ids_of(model, [1], tiny_tokenizer, 50, Sampling(temperature=0, ignore_eos=True)) == [1] * 50
+    assert ids_of(model, [1], tiny_tokenizer, 50, Sampling(temperature=0, banned_ids=tuple(range(300)))) == []
+    answer = begin(model, tiny_tokenizer, "", Sampling(temperature=0, ignore_eos=True), 3)
+    reasons = [answer.finish_reason for _ in extend(model, [answer])]
+    assert reasons == [None, None, "length"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("a", {"max_new_tokens": 0}, r"max_new_tokens=0 must be within \[1, inf\)"),
+        ("a", {"sampling": Sampling(min_new_tokens=9)}, "min_new_tokens=9 is more than max_new_tokens=5"),
+        ("a", {"sampling": Sampling(stop_ids=(999,))}, "stop_ids has 999, but the model's ids are 0 to 299"),
+        ("a", {"search": Search(n_beam=2)}, "n_beam=2 does not sample"),
+        ("ok \udcff", {}, "prompt is no UTF-8 from character 3 on"),
+    ],
+)
+def test_what_cannot_be_done_is_told(prompt, options, message, tiny_tokenizer):
+    with pytest.raises(UserError, match=message):
+        generate(MODEL, tiny_tokenizer, prompt, **{"max_new_tokens": 5} | options)

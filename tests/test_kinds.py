@@ -16,8 +16,7 @@ from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.generate import stream
-from tinygpt.generate.sampling import Sampling
+from tinygpt.generate import Sampling, stream
 from tinygpt.model import GPT
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.generate import stream
-from tinygpt.generate.sampling import Sampling
+from tinygpt.generate import Sampling, stream
 from tinygpt.model import GPT
 from tinygpt.train.loss import next_token_loss
 

@@ -15,6 +15,4 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Continue the prompt."""
-    writer = Writer(args)
-    print(args.prompt, end="", flush=True)
-    writer.answer(args.prompt)
+    Writer(args).answer(args.prompt, echo=args.prompt)

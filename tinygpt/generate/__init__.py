@@ -1,5 +1,7 @@
 """Text from a model."""
 
-from tinygpt.generate.stream import generate, stream
+from tinygpt.generate.answer import Answer
+from tinygpt.generate.options import Sampling, Search
+from tinygpt.generate.stream import generate, generate_batch, stream
 
-__all__ = ["generate", "stream"]
+__all__ = ["Answer", "Sampling", "Search", "generate", "generate_batch", "stream"]

@@ -1,73 +1,215 @@
 """From the logits of the next token to its id: a list of functions of logits, then a draw.
 
-V vocab_size.
+B rows, V vocab_size. A function changes logits or forbids tokens, whose logits are then -inf. An option is a field of
+`Sampling`, and a function here under its name; `Sampling`'s default of it means that the function is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinygpt.params import Within
+from tinygpt.errors import UserError
+from tinygpt.generate.options import Sampling, of
 
-LogitsFilter = Callable[[Tensor], Tensor]  # (V,) -> (V,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to draw tokens."""
-
-    temperature: Annotated[float, Within("[0, inf)")] = 1.0  # divides the logits; 0 takes the likeliest token
-    top_k: Annotated[int, Within("[0, inf)")] = 0  # only the k likeliest tokens; 0 = all
-    top_p: Annotated[float, Within("(0, 1]")] = 1.0  # only the likeliest tokens that together reach this probability
-    seed: Annotated[int, Within("[0, 4294967295]")] = 0
+OFF = Sampling()
 
 
-def make_filters(sampling: Sampling) -> list[LogitsFilter]:
-    """The filters that `sampling` asks for, in the order in which they are applied."""
-    filters: list[LogitsFilter] = []
-    if sampling.temperature > 0:
-        filters.append(lambda logits: (logits - logits.max()) / sampling.temperature)  # the largest stays finite
-    if sampling.top_k:
-        filters.append(lambda logits: apply_top_k(logits, sampling.top_k))
-    if sampling.top_p < 1:
-        filters.append(lambda logits: apply_top_p(logits, sampling.top_p))
-    return filters
+@dataclass(frozen=True)
+class Past:
+    """What each row has so far, by ids."""
+
+    prompts: Sequence[Sequence[int]]
+    written: Sequence[Sequence[int]]  # what follows the prompt
+    eos_id: int
+    stop_ids: Sequence[int] = ()  # what else ends a text
+
+    def seen(self) -> list[list[int]]:
+        """Prompt and text of each row."""
+        return [[*prompt, *new] for prompt, new in zip(self.prompts, self.written, strict=True)]
 
 
-def apply_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k largest (and what equals the smallest of them): k = 2 of [1, 3, 2] -> [-inf, 3, 2]."""
-    kth = logits.topk(min(k, logits.numel())).values[-1]
+# Functions of logits and past, applied whether the next token is drawn or the likeliest is taken. (B, V) -> (B, V)
+
+
+def add_logit_bias(logits: Tensor, bias: Iterable[tuple[int, float]], past: Past) -> Tensor:
+    """Add a number to the logits of some ids."""
+    logits = logits.clone()
+    for i, number in bias:
+        logits[:, i] += number
+    return logits
+
+
+def penalize_repetition(logits: Tensor, penalty: float, past: Past) -> Tensor:
+    """Divide a positive logit, multiply a negative one, of what prompt or text have (https://arxiv.org/abs/1909.05858).
+
+    penalty = 2 makes of a seen token's 3 and -3 the logits 1.5 and -6.
+    """
+    lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(_counts(past.seen(), logits) > 0, lowered, logits)
+
+
+def penalize_frequency(logits: Tensor, penalty: float, past: Past) -> Tensor:
+    """Take the penalty off as often as the text has the token; the prompt does not count."""
+    return logits - penalty * _counts(past.written, logits)
+
+
+def penalize_presence(logits: Tensor, penalty: float, past: Past) -> Tensor:
+    """Take the penalty off once where the text has the token; the prompt does not count."""
+    return logits - penalty * (_counts(past.written, logits) > 0)
+
+
+def forbid_repeated_ngrams(logits: Tensor, n: int, past: Past) -> Tensor:
+    """Forbid what would repeat n tokens in a row (https://arxiv.org/abs/1705.04304): n = 2 of 5 6 7 5 forbids 6."""
+    logits = logits.clone()
+    for row, ids in zip(logits, past.seen(), strict=True):
+        begun = ids[len(ids) - n + 1 :]
+        row[[ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == begun]] = -math.inf
+    return logits
+
+
+def forbid_ids(logits: Tensor, ids: Sequence[int], past: Past) -> Tensor:
+    """Forbid some ids."""
+    logits = logits.clone()
+    logits[:, list(ids)] = -math.inf
+    return logits
+
+
+def forbid_early_end(logits: Tensor, n: int, past: Past) -> Tensor:
+    """Forbid what ends a text where it has not yet n tokens."""
+    logits = logits.clone()
+    for row, ids in zip(logits, past.written, strict=True):
+        if len(ids) < n:
+            row[[past.eos_id, *past.stop_ids]] = -math.inf
+    return logits
+
+
+def forbid_eos(logits: Tensor, on: bool, past: Past) -> Tensor:
+    """Forbid `<|endoftext|>`."""
+    return forbid_ids(logits, [past.eos_id], past)
+
+
+def _counts(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """How often each row has each id, (B, V)."""
+    counts = [torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=logits.size(1)) for ids in rows]
+    return torch.stack(counts).to(logits.device)
+
+
+# Functions of logits alone, applied where the next token is drawn. (B, V) -> (B, V)
+
+
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Divide by the temperature; the largest is brought to 0 first, so that it stays finite."""
+    return (logits - logits.amax(-1, keepdim=True)) / temperature
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k largest, and what equals the smallest of them: k = 2 of [1, 3, 2] -> [-inf, 3, 2]."""
+    kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
     return logits.masked_fill(logits < kth, -math.inf)
 
 
-def apply_top_p(logits: Tensor, p: float) -> Tensor:
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the fewest tokens whose probabilities reach p, at least one (https://arxiv.org/abs/1904.09751).
 
     p = 0.7 of probabilities [0.5, 0.3, 0.2] keeps the first two.
     """
     ordered, order = logits.sort(descending=True, stable=True)
-    probabilities = ordered.softmax(0)
-    before = probabilities.cumsum(0) - probabilities  # of all likelier tokens together
-    return logits.index_fill(0, order[before >= p], -math.inf)
+    probabilities = ordered.softmax(-1)
+    dropped = probabilities.cumsum(-1) - probabilities >= p  # what all likelier tokens reach together
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
-def make_sampler(sampling: Sampling) -> Callable[[Tensor], int]:
-    """A function from logits (V,) to the next id; it draws from its own generator, on the CPU."""
-    filters = make_filters(sampling)
-    generator = torch.Generator().manual_seed(sampling.seed)
+def keep_min_p(logits: Tensor, share: float) -> Tensor:
+    """Keep tokens with at least this share of the likeliest one's probability (https://arxiv.org/abs/2407.01082).
 
-    def sample(logits: Tensor) -> int:
-        logits = logits.double().cpu()
-        for apply in filters:
-            logits = apply(logits)
-        if sampling.temperature == 0:
-            return int(logits.argmax())
-        return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+    share = 0.5 of probabilities [0.5, 0.3, 0.2] keeps the first two.
+    """
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < share * probabilities.amax(-1, keepdim=True), -math.inf)
 
-    return sample
+
+def keep_typical(logits: Tensor, p: float) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the mean surprise, until they reach p.
+
+    Surprise is the negative log-probability, its mean the entropy (https://arxiv.org/abs/2202.00666). The likeliest
+    token may be dropped.
+    """
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).nansum(-1, keepdim=True)  # 0 · -inf counts as 0
+    distance = (logprobs + entropy).abs()
+    ordered, order = distance.sort(stable=True)
+    reached = logprobs.exp().gather(-1, order).cumsum(-1)
+    last = (reached < p).sum(-1, keepdim=True).clamp(max=logits.size(-1) - 1)
+    return logits.masked_fill(distance > ordered.gather(-1, last), -math.inf)
+
+
+# By option, in the order in which they are applied, which is that of transformers.
+PENALTIES: dict[str, Callable[[Tensor, Any, Past], Tensor]] = {
+    "logit_bias": add_logit_bias,
+    "repetition_penalty": penalize_repetition,
+    "frequency_penalty": penalize_frequency,
+    "presence_penalty": penalize_presence,
+    "no_repeat_ngram_size": forbid_repeated_ngrams,
+    "min_new_tokens": forbid_early_end,
+    "banned_ids": forbid_ids,
+    "ignore_eos": forbid_eos,
+}
+FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "temperature": apply_temperature,
+    "top_k": keep_top_k,
+    "top_p": keep_top_p,
+    "min_p": keep_min_p,
+    "typical_p": keep_typical,
+}
+
+
+def apply_penalties(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
+    """What a search for the likeliest changes.  (B, V) -> (B, V)"""
+    for name, apply in PENALTIES.items():
+        if (value := of(sampling, name)) != of(OFF, name):
+            logits = apply(logits, value, past)
+    return logits
+
+
+def apply_filters(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What is changed besides before a draw.  (B, V) -> (B, V)"""
+    for name, apply in FILTERS.items():
+        if (value := of(sampling, name)) != of(OFF, name):
+            logits = apply(logits, value)
+    return logits
+
+
+def draw(logits: Tensor, uniform: Sequence[float]) -> Tensor:
+    """Where each row's cumulated probability passes its number of [0, 1): (B, V) -> ids (B,)
+
+    0.6 of probabilities [0.5, 0.3, 0.2] draws id 1. One number a token, each row by itself: what a row draws does not
+    depend on the other rows.
+    """
+    reached = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    at = torch.tensor(uniform, dtype=reached.dtype, device=reached.device)[:, None] * reached[:, -1:]
+    return torch.searchsorted(reached, at, right=True)[:, 0]  # right: never a token of probability 0
+
+
+def choose(logits: Tensor, sampling: Sampling, past: Past, generators: Sequence[random.Random]) -> list[int | None]:
+    """The next id of each row, None where no token is left that may be taken.  (B, V) -> B ids
+
+    Raises UserError when the model gives no numbers.
+    """
+    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()  # mps has no double
+    logits = apply_penalties(logits, sampling, past)
+    best, ids = logits.max(-1)
+    if not bool((best < math.inf).all()):
+        raise UserError("the logits are not finite numbers: a penalty is too large, or the model's training failed")
+    if sampling.temperature > 0:
+        # 48 bits: the largest number times a total never rounds to that total, even in double
+        uniform = [generator.getrandbits(48) / 2**48 for generator in generators]
+        ids = draw(apply_filters(logits, sampling), uniform)
+    pairs = zip(ids.tolist(), best.tolist(), strict=True)
+    return [None if value == -math.inf else i for i, value in pairs]

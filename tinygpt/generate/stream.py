@@ -1,60 +1,93 @@
-"""Generate token by token; everything else consumes this.  T tokens."""
+"""Text that follows a prompt: piece by piece, whole, or of many prompts together."""
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+import dataclasses
+from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
-
-from tinygpt.generate.sampling import Sampling, make_sampler
+from tinygpt.errors import UserError
+from tinygpt.generate.answer import Answer, extend
+from tinygpt.generate.beam import beam_search
+from tinygpt.generate.options import Sampling, Search
 from tinygpt.model import GPT
-from tinygpt.model.kv_cache import KVCache
 from tinygpt.tokenizer import Tokenizer
 
 
-def iter_ids(model: GPT, prompt: Sequence[int], sample: Callable[[Tensor], int]) -> Iterator[int]:
-    """Ids that follow a prompt of at least one id, without end.
-
-    When the context is full, its older half is forgotten and the newer half read again.
-    """
-    block_size, device = model.config.block_size, model.tok_emb.weight.device
-    seen = list(prompt[-block_size:])
-    while True:
-        cache = KVCache(model.config, max_tokens=block_size, device=device)
-        unread = seen
-        while cache.n_seen + len(unread) <= block_size:
-            with torch.inference_mode():
-                hidden = model.hidden(torch.tensor([unread], device=device), cache)  # (1, T, C)
-                next_id = sample(model.lm_head(hidden[0, -1]))
-            yield next_id
-            seen.append(next_id)
-            unread = [next_id]
-        seen = seen[-(block_size // 2 + 1) :]
-
-
 def stream(
-    model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, sampling: Sampling | None = None
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    search: Search | None = None,
 ) -> Iterator[str]:
     """Pieces of the text that follows the prompt, until `<|endoftext|>`; never half a character.
 
-    The prompt begins a document: it is read behind the tokenizer's `bos_id`.
+    A search for the best of several texts is done at once and gives one piece. Raises UserError, before the first
+    piece is asked for, as `generate_batch` does.
     """
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for next_id in islice(iter_ids(model, ids, make_sampler(sampling or Sampling())), max_new_tokens):
-        if next_id == tokenizer.eos_id:
-            break
-        if piece := decoder.decode(tokenizer.decode_bytes([next_id])):
-            yield piece
-    if piece := decoder.decode(b"", final=True):
-        yield piece
+    sampling, search = sampling or Sampling(), search or Search()
+    if search != Search():
+        answers = generate_batch(
+            model, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, search=search
+        )
+        return iter([answer.text for answer in answers if answer.text])
+    answer = begin(model, tokenizer, prompt, sampling, max_new_tokens)
+    return (answer.piece for _ in extend(model, [answer]) if answer.piece)
 
 
 def generate(
-    model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, sampling: Sampling | None = None
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    search: Search | None = None,
 ) -> str:
     """The text that follows the prompt."""
-    return "".join(stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling))
+    return "".join(stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, search=search))
+
+
+def generate_batch(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    search: Search | None = None,
+) -> list[Answer]:
+    """What follows each prompt; the same as one by one, each with its own seed.
+
+    `sampling` is one for all or one for each prompt. Raises ParamsError when options are wrong or contradict each
+    other, and UserError when a prompt is no text.
+    """
+    search = search or Search()
+    each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
+    for one in each:
+        search.check(one)
+    answers = [
+        begin(model, tokenizer, prompt, dataclasses.replace(one, seed=(one.seed + i) % 2**32), max_new_tokens)
+        for prompt, one in zip(prompts, each, strict=True)
+        for i in range(search.best_of)
+    ]
+    if search.n_beam > 1:
+        for answer in answers:
+            beam_search(model, tokenizer, answer, search)
+        return answers
+    for _ in extend(model, answers, with_logprobs=search.best_of > 1):
+        pass
+    groups = [answers[i : i + search.best_of] for i in range(0, len(answers), search.best_of)]
+    return [max(group, key=Answer.mean_logprob) if len(group) > 1 else group[0] for group in groups]
+
+
+def begin(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, max_new_tokens: int) -> Answer:
+    """An answer without a token.  The prompt begins a document: it is read behind the tokenizer's `bos_id`."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt is no UTF-8 from character {error.start} on: give it as UTF-8") from None
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return Answer(ids, tokenizer, sampling, max_new_tokens=max_new_tokens, block_size=model.config.block_size)
