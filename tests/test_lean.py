@@ -35,7 +35,7 @@ SWITCHES = {
 }
 
 
-def assert_says_the_same(model, rows: list[list[int]], *, n_step: int = 12) -> None:
+def assert_says_the_same(model, rows: list[list[int]], *, n_step: int = 9) -> None:
     """Of a decoder and of the model without a cache, after the prompts and after each of some more ids."""
     decoder = Decoder(model, rows)
     for step in range(n_step):
@@ -56,7 +56,7 @@ def n_thread(request):
 
 
 @pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
-def test_every_switch_for_one_row_rows_of_equal_and_of_unequal_length(changes, n_thread):
+def test_every_switch_for_one_row_rows_of_equal_and_of_unequal_length(changes):
     model = tiny_model(**changes)
     assert_says_the_same(model, [[3]])
     assert_says_the_same(model, random_ids(3, 9).tolist())

@@ -29,7 +29,7 @@ class Decoder:
         self._model, self._block_size, self._device = LeanGPT(model), model.config.block_size, embedding.device
         self._seen = [list(prompt[-self._block_size :]) for prompt in prompts]
         self._slots = Slots(model.config, len(prompts), dtype=embedding.dtype, device=self._device)
-        self.logits = self._read(range(len(prompts)))
+        self.logits = self._read(range(len(prompts))) if prompts else embedding.new_empty(0, len(embedding))
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int]) -> None:
