@@ -89,7 +89,7 @@ class LlamaCpp:
         """The `n` likeliest tokens after `ids`, one at a time with the KV cache; end-of-text does not stop it."""
         self._restart(len(ids) + n - 1)
         for start in range(0, len(ids), N_BATCH):
-            last = self._decode(ids[start : start + N_BATCH])[-1]
+            last = self._decode(ids[start : start + N_BATCH], n_logits=1)[-1]
         new = [int(last.argmax())]
         while len(new) < n:
             new.append(int(self._decode(new[-1:])[-1].argmax()))
@@ -124,13 +124,15 @@ class LlamaCpp:
             raise ValueError(f"a sequence of {n_token} tokens, but the context is {self.n_ctx}")
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
-    def _decode(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Append up to N_BATCH tokens to the sequence.  (T,) -> logits (T, V)"""
+    def _decode(self, ids: Sequence[int], n_logits: int | None = None) -> NDArray[np.float32]:
+        """Append up to N_BATCH tokens to the sequence.  (T,) -> logits after the last `n_logits` (None: all), (…, V)"""
         if not all(0 <= id < self.vocab_size for id in ids):
             raise ValueError(f"token ids must be below {self.vocab_size}")
         n = len(ids)
-        batch = Batch(n_tokens=n, token=(c_int32 * n)(*ids), logits=(c_int8 * n)(*[1] * n))
+        n_logits = n_logits or n
+        wanted = (c_int8 * n)(*[0] * (n - n_logits), *[1] * n_logits)
+        batch = Batch(n_tokens=n, token=(c_int32 * n)(*ids), logits=wanted)
         status = self._lib.llama_decode(self._context, batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}: {last_error()}")
-        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n, self.vocab_size)).copy()
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n_logits, self.vocab_size)).copy()

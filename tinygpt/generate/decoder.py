@@ -1,16 +1,16 @@
-"""Sequences that are continued together, one token at a time.  B rows, T tokens, V vocab_size."""
+"""Sequences that are continued together, one token at a time.  B rows, V vocab_size."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
+from tinygpt.generate.lean import LeanGPT
+from tinygpt.generate.slots import Slots
 from tinygpt.model import GPT
-from tinygpt.model.kv_cache import KVCache
 
 
 class Decoder:
@@ -18,59 +18,52 @@ class Decoder:
 
     A row never fills more than the model's block_size: of a longer prompt the end is read, and when the context is
     full its older half is forgotten and the newer half read again. Rows do not touch each other: whatever runs beside
-    it, a row has the logits that it has alone.
+    it, a row has the logits that it has alone, up to rounding.
     """
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]]) -> None:
         """Read the prompts, of any lengths.  Raises UserError when one has no id."""
         if not all(prompts):
             raise UserError("prompt is empty: give at least one id, such as the tokenizer's bos_id")
-        self.model = model
-        self._rows = [_Row(model, list(prompt)) for prompt in prompts]
+        embedding = model.tok_emb.weight
+        self._model, self._block_size, self._device = LeanGPT(model), model.config.block_size, embedding.device
+        self._seen = [list(prompt[-self._block_size :]) for prompt in prompts]
+        self._slots = Slots(model.config, len(prompts), dtype=embedding.dtype, device=self._device)
+        self.logits = self._read(range(len(prompts))) if prompts else embedding.new_empty(0, len(embedding))
 
-    @property
-    def logits(self) -> Tensor:
-        """(B, V)"""
-        return torch.stack([row.logits for row in self._rows])
-
+    @torch.inference_mode()
     def step(self, ids: Sequence[int]) -> None:
         """Append one id to each row."""
-        for row, next_id in zip(self._rows, ids, strict=True):
-            row.read(next_id)
+        full = []
+        for row, (seen, next_id) in enumerate(zip(self._seen, ids, strict=True)):
+            seen.append(next_id)
+            if len(seen) > self._block_size:
+                del seen[: -(self._block_size // 2 + 1)]
+                full.append(row)
+        if len(full) == len(self._seen):
+            self.logits = self._read(full)
+            return
+        at = [len(seen) - 1 for seen in self._seen]
+        self.logits = self._model.logits(self._tensor(ids), self._tensor(at), self._slots.append(at))
+        if full:  # what they got just now is overwritten
+            self.logits[full] = self._read(full)
 
+    @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order: a row may be left out, or stand there several times."""
-        used: set[int] = set()
-        kept = []
-        for i in rows:
-            kept.append(copy.deepcopy(self._rows[i], {id(self.model): self.model}) if i in used else self._rows[i])
-            used.add(i)
-        self._rows = kept
+        if list(rows) != list(range(len(self._seen))):
+            self._seen = [list(self._seen[row]) for row in rows]
+            self._slots.keep(self._tensor(rows))
+            self.logits = self.logits[list(rows)]
 
+    @torch.inference_mode()
+    def _read(self, rows: Sequence[int]) -> Tensor:
+        """Read some rows from their beginning, in one pass over the tokens of all.  -> logits (B, V)"""
+        sizes = [len(self._seen[row]) for row in rows]
+        ids = self._tensor([i for row in rows for i in self._seen[row]])
+        positions = self._tensor([position for size in sizes for position in range(size)])
+        last = self._tensor(sizes).cumsum(0) - 1
+        return self._model.logits(ids, positions, self._slots.fill(rows, sizes), last)
 
-class _Row:
-    """One sequence with its cache."""
-
-    def __init__(self, model: GPT, prompt: list[int]) -> None:
-        self.model = model
-        self._begin(prompt[-model.config.block_size :])
-
-    def read(self, next_id: int) -> None:
-        """Append an id."""
-        self.seen.append(next_id)
-        block_size = self.model.config.block_size
-        if self.cache.n_seen < block_size:
-            self._forward([next_id])
-        else:
-            self._begin(self.seen[-(block_size // 2 + 1) :])
-
-    def _begin(self, ids: list[int]) -> None:
-        config, device = self.model.config, self.model.tok_emb.weight.device
-        self.seen = ids
-        self.cache = KVCache(config, max_tokens=config.block_size, device=device)
-        self._forward(ids)
-
-    def _forward(self, ids: list[int]) -> None:
-        with torch.inference_mode():
-            hidden = self.model.hidden(torch.tensor([ids], device=self.cache.keys.device), self.cache)  # (1, T, C)
-            self.logits = self.model.lm_head(hidden[0, -1]).float()  # (V,)
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)

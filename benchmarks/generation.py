@@ -1,0 +1,169 @@
+"""Speed of generation beside transformers, llama.cpp and no cache at all: same weights, same threads, side by side.
+
+    python -m benchmarks.generation                 # 11 million random weights, 2 threads
+    python -m benchmarks.generation --threads 4 --rounds 9
+
+Every program takes the likeliest token, on the CPU in float32 or with 8-bit weights. A round runs all of them once, one
+after the other; the table has medians over the rounds. Prompts have 200 tokens, or 64 in a batch of 32, and are read
+outside of what the time for a token counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from benchmarks.export_matrix import EOS, random_model
+from tinygpt.export.gguf import export_gguf
+from tinygpt.export.hf import export_hf
+from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.generate.decoder import Decoder
+from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.quantize import quantize
+from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 2048, "n_layer": 6, "n_head": 6, "n_kv_head": None, "n_embd": 384, "head_dim": None, "n_hidden": None,
+    "block_size": 256, "position": "rope", "rope_theta": 10000.0, "norm": "rmsnorm", "norm_eps": 1e-5, "mlp": "swiglu",
+    "parallel_block": False, "window": None, "full_every": None, "bias": "none", "qk_norm": False, "tie_weights": True,
+    "dropout": 0.0, "attention": "sdpa",
+}  # fmt: skip
+N_PROMPT, N_NEW = 200, 48
+BATCH_SIZE, N_BATCH_PROMPT, N_BATCH_NEW = 32, 64, 12
+Speed = tuple[float, float]  # seconds until the first token, and for each one after it
+Run = Callable[[], Speed]
+# (what is measured, ours, the other, which of the two times, rows)
+MEASURES = [
+    ("batch 1, tokens a second", "ours", "recompute at 256", 1, 1),
+    ("batch 1, tokens a second", "ours", "transformers", 1, 1),
+    ("batch 1, tokens a second", "ours", "llama.cpp F32", 1, 1),
+    ("batch 1, tokens a second", "ours int8", "llama.cpp Q8_0", 1, 1),
+    (f"batch {BATCH_SIZE}, tokens a second", "ours batch", "transformers batch", 1, BATCH_SIZE),
+    (f"first token after {N_PROMPT}, a second", "ours", "llama.cpp F32", 0, 1),
+    (f"first token after {N_PROMPT}, a second", "ours", "transformers", 0, 1),
+]
+
+
+def random_prompts(n: int, n_token: int) -> list[list[int]]:
+    """Ids drawn evenly."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(CONFIG["vocab_size"] - 1, (n, n_token), generator=generator).tolist()
+
+
+def pairs_tokenizer() -> Tokenizer:
+    """A vocabulary of CONFIG's size: the bytes and the first pairs of them."""
+    alphabet = list(BYTE_TO_CHAR)
+    merges = [(a, b) for a in alphabet for b in alphabet][: CONFIG["vocab_size"] - len(alphabet) - 1]
+    tokens = [*alphabet, *(a + b for a, b in merges), EOS]
+    return Tokenizer(tokens, merges, {EOS: len(tokens) - 1})
+
+
+def time_decoder(model: GPT, prompts: list[list[int]], n_new: int) -> Speed:
+    """Of our own decoder."""
+    began = time.perf_counter()
+    decoder = Decoder(model, prompts)
+    ids = decoder.logits.argmax(-1).tolist()
+    first = time.perf_counter() - began
+    for _ in range(n_new):
+        decoder.step(ids)
+        ids = decoder.logits.argmax(-1).tolist()
+    return first, (time.perf_counter() - began - first) / n_new
+
+
+@torch.inference_mode()
+def time_recompute(model: GPT) -> Speed:
+    """Of the model over a full context, for each token anew."""
+    ids = torch.tensor(random_prompts(1, CONFIG["block_size"]))
+    began = time.perf_counter()
+    for _ in range(3):
+        int(model.lm_head(model.hidden(ids)[:, -1]).argmax())
+    each = (time.perf_counter() - began) / 3
+    return each, each
+
+
+def time_twice(generate: Callable[[int], object], n_new: int) -> Speed:
+    """Of a function that generates a number of tokens: once for one of them, once for `n_new` more."""
+    began = time.perf_counter()
+    generate(1)
+    first = time.perf_counter() - began
+    began = time.perf_counter()
+    generate(1 + n_new)
+    return first, (time.perf_counter() - began - first) / n_new
+
+
+def time_transformers(model: Any, prompts: list[list[int]], n_new: int) -> Speed:
+    """Of `generate` with its cache."""
+    ids = torch.tensor(prompts)
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    return time_twice(lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options), n_new)
+
+
+def time_llama(llama: LlamaCpp, prompt: list[int], n_new: int) -> Speed:
+    """Of llama.cpp with its cache."""
+    return time_twice(lambda n: llama.greedy(prompt, n), n_new)
+
+
+def programs(folder: Path, n_thread: int) -> dict[str, Run]:
+    """What is measured, by name."""
+    model, small = (random_model(GPTConfig(**CONFIG)) for _ in range(2))
+    quantize(small, "int8")
+    tokenizer = pairs_tokenizer()
+    tokenizer.save(folder)
+    export_hf(model, tokenizer, folder, folder / "hf")
+    export_gguf(model, tokenizer, folder / "f32.gguf", "f32")
+    export_gguf(model, tokenizer, folder / "q8_0.gguf", "q8_0")
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(folder / "hf").eval()
+    llamas = {kind: LlamaCpp(folder / f"{kind}.gguf", n_threads=n_thread) for kind in ("f32", "q8_0")}
+    one, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
+    return {
+        "ours": lambda: time_decoder(model, one, N_NEW),
+        "llama.cpp F32": lambda: time_llama(llamas["f32"], one[0], N_NEW),
+        "ours int8": lambda: time_decoder(small, one, N_NEW),
+        "llama.cpp Q8_0": lambda: time_llama(llamas["q8_0"], one[0], N_NEW),
+        "transformers": lambda: time_transformers(theirs, one, N_NEW),
+        "recompute at 256": lambda: time_recompute(model),
+        "ours batch": lambda: time_decoder(model, many, N_BATCH_NEW),
+        "transformers batch": lambda: time_transformers(theirs, many, N_BATCH_NEW),
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = programs(Path(folder), args.threads)
+        for run in runs.values():
+            run()  # the first time is another
+        speeds: dict[str, list[Speed]] = {name: [] for name in runs}
+        for _ in tqdm(range(args.rounds)):
+            for name, run in runs.items():
+                speeds[name].append(run())
+    print(f"{args.threads} threads, medians of {args.rounds} rounds\n")
+    print("| measure | tinygpt | beside | theirs | ratio |\n|---|---|---|---|---|")
+    for measure, our_name, their_name, at, n_row in MEASURES:
+        ours, theirs = (n_row / statistics.median(s[at] for s in speeds[name]) for name in (our_name, their_name))
+        print(f"| {measure} | {ours:,.1f} | {their_name} | {theirs:,.1f} | {ours / theirs:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

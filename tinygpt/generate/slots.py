@@ -1,0 +1,90 @@
+"""Keys and values of rows that are continued together, and how their tokens attend to them.
+
+A token's keys and values stand in the slot of its position, modulo the number of slots of the layer: block_size, or the
+window where it has one. Slots are read in any order, since positions are part of the keys.
+
+B rows, T tokens of one row, M of all, S slots, H query heads, G key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinygpt.generate.lean import Attend
+from tinygpt.model import GPTConfig
+from tinygpt.model.attention import attention_mask
+
+
+class Slots:
+    """Room for one sequence in each of `n_row` rows."""
+
+    def __init__(self, config: GPTConfig, n_row: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.n_head, self.n_kv_head, self.device = config.n_head, config.n_kv_head, device
+        self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
+        shapes = [(n_row, 2 * self.n_kv_head, window or config.block_size, config.head_dim) for window in self.windows]
+        # (B, 2G, S, D), keys first; zeros because what stands in an unread slot is still multiplied by a weight of 0
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order.  (B,) int64"""
+        self.layers = [slots.index_select(0, rows) for slots in self.layers]
+
+    def append(self, at: Sequence[int]) -> Attend:
+        """For one more token in each row, at these positions: each sees its row up to itself."""
+        first, last, rows = min(at), max(at), torch.arange(len(at), device=self.device)
+        positions = torch.tensor(at, device=self.device)
+        masks = {n_slot: self._mask(positions, first, last, n_slot) for n_slot in {s.size(2) for s in self.layers}}
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            slots, n_slot = self.layers[layer], self.layers[layer].size(2)
+            q, kv = heads[:, : self.n_head], heads[:, self.n_head :]
+            if first == last:
+                slots.select(2, last % n_slot).copy_(kv)
+            else:
+                slots[rows, :, positions % n_slot] = kv
+            k, v = slots[:, :, : last + 1].split(self.n_kv_head, 1)
+            q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): a group of heads reads the same keys
+            return F.scaled_dot_product_attention(q, k, v, masks[n_slot]).reshape(len(heads), -1)
+
+        return attend
+
+    def _mask(self, positions: Tensor, first: int, last: int, n_slot: int) -> Tensor | None:
+        """0 for the slots that a row has filled, -inf for others; None where all rows have.  -> (B, 1, 1, S)"""
+        n = min(last + 1, n_slot)
+        if first + 1 >= n:
+            return None
+        empty = torch.arange(n, device=self.device) > positions[:, None, None, None]
+        return torch.zeros(empty.shape, dtype=self.layers[0].dtype, device=self.device).masked_fill(empty, -torch.inf)
+
+    def fill(self, rows: Sequence[int], sizes: Sequence[int]) -> Attend:
+        """For whole sequences, one behind the other, in the place of what these rows held; in the last layer only the
+        last token of each reads.
+        """
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            n_slot, only_last = self.layers[layer].size(2), layer == len(self.layers) - 1
+            read = []
+            for row, part in zip(rows, heads.split(list(sizes)), strict=True):
+                t = len(part)
+                kept = torch.arange(max(0, t - n_slot), t, device=self.device)
+                self.layers[layer][row, :, kept % n_slot] = part[kept, self.n_head :].transpose(0, 1)
+                q, k, v = part.transpose(0, 1)[None].split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
+                if only_last:
+                    y = _sdpa(q[:, :, -1:], k[:, :, -n_slot:], v[:, :, -n_slot:])
+                else:
+                    mask = attention_mask(t, t, self.windows[layer], self.device)
+                    y = _sdpa(q, k, v, mask, is_causal=mask is None)
+                read.append(y[0].transpose(0, 1).flatten(1))
+            return torch.cat(read)
+
+        return attend
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
+    """(1, H, T, D), (1, G, T, D), (1, G, T, D) -> (1, H, T, D)"""
+    many = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=many)
