@@ -56,6 +56,13 @@ def test_the_picture_has_the_same_bytes_each_time(suffix, tmp_path):
     assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
 
+def test_the_places_of_many_tokens_are_whole_numbers(tmp_path):
+    plot_attention(np.full((1, 1, 20, 20), 0.05, np.float32), ["a"] * 20, tmp_path / "a.svg")
+    places = {float(text) for text in re.findall(r">([\d.]+)</text>", (tmp_path / "a.svg").read_text())}
+    assert len(places) > 5
+    assert not [place for place in places if place > 1 and place != int(place)]
+
+
 def test_the_command_draws_and_refuses(tmp_path, tiny_tokenizer, monkeypatch, capsys):
     model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
     save_model(tmp_path / "model", model.config, model_tensors(model))

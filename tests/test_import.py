@@ -201,6 +201,31 @@ def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
         read_hf(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(32, 32, dtype=torch.int32), "1 tensors are quantized or of another type than float, such as"),
+        (torch.zeros(32, 32).to(torch.float8_e4m3fn), "1 tensors are quantized"),
+        (torch.full((32, 32), torch.nan), r"1 tensors are not finite, such as model.layers.0.self_attn.q_proj.weight$"),
+    ],
+    ids=["int32", "float8", "nan"],
+)
+def test_weights_that_are_no_finite_floats_are_refused(tensor, message, tmp_path):
+    saved(MODELS["llama"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"model.layers.0.self_attn.q_proj.weight": tensor}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_hf(tmp_path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 3}}])
+def test_an_index_that_names_no_files_is_refused(index, tmp_path):
+    saved(MODELS["llama"], tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model.safetensors.index.json has no weight_map"):
+        read_hf(tmp_path)
+
+
 def test_shards_and_old_names_are_read(tmp_path):
     theirs = saved(MODELS["gpt2"], tmp_path)
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(tmp_path / "model.safetensors").items()}

@@ -111,7 +111,7 @@ def test_where_there_is_no_room_the_rarer_characters_stay_bytes():
 
 
 def test_a_ready_tokenizer_keeps_its_ids(tmp_path):
-    # GPT-2's layout: bytes first, <|endoftext|> last, merges as strings, no `version` of ours
+    # GPT-2's own file: bytes first, <|endoftext|> last, merges as strings, neither `version` nor the model's `type`
     ours = learn_tokenizer(count_pretokens([TEXT]), dataclasses.replace(PARAMS, special_tokens=()))
     tokens = [*ours.tokens[1:], EOS]
     document = {
@@ -121,7 +121,11 @@ def test_a_ready_tokenizer_keeps_its_ids(tmp_path):
         "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
         "model": {
-            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [" ".join(pair) for pair in ours.merges],
         },

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_measure:
         sys.stdout.flush()
         tokens = train.batch_size * config.block_size
-        print(f"profile: measures at least three training steps of {tokens:,} tokens", file=sys.stderr)
+        steps = f"at least two training steps of {tokens:,} tokens"
+        print(f"profile: measures {steps}, which --no-measure leaves out", file=sys.stderr)
         speed, peak = tokens_per_second(config, train, device, micro), peak_flops(device)
         print(f"speed       {speed:,.0f} tokens a second, so about {_duration(n_tokens / speed)}")
         print(

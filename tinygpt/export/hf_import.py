@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
@@ -23,6 +24,7 @@ from tinygpt.params import ParamsError, from_mapping
 
 FAMILIES = {family.name: family for family in HF_FAMILIES}
 MLPS = {activation: mlp for mlp, activation in ACTIVATIONS.items()} | {"gelu_new": "gelu", "gelu_fast": "gelu"}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # no weights; older files have them
 
 # Values that a model of each family must have, and has where config.json is silent.
@@ -180,13 +182,32 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path, family: HFFamily) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    for name in _weight_files(folder):
         path = folder / Path(name).name  # no path that leaves the folder
         if not path.exists():
             raise UserError(f"{path} not found: weights are read from safetensors alone")
         tensors |= load_tensors(path)
+    _must_be_weights(folder, tensors)
     prefix = "transformer." if family.name == "gpt2" and "wte.weight" in tensors else ""  # the first files lack it
     return {prefix + name: tensor.float() for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"{index} has no weight_map of tensors to files")
+    return sorted(set(files.values()))
+
+
+def _must_be_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError where tensors are quantized, or hold what is no number: both would load and compute nonsense."""
+    for reason, odd in (
+        ("quantized or of another type than float", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
+        ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
+    ):
+        if odd := sorted(name for name in odd if not name.endswith(BUFFERS)):
+            raise UserError(f"{folder}: {len(odd)} tensors are {reason}, such as {odd[0]}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from tinygpt.files import atomic_write
@@ -36,6 +37,9 @@ def plot_attention(maps: NDArray[np.float32], tokens: Sequence[str], path: Path)
                 if len(tokens) <= MOST_LABELS:
                     axis.set_xticks(range(len(tokens)), tokens, rotation=90)
                     axis.set_yticks(range(len(tokens)), tokens)
+                else:
+                    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+                    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         figure.supxlabel("token that is looked at")
         figure.supylabel("token that looks")
         figure.colorbar(image, ax=axes, shrink=0.6, label="weight")

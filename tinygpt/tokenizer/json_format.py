@@ -92,7 +92,7 @@ def _kind_problems(document: dict[str, Any]) -> list[str]:
     """What in the file would make its ids differ from ours."""
     model, pre = document["model"], document.get("pre_tokenizer") or {}
     rules = (
-        (model.get("type") == "BPE", f"model.type is {model.get('type')!r}, not 'BPE'"),
+        (model.get("type", "BPE") == "BPE", f"model.type is {model.get('type')!r}, not 'BPE'"),  # GPT-2's has none
         (document.get("normalizer") is None, "it has a normalizer"),
         (
             pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True),
