@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, load_params
 from tinygpt.train.checkpoint import Checkpoints
-from tinygpt.train.config import EMAParams, LoRAParams, TrainParams
+from tinygpt.train.config import EMAParams, LoRAParams, TrainParams, Warmup
 from tinygpt.train.distributed import ALONE, World, open_devices
 from tinygpt.train.trainer import Trainer
 
@@ -40,6 +40,12 @@ PARAMS = dataclasses.replace(
     save_every=4,
     sample_tokens=0,
 )
+WARMUPS = {
+    "batch_size": 12,
+    "batch_warmup": Warmup(start=6, steps=4),
+    "context_warmup": Warmup(start=16, steps=5),
+    "shuffle_documents": True,
+}
 LORA = LoRAParams(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "down_proj"))
 RUNS = {  # changes of train, of the model and of runtime
     "muon": ({}, {}, {}),
@@ -51,6 +57,7 @@ RUNS = {  # changes of train, of the model and of runtime
     "lion": ({"optimizer": "lion", "lr": 1e-4, "embedding_lr": None}, {}, {}),
     "lora": ({"lora": LORA, "init_from": "base"}, {}, {}),
     "micro-batches": ({}, {}, {"micro_batch_size": 1}),
+    "warmups, micro-batches": (WARMUPS, {}, {"micro_batch_size": 1}),
 }
 
 
@@ -125,11 +132,13 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
 
 
 def test_what_processes_cannot_share_is_told_at_once():
-    params, runtime = dataclasses.replace(PARAMS, optimizer="adamw8bit"), dataclasses.replace(RUNTIME, parallel="fsdp")
+    params = dataclasses.replace(PARAMS, optimizer="adamw8bit", batch_warmup=Warmup(start=3, steps=4))
+    runtime = dataclasses.replace(RUNTIME, parallel="fsdp")
     with pytest.raises(ParamsError) as told:
         open_devices(runtime, World(0, 4, 0, 4), params)
     assert told.value.problems == [
         "train.batch_size=6 must be a multiple of the 4 processes that share it: set runtime.n_process",
+        "train.batch_warmup.start must be a multiple of the 4 processes that share it: set runtime.n_process",
         "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
     ]
 

@@ -107,11 +107,14 @@ def test_the_command_tells_the_costs_and_warns_of_a_run_that_will_not_fit(params
     for words in ("weights     1,066,368: embedding 131,072", "operations", "training", "generation", "MFU"):
         assert words in said
     assert "profile: measures at least two training steps of 1,024 tokens, which --no-measure leaves out" in said
+    assert f" in {1600 * 8 * 128:,} tokens" in said
     lora = {"rank": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
     set_params(folder, {"train.init_from": "base", "train.lora": lora})
+    set_params(folder, {"train.batch_warmup": {"start": 2, "steps": 400}})
     said = succeed("python -m tinygpt profile --no-measure", folder, PYTHONPATH=str(ROOT))
     assert "adapters    16,384 weights, which alone are trained" in said
     assert "measures" not in said
+    assert f" in {(200 * 2 + 200 * 4 + 1200 * 8) * 128:,} tokens" in said
     set_params(folder, {"train.init_from": "scratch", "train.lora": None})
     set_params(folder, {"model.n_embd": 16384, "model.n_layer": 400})
     said = run("python -m tinygpt profile", folder, PYTHONPATH=str(ROOT))

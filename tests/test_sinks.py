@@ -16,6 +16,7 @@ from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.train.config import Warmup
 from tinygpt.train.curve import Progress
 from tinygpt.train.sinks import SINKS, Sinks
 
@@ -88,6 +89,18 @@ def test_tensorboard_has_each_step_once_also_after_a_kill(folder):
     for number in NUMBERS:
         assert scalars(log, number) == curve(trained.progress.rows, number)
     assert [step for step, speed in scalars(log, "tokens_per_s") if speed > 0] == STEPS
+
+
+def test_the_speed_counts_the_tokens_that_a_warmup_left(folder):
+    pytest.importorskip("tensorboard")
+    params = dataclasses.replace(PARAMS, batch_warmup=Warmup(start=1, steps=4))
+    rows = [{"step": step, "train_loss": 1.0, "val_loss": None} for step in range(1, 7)]
+    folder.mkdir(parents=True)
+    with Sinks(["tensorboard"], folder, tiny_config(), params) as sinks:
+        for step in range(7):
+            sinks(Progress(step=step, rows=rows[:step], seconds=2 * step))
+    speeds = [value for _, value in scalars(tensorboard_log(folder), "tokens_per_s")]
+    assert speeds == [32 * sequences for sequences in (1, 1, 2, 2, 4, 4)]  # of 64 tokens, in two seconds
 
 
 def test_tensorboard_has_the_params(folder):

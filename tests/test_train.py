@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import threading
 from collections import Counter
 from itertools import pairwise
 
@@ -20,9 +21,9 @@ from tinygpt.model.weights import model_tensors
 from tinygpt.train import curve
 from tinygpt.train.batches import Batches
 from tinygpt.train.checkpoint import CODE, Checkpoints, fingerprint
-from tinygpt.train.config import EMAParams, TrainParams
+from tinygpt.train.config import EMAParams, TrainParams, Warmup
 from tinygpt.train.interrupts import Interrupts
-from tinygpt.train.learner import pick_precision
+from tinygpt.train.learner import Learner, pick_precision
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.norms import part_norms
 from tinygpt.train.publish import publish
@@ -35,6 +36,9 @@ PARAMS = TrainParams(
     lora=None,
     max_steps=10,
     batch_size=4,
+    batch_warmup=None,
+    context_warmup=None,
+    shuffle_documents=False,
     optimizer="adamw",
     lr=3e-3,
     embedding_lr=None,
@@ -207,7 +211,15 @@ def test_norms_of_parts_make_up_the_norm_of_the_whole():
     assert all(row["block_1"] > 0 for row in rows)
 
 
-ALL_ON = {"optimizer": "muon", "ema": EMAParams(decay=0.7, start=3), "label_smoothing": 0.1, "z_loss": 1e-3}
+ALL_ON = {
+    "optimizer": "muon",
+    "ema": EMAParams(decay=0.7, start=3),
+    "label_smoothing": 0.1,
+    "z_loss": 1e-3,
+    "batch_warmup": Warmup(start=1, steps=7),
+    "context_warmup": Warmup(start=8, steps=8),
+    "shuffle_documents": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -347,7 +359,8 @@ def test_a_second_trainer_of_the_same_run_is_refused():
 
 
 def test_micro_batches_of_any_size_give_the_same_model_up_to_rounding():
-    params = dataclasses.replace(PARAMS, max_steps=5)
+    warmups = {"batch_warmup": Warmup(start=2, steps=2), "context_warmup": Warmup(start=16, steps=4)}
+    params = dataclasses.replace(PARAMS, max_steps=5, **warmups)
     whole = train("whole", params=params)
     for size in (1, 3):
         parts = train(f"parts{size}", params=params, runtime=dataclasses.replace(RUNTIME, micro_batch_size=size))
@@ -359,7 +372,8 @@ def test_micro_batches_of_any_size_give_the_same_model_up_to_rounding():
 def test_a_compiled_step_is_the_same_step_up_to_rounding(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     params = dataclasses.replace(PARAMS, max_steps=5, batch_size=5, label_smoothing=0.1)
-    runtime = dataclasses.replace(RUNTIME, micro_batch_size=3)  # 3 and 2
+    params = dataclasses.replace(params, context_warmup=Warmup(start=32, steps=2))
+    runtime = dataclasses.replace(RUNTIME, micro_batch_size=3)  # 3 and 2, and twice as many of half the length
     eager = train("eager", params=params, runtime=runtime)
     compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True))
     for name in eager.last:
@@ -478,6 +492,58 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path):
     assert json.loads((tmp_path / "a/reports/train.json").read_text())["tokens"] == 10 * 4 * 64
     assert json.loads(files[0]["model/config.json"])["tokenizer_sha256"] == "0"
     assert report["epochs"] == pytest.approx(10 * 4 * 64 / 1999)
+
+
+def test_tokens_are_counted_as_the_warmup_has_them(tmp_path, monkeypatch, capsys):
+    params = dataclasses.replace(
+        PARAMS, batch_warmup=Warmup(start=1, steps=4), context_warmup=Warmup(start=16, steps=6), sample_tokens=0
+    )
+    seen, original = [], Learner.learn
+
+    def learn(learner: Learner, step: int, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids[:, 1:].numel())
+        return original(learner, step, ids)
+
+    monkeypatch.setattr(Learner, "learn", learn)
+    with Checkpoints("run") as checkpoints:
+        trainer = make_trainer(checkpoints, params=params)
+        report = publish(
+            trainer.fit(), trainer, tmp_path / "model", tmp_path / "reports", made_from={"tokenizer": "0", "base": None}
+        )
+    assert seen == [64, 64, 128, 128, *[256] * 6]
+    assert report["tokens"] == 64 * (1 + 1 + 2 + 2 + 6 * 4)
+    assert report["epochs"] == report["tokens"] / 1999
+    assert report["tokens_per_s"] == report["tokens"] / report["seconds"]
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][-1]
+    assert int(last.split()[-2].replace(",", "")) == pytest.approx(report["tokens_per_s"], rel=0.01, abs=1)
+
+
+def test_no_thread_is_left_when_a_run_ends_stops_or_fails(monkeypatch):
+    def readers() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+    alive, original = [], Trainer._train_step
+
+    def step_or_fail(trainer: Trainer, step: int) -> None:
+        original(trainer, step)
+        alive.append(readers())
+        if step == step_or_fail.cut:
+            raise step_or_fail.error
+
+    monkeypatch.setattr(Trainer, "_train_step", step_or_fail)
+    for step_or_fail.cut, step_or_fail.error in ((3, KeyboardInterrupt), (4, OSError), (99, None)):
+        if step_or_fail.error is None:
+            train()
+        else:
+            with pytest.raises(step_or_fail.error):
+                train()
+        assert len(alive[-1]) == 1
+        assert readers() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupts, "requested", lambda interrupts: 2)
+        with pytest.raises(Stopped):
+            train("stopped")
+    assert readers() == []
 
 
 def test_weights_of_the_model_are_what_is_saved():

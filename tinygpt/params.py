@@ -37,7 +37,10 @@ GROUPS = {
 
 
 class Group(Protocol):
-    """A dataclass that mirrors one group of params.yaml."""
+    """A dataclass that mirrors one group of params.yaml.
+
+    One with a method `rules_with(groups)` also says what must hold beside the other groups that are loaded, by name.
+    """
 
     group: ClassVar[str]
 
@@ -105,6 +108,10 @@ def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
                 groups.append(from_mapping(cls, document[cls.group], prefix=cls.group + "."))
         except ParamsError as error:
             problems += error.problems
+    loaded = {group.group: group for group in groups}
+    for group in groups:
+        rules = group.rules_with(loaded) if hasattr(group, "rules_with") else ()
+        problems += [message for holds, message in rules if not holds]
     if problems:
         raise ParamsError(problems)
     return groups[0] if len(groups) == 1 else tuple(groups)

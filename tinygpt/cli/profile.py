@@ -27,6 +27,7 @@ from tinygpt.train.profile import (
     tokens_per_second,
     weights_by_part,
 )
+from tinygpt.train.schedules import tokens_before
 
 TOKENIZER_FILE = Path("data/tokenizer/tokenizer.json")
 
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
     micro = min(runtime.micro_batch_size or train.batch_size, train.batch_size)
     device = open_device(runtime)
     _print_weights(config, train.lora)
-    flops, n_tokens = flops_per_token(config, train.lora), train.max_steps * train.batch_size * config.block_size
+    flops = flops_per_token(config, train.lora)
+    n_tokens = tokens_before(train.max_steps, train, config.block_size)
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
     memory, free = memory_of(config, train, micro, device), available_memory(device)
     print(

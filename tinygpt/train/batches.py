@@ -1,11 +1,18 @@
-"""The order in which tokens are seen: a pure function of the seed and the step, so resuming needs nothing else."""
+"""The order in which tokens are seen: a pure function of the seed and the step, so resuming needs nothing else.
+
+N sequences of T tokens.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.tokens import TokenIds
+from tinygpt.tokens import TokenIds, document_starts
+from tinygpt.train.config import Warmup
+from tinygpt.train.schedules import doubled_at, doubled_before
+
+MAX_GROUPS = 1 << 20  # of documents that are shuffled: 24 bytes each are held
 
 
 class Batches:
@@ -13,28 +20,75 @@ class Batches:
 
     The row begins and ends with the same token and is read as a ring. An epoch cuts the ring from a random place on
     into sequences of `seq_len` tokens and takes them in random order, so each token is a target once an epoch, but
-    for the fewer than `seq_len` that are over.
+    for the fewer than `seq_len` that are over. The rest leaves this rule as it is:
+
+    batch_warmup       the first steps take fewer of these sequences
+    context_warmup     the first steps cut them into shorter ones: they have the same tokens as without it, but fewer
+                       before each to look back on
+    shuffle_documents  in each epoch's ring the documents stand in another order. Documents are what stands between
+                       tokens like the row's first. Where there are more than MAX_GROUPS of them, groups of neighbours
+                       stay together, so that memory does not grow with the row.
     """
 
-    def __init__(self, tokens: TokenIds, *, seq_len: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: TokenIds,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        batch_warmup: Warmup | None = None,
+        context_warmup: Warmup | None = None,
+        shuffle_documents: bool = False,
+    ) -> None:
         assert len(tokens) > seq_len, f"{len(tokens)} tokens are too few for one sequence of {seq_len}"
         self.tokens = tokens
         self.ring = len(tokens) - 1
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.batch_warmup, self.context_warmup = batch_warmup, context_warmup
         self.per_epoch = self.ring // seq_len  # sequences
-        self._epoch: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        self._documents = document_starts(tokens, at_most=MAX_GROUPS) if shuffle_documents else None
+        self._epoch: tuple[int, _Epoch] | None = None
 
     def batch_at(self, step: int) -> NDArray[np.int64]:
-        """The sequences of one step, each with the token that follows it.  -> (batch_size, seq_len + 1) ids"""
-        numbers = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        starts = [self._starts_of(n // self.per_epoch)[n % self.per_epoch] for n in numbers.tolist()]
-        places = (np.array(starts)[:, None] + np.arange(self.seq_len + 1)) % self.ring
-        return self.tokens[places].astype(np.int64)
+        """The sequences of one step, each with the token that follows it.  -> (N, T + 1) ids
 
-    def _starts_of(self, epoch: int) -> NDArray[np.int64]:
-        """Where the sequences of one epoch begin, in the order in which they are taken."""
-        if self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            cut = rng.integers(self.ring)
-            self._epoch = epoch, cut + self.seq_len * rng.permutation(self.per_epoch)
+        N x T are batch_size x seq_len, but for a `batch_warmup`.
+        """
+        first, end = (doubled_before(s, self.batch_size, self.batch_warmup) for s in (step, step + 1))
+        seq_len = doubled_at(step, self.seq_len, self.context_warmup)
+        parts = []
+        for number in range(first // self.per_epoch, (end - 1) // self.per_epoch + 1):
+            epoch, before = self._epoch_of(number), number * self.per_epoch
+            starts = epoch.cut + self.seq_len * epoch.order[max(first - before, 0) : end - before].astype(np.int64)
+            starts = starts[:, None] + np.arange(0, self.seq_len, seq_len)
+            places = (starts.reshape(-1, 1) + np.arange(seq_len + 1)) % self.ring
+            parts.append(self.tokens[epoch.in_row(places)].astype(np.int64))
+        return np.concatenate(parts)
+
+    def _epoch_of(self, number: int) -> _Epoch:
+        if self._epoch is None or self._epoch[0] != number:
+            rng = np.random.default_rng([self.seed, number])
+            self._epoch = number, _Epoch(rng, self.ring, self.per_epoch, self._documents)
         return self._epoch[1]
+
+
+class _Epoch:
+    """Where the ring is cut, the order of its sequences, and that of its documents."""
+
+    def __init__(self, rng: np.random.Generator, ring: int, n: int, documents: NDArray[np.int64] | None) -> None:
+        self.cut = int(rng.integers(ring))
+        self.order = np.arange(n, dtype=np.uint32)
+        rng.shuffle(self.order)
+        self.begins: NDArray[np.int64] | None = None  # of the documents, in their order in this epoch's ring
+        if documents is not None:
+            shuffled = rng.permutation(len(documents))
+            ends = np.cumsum(np.diff(documents, append=ring)[shuffled])
+            self.begins = np.concatenate(([0], ends[:-1]))
+            self.shift = documents[shuffled] - self.begins  # from the ring to the row
+
+    def in_row(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places in the ring -> places in the row of tokens, of the same shape."""
+        if self.begins is None:
+            return places
+        return places + self.shift[np.searchsorted(self.begins, places, side="right") - 1]

@@ -99,11 +99,12 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
 
 def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
     """The device of this process.  Raises ParamsError where the processes cannot share the work."""
+    smallest = params.batch_warmup.start if params.batch_warmup else params.batch_size
+    key = "train.batch_warmup.start" if params.batch_warmup else "train.batch_size"
     require(
         (
-            params.batch_size % world.size == 0,
-            f"train.batch_size={params.batch_size} must be a multiple of the {world.size} processes that share it: "
-            "set runtime.n_process",
+            smallest % world.size == 0,
+            f"{key}={smallest} must be a multiple of the {world.size} processes that share it: set runtime.n_process",
         ),
         (
             world.size == 1 or runtime.parallel == "ddp" or params.optimizer != "adamw8bit",

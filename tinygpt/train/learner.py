@@ -51,6 +51,7 @@ class Learner:
         self.precision = pick_precision(params.precision, device)
         loss = Loss(self.model, self.precision, label_smoothing=params.label_smoothing, z_loss=params.z_loss)
         if runtime.compile:
+            torch._dynamo.config.recompile_limit = 64  # all sizes of batch that warmups make, not the first 8 alone
             loss.compile(dynamic=False)
         n_rows = self.micro_batch_size or params.batch_size // world.size
         example = torch.zeros(n_rows, config.block_size + 1, dtype=torch.long, device=device)
@@ -67,7 +68,8 @@ class Learner:
         seed_dropout(self.params.seed, step, self.world)
         ids = self.world.share(ids)
         loss = torch.zeros((), device=self.device)
-        *parts, last = ids.split(self.micro_batch_size or len(ids))
+        full = self.micro_batch_size or len(ids)
+        *parts, last = ids.split(full * self.config.block_size // (ids.size(1) - 1))  # more of shorter sequences
         with self._parallel.apart():
             for part in parts:
                 loss += self._backward(part, len(part) / len(ids))

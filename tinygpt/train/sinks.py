@@ -22,6 +22,7 @@ from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
 from tinygpt.train.config import TrainParams
 from tinygpt.train.curve import Progress
+from tinygpt.train.schedules import tokens_before
 
 PROJECT = "tinygpt"  # the name of all runs together, in W&B and MLflow
 PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where it is not the name of the module
@@ -170,10 +171,10 @@ class Sinks:
                 install = f"pip install {PIP_NAMES.get(name, name)}"
                 raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or take it off the list")
         self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
-        self._tokens_per_step = params.batch_size * config.block_size
+        self._tokens_before = lambda step: tokens_before(step, params, config.block_size)
         self._sinks: dict[str, Sink] = {}
         self._n_rows = 0  # of the curve, handed on
-        self._since: tuple[int, float] | None = None  # steps and seconds at the last of them
+        self._since: tuple[int, float] | None = None  # tokens and seconds at the last of them
 
     def __enter__(self) -> Sinks:
         for name in self._names:
@@ -189,11 +190,10 @@ class Sinks:
         rows, self._n_rows = progress.rows[self._n_rows :], len(progress.rows)
         if self._since is not None and not rows:
             return
-        speed = {}
+        speed, tokens = {}, self._tokens_before(progress.step)
         if self._since is not None:
-            steps, seconds = progress.step - self._since[0], progress.seconds - self._since[1]
-            speed = {"tokens_per_s": steps * self._tokens_per_step / seconds}
-        self._since = progress.step, progress.seconds
+            speed = {"tokens_per_s": (tokens - self._since[0]) / (progress.seconds - self._since[1])}
+        self._since = tokens, progress.seconds
         for name, sink in list(self._sinks.items()):
             self._attempt(name, _write, sink, rows, speed)
 

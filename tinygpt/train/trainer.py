@@ -27,6 +27,8 @@ from tinygpt.train.curve import Progress
 from tinygpt.train.distributed import ALONE, World
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.learner import Learner
+from tinygpt.train.prefetch import Prefetch
+from tinygpt.train.schedules import tokens_before
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,16 @@ class Trainer:
         self.params, self.runtime, self.device, self.world = params, runtime, device, world
         self.checkpoints, self.write_sample, self.watch = checkpoints, write_sample, watch
         self.learner = Learner(config, params, runtime, device=device, world=world, base=base)
-        self.batches = Batches(train_tokens, seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
+        self.batches = Batches(
+            train_tokens,
+            seq_len=config.block_size,
+            batch_size=params.batch_size,
+            seed=params.seed,
+            batch_warmup=params.batch_warmup,
+            context_warmup=params.context_warmup,
+            shuffle_documents=params.shuffle_documents,
+        )
+        self.prefetch = Prefetch(self.batches.batch_at, device)
         self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
@@ -75,7 +86,11 @@ class Trainer:
         self._resume()
         self.watch(self.progress)
         start, max_steps = self.progress.step, self.params.max_steps
-        with Interrupts() as interrupts, progress("train", total=max_steps, unit="steps", start=start) as bar:
+        with (
+            Interrupts() as interrupts,
+            self.prefetch,
+            progress("train", total=max_steps, unit="steps", start=start) as bar,
+        ):
             for step in range(start, max_steps):
                 if self._out_of_patience():
                     break
@@ -113,7 +128,7 @@ class Trainer:
         print(f"going on after step {self.progress.step} of {self.params.max_steps} ({self.checkpoints.folder})")
 
     def _train_step(self, step: int) -> None:
-        self._uncounted.append(self.learner.learn(step, self._to_device(self.batches.batch_at(step))))
+        self._uncounted.append(self.learner.learn(step, self.prefetch.batch(step)))
 
     def _count(self) -> None:
         """Bring the numbers of the steps since the last time from the device, which waits for it, into the curve."""
@@ -139,7 +154,7 @@ class Trainer:
     def _log_line(self) -> str:
         state = self.progress
         row = state.latest(self.params)
-        tokens_per_s = state.step * self.params.batch_size * self.batches.seq_len / state.seconds
+        tokens_per_s = tokens_before(state.step, self.params, self.batches.seq_len) / state.seconds
         val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
         return (
             f"step {state.step:>6,} of {self.params.max_steps:,}  train loss {row['train_loss']:.4f}{val}"

@@ -1,0 +1,227 @@
+"""Which tokens a step has: warmups, documents in another order, batches read ahead."""
+
+import threading
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinygpt import tokens as tokens_module
+from tinygpt.tokens import document_starts
+from tinygpt.train import batches as batches_module
+from tinygpt.train.batches import Batches
+from tinygpt.train.config import Warmup
+from tinygpt.train.prefetch import Prefetch
+from tinygpt.train.schedules import doubled_at, doubled_before
+
+EOS = 0
+
+
+def row_of(lengths: list[int]) -> np.ndarray:
+    """Documents of so many tokens, each token another one, with EOS before and behind each."""
+    ids = iter(range(1, sum(lengths) + 1))
+    return np.array([*(id for n in lengths for id in (EOS, *(next(ids) for _ in range(n)))), EOS], np.uint32)
+
+
+@st.composite
+def warmups(draw, *, odd: int = 7, doublings: int = 4):
+    """A number, and a warmup to it or None."""
+    start, n = draw(st.integers(1, odd)), draw(st.integers(0, doublings))
+    return start << n, Warmup(start=start, steps=draw(st.integers(1, 12))) if n else None
+
+
+# ---- warmups ----
+
+
+def test_a_number_is_doubled_in_even_steps():
+    warmup = Warmup(start=2, steps=10)
+    assert [doubled_at(step, 8, warmup) for step in (0, 4, 5, 9, 10, 99)] == [2, 2, 4, 4, 8, 8]
+    assert [doubled_before(step, 8, warmup) for step in (0, 1, 5, 6, 10, 11)] == [0, 2, 10, 14, 30, 38]
+    assert (doubled_at(3, 8, None), doubled_before(3, 8, None)) == (8, 24)
+
+
+@given(warmups(odd=9, doublings=6), st.integers(0, 30))
+def test_what_came_before_is_the_sum_of_the_steps(number, step):
+    full, warmup = number
+    sizes = [doubled_at(i, full, warmup) for i in range(step)]
+    assert doubled_before(step, full, warmup) == sum(sizes)
+    assert sizes == sorted(sizes)
+    assert doubled_at(12, full, warmup) == full
+    assert len(set(sizes)) <= (full // warmup.start).bit_length() if warmup else set(sizes) <= {full}
+
+
+# ---- the tokens of an epoch ----
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12),
+    sequences=warmups(odd=3, doublings=2),
+    context=warmups(odd=3, doublings=3),
+    seed=st.integers(0, 99),
+    shuffle=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_warmups_and_shuffled_documents_leave_each_token_a_target_once_an_epoch(
+    lengths, sequences, context, seed, shuffle
+):
+    row, (batch_size, batch_warmup), (seq_len, context_warmup) = row_of(lengths), sequences, context
+    if len(row) <= seq_len:
+        row = row_of([*lengths, seq_len])
+    batches = Batches(
+        row,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        batch_warmup=batch_warmup,
+        context_warmup=context_warmup,
+        shuffle_documents=shuffle,
+    )
+    size, inputs, targets = batches.per_epoch * seq_len, [], []
+    for step in range(100):
+        rows = batches.batch_at(step)
+        assert rows.shape[1] == doubled_at(step, seq_len, context_warmup) + 1
+        inputs += rows[:, :-1].flatten().tolist()
+        targets += rows[:, 1:].flatten().tolist()
+        assert len(targets) == seq_len * doubled_before(step + 1, batch_size, batch_warmup)
+        if len(targets) >= 2 * size:
+            break
+    for epoch in range(len(targets) // size):
+        counts = Counter(targets[epoch * size : (epoch + 1) * size])
+        assert counts[EOS] <= row.tolist().count(EOS) - 1
+        assert all(n == 1 for id, n in counts.items() if id != EOS)
+        assert batches.ring - counts.total() < seq_len
+    follows = dict(zip(row[:-1].tolist(), row[1:].tolist(), strict=True))
+    begins = {after for before, after in zip(row[:-1].tolist(), row[1:].tolist(), strict=True) if before == EOS}
+    for before, after in zip(inputs, targets, strict=True):
+        assert after in begins if before == EOS else after == follows[before]
+
+
+def test_a_context_warmup_changes_no_token_of_a_step():
+    row, warmup = row_of([50] * 20), Warmup(start=4, steps=9)
+    plain = Batches(row, seq_len=32, batch_size=3, seed=1)
+    short = Batches(row, seq_len=32, batch_size=3, seed=1, context_warmup=warmup)
+    shapes = []
+    for step in range(12):
+        a, b = plain.batch_at(step), short.batch_at(step)
+        shapes.append(b.shape)
+        assert (a[:, 1:].flatten() == b[:, 1:].flatten()).all()
+        assert (a[:, :-1].flatten() == b[:, :-1].flatten()).all()
+    assert shapes == [(24, 5)] * 3 + [(12, 9)] * 3 + [(6, 17)] * 3 + [(3, 33)] * 3
+
+
+def test_any_step_at_once_is_what_it_is_after_the_steps_before():
+    def make(seed: int = 1) -> Batches:
+        return Batches(
+            row_of([7, 30, 0, 12, 40] * 5),
+            seq_len=16,
+            batch_size=8,
+            seed=seed,
+            batch_warmup=Warmup(start=1, steps=20),
+            context_warmup=Warmup(start=2, steps=15),
+            shuffle_documents=True,
+        )
+
+    once = make()
+    forward = [once.batch_at(step) for step in range(60)]
+    for step in (59, 3, 17, 40, 0):
+        assert (make().batch_at(step) == forward[step]).all()
+        assert (once.batch_at(step) == forward[step]).all()
+    assert (make(2).batch_at(59) != forward[59]).any()
+
+
+# ---- documents ----
+
+
+def documents_in(ring: list[int]) -> list[tuple[int, ...]]:
+    """The documents of a ring that is cut anywhere."""
+    at = ring.index(EOS)
+    ids = [*ring[at:], *ring[:at], EOS]
+    borders = [place for place, id in enumerate(ids) if id == EOS]
+    return [tuple(ids[a + 1 : b]) for a, b in pairwise(borders)]
+
+
+def rings(row: np.ndarray, n: int, *, shuffle: bool) -> list[list[tuple[int, ...]]]:
+    """The documents of each of n epochs, in their order."""
+    ring = len(row) - 1
+    batches = Batches(row, seq_len=ring, batch_size=1, seed=1, shuffle_documents=shuffle)
+    return [documents_in(batches.batch_at(step)[0, :-1].tolist()) for step in range(n)]
+
+
+def rotated(items: list) -> list:
+    at = items.index(min(items))
+    return items[at:] + items[:at]
+
+
+def test_each_epoch_has_all_documents_whole_in_an_order_of_its_own():
+    row = row_of([3, 9, 1, 5, 20, 2, 8])
+    in_file = documents_in(row[:-1].tolist())
+    for documents in rings(row, 5, shuffle=False):
+        assert rotated(documents) == rotated(in_file)
+    shuffled = rings(row, 5, shuffle=True)
+    assert all(sorted(documents) == sorted(in_file) for documents in shuffled)
+    assert len({tuple(rotated(documents)) for documents in shuffled}) == 5
+
+
+def test_more_documents_than_fit_are_shuffled_in_groups_of_neighbours(monkeypatch):
+    monkeypatch.setattr(batches_module, "MAX_GROUPS", 4)
+    row = row_of([1] * 14)  # four groups: 4, 4, 4 and 2 documents
+    groups = [{(i,) for i in ids} for ids in ((1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), (13, 14))]
+    orders = set()
+    for documents in rings(row, 6, shuffle=True):
+        neighbours = list(zip(documents, [*documents[1:], documents[0]], strict=True))
+        for group in groups:
+            assert sum({a, b} <= group for a, b in neighbours) == len(group) - 1
+        orders.add(tuple(rotated(documents)))
+    assert len(orders) > 1
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 12), st.integers(1, 20))
+def test_starts_of_documents_are_found_piece_by_piece(lengths, at_most, piece):
+    row = row_of(lengths)
+    expected = np.flatnonzero(row[:-1] == EOS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens_module, "PIECE", piece)
+        found = document_starts(row, at_most=at_most)
+    assert len(found) <= at_most
+    assert found.tolist() == expected[:: -(-len(expected) // at_most)].tolist()
+
+
+# ---- read ahead ----
+
+
+def test_batches_read_ahead_are_those_of_their_step_in_any_order():
+    batches = Batches(row_of([30] * 9), seq_len=8, batch_size=3, seed=1)
+    with Prefetch(batches.batch_at, torch.device("cpu")) as prefetch:
+        for step in (0, 1, 2, 7, 7, 3, 4, 0):
+            assert (prefetch.batch(step).numpy() == batches.batch_at(step)).all()
+
+
+def test_the_next_batch_is_read_before_it_is_asked_for():
+    asked, read = [], threading.Event()
+
+    def batch_at(step: int) -> np.ndarray:
+        asked.append((step, threading.current_thread() is threading.main_thread()))
+        if step == 6:
+            read.set()
+        return np.full((1, 2), step)
+
+    with Prefetch(batch_at, torch.device("cpu")) as prefetch:
+        assert prefetch.batch(5).tolist() == [[5, 5]]
+        assert read.wait(10)
+    assert asked == [(5, False), (6, False)]
+
+
+def test_what_a_read_raises_is_raised_for_its_step_and_the_thread_ends():
+    def batch_at(step: int) -> np.ndarray:
+        if step == 2:
+            raise OSError("the disk is gone")
+        return np.full((1, 2), step)
+
+    with pytest.raises(OSError, match="the disk is gone"), Prefetch(batch_at, torch.device("cpu")) as prefetch:
+        assert prefetch.batch(1).tolist() == [[1, 1]]
+        prefetch.batch(2)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
