@@ -109,6 +109,14 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
             world.size == 1 or runtime.parallel == "ddp" or params.optimizer != "adamw8bit",
             "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
         ),
+        (
+            world.size == 1 or runtime.parallel == "ddp" or params.precision != "fp16",
+            "train.precision=fp16 cannot be split, for each process would scale its part: set runtime.parallel=ddp",
+        ),
+        (
+            world.size == 1 or runtime.micro_batch_size != "auto",
+            "runtime.micro_batch_size=auto is found in one process: name a size",
+        ),
     )
     return open_device(runtime, number=world.local_rank, of=world.local_size)
 
