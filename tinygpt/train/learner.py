@@ -67,7 +67,7 @@ class Learner:
         if runtime.compile:
             loss.compile(dynamic=False)
         n_rows = self.micro_batch_size or params.batch_size // world.size
-        example = torch.zeros(n_rows, config.block_size + 1, dtype=torch.long, device=device)
+        example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, config.block_size + 1)
         self._train_loss = self._parallel.wrap(loss, example)
         self.part_norms: dict[str, Tensor] = {}  # of the last step's gradient, before clipping
 
