@@ -85,6 +85,7 @@ def runtime(folder: Path, n_thread: int) -> RuntimeParams:
         ray_address=None,
         n_thread=n_thread,
         micro_batch_size=1,
+        gradient_checkpointing=False,
         compile=False,
         log_every=1,
         log_to=(),

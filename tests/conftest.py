@@ -59,6 +59,7 @@ RUNTIME = RuntimeParams(
     engine="process",
     ray_address=None,
     micro_batch_size=None,
+    gradient_checkpointing=False,
     compile=False,
     log_every=5,
     log_to=(),

@@ -58,6 +58,7 @@ RUNS = {  # changes of train, of the model and of runtime
     "lora": ({"lora": LORA, "init_from": "base"}, {}, {}),
     "micro-batches": ({}, {}, {"micro_batch_size": 1}),
     "warmups, micro-batches": (WARMUPS, {}, {"micro_batch_size": 1}),
+    "recomputed": ({}, {}, {"gradient_checkpointing": True}),
 }
 
 
@@ -132,14 +133,16 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
 
 
 def test_what_processes_cannot_share_is_told_at_once():
-    params = dataclasses.replace(PARAMS, optimizer="adamw8bit", batch_warmup=Warmup(start=3, steps=4))
-    runtime = dataclasses.replace(RUNTIME, parallel="fsdp")
+    params = dataclasses.replace(PARAMS, optimizer="adamw8bit", precision="fp16", batch_warmup=Warmup(start=3, steps=4))
+    runtime = dataclasses.replace(RUNTIME, parallel="fsdp", micro_batch_size="auto")
     with pytest.raises(ParamsError) as told:
         open_devices(runtime, World(0, 4, 0, 4), params)
     assert told.value.problems == [
         "train.batch_size=6 must be a multiple of the 4 processes that share it: set runtime.n_process",
         "train.batch_warmup.start must be a multiple of the 4 processes that share it: set runtime.n_process",
         "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
+        "train.precision=fp16 cannot be split, for each process would scale its part: set runtime.parallel=ddp",
+        "runtime.micro_batch_size=auto is found in one process: name a size",
     ]
 
 

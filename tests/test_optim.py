@@ -30,7 +30,8 @@ def params_with(**changes):
 
 
 def backward(model, step=0):
-    next_token_loss(model(random_ids(2, 9, seed=2 * step)), random_ids(2, 9, seed=2 * step + 1)).backward()
+    ids, targets = random_ids(2, 9, seed=2 * step), random_ids(2, 9, seed=2 * step + 1)
+    next_token_loss(model.hidden(ids), model.lm_head.weight, targets).backward()
 
 
 def train_steps(model, optimizers, steps):
@@ -184,9 +185,9 @@ def test_every_optimizer_learns():
         model = tiny_model()
         ids = random_ids(4, 20)
         optimizers = build_optimizers(model, params_with(optimizer=name, lr=1e-3 if name == "lion" else 1e-2))
-        first = next_token_loss(model(ids[:, :-1]), ids[:, 1:]).item()
+        first = next_token_loss(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:]).item()
         for _ in range(30):
-            loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:])
+            loss = next_token_loss(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()

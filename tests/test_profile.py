@@ -1,16 +1,18 @@
 """What a run will cost: by hand, and counted against the real thing."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config
+from conftest import RUNTIME, random_ids, tiny_config
 from project import ROOT, run, set_params, succeed
 from test_presets import params  # noqa: F401  a folder with params.yaml
 from test_train import PARAMS
 
 from tinygpt.model import GPT
 from tinygpt.train.config import EMAParams, LoRAParams
+from tinygpt.train.learner import Learner
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import build_optimizers, optimizer_tensors
 from tinygpt.train.profile import (
@@ -41,7 +43,7 @@ def test_operations_by_hand():
 
 
 def kept_by_a_step(model) -> int:
-    """Bytes that a real forward pass of four sequences keeps for the backward pass."""
+    """Bytes that a real forward pass of four sequences keeps for the backward pass, and its logits."""
     ids, kept = random_ids(4, 65), {}
 
     def count(tensor):
@@ -49,19 +51,39 @@ def kept_by_a_step(model) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:])
+        loss = next_token_loss(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
     assert loss.isfinite()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return sum(size for place, size in kept.items() if place not in weights)
+    return sum(size for place, size in kept.items() if place not in weights) + 4 * 4 * 64 * model.config.vocab_size
+
+
+def memory(config, train=PARAMS, **runtime):
+    return memory_of(config, train, dataclasses.replace(RUNTIME, **runtime), 4, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"mlp": "gelu", "norm": "layernorm", "position": "learned"}, {"window": 8}])
 def test_activations_counted_without_computing_are_those_of_a_real_step(changes):
     model = GPT(tiny_config(**changes))
-    memory = memory_of(model.config, PARAMS, 4, torch.device("cpu"))
-    assert memory.activations == pytest.approx(kept_by_a_step(model), rel=0.01)
-    assert memory.weights == memory.gradients == memory.optimizer / 2 == 4 * model.n_params()
-    assert memory.kv_cache == 2 * 4 * 2 * 4 * 8 * 64
+    counted = memory(model.config)
+    assert counted.activations == pytest.approx(kept_by_a_step(model), rel=0.01)
+    assert counted.weights == counted.gradients == counted.optimizer / 2 == 4 * model.n_params()
+    assert counted.kv_cache == 2 * 4 * 2 * 4 * 8 * 64
+
+
+def test_blocks_that_are_computed_again_keep_their_input_and_one_of_them_the_rest():
+    x, one, two, ten = 4 * 4 * 64 * 32, *(tiny_config(n_layer=n) for n in (1, 2, 10))
+    inside = memory(two).activations - memory(one).activations
+    assert inside > 8 * x
+    recomputed = [memory(config, gradient_checkpointing=True).activations for config in (one, two, ten)]
+    assert recomputed[1] - recomputed[0] == x
+    assert recomputed[2] == pytest.approx(memory(one).activations + 9 * x, rel=0.01)
+
+
+def test_short_products_keep_less():
+    whole, half = (
+        memory(tiny_config(), dataclasses.replace(PARAMS, precision=p)).activations for p in ("fp32", "bf16")
+    )
+    assert 0.5 < half / whole < 0.95
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -69,12 +91,11 @@ def test_of_adapters_alone_are_gradients_and_optimizer_state_counted(dropout):
     lora = LoRAParams(rank=2, alpha=4.0, dropout=dropout, targets=("q_proj", "down_proj"))
     model = build_trained(tiny_config(), lora)
     n_adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapted = dataclasses.replace(PARAMS, init_from="base", lora=lora)
-    memory = memory_of(model.config, adapted, 4, torch.device("cpu"))
+    counted = memory(model.config, dataclasses.replace(PARAMS, init_from="base", lora=lora))
     assert n_adapters == 2 * 2 * (32 + 32 + 96 + 32)
-    assert memory.gradients == memory.optimizer / 2 == 4 * n_adapters
-    assert memory.weights == 4 * model.n_params() == 4 * (GPT(model.config).n_params() + n_adapters)
-    assert memory.activations == pytest.approx(kept_by_a_step(model), rel=0.01)
+    assert counted.gradients == counted.optimizer / 2 == 4 * n_adapters
+    assert counted.weights == 4 * model.n_params() == 4 * (GPT(model.config).n_params() + n_adapters)
+    assert counted.activations == pytest.approx(kept_by_a_step(model), rel=0.01)
     frozen = 2 * (4 * 32 * 32 + 3 * 32 * 96) + 32 * 300
     attention = 2 * 2 * 2 * 32 * 32.5
     assert flops_per_token(model.config, lora) == 2 * (2 * frozen + 3 * n_adapters) + 3 * attention
@@ -86,18 +107,19 @@ def test_the_state_that_is_counted_is_what_a_step_leaves(optimizer, ema):
     train = dataclasses.replace(PARAMS, optimizer=optimizer, ema=ema)
     model = GPT(tiny_config(tie_weights=False))
     optimizers = build_optimizers(model, train)
-    next_token_loss(model(random_ids(2, 9)), random_ids(2, 9)).backward()
+    next_token_loss(model.hidden(random_ids(2, 9)), model.lm_head.weight, random_ids(2, 9)).backward()
     for each in optimizers:
         each.step()
     steps = 4 * len(list(model.parameters()))  # AdamW counts them
     state = sum(tensor.nbytes for tensor in optimizer_tensors(model, optimizers).values())
     average = 4 * model.n_params() if ema else 0
-    counted = memory_of(model.config, train, 4, torch.device("cpu")).optimizer
+    counted = memory(model.config, train).optimizer
     assert state + average - steps <= counted <= state + average
 
 
 def test_speeds_are_measured():
-    assert tokens_per_second(tiny_config(), PARAMS, torch.device("cpu"), 2) > 100
+    learner = Learner(tiny_config(), PARAMS, RUNTIME, device=torch.device("cpu"))
+    assert tokens_per_second(learner) > 100
     assert peak_flops(torch.device("cpu")) > 1e9
 
 
@@ -115,7 +137,12 @@ def test_the_command_tells_the_costs_and_warns_of_a_run_that_will_not_fit(params
     assert "adapters    16,384 weights, which alone are trained" in said
     assert "measures" not in said
     assert f" in {(200 * 2 + 200 * 4 + 1200 * 8) * 128:,} tokens" in said
-    set_params(folder, {"train.init_from": "scratch", "train.lora": None})
+    set_params(folder, {"train.init_from": "scratch", "train.lora": None, "runtime.micro_batch_size": "auto"})
+    said = succeed("python -m tinygpt profile", folder, PYTHONPATH=str(ROOT))
+    found = re.search(r"^micro-batches of (\d) of the 8 sequences of a step: the fastest of 8, 4, 2, 1$", said, re.M)
+    assert f"of {found.group(1)} sequences" in said
+    said = succeed("python -m tinygpt profile --no-measure", folder, PYTHONPATH=str(ROOT))
+    assert "of 8 sequences" in said
     set_params(folder, {"model.n_embd": 16384, "model.n_layer": 400})
     said = run("python -m tinygpt profile", folder, PYTHONPATH=str(ROOT))
     assert said.returncode == 1

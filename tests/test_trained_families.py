@@ -54,7 +54,7 @@ def trained(changes, tokenizer) -> GPT:
     for _ in range(STEPS):
         begin = torch.randint(len(ids) - 65, (8, 1), generator=places)
         batch = ids[begin + torch.arange(65)]
-        loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
+        loss = next_token_loss(model.hidden(batch[:, :-1]), model.lm_head.weight, batch[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

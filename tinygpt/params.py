@@ -196,7 +196,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if value is None:
             return None
         inner = [arg for arg in args if arg is not type(None)]
-        return _coerce(value, inner[0], key)
+        names = [arg for arg in inner if typing.get_origin(arg) is Literal]
+        return _coerce(value, names[0] if names and isinstance(value, str) else inner[0], key)
     if origin is Literal:
         return _choice(value, args, key)
     if origin is tuple:

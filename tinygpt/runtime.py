@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from tinygpt.params import Count, CountOrDerived, Within, require
+from tinygpt.params import Count, Within, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class RuntimeParams:
     n_worker: Annotated[int, Within("[0, 1024]")]  # processes that clean, count and encode text: 0 = one a core
     engine: Literal["process", "ray"]  # who runs them: this machine, or a Ray cluster
     ray_address: str | None  # host:port of a running cluster's head: null = a local one for the time of a stage
-    micro_batch_size: CountOrDerived  # sequences in one forward pass: null = all of train.batch_size
+    micro_batch_size: Count | Literal["auto"] | None  # sequences in one forward pass: null = all of train.batch_size
+    gradient_checkpointing: bool  # keep each block's input alone and compute the rest again in the backward pass
     compile: bool  # training steps by torch.compile: a fifth less time for each, seconds to begin with
     log_every: Count  # steps between two lines of the training log
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...]  # programs that show the curve; [] for none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.train.config import LoRAParams, TrainParams
+from tinygpt.train.learner import Learner
+from tinygpt.train.micro_batch import find_micro_batch_size, halves
 from tinygpt.train.profile import (
     available_memory,
     build_trained,
@@ -45,13 +48,13 @@ def run(args: argparse.Namespace) -> None:
     found = TOKENIZER_FILE.exists() and not learned
     vocab_size = load_tokenizer(TOKENIZER_FILE).vocab_size if found else tokenizer.vocab_size
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
-    micro = min(runtime.micro_batch_size or train.batch_size, train.batch_size)
     device = open_device(runtime)
+    micro = _micro_batch_size(config, train, runtime, device, measure=not args.no_measure)
     _print_weights(config, train.lora)
     flops = flops_per_token(config, train.lora)
     n_tokens = tokens_before(train.max_steps, train, config.block_size)
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
-    memory, free = memory_of(config, train, micro, device), available_memory(device)
+    memory, free = memory_of(config, train, runtime, micro, device), available_memory(device)
     print(
         f"training    {human_bytes(memory.training)}: weights {human_bytes(memory.weights)}, gradients "
         f"{human_bytes(memory.gradients)}, {train.optimizer} {human_bytes(memory.optimizer)}, activations "
@@ -64,20 +67,35 @@ def run(args: argparse.Namespace) -> None:
     if memory.training > free:
         sys.stdout.flush()
         raise UserError(
-            "the run will not fit: lower runtime.micro_batch_size, which changes no result, then model.block_size "
-            "or the model"
+            "the run will not fit: lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true, which "
+            "change no result, then model.block_size or the model"
         )
     if not args.no_measure:
         sys.stdout.flush()
         tokens = train.batch_size * config.block_size
         steps = f"at least two training steps of {tokens:,} tokens"
         print(f"profile: measures {steps}, which --no-measure leaves out", file=sys.stderr)
-        speed, peak = tokens_per_second(config, train, device, micro), peak_flops(device)
+        learner = Learner(config, train, dataclasses.replace(runtime, micro_batch_size=micro), device=device)
+        speed, peak = tokens_per_second(learner), peak_flops(device)
         print(f"speed       {speed:,.0f} tokens a second, so about {_duration(n_tokens / speed)}")
         print(
             f"            {speed * flops / 1e9:,.1f} billion operations a second, {speed * flops / peak:.0%} of the "
             f"{peak / 1e9:,.1f} of a large matrix product (MFU)"
         )
+
+
+def _micro_batch_size(
+    config: GPTConfig, train: TrainParams, runtime: RuntimeParams, device: torch.device, *, measure: bool
+) -> int:
+    """Sequences in a forward pass; what is yet to be found counts as all of the batch when nothing is measured."""
+    if runtime.micro_batch_size != "auto":
+        return min(runtime.micro_batch_size or train.batch_size, train.batch_size)
+    if not measure:
+        return train.batch_size
+    smallest = halves(train.batch_size)[-1]
+    if memory_of(config, train, runtime, smallest, device).training > available_memory(device):
+        return smallest  # the model is not even built
+    return find_micro_batch_size(Learner(config, train, runtime, device=device))
 
 
 def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:

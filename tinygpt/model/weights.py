@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinygpt.errors import UserError
@@ -30,7 +32,12 @@ def model_tensors(model: GPT) -> dict[str, Tensor]:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all; the same tensors give the same bytes."""
     with atomic_write(path, "wb") as file:
-        file.write(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"}))
+        plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        try:
+            save_file(plain, file.name, {"format": "pt"})  # into the open file: as bytes it would be in memory twice
+        except SafetensorError as error:  # a full disk has its number in the text alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ class TrainParams:
     ema: EMAParams | None  # an average of the weights that is used in their place; null = the weights themselves
     patience: Count | None  # looks without a lower validation loss after which the run ends; null = never
     anneal_dropout: bool  # model.dropout falls to zero over the run, in a straight line
-    precision: Literal["auto", "fp32", "bf16"]  # of products: auto = bf16 on a GPU that has it, else fp32
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"]  # of products: auto = bf16 where it is faster, else fp32
     eval_every: Count  # steps between two looks at the validation split
     eval_tokens: Count  # validation tokens of each look, at most
     save_every: Count  # steps between two checkpoints

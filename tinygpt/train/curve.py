@@ -11,6 +11,7 @@ from tinygpt.train.config import TrainParams
 from tinygpt.train.schedules import lr_frac_at
 
 MAX_ROWS = 1000  # of the curve, about: a longer run averages more steps into a row
+MAX_SKIPPED = 30  # steps in a row without an update in fp16; each halves the scale of the loss, 65,536 at first
 
 Row = dict[str, float | None]
 
@@ -29,20 +30,31 @@ class Progress:
     loss_sum: float = 0.0  # since the last row of the curve
     grad_norm_sum: float = 0.0
     n_summed: int = 0
+    n_skipped: int = 0  # the last steps whose gradient overflowed, of fp16: they changed no weight
+    n_skipped_summed: int = 0  # all of them since the last row of the curve
+    micro_batch_size: int | None = None  # that was found for runtime.micro_batch_size=auto
 
     def count(self, step: int, loss: float, grad_norm: float, params: TrainParams) -> None:
         """Take in the numbers of one step, the next after those before; some steps make a row.
 
-        Raises UserError when a number is not finite.
+        Raises UserError when a number is not finite; in fp16 the gradient may overflow now and then.
         """
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        skipped = params.precision == "fp16" and not math.isfinite(grad_norm)
+        self.n_skipped = self.n_skipped + 1 if skipped else 0
+        if self.n_skipped > MAX_SKIPPED:
+            raise UserError(
+                f"the gradient of step {step} overflows float16, as in the {MAX_SKIPPED} steps before, whatever the "
+                "loss is scaled by: set train.precision=bf16 or fp32, or lower train.lr (the last checkpoint is kept)"
+            )
+        if not (math.isfinite(loss) and (skipped or math.isfinite(grad_norm))):
             raise UserError(
                 f"loss {loss} and gradient norm {grad_norm} at step {step}: lower train.lr or train.grad_clip, or "
                 "lengthen train.warmup_steps (the last good checkpoint is kept)"
             )
         self.loss_sum += loss
-        self.grad_norm_sum += grad_norm
+        self.grad_norm_sum += 0.0 if skipped else grad_norm
         self.n_summed += 1
+        self.n_skipped_summed += skipped
         if step % row_every(params) == 0 or step == params.max_steps:
             self._add_row(step, params)
 
@@ -57,17 +69,18 @@ class Progress:
         return self._row(self.step, params) if self.n_summed else self.rows[-1]
 
     def _row(self, step: int, params: TrainParams) -> Row:
+        n_stepped = self.n_summed - self.n_skipped_summed
         return {
             "step": step,
             "train_loss": self.loss_sum / self.n_summed,
             "val_loss": None,
             "lr": params.lr * lr_frac_at(step - 1, params),
-            "grad_norm": self.grad_norm_sum / self.n_summed,
+            "grad_norm": self.grad_norm_sum / n_stepped if n_stepped else None,
         }
 
     def _add_row(self, step: int, params: TrainParams) -> None:
         self.rows.append(self._row(step, params))
-        self.loss_sum, self.grad_norm_sum, self.n_summed = 0.0, 0.0, 0
+        self.loss_sum, self.grad_norm_sum, self.n_summed, self.n_skipped_summed = 0.0, 0.0, 0, 0
 
 
 def row_every(params: TrainParams) -> int:

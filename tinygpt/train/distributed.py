@@ -99,16 +99,28 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
 
 def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
     """The device of this process.  Raises ParamsError where the processes cannot share the work."""
-    smallest = params.batch_warmup.start if params.batch_warmup else params.batch_size
-    key = "train.batch_warmup.start" if params.batch_warmup else "train.batch_size"
     require(
         (
-            smallest % world.size == 0,
-            f"{key}={smallest} must be a multiple of the {world.size} processes that share it: set runtime.n_process",
+            params.batch_size % world.size == 0,
+            f"train.batch_size={params.batch_size} must be a multiple of the {world.size} processes that share it: "
+            "set runtime.n_process",
+        ),
+        (
+            params.batch_warmup is None or params.batch_warmup.start % world.size == 0,
+            f"train.batch_warmup.start must be a multiple of the {world.size} processes that share it: "
+            "set runtime.n_process",
         ),
         (
             world.size == 1 or runtime.parallel == "ddp" or params.optimizer != "adamw8bit",
             "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
+        ),
+        (
+            world.size == 1 or runtime.parallel == "ddp" or params.precision != "fp16",
+            "train.precision=fp16 cannot be split, for each process would scale its part: set runtime.parallel=ddp",
+        ),
+        (
+            world.size == 1 or runtime.micro_batch_size != "auto",
+            "runtime.micro_batch_size=auto is found in one process: name a size",
         ),
     )
     return open_device(runtime, number=world.local_rank, of=world.local_size)

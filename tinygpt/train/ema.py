@@ -30,16 +30,18 @@ class EMA:
 
     @contextmanager
     def in_place_of(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """A context in which the tensors hold the average."""
-        kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        """A context in which the tensors hold the average, and the average holds what they held."""
         try:
-            _copy(self.average, tensors)
+            _exchange(self.average, tensors)
             yield
         finally:
-            _copy(kept, tensors)
+            _exchange(self.average, tensors)
 
 
 @torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    for name, tensor in source.items():
-        target[name].copy_(tensor)
+def _exchange(some: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Of equal names; one tensor at a time, as a copy of all would take their memory once more."""
+    for name, tensor in some.items():
+        kept = tensor.clone()
+        tensor.copy_(others[name])
+        others[name].copy_(kept)

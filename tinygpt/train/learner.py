@@ -23,6 +23,14 @@ from tinygpt.train.loss import Loss
 from tinygpt.train.norms import part_norms
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from tinygpt.train.parallel import PARALLEL, Alone, gathered, part_of, put, whole
+from tinygpt.train.precision import (
+    build_scaler,
+    load_scaler_tensors,
+    pick_precision,
+    scaler_tensors,
+    set_matmul_precision,
+)
+from tinygpt.train.recompute import recompute_blocks
 from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
 
 
@@ -41,20 +49,26 @@ class Learner:
     ) -> None:
         """`base` has the weights to start from, by name; without it they come from the seed."""
         self.config, self.params, self.device, self.world = config, params, device, world
-        self.micro_batch_size = runtime.micro_batch_size
+        self.runtime = runtime
+        self.micro_batch_size = None if runtime.micro_batch_size == "auto" else runtime.micro_batch_size
         self._build = partial(build_model, config, params, base, device)
         self.model = self._build()
+        if runtime.gradient_checkpointing:
+            recompute_blocks(self.model)
         self._parallel = PARALLEL[runtime.parallel]() if world.size > 1 else Alone()
         self._parallel.split(self.model)
         self.optimizers = build_optimizers(self.model, params)
         self.ema = EMA(params.ema) if params.ema else None
         self.precision = pick_precision(params.precision, device)
-        loss = Loss(self.model, self.precision, label_smoothing=params.label_smoothing, z_loss=params.z_loss)
+        set_matmul_precision(self.precision, device)
+        self.scaler = build_scaler(self.precision, device)
+        extra = {"label_smoothing": params.label_smoothing, "z_loss": params.z_loss}
+        self._loss, loss = (Loss(self.model, self.precision, **extra) for _ in range(2))
         if runtime.compile:
             torch._dynamo.config.recompile_limit = 64  # all sizes of batch that warmups make, not the first 8 alone
             loss.compile(dynamic=False)
         n_rows = self.micro_batch_size or params.batch_size // world.size
-        example = torch.zeros(n_rows, config.block_size + 1, dtype=torch.long, device=device)
+        example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, config.block_size + 1)
         self._train_loss = self._parallel.wrap(loss, example)
         self.part_norms: dict[str, Tensor] = {}  # of the last step's gradient, before clipping
 
@@ -74,14 +88,24 @@ class Learner:
             for part in parts:
                 loss += self._backward(part, len(part) / len(ids))
         loss += self._backward(last, len(last) / len(ids))
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         self.part_norms = part_norms(self.model)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
+        overflow = self.scaler.is_enabled() and not grad_norm.isfinite()  # of fp16: no step, and a smaller scale
         for optimizer in self.optimizers:
-            optimizer.step()
+            if not overflow:
+                optimizer.step()
             optimizer.zero_grad()
+        self.scaler.update()
         if self.ema:
             self.ema.update(step + 1, trained_tensors(self.model))
         return torch.stack([loss, grad_norm])
+
+    def rehearse(self, n: int) -> None:
+        """Forward and backward pass of n sequences of random tokens, not compiled; leaves gradients."""
+        ids = torch.randint(self.config.vocab_size, (n, self.config.block_size + 1)).to(self.device)
+        self.scaler.scale(self._loss(ids)).backward()
 
     @contextmanager
     def looking(self) -> Iterator[GPT]:
@@ -103,7 +127,7 @@ class Learner:
         """All that a checkpoint keeps of it, by part; whole, so that any number of processes may go on from there."""
         parts = {
             "weights": trained_tensors(self.model),
-            "optimizer": optimizer_tensors(self.model, self.optimizers),
+            "optimizer": optimizer_tensors(self.model, self.optimizers) | scaler_tensors(self.scaler),
             "ema": self.ema.average if self.ema else {},
         }
         return {part: {name: gathered(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
@@ -114,13 +138,14 @@ class Learner:
         for name, weight in weights.items():
             put(weight, tensors["weights"][name])
         load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
+        load_scaler_tensors(self.scaler, tensors["optimizer"])
         if self.ema:
             self.ema.average = {name: part_of(tensor, weights[name]) for name, tensor in tensors["ema"].items()}
 
     def _backward(self, ids: Tensor, share: float) -> Tensor:
         """Add the gradient of a share of the loss; returns that share of it."""
         loss: Tensor = self._train_loss(ids) * share
-        loss.backward()
+        self.scaler.scale(loss).backward()
         return loss.detach()
 
 
@@ -138,10 +163,3 @@ def build_model(config: GPTConfig, params: TrainParams, base: dict[str, Tensor] 
 def seed_dropout(seed: int, step: int, world: World) -> None:
     """What dropout draws depends on the step and the process, and not on the past."""
     torch.manual_seed(seed + 1_000_003 * (step + 1) + 7_919 * world.rank)
-
-
-def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The type of products.  "auto" takes bf16 where a GPU has it: most CPUs only emulate it, slowly."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

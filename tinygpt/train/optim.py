@@ -21,6 +21,7 @@ Group = dict[str, Any]  # of an optimizer: weights and how they are trained
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's, https://kellerjordan.github.io/posts/muon/
 N_ITERATIONS = 5
+TOGETHER = 2**19  # weights of one shape in one product, at most: 2 MiB; larger ones fill a processor one by one
 RMS_OF_ADAMW = 0.2  # root mean square of AdamW's updates; Muon's are scaled to it (https://arxiv.org/abs/2502.16982)
 
 
@@ -38,12 +39,12 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Change each weight that has a gradient."""
         for group in self.param_groups:
-            for same in _by_shape(group["params"]).values():
+            for same in _by_shape(group["params"]):
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in same]
                 gradients = _gradients(same)
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                updates = orthogonalized(torch.stack([whole(matrix) for matrix in nesterov]))
+                torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; no one reads them after this
+                updates = orthogonalized(torch.stack([whole(matrix) for matrix in gradients]))
                 scale = RMS_OF_ADAMW * max(same[0].shape) ** 0.5
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(same, [*map(part_of, updates, same)], alpha=-group["lr"] * scale)
@@ -211,9 +212,12 @@ def _gradients(weights: Iterable[Tensor]) -> list[Tensor]:
     return [weight.grad for weight in weights if weight.grad is not None]
 
 
-def _by_shape(parameters: Iterable[Tensor]) -> dict[torch.Size, list[Tensor]]:
-    same: dict[torch.Size, list[Tensor]] = defaultdict(list)
+def _by_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Those of one shape that have a gradient, TOGETHER weights at a time, or one matrix that is larger."""
+    shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
-            same[parameter.shape].append(parameter)
-    return same
+            shapes[parameter.shape].append(parameter)
+    for shape, same in shapes.items():
+        n = max(1, TOGETHER // shape.numel())
+        yield from (same[start : start + n] for start in range(0, len(same), n))

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,6 +63,7 @@ class Shards(Alone):
         for block in model.blocks:
             fully_shard(block)
         self.model: FSDPModule = fully_shard(model)
+        register_fsdp_forward_method(model, "hidden")  # which the loss calls
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -9,16 +9,22 @@ import dataclasses
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.attention import attention_mask
 from tinygpt.model.lora import add_lora, trained_tensors
+from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import LoRAParams, TrainParams
-from tinygpt.train.loss import next_token_loss
-from tinygpt.train.optim import build_optimizers, state_bytes
+from tinygpt.train.learner import Learner
+from tinygpt.train.loss import CHUNK
+from tinygpt.train.optim import state_bytes
+from tinygpt.train.precision import autocast, pick_precision
+from tinygpt.train.recompute import recompute_blocks
 
 FLOAT = 4  # bytes of a float32, in which weights and gradients are kept
 MATMUL_SIZE = 2048  # rows of the square matrices that the peak is measured with
@@ -32,7 +38,7 @@ class Memory:
     weights: int  # adapters included
     gradients: int  # of what is trained, as is the optimizer's state
     optimizer: int
-    activations: int  # kept for the backward pass of one micro-batch, logits included
+    activations: int  # kept for the backward pass of one micro-batch, and the logits worked on at a time
     kv_cache: int  # of a full context
 
     @property
@@ -91,15 +97,34 @@ def _mean_seen(t: int, window: int | None) -> float:
     return (w * (w + 1) / 2 + (t - w) * w) / t
 
 
-def memory_of(config: GPTConfig, params: TrainParams, micro_batch_size: int, device: torch.device) -> Memory:
+def memory_of(
+    config: GPTConfig, params: TrainParams, runtime: RuntimeParams, micro_batch_size: int, device: torch.device
+) -> Memory:
     """What a step will hold, counted without computing it: fake tensors take the device's kernels and no memory."""
-    with FakeTensorMode(), torch.device(device):
+    with FakeTensorMode(), torch.device(device), autocast(pick_precision(params.precision, device), device):
         ids = torch.zeros(micro_batch_size, config.block_size + 1, dtype=torch.long)
-        return _count_memory(build_trained(config, params.lora), params, ids)
+        model = build_trained(config, params.lora)
+        activations = _loss_bytes(model, ids[:, 1:].numel())
+        if runtime.gradient_checkpointing:
+            x = torch.zeros(micro_batch_size, config.block_size, config.n_embd)
+            rope = (model.rope_cos, model.rope_sin) if model.pos_emb is None else None
+            masks = {window: attention_mask(len(x[0]), len(x[0]), window, device) for window in model.windows}
+            activations += kept_bytes(model, lambda: model.blocks[0](x, rope, masks, None))
+            recompute_blocks(model)  # of which the next count has the inputs
+        activations += kept_bytes(model, lambda: model.hidden(ids[:, :-1]))
+        state = state_bytes(model, params)
+    trained = FLOAT * sum(tensor.numel() for tensor in trained_tensors(model).values())
+    return Memory(
+        weights=FLOAT * model.n_params(),
+        gradients=trained,
+        optimizer=state + (trained if params.ema else 0),
+        activations=activations,
+        kv_cache=2 * FLOAT * config.n_layer * config.n_kv_head * config.head_dim * config.block_size,
+    )
 
 
-def _count_memory(model: GPT, params: TrainParams, ids: Tensor) -> Memory:
-    config = model.config
+def kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
+    """What a forward pass keeps for the backward pass, beside the weights."""
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -107,16 +132,19 @@ def _count_memory(model: GPT, params: TrainParams, ids: Tensor) -> Memory:
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:])
-    activations = sum(size for storage, size in kept.items() if storage not in parameters)
-    del loss
-    size = FLOAT * model.n_params()
-    trained = FLOAT * sum(tensor.numel() for tensor in trained_tensors(model).values())
-    cache = 2 * FLOAT * config.n_layer * config.n_kv_head * config.head_dim * config.block_size
-    state = state_bytes(model, params) + (trained if params.ema else 0)
-    return Memory(weights=size, gradients=trained, optimizer=state, activations=activations, kv_cache=cache)
+        result = forward()  # its graph must live until all is counted
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    n_bytes = sum(size for storage, size in kept.items() if storage not in weights)
+    del result
+    return n_bytes
+
+
+def _loss_bytes(model: GPT, n_tokens: int) -> int:
+    """What `next_token_loss` makes: gradients of the last hidden state and of the head, and logits at a time."""
+    c, v = model.config.n_embd, model.config.vocab_size
+    d_head = v * c if model.lm_head.weight.requires_grad else 0
+    return FLOAT * (n_tokens * c + d_head + v * min(max(1, CHUNK // v), n_tokens))
 
 
 def available_memory(device: torch.device) -> int:
@@ -126,22 +154,17 @@ def available_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def tokens_per_second(config: GPTConfig, params: TrainParams, device: torch.device, micro_batch_size: int) -> float:
+def tokens_per_second(learner: Learner) -> float:
     """Measured on training steps with random tokens, the first of which does not count."""
-    model = build_trained(config, params.lora).to(device)
-    optimizers = build_optimizers(model, params)
-    ids = torch.randint(config.vocab_size, (params.batch_size, config.block_size + 1), device=device)
+    config, batch_size = learner.model.config, learner.params.batch_size
+    ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=learner.device)
     times: list[float] = []
     while sum(times[1:]) < MEASURE_S:
         began = time.perf_counter()
-        for part in ids.split(micro_batch_size):
-            (next_token_loss(model(part[:, :-1]), part[:, 1:]) * len(part) / len(ids)).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        _wait(device)
+        learner.learn(0, ids)
+        _wait(learner.device)
         times.append(time.perf_counter() - began)
-    return params.batch_size * config.block_size / statistics.median(times[1:])
+    return batch_size * config.block_size / statistics.median(times[1:])
 
 
 def peak_flops(device: torch.device) -> float:

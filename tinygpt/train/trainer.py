@@ -27,6 +27,7 @@ from tinygpt.train.curve import Progress
 from tinygpt.train.distributed import ALONE, World
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.learner import Learner
+from tinygpt.train.micro_batch import find_micro_batch_size
 from tinygpt.train.prefetch import Prefetch
 from tinygpt.train.schedules import tokens_before
 
@@ -84,6 +85,8 @@ class Trainer:
     def fit(self) -> Trained:
         """Train to the last step.  Raises Stopped on request, UserError when the loss is no number any more."""
         self._resume()
+        if self.runtime.micro_batch_size == "auto":
+            self._find_micro_batch_size()
         self.watch(self.progress)
         start, max_steps = self.progress.step, self.params.max_steps
         with (
@@ -127,6 +130,11 @@ class Trainer:
         self.learner.load(tensors)
         print(f"going on after step {self.progress.step} of {self.params.max_steps} ({self.checkpoints.folder})")
 
+    def _find_micro_batch_size(self) -> None:
+        """Once a run: another size would change the last bits."""
+        self.progress.micro_batch_size = find_micro_batch_size(self.learner, known=self.progress.micro_batch_size)
+        self.learner.micro_batch_size = self.progress.micro_batch_size
+
     def _train_step(self, step: int) -> None:
         self._uncounted.append(self.learner.learn(step, self.prefetch.batch(step)))
 
@@ -156,9 +164,10 @@ class Trainer:
         row = state.latest(self.params)
         tokens_per_s = tokens_before(state.step, self.params, self.batches.seq_len) / state.seconds
         val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
+        norm = "overflowed, no step" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
         return (
             f"step {state.step:>6,} of {self.params.max_steps:,}  train loss {row['train_loss']:.4f}{val}"
-            f"  lr {row['lr']:.2e}  grad norm {row['grad_norm']:.2f}  {tokens_per_s:,.0f} tokens/s"
+            f"  lr {row['lr']:.2e}  grad norm {norm}  {tokens_per_s:,.0f} tokens/s"
         )
 
     def _save(self) -> None:

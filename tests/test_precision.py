@@ -1,0 +1,144 @@
+"""Number formats of training, loss scaling, and blocks that are computed again."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import RUNTIME, random_ids, tiny_config
+from test_train import PARAMS, make_trainer, runs_in_tmp, same, train  # noqa: F401  runs_in_tmp is used by pytest
+
+from tinygpt.errors import UserError
+from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.train.curve import MAX_SKIPPED, Progress
+from tinygpt.train.learner import Learner
+from tinygpt.train.precision import pick_precision
+
+CPU = torch.device("cpu")
+LONG = dataclasses.replace(PARAMS, max_steps=20)
+
+
+def learner(*, gradient_checkpointing=False, precision="fp32", **config):
+    runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=gradient_checkpointing)
+    return Learner(tiny_config(**config), dataclasses.replace(PARAMS, precision=precision), runtime, device=CPU)
+
+
+def scale_to(one, scale):
+    one.scaler.scale(torch.ones(()))  # the scaler has no scale before
+    one.scaler.update(new_scale=scale)
+
+
+def test_auto_is_short_only_where_the_processor_multiplies_it():
+    assert pick_precision("auto", CPU) == ("bf16" if torch.cpu._is_amx_tile_supported() else "fp32")
+    assert pick_precision("auto", torch.device("mps")) == "fp32"
+    assert [pick_precision(name, CPU) for name in ("fp32", "tf32", "bf16", "fp16")] == ["fp32", "tf32", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_short_products_train_and_the_weights_stay_long(precision):
+    whole = train("whole", params=dataclasses.replace(LONG, precision="fp32")).progress
+    short = train("short", params=dataclasses.replace(LONG, precision=precision))
+    first, last = short.progress.rows[0]["train_loss"], short.progress.rows[-1]["train_loss"]
+    assert last < first - 0.1
+    assert last == pytest.approx(whole.rows[-1]["train_loss"], abs=0.02)
+    assert short.progress.best_val_loss != whole.best_val_loss
+    assert short.progress.best_val_loss == pytest.approx(whole.best_val_loss, abs=0.02)
+    assert all(tensor.dtype == torch.float32 for tensor in short.last.values())
+
+
+def test_tf32_on_a_cpu_is_fp32():
+    runs = [train(name, params=dataclasses.replace(LONG, precision=name)) for name in ("fp32", "tf32")]
+    assert same(runs[0].last, runs[1].last)
+    assert runs[0].progress.rows == runs[1].progress.rows
+
+
+def test_gradients_are_scaled_back_before_they_are_clipped_and_reported():
+    whole, short = learner(), learner(precision="fp16")
+    ids = random_ids(4, 65)
+    (loss, norm), (short_loss, short_norm) = whole.learn(5, ids), short.learn(5, ids)
+    assert short.scaler.get_scale() == 65536
+    assert short_loss.item() == pytest.approx(loss.item(), rel=1e-3)
+    assert short_norm.item() == pytest.approx(norm.item(), rel=1e-2)
+    assert short.part_norms["norm"].item() == pytest.approx(whole.part_norms["norm"].item(), rel=2e-2)
+    for name, weight in whole.model.state_dict().items():  # AdamW's first step is as long as the learning rate
+        assert (short.model.state_dict()[name] - weight).abs().mean() < 1e-3
+
+
+def test_a_gradient_that_overflows_makes_no_step_and_halves_the_scale():
+    one = learner(precision="fp16")
+    before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+    scale_to(one, 2.0**40)
+    loss, norm = one.learn(5, random_ids(4, 65)).tolist()
+    assert math.isfinite(loss)
+    assert not math.isfinite(norm)
+    assert same(before, one.model.state_dict())
+    assert one.scaler.get_scale() == 2.0**39
+
+
+def test_an_overflow_is_no_error_but_many_in_a_row_are():
+    params, progress = dataclasses.replace(PARAMS, precision="fp16"), Progress()
+    progress.count(1, 5.0, math.inf, params)
+    assert progress.rows[-1]["grad_norm"] is None
+    progress.count(2, 5.0, 0.5, params)
+    assert progress.rows[-1]["grad_norm"] == 0.5
+    for step in range(3, 3 + MAX_SKIPPED):
+        progress.count(step, 5.0, math.nan, params)
+    with pytest.raises(UserError, match="gradient of step 33 overflows float16, as in the 30 steps before"):
+        progress.count(33, 5.0, math.inf, params)
+    with pytest.raises(UserError, match="loss nan"):
+        Progress().count(1, math.nan, math.inf, params)
+    with pytest.raises(UserError, match="gradient norm inf"):
+        Progress().count(1, 5.0, math.inf, PARAMS)
+
+
+def test_steps_without_an_update_at_the_start_of_a_run_are_logged_and_passed_over(capsys):
+    params = dataclasses.replace(LONG, precision="fp16", eval_every=20)
+    with Checkpoints("run") as checkpoints:
+        trainer = make_trainer(checkpoints, params=params, runtime=dataclasses.replace(RUNTIME, log_every=1))
+        scale_to(trainer.learner, 2.0**30)
+        rows = trainer.fit().progress.rows
+    n_skipped = sum(row["grad_norm"] is None for row in rows)
+    assert 1 <= n_skipped < 15
+    assert capsys.readouterr().out.count("grad norm overflowed, no step") == n_skipped
+    assert rows[0]["train_loss"] - rows[-1]["train_loss"] > 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_blocks_that_are_computed_again_give_the_same_bits(precision, dropout):
+    plain, again = (
+        learner(gradient_checkpointing=on, precision=precision, dropout=dropout, n_layer=3) for on in (False, True)
+    )
+    for step in range(3):
+        ids = random_ids(4, 65, seed=step)
+        assert torch.equal(plain.learn(step, ids), again.learn(step, ids))
+    assert same(plain.model.state_dict(), again.model.state_dict())
+    with plain.looking() as model, again.looking() as other:
+        assert plain.loss_of(model, ids) == again.loss_of(other, ids)
+
+
+def test_blocks_that_are_computed_again_keep_little():
+    def kept(one):
+        sizes = {}
+        ids = random_ids(4, 65)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        ):
+            loss = one._loss(ids)
+        assert loss.requires_grad
+        return sum(sizes.values())
+
+    assert kept(learner(n_layer=8)) > 2 * kept(learner(n_layer=8, gradient_checkpointing=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding(precision, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    params = dataclasses.replace(PARAMS, max_steps=5, precision=precision)
+    runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=True)
+    eager = train("eager", params=params, runtime=runtime)
+    compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True))
+    close = {"atol": 2e-4, "rtol": 1e-3} if precision == "fp32" else {"atol": 5e-3, "rtol": 1e-2}
+    for name in eager.last:
+        torch.testing.assert_close(compiled.last[name], eager.last[name], **close)
