@@ -65,20 +65,23 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             h, target = hidden[part].to(dtype), targets[part, None]
-            logits = F.linear(h, weight).to(exact)  # (n, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            right = (1 - smoothing) * logits.gather(1, target)
+            logits = F.linear(h, weight)  # (n, V)
+            logprobs = logits.log_softmax(-1, dtype=exact)
+            right = logprobs.gather(1, target)
+            log_sum = logits.gather(1, target) - right
+            del logits  # of the size of logprobs
+            losses = z_loss * log_sum.square() - (1 - smoothing) * right
             if smoothing:
-                right += smoothing * logits.mean(-1, keepdim=True)
-            total += (log_sum - right + z_loss * log_sum.square()).sum()
+                losses -= smoothing * logprobs.mean(-1, keepdim=True)
+            total += losses.sum()
             if d_hidden is None and d_head is None:
                 continue
-            d_logits = logits.sub_(log_sum).exp_()
+            d_logits = logprobs.exp_()
             if z_loss:
                 d_logits *= 1 + 2 * z_loss * log_sum
             if smoothing:
                 d_logits -= smoothing / len(head)
-            d_logits = d_logits.scatter_add_(1, target, torch.full_like(log_sum, smoothing - 1)).to(dtype)
+            d_logits = d_logits.scatter_add_(1, target, torch.full_like(right, smoothing - 1)).to(dtype)
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ weight
             if d_head is not None:
