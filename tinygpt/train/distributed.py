@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -142,9 +143,9 @@ def _launch(n_process: int) -> int:
                 return 128 + stopped.sigval
             except ChildFailedError as failed:
                 statuses = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        killed = {rank: status for rank, status in statuses.items() if status < 0}
-        if not killed:
-            return next(iter(statuses.values()))
+        killed = {rank: status for rank, status in statuses.items() if status < 0 and status != -signal.SIGTERM}
+        if not killed:  # but one has failed, or was asked to stop before it listened; the others were then stopped
+            return max([status for status in statuses.values() if status > 0], default=128 + signal.SIGTERM)
         for rank, status in killed.items():
             print(f"train: process {rank} was killed by signal {-status}", file=sys.stderr)
     raise UserError(f"given up after {RESTARTS} new starts: run it again to go on from the newest checkpoint")
