@@ -17,6 +17,7 @@ from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Sampling, stream
+from tinygpt.generate.lean import LeanGPT
 from tinygpt.model import GPT
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
@@ -74,7 +75,7 @@ def test_roles_of_special_tokens_reach_transformers_and_llama_cpp(tokenizer, exp
     assert not set(tokenizer.encode(f"{EOS}{BEGIN}{PAD}{UNKNOWN}")) & set(tokenizer.special_tokens.values())
 
 
-def test_begin_stands_before_each_document_and_each_generated_text(tokenizer):
+def test_begin_stands_before_each_document_and_each_generated_text(tokenizer, monkeypatch):
     block = b"".join(iter_blocks(["the", "file"]))
     ids = BulkEncoder(tokenizer).encode(block).tolist()
     assert tokenizer.decode(ids) == f"{EOS}{BEGIN}the{EOS}{BEGIN}file"
@@ -83,8 +84,10 @@ def test_begin_stands_before_each_document_and_each_generated_text(tokenizer):
     assert (plain.pad_id, plain.unk_id) == (None, None)
     assert plain.decode(BulkEncoder(plain).encode(block).tolist()) == f"{EOS}the{EOS}file"
     model = GPT(tiny_config(vocab_size=tokenizer.vocab_size)).eval()
-    seen = []
-    model.tok_emb.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten().tolist()))
+    seen, logits = [], LeanGPT.logits
+    monkeypatch.setattr(
+        LeanGPT, "logits", lambda self, ids, *rest: seen.append(ids.tolist()) or logits(self, ids, *rest)
+    )
     [*stream(model, tokenizer, "the", max_new_tokens=1, sampling=Sampling())]
     assert seen[0] == [tokenizer.bos_id, *tokenizer.encode("the")]
 
