@@ -5,13 +5,15 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from ruamel.yaml import YAML
 
+TRAIN = (sys.executable, "-m", "stages.train")
 ROOT = Path(__file__).parents[1]
 BIN = str(Path(sys.executable).parent)
 
@@ -66,6 +68,24 @@ def succeed(command: str, folder: Path, **env: str) -> str:
     done = run(command, folder, **env)
     assert done.returncode == 0, f"{command}: {done.stdout}"
     return done.stdout
+
+
+def start_trainer(folder: Path, command: Sequence[str] = TRAIN) -> subprocess.Popen[bytes]:
+    """Start a trainer; its output goes to train.log, which nobody need read for it to go on."""
+    with open(folder / "train.log", "w") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_until(condition: Callable[[], object], folder: Path, *, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, (folder / "train.log").read_text()
+        time.sleep(0.002)
+
+
+def newest_step(folder: Path) -> int:
+    """Steps of the newest checkpoint, 0 where there is none."""
+    return max((int(path.name[5:12]) for path in folder.glob("runs/*/step-*") if not path.suffix), default=0)
 
 
 def commit(folder: Path, message: str) -> None:

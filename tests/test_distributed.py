@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import RUNTIME, tiny_config
-from project import environment, made_once, make_project, run, set_params, succeed
+from project import (
+    made_once,
+    make_project,
+    newest_step,
+    run,
+    set_params,
+    start_trainer,
+    succeed,
+    wait_until,
+)
 from safetensors.torch import load_file, save_file
 
 from tinygpt.errors import UserError
@@ -168,19 +176,6 @@ def project(ready, tmp_path) -> Path:
     return tmp_path / "project"
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    with open(folder / "train.log", "w") as log:
-        command = [sys.executable, "-m", "stages.train"]
-        return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True)
-
-
-def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 200
-    while not any(int(path.name[5:12]) >= step for path in folder.glob("runs/*/step-*") if not path.suffix):
-        assert time.monotonic() < deadline, (folder / "train.log").read_text()
-        time.sleep(0.01)
-
-
 def workers(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The training processes."""
     children = psutil.Process(starter.pid).children(recursive=True)
@@ -190,8 +185,8 @@ def workers(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
 def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same(project, tmp_path):
     shutil.copytree(project, tmp_path / "undisturbed")
     succeed("python -m stages.train", tmp_path / "undisturbed")
-    starter = start(project)
-    wait_for_step(project, 50)
+    starter = start_trainer(project)
+    wait_until(lambda: newest_step(project) >= 50, project, seconds=200)
     assert len(workers(starter)) == 2
     workers(starter)[-1].send_signal(signal.SIGKILL)
     assert starter.wait(200) == 0, (project / "train.log").read_text()
@@ -204,8 +199,8 @@ def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number, project):
-    starter = start(project)
-    wait_for_step(project, 20)
+    starter = start_trainer(project)
+    wait_until(lambda: newest_step(project) >= 20, project, seconds=200)
     group = workers(starter)
     starter.send_signal(number)
     assert starter.wait(200) == (-number if number == signal.SIGKILL else 128 + number)

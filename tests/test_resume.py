@@ -4,18 +4,23 @@ import hashlib
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from project import environment, made_once, make_project, run, set_params, succeed
+from project import (
+    made_once,
+    make_project,
+    newest_step,
+    run,
+    set_params,
+    start_trainer,
+    succeed,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
-TRAIN = [sys.executable, "-m", "stages.train"]
 MODEL = ("data/model/model.safetensors", "data/model/last.safetensors", "data/model/config.json")
 REPORTS = ("reports/train.csv", "reports/train_norms.csv", "reports/train_samples.md")
 STEPS = {"train.max_steps": 600, "train.save_every": 7, "train.eval_every": 100}  # some seconds of training
@@ -61,24 +66,6 @@ def project(trained) -> Path:
     return trained
 
 
-def start(folder: Path, command: list[str] = TRAIN) -> subprocess.Popen[bytes]:
-    """Start a trainer; its output goes to train.log, which nobody need read for it to go on."""
-    with open(folder / "train.log", "w") as log:
-        return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True)
-
-
-def wait_until(condition: Callable[[], object], folder: Path, *, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, (folder / "train.log").read_text()
-        time.sleep(0.002)
-
-
-def newest_step(folder: Path) -> int:
-    """Steps of the newest checkpoint, 0 where there is none."""
-    return max((int(path.name[5:12]) for path in folder.glob("runs/*/step-*") if not path.suffix), default=0)
-
-
 def is_saving(folder: Path) -> bool:
     return any(folder.glob("runs/*/*.partial"))
 
@@ -89,7 +76,7 @@ def log(folder: Path) -> str:
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(project, undisturbed):
     for step, moment in [(14, lambda folder: True), (90, is_saving)]:
-        process = start(project)
+        process = start_trainer(project)
         wait_until(lambda step=step: newest_step(project) >= step, project)
         wait_until(lambda moment=moment: moment(project), project)
         process.kill()
@@ -102,7 +89,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(project, undisturbed):
 
 def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed):
     for number, step in [(signal.SIGINT, 14), (signal.SIGTERM, 90)]:
-        process = start(project)
+        process = start_trainer(project)
         wait_until(lambda step=step: newest_step(project) >= step, project)
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
@@ -116,7 +103,7 @@ def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed):
 
 def test_the_death_of_the_dvc_above_it_stops_it_whatever_stands_between(project):
     for ready in (lambda: any(project.glob("runs/*/lock")), lambda: newest_step(project) > 1):
-        dvc = start(project, [sys.executable, "-c", LIKE_DVC])
+        dvc = start_trainer(project, [sys.executable, "-c", LIKE_DVC])
         wait_until(ready, project)
         dvc.kill()
         dvc.wait()
@@ -156,7 +143,7 @@ def test_another_model_never_goes_on_from_this_ones_checkpoints(trained):
 
 
 def test_a_second_trainer_of_the_same_run_is_refused_in_one_line(project):
-    first = start(project)
+    first = start_trainer(project)
     wait_until(lambda: newest_step(project), project)
     first.send_signal(signal.SIGSTOP)  # else it may end before the second is there
     second = run("python -m stages.train", project)
@@ -169,7 +156,7 @@ def test_a_second_trainer_of_the_same_run_is_refused_in_one_line(project):
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 def test_a_disk_that_fills_up_in_a_save_is_one_line_and_the_run_goes_on_afterwards(project, undisturbed):
-    process = start(project)
+    process = start_trainer(project)
     wait_until(lambda: newest_step(project) >= 14, project)
     # A limit on the size of files stands for the end of the disk: write() fails there.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
