@@ -104,16 +104,21 @@ def begin(
     *,
     n_logprobs: int | None = None,
 ) -> Answer:
-    """An answer without a token.  The prompt begins a document: it is read behind the tokenizer's `bos_id`."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"prompt is no UTF-8 from character {error.start} on: give it as UTF-8") from None
+    """An answer without a token."""
     return Answer(
-        [tokenizer.bos_id, *tokenizer.encode(prompt)],
+        prompt_ids(tokenizer, prompt),
         tokenizer,
         sampling,
         max_new_tokens=max_new_tokens,
         block_size=model.config.block_size,
         n_logprobs=n_logprobs,
     )
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A text as the beginning of a document, behind the tokenizer's `bos_id`.  Raises UserError when it is no text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt is no UTF-8 from character {error.start} on: give it as UTF-8") from None
+    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
