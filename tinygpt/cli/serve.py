@@ -15,6 +15,7 @@ LIMITS = {
     "max_tokens": (4096, "most tokens of an answer"),
     "max_rows": (32, "answers that are written at a time"),
     "max_waiting": (128, "requests that wait; one more is told to come back later"),
+    "max_body": (2**18, "bytes of a request"),
 }
 
 

@@ -24,6 +24,7 @@ FILES = {
     "": ("index.html", "text/html"),
     "page.css": ("page.css", "text/css"),
     "page.js": ("page.js", "text/javascript"),
+    "icon.svg": ("icon.svg", "image/svg+xml"),
 }
 N_ALTERNATIVES = 20
 
@@ -43,6 +44,10 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return refusal_response(Refusal(500, "the server made a mistake, which its log tells"))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -66,8 +71,9 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     async def looked(request: Request) -> Response:
         return json_response(await service.aside(look_at, await service.body(request), service))
 
+    @app.get("/")
     @app.get("/{name}")
-    async def page(name: str) -> Response:
+    async def page(name: str = "") -> Response:
         if name not in FILES:
             raise HTTPException(404, "Not Found")
         file, kind = FILES[name]
@@ -77,22 +83,24 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
 
 
 def look_at(raw: bytes, service: Service) -> dict[str, Any]:
-    """For the page: what might have followed `prompt` and `text`, both ids, and what the model looked at then."""
+    """For the page: what might have followed `prompt` and `text`, both ids, with the id that was `taken`; and what the
+    model looked at then.
+    """
     document = read_object(raw)
     name = document.get("model")
     served = find_model(name if isinstance(name, str) else None, service.models)
-    prompt, text = document.get("prompt"), document.get("text", [])
-    for key, ids in (("prompt", prompt), ("text", text)):
+    prompt, text, taken = document.get("prompt"), document.get("text", []), document.get("taken")
+    for key, ids in {"prompt": prompt, "text": text, "taken": [] if taken is None else [taken]}.items():
         if not isinstance(ids, list) or not all(type(i) is int for i in ids) or (key == "prompt" and not ids):
-            raise Refusal(400, f"{key} must be a list of ids", param=key)
+            raise Refusal(400, f"{key} must be {'an id' if key == 'taken' else 'a list of ids'}", param=key)
         check_ids(key, ids, served)
     assert isinstance(prompt, list)
     seen = seen_before(prompt, text, served.model.config.block_size)
-    best, weights = look(served.model, seen, N_ALTERNATIVES)
+    best, weights = look(served.model, seen, N_ALTERNATIVES, taken)
     return {
         "alternatives": [{"id": i, "token": token_text(served.tokenizer, i), "p": p} for i, p in best],
         "tokens": [token_text(served.tokenizer, i) for i in seen],
-        "attention": [[[round(float(w), 4) for w in head] for head in layer] for layer in weights],
+        "attention": weights.astype(float).round(4).tolist(),
     }
 
 

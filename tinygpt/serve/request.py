@@ -47,7 +47,7 @@ class Body(Sampling):
     n: Annotated[int, Within("[1, 1024]")] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Within("[0, 20]")] | None = None  # alternatives to tell at each token
+    logprobs: Annotated[int, Within("[0, 10]")] | None = None  # alternatives to tell at each token
     echo: bool = False  # the text begins with the prompt
     return_token_ids: bool = False  # of what was read and written
     user: str | None = None  # OpenAI's, who asks: of no use here
@@ -71,6 +71,7 @@ class Body(Sampling):
             ),
             (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be within [-100, 100]"),
             (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: there would be nothing to tell"),
+            (self.max_tokens > 0 or not self.stream, "max_tokens=0 has nothing to stream"),
             (self.stream or not self.stream_options, "stream_options needs stream"),
         )
 

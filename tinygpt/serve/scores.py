@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tinygpt.evaluate.attention import attention_maps
 from tinygpt.model import GPT
@@ -33,14 +34,18 @@ def score(model: GPT, ids: Sequence[int], n_best: int) -> Scores:
 
 
 @torch.inference_mode()
-def look(model: GPT, ids: Sequence[int], n_best: int) -> tuple[list[tuple[int, float]], Any]:
-    """Of the token that follows some ids: the likeliest, with probabilities, and the weights of each layer and head
-    over the ids when it was computed.  -> pairs, (n_layer, n_head, T)
+def look(
+    model: GPT, ids: Sequence[int], n_best: int, taken: int | None
+) -> tuple[list[tuple[int, float]], NDArray[np.float32]]:
+    """Of the token that follows some ids: the likeliest and the one that was taken, with probabilities, and the weights
+    of each layer and head over the ids when it was computed.  -> pairs, (n_layer, n_head, T)
     """
-    logits = model(torch.tensor([list(ids)], device=model.tok_emb.weight.device))[0, -1]
-    best = logits.float().softmax(-1).topk(min(n_best, len(logits)))
-    maps = attention_maps(model, list(ids), rows=slice(-1, None))
-    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True)), maps[:, :, 0]
+    shares = model(torch.tensor([list(ids)], device=model.tok_emb.weight.device))[0, -1].float().softmax(-1)
+    best = shares.topk(min(n_best, len(shares)))
+    pairs = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    if taken is not None:
+        pairs.setdefault(taken, float(shares[taken]))
+    return list(pairs.items()), attention_maps(model, list(ids), rows=slice(-1, None))[:, :, 0]
 
 
 def seen_before(prompt: Sequence[int], written: Sequence[int], block_size: int) -> list[int]:

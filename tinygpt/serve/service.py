@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi.responses import Response, StreamingResponse
@@ -67,8 +68,9 @@ class Service:
         def tell(news: list[Update] | Refusal) -> None:
             if not (asked.body.stream or isinstance(news, Refusal)):
                 news = [update for update in news if update.finish_reason]
-            if news and not loop.is_closed():
-                loop.call_soon_threadsafe(updates.put_nowait, news)
+            if news:
+                with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                    loop.call_soon_threadsafe(updates.put_nowait, news)
 
         job = Job(asked.served.name, asked.answers, tell)
         self.worker.submit(job)

@@ -133,9 +133,13 @@ class Lane:
 
     def drop(self, job: Job) -> None:
         """Go on without a job."""
-        for answer in job.answers:
-            if self._places.pop(answer, None):
+        running = [answer for answer in job.answers if self._places.pop(answer, None)]
+
+        def leave() -> None:
+            for answer in running:
                 self._running.drop(answer)
+
+        self._guarded(leave)
 
     def step(self) -> None:
         """Give each answer a token and tell its job."""
