@@ -48,8 +48,8 @@ def running(tokenizer: Tokenizer, models: Mapping[str, GPT] = MODELS, **limits: 
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
     finally:
-        service.worker.stop()
         server.should_exit = True
+        service.worker.stop()
         thread.join()
 
 

@@ -17,7 +17,7 @@ from tinygpt.serve.guard import Guard, json_bytes
 from tinygpt.serve.limits import Refusal
 from tinygpt.serve.request import Served, check_ids, find_model, read_object
 from tinygpt.serve.scores import look, seen_before
-from tinygpt.serve.service import Service, complete, json_response
+from tinygpt.serve.service import Service, complete, json_response, unless_gone
 
 PAGE = Path(__file__).with_name("page")
 FILES = {
@@ -51,7 +51,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await complete(service, request)
+        raw = await service.body(request)
+        return await unless_gone(request, complete(service, raw))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -69,7 +70,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
 
     @app.post("/look")
     async def looked(request: Request) -> Response:
-        return json_response(await service.aside(look_at, await service.body(request), service))
+        raw = await service.body(request)
+        return await unless_gone(request, looked_at(service, raw))
 
     @app.get("/")
     @app.get("/{name}")
@@ -80,6 +82,11 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
         return Response((PAGE / file).read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
 
     return Guard(app, service.limits, hosts)
+
+
+async def looked_at(service: Service, raw: bytes) -> Response:
+    """`look_at` as a response."""
+    return json_response(await service.aside(look_at, raw, service))
 
 
 def look_at(raw: bytes, service: Service) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import signal
 import socket
@@ -55,7 +56,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
         """Ctrl-C and SIGTERM."""
-        self._service.worker.stop()
+        asyncio.get_running_loop().call_soon_threadsafe(
+            self._service.stop
+        )  # not here: who was interrupted may hold locks
         super().handle_exit(sig, frame)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:

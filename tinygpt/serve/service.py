@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from tinygpt.serve.guard import json_bytes
 from tinygpt.serve.limits import Limits, Refusal
 from tinygpt.serve.request import Completion, Served, read_completion
 from tinygpt.serve.scores import score
-from tinygpt.serve.worker import Job, Update, Worker
+from tinygpt.serve.worker import Job, Update, Worker, stopping
 
 T = TypeVar("T")
 
@@ -33,15 +33,27 @@ class Service:
         self.created = int(time.time())
         self._reader = ThreadPoolExecutor(1)  # reads prompts and scores them, while the loop goes on
 
+    def stop(self) -> None:
+        """Tell all who wait that the server ends."""
+        self.worker.stop()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
     def close(self) -> None:
         """End the threads."""
-        self.worker.stop()
+        self.stop()
         self.worker.join()
         self._reader.shutdown()
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
-        """Do some work in the reader's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._reader, work, *args)
+        """Do some work in the reader's thread, unless who waits for it is gone when its turn comes."""
+        if self.worker.is_stopped:
+            raise stopping()
+        try:
+            return await asyncio.wrap_future(self._reader.submit(work, *args))
+        except asyncio.CancelledError:
+            if self.worker.is_stopped:
+                raise stopping() from None
+            raise
 
     async def body(self, request: Request) -> bytes:
         """The body of a request.  Raises Refusal when it is too large, or too slow to come."""
@@ -91,9 +103,24 @@ class Events(StreamingResponse):
             self._on_end()
 
 
-async def complete(service: Service, request: Request) -> Response:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The response, or the end of its work when the client goes away.  The request must have been read."""
+
+    async def left() -> None:
+        await request.receive()
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else Response(status_code=499)  # which nobody reads
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def complete(service: Service, raw: bytes) -> Response:
     """Answer a completion, whole or as a stream."""
-    asked = await service.aside(read_completion, await service.body(request), service.models, service.limits)
+    asked = await service.aside(read_completion, raw, service.models, service.limits)
     scores = {}
     if asked.body.echo and asked.body.logprobs is not None:
         for i, prompt in enumerate(asked.prompts):
@@ -112,37 +139,11 @@ async def complete(service: Service, request: Request) -> Response:
     if asked.body.stream:
         return Events(events(head, asked, choices, updates), lambda: service.worker.drop(job))
     try:
-        return await whole(head, asked, choices, updates, request)
-    finally:
-        service.worker.drop(job)
-
-
-async def whole(
-    head: dict[str, Any],
-    asked: Completion,
-    choices: list[Choice],
-    updates: asyncio.Queue[list[Update] | Refusal],
-    request: Request,
-) -> Response:
-    """All answers at once, or nothing when the client went away."""
-
-    async def ended() -> None:
         n_left = len(choices)
         while n_left:
             n_left -= len(raised(await updates.get()))
-
-    async def left() -> None:
-        await request.receive()  # the request is read: what comes now is a disconnect
-
-    tasks = [asyncio.create_task(ended()), asyncio.create_task(left())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            return Response(status_code=499)
-        tasks[0].result()
     finally:
-        for task in tasks:
-            task.cancel()
+        service.worker.drop(job)
     told = [choice.take(each.text, len(each.ids), each.finish_reason) for choice in choices for each in [choice.answer]]
     return json_response(head | {"choices": told, "usage": usage(asked, sum(len(a.ids) for a in asked.answers))})
 

@@ -74,6 +74,11 @@ class Worker(threading.Thread):
             self._stopped = True
             self._changed.notify()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was asked to end."""
+        return self._stopped
+
     def counts(self) -> dict[str, int]:
         """Answers that run and requests that wait."""
         with self._changed:

@@ -113,6 +113,7 @@ async function write(pane, prompt, nHidden) {
   clear(pane);
   Object.assign(pane, { stopper, nHidden, name: pane.model.value });
   pane.root.classList.add("writing");
+  tell(pane, "waiting");
   showState();
   const begun = performance.now();
   let reason = "stopped";
@@ -246,7 +247,10 @@ function show({ pane, place, found }) {
   fill(pick("head"), found.attention[0].length, was[1]);
   pick("heads").style.gridTemplateColumns = `repeat(${found.attention[0].length}, 1fr)`;
   pick("heads").replaceChildren(...found.attention.flatMap((heads, l) => heads.map((row, h) => headButton(l, h, row))));
-  pick("look").hidden = false;
+  if (pick("look").hidden) {
+    pick("look").hidden = false;
+    pick("look").scrollIntoView({ block: "nearest" });
+  }
   showAttention();
 }
 
