@@ -1,7 +1,6 @@
 """The server: OpenAI's API as its clients meet it, batches, limits, and clients that go away."""
 
 import concurrent.futures
-import dataclasses
 import json
 import re
 import signal
@@ -565,7 +564,7 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
         (["--host", "203.0.113.7"], "error: cannot listen at 203.0.113.7, port 0"),
         (["--model", "a", "--model", "a"], "error: --model a: its name is taken"),
         (["--model", "nothing"], "error: nothing/config.json not found"),
-        (["--max-rows", "0"], "error: max_rows=0 must be within"),
+        (["--max-rows", "0"], "error: --max-rows=0 must be within"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -591,10 +590,3 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tinygpt", "serve"])
     with pytest.raises(SystemExit, match="serve needs uvicorn: run  pip install -r requirements-serve.txt"):
         main()
-
-
-def test_fields_of_limits_that_the_command_sets_have_its_defaults():
-    from tinygpt.cli.serve import LIMITS
-
-    defaults = dataclasses.asdict(Limits())
-    assert {name: default for name, (default, _) in LIMITS.items()} == {name: defaults[name] for name in LIMITS}

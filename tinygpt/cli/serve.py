@@ -6,16 +6,18 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from tinygpt.cli.sampling import flag
 from tinygpt.errors import UserError
 from tinygpt.model.quantize import KINDS, quantize
 from tinygpt.model.weights import load_pair
-from tinygpt.params import from_mapping
+from tinygpt.params import ParamsError, from_mapping
+from tinygpt.serve.limits import Limits
 
 LIMITS = {
-    "max_tokens": (4096, "most tokens of an answer"),
-    "max_rows": (32, "answers that are written at a time"),
-    "max_waiting": (128, "requests that wait; one more is told to come back later"),
-    "max_body": (2**18, "bytes of a request"),
+    "max_tokens": "most tokens of an answer",
+    "max_rows": "answers that are written at a time",
+    "max_waiting": "requests that wait; one more is told to come back later",
+    "max_body": "bytes of a request",
 }
 
 
@@ -36,9 +38,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="a name the server is called by"
     )
-    for name, (default, help) in LIMITS.items():
+    for name, help in LIMITS.items():
         command.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=default, help=f"{help} (default: {default})"
+            flag(name), type=int, default=getattr(Limits(), name), help=f"{help} (default: %(default)s)"
         )
 
 
@@ -47,14 +49,16 @@ def run(args: argparse.Namespace) -> None:
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"serve needs {package}: run  pip install -r requirements-serve.txt")
-    from tinygpt.serve.limits import Limits
     from tinygpt.serve.request import Served
     from tinygpt.serve.server import listen, serve
     from tinygpt.serve.service import Service
 
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} must be within 0 and 65535")
-    limits = from_mapping(Limits, vars(Limits()) | {name: getattr(args, name) for name in LIMITS})
+    try:
+        limits = from_mapping(Limits, vars(Limits()) | {name: getattr(args, name) for name in LIMITS})
+    except ParamsError as error:
+        raise ParamsError([flag(problem) for problem in error.problems]) from None
     listener = listen(args.host, args.port)
     models = []
     for name, folder in named(args.model or ["data/model"]).items():

@@ -14,7 +14,7 @@ class Limits:
 
     max_tokens: Count = 4096  # of one answer
     max_rows: Annotated[int, Within("[1, 1024]")] = 32  # answers that are extended together; each has a KV cache
-    max_waiting: Annotated[int, Within("[0, 65536]")] = 128  # requests that wait for rows; one more has status 429
+    max_waiting: Count = 128  # requests that wait for rows; one more has status 429
     max_requests: Count = 256  # requests of all kinds at a time; one more has status 503
     max_body: Count = 2**18  # bytes of a request; a larger one has status 413
     max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt

@@ -52,7 +52,7 @@ class Worker(threading.Thread):
         with self._changed:
             if self._stopped:
                 raise stopping()
-            if len(self._waiting) >= max(1, self._limits.max_waiting):
+            if len(self._waiting) >= self._limits.max_waiting:
                 raise Refusal(
                     429, f"{len(self._waiting)} requests wait already: try again later", code="too_many_requests"
                 )

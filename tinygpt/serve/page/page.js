@@ -113,6 +113,7 @@ async function write(pane, prompt, nHidden) {
   clear(pane);
   Object.assign(pane, { stopper, nHidden, name: pane.model.value });
   pane.root.classList.add("writing");
+  pane.root.ariaBusy = "true"; // a screen reader is told the end, not each token
   tell(pane, "waiting");
   showState();
   const begun = performance.now();
@@ -135,6 +136,7 @@ async function write(pane, prompt, nHidden) {
   if (pane.stopper === stopper) {
     pane.stopper = null;
     pane.root.classList.remove("writing");
+    pane.root.ariaBusy = "false";
   }
   showState();
 }
