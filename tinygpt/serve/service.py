@@ -167,6 +167,7 @@ async def events(
                 if update.finish_reason:
                     n_left -= 1
                     n_written += update.n_ids
+            await asyncio.sleep(0)  # where many updates wait, others have their turn, and a client may be seen to go
     except Refusal as error:
         yield event(error.body())
         return
