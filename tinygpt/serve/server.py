@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
 import types
@@ -76,5 +77,6 @@ def serve(service: Service, listener: socket.socket, hosts: Sequence[str]) -> No
     def stopped(number: int, frame: types.FrameType | None) -> None:
         raise Stopped(number, "stopped")
 
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has just left
     signal.signal(signal.SIGTERM, stopped)  # uvicorn raises it again when all is closed
     Server(service, hosts).run([listener])
