@@ -12,6 +12,8 @@ from project import ROOT, environment
 
 from tinygpt.generate import Sampling, Search
 from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.serve.limits import Limits
+from tinygpt.serve.request import Body
 from tinygpt.tokenizer.bpe import train_bpe
 
 
@@ -52,3 +54,13 @@ def test_every_option_of_generation_is_in_its_page():
     page = (ROOT / "docs/generation.md").read_text()
     options = {field.name for cls in (Sampling, Search) for field in dataclasses.fields(cls)}
     assert {name for name in options if f"`{name}`" not in page} == set()
+
+
+def test_every_field_and_limit_of_the_server_is_in_its_page():
+    page = (ROOT / "docs/server.md").read_text()
+    assert {
+        each.name for each in dataclasses.fields(Body) if f"`{each.name}`" not in page and each.name != "stream_options"
+    } == set()
+    for name, value in dataclasses.asdict(Limits()).items():
+        (row,) = re.findall(rf"^\| `(?:--)?{re.sub('_', '[-_]', name)}` \| ([\d,]+) ", page, re.MULTILINE)
+        assert int(row.replace(",", "")) == value, name

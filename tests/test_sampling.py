@@ -88,7 +88,8 @@ def test_every_option_has_a_function_and_a_row_here():
 
 def assert_same_distribution(ours, theirs):
     assert torch.equal(ours > -math.inf, theirs > -math.inf)
-    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1))
+    # transformers keeps biases in float32, whose step at 16 is 2e-6
+    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

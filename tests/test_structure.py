@@ -39,7 +39,7 @@ ROOMS = [
     ["train", "generate"],
     ["evaluate"],
     ["export"],
-    ["report"],
+    ["report", "serve"],
     ["cli"],
     ["__main__"],
 ]

@@ -12,6 +12,7 @@ from tinygpt.errors import program
 COMMANDS = {
     "generate": ("generate", "continue a prompt"),
     "chat": ("chat", "continue what you type, line by line; an empty line starts afresh"),
+    "serve": ("serve", "serve models by OpenAI's API, with a page to play with them"),
     "encode": ("encode", "show the ids and pieces of a text"),
     "decode": ("decode", "show the text of ids"),
     "attention": ("attention", "draw where each head of the model looks in a text"),

@@ -11,13 +11,16 @@ from tinygpt.model import GPT
 from tinygpt.model.attention import Attention, attention_weights, repeated
 
 
-def attention_maps(model: GPT, ids: list[int]) -> NDArray[np.float32]:
-    """The weights of every layer and head for one sequence.  (T,) -> (n_layer, n_head, T, T), rows sum to 1"""
+def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """The weights of every layer and head for one sequence.  (T,) -> (n_layer, n_head, T, T), rows sum to 1
+
+    `rows` are the tokens that look, where not all are wanted.
+    """
     maps: list[Tensor] = []
 
     def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         weights = attention_weights(q, k, mask)
-        maps.append(weights[0])
+        maps.append(weights[0, :, rows].clone())  # not a view that keeps the other rows
         return weights @ repeated(v, q)
 
     layers = [module for module in model.modules() if isinstance(module, Attention)]

@@ -1,0 +1,40 @@
+"""What the server takes on, and what it answers where that is passed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from tinygpt.params import Count, Within
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Beyond them a request is refused, which bounds the memory that clients can take."""
+
+    max_tokens: Count = 4096  # of one answer
+    max_rows: Annotated[int, Within("[1, 1024]")] = 32  # answers that are extended together; each has a KV cache
+    max_waiting: Count = 128  # requests that wait for rows; one more has status 429
+    max_requests: Count = 256  # requests of all kinds at a time; one more has status 503
+    max_body: Count = 2**18  # bytes of a request; a larger one has status 413
+    max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt
+    read_seconds: Count = 30  # within which a request must have come
+
+
+class Refusal(Exception):
+    """A request that is not done, with the HTTP status and the error object of OpenAI's API."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        self.status, self.message, self.param, self.code = status, message[:1000], param, code
+        super().__init__(self.message)
+
+    def body(self) -> dict[str, Any]:
+        """The error as JSON."""
+        kind = (
+            "invalid_request_error"
+            if self.status < 429
+            else "rate_limit_error"
+            if self.status == 429
+            else "server_error"
+        )
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

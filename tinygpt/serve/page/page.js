@@ -1,0 +1,352 @@
+// The playground: asks the server's completions, shows tokens as they come, and what was behind each.
+// What comes from a model is put in as text, never as HTML.
+
+const pick = (id) => document.getElementById(id);
+const OPTIONS = [
+  // name, least, most, step of the slider, start
+  ["temperature", 0, 2, 0.05, 0.8],
+  ["top_p", 0.05, 1, 0.05, 0.95],
+  ["top_k", 0, 200, 1, 0],
+  ["min_p", 0, 1, 0.01, 0],
+  ["repetition_penalty", 0.5, 2, 0.05, 1],
+  ["frequency_penalty", -2, 2, 0.1, 0],
+  ["max_tokens", 1, 500, 1, 120],
+  ["seed", null, null, 1, 1],
+];
+const panes = [];
+let models = [];
+let looking = null; // what is shown of a token: its pane, its place, and the server's answer
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+// ---- options ----
+
+function addOption([name, least, most, step, start]) {
+  const label = element("label", least === null ? "option wide" : "option");
+  const number = element("input");
+  Object.assign(number, { type: "number", id: name, value: start, step });
+  number.setAttribute("aria-label", name);
+  label.append(element("span", "", name.replaceAll("_", " ")));
+  if (least !== null) {
+    const range = element("input");
+    Object.assign(range, { type: "range", min: least, max: most, step, value: start, tabIndex: -1 });
+    range.setAttribute("aria-hidden", "true");
+    range.oninput = () => { number.value = range.value; };
+    number.oninput = () => { range.value = number.value; };
+    label.append(range);
+  }
+  label.append(number);
+  pick("options").append(label);
+}
+
+const sampling = () => Object.fromEntries(OPTIONS.map(([name]) => [name, Number(pick(name).value)]));
+
+// ---- tokens as text ----
+
+// The bytes of a token as the server tells it: text, or "bytes:\xe4…" where it is no whole character.
+function bytesOf(token) {
+  const parts = token.startsWith("bytes:\\x") ? token.matchAll(/\\x([0-9a-f]{2})/g) : null;
+  return parts ? Uint8Array.from(parts, (part) => parseInt(part[1], 16)) : new TextEncoder().encode(token);
+}
+
+// A token as a name: spaces and line ends can be seen.
+const visible = (token) => token.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "∅";
+const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)} %`;
+
+// Tokens as spans; half a character shows with the token that completes it.
+function tokenSpans(tokens, decoder) {
+  return tokens.map((token) => {
+    const text = decoder.decode(bytesOf(token), { stream: true });
+    const span = element("span", "token", text);
+    span.classList.toggle("line", /^\n/.test(text));
+    span.classList.toggle("part", text === "");
+    return span;
+  });
+}
+
+// ---- panes: a model and what it wrote ----
+
+function addPane() {
+  const root = pick("pane").content.firstElementChild.cloneNode(true);
+  const pane = { root, model: root.querySelector(".model"), status: root.querySelector(".status") };
+  pane.tokens = root.querySelector(".tokens");
+  for (const model of models) pane.model.add(new Option(model.id));
+  pane.model.selectedIndex = Math.min(panes.length, models.length - 1);
+  pane.model.onchange = () => describe(pane);
+  pane.tokens.onclick = (event) => choose(pane, Number(event.target.dataset.place));
+  pane.tokens.onkeydown = (event) => walk(pane, event);
+  panes.push(pane);
+  pick("panes").append(root);
+  clear(pane);
+  describe(pane);
+}
+
+function describe(pane) {
+  const { n_weight, n_layer, n_head, block_size } = models[pane.model.selectedIndex];
+  tell(pane, `${n_weight.toLocaleString("en")} weights, ${n_layer} layers of ${n_head} heads, context ${block_size}`);
+}
+
+function tell(pane, text, isWrong = false) {
+  pane.status.textContent = text;
+  pane.status.classList.toggle("wrong", isWrong);
+}
+
+function clear(pane) {
+  Object.assign(pane, { ids: [], nPrompt: 0, nHidden: 0, spans: [], decoder: new TextDecoder(), name: null });
+  pane.tokens.replaceChildren();
+  if (looking?.pane === pane) {
+    looking.stopper.abort();
+    looking = null;
+    pick("look").hidden = true;
+  }
+}
+
+// Let a pane's model go on with a text, or with ids of which the first nHidden are not shown.
+async function write(pane, prompt, nHidden) {
+  pane.stopper?.abort();
+  const stopper = new AbortController();
+  clear(pane);
+  Object.assign(pane, { stopper, nHidden, name: pane.model.value });
+  pane.root.classList.add("writing");
+  pane.root.ariaBusy = "true"; // a screen reader is told the end, not each token
+  tell(pane, "waiting");
+  showState();
+  const begun = performance.now();
+  let reason = "stopped";
+  try {
+    const asked = { model: pane.name, prompt, ...sampling(), stream: true, echo: true, logprobs: 0, return_token_ids: true };
+    const response = await post("/v1/completions", asked, stopper.signal);
+    for await (const event of events(response)) {
+      const [choice] = event.choices;
+      receive(pane, choice);
+      reason = choice.finish_reason ?? reason;
+      const n = pane.ids.length - pane.nPrompt;
+      tell(pane, `${n} tokens, ${Math.round((1000 * n) / (performance.now() - begun))} a second`);
+    }
+    tell(pane, `${pane.status.textContent}, ${reason === "length" ? "as long as asked" : "at its end"}`);
+  } catch (error) {
+    if (error.name === "AbortError") tell(pane, `${pane.ids.length - pane.nPrompt} tokens, stopped`);
+    else tell(pane, error.message, true);
+  }
+  if (pane.stopper === stopper) {
+    pane.stopper = null;
+    pane.root.classList.remove("writing");
+    pane.root.ariaBusy = "false";
+  }
+  showState();
+}
+
+// Put in what is new: with the first part also the prompt.
+function receive(pane, { token_ids, prompt_token_ids, logprobs }) {
+  if (prompt_token_ids) {
+    pane.ids = [...prompt_token_ids];
+    pane.nPrompt = prompt_token_ids.length;
+    pane.nHidden ||= pane.nPrompt - (logprobs.tokens.length - token_ids.length); // what the server put before a text
+  }
+  pane.ids.push(...token_ids);
+  const first = pane.ids.length - logprobs.tokens.length;
+  const spans = tokenSpans(logprobs.tokens, pane.decoder);
+  spans.forEach((span, i) => addToken(pane, span, first + i, logprobs.token_logprobs[i]));
+}
+
+function addToken(pane, span, place, logprob) {
+  if (place < pane.nHidden) return;
+  span.classList.toggle("read", place < pane.nPrompt);
+  span.classList.toggle("start", place === 0);
+  if (logprob !== null) {
+    span.style.setProperty("--share", Math.min(1, -logprob / 7));
+    span.title = percent(Math.exp(logprob));
+  }
+  if (place > 0) {
+    span.dataset.place = place;
+    span.setAttribute("role", "button");
+    span.tabIndex = pane.spans.length ? -1 : 0; // one stop of the Tab key for all; arrow keys go on
+    pane.spans.push(span);
+  }
+  pane.tokens.append(span);
+}
+
+function walk(pane, event) {
+  const at = pane.spans.indexOf(document.activeElement); // -1: none has been chosen yet
+  const last = pane.spans.length - 1;
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last, Enter: at, " ": at }[event.key];
+  if (to === undefined || !pane.spans.length) return;
+  event.preventDefault();
+  const span = pane.spans[Math.max(0, Math.min(last, to))];
+  span.focus();
+  choose(pane, Number(span.dataset.place));
+}
+
+function showState() {
+  const isWriting = panes.some((pane) => pane.stopper);
+  pick("stop").disabled = !isWriting;
+  pick("onward").disabled = isWriting || !panes.some((pane) => pane.ids.length);
+  for (const pane of panes) pane.tokens.classList.toggle("shaded", pick("shade").checked);
+}
+
+// ---- the server ----
+
+async function post(path, document, signal) {
+  const headers = { "content-type": "application/json" };
+  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(document), signal });
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  return response;
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ; ) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("the server went away");
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.replace("data: ", "");
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      yield event;
+    }
+  }
+}
+
+// ---- a token looked at ----
+
+async function choose(pane, place) {
+  if (!place) return;
+  looking?.stopper.abort();
+  const mine = { pane, place, stopper: new AbortController() };
+  looking = mine;
+  for (const each of panes) {
+    for (const span of each.spans) {
+      const isChosen = each === pane && Number(span.dataset.place) === place;
+      span.classList.toggle("chosen", isChosen);
+      if (each === pane) span.tabIndex = isChosen ? 0 : -1;
+    }
+  }
+  const prompt = pane.ids.slice(0, Math.min(place, pane.nPrompt));
+  const text = pane.ids.slice(pane.nPrompt, Math.max(place, pane.nPrompt));
+  try {
+    const response = await post("/look", { model: pane.name, prompt, text, taken: pane.ids[place] }, mine.stopper.signal);
+    mine.found = await response.json();
+    if (looking === mine) show(mine);
+  } catch (error) {
+    if (error.name !== "AbortError") tell(pane, error.message, true);
+  }
+}
+
+function show({ pane, place, found }) {
+  const taken = found.alternatives.find(({ id }) => id === pane.ids[place]);
+  pick("chosen").textContent = `${visible(taken.token)} had ${percent(taken.p)}`;
+  pick("alternatives").replaceChildren(...found.alternatives.map((one) => alternative(pane, place, one)));
+  const was = [pick("layer").value, pick("head").value];
+  fill(pick("layer"), found.attention.length, was[0]);
+  fill(pick("head"), found.attention[0].length, was[1]);
+  pick("heads").style.gridTemplateColumns = `repeat(${found.attention[0].length}, 1fr)`;
+  pick("heads").replaceChildren(...found.attention.flatMap((heads, l) => heads.map((row, h) => headButton(l, h, row))));
+  if (pick("look").hidden) {
+    pick("look").hidden = false;
+    pick("look").scrollIntoView({ block: "nearest" });
+  }
+  showAttention();
+}
+
+// A head by the token that it looked at most; pressed again, it gives way to the mean of all.
+function headButton(layer, head, weights) {
+  const most = Math.max(...weights);
+  const token = visible(looking.found.tokens[weights.indexOf(most)]);
+  const button = element("button", "", token);
+  button.type = "button";
+  button.title = `layer ${layer}, head ${head}: ${token} ${percent(most)}`;
+  button.style.setProperty("--share", most);
+  button.onclick = () => {
+    const isOn = button.ariaPressed === "true";
+    [pick("layer").value, pick("head").value] = isOn ? ["", ""] : [layer, head];
+    showAttention();
+  };
+  return button;
+}
+
+function alternative(pane, place, { id, token, p }) {
+  const item = element("li");
+  const button = element("button", id === pane.ids[place] ? "taken" : "");
+  const bar = element("span", "bar");
+  bar.style.width = `${100 * p}%`;
+  button.type = "button";
+  button.append(bar, element("span", "name", visible(token)), element("span", "share", percent(p)));
+  button.onclick = () => {
+    pane.tokens.focus();
+    write(pane, [...pane.ids.slice(0, place), id], pane.nHidden);
+  };
+  item.append(button);
+  return item;
+}
+
+function fill(select, count, was) {
+  select.replaceChildren(new Option("mean of all", ""), ...Array.from({ length: count }, (_, i) => new Option(i, i)));
+  select.value = was < count ? was : "";
+}
+
+function showAttention() {
+  const { tokens, attention } = looking.found;
+  const [layer, head] = [pick("layer").value, pick("head").value];
+  const layers = layer === "" ? attention : [attention[layer]];
+  const rows = layers.flatMap((heads) => (head === "" ? heads : [heads[head]]));
+  const weights = tokens.map((_, i) => rows.reduce((sum, row) => sum + row[i], 0) / rows.length);
+  const most = Math.max(...weights);
+  const spans = tokenSpans(tokens, new TextDecoder());
+  spans.forEach((span, i) => {
+    span.style.setProperty("--share", weights[i] / most);
+    span.title = percent(weights[i]);
+  });
+  pick("attention").replaceChildren(...spans);
+  [...pick("heads").children].forEach((button, i) => {
+    const [l, h] = [Math.floor(i / attention[0].length), i % attention[0].length];
+    button.ariaPressed = String((layer === "" || Number(layer) === l) && (head === "" || Number(head) === h) && layer + head !== "");
+  });
+  const order = weights.map((_, i) => i).sort((a, b) => weights[b] - weights[a]).slice(0, 3);
+  pick("most").textContent = `Most at ${order.map((i) => `${visible(tokens[i])} (${percent(weights[i])})`).join(", ")}`;
+}
+
+// ---- start ----
+
+function showPanes() {
+  if (panes.length < 2 && pick("compare").checked) addPane();
+  panes.forEach((pane, i) => { pane.root.hidden = i > 0 && !pick("compare").checked; });
+  showState();
+}
+
+const shown = () => panes.filter((pane) => !pane.root.hidden);
+const stop = () => panes.forEach((pane) => pane.stopper?.abort());
+
+async function start() {
+  OPTIONS.forEach(addOption);
+  models = (await (await fetch("/v1/models")).json()).data;
+  addPane();
+  pick("compare").checked = models.length > 1;
+  showPanes();
+  pick("ask").onsubmit = (event) => {
+    event.preventDefault();
+    shown().forEach((pane) => write(pane, pick("prompt").value, 0));
+  };
+  pick("stop").onclick = stop;
+  pick("onward").onclick = () => shown().forEach((pane) => pane.ids.length && write(pane, pane.ids, pane.nHidden));
+  pick("compare").onchange = showPanes;
+  pick("shade").onchange = showState;
+  pick("layer").onchange = pick("head").onchange = showAttention;
+  document.onkeydown = (event) => {
+    if (event.key === "Escape") stop();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) pick("ask").requestSubmit();
+  };
+  pick("prompt").focus();
+}
+
+start().catch((error) => {
+  pick("error").textContent = `The server cannot be used: ${error.message}`;
+  pick("error").hidden = false;
+});

@@ -1,0 +1,229 @@
+"""What a client asks for, read and checked: OpenAI's names, and those of Sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from tinygpt.errors import UserError
+from tinygpt.generate import Answer, Sampling
+from tinygpt.generate.stream import prompt_ids
+from tinygpt.model import GPT
+from tinygpt.params import ParamsError, Within, from_mapping, require
+from tinygpt.serve.limits import Limits, Refusal
+from tinygpt.tokenizer import Tokenizer
+
+MOST_ITEMS = 1024  # of a list in the options
+Penalty = Annotated[float, Within("[-2, 2]")]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that clients may name."""
+
+    name: str
+    model: GPT
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """What a stream tells besides its text."""
+
+    include_usage: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body(Sampling):
+    """The fields of a request but `prompt`.  Penalties have OpenAI's bounds: within them all logits stay finite."""
+
+    model: str | None = None  # None = the first one
+    max_tokens: Annotated[int, Within("[0, inf)")] = 16
+    n: Annotated[int, Within("[1, 1024]")] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Within("[0, 10]")] | None = None  # alternatives to tell at each token
+    echo: bool = False  # the text begins with the prompt
+    return_token_ids: bool = False  # of what was read and written
+    user: str | None = None  # OpenAI's, who asks: of no use here
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Within("[0.01, 100]")] = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        super().__post_init__()
+        lists = {
+            "stop": self.stop,
+            "stop_ids": self.stop_ids,
+            "banned_ids": self.banned_ids,
+            "logit_bias": self.logit_bias,
+        }
+        require(
+            *(
+                (len(values) <= MOST_ITEMS, f"{name} has more than {MOST_ITEMS} items")
+                for name, values in lists.items()
+            ),
+            (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be within [-100, 100]"),
+            (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: there would be nothing to tell"),
+            (self.max_tokens > 0 or not self.stream, "max_tokens=0 has nothing to stream"),
+            (self.stream or not self.stream_options, "stream_options needs stream"),
+        )
+
+    def sampling(self) -> Sampling:
+        """The options that are of generation."""
+        return Sampling(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Sampling)})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is continued."""
+
+    ids: list[int]
+    text: str
+    n_added: int  # ids that stand before the text: the one that begins a document, or none
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A request that can be done."""
+
+    served: Served
+    body: Body
+    prompts: list[Prompt]
+    answers: list[Answer] = field(repr=False)  # n of each prompt, one prompt after the other
+
+
+def read_completion(raw: bytes, models: Mapping[str, Served], limits: Limits) -> Completion:
+    """Read a request.  Raises Refusal with all that is wrong."""
+    document = read_object(raw)
+    try:
+        given = {name: value for name, value in document.items() if value is not None and name != "prompt"}
+        body = from_mapping(Body, defaults() | {"seed": secrets.randbits(32)} | plain(given))
+        served = find_model(body.model, models)
+        prompts = read_prompts(document.get("prompt"), served, limits)
+        require(
+            (
+                body.max_tokens <= limits.max_tokens,
+                f"max_tokens={body.max_tokens} must be at most {limits.max_tokens}, the limit of this server",
+            ),
+            (
+                len(prompts) * body.n <= limits.max_rows,
+                f"prompt and n ask for {len(prompts) * body.n} answers, a request may have {limits.max_rows}",
+            ),
+        )
+        answers = [begin(served, prompt, body, i) for prompt in prompts for i in range(body.n)]
+    except ParamsError as error:
+        problems = [problem.replace("max_new_tokens", "max_tokens") for problem in error.problems]
+        named = re.match(r"(?:unknown key )?(\w+)", problems[0])
+        param = named[1] if named and named[1] in document else None
+        raise Refusal(400, "; ".join(problems), param=param) from None
+    except UserError as error:
+        raise Refusal(400, str(error), param="prompt") from None
+    return Completion(served, body, prompts, answers)
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object.  Raises Refusal."""
+    try:
+        document = json.loads(raw.decode(), parse_constant=no_constant)
+    except UnicodeDecodeError as error:
+        raise Refusal(400, f"the request is no UTF-8 from byte {error.start} on") from None
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the request is no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise Refusal(400, 'the request must be a JSON object of options, such as {"prompt": "The"}')
+    return document
+
+
+def no_constant(name: str) -> None:
+    """Refuse what Python's JSON has besides numbers: NaN and Infinity."""
+    raise ValueError(f"{name} is no number")
+
+
+def defaults() -> dict[str, Any]:
+    """Those of Body."""
+    return {each.name: each.default for each in dataclasses.fields(Body)}
+
+
+def plain(given: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's shorter forms in ours: one stop text for a list of one, an object of biases for a list of pairs."""
+    values = dict(given)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    if isinstance(options := values.get("stream_options"), dict):
+        values["stream_options"] = {"include_usage": False} | options
+    if isinstance(biases := values.get("logit_bias"), dict):
+        values["logit_bias"] = [(int(i) if re.fullmatch(r"\d{1,9}", i) else i, bias) for i, bias in biases.items()]
+    return values
+
+
+def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
+    """The model of a name, the first one without.  Raises Refusal when there is none."""
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        message = f"model {name!r} is not served here, these are: {', '.join(models)}"
+        raise Refusal(404, message, param="model", code="model_not_found")
+    return models[name]
+
+
+def read_prompts(value: Any, served: Served, limits: Limits) -> list[Prompt]:
+    """One or several, as texts or ids; nothing begins a new document.  Raises Refusal or UserError."""
+    is_one = value is None or isinstance(value, str) or (isinstance(value, list) and all_numbers(value))
+    each = [value] if is_one else value
+    if not isinstance(each, list) or not each or not all(is_prompt(one) for one in each):
+        raise Refusal(400, "prompt must be a text, a list of texts, or of ids, or of lists of ids", param="prompt")
+    if len(each) > limits.max_rows:
+        raise Refusal(400, f"prompt has {len(each)} texts, a request may have {limits.max_rows}", param="prompt")
+    return [read_prompt("" if one is None else one, served, limits) for one in each]
+
+
+def is_prompt(value: Any) -> bool:
+    """Whether this is one prompt."""
+    return value is None or isinstance(value, str) or (isinstance(value, list) and bool(value) and all_numbers(value))
+
+
+def all_numbers(values: list[Any]) -> bool:
+    """Whether these are whole numbers alone, and some."""
+    return bool(values) and all(type(value) is int for value in values)
+
+
+def read_prompt(value: str | list[int], served: Served, limits: Limits) -> Prompt:
+    """One prompt.  A text begins a document, ids are taken as they are."""
+    size = len(value.encode(errors="replace")) if isinstance(value, str) else len(value)
+    if size > limits.max_prompt:
+        message = (
+            f"prompt has {size:,} {'bytes' if isinstance(value, str) else 'ids'}, it may have {limits.max_prompt:,}"
+        )
+        raise Refusal(400, message, param="prompt", code="context_length_exceeded")
+    if isinstance(value, str):
+        ids = prompt_ids(served.tokenizer, value)
+        return Prompt(ids, value, 1)
+    check_ids("prompt", value, served)
+    return Prompt(value, served.tokenizer.decode(value), 0)
+
+
+def check_ids(name: str, ids: list[int], served: Served) -> None:
+    """Raise Refusal where the model has no such id."""
+    n = served.tokenizer.vocab_size
+    if wrong := [i for i in ids if not 0 <= i < n]:
+        raise Refusal(400, f"{name} has the id {str(wrong[0])[:20]}, the model's are 0 to {n - 1}", param=name)
+
+
+def begin(served: Served, prompt: Prompt, body: Body, index: int) -> Answer:
+    """The answer number `index` to a prompt, which has a seed of its own."""
+    sampling = dataclasses.replace(body.sampling(), seed=(body.seed + index) % 2**32)
+    return Answer(
+        prompt.ids,
+        served.tokenizer,
+        sampling,
+        max_new_tokens=max(1, body.max_tokens),  # where it is 0, nothing is run
+        block_size=served.model.config.block_size,
+        n_logprobs=body.logprobs,
+    )

@@ -1,0 +1,200 @@
+"""A completion from its request to its answer, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi.responses import Response, StreamingResponse
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from tinygpt.serve.choices import Choice, usage
+from tinygpt.serve.guard import json_bytes
+from tinygpt.serve.limits import Limits, Refusal
+from tinygpt.serve.request import Completion, Served, read_completion
+from tinygpt.serve.scores import score
+from tinygpt.serve.worker import Job, Update, Worker, stopping
+
+T = TypeVar("T")
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(self, models: Sequence[Served], limits: Limits) -> None:
+        self.models = {served.name: served for served in models}
+        self.limits, self.worker = limits, Worker({s.name: s.model for s in models}, limits)
+        self.created = int(time.time())
+        self._reader = ThreadPoolExecutor(1)  # reads prompts and scores them, while the loop goes on
+
+    def stop(self) -> None:
+        """Tell all who wait that the server ends."""
+        self.worker.stop()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.stop()
+        self.worker.join()
+        self._reader.shutdown()
+
+    async def aside(self, work: Callable[..., T], *args: Any) -> T:
+        """Do some work in the reader's thread, unless who waits for it is gone when its turn comes."""
+        if self.worker.is_stopped:
+            raise stopping()
+        try:
+            return await asyncio.wrap_future(self._reader.submit(work, *args))
+        except asyncio.CancelledError:
+            if self.worker.is_stopped:
+                raise stopping() from None
+            raise
+
+    async def body(self, request: Request) -> bytes:
+        """The body of a request.  Raises Refusal when it is too large, or too slow to come."""
+        most, raw = self.limits.max_body, bytearray()
+        told = request.headers.get("content-length", "0")
+        if not told.isdecimal() or len(told) > 15:
+            raise Refusal(400, "content-length is no number")
+        if int(told) > most:
+            raise too_large(most)
+        try:
+            async with asyncio.timeout(self.limits.read_seconds):
+                async for part in request.stream():
+                    raw += part
+                    if len(raw) > most:
+                        raise too_large(most)
+        except TimeoutError:
+            raise Refusal(408, f"the request did not come within {self.limits.read_seconds} seconds") from None
+        return bytes(raw)
+
+    def begin(self, asked: Completion) -> tuple[Job, asyncio.Queue[list[Update] | Refusal]]:
+        """Let the worker do what is asked for; its updates come in the queue."""
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue[list[Update] | Refusal]()
+
+        def tell(news: list[Update] | Refusal) -> None:
+            if not (asked.body.stream or isinstance(news, Refusal)):
+                news = [update for update in news if update.finish_reason]
+            if news:
+                with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                    loop.call_soon_threadsafe(updates.put_nowait, news)
+
+        job = Job(asked.served.name, asked.answers, tell)
+        self.worker.submit(job)
+        return job, updates
+
+
+class Events(StreamingResponse):
+    """Server-sent events; `on_end` is called when all are sent or the client went away."""
+
+    def __init__(self, parts: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        super().__init__(parts, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The response, or the end of its work when the client goes away.  The request must have been read."""
+
+    async def left() -> None:
+        await request.receive()
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else Response(status_code=499)  # which nobody reads
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def complete(service: Service, raw: bytes) -> Response:
+    """Answer a completion, whole or as a stream."""
+    asked = await service.aside(read_completion, raw, service.models, service.limits)
+    scores = {}
+    if asked.body.echo and asked.body.logprobs is not None:
+        for i, prompt in enumerate(asked.prompts):
+            scores[i] = await service.aside(score, asked.served.model, prompt.ids, asked.body.logprobs)
+    choices = [Choice(i, asked, scores.get(i // asked.body.n)) for i in range(len(asked.answers))]
+    head = {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": asked.served.name,
+    }
+    if asked.body.max_tokens == 0:  # the prompt alone
+        told = [choice.take("", 0, "length") for choice in choices]
+        return json_response(head | {"choices": told, "usage": usage(asked, 0)})
+    job, updates = service.begin(asked)
+    if asked.body.stream:
+        return Events(events(head, asked, choices, updates), lambda: service.worker.drop(job))
+    try:
+        n_left = len(choices)
+        while n_left:
+            n_left -= len(raised(await updates.get()))
+    finally:
+        service.worker.drop(job)
+    told = [choice.take(each.text, len(each.ids), each.finish_reason) for choice in choices for each in [choice.answer]]
+    return json_response(head | {"choices": told, "usage": usage(asked, sum(len(a.ids) for a in asked.answers))})
+
+
+async def events(
+    head: dict[str, Any],
+    asked: Completion,
+    choices: list[Choice],
+    updates: asyncio.Queue[list[Update] | Refusal],
+) -> AsyncIterator[bytes]:
+    """The answers as they come, one event for what a step gives to one of them."""
+    n_left, n_written = len(choices), 0
+    has_usage = asked.body.stream_options is not None and asked.body.stream_options.include_usage
+    empty = {"usage": None} if has_usage else {}
+    try:
+        while n_left:
+            for update in raised(await updates.get()):
+                told = choices[update.index].take(update.piece, update.n_ids, update.finish_reason)
+                if told:
+                    yield event(head | {"choices": [told]} | empty)
+                if update.finish_reason:
+                    n_left -= 1
+                    n_written += update.n_ids
+            await asyncio.sleep(0)  # where many updates wait, others have their turn, and a client may be seen to go
+    except Refusal as error:
+        yield event(error.body())
+        return
+    if has_usage:
+        yield event(head | {"choices": [], "usage": usage(asked, n_written)})
+    yield b"data: [DONE]\n\n"
+
+
+def raised(news: list[Update] | Refusal) -> list[Update]:
+    """Updates; a refusal is raised."""
+    if isinstance(news, Refusal):
+        raise news
+    return news
+
+
+def json_response(content: Any) -> Response:
+    """JSON in ASCII, which holds even half a surrogate pair."""
+    return Response(json_bytes(content), media_type="application/json")
+
+
+def event(content: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json_bytes(content) + b"\n\n"
+
+
+def too_large(most: int) -> Refusal:
+    """Of a request."""
+    return Refusal(
+        413, f"the request is larger than {most:,} bytes, the limit of this server", code="request_too_large"
+    )
