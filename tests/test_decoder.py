@@ -46,7 +46,7 @@ def test_prompts_of_unequal_length_each_have_the_logits_of_reading_them_alone(ch
     prompts=st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_size=1, max_size=4),
     data=st.data(),
 )
-def test_any_steps_and_rows_kept_in_any_order_past_the_end_of_the_context(prompts, data):
+def test_any_steps_and_rows_that_come_and_stay_in_any_order_past_the_end_of_the_context(prompts, data):
     decoder = Decoder(MODEL, prompts)
     rows = [(list(prompt), len(prompt)) for prompt in prompts]
     for _ in range(data.draw(st.integers(1, 25))):
@@ -54,6 +54,10 @@ def test_any_steps_and_rows_kept_in_any_order_past_the_end_of_the_context(prompt
             kept = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=4))
             decoder.keep(kept)
             rows = [(list(rows[i][0]), rows[i][1]) for i in kept]
+        if data.draw(st.booleans()):
+            joining = data.draw(st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), max_size=2))
+            decoder.join(joining)
+            rows += [(list(prompt), len(prompt)) for prompt in joining]
         added = data.draw(st.lists(st.integers(0, 299), min_size=len(rows), max_size=len(rows)))
         decoder.step(added)
         for (ids, _), i in zip(rows, added, strict=True):
@@ -66,5 +70,6 @@ def test_a_row_can_be_left_out_and_an_empty_prompt_is_refused():
     decoder = Decoder(MODEL, [[1], [2]])
     decoder.keep([1])
     torch.testing.assert_close(decoder.logits, Decoder(MODEL, [[2]]).logits)
-    with pytest.raises(UserError, match="prompt is empty"):
-        Decoder(MODEL, [[1], []])
+    for refused in (lambda: Decoder(MODEL, [[1], []]), lambda: decoder.join([[]])):
+        with pytest.raises(UserError, match="prompt is empty"):
+            refused()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.options import Sampling
-from tinygpt.generate.sampling import Past, choose
+from tinygpt.generate.sampling import Past, as_double, choose
 from tinygpt.generate.text import TextStream
 from tinygpt.model import GPT
 from tinygpt.params import require
@@ -30,8 +30,12 @@ class Answer:
         *,
         max_new_tokens: int,
         block_size: int,
+        n_logprobs: int | None = None,
     ) -> None:
-        """Raises ParamsError when an option does not fit another, the prompt or the vocabulary."""
+        """`n_logprobs` None keeps no log-probabilities, 0 those of what was taken, n also those of the n likeliest.
+
+        Raises ParamsError when an option does not fit another, the prompt or the vocabulary.
+        """
         room = block_size - len(prompt) if sampling.when_full == "stop" else max_new_tokens
         require(
             (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be within [1, inf)"),
@@ -49,7 +53,9 @@ class Answer:
         self.prompt = list(prompt)
         self.sampling = dataclasses.replace(sampling, seed=0)  # answers that share it are treated together
         self.ids: list[int] = []  # what follows, without the id that ended it
-        self.logprobs: list[float] = []  # of all ids and the one that ended it, where they were asked for
+        self.n_logprobs = n_logprobs
+        self.logprobs: list[float] = []  # of all ids and the one that ended it, as the model has them, in nats
+        self.top_logprobs: list[list[tuple[int, float]]] = []  # of the likeliest ids at each of these places
         self.text = ""
         self.piece = ""  # what the last token added to the text
         self.finish_reason: Literal["stop", "length"] | None = None  # None = not yet at its end
@@ -79,30 +85,75 @@ class Answer:
         return sum(self.logprobs) / len(self.logprobs) if self.logprobs else -math.inf
 
 
-def extend(model: GPT, answers: Sequence[Answer], *, with_logprobs: bool = False) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, all together a token at a time; yields those that just got one.
+class Running:
+    """Answers that are extended together, a token at a time; between two steps some may come and others go.
 
-    A prompt that several answers share is read once.
+    What an answer becomes does not depend on what runs beside it.
     """
-    prompts = list(dict.fromkeys(tuple(answer.prompt) for answer in answers))
-    decoder, rows = Decoder(model, prompts), list(answers)
-    if len(prompts) < len(rows):
-        decoder.keep([prompts.index(tuple(answer.prompt)) for answer in rows])
-    while rows:
-        logits = decoder.logits
-        logprobs = logits.double().log_softmax(-1) if with_logprobs else None
-        for i, next_id in enumerate(choose_rows(logits, rows)):
-            rows[i].add(next_id)
-            if logprobs is not None and next_id is not None:
-                rows[i].logprobs.append(float(logprobs[i, next_id]))
-        yield rows
-        going_on = [i for i, answer in enumerate(rows) if not answer.finish_reason]
-        if len(going_on) < len(rows):
-            rows = [rows[i] for i in going_on]
-            if rows:
-                decoder.keep(going_on)
-        if rows:
-            decoder.step([answer.ids[-1] for answer in rows])
+
+    def __init__(self, model: GPT) -> None:
+        self.answers: list[Answer] = []  # those that have not come to their end
+        self._decoder = Decoder(model, [])
+        self._is_behind = False  # the decoder has not read the last id of each answer
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Take up answers without a token.  A prompt that several of them share is read once."""
+        if answers:
+            self._catch_up()
+            n, places = len(self.answers), dict[tuple[int, ...], int]()
+            rows = [places.setdefault(tuple(answer.prompt), n + len(places)) for answer in answers]
+            self._decoder.join(list(places))
+            self._decoder.keep([*range(n), *rows])
+            self.answers += answers
+
+    def step(self) -> list[Answer]:
+        """Give each answer its next token -> those that got one; who has come to its end runs no longer."""
+        self._catch_up()
+        rows, logits = self.answers, self._decoder.logits
+        chosen = choose_rows(logits, rows)
+        keep_logprobs(logits, rows, chosen)
+        for answer, next_id in zip(rows, chosen, strict=True):
+            answer.add(next_id)
+        self._is_behind = True
+        self._keep([i for i, answer in enumerate(rows) if not answer.finish_reason])
+        return rows
+
+    def drop(self, answer: Answer) -> None:
+        """Go on without an answer, where it still runs."""
+        self._keep([i for i, other in enumerate(self.answers) if other is not answer])
+
+    def _keep(self, rows: list[int]) -> None:
+        if len(rows) < len(self.answers):
+            self._decoder.keep(rows)
+            self.answers = [self.answers[i] for i in rows]
+
+    def _catch_up(self) -> None:
+        if self._is_behind and self.answers:
+            self._decoder.step([answer.ids[-1] for answer in self.answers])
+        self._is_behind = False
+
+
+def extend(model: GPT, answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+    """Extend each answer to its end, all together a token at a time; yields those that just got one."""
+    running = Running(model)
+    running.add(answers)
+    while running.answers:
+        yield running.step()
+
+
+def keep_logprobs(logits: Tensor, answers: Sequence[Answer], chosen: Sequence[int | None]) -> None:
+    """Write down what the model's distribution says, in answers that ask for it.  (B, V)"""
+    asking = [(i, answer, chosen[i]) for i, answer in enumerate(answers) if answer.n_logprobs is not None]
+    if not asking:
+        return
+    logprobs = as_double(logits[[i for i, _, _ in asking]]).log_softmax(-1)
+    best = logprobs.topk(min(max(answer.n_logprobs or 0 for _, answer, _ in asking), logits.size(-1)))
+    best_ids, best_logprobs = best.indices.tolist(), best.values.tolist()
+    for row, (_, answer, next_id) in enumerate(asking):
+        if next_id is not None:
+            pairs = zip(best_ids[row], best_logprobs[row], strict=True)
+            answer.logprobs.append(float(logprobs[row, next_id]))
+            answer.top_logprobs.append(list(pairs)[: answer.n_logprobs])
 
 
 def choose_rows(logits: Tensor, answers: Sequence[Answer]) -> list[int | None]:

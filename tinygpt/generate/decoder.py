@@ -23,13 +23,23 @@ class Decoder:
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]]) -> None:
         """Read the prompts, of any lengths.  Raises UserError when one has no id."""
-        if not all(prompts):
-            raise UserError("prompt is empty: give at least one id, such as the tokenizer's bos_id")
         embedding = model.tok_emb.weight
         self._model, self._block_size, self._device = LeanGPT(model), model.config.block_size, embedding.device
-        self._seen = [list(prompt[-self._block_size :]) for prompt in prompts]
-        self._slots = Slots(model.config, len(prompts), dtype=embedding.dtype, device=self._device)
-        self.logits = self._read(range(len(prompts))) if prompts else embedding.new_empty(0, len(embedding))
+        self._seen: list[list[int]] = []
+        self._slots = Slots(model.config, 0, dtype=embedding.dtype, device=self._device)
+        self.logits = torch.empty(0, len(embedding), device=self._device)
+        self.join(prompts)
+
+    @torch.inference_mode()
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Read more prompts, as rows behind those that are there.  Raises UserError when one has no id."""
+        if not all(prompts):
+            raise UserError("prompt is empty: give at least one id, such as the tokenizer's bos_id")
+        if prompts:
+            n = len(self._seen)
+            self._seen += [list(prompt[-self._block_size :]) for prompt in prompts]
+            self._slots.grow(len(prompts))
+            self.logits = torch.cat((self.logits, self._read(range(n, len(self._seen)))))
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int]) -> None:

@@ -197,13 +197,17 @@ def draw(logits: Tensor, uniform: Sequence[float]) -> Tensor:
     return torch.searchsorted(reached, at, right=True)[:, 0]  # right: never a token of probability 0
 
 
+def as_double(logits: Tensor) -> Tensor:
+    """The same in double precision, on the CPU where the device has none."""
+    return (logits.cpu() if logits.device.type == "mps" else logits).double()
+
+
 def choose(logits: Tensor, sampling: Sampling, past: Past, generators: Sequence[random.Random]) -> list[int | None]:
     """The next id of each row, None where no token is left that may be taken.  (B, V) -> B ids
 
     Raises UserError when the model gives no numbers.
     """
-    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()  # mps has no double
-    logits = apply_penalties(logits, sampling, past)
+    logits = apply_penalties(as_double(logits), sampling, past)
     best, ids = logits.max(-1)
     if not bool((best < math.inf).all()):
         raise UserError("the logits are not finite numbers: a penalty is too large, or the model's training failed")

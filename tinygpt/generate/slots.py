@@ -33,6 +33,10 @@ class Slots:
         """Go on with these rows, in this order.  (B,) int64"""
         self.layers = [slots.index_select(0, rows) for slots in self.layers]
 
+    def grow(self, n_row: int) -> None:
+        """So many rows more, behind the others."""
+        self.layers = [torch.cat((slots, slots.new_zeros(n_row, *slots.shape[1:]))) for slots in self.layers]
+
     def append(self, at: Sequence[int]) -> Attend:
         """For one more token in each row, at these positions: each sees its row up to itself."""
         first, last, rows = min(at), max(at), torch.arange(len(at), device=self.device)

@@ -10,6 +10,7 @@ from tinygpt.generate.answer import Answer, extend
 from tinygpt.generate.beam import beam_search
 from tinygpt.generate.options import Sampling, Search
 from tinygpt.model import GPT
+from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
 
 
@@ -58,18 +59,29 @@ def generate_batch(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] | None = None,
     search: Search | None = None,
+    n_logprobs: int | None = None,
 ) -> list[Answer]:
     """What follows each prompt; the same as one by one, each with its own seed.
 
-    `sampling` is one for all or one for each prompt. Raises ParamsError when options are wrong or contradict each
-    other, and UserError when a prompt is no text.
+    `sampling` is one for all or one for each prompt; `n_logprobs` is that of Answer. Raises ParamsError when options
+    are wrong or contradict each other, and UserError when a prompt is no text.
     """
     search = search or Search()
+    if search.n_beam > 1 and n_logprobs is not None:
+        raise ParamsError([f"n_beam={search.n_beam} keeps no log-probabilities of its tokens: leave them out"])
     each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
     for one in each:
         search.check(one)
+    kept = 0 if n_logprobs is None and search.best_of > 1 else n_logprobs
     answers = [
-        begin(model, tokenizer, prompt, dataclasses.replace(one, seed=(one.seed + i) % 2**32), max_new_tokens)
+        begin(
+            model,
+            tokenizer,
+            prompt,
+            dataclasses.replace(one, seed=(one.seed + i) % 2**32),
+            max_new_tokens,
+            n_logprobs=kept,
+        )
         for prompt, one in zip(prompts, each, strict=True)
         for i in range(search.best_of)
     ]
@@ -77,17 +89,31 @@ def generate_batch(
         for answer in answers:
             beam_search(model, tokenizer, answer, search)
         return answers
-    for _ in extend(model, answers, with_logprobs=search.best_of > 1):
+    for _ in extend(model, answers):
         pass
     groups = [answers[i : i + search.best_of] for i in range(0, len(answers), search.best_of)]
     return [max(group, key=Answer.mean_logprob) if len(group) > 1 else group[0] for group in groups]
 
 
-def begin(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, max_new_tokens: int) -> Answer:
+def begin(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    max_new_tokens: int,
+    *,
+    n_logprobs: int | None = None,
+) -> Answer:
     """An answer without a token.  The prompt begins a document: it is read behind the tokenizer's `bos_id`."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"prompt is no UTF-8 from character {error.start} on: give it as UTF-8") from None
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    return Answer(ids, tokenizer, sampling, max_new_tokens=max_new_tokens, block_size=model.config.block_size)
+    return Answer(
+        [tokenizer.bos_id, *tokenizer.encode(prompt)],
+        tokenizer,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        block_size=model.config.block_size,
+        n_logprobs=n_logprobs,
+    )
