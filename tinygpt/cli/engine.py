@@ -15,7 +15,7 @@ from tinygpt.model.device import find_device
 from tinygpt.model.quantize import KINDS
 from tinygpt.params import require
 
-MODEL, TOKENIZER = Path("data/model"), Path("data/tokenizer")
+MODEL = Path("data/model")
 GGUF = Path("data/export/gguf/tinygpt-f32.gguf")
 # What llama.cpp cannot do here, by option, and what can be done instead.
 NOT_IN_LLAMA_CPP = {
@@ -53,7 +53,7 @@ def add_engine_options(command: argparse.ArgumentParser) -> None:
         "--model", type=Path, help=f"a folder of ours or of transformers, or a .gguf file (default: {MODEL})"
     )
     command.add_argument(
-        "--tokenizer", type=Path, help=f"folder, for a model of ours (default: that of the model, or {TOKENIZER})"
+        "--tokenizer", type=Path, help="folder, for a model of ours (default: the model's, or `tokenizer` beside it)"
     )
     command.add_argument(
         "--engine", choices=["auto", "tinygpt", "llama.cpp"], default="auto", help="auto: llama.cpp for a .gguf file"
@@ -93,7 +93,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
         return LlamaEngine(must_exist(path, stage="export"))
     from tinygpt.cli.torch_engine import TorchEngine, load_folder
 
-    model, tokenizer = load_folder(path, args.tokenizer, default=TOKENIZER)
+    model, tokenizer = load_folder(path, args.tokenizer)
     return TorchEngine(model, tokenizer, device=find_device(args.device or "auto"), quantized=args.quantize)
 
 

@@ -59,12 +59,12 @@ class TorchEngine:
         return answer
 
 
-def load_folder(folder: Path, tokenizer: Path | None, *, default: Path) -> tuple[GPT, Tokenizer]:
+def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:
     """Read a folder of ours, or of transformers where its config.json names a class of theirs.
 
     Raises UserError with what is wrong with it.
     """
-    if folder.is_file() or (folder.is_dir() and not (folder / CONFIG_FILE).exists()):
+    if folder.exists() and not (folder / CONFIG_FILE).exists():
         found = sorted(folder.glob("*.gguf"))
         raise UserError(
             f"{folder} is no model: name a folder with config.json and model.safetensors, of ours or of transformers, "
@@ -74,8 +74,8 @@ def load_folder(folder: Path, tokenizer: Path | None, *, default: Path) -> tuple
         if tokenizer is not None:
             raise ParamsError([f"--tokenizer={tokenizer} is for a model of ours: {folder} has its own"])
         return load_hf(folder)
-    beside = folder / TOKENIZER_FILE
-    return load_pair(folder, tokenizer or (folder if beside.exists() else default))
+    own = folder if (folder / TOKENIZER_FILE).exists() else folder.parent / "tokenizer"
+    return load_pair(folder, tokenizer or own)
 
 
 def load_hf(folder: Path) -> tuple[GPT, Tokenizer]:
