@@ -292,13 +292,13 @@ def test_a_pipe_gets_whole_characters_as_they_come_and_ctrl_c_leaves_what_was_wr
 
 def test_a_list_of_json_ends_well_after_ctrl_c(start, tmp_path):
     save_cycle(tmp_path)
-    (tmp_path / "p.txt").write_text("x\n" * 10000)
+    (tmp_path / "p.txt").write_text("x\n" * 2000)
     args = ["--prompts", tmp_path / "p.txt", *GREEDY, "--format", "json", "--batch-size", "8", "--model", tmp_path]
     process = start(*args, "--max-new-tokens", "100")
     first = os.read(process.stdout.fileno(), 1 << 16)
     process.send_signal(signal.SIGINT)
     rest, told = process.communicate(timeout=60)
-    assert 0 < len(json.loads(first + rest)) < 10000
+    assert 0 < len(json.loads(first + rest)) < 2000
     assert (process.returncode, told) == (130, b"interrupted\n")
 
 

@@ -151,7 +151,7 @@ def open_library() -> ctypes.CDLL:
         import xllamacpp
         import xllamacpp.xllamacpp as extension
     except ImportError as error:
-        raise UserError(f"export.gguf needs llama.cpp to check its files ({error}): {install}") from None
+        raise UserError(f"GGUF files, as those of export.gguf, need llama.cpp ({error}): {install}") from None
     if xllamacpp.__version__ != XLLAMACPP_VERSION:
         raise UserError(f"xllamacpp {xllamacpp.__version__} has another layout of llama.cpp's structs: {install}")
     library = ctypes.CDLL(extension.__file__, mode=ctypes.RTLD_GLOBAL)

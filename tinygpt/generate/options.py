@@ -116,16 +116,17 @@ class Search:
         )
 
 
-def of(options: Sampling | Search, name: str) -> Any:
+def of(options: object, name: str) -> Any:
     """The value of an option."""
     return getattr(options, name)
 
 
-def interval_rules(options: Sampling | Search) -> list[tuple[bool, str]]:
+def interval_rules(options: object) -> list[tuple[bool, str]]:
     """For `require`: each number within the interval that its type names."""
+    cls: type[object] = type(options)
     return [
         (of(options, name) in interval, f"{name}={of(options, name)} must be within {interval.interval}")
-        for name, interval in _intervals(type(options))
+        for name, interval in _intervals(cls)
     ]
 
 
