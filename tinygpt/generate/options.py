@@ -123,7 +123,7 @@ def of(options: object, name: str) -> Any:
 
 def interval_rules(options: object) -> list[tuple[bool, str]]:
     """For `require`: each number within the interval that its type names."""
-    cls: type[object] = type(options)
+    cls: Any = type(options)
     return [
         (of(options, name) in interval, f"{name}={of(options, name)} must be within {interval.interval}")
         for name, interval in _intervals(cls)
