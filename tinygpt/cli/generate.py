@@ -15,6 +15,8 @@ from tinygpt.errors import UserError
 from tinygpt.generate import Answer, Search
 from tinygpt.params import require
 
+MOST_TEXTS = 1000  # of a prompt
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """What the command takes."""
@@ -54,7 +56,7 @@ def check_number(args: argparse.Namespace) -> None:
     """Raises ParamsError where the number of texts contradicts how they are chosen."""
     searched = args.n_beam not in (None, 1) or args.best_of not in (None, 1)
     require(
-        (args.n >= 1, f"--n={args.n} must be within [1, inf)"),
+        (1 <= args.n <= MOST_TEXTS, f"--n={args.n} must be within [1, {MOST_TEXTS}]"),
         (args.batch_size >= 1, f"--batch-size={args.batch_size} must be within [1, inf)"),
         (args.n <= 1 or not searched, f"--n={args.n} takes all texts, --n-beam and --best-of the best one: give one"),
         (

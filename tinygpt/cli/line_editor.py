@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygpt.cli.prompts import checked, decode_utf8
+from tinygpt.cli.prompts import checked, decode_utf8, standard_input
 from tinygpt.errors import UserError
 
 MOST_LINES = 1000  # of the history
@@ -18,10 +18,10 @@ MARK = "> "
 
 def read_lines() -> Iterator[str]:
     """Each line without its end, until the input ends.  Raises UserError where a file is no UTF-8."""
-    if sys.stdin.isatty():
+    if sys.stdin and sys.stdin.isatty():
         yield from _typed_lines()
         return
-    for number, raw in enumerate(sys.stdin.buffer, start=1):
+    for number, raw in enumerate(standard_input(), start=1):
         yield decode_utf8(raw.rstrip(b"\r\n"), "standard input", line=number)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import io
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, require
@@ -50,19 +52,24 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     if args.prompts is None:
         text = args.prompt or ""
         if text == STDIN:
-            text = decode_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n")  # that of `echo`
+            text = decode_utf8(standard_input().read(), "standard input").removesuffix("\n")  # that of `echo`
         return [Prompt(checked(text), "prompt")]
     name = "standard input" if args.prompts == STDIN else args.prompts
     if args.prompts == STDIN:
-        raw = sys.stdin.buffer.read()
-    elif Path(args.prompts).is_file():
-        raw = Path(args.prompts).read_bytes()
-    else:
+        raw = standard_input().read()
+    elif not Path(args.prompts).exists():
         raise UserError(f"--prompts {args.prompts} not found: name a file with a prompt on each line")
+    else:
+        raw = Path(args.prompts).read_bytes()
     lines = decode_utf8(raw, name).removesuffix("\n").split("\n")
     if lines == [""]:
         raise UserError(f'{name} has no prompts: write one a line, or {{"prompt": …}} in a .jsonl')
     return read_lines(lines, name)
+
+
+def standard_input() -> BinaryIO:
+    """Its bytes; none where it is closed."""
+    return sys.stdin.buffer if sys.stdin else io.BytesIO()
 
 
 def read_lines(lines: list[str], name: str) -> list[Prompt]:
