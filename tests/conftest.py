@@ -4,14 +4,20 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
 
+import io
 import random
-from typing import Any
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
+from tinygpt.cli.main import main
 from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
@@ -113,7 +119,51 @@ def prose(n_words: int, *, seed: int = 0) -> str:
     return " ".join(rng.choice(words) + rng.choice(["", "", "", ",", ".\n"]) for _ in range(n_words))
 
 
+def save_cycle(folder: Path) -> str:
+    """Write a folder with a model that repeats "é😀中" behind each line's end, a byte a token; return that text."""
+    text, tokenizer = "é😀中", Tokenizer.from_merges([])
+    model = tiny_model(vocab_size=tokenizer.vocab_size, tie_weights=False)
+    ids = tokenizer.encode("\n" + text)
+    with torch.no_grad():
+        for layer in model.blocks:
+            layer.attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for i, next_id in zip(ids, [*ids[1:], ids[1]], strict=True):  # what follows is in the token's own embedding
+            model.lm_head.weight[next_id] += 100 * model.norm(model.tok_emb.weight[i])
+    save_model(folder, model.config, model_tensors(model))
+    tokenizer.save(folder)
+    return text
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
     """300 tokens learned from `prose`."""
     return train_bpe([prose(2000)], 300, special_tokens=("<|user|>",))
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Callable[..., Done]:
+    """Run `python -m tinygpt ...` in this process, which has what takes seconds to import."""
+
+    def run(*args: object, stdin: bytes = b"") -> Done:
+        monkeypatch.setattr("sys.argv", ["tinygpt", *map(str, args)])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+        return Done(1 if isinstance(code, str) else code or 0, *capsys.readouterr())
+
+    return run

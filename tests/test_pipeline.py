@@ -74,6 +74,22 @@ def test_everything_is_made_and_git_has_only_what_it_should(done):
     assert report["f32"]["max_logprob_diff"] < 1e-3
 
 
+def test_the_model_and_its_exports_write_the_same(done, command, monkeypatch):
+    monkeypatch.chdir(done)
+    args = ["generate", "--prompt", "The", "--temperature", "0", "--max-new-tokens", "100", "--engine"]
+    texts = [
+        command(*args, *engine.split()).stdout
+        for engine in (
+            "tinygpt",
+            "auto --model data/export/hf",
+            "llama.cpp",
+            "auto --model data/export/gguf/tinygpt-f32.gguf",
+        )
+    ]
+    assert len(texts[0]) > 50
+    assert texts == texts[:1] * 4
+
+
 def test_again_nothing_runs_and_machine_settings_change_nothing(project):
     set_params(project, {"runtime.log_every": 7, "runtime.micro_batch_size": 2, "runtime.log_to": ["wandb"]})
     assert ran(succeed("dvc repro", project)) == []

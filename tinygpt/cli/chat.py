@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
-from tinygpt.cli.model import Writer, add_model_options
+from tinygpt.cli.chat_commands import Leave, obey
+from tinygpt.cli.conversation import Conversation
+from tinygpt.cli.engine import add_engine_options, check_engine, open_engine
+from tinygpt.cli.line_editor import read_lines
+from tinygpt.cli.output import open_output
+from tinygpt.cli.sampling import add_sampling_options, given_settings, named_as_options, read_settings, together
+from tinygpt.errors import UserError
 
-add_options = add_model_options
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    add_sampling_options(command)
+    add_engine_options(command)
 
 
 def run(args: argparse.Namespace) -> None:
     """Answer until the input ends."""
-    writer = Writer(args)
-    print("An empty line starts afresh, Ctrl-D ends.", file=sys.stderr)
-    past = ""
-    while (line := _read_line()) is not None:
-        past = past + line + "\n" if line else ""
-        if past:
-            past += writer.answer(past) + "\n"
-
-
-def _read_line() -> str | None:
-    """A line from the user; None at the end of the input."""
+    together(partial(read_settings, args), partial(check_engine, args))
+    open_output()
+    with named_as_options():
+        conversation = Conversation(open_engine(args), given_settings(args))
+    print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
+        for line in read_lines():
+            follow(line, conversation)
+    except KeyboardInterrupt:  # at the mark, where it means to go
+        print(file=sys.stderr)
+    except Leave:
+        pass
+
+
+def follow(line: str, conversation: Conversation) -> None:
+    """Answer a line, or do what it says.  What cannot be done is told; only Leave is raised."""
+    try:
+        if line.startswith("/"):
+            obey(line, conversation)
+        elif line:
+            conversation.answer(line)
+    except KeyboardInterrupt:
+        print("(stopped)", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None:  # the output itself is gone
+            raise
+        print(f"error: cannot use {error.filename} ({error.strerror})", file=sys.stderr)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tinygpt.errors import program
 
 # Name -> the file that has `add_options` and `run` for it, and what it does.
 COMMANDS = {
-    "generate": ("generate", "continue a prompt"),
-    "chat": ("chat", "continue what you type, line by line; an empty line starts afresh"),
+    "generate": ("generate", "continue a prompt, or many"),
+    "chat": ("chat", "continue what you type, line by line"),
     "serve": ("serve", "serve models by OpenAI's API, with a page to play with them"),
     "encode": ("encode", "show the ids and pieces of a text"),
     "decode": ("decode", "show the text of ids"),
@@ -29,7 +33,8 @@ COMMANDS = {
 @program
 def main() -> None:
     """Run one command."""
-    args = build_parser(sys.argv[1:]).parse_args()
+    with leaving_at_once():
+        args = build_parser(sys.argv[1:]).parse_args()
     args.run(args)
 
 
@@ -44,3 +49,16 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
             module.add_options(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ctrl-C ends the program: while it imports PyTorch, that would take the exception for a failure of its own."""
+    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeds:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        if heeds:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

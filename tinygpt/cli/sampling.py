@@ -5,17 +5,37 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tinygpt.generate import Sampling, Search
-from tinygpt.params import ParamsError, from_mapping
+from tinygpt.params import Count, ParamsError, from_mapping, require
 
 DEFAULTS = {"temperature": 0.8, "top_p": 0.95}  # where tokens are drawn
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Length:
+    """How much to write."""
+
+    max_new_tokens: Count = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that can be asked of a text."""
+
+    sampling: Sampling
+    search: Search
+    length: Length
+
+
+NAMES = [field.name for cls in (Length, Sampling, Search) for field in dataclasses.fields(cls)]
+
 # Field of Sampling or Search -> type and help.  docs/generation.md tells more of each.
 NUMBERS: dict[str, tuple[type, str]] = {
+    "max_new_tokens": (int, f"length of the text (default: {Length().max_new_tokens})"),
     "temperature": (float, f"0 takes the likeliest (default: {DEFAULTS['temperature']}, with --n-beam 0)"),
     "top_k": (int, "only the k likeliest tokens; 0 = all"),
     "top_p": (float, f"only this much probability (default: {DEFAULTS['top_p']}, with --n-beam 1)"),
@@ -48,32 +68,59 @@ def add_sampling_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def read_sampling(args: argparse.Namespace) -> tuple[Sampling, Search]:
+def read_settings(args: argparse.Namespace) -> Settings:
     """The options, checked.  Raises ParamsError with all that is wrong, each by its option's name."""
-    drawn = args.n_beam in (None, 1)
-    problems: list[str] = []
+    with named_as_options():
+        return make_settings(given_settings(args))
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that the user gave, by name."""
+    return {name: value for name in NAMES if (value := getattr(args, name)) is not None}
+
+
+def make_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings of some values, others as the command line has them.  Raises ParamsError with all that is wrong."""
+    drawn = given.get("n_beam", 1) == 1
+
+    def part(cls: type, defaults: Mapping[str, Any]) -> Callable[[], Any]:
+        values = {field.name: field.default for field in dataclasses.fields(cls)} | {**defaults}
+        return lambda: from_mapping(cls, values | {name: given[name] for name in values if name in given})
+
+    made = together(part(Sampling, DEFAULTS if drawn else {"temperature": 0.0}), part(Search, {}), part(Length, {}))
+    settings = Settings(*made)
+    least, most = settings.sampling.min_new_tokens, settings.length.max_new_tokens
+    together(
+        lambda: settings.search.check(settings.sampling),
+        lambda: require((least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}")),
+    )
+    return settings
+
+
+def together(*checks: Callable[[], Any]) -> list[Any]:
+    """What several checks return.  Raises one ParamsError with what all of them find."""
     found: list[Any] = []
-    for cls, defaults in ((Search, {}), (Sampling, DEFAULTS if drawn else {"temperature": 0.0})):
-        values = {field.name: field.default for field in dataclasses.fields(cls)}
-        given = {name: value for name in values if (value := getattr(args, name)) is not None}
+    problems: list[str] = []
+    for check in checks:
         try:
-            found.append(from_mapping(cls, values | defaults | given))
+            found.append(check())
         except ParamsError as error:
             problems += error.problems
-    with named_as_options():
-        if problems:
-            raise ParamsError(problems)
-        search, sampling = found
-        search.check(sampling)
-    return sampling, search
+    if problems:
+        raise ParamsError(problems)
+    return found
+
+
+def values_of(settings: Settings) -> dict[str, Any]:
+    """Each by its name."""
+    return {name: value for part in vars(settings).values() for name, value in vars(part).items()}
 
 
 @contextmanager
 def named_as_options() -> Iterator[None]:
     """Tell mistakes by the names of options: --top-p for top_p."""
-    names = [field.name for cls in (Sampling, Search) for field in dataclasses.fields(cls)] + ["max_new_tokens"]
     # a name that is a word, too, is one only before its value
-    pattern = "|".join(rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in names)
+    pattern = "|".join(rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in NAMES)
     try:
         yield
     except ParamsError as error:

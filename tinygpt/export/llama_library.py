@@ -119,6 +119,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_decode": (c_int32, [c_void_p, Batch]),
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_bos": (c_int32, [c_void_p]),
+    "llama_vocab_eos": (c_int32, [c_void_p]),
     "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
@@ -149,7 +151,7 @@ def open_library() -> ctypes.CDLL:
         import xllamacpp
         import xllamacpp.xllamacpp as extension
     except ImportError as error:
-        raise UserError(f"export.gguf needs llama.cpp to check its files ({error}): {install}") from None
+        raise UserError(f"GGUF files, as those of export.gguf, need llama.cpp ({error}): {install}") from None
     if xllamacpp.__version__ != XLLAMACPP_VERSION:
         raise UserError(f"xllamacpp {xllamacpp.__version__} has another layout of llama.cpp's structs: {install}")
     library = ctypes.CDLL(extension.__file__, mode=ctypes.RTLD_GLOBAL)

@@ -30,8 +30,11 @@ class LlamaCpp:
     ) -> None:
         self._lib, self._model, self._context = open_library(), None, None
         self._model = self._load(Path(path), vocab_only)
+        self._n_token = 0  # of the sequence so far
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
+        self.bos_id: int = self._lib.llama_vocab_bos(self._vocab)  # -1 where the file names none
+        self.eos_id: int = self._lib.llama_vocab_eos(self._vocab)
         # llama.cpp only warns past the trained context, and learned positions abort the process there
         n_ctx_train = 0 if vocab_only else self._lib.llama_model_n_ctx_train(self._model)
         self.n_ctx: int = min(n_ctx or n_ctx_train, n_ctx_train)
@@ -87,13 +90,23 @@ class LlamaCpp:
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The `n` likeliest tokens after `ids`, one at a time with the KV cache; end-of-text does not stop it."""
-        self._restart(len(ids) + n - 1)
+        self._must_fit(len(ids) + n - 1)
+        new = [int(self.read(ids).argmax())]
+        while len(new) < n:
+            new.append(int(self.append(new[-1]).argmax()))
+        return new
+
+    def read(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after the last token of one sequence, which starts anew.  (T,) -> (V,)"""
+        self._restart(len(ids))
         for start in range(0, len(ids), N_BATCH):
             last = self._decode(ids[start : start + N_BATCH], n_logits=1)[-1]
-        new = [int(last.argmax())]
-        while len(new) < n:
-            new.append(int(self._decode(new[-1:])[-1].argmax()))
-        return new
+        return last
+
+    def append(self, id: int) -> NDArray[np.float32]:
+        """Logits after one more token of the sequence.  -> (V,)"""
+        self._must_fit(self._n_token + 1)
+        return self._decode([id])[-1]
 
     def _load(self, path: Path, vocab_only: bool) -> int:
         params = self._lib.llama_model_default_params()
@@ -120,9 +133,13 @@ class LlamaCpp:
         return context
 
     def _restart(self, n_token: int) -> None:
+        self._must_fit(n_token)
+        self._n_token = 0
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def _must_fit(self, n_token: int) -> None:
         if not 0 < n_token <= self.n_ctx:
             raise ValueError(f"a sequence of {n_token} tokens, but the context is {self.n_ctx}")
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
     def _decode(self, ids: Sequence[int], n_logits: int | None = None) -> NDArray[np.float32]:
         """Append up to N_BATCH tokens to the sequence.  (T,) -> logits after the last `n_logits` (None: all), (…, V)"""
@@ -130,6 +147,7 @@ class LlamaCpp:
             raise ValueError(f"token ids must be below {self.vocab_size}")
         n = len(ids)
         n_logits = n_logits or n
+        self._n_token += n
         wanted = (c_int8 * n)(*[0] * (n - n_logits), *[1] * n_logits)
         batch = Batch(n_tokens=n, token=(c_int32 * n)(*ids), logits=wanted)
         status = self._lib.llama_decode(self._context, batch)

@@ -13,10 +13,9 @@ from torch import Tensor
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.options import Sampling
 from tinygpt.generate.sampling import Past, as_double, choose
-from tinygpt.generate.text import TextStream
+from tinygpt.generate.text import TextStream, Vocabulary
 from tinygpt.model import GPT
 from tinygpt.params import require
-from tinygpt.tokenizer import Tokenizer
 
 
 class Answer:
@@ -25,7 +24,7 @@ class Answer:
     def __init__(
         self,
         prompt: Sequence[int],
-        tokenizer: Tokenizer,
+        tokenizer: Vocabulary,
         sampling: Sampling,
         *,
         max_new_tokens: int,

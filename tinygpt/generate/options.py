@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -115,17 +116,21 @@ class Search:
         )
 
 
-def of(options: Sampling | Search, name: str) -> Any:
+def of(options: object, name: str) -> Any:
     """The value of an option."""
     return getattr(options, name)
 
 
-def interval_rules(options: Sampling | Search) -> list[tuple[bool, str]]:
+def interval_rules(options: object) -> list[tuple[bool, str]]:
     """For `require`: each number within the interval that its type names."""
-    hints = typing.get_type_hints(type(options), include_extras=True)
+    cls: Any = type(options)
     return [
         (of(options, name) in interval, f"{name}={of(options, name)} must be within {interval.interval}")
-        for name, hint in hints.items()
-        for interval in typing.get_args(hint)
-        if isinstance(interval, Within)
+        for name, interval in _intervals(cls)
     ]
+
+
+@functools.cache  # a millisecond each, and a file of prompts makes many
+def _intervals(cls: type) -> list[tuple[str, Within]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return [(name, at) for name, hint in hints.items() for at in typing.get_args(hint) if isinstance(at, Within)]

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-from tinygpt.tokenizer import Tokenizer
+
+class Vocabulary(Protocol):
+    """What texts need to know of a tokenizer, ours or another program's."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @property
+    def eos_id(self) -> int:
+        """What ends a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Ids to the bytes they stand for."""
 
 
 class TextStream:
@@ -15,7 +32,7 @@ class TextStream:
     "ough" give the pieces "a ", "", "enough", and "a e", "nd it" the one piece "a ".
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False  # a stop text was found; nothing comes after it
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

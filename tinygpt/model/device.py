@@ -14,10 +14,7 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
     Of several processes on a machine, each takes its share of the threads and the GPU of its number.
     """
     torch.set_num_threads(max(1, (runtime.n_thread or torch.get_num_threads()) // of))
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in there if there[name]) if runtime.device == "auto" else runtime.device
-    if not there[name]:
-        raise ParamsError([f"runtime.device={name} is not there: set it to auto or cpu"])
+    name = find_device(runtime.device)
     if of == 1:
         return torch.device(name)
     if name == "mps":
@@ -26,3 +23,12 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
         found = torch.cuda.device_count()
         raise ParamsError([f"runtime.n_process: {of} processes on this machine need as many GPUs, found {found}"])
     return torch.device(name, number) if name == "cuda" else torch.device(name)
+
+
+def find_device(wanted: str, option: str = "runtime.device") -> str:
+    """The name of the device: for auto the first that is there.  Raises ParamsError, by the option, when none is."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in there if there[name]) if wanted == "auto" else wanted
+    if not there[name]:
+        raise ParamsError([f"{option}={name} is not there: set it to auto or cpu"])
+    return name

@@ -1,0 +1,313 @@
+"""`python -m tinygpt generate`: prompts in, texts out, whatever computes them."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import prose, save_cycle, tiny_model
+from project import ROOT
+
+from tinygpt.export.gguf import export_gguf
+from tinygpt.export.hf import export_hf
+from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.generate import Sampling, generate_batch
+from tinygpt.model import load_model
+from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.tokenizer.kinds import learn_chars
+
+GREEDY = ["--temperature", "0", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A model of ours with its tokenizer, and both its exports."""
+    folder = tmp_path_factory.mktemp("generate")
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    save_model(folder / "model", model.config, model_tensors(model))
+    tiny_tokenizer.save(folder / "tokenizer")
+    export_hf(model, tiny_tokenizer, folder / "tokenizer", folder / "hf")
+    export_gguf(model, tiny_tokenizer, folder / "model.gguf", "f32")
+    return folder
+
+
+@pytest.fixture
+def generate(command, folder):
+    """Run the command on the model, or on another file or folder of `folder`."""
+
+    def run(*args, model="model", stdin=b""):
+        return command("generate", "--model", folder / model, "--max-new-tokens", 8, *args, stdin=stdin)
+
+    return run
+
+
+def rows(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_has_what_the_library_gives(generate, folder, tiny_tokenizer):
+    model = load_model(folder / "model")
+    done = generate("--prompt", "the naïve", "--format", "json", "--logprobs", "3", "--top-k", "5", "--seed", "4")
+    sampling = Sampling(temperature=0.8, top_p=0.95, top_k=5, seed=4)
+    (answer,) = generate_batch(model, tiny_tokenizer, ["the naïve"], max_new_tokens=8, sampling=sampling)
+    (found,) = json.loads(done.stdout)
+    tokens = found.pop("logprobs")
+    assert found == {"prompt": "the naïve", "text": answer.text, "ids": answer.ids, "finish_reason": "length"}
+    prompt = [tiny_tokenizer.bos_id, *tiny_tokenizer.encode("the naïve")]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([prompt + answer.ids])).log_softmax(-1)[0, len(prompt) - 1 : -1]
+    assert len(tokens) == 8
+    for token, i, expected in zip(tokens, answer.ids, logprobs, strict=True):
+        assert (token["id"], token["text"]) == (i, tiny_tokenizer.decode([i]))
+        assert token["logprob"] == pytest.approx(float(expected[i]), abs=1e-4)
+        assert [one["id"] for one in token["top"]] == expected.topk(3).indices.tolist()
+        assert [one["logprob"] for one in token["top"]] == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_prompts_come_from_files_and_the_standard_input(generate, tmp_path):
+    prompts = ["the file", "", "über 中文", "a"]
+    (tmp_path / "p.txt").write_bytes("\ufeffthe file\r\n\nüber 中文\na\n".encode())
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p, "id": 7}) + "\n" for p in prompts))
+    found = rows(generate("--prompts", tmp_path / "p.txt", "--format", "jsonl").stdout)
+    assert [row["prompt"] for row in found] == prompts
+    for other in (
+        generate("--prompts", tmp_path / "p.jsonl", "--format", "jsonl", "--batch-size", "2"),
+        generate("--prompts", "-", "--format", "jsonl", stdin="the file\n\nüber 中文\na".encode()),
+    ):
+        assert rows(other.stdout) == found
+    for row in found:
+        args = ["--prompt", "-", "--format", "json"]
+        assert json.loads(generate(*args, stdin=f"{row['prompt']}\n".encode()).stdout) == [row]
+    text = generate("--prompts", tmp_path / "p.txt").stdout
+    assert text == "---\n".join(f"{row['prompt']}{row['text']}\n" for row in found)
+
+
+def test_several_texts_of_a_prompt_have_a_seed_each(generate):
+    found = rows(generate("--prompt", "the", "--n", "3", "--seed", "5", "--format", "jsonl").stdout)
+    for i, row in enumerate(found):
+        assert generate("--prompt", "the", "--seed", str(5 + i)).stdout == f"the{row['text']}\n"
+    assert len({row["text"] for row in found}) == 3
+
+
+def test_a_search_writes_its_best_and_its_log_probabilities_where_it_has_them(generate):
+    (best,) = rows(generate("--best-of", "3", "--logprobs", "0", "--format", "jsonl").stdout)
+    assert [token["id"] for token in best["logprobs"]] == best["ids"]
+    assert all(token["top"] == [] for token in best["logprobs"])
+    (beams,) = rows(generate("--n-beam", "3", "--format", "jsonl").stdout)
+    assert set(beams) == {"prompt", "text", "ids", "finish_reason"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "messages"),
+    [
+        ("p.txt", b"", ["p.txt has no prompts: write one a line"]),
+        ("p.txt", b"ok\na\xff\xfe\n", ["p.txt:2: byte 2 is 0xff, which is no UTF-8"]),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"promt": "b"}\n\n5\n{"prompt": 5}\n[[[',
+            ["p.jsonl:2: '{\"promt"],
+        ),
+        ("p.jsonl", b'\n5\n{"prompt": 5}\n[[[', ["p.jsonl:1: '' is", "p.jsonl:2", "p.jsonl:3", "p.jsonl:4"]),
+        ("p.jsonl", b'{"prompt": "a\\ud800"}', ["p.jsonl:1: prompt is no UTF-8 from character 1 on"]),
+        ("p.jsonl", b"x\n" * 99, ["p.jsonl:10", "and 89 more"]),
+        ("p.txt", b"ok\n" + b"the " * 99, ["p.txt:2: prompt has", "leaves no room in a context of 64"]),
+    ],
+)
+def test_a_file_with_no_prompts_in_it_is_refused_and_the_place_is_named(name, content, messages, generate, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    done = generate("--prompts", tmp_path / name, "--when-full", "stop")
+    assert (done.returncode, done.stdout) == (1, "")
+    for message in messages:
+        assert message in done.stderr
+
+
+def test_input_that_is_no_utf8_or_not_there_is_refused(generate):
+    told = generate("--prompt", "-", stdin=b"a\n\nb\xc3").stderr
+    assert told == "error: standard input:3: byte 2 is 0xc3, which is no UTF-8: give it as UTF-8\n"
+    assert "--prompts none.txt not found" in generate("--prompts", "none.txt").stderr
+
+
+def test_all_that_contradicts_is_told_at_once(generate):
+    options = "--prompt a --prompts b --n 2 --n-beam 3 --logprobs -1 --top-p 2 --temperature -1 --batch-size 0"
+    told = generate(*options.split(), "--max-new-tokens", "0", "--engine", "llama.cpp").stderr
+    for message in (
+        "--top-p=2.0 must be within (0, 1]",
+        "--temperature=-1.0 must be within [0, inf)",
+        "--max-new-tokens=0 must be within [1, inf)",
+        "--prompt and --prompts contradict each other",
+        "--n=2 takes all texts, --n-beam and --best-of the best one",
+        "--batch-size=0 must be within [1, inf)",
+        "--logprobs=-1 must be within [0, inf)",
+        "--logprobs=-1 is not shown in text",
+        "--logprobs=-1 is of texts that go one way, not of --n-beam=3",
+        "--engine=llama.cpp reads .gguf files",
+    ):
+        assert message in told
+    assert "--n=2 needs --temperature above 0" in generate("--n", "2", "--temperature", "0").stderr
+
+
+def test_a_long_prompt_is_read_from_its_end_and_that_is_told(generate):
+    done = generate("--prompt", "the " * 99, "--max-new-tokens", "2")
+    assert re.search(
+        r"warning: prompt has \d+ tokens: the last 64 are read, which is the model's context\n", done.stderr
+    )
+    assert done.returncode == 0
+
+
+def test_characters_without_a_token_are_named_where_tokens_are_characters(command, folder, tmp_path, tiny_tokenizer):
+    tokenizer = learn_chars({prose(50).encode(): 1, "éß".encode(): 1}, 300, special_tokens=("<|user|>",))
+    tokenizer.save(tmp_path)
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    save_model(tmp_path, model.config, model_tensors(model))
+    export_gguf(model, tokenizer, tmp_path / "chars.gguf", "f32")
+    args = ["generate", "--max-new-tokens", "1", "--prompt"]
+    for path in (tmp_path, tmp_path / "chars.gguf"):
+        told = command(*args, "é→ß $漢→", "--model", path).stderr
+        assert told == "warning: prompt has characters that the model has not learned, it reads their bytes: '→' '漢'\n"
+        assert command(*args, "éß $", "--model", path).stderr == ""
+    assert command(*args, "é→ß 漢", "--model", folder / "model").stderr == ""  # its tokens are any pieces
+
+
+@pytest.mark.parametrize("options", [GREEDY, ["--seed", "3", "--stop", "e", "--frequency-penalty", "0.3"]])
+def test_every_engine_writes_the_same_also_behind_the_end_of_the_context(options, generate):
+    args = ["--prompts", "-", "--format", "jsonl", "--logprobs", "2", *options, "--max-new-tokens", "100"]
+    ours, theirs, llama = (
+        rows(generate(*args, model=model, stdin="the naïve\n\nfile 中文".encode()).stdout)
+        for model in ("model", "hf", "model.gguf")
+    )
+    assert ours == theirs
+    for row, other in zip(ours, llama, strict=True):
+        logprobs = [[token["logprob"] for token in each.pop("logprobs")] for each in (row, other)]
+        assert row == other
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
+    assert options != GREEDY or [len(row["ids"]) for row in ours] == [100] * 3
+
+
+def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
+    options = "--quantize int8 --device cuda --tokenizer x --n-beam 2 --engine tinygpt".split()
+    told = generate(*options, model="model.gguf").stderr
+    for name in ("--quantize=int8", "--device=cuda", "--tokenizer=x", "--n-beam=2"):
+        assert f"{name} cannot be had with llama.cpp" in told
+    assert "--engine=tinygpt does not read" in told
+    assert generate("--engine", "llama.cpp", "--device", "cpu", model="model.gguf").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (lambda path: None, "none", "none/config.json not found: run `dvc repro train`"),
+        (lambda path: None, "none.gguf", "none.gguf not found: run `dvc repro export`"),
+        (lambda path: None, ".", "is no model: name a folder with config.json"),
+        (lambda path: None, "tokenizer/tokenizer.json", "is no model: name a folder with config.json"),
+        (lambda path: shutil.rmtree(path / "tokenizer"), "model", "tokenizer.json not found: run `dvc repro train_tok"),
+        (lambda path: cut(path / "model.gguf"), "model.gguf", "llama.cpp cannot load"),
+        (lambda path: cut(path / "hf/model.safetensors"), "hf", "cannot be read as safetensors"),
+        (lambda path: cut(path / "model/model.safetensors"), "model", "cannot be read as safetensors"),
+        (lambda path: cut(path / "model/config.json"), "model", "config.json is not valid JSON"),
+        (lambda path: (path / "model/config.json").write_text("{}"), "model", "does not fit this version of tinygpt"),
+        (lambda path: (path / "hf/tokenizer.json").unlink(), "hf", "hf/tokenizer.json not found"),
+        (
+            lambda path: shutil.copy(path / "../other.json", path / "hf/tokenizer.json"),
+            "hf",
+            "tokens and its tokenizer",
+        ),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(damage, name, message, command, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "all")
+    learn_chars({b"a": 1}, 300).save(tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "other.json")
+    damage(tmp_path / "all")
+    done = command("generate", "--model", tmp_path / "all" / name)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_folder_of_transformers_has_its_own_tokenizer(generate):
+    assert "hf has its own" in generate("--tokenizer", "x", model="hf").stderr
+
+
+def test_a_gguf_file_is_known_by_its_first_bytes(generate, folder):
+    shutil.copy(folder / "model.gguf", folder / "renamed")
+    assert generate("--prompt", "the", model="renamed").stdout == generate("--prompt", "the").stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_refused(generate):
+    assert "error: --device=cuda is not there: set it to auto or cpu" in generate("--device", "cuda").stderr
+    assert generate("--device", "cpu", "--quantize", "int8").returncode == 0
+
+
+def test_llama_cpp_goes_on_token_by_token_and_never_past_its_context(folder):
+    with LlamaCpp(folder / "model.gguf", n_ctx=6) as llama:
+        found = [llama.read([5, 6, 7]), llama.append(8), llama.append(9), llama.append(10)]
+        with pytest.raises(ValueError, match="7 tokens, but the context is 6"):
+            llama.append(11)
+        for logits, expected in zip(found, llama.logits([5, 6, 7, 8, 9, 10])[2:], strict=True):
+            assert abs(logits - expected).max() < 1e-4
+
+
+@pytest.fixture
+def start():
+    """Start the command; its output comes through pipes."""
+    started = []
+
+    def run(*args):
+        command = [sys.executable, "-m", "tinygpt", "generate", *map(str, args)]
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_pipe_gets_whole_characters_as_they_come_and_ctrl_c_leaves_what_was_written(start, tmp_path):
+    text = save_cycle(tmp_path)
+    args = ["--prompt", "x\n", *GREEDY, "--max-new-tokens", "1000000", "--model", tmp_path]
+    process = start(*args)
+    pieces = [os.read(process.stdout.fileno(), 1 << 16) for _ in range(50)]
+    process.send_signal(signal.SIGINT)
+    rest, told = process.communicate(timeout=60)
+    assert all(piece.decode() for piece in pieces)  # none has half a character
+    written = (b"".join(pieces) + rest).decode()
+    assert written.startswith("x\n" + text)
+    assert written.endswith("\n")
+    assert set(written[2:-1]) == set(text)
+    assert (process.returncode, told) == (130, b"interrupted\n")
+
+
+def test_a_list_of_json_ends_well_after_ctrl_c(start, tmp_path):
+    save_cycle(tmp_path)
+    (tmp_path / "p.txt").write_text("x\n" * 2000)
+    args = ["--prompts", tmp_path / "p.txt", *GREEDY, "--format", "json", "--batch-size", "8", "--model", tmp_path]
+    process = start(*args, "--max-new-tokens", "100")
+    first = os.read(process.stdout.fileno(), 1 << 16)
+    process.send_signal(signal.SIGINT)
+    rest, told = process.communicate(timeout=60)
+    assert 0 < len(json.loads(first + rest)) < 2000
+    assert (process.returncode, told) == (130, b"interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is loaded can be seen on Linux alone")
+def test_ctrl_c_ends_the_program_at_once_while_it_imports(start, tmp_path):
+    process = start("--model", tmp_path)
+    while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, b"")

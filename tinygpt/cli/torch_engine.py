@@ -1,0 +1,94 @@
+"""Our own GPT, from a folder of ours or of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tinygpt.cli.sampling import Settings
+from tinygpt.errors import UserError
+from tinygpt.export.hf_import import read_hf
+from tinygpt.files import read_json
+from tinygpt.generate import Answer, generate_batch
+from tinygpt.generate.answer import Running
+from tinygpt.generate.stream import begin
+from tinygpt.model import GPT
+from tinygpt.model.quantize import quantize
+from tinygpt.model.weights import CONFIG_FILE, load_pair
+from tinygpt.params import ParamsError
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE
+
+
+class TorchEngine:
+    """A model and its tokenizer."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, device: str = "cpu", quantized: str | None = None) -> None:
+        """Raises UserError where the weights cannot be quantized so."""
+        self.model, self.vocabulary = model.to(device), tokenizer
+        self.block_size = model.config.block_size
+        if quantized:
+            quantize(self.model, quantized)  # on the device: each has its own form
+
+    def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
+        """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
+        sampling = dataclasses.replace(settings.sampling, seed=seed)
+        length = settings.length.max_new_tokens
+        return begin(self.model, self.vocabulary, prompt, sampling, length, n_logprobs=n_logprobs)
+
+    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
+        """Extend each to its end, so many together; yields those that just got a token."""
+        running, waiting = Running(self.model), deque(answers)
+        while waiting or running.answers:
+            running.add([waiting.popleft() for _ in range(min(len(waiting), at_once - len(running.answers)))])
+            yield running.step()
+
+    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
+        """The best of several texts."""
+        (answer,) = generate_batch(
+            self.model,
+            self.vocabulary,
+            [prompt],
+            max_new_tokens=settings.length.max_new_tokens,
+            sampling=settings.sampling,
+            search=settings.search,
+            n_logprobs=n_logprobs,
+        )
+        return answer
+
+
+def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:
+    """Read a folder of ours, or of transformers where its config.json names a class of theirs.
+
+    Raises UserError with what is wrong with it.
+    """
+    if folder.exists() and not (folder / CONFIG_FILE).exists():
+        found = sorted(folder.glob("*.gguf"))
+        raise UserError(
+            f"{folder} is no model: name a folder with config.json and model.safetensors, of ours or of transformers, "
+            f"or a .gguf file{f', such as {found[0]}' if found else ''}"
+        )
+    if (folder / CONFIG_FILE).exists() and "model_type" in read_json(folder / CONFIG_FILE, stage="train"):
+        if tokenizer is not None:
+            raise ParamsError([f"--tokenizer={tokenizer} is for a model of ours: {folder} has its own"])
+        return load_hf(folder)
+    own = folder if (folder / TOKENIZER_FILE).exists() else folder.parent / "tokenizer"
+    return load_pair(folder, tokenizer or own)
+
+
+def load_hf(folder: Path) -> tuple[GPT, Tokenizer]:
+    """Read a folder of transformers.  Raises UserError with what is wrong with it."""
+    config, tensors = read_hf(folder)
+    if not (folder / TOKENIZER_FILE).exists():
+        raise UserError(f"{folder / TOKENIZER_FILE} not found: only byte-level BPE in that form can be taken")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{folder}: the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: "
+            "name two that belong together"
+        )
+    model = GPT(config)
+    model.load_state_dict(tensors, strict=False)  # a tied head is not among them
+    return model.eval(), tokenizer
