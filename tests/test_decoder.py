@@ -75,7 +75,12 @@ def test_a_row_can_be_left_out_and_an_empty_prompt_is_refused():
             refused()
 
 
-ALL = {**FAMILIES, **WINDOWED, "window of one, mqa": {"window": 1, "n_kv_head": 1}, "gqa": {"n_kv_head": 2, "window": 7}}
+ALL = {
+    **FAMILIES,
+    **WINDOWED,
+    "window of one, mqa": {"window": 1, "n_kv_head": 1},
+    "gqa": {"n_kv_head": 2, "window": 7},
+}
 
 
 @pytest.mark.parametrize("changes", ALL.values(), ids=ALL)
