@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from tinygpt.evaluate.perplexity import llamacpp_report
+from tinygpt.generate.decoder import Decoder
 from tinygpt.model import GPT, GPTConfig, load_model
 from tinygpt.model.config import ModelParams, config_fields
-from tinygpt.model.kv_cache import KVCache
 from tinygpt.model.quantize import KINDS, n_bytes, quantize
 from tinygpt.params import load_params
 from tinygpt.tokens import load_tokens
@@ -42,13 +42,11 @@ def tokens_per_second(model: GPT) -> float:
     """One token after the other, behind a prompt of eight."""
     times = []
     n_steps = min(N_STEPS, model.config.block_size - 8)
-    with torch.inference_mode():
-        cache = KVCache(model.config, max_tokens=model.config.block_size)
-        model(torch.zeros(1, 8, dtype=torch.long), cache)
-        for _ in range(n_steps):
-            began = time.perf_counter()
-            model(torch.zeros(1, 1, dtype=torch.long), cache)
-            times.append(time.perf_counter() - began)
+    decoder = Decoder(model, [[0] * 8])
+    for _ in range(n_steps):
+        began = time.perf_counter()
+        decoder.step([0])
+        times.append(time.perf_counter() - began)
     return 1 / float(np.median(times))
 
 

@@ -70,6 +70,9 @@ RUNS = {  # changes of train, of the model and of runtime
 }
 
 
+RUNS_OF = {2: list(RUNS), 3: ["muon", "adamw, tied, ema"]}  # by the number of processes: a start-up costs most
+
+
 def tokens(n: int) -> np.ndarray:
     ids = np.random.default_rng(0).integers(0, 40, n).cumsum() % 300
     return np.array([*ids, ids[0]], np.uint16)
@@ -102,7 +105,7 @@ def many(rank: int, size: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
     world, found = World(rank, size, rank, size), {}
     for parallel in ("ddp", "fsdp"):
-        for kind in RUNS:
+        for kind in RUNS_OF[size]:
             found[f"{kind}, {parallel}"] = train(f"{kind} {parallel}", world, parallel, kind)
         newest = folder / f"runs{size}/runs/muon {parallel}/step-0000006"
         world.first(lambda newest=newest: shutil.rmtree(newest))
@@ -128,8 +131,8 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
     mp.spawn(many, (size, tmp_path), nprocs=size)
     found = load_file(tmp_path / f"{size}.safetensors")
     for parallel in ("ddp", "fsdp"):
-        for kind, expected in alone.items():
-            for name, tensor in expected.items():
+        for kind in RUNS_OF[size]:
+            for name, tensor in alone[kind].items():
                 torch.testing.assert_close(found[f"{kind}, {parallel}/{name}"], tensor, atol=2e-3, rtol=1e-3)
         for name in alone["muon"]:
             assert torch.equal(found[f"resumed, {parallel}/{name}"], found[f"muon, {parallel}/{name}"])
@@ -163,7 +166,7 @@ def ready(tmp_path_factory) -> Path:
 
     def make(folder: Path) -> None:
         make_project(folder)
-        set_params(folder, {"train.max_steps": 200, "train.save_every": 5, "runtime.n_process": 2})
+        set_params(folder, {"train.max_steps": 100, "train.save_every": 5, "runtime.n_process": 2})
         for stage in ("download", "clean", "train_tokenizer", "encode"):
             succeed(f"python -m stages.{stage}", folder)
 
@@ -186,7 +189,7 @@ def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same
     shutil.copytree(project, tmp_path / "undisturbed")
     succeed("python -m stages.train", tmp_path / "undisturbed")
     starter = start_trainer(project)
-    wait_until(lambda: newest_step(project) >= 50, project, seconds=200)
+    wait_until(lambda: newest_step(project) >= 20, project, seconds=200)
     assert len(workers(starter)) == 2
     workers(starter)[-1].send_signal(signal.SIGKILL)
     assert starter.wait(200) == 0, (project / "train.log").read_text()
@@ -200,7 +203,7 @@ def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number, project):
     starter = start_trainer(project)
-    wait_until(lambda: newest_step(project) >= 20, project, seconds=200)
+    wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
     group = workers(starter)
     starter.send_signal(number)
     assert starter.wait(200) == (-number if number == signal.SIGKILL else 128 + number)

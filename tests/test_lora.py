@@ -98,10 +98,10 @@ def test_training_changes_adapters_alone_and_goes_on_with_the_same_bits(monkeypa
 
     original = Trainer._train_step
 
-    def die_at_seven(trainer, step):
+    def die_at_seven(trainer, step, **how):
         if step == 7:
             raise Killed
-        original(trainer, step)
+        original(trainer, step, **how)
 
     monkeypatch.setattr(Trainer, "_train_step", die_at_seven)
     with pytest.raises(Killed):

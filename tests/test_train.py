@@ -227,11 +227,11 @@ def test_a_run_cut_anywhere_ends_with_the_same_bits(changes, config, tmp_path, m
 
     original = Trainer._train_step
 
-    def step_or_die(trainer: Trainer, step: int) -> None:
+    def step_or_die(trainer: Trainer, step: int, **how: bool) -> None:
         if step == step_or_die.cut:
             step_or_die.cut = next(cuts, None)
             raise Killed
-        original(trainer, step)
+        original(trainer, step, **how)
 
     step_or_die.cut = next(cuts)
     monkeypatch.setattr(Trainer, "_train_step", step_or_die)
@@ -251,8 +251,8 @@ def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):
     seen = []
     original = Trainer._train_step
 
-    def step(trainer: Trainer, number: int) -> None:
-        original(trainer, number)
+    def step(trainer: Trainer, number: int, **how: bool) -> None:
+        original(trainer, number, **how)
         seen.append(trainer.learner.model.norm.weight.detach().clone())
 
     monkeypatch.setattr(Trainer, "_train_step", step)
@@ -281,13 +281,13 @@ def test_a_run_without_a_lower_loss_ends_when_patience_does(monkeypatch):
     params = dataclasses.replace(PARAMS, lr=0.3, warmup_steps=0, max_steps=60, eval_every=2, patience=3)
     trained = train(params=params)
     assert trained.progress.step == trained.progress.best_step + 6 < 60
-    monkeypatch.setattr(Trainer, "_train_step", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr(Trainer, "_train_step", lambda *_, **__: pytest.fail("it trained again"))
     assert train(params=params).progress == trained.progress
 
 
 def test_a_finished_run_is_given_again_without_a_step(monkeypatch):
     first = train()
-    monkeypatch.setattr(Trainer, "_train_step", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr(Trainer, "_train_step", lambda *_, **__: pytest.fail("it trained again"))
     again = train()
     assert same(first.last, again.last)
     assert same(first.best, again.best)
@@ -475,9 +475,9 @@ def test_tokens_are_counted_as_the_warmup_has_them(tmp_path, monkeypatch, capsys
     )
     seen, original = [], Learner.learn
 
-    def learn(learner: Learner, step: int, ids: torch.Tensor) -> torch.Tensor:
+    def learn(learner: Learner, step: int, ids: torch.Tensor, **how: bool) -> torch.Tensor:
         seen.append(ids[:, 1:].numel())
-        return original(learner, step, ids)
+        return original(learner, step, ids, **how)
 
     monkeypatch.setattr(Learner, "learn", learn)
     with Checkpoints("run") as checkpoints:
@@ -499,8 +499,8 @@ def test_no_thread_is_left_when_a_run_ends_stops_or_fails(monkeypatch):
 
     alive, original = [], Trainer._train_step
 
-    def step_or_fail(trainer: Trainer, step: int) -> None:
-        original(trainer, step)
+    def step_or_fail(trainer: Trainer, step: int, **how: bool) -> None:
+        original(trainer, step, **how)
         alive.append(readers())
         if step == step_or_fail.cut:
             raise step_or_fail.error

@@ -1,6 +1,6 @@
 """Causal self-attention and the two ways to compute it.
 
-B batch, T query length, S key length (cache + T), H query heads, G key/value heads, D head_dim, C n_embd.
+B batch, T query length, S key length, H query heads, G key/value heads, D head_dim, C n_embd.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.kv_cache import KVCache
 from tinygpt.model.layers import NORMS, apply_rope
 
 
@@ -66,7 +65,6 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer  # where this block's keys and values stand in a cache
         self.window = config.window_of(layer)
         self.head_dim = config.head_dim
         qkv_bias, o_bias = config.bias != "none", config.bias == "all"
@@ -78,15 +76,13 @@ class Attention(nn.Module):
         self.k_norm = NORMS[config.norm](config.head_dim, config, bias=False) if config.qk_norm else nn.Identity()
         self.attend = ATTENTION[config.attention]
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         q = self.q_norm(self._heads(self.q_proj(x)))
         k = self.k_norm(self._heads(self.k_proj(x)))
         v = self._heads(self.v_proj(x))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
         y = self.attend(q, k, v, masks[self.window])  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 

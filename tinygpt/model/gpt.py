@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tinygpt.model.attention import Attention, Masks, attention_mask
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.kv_cache import KVCache
 from tinygpt.model.layers import MLPS, NORMS, rope_tables
 
 INIT_STD = 0.02
@@ -30,10 +29,10 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
         normed = self.attn_norm(x)
-        attended = self.dropout(self.attn(normed, rope, masks, cache))
+        attended = self.dropout(self.attn(normed, rope, masks))
         if self.mlp_norm is None:
             return x + attended + self.dropout(self.mlp(normed))
         x = x + attended
@@ -64,28 +63,25 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.tok_emb.weight
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """(B, T) int64 -> logits (B, T, V).  With a cache, ids are the tokens that follow those it holds."""
-        logits: Tensor = self.lm_head(self.hidden(ids, cache))
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V)"""
+        logits: Tensor = self.lm_head(self.hidden(ids))
         return logits
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> the last block's normed output (B, T, C), for callers that need few of the logits."""
-        t, start = ids.size(1), cache.n_seen if cache else 0
-        end = start + t
-        assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
+        t = ids.size(1)
+        assert t <= self.config.block_size, f"{t} tokens, but block_size is {self.config.block_size}"
         x = self.tok_emb(ids)
         rope = None
         if self.pos_emb is None:
-            rope = (self.rope_cos[start:end], self.rope_sin[start:end])
+            rope = (self.rope_cos[:t], self.rope_sin[:t])
         else:
-            x = x + self.pos_emb.weight[start:end]
-        masks = {window: attention_mask(t, end, window, ids.device) for window in self.windows}
+            x = x + self.pos_emb.weight[:t]
+        masks = {window: attention_mask(t, t, window, ids.device) for window in self.windows}
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rope, masks, cache)
-        if cache:
-            cache.advance(t)
+            x = block(x, rope, masks)
         normed: Tensor = self.norm(x)
         return normed
 

@@ -70,9 +70,9 @@ class Learner:
         n_rows = self.micro_batch_size or params.batch_size // world.size
         example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, config.block_size + 1)
         self._train_loss = self._parallel.wrap(loss, example)
-        self.part_norms: dict[str, Tensor] = {}  # of the last step's gradient, before clipping
+        self.part_norms: dict[str, Tensor] = {}  # of the last gradient whose norms were asked for, before clipping
 
-    def learn(self, step: int, ids: Tensor) -> Tensor:
+    def learn(self, step: int, ids: Tensor, *, with_part_norms: bool = False) -> Tensor:
         """One optimizer step, counted from 0, on (B, T + 1) ids, the same in every process.
 
         -> (2,): the mean loss of this process's share, and the norm of the whole gradient
@@ -90,7 +90,8 @@ class Learner:
         loss += self._backward(last, len(last) / len(ids))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        self.part_norms = part_norms(self.model)
+        if with_part_norms:
+            self.part_norms = part_norms(self.model)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
         overflow = self.scaler.is_enabled() and not grad_norm.isfinite()  # of fp16: no step, and a smaller scale
         for optimizer in self.optimizers:

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from tinygpt.errors import UserError
 from tinygpt.model import GPT
 from tinygpt.model.lora import trained_tensors
 from tinygpt.train.config import TrainParams
-from tinygpt.train.parallel import part_of, put, whole
+from tinygpt.train.parallel import is_split, part_of, put, whole
 
 Group = dict[str, Any]  # of an optimizer: weights and how they are trained
 
@@ -203,7 +202,7 @@ def _groups(optimizers: Iterable[Optimizer]) -> Iterator[Group]:
 
 def _plain_parts(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
     """A tensor, or the plain ones that a packed one, as torchao's, is made of."""
-    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
+    if is_split(value) or not hasattr(value, "__tensor_flatten__"):
         return [(name, value)]
     return [(f"{name}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
 

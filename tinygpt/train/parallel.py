@@ -1,17 +1,23 @@
-"""How the processes of a run share a model: each has all of it, or a part of every weight."""
+"""How the processes of a run share a model: each has all of it, or a part of every weight.
+
+What splits weights is imported where it is used: it takes as long as half of PyTorch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tinygpt.model import GPT
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 class Alone:
@@ -60,6 +66,8 @@ class Shards(Alone):
 
     def split(self, model: GPT) -> None:
         """The unit is a block; what stands before and behind them is one more."""
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
         for block in model.blocks:
             fully_shard(block)
         self.model: FSDPModule = fully_shard(model)
@@ -83,21 +91,28 @@ class Shards(Alone):
 PARALLEL: dict[str, type[Alone]] = {"ddp": Replicas, "fsdp": Shards}
 
 
+def is_split(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether this process has a part of it."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which this process may have a part; all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The same, to be kept: what was in parts comes to the CPU."""
-    return whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().cpu() if is_split(tensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """What this process has of a whole tensor that is split like another."""
     tensor = tensor.to(like.device)
-    if not isinstance(like, DTensor):
+    if not is_split(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 

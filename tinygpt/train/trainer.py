@@ -98,9 +98,10 @@ class Trainer:
                 if self._out_of_patience():
                     break
                 began = time.perf_counter()
-                self._train_step(step)
-                self.progress.step = done = step + 1
+                done = step + 1
                 look, log = self._due(done, self.params.eval_every), self._due(done, self.runtime.log_every)
+                self._train_step(step, look=look)
+                self.progress.step = done
                 asked = self.world.max(interrupts.requested())
                 save = done % self.params.save_every == 0 or asked
                 if look or log or save:
@@ -135,8 +136,9 @@ class Trainer:
         self.progress.micro_batch_size = find_micro_batch_size(self.learner, known=self.progress.micro_batch_size)
         self.learner.micro_batch_size = self.progress.micro_batch_size
 
-    def _train_step(self, step: int) -> None:
-        self._uncounted.append(self.learner.learn(step, self.prefetch.batch(step)))
+    def _train_step(self, step: int, *, look: bool) -> None:
+        """`look`: the validation split is looked at behind it."""
+        self._uncounted.append(self.learner.learn(step, self.prefetch.batch(step), with_part_norms=look))
 
     def _count(self) -> None:
         """Bring the numbers of the steps since the last time from the device, which waits for it, into the curve."""
