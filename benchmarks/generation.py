@@ -49,7 +49,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 N_PROMPT, N_NEW = 200, 48
 BATCH_SIZE, N_BATCH_PROMPT, N_BATCH_NEW = 32, 64, 12
-N_TEXT, N_TEXT_PROMPT, N_TEXT_NEW = 4, 300, 128  # texts, characters of each that are the prompt, tokens that follow
+N_TEXT, N_TEXT_PROMPT, N_TEXT_NEW = 3, 300, 100  # texts, characters of each that are the prompt, tokens that follow
 Speed = tuple[float, float]  # seconds until the first token, and for each one after it
 Run = Callable[[], Speed]
 # (what is measured, ours, the other, which of the two times, rows)

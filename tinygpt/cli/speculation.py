@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinygpt.cli.engine import TOKENIZER, Engine, is_gguf, model_path
+from tinygpt.cli.engine import Engine, is_gguf, model_path
 from tinygpt.generate import Answer, Speculation
 from tinygpt.params import ParamsError, require
 
@@ -69,7 +69,7 @@ def with_proposals(engine: Engine, args: argparse.Namespace) -> Engine:
     assert isinstance(engine, TorchEngine)
     speculation = sizes_of(args)
     if args.draft is not None:
-        draft, tokenizer = load_folder(args.draft, args.tokenizer, default=TOKENIZER)
+        draft, tokenizer = load_folder(args.draft, args.tokenizer)
         require(
             (
                 getattr(engine.vocabulary, "tokens", None) == tokenizer.tokens,
