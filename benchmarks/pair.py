@@ -1,6 +1,6 @@
 """A model of 11 million weights and a draft of a tenth of them, trained on the same made-up text that repeats itself.
 
-    python -m benchmarks.pair FOLDER           # about 5 minutes on two cores -> FOLDER/model, /draft, /tokenizer
+    python -m benchmarks.pair FOLDER           # minutes on two cores -> FOLDER/model, /draft, /tokenizer
     python -m benchmarks.generation --pair FOLDER
     python -m tinygpt generate --model FOLDER/model --tokenizer FOLDER/tokenizer --draft FOLDER/draft --prompt "class "
 
@@ -34,7 +34,7 @@ TARGET: dict[str, Any] = {
     "parallel_block": False, "window": None, "full_every": None, "bias": "none", "qk_norm": False, "tie_weights": True,
     "dropout": 0.0, "attention": "sdpa",
 }  # fmt: skip
-DRAFT = TARGET | {"n_layer": 2, "n_head": 4, "n_embd": 176}
+DRAFT = TARGET | {"n_layer": 1, "n_head": 4, "n_embd": 256}  # one layer: operations cost a draft most of its time
 METHOD = '''
     def set_{name}(self, {name}: {kind}) -> None:
         """Set the {name} of this {thing}."""

@@ -29,7 +29,7 @@ class Speculation:
     """Where proposals come from, and how many."""
 
     draft: GPT | None = None  # a smaller model with the same tokenizer; None looks them up in prompt and text
-    n_draft: Annotated[int, Within("[1, 64]")] = 3  # tokens proposed for each pass of the model
+    n_draft: Annotated[int, Within("[1, 64]")] = 5  # tokens proposed for each pass of the model
     ngram: Annotated[int, Within("[1, 16]")] = 3  # of a look-up: what followed the last so many tokens, or fewer
 
     def __post_init__(self) -> None:
