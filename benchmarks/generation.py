@@ -2,10 +2,11 @@
 
     python -m benchmarks.generation                 # 11 million random weights, 2 threads
     python -m benchmarks.generation --threads 4 --rounds 9
+    python -m benchmarks.generation --pair FOLDER   # speculative decoding alone, of what benchmarks/pair.py trained
 
 Every program takes the likeliest token, on the CPU in float32 or with 8-bit weights. A round runs all of them once, one
 after the other; the table has medians over the rounds. Prompts have 200 tokens, or 64 in a batch of 32, and are read
-outside of what the time for a token counts.
+outside of what the time for a token counts. Speculative decoding continues N_TEXT classes of made-up code.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,16 @@ import transformers
 from tqdm import tqdm
 
 from benchmarks.export_matrix import EOS, random_model
+from benchmarks.pair import repetitive_text
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.generate import Answer, Sampling, Speculation
 from tinygpt.generate.decoder import Decoder
-from tinygpt.model import GPT, GPTConfig
-from tinygpt.model.quantize import quantize
+from tinygpt.generate.stream import begin, extend_by
+from tinygpt.model import GPT, GPTConfig, load_model
+from tinygpt.model.quantize import KINDS, quantize
+from tinygpt.model.weights import load_pair
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
 
@@ -43,6 +49,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 N_PROMPT, N_NEW = 200, 48
 BATCH_SIZE, N_BATCH_PROMPT, N_BATCH_NEW = 32, 64, 12
+N_TEXT, N_TEXT_PROMPT, N_TEXT_NEW = 3, 300, 100  # texts, characters of each that are the prompt, tokens that follow
 Speed = tuple[float, float]  # seconds until the first token, and for each one after it
 Run = Callable[[], Speed]
 # (what is measured, ours, the other, which of the two times, rows)
@@ -55,6 +62,8 @@ MEASURES = [
     (f"first token after {N_PROMPT}, a second", "ours", "llama.cpp F32", 0, 1),
     (f"first token after {N_PROMPT}, a second", "ours", "transformers", 0, 1),
 ]
+
+HOW = {"likeliest": Sampling(temperature=0, ignore_eos=True), "temperature 0.8": Sampling(temperature=0.8, top_p=0.95)}
 
 
 def random_prompts(n: int, n_token: int) -> list[list[int]]:
@@ -116,6 +125,46 @@ def time_llama(llama: LlamaCpp, prompt: list[int], n_new: int) -> Speed:
     return time_twice(lambda n: llama.greedy(prompt, n), n_new)
 
 
+def time_proposals(model: GPT, answers: list[Answer], speculation: Speculation | None) -> Speed:
+    """Of texts that are continued one after the other, with proposals or without; the first token is not measured."""
+    seconds = 0.0
+    for answer in answers:
+        steps = extend_by(speculation, model, [answer])
+        next(steps)
+        began = time.perf_counter()
+        for _ in steps:
+            pass
+        seconds += time.perf_counter() - began
+    return 0.0, seconds / sum(len(answer.ids) - 1 for answer in answers)
+
+
+def speculative_programs(
+    folder: Path, n_draft: int, kind: str | None
+) -> tuple[dict[str, Run], dict[str, list[Answer]]]:
+    """What is measured, by name, and the answers of each one's last run."""
+    (model, tokenizer), draft = load_pair(folder / "model", folder / "tokenizer"), load_model(folder / "draft")
+    if kind:
+        quantize(model, kind)
+    prompts = [text[:N_TEXT_PROMPT] for text in repetitive_text(N_TEXT, seed=1)]
+    proposals = {
+        "without": None,
+        "draft": Speculation(draft=draft, n_draft=n_draft),
+        "look-up": Speculation(n_draft=n_draft),
+    }
+    written: dict[str, list[Answer]] = {}
+
+    def run(name: str, sampling: Sampling, speculation: Speculation | None) -> Speed:
+        written[name] = [begin(model, tokenizer, prompt, sampling, N_TEXT_NEW) for prompt in prompts]
+        return time_proposals(model, written[name], speculation)
+
+    runs = {
+        f"{how}, {source}": partial(run, f"{how}, {source}", sampling, speculation)
+        for how, sampling in HOW.items()
+        for source, speculation in proposals.items()
+    }
+    return dict(runs), written
+
+
 def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     """What is measured, by name."""
     model, small = (random_model(GPTConfig(**CONFIG)) for _ in range(2))
@@ -141,27 +190,53 @@ def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     }
 
 
+def medians(runs: dict[str, Run], n_round: int) -> dict[str, Speed]:
+    """Of all programs, run in turn."""
+    for run in runs.values():
+        run()  # the first time is another
+    speeds: dict[str, list[Speed]] = {name: [] for name in runs}
+    for _ in tqdm(range(n_round)):
+        for name, run in runs.items():
+            speeds[name].append(run())
+    return {
+        name: (statistics.median(a for a, _ in s), statistics.median(b for _, b in s)) for name, s in speeds.items()
+    }
+
+
+def print_speculative(folder: Path, n_round: int, n_draft: int, kind: str | None) -> None:
+    """The table of speculative decoding."""
+    runs, written = speculative_programs(folder, n_draft, kind)
+    speeds = medians(runs, n_round)
+    print("| tokens a second | with proposals | without | ratio | tokens a pass |\n|---|---|---|---|---|")
+    for name, (_, seconds) in speeds.items():
+        how, source = name.rsplit(", ", 1)
+        if source != "without":
+            without, answers = speeds[f"{how}, without"][1], written[name]
+            n_per_pass = sum(len(a.ids) for a in answers) / sum(a.n_pass for a in answers)
+            print(f"| {name} | {1 / seconds:,.1f} | {1 / without:,.1f} | {without / seconds:.2f} | {n_per_pass:.2f} |")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pair", type=Path, help="measure speculative decoding instead")
+    parser.add_argument("--n-draft", type=int, default=Speculation().n_draft, help="of --pair (default: %(default)s)")
+    parser.add_argument("--quantize", choices=list(KINDS), help="of --pair: the model's weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    print(f"{args.threads} threads, medians of {args.rounds} rounds\n")
+    if args.pair:
+        print_speculative(args.pair, args.rounds, args.n_draft, args.quantize)
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        runs = programs(Path(folder), args.threads)
-        for run in runs.values():
-            run()  # the first time is another
-        speeds: dict[str, list[Speed]] = {name: [] for name in runs}
-        for _ in tqdm(range(args.rounds)):
-            for name, run in runs.items():
-                speeds[name].append(run())
-    print(f"{args.threads} threads, medians of {args.rounds} rounds\n")
+        speeds = medians(programs(Path(folder), args.threads), args.rounds)
     print("| measure | tinygpt | beside | theirs | ratio |\n|---|---|---|---|---|")
     for measure, our_name, their_name, at, n_row in MEASURES:
-        ours, theirs = (n_row / statistics.median(s[at] for s in speeds[name]) for name in (our_name, their_name))
+        ours, theirs = (n_row / speeds[name][at] for name in (our_name, their_name))
         print(f"| {measure} | {ours:,.1f} | {their_name} | {theirs:,.1f} | {ours / theirs:.2f} |")
 
 

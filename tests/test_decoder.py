@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,3 +73,51 @@ def test_a_row_can_be_left_out_and_an_empty_prompt_is_refused():
     for refused in (lambda: Decoder(MODEL, [[1], []]), lambda: decoder.join([[]])):
         with pytest.raises(UserError, match="prompt is empty"):
             refused()
+
+
+ALL = {
+    **FAMILIES,
+    **WINDOWED,
+    "window of one, mqa": {"window": 1, "n_kv_head": 1},
+    "gqa": {"n_kv_head": 2, "window": 7},
+}
+
+
+@pytest.mark.parametrize("changes", ALL.values(), ids=ALL)
+def test_several_tokens_of_each_row_in_one_pass_have_the_logits_of_the_model(changes):
+    model = tiny_model(**changes)
+    rows = [[1], [5, 7, 11, 2, 3, 9, 8], list(range(40))]
+    decoder = Decoder(model, rows, room=4)
+    for step in range(4):
+        added = [random_ids(n, seed=step).tolist() for n in (1, 5, 1 + step)]
+        parts = decoder.advance(added)
+        rows = [[*ids, *new] for ids, new in zip(rows, added, strict=True)]
+        for ids, new, part in zip(rows, added, parts, strict=True):
+            with torch.inference_mode():
+                torch.testing.assert_close(part, model(torch.tensor([ids]))[0, -len(new) :], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decoder.logits, torch.stack([part[-1] for part in parts]), atol=0, rtol=0)
+
+
+MODELS = [tiny_model(**{"block_size": 32} | changes) for changes in ALL.values()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=st.sampled_from(MODELS), room=st.integers(0, 5), data=st.data())
+def test_any_sequence_of_tokens_added_and_taken_back_is_that_of_reading_what_is_left(model, room, data):
+    ids_of_v = st.lists(st.integers(0, 299), min_size=1, max_size=room + 1)
+    n_prompt = data.draw(st.integers(1, 20))
+    ids = random_ids(n_prompt).tolist()
+    decoder, longest = Decoder(model, [ids], room=room), n_prompt
+    for _ in range(data.draw(st.integers(1, 12))):
+        n_back = data.draw(st.integers(0, max(0, min(room - (longest - len(ids)), len(ids) - 1))))
+        decoder.back([n_back])
+        new = data.draw(ids_of_v)
+        ids = [*ids[: len(ids) - n_back], *new]
+        if len(new) > decoder.n_free():  # the context is full
+            break
+        if len(new) == 1 and data.draw(st.booleans()):
+            decoder.step(new)
+        else:
+            decoder.advance([new])
+        longest = max(longest, len(ids))
+        torch.testing.assert_close(decoder.logits[0], read_whole(model, ids), atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 from conftest import prose, tiny_model
 from project import ROOT, environment
 
-from tinygpt.generate import Sampling, Search
+from tinygpt.generate import Sampling, Search, Speculation
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.serve.limits import Limits
 from tinygpt.serve.request import Body
@@ -52,7 +52,7 @@ def test_texts_are_generated(folder):
 
 def test_every_option_of_generation_is_in_its_page():
     page = (ROOT / "docs/generation.md").read_text()
-    options = {field.name for cls in (Sampling, Search) for field in dataclasses.fields(cls)}
+    options = {field.name for cls in (Sampling, Search, Speculation) for field in dataclasses.fields(cls)}
     assert {name for name in options if f"`{name}`" not in page} == set()
 
 

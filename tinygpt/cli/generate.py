@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -11,6 +13,7 @@ from tinygpt.cli.output import FORMATS, Output, add_output_options, check_output
 from tinygpt.cli.prompts import MOST_SHOWN, Prompt, add_prompt_options, check_prompts, raise_some, read_prompts
 from tinygpt.cli.remarks import remarks
 from tinygpt.cli.sampling import Settings, add_sampling_options, named_as_options, read_settings, together
+from tinygpt.cli.speculation import add_speculation_options, check_speculation, report, with_proposals
 from tinygpt.errors import UserError
 from tinygpt.generate import Answer, Search
 from tinygpt.params import require
@@ -25,20 +28,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_output_options(command)
     command.add_argument("--batch-size", type=int, default=32, help="texts computed together (default: %(default)s)")
     add_sampling_options(command)
+    add_speculation_options(command)
     add_engine_options(command)
 
 
 def run(args: argparse.Namespace) -> None:
     """Continue the prompts."""
-    checks = (read_settings, check_prompts, check_number, check_output, check_engine)
+    checks = (read_settings, check_prompts, check_number, check_output, check_engine, check_speculation)
     settings: Settings = together(*(partial(check, args) for check in checks))[0]
     prompts = read_prompts(args)
     open_output()
-    engine = open_engine(args)
+    engine = with_proposals(open_engine(args), args)
     with named_as_options():
         answers = begin(engine, prompts, settings, n=args.n, n_logprobs=args.logprobs)
     for remark in remarks(prompts, [len(answer.prompt) for answer in answers[:: args.n]], engine)[:MOST_SHOWN]:
         warn(remark)
+    began = time.monotonic()
     output = FORMATS[args.format](engine.vocabulary, with_logprobs=args.logprobs is not None)
     try:
         if settings.search == Search():
@@ -50,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
                 output.end(prompt.text, engine.search(prompt.text, settings, n_logprobs=args.logprobs))
     finally:
         output.close()
+    if args.draft is not None or args.prompt_lookup:
+        print(report(answers, time.monotonic() - began), file=sys.stderr)
 
 
 def check_number(args: argparse.Namespace) -> None:

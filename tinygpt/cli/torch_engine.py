@@ -11,9 +11,9 @@ from tinygpt.cli.sampling import Settings
 from tinygpt.errors import UserError
 from tinygpt.export.hf_import import read_hf
 from tinygpt.files import read_json
-from tinygpt.generate import Answer, generate_batch
+from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.answer import Running
-from tinygpt.generate.stream import begin
+from tinygpt.generate.stream import begin, extend_by
 from tinygpt.model import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.model.weights import CONFIG_FILE, load_pair
@@ -29,6 +29,7 @@ class TorchEngine:
         """Raises UserError where the weights cannot be quantized so."""
         self.model, self.vocabulary = model.to(device), tokenizer
         self.block_size = model.config.block_size
+        self.speculation: Speculation | None = None  # with it, answers are extended one after the other
         if quantized:
             quantize(self.model, quantized)  # on the device: each has its own form
 
@@ -40,6 +41,9 @@ class TorchEngine:
 
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
         """Extend each to its end, so many together; yields those that just got a token."""
+        if self.speculation is not None:
+            yield from extend_by(self.speculation, self.model, answers)
+            return
         running, waiting = Running(self.model), deque(answers)
         while waiting or running.answers:
             running.add([waiting.popleft() for _ in range(min(len(waiting), at_once - len(running.answers)))])

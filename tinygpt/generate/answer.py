@@ -59,6 +59,7 @@ class Answer:
         self.piece = ""  # what the last token added to the text
         self.finish_reason: Literal["stop", "length"] | None = None  # None = not yet at its end
         self.eos_id, self.end_ids = tokenizer.eos_id, {tokenizer.eos_id, *sampling.stop_ids}
+        self.n_pass = 0  # of the model, where speculative decoding counts them
         self.max_new_tokens = min(max_new_tokens, room)
         self.generator = random.Random(sampling.seed)  # its own: other rows draw nothing from it
         self._text = TextStream(tokenizer, sampling.stop)

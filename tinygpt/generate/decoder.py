@@ -21,12 +21,15 @@ class Decoder:
     it, a row has the logits that it has alone, up to rounding.
     """
 
-    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts, of any lengths.  Raises UserError when one has no id."""
+    def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], *, room: int = 0) -> None:
+        """Read the prompts, of any lengths; the last `room` tokens may be taken back.
+
+        Raises UserError when a prompt has no id.
+        """
         embedding = model.tok_emb.weight
         self._model, self._block_size, self._device = LeanGPT(model), model.config.block_size, embedding.device
         self._seen: list[list[int]] = []
-        self._slots = Slots(model.config, 0, dtype=embedding.dtype, device=self._device)
+        self._slots = Slots(model.config, 0, dtype=embedding.dtype, device=self._device, room=room)
         self.logits = torch.empty(0, len(embedding), device=self._device)
         self.join(prompts)
 
@@ -57,6 +60,27 @@ class Decoder:
         self.logits = self._model.logits(self._tensor(ids), self._tensor(at), self._slots.append(at))
         if full:  # what they got just now is overwritten
             self.logits[full] = self._read(full)
+
+    def n_free(self) -> int:
+        """How many tokens more the context of every row holds."""
+        return self._block_size - max(map(len, self._seen))
+
+    @torch.inference_mode()
+    def advance(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Append some ids to each row, 1 to room + 1 and at most `n_free()` -> the logits after each, (T, V) a row."""
+        at, sizes = [len(seen) for seen in self._seen], [len(new) for new in ids]
+        positions = [begin + i for begin, size in zip(at, sizes, strict=True) for i in range(size)]
+        attend = self._slots.extend(at, sizes)
+        logits = self._model.logits(self._tensor([i for new in ids for i in new]), self._tensor(positions), attend)
+        for seen, new in zip(self._seen, ids, strict=True):
+            seen += new
+        self.logits = logits[self._tensor(sizes).cumsum(0) - 1]
+        return list(logits.split(sizes))
+
+    def back(self, n: Sequence[int]) -> None:
+        """Take back the last tokens of each row, at most `room` of all that it ever had; `logits` are unknown then."""
+        for seen, k in zip(self._seen, n, strict=True):
+            del seen[len(seen) - k :]
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:

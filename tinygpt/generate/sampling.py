@@ -202,18 +202,30 @@ def as_double(logits: Tensor) -> Tensor:
     return (logits.cpu() if logits.device.type == "mps" else logits).double()
 
 
+def penalized(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
+    """As doubles, and with all penalties.  (B, V) -> (B, V)
+
+    Raises UserError when the model gives no numbers.
+    """
+    logits = apply_penalties(as_double(logits), sampling, past)
+    if not bool((logits < math.inf).all()):
+        raise UserError("the logits are not finite numbers: a penalty is too large, or the model's training failed")
+    return logits
+
+
+def uniform(generator: random.Random) -> float:
+    """A number of [0, 1) with 48 bits: the largest times a total never rounds to that total, even in double."""
+    return generator.getrandbits(48) / 2**48
+
+
 def choose(logits: Tensor, sampling: Sampling, past: Past, generators: Sequence[random.Random]) -> list[int | None]:
     """The next id of each row, None where no token is left that may be taken.  (B, V) -> B ids
 
     Raises UserError when the model gives no numbers.
     """
-    logits = apply_penalties(as_double(logits), sampling, past)
+    logits = penalized(logits, sampling, past)
     best, ids = logits.max(-1)
-    if not bool((best < math.inf).all()):
-        raise UserError("the logits are not finite numbers: a penalty is too large, or the model's training failed")
     if sampling.temperature > 0:
-        # 48 bits: the largest number times a total never rounds to that total, even in double
-        uniform = [generator.getrandbits(48) / 2**48 for generator in generators]
-        ids = draw(apply_filters(logits, sampling), uniform)
+        ids = draw(apply_filters(logits, sampling), [uniform(generator) for generator in generators])
     pairs = zip(ids.tolist(), best.tolist(), strict=True)
     return [None if value == -math.inf else i for i, value in pairs]

@@ -1,7 +1,8 @@
 """Keys and values of rows that are continued together, and how their tokens attend to them.
 
 A token's keys and values stand in the slot of its position, modulo the number of slots of the layer: block_size, or the
-window where it has one. Slots are read in any order, since positions are part of the keys.
+window where it has one and `room` more. Slots are read in any order, since positions are part of the keys. Tokens that
+were taken back stay in their slots until others come; nobody sees them.
 
 B rows, T tokens of one row, M of all, S slots, H query heads, G key/value heads, D head_dim.
 """
@@ -20,12 +21,16 @@ from tinygpt.model.attention import attention_mask
 
 
 class Slots:
-    """Room for one sequence in each of `n_row` rows."""
+    """Room for one sequence in each of `n_row` rows, of which the last `room` tokens may be taken back."""
 
-    def __init__(self, config: GPTConfig, n_row: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: GPTConfig, n_row: int, *, dtype: torch.dtype, device: torch.device, room: int = 0
+    ) -> None:
         self.n_head, self.n_kv_head, self.device = config.n_head, config.n_kv_head, device
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
-        shapes = [(n_row, 2 * self.n_kv_head, window or config.block_size, config.head_dim) for window in self.windows]
+        sizes = [min(window + room, config.block_size) if window else config.block_size for window in self.windows]
+        self.has_more = any(window and window < size for window, size in zip(self.windows, sizes, strict=True))
+        shapes = [(n_row, 2 * self.n_kv_head, size, config.head_dim) for size in sizes]
         # (B, 2G, S, D), keys first; zeros because what stands in an unread slot is still multiplied by a weight of 0
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
 
@@ -39,6 +44,8 @@ class Slots:
 
     def append(self, at: Sequence[int]) -> Attend:
         """For one more token in each row, at these positions: each sees its row up to itself."""
+        if self.has_more:
+            return self.extend(at, [1] * len(at))
         first, last, rows = min(at), max(at), torch.arange(len(at), device=self.device)
         positions = torch.tensor(at, device=self.device)
         masks = {n_slot: self._mask(positions, first, last, n_slot) for n_slot in {s.size(2) for s in self.layers}}
@@ -64,6 +71,38 @@ class Slots:
         empty = torch.arange(n, device=self.device) > positions[:, None, None, None]
         return torch.zeros(empty.shape, dtype=self.layers[0].dtype, device=self.device).masked_fill(empty, -torch.inf)
 
+    def extend(self, at: Sequence[int], sizes: Sequence[int]) -> Attend:
+        """For some more tokens in each row, at most room + 1, the first of them at these positions; row behind row."""
+        spans = list(zip(at, sizes, strict=True))
+        n_slots = {window: slots.size(2) for window, slots in zip(self.windows, self.layers, strict=True)}
+        places = {w: [torch.arange(i, i + n, device=self.device) % n_slots[w] for i, n in spans] for w in n_slots}
+        masks = {w: [self._visible(i, n, n_slots[w], w) for i, n in spans] for w in n_slots}
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            slots, window, read = self.layers[layer], self.windows[layer], []
+            for row, part in enumerate(heads.split(list(sizes))):
+                q, kv = part.transpose(0, 1).split((self.n_head, 2 * self.n_kv_head))  # (H, T, D), (2G, T, D)
+                slots[row].index_copy_(1, places[window][row], kv)
+                k, v = slots[row : row + 1, :, : at[row] + len(part)].split(self.n_kv_head, 1)
+                read.append(_sdpa(q[None], k, v, masks[window][row])[0].transpose(0, 1).flatten(1))
+            return torch.cat(read) if len(read) > 1 else read[0]
+
+        return attend
+
+    def _visible(self, first: int, n: int, n_slot: int, window: int | None) -> Tensor | None:
+        """0 for the slots that each of n successive tokens sees, the last of them written, else -inf.  -> (T, S)
+
+        None where they see all.
+        """
+        last = first + n - 1
+        if n == 1 and (window is None or last < window):
+            return None
+        slots, queries = torch.arange(min(last + 1, n_slot), device=self.device), range(first, last + 1)
+        there = last - (last - slots) % n_slot  # the position whose token stands in each
+        behind = torch.tensor(queries, device=self.device)[:, None] - there
+        hidden = (behind < 0) | (behind >= (window or n_slot))
+        return torch.zeros(hidden.shape, dtype=self.layers[0].dtype, device=self.device).masked_fill(hidden, -torch.inf)
+
     def fill(self, rows: Sequence[int], sizes: Sequence[int]) -> Attend:
         """For whole sequences, one behind the other, in the place of what these rows held; in the last layer only the
         last token of each reads.
@@ -78,7 +117,8 @@ class Slots:
                 self.layers[layer][row, :, kept % n_slot] = part[kept, self.n_head :].transpose(0, 1)
                 q, k, v = part.transpose(0, 1)[None].split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
                 if only_last:
-                    y = _sdpa(q[:, :, -1:], k[:, :, -n_slot:], v[:, :, -n_slot:])
+                    n_seen = self.windows[layer] or n_slot
+                    y = _sdpa(q[:, :, -1:], k[:, :, -n_seen:], v[:, :, -n_seen:])
                 else:
                     mask = attention_mask(t, t, self.windows[layer], self.device)
                     y = _sdpa(q, k, v, mask, is_causal=mask is None)

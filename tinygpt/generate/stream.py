@@ -9,6 +9,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate.answer import Answer, extend
 from tinygpt.generate.beam import beam_search
 from tinygpt.generate.options import Sampling, Search
+from tinygpt.generate.speculative import Speculation, speculate
 from tinygpt.model import GPT
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     search: Search | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[str]:
     """Pieces of the text that follows the prompt, until `<|endoftext|>`; never half a character.
 
@@ -31,11 +33,19 @@ def stream(
     sampling, search = sampling or Sampling(), search or Search()
     if search != Search():
         answers = generate_batch(
-            model, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, search=search
+            model,
+            tokenizer,
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            search=search,
+            speculation=speculation,
         )
         return iter([answer.text for answer in answers if answer.text])
+    if speculation is not None:
+        speculation.check(model, search)
     answer = begin(model, tokenizer, prompt, sampling, max_new_tokens)
-    return (answer.piece for _ in extend(model, [answer]) if answer.piece)
+    return (answer.piece for _ in extend_by(speculation, model, [answer]) if answer.piece)
 
 
 def generate(
@@ -46,9 +56,19 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     search: Search | None = None,
+    speculation: Speculation | None = None,
 ) -> str:
     """The text that follows the prompt."""
-    return "".join(stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, search=search))
+    pieces = stream(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        search=search,
+        speculation=speculation,
+    )
+    return "".join(pieces)
 
 
 def generate_batch(
@@ -59,9 +79,10 @@ def generate_batch(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] | None = None,
     search: Search | None = None,
+    speculation: Speculation | None = None,
     n_logprobs: int | None = None,
 ) -> list[Answer]:
-    """What follows each prompt; the same as one by one, each with its own seed.
+    """What follows each prompt; the same as one by one, each with its own seed. With speculation it is one by one.
 
     `sampling` is one for all or one for each prompt; `n_logprobs` is that of Answer. Raises ParamsError when options
     are wrong or contradict each other, and UserError when a prompt is no text.
@@ -72,6 +93,8 @@ def generate_batch(
     each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
     for one in each:
         search.check(one)
+    if speculation is not None:
+        speculation.check(model, search)
     kept = 0 if n_logprobs is None and search.best_of > 1 else n_logprobs
     answers = [
         begin(
@@ -89,10 +112,19 @@ def generate_batch(
         for answer in answers:
             beam_search(model, tokenizer, answer, search)
         return answers
-    for _ in extend(model, answers):
+    for _ in extend_by(speculation, model, answers):
         pass
     groups = [answers[i : i + search.best_of] for i in range(0, len(answers), search.best_of)]
     return [max(group, key=Answer.mean_logprob) if len(group) > 1 else group[0] for group in groups]
+
+
+def extend_by(speculation: Speculation | None, model: GPT, answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+    """Extend each answer to its end, all together, or with proposals one after the other; yields who got a token."""
+    if speculation is None:
+        yield from extend(model, answers)
+    else:
+        for answer in answers:
+            yield from speculate(model, answer, speculation)
 
 
 def begin(

@@ -1,0 +1,77 @@
+"""`generate --draft` and `--prompt-lookup`: the same text, what it brought, and what does not go together."""
+
+import pytest
+from conftest import prose, tiny_model
+
+from tinygpt.cli.main import main
+from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.tokenizer.bpe import train_bpe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_tokenizer):
+    base = tmp_path_factory.mktemp("speculation")
+    for name, tokenizer, changes in (
+        ("model", tiny_tokenizer, {}),
+        ("draft", tiny_tokenizer, {"n_layer": 1}),
+        ("other", train_bpe([prose(500, seed=9)], 300, special_tokens=("<|user|>",)), {"n_layer": 1}),
+        ("smaller", train_bpe([prose(500)], 290), {"n_layer": 1, "vocab_size": 290}),
+    ):
+        model = tiny_model(**changes)
+        save_model(base / name, model.config, model_tensors(model))
+        tokenizer.save(base / name)
+    return base
+
+
+@pytest.fixture
+def generate(folders, monkeypatch, capsys):
+    """Run the command in this process -> what it printed, and its one line of problems."""
+
+    def run(*args):
+        options = ["--model", str(folders / "model"), "--prompt", "the file the", "--max-new-tokens", "40"]
+        monkeypatch.setattr("sys.argv", ["tinygpt", "generate", *options, *map(str, args)])
+        problems = ""
+        try:
+            main()
+        except SystemExit as left:
+            problems = str(left.code or "")
+        done = capsys.readouterr()
+        return done.out, problems + done.err
+
+    return run
+
+
+@pytest.mark.parametrize("options", [["--draft", "draft", "--n-draft", 3], ["--prompt-lookup", "--ngram", 2]])
+def test_the_likeliest_text_is_the_same_and_the_end_tells_what_the_proposals_brought(options, folders, generate):
+    options = [folders / each if each == "draft" else each for each in options]
+    plain, quiet = generate("--temperature", 0)
+    found, told = generate("--temperature", 0, *options)
+    assert found == plain
+    assert "a pass of the model" not in quiet
+    assert told.count("\n") == quiet.count("\n") + 1
+    assert " tokens a pass of the model, " in told
+    several = generate("--temperature", 0.7, "--n", 3, "--format", "jsonl", "--logprobs", 1, *options)[0]
+    assert len(several.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--draft other", "has other tokens than the model: take one trained with the same tokenizer"),
+        ("--draft smaller", "has other tokens than the model"),
+        ("--draft nowhere", "nowhere"),
+        ("--draft draft --prompt-lookup", "--draft and --prompt-lookup both propose: give one of them"),
+        ("--n-draft 3", "--n-draft=3 needs --draft or --prompt-lookup"),
+        ("--draft draft --ngram 3", "--ngram=3 needs --prompt-lookup"),
+        ("--prompt-lookup --n-draft 0", "--n-draft=0 must be within"),
+        ("--prompt-lookup --n-beam 2", "--n-beam=2 follows several texts, --prompt-lookup proposes one"),
+        ("--draft draft --best-of 2", "--best-of=2 follows several texts, --draft proposes one"),
+        ("--prompt-lookup --model x.gguf", "--prompt-lookup cannot be had with llama.cpp"),
+    ],
+)
+def test_what_does_not_go_together_is_told_by_option(options, message, folders, generate):
+    names = {"draft", "other", "smaller", "nowhere"}
+    printed, problems = generate(*(folders / each if each in names else each for each in options.split()))
+    assert message in problems
+    assert "Traceback" not in problems
+    assert printed == ""

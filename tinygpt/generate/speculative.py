@@ -1,0 +1,205 @@
+"""Speculative decoding: tokens are proposed cheaply, and the model reads several in the pass that would read one.
+
+The text has exactly the distribution of the model without proposals (Leviathan et al., https://arxiv.org/abs/2211.17192,
+Chen et al., https://arxiv.org/abs/2302.01318).
+
+K proposed tokens, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from tinygpt.generate.answer import Answer, keep_logprobs
+from tinygpt.generate.decoder import Decoder
+from tinygpt.generate.options import Sampling, Search, interval_rules
+from tinygpt.generate.sampling import Past, apply_filters, apply_penalties, choose, penalized, uniform
+from tinygpt.model import GPT
+from tinygpt.params import Within, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """Where proposals come from, and how many."""
+
+    draft: GPT | None = None  # a smaller model with the same tokenizer; None looks them up in prompt and text
+    n_draft: Annotated[int, Within("[1, 64]")] = 5  # tokens proposed for each pass of the model
+    ngram: Annotated[int, Within("[1, 16]")] = 3  # of a look-up: what followed the last so many tokens, or fewer
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        require(*interval_rules(self))
+
+    def check(self, model: GPT, search: Search) -> None:
+        """Raise ParamsError where the draft or a search does not fit."""
+        sizes = [one.config.vocab_size for one in (model, self.draft or model)]
+        require(
+            (
+                sizes[0] == sizes[1],
+                f"draft has {sizes[1]} tokens, the model {sizes[0]}: take a draft with the same tokenizer",
+            ),
+            (search.n_beam == 1, f"n_beam={search.n_beam} follows several texts, a draft proposes one: leave one out"),
+            (search.best_of == 1, f"best_of={search.best_of} draws several texts, a draft proposes one: leave one out"),
+        )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What may come next."""
+
+    ids: list[int]
+    probabilities: Tensor | None = None  # (K, V) float64: what each was drawn from; None: no other could be proposed
+
+
+Propose = Callable[[Answer, int], Proposal]  # what follows an answer, at most so many tokens
+
+
+def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[list[Answer]]:
+    """Extend an answer to its end; yields it with each token, as `extend` does."""
+    propose = proposer(speculation)
+    decoder, proposal = Decoder(model, [answer.prompt], room=speculation.n_draft), Proposal([])
+    logits = decoder.logits
+    while True:
+        answer.n_pass += 1
+        chosen = verify(logits, proposal, answer)
+        for i, next_id in enumerate(chosen):
+            keep_logprobs(logits[i : i + 1], [answer], [next_id])
+            answer.add(next_id)
+            yield [answer]
+            if answer.finish_reason:
+                return
+        decoder.back([len(proposal.ids) + 1 - len(chosen)])
+        n_wanted = min(speculation.n_draft, answer.max_new_tokens - len(answer.ids) - 1, decoder.n_free() - 1)
+        proposal = propose(answer, n_wanted) if n_wanted > 0 else Proposal([])
+        if proposal.ids:
+            (logits,) = decoder.advance([[answer.ids[-1], *proposal.ids]])
+        else:
+            decoder.step([answer.ids[-1]])  # may be the one for which the context has no place
+            logits = decoder.logits
+
+
+def proposer(speculation: Speculation) -> Propose:
+    """For one answer."""
+    if speculation.draft is None:
+        return LookUp(speculation.ngram)
+    return Draft(speculation.draft, speculation.n_draft)
+
+
+class LookUp:
+    """What followed the last tokens where they stood before, in prompt or text (https://arxiv.org/abs/2304.04487)."""
+
+    def __init__(self, ngram: int) -> None:
+        self.sizes = range(ngram, 0, -1)
+        self.behind: dict[tuple[int, ...], int] = {}  # tokens in a row -> the place behind their last occurrence
+        self.n_read = 0
+
+    def __call__(self, answer: Answer, n: int) -> Proposal:
+        """A text that repeats itself is continued as often as there is room."""
+        ids = [*answer.prompt, *answer.ids]
+        for end in range(self.n_read + 1, len(ids)):
+            self.behind |= {tuple(ids[end - size : end]): end for size in self.sizes if size <= end}
+        self.n_read = len(ids) - 1
+        begins = [self.behind.get(tuple(ids[-size:]), 0) for size in self.sizes]
+        begin = next(filter(None, begins), 0)  # of the longest that stood before
+        for place in range(begin, begin + n) if begin else ():
+            ids.append(ids[place])
+        return Proposal(ids[self.n_read + 1 :])
+
+
+class Draft:
+    """A smaller model, which chooses by the same options from its own logits."""
+
+    def __init__(self, model: GPT, n_draft: int) -> None:
+        self.model, self.room = model, n_draft
+        self.decoder: Decoder | None = None
+        self.n_sure = 0  # of prompt and text, how much it has read
+        self.tried: list[int] = []  # what it read behind that, its own proposals
+
+    def __call__(self, answer: Answer, n: int) -> Proposal:
+        """Nothing behind a token that ends the text."""
+        decoder, n = self._catch_up([*answer.prompt, *answer.ids], n)
+        sampling, ids, drawn_from = answer.sampling, list[int](), list[Tensor]()
+        while True:
+            past = Past([answer.prompt], [[*answer.ids, *ids]], answer.eos_id, sampling.stop_ids)
+            if sampling.temperature > 0:
+                drawn_from.append(distributions(decoder.logits, sampling, past)[0])
+                chosen = pick(drawn_from[-1], answer.generator)
+            else:
+                chosen = int(apply_penalties(decoder.logits, sampling, past).argmax())  # `verify` looks closer
+            ids += [] if chosen is None else [chosen]
+            if chosen is None or chosen in answer.end_ids or len(ids) == n:
+                return Proposal(ids, torch.stack(drawn_from) if drawn_from else None)
+            decoder.step([chosen])
+            self.tried.append(chosen)
+
+    def _catch_up(self, ids: list[int], n: int) -> tuple[Decoder, int]:
+        """Read what came since the last time -> a decoder that can read n - 1 more, where its context is not too small.
+
+        A context that is full is read again from its newer half.
+        """
+        new, size = ids[self.n_sure :], self.model.config.block_size
+        n_right = next((i for i, pair in enumerate(zip(self.tried, new[:-1], strict=False)) if len({*pair}) > 1), None)
+        n_right = min(len(self.tried), len(new) - 1) if n_right is None else n_right
+        n_wrong, missing = len(self.tried) - n_right, new[n_right:]
+        n_free = -1 if self.decoder is None else self.decoder.n_free() + n_wrong
+        if self.decoder is not None and len(missing) <= self.room + 1 and len(missing) + n - 1 <= n_free:
+            self.decoder.back([n_wrong])
+            self.decoder.advance([missing])
+        else:
+            n_kept = len(ids) if len(ids) + n - 1 <= size else max(1, size // 2)
+            n = min(n, size - n_kept + 1)
+            self.decoder = Decoder(self.model, [ids[-n_kept:]], room=self.room)
+        self.n_sure, self.tried = len(ids), []
+        return self.decoder, n
+
+
+def verify(logits: Tensor, proposal: Proposal, answer: Answer) -> list[int | None]:
+    """What is taken: the proposed ids up to the first that the model would not take, and one of its own.
+
+    `logits` (K + 1, V) are the model's before each proposed id and behind the last. None stands where no id may follow.
+    """
+    n, sampling, generator = len(proposal.ids) + 1, answer.sampling, answer.generator
+    written = [[*answer.ids, *proposal.ids[:k]] for k in range(n)]
+    past = Past([answer.prompt] * n, written, answer.eos_id, sampling.stop_ids)
+    if proposal.probabilities is not None:
+        return accept(proposal.ids, proposal.probabilities, distributions(logits, sampling, past), generator)
+    before = generator.getstate()
+    chosen = choose(logits, sampling, past, [generator] * n)
+    n_taken = 1 + next((k for k, i in enumerate(proposal.ids) if chosen[k] != i), n - 1)
+    if n_taken < n:  # one number a token, as without proposals
+        generator.setstate(before)
+        for _ in range(n_taken):
+            uniform(generator)
+    return chosen[:n_taken]
+
+
+def accept(ids: Sequence[int], drawn_from: Tensor, wanted: Tensor, generator: random.Random) -> list[int | None]:
+    """Make of ids with the distributions `drawn_from` (K, V) such with the distributions `wanted` (K + 1, V).
+
+    An id that is `wanted` less often than proposed is taken so much less often; in its place comes one that is wanted
+    more often than proposed. With all taken, one more is drawn.
+    """
+    for k, i in enumerate(ids):
+        if uniform(generator) * float(drawn_from[k, i]) >= float(wanted[k, i]):
+            missing = (wanted[k] - drawn_from[k]).clamp(min=0)
+            return [*ids[:k], pick(missing if missing.any() else wanted[k], generator)]
+    return [*ids, pick(wanted[len(ids)], generator)]
+
+
+def distributions(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
+    """What an id is drawn from, (B, V) -> (B, V) float64; all 0 where none may be taken."""
+    return apply_filters(penalized(logits, sampling, past), sampling).softmax(-1).nan_to_num(0)
+
+
+def pick(probabilities: Tensor, generator: random.Random) -> int | None:
+    """An id, by numbers in proportion to its probability; None where all are 0.  (V,)"""
+    reached = probabilities.cumsum(-1)
+    total = float(reached[-1])
+    at = torch.tensor(uniform(generator) * total, dtype=reached.dtype, device=reached.device)
+    return int(torch.searchsorted(reached, at, right=True)) if total > 0 else None
