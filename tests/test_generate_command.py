@@ -302,11 +302,12 @@ def test_a_list_of_json_ends_well_after_ctrl_c(start, tmp_path):
     assert (process.returncode, told) == (130, b"interrupted\n")
 
 
-@pytest.mark.parametrize("seconds", [0.2, 0.7, 1.2])
-def test_ctrl_c_ends_the_program_at_once_while_it_begins(seconds, start, tmp_path):
-    process = start("--model", tmp_path, "--prompt", "-")
-    time.sleep(seconds)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is loaded can be seen on Linux alone")
+def test_ctrl_c_ends_the_program_at_once_while_it_imports(start, tmp_path):
+    process = start("--model", tmp_path)
+    while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert b"Traceback" not in told
-    assert process.returncode in (130, 1)  # 1 where it was as far as to find no model
+    assert (process.returncode, told) == (130, b"")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tinygpt.generate import Answer
@@ -86,8 +89,9 @@ class JsonLines:
         if self._with_logprobs:
             found["logprobs"] = logprobs_of(answer, self._vocabulary)
         text = json.dumps(found, ensure_ascii=False, allow_nan=False)
-        say(f"{self.between if self._has_begun else self.first}{text}{self.after}")
-        self._has_begun = True
+        with uninterrupted():  # `close` must know what was written
+            say(f"{self.between if self._has_begun else self.first}{text}{self.after}")
+            self._has_begun = True
 
     def close(self) -> None:
         """End what was begun."""
@@ -147,6 +151,21 @@ def logprobs_of(answer: Answer, vocabulary: Vocabulary) -> list[dict[str, Any]]:
 def say(text: str) -> None:
     """Print at once, all of it: what is written stays, whatever comes."""
     print(text, end="", flush=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done."""
+    before, caught = signal.getsignal(signal.SIGINT), list[int]()
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def warn(text: str) -> None:
