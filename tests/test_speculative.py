@@ -103,7 +103,7 @@ def test_a_text_that_repeats_itself_is_looked_up(tiny_tokenizer):
 
 # The distribution of the first ids of V: the exact probabilities of all texts, and many draws.
 
-V, N_FIRST, N_DRAW = 4, 3, 1000  # the second and the third id come from the first proposal
+V, N_FIRST, N_DRAW = 4, 3, 700  # the second and the third id come from the first proposal
 TINY = {"vocab_size": V, "block_size": 8, "n_embd": 16, "n_head": 2, "n_layer": 1}
 SMALL_TARGET, SMALL_DRAFT = tiny_model(**TINY), tiny_model(**TINY, seed=3)
 DRAWN = {

@@ -78,7 +78,10 @@ class Decoder:
         return list(logits.split(sizes))
 
     def back(self, n: Sequence[int]) -> None:
-        """Take back the last tokens of each row, at most `room` of all that it ever had; `logits` are unknown then."""
+        """Take back the last tokens of each row, to `room` less than the most that it ever had, at most.
+
+        What `logits` are is told by the next token.
+        """
         for seen, k in zip(self._seen, n, strict=True):
             del seen[len(seen) - k :]
 
