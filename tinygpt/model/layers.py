@@ -32,22 +32,25 @@ NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}
 
 def gelu(x: Tensor) -> Tensor:
     """The tanh form of GELU (Hendrycks and Gimpel, https://arxiv.org/abs/1606.08415)."""
-    return F.gelu(x, approximate="tanh") if x.is_cuda else _SigmoidGELU.apply(x)
+    learns_on_cpu = x.requires_grad and x.device.type == "cpu" and x.dtype.itemsize >= 4
+    return _SigmoidGELU.apply(x) if learns_on_cpu else F.gelu(x, approximate="tanh")
+
+
+GELU_A = math.sqrt(8 / math.pi)
+GELU_B = GELU_A * 0.044715
 
 
 class _SigmoidGELU(torch.autograd.Function):
     """x · σ(u), u = x · (a + b x²): the same function, as (1 + tanh(u / 2)) / 2 = σ(u).
 
     On a CPU tanh takes three times as long as the sigmoid, and PyTorch's kernel takes it again in the backward pass.
+    Shorter floats than float32 would overflow on the way.
     """
-
-    A = math.sqrt(8 / math.pi)
-    B = A * 0.044715
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Any shape."""
-        gate = (x * x).mul_(_SigmoidGELU.B).add_(_SigmoidGELU.A).mul_(x).sigmoid_()
+        gate = (x * x).mul_(GELU_B).add_(GELU_A).mul_(x).sigmoid_()
         ctx.save_for_backward(x, gate)
         return x * gate
 
@@ -55,7 +58,7 @@ class _SigmoidGELU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """d/dx x σ(u) = σ(u) · (1 + x · u' · (1 - σ(u))), u' = a + 3 b x²"""
         x, gate = ctx.saved_tensors
-        slope = (x * x).mul_(3 * _SigmoidGELU.B).add_(_SigmoidGELU.A).mul_(x)
+        slope = (x * x).mul_(3 * GELU_B).add_(GELU_A).mul_(x)
         return slope.mul_(1 - gate).add_(1).mul_(gate).mul_(grad)
 
 
