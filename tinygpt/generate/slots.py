@@ -120,7 +120,7 @@ class Slots:
                     n_seen = self.windows[layer] or n_slot
                     y = _sdpa(q[:, :, -1:], k[:, :, -n_seen:], v[:, :, -n_seen:])
                 else:
-                    mask = attention_mask(t, t, self.windows[layer], self.device)
+                    mask = attention_mask(t, self.windows[layer], self.device)
                     y = _sdpa(q, k, v, mask, is_causal=mask is None)
                 read.append(y[0].transpose(0, 1).flatten(1))
             return torch.cat(read)

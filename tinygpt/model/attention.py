@@ -16,17 +16,15 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.layers import NORMS, apply_rope
 
 
-def attention_mask(t: int, s: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a query may look: at itself and the past, or the window's part of it.  -> (T, S) bool
+def attention_mask(t: int, window: int | None, device: torch.device) -> Tensor | None:
+    """True where a token may look with a window: at itself and the window - 1 before it.  -> (T, T) bool
 
-    The last query stands at the last key, so a (2, 4) mask is [[1, 1, 1, 0], [1, 1, 1, 1]], and with a window of 2
-    [[0, 1, 1, 0], [0, 0, 1, 1]]. None stands for the plain causal case T == S, which kernels do fastest.
+    With a window of 2 and T = 3 it is [[1, 0, 0], [1, 1, 0], [0, 1, 1]]. None stands for the plain causal case, all
+    tokens before, which kernels do fastest.
     """
-    everything = window is None or window >= s
-    if everything and t == s:
+    if window is None or window >= t:
         return None
-    mask = torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
-    return mask if everything else mask.triu(s - t - (window or s) + 1)
+    return torch.ones(t, t, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

@@ -78,7 +78,7 @@ class GPT(nn.Module):
             rope = (self.rope_cos[:t], self.rope_sin[:t])
         else:
             x = x + self.pos_emb.weight[:t]
-        masks = {window: attention_mask(t, t, window, ids.device) for window in self.windows}
+        masks = {window: attention_mask(t, window, ids.device) for window in self.windows}
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rope, masks)

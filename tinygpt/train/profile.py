@@ -108,7 +108,7 @@ def memory_of(
         if runtime.gradient_checkpointing:
             x = torch.zeros(micro_batch_size, config.block_size, config.n_embd)
             rope = (model.rope_cos, model.rope_sin) if model.pos_emb is None else None
-            masks = {window: attention_mask(len(x[0]), len(x[0]), window, device) for window in model.windows}
+            masks = {window: attention_mask(len(x[0]), window, device) for window in model.windows}
             activations += kept_bytes(model, lambda: model.blocks[0](x, rope, masks))
             recompute_blocks(model)  # of which the next count has the inputs
         activations += kept_bytes(model, lambda: model.hidden(ids[:, :-1]))
