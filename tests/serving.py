@@ -40,7 +40,9 @@ def trained(tokenizer: Tokenizer, n_step: int, **changes: Any) -> GPT:
 @contextmanager
 def running(tokenizer: Tokenizer, models: Mapping[str, GPT] = MODELS, **limits: int) -> Iterator[tuple[str, Service]]:
     """The address of a server of some models, and its service."""
-    service = Service([Served(name, model, tokenizer) for name, model in models.items()], Limits(**limits))
+    service = Service(
+        [Served(name, model, tokenizer, model.n_params()) for name, model in models.items()], Limits(**limits)
+    )
     listener = listen("127.0.0.1", 0)
     server = Server(service, ["known.example"])
     thread = threading.Thread(target=server.run, args=([listener],))

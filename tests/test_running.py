@@ -51,8 +51,8 @@ def test_an_answer_does_not_depend_on_what_comes_and_goes_beside_it(moments, dat
             assert running.answers == [answer for answer in before if not answer.finish_reason]
         if running.answers and data.draw(st.booleans()):
             dropped.append(data.draw(st.sampled_from(running.answers)))
-            running.drop(dropped[-1])
-            running.drop(dropped[-1])  # it runs no longer: nothing happens
+            running.drop(dropped[-1:])
+            running.drop(dropped)  # they run no longer: nothing happens
     while running.answers:
         running.step()
     for asked, answer in all_new:

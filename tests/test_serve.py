@@ -83,6 +83,11 @@ def alone(tokenizer, prompt: str, n: int, model: str = "first", **options: Any) 
     return generate(MODELS[model], tokenizer, prompt, max_new_tokens=n, sampling=Sampling(**changes))
 
 
+def token_bytes(told: str) -> bytes:
+    """The bytes of a token as the server tells it."""
+    return bytes.fromhex(told[6:].replace("\\x", "")) if told.startswith("bytes:\\x") else told.encode()
+
+
 def is_idle(served) -> bool:
     return served[1].worker.counts() == {"running": 0, "waiting": 0}
 
@@ -147,12 +152,16 @@ def test_a_stream_is_the_whole_in_parts(options, echo, served):
         assert [part["finish_reason"] for part in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
         for name, values in choice["logprobs"].items():
             joined = [value for part in mine for value in part["logprobs"][name]]
-            if name == "tokens" or name == "text_offset":
-                assert joined == values
+            if name == "top_logprobs":
+                for one, other in zip(joined, values, strict=True):
+                    assert one == pytest.approx(other, abs=1e-4)
             else:
-                assert str(joined)[:30] and len(joined) == len(values)
-        told, text = "".join(choice["logprobs"]["tokens"]), choice["text"]
-        assert "bytes:" in told or told.startswith(text)
+                assert joined == (pytest.approx(values, abs=1e-4) if name == "token_logprobs" else values)
+        told = b"".join(map(token_bytes, choice["logprobs"]["tokens"])).decode(errors="replace")
+        if "stop" in options:
+            assert told.startswith(choice["text"])
+        else:
+            assert told == choice["text"]
 
 
 def test_no_token_of_a_stop_text_is_told(served, tiny_tokenizer):
@@ -257,7 +266,10 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"max_tokens": 0, "echo": True, "stream": True}, 400, "max_tokens=0 has nothing to stream"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options needs stream"),
         ({"stop": [""]}, 400, "has an empty text"),
-        ({"stop": ["a"] * 2000}, 400, "stop has more than 1024 items"),
+        ({"stop": ["a"] * 17}, 400, "stop has more than 16 texts"),
+        ({"stop": ["b", "a" * 257]}, 400, "stop has a text of more than 256 characters"),
+        ({"banned_ids": [1] * 2000}, 400, "banned_ids has more than 1024 items"),
+        ({"no_repeat_ngram_size": 17}, 400, r"no_repeat_ngram_size=17 must be within \[0, 16\]"),
         ({"stop_ids": [300]}, 400, "stop_ids has 300, but the model's ids are 0 to 299"),
         ({"logit_bias": {"x": 1}}, 400, "must be a whole number"),
         ({"logit_bias": {"999": 1}}, 400, "logit_bias has 999"),
@@ -399,16 +411,34 @@ def test_too_many_requests_and_slow_ones_are_refused(tiny_tokenizer):
         WEB.get(served[0])
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET / HT"])
+def test_a_connection_without_a_whole_head_is_closed(sent, tiny_tokenizer):
+    with running(tiny_tokenizer, read_seconds=1) as served:
+        host, port = served[0].removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(sent)
+            answer = b"".join(iter(lambda: connection.recv(1000), b""))  # until it is closed
+        assert answer.startswith(b"HTTP/1.1 200 " if b"\r\n\r\n" in sent else b"")
+        assert WEB.get(f"{served[0]}/health").status_code == 200
+
+
 def test_more_requests_than_may_be_at_work_have_status_503(tiny_tokenizer):
-    with running(tiny_tokenizer, max_requests=2, max_tokens=100_000) as served:
+    with running(tiny_tokenizer, max_rows=1, max_waiting=1, max_tokens=100_000) as served:
+        host, port = served[0].removeprefix("http://").split(":")
         document = LONG | {"stream": True}
         with (
             WEB.stream("POST", f"{served[0]}/v1/completions", json=document) as first,
             WEB.stream("POST", f"{served[0]}/v1/completions", json=document) as second,
+            socket.create_connection((host, int(port))) as third,
+            socket.create_connection((host, int(port))) as fourth,
         ):
             assert (first.status_code, second.status_code) == (200, 200)
-            third = WEB.get(f"{served[0]}/health")
-            assert (third.status_code, third.json()["error"]["type"]) == (503, "server_error")
+            for connection in (third, fourth):
+                connection.sendall(b"POST /look HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n")
+            wait_until(lambda: WEB.get(f"{served[0]}/health").status_code == 503)
+            fifth = WEB.get(f"{served[0]}/health")
+            assert fifth.json()["error"]["type"] == "server_error"
+            assert (fifth.headers["retry-after"], fifth.headers["connection"]) == ("1", "close")
         wait_until(lambda: WEB.get(f"{served[0]}/health").status_code == 200)
 
 
@@ -532,7 +562,7 @@ def serve_command(*args: str) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_and_its_streams(number, folder):
     process = subprocess.Popen(
-        serve_command("--model", "data/model", "--model", "b=other", "--max-tokens", "100000"),
+        serve_command("--model", "data/model", "--model", "b=other", "--max-tokens", "100000", "--quantize", "int8"),
         cwd=folder,
         env=environment(PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
@@ -543,6 +573,8 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("data/model, b at http://127.0.0.1:")
+        listed = WEB.get(line.split()[-1] + "/v1/models").json()["data"]
+        assert [model["n_weight"] for model in listed] == [tiny_model(n_embd=128).n_params()] * 2
         with WEB.stream("POST", line.split()[-1] + "/v1/completions", json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()
             next(lines)

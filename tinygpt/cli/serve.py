@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> None:
     models = []
     for name, folder in named(args.model or ["data/model"]).items():
         model, tokenizer = load_pair(folder, args.tokenizer or tokenizer_of(folder))
+        models.append(Served(name, model, tokenizer, model.n_params()))
         if args.quantize:
             quantize(model, args.quantize)
-        models.append(Served(name, model, tokenizer))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)
     serve(Service(models, limits), listener, [args.host, *args.allow_host])

@@ -118,9 +118,9 @@ class Running:
         self._keep([i for i, answer in enumerate(rows) if not answer.finish_reason])
         return rows
 
-    def drop(self, answer: Answer) -> None:
-        """Go on without an answer, where it still runs."""
-        self._keep([i for i, other in enumerate(self.answers) if other is not answer])
+    def drop(self, answers: Sequence[Answer]) -> None:
+        """Go on without some answers, where they still run."""
+        self._keep([i for i, other in enumerate(self.answers) if not any(other is answer for answer in answers)])
 
     def _keep(self, rows: list[int]) -> None:
         if len(rows) < len(self.answers):

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp
 
 from tinygpt.serve.choices import token_text
-from tinygpt.serve.guard import Guard, json_bytes
+from tinygpt.serve.guard import Guard, refusal_response
 from tinygpt.serve.limits import Refusal
 from tinygpt.serve.request import Served, check_ids, find_model, read_object
 from tinygpt.serve.scores import look, seen_before
@@ -114,13 +114,6 @@ def look_at(raw: bytes, service: Service) -> dict[str, Any]:
 def describe(served: Served, service: Service) -> dict[str, Any]:
     """A model as OpenAI's list has it, and what a page needs to know of it."""
     config = served.model.config
-    n_weight = sum(p.numel() for p in served.model.parameters())
-    sizes = {"n_weight": n_weight, "n_layer": config.n_layer, "n_head": config.n_head, "block_size": config.block_size}
-    return {"id": served.name, "object": "model", "created": service.created, "owned_by": "tinygpt"} | sizes
-
-
-def refusal_response(error: Refusal) -> Response:
-    """A refusal; the connection is closed where the request may not have been read whole."""
-    headers = {"retry-after": "1"} if error.status in (429, 503) else {}
-    headers |= {"connection": "close"} if error.status in (408, 413) else {}
-    return Response(json_bytes(error.body()), error.status, headers, "application/json")
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "block_size")}
+    head = {"id": served.name, "object": "model", "created": service.created, "owned_by": "tinygpt"}
+    return head | {"n_weight": served.n_weight} | sizes

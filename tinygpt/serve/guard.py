@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinygpt.serve.limits import Limits, Refusal
@@ -52,7 +53,7 @@ class Guard:
 
         refusal = self._refusal(Headers(scope=scope))
         if refusal:
-            return await refuse(refusal, send_with_headers)
+            return await refusal_response(refusal)(scope, receive, send_with_headers)
         self._n_running += 1
         try:
             await self._app(scope, receive, send_with_headers)
@@ -81,12 +82,11 @@ def is_known(host: str, names: set[str]) -> bool:
     return True
 
 
-async def refuse(refusal: Refusal, send: Send) -> None:
-    """Answer without having read the request."""
-    retry = [(b"retry-after", b"1")] if refusal.status == 503 else []
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *retry]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": json_bytes(refusal.body())})
+def refusal_response(refusal: Refusal) -> Response:
+    """A refusal; the connection is closed where the request may not have been read whole."""
+    headers = {"retry-after": "1"} if refusal.status in (429, 503) else {}
+    headers |= {"connection": "close"} if refusal.status in (403, 408, 413, 503) else {}
+    return Response(json_bytes(refusal.body()), refusal.status, headers, "application/json")
 
 
 def json_bytes(content: Any) -> bytes:

@@ -15,10 +15,16 @@ class Limits:
     max_tokens: Count = 4096  # of one answer
     max_rows: Annotated[int, Within("[1, 1024]")] = 32  # answers that are extended together; each has a KV cache
     max_waiting: Count = 128  # requests that wait for rows; one more has status 429
-    max_requests: Count = 256  # requests of all kinds at a time; one more has status 503
     max_body: Count = 2**18  # bytes of a request; a larger one has status 413
     max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt
-    read_seconds: Count = 30  # within which a request must have come
+    read_seconds: Count = 30  # within which a request's head must have come, and then its body
+
+    @property
+    def max_requests(self) -> int:
+        """Requests of all kinds at a time; one more has status 503.  As many as can run or wait have room for others
+        beside them, which are told so or read a page.
+        """
+        return 2 * (self.max_rows + self.max_waiting)
 
 
 class Refusal(Exception):

@@ -18,7 +18,8 @@ from tinygpt.params import ParamsError, Within, from_mapping, require
 from tinygpt.serve.limits import Limits, Refusal
 from tinygpt.tokenizer import Tokenizer
 
-MOST_ITEMS = 1024  # of a list in the options
+MOST_ITEMS = 1024  # ids of a list in the options
+MOST_STOPS, STOP_SIZE = 16, 256  # texts, and characters of one: each is looked for at each token
 Penalty = Annotated[float, Within("[-2, 2]")]
 
 
@@ -29,6 +30,7 @@ class Served:
     name: str
     model: GPT
     tokenizer: Tokenizer
+    n_weight: int  # before any quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +56,12 @@ class Body(Sampling):
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Within("[0.01, 100]")] = 1.0
+    no_repeat_ngram_size: Annotated[int, Within("[0, 16]")] = 0  # all of a text are compared at each token
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
         super().__post_init__()
         lists = {
-            "stop": self.stop,
             "stop_ids": self.stop_ids,
             "banned_ids": self.banned_ids,
             "logit_bias": self.logit_bias,
@@ -69,6 +71,8 @@ class Body(Sampling):
                 (len(values) <= MOST_ITEMS, f"{name} has more than {MOST_ITEMS} items")
                 for name, values in lists.items()
             ),
+            (len(self.stop) <= MOST_STOPS, f"stop has more than {MOST_STOPS} texts"),
+            (all(len(text) <= STOP_SIZE for text in self.stop), f"stop has a text of more than {STOP_SIZE} characters"),
             (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be within [-100, 100]"),
             (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: there would be nothing to tell"),
             (self.max_tokens > 0 or not self.stream, "max_tokens=0 has nothing to stream"),

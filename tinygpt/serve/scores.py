@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tinygpt.evaluate.attention import attention_maps
 from tinygpt.model import GPT
@@ -40,12 +41,18 @@ def look(
     """Of the token that follows some ids: the likeliest and the one that was taken, with probabilities, and the weights
     of each layer and head over the ids when it was computed.  -> pairs, (n_layer, n_head, T)
     """
-    shares = model(torch.tensor([list(ids)], device=model.tok_emb.weight.device))[0, -1].float().softmax(-1)
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _model, _ids, logits: outputs.append(logits))
+    try:
+        weights = attention_maps(model, list(ids), rows=slice(-1, None))[:, :, 0]
+    finally:
+        hook.remove()
+    shares = outputs[0][0, -1].float().softmax(-1)
     best = shares.topk(min(n_best, len(shares)))
     pairs = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     if taken is not None:
         pairs.setdefault(taken, float(shares[taken]))
-    return list(pairs.items()), attention_maps(model, list(ids), rows=slice(-1, None))[:, :, 0]
+    return list(pairs.items()), weights
 
 
 def seen_before(prompt: Sequence[int], written: Sequence[int], block_size: int) -> list[int]:

@@ -11,6 +11,7 @@ import types
 from collections.abc import Sequence
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from tinygpt.errors import Stopped, UserError
 from tinygpt.serve.app import build_app
@@ -34,6 +35,42 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Connection(H11Protocol):
+    """A connection that is closed when the head of its next request does not come in time.
+
+    uvicorn's own timer begins after an answer and ends with the next byte: a connection that never sends a whole head
+    would stay.
+    """
+
+    read_seconds: float
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next one."""
+        self._await_head()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        super().connection_lost(exc)
+        if self._timer:
+            self._timer.cancel()
+
+    def _await_head(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self.read_seconds, self._give_up, self.cycle)
+
+    def _give_up(self, last: RequestResponseCycle | None) -> None:
+        if self.cycle is last:  # no request came after it
+            self.timeout_keep_alive_handler()
+
+
 class Server(uvicorn.Server):
     """A server whose answers end when it is asked to stop."""
 
@@ -42,7 +79,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             build_app(service, hosts),
             loop="asyncio",
-            http="h11",
+            http=type("Connection", (Connection,), {"read_seconds": service.limits.read_seconds}),
             ws="none",
             lifespan="off",
             log_level="warning",

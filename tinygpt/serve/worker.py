@@ -99,10 +99,11 @@ class Worker(threading.Thread):
                 self._stopped or self._waiting or self._gone or any(lane.n_row for lane in self._lanes.values())
             ):
                 self._changed.wait()
-            gone, new = self._gone, []
-            self._gone = []
-            for job in gone:
-                self._lanes[job.model].drop(job)
+            gone, self._gone = self._gone, []
+        for name, lane in self._lanes.items():  # without the lock: it copies what the others have in the cache
+            lane.drop([job for job in gone if job.model == name])
+        new: list[Job] = []
+        with self._changed:
             free = self._limits.max_rows - sum(lane.n_row for lane in self._lanes.values())
             while self._waiting and len(self._waiting[0].answers) <= free:
                 new.append(self._waiting.popleft())
@@ -136,15 +137,10 @@ class Lane:
         self._places |= {answer: (job, i) for job in jobs for i, answer in enumerate(job.answers)}
         self._guarded(lambda: self._running.add([answer for job in jobs for answer in job.answers]))
 
-    def drop(self, job: Job) -> None:
-        """Go on without a job."""
-        running = [answer for answer in job.answers if self._places.pop(answer, None)]
-
-        def leave() -> None:
-            for answer in running:
-                self._running.drop(answer)
-
-        self._guarded(leave)
+    def drop(self, jobs: list[Job]) -> None:
+        """Go on without some jobs."""
+        left = [answer for job in jobs for answer in job.answers if self._places.pop(answer, None)]
+        self._guarded(lambda: self._running.drop(left))
 
     def step(self) -> None:
         """Give each answer a token and tell its job."""

@@ -110,6 +110,7 @@ function clear(pane) {
 async function write(pane, prompt, nHidden) {
   pane.stopper?.abort();
   const stopper = new AbortController();
+  const isOld = () => pane.stopper !== stopper; // another run has the pane: this one must leave it alone
   clear(pane);
   Object.assign(pane, { stopper, nHidden, name: pane.model.value });
   pane.root.classList.add("writing");
@@ -122,22 +123,23 @@ async function write(pane, prompt, nHidden) {
     const asked = { model: pane.name, prompt, ...sampling(), stream: true, echo: true, logprobs: 0, return_token_ids: true };
     const response = await post("/v1/completions", asked, stopper.signal);
     for await (const event of events(response)) {
+      if (isOld()) return;
       const [choice] = event.choices;
       receive(pane, choice);
       reason = choice.finish_reason ?? reason;
       const n = pane.ids.length - pane.nPrompt;
       tell(pane, `${n} tokens, ${Math.round((1000 * n) / (performance.now() - begun))} a second`);
     }
+    if (isOld()) return;
     tell(pane, `${pane.status.textContent}, ${reason === "length" ? "as long as asked" : "at its end"}`);
   } catch (error) {
+    if (isOld()) return;
     if (error.name === "AbortError") tell(pane, `${pane.ids.length - pane.nPrompt} tokens, stopped`);
     else tell(pane, error.message, true);
   }
-  if (pane.stopper === stopper) {
-    pane.stopper = null;
-    pane.root.classList.remove("writing");
-    pane.root.ariaBusy = "false";
-  }
+  pane.stopper = null;
+  pane.root.classList.remove("writing");
+  pane.root.ariaBusy = "false";
   showState();
 }
 
