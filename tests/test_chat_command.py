@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import stat
 import sys
 import time
@@ -14,11 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import ROOT
 
+from tinygpt.cli.chat import follow
 from tinygpt.cli.chat_commands import COMMANDS, parse_settings
+from tinygpt.cli.conversation import Conversation
 from tinygpt.cli.line_editor import history_file
-from tinygpt.generate import Sampling, generate
+from tinygpt.cli.torch_engine import TorchEngine
+from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model import GPT
 from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.tokenizer import Tokenizer
 
 DRAWN = {"temperature": 0.8, "top_p": 0.95}
 
@@ -93,14 +98,38 @@ def test_all_that_is_wrong_with_settings_is_told_and_they_stay(chat, answer):
     assert "best_of=2 needs temperature above 0" in told
 
 
-def test_beams_can_be_set(chat):
-    done = chat("the", "/set n_beam=3 max_new_tokens=9", "/retry")
-    assert (done.returncode, len(done.stdout.splitlines()) >= 2) == (0, True)
+def test_beams_can_be_set(chat, answer, model, tiny_tokenizer):
+    done = chat("the", "/set n_beam=3 max_new_tokens=9 no_repeat_ngram_size=1", "/retry")
+    greedy, beams = Sampling(temperature=0, no_repeat_ngram_size=1), Search(n_beam=3)
+    found = generate(model, tiny_tokenizer, "the\n", max_new_tokens=9, sampling=greedy, search=beams)
+    assert found != answer("the\n", 9, temperature=0, top_p=1.0, no_repeat_ngram_size=1)
+    assert done.stdout == f"{answer('the' + chr(10))}\n{found}\n"
+
+
+def test_ctrl_c_before_another_answer_begins_leaves_the_last_one(model, tiny_tokenizer, monkeypatch, capsys):
+    conversation = Conversation(TorchEngine(model, tiny_tokenizer), {"max_new_tokens": 5})
+    follow("the", conversation)
+    turns = list(conversation.turns)
+    with monkeypatch.context() as during:
+        during.setattr(Tokenizer, "encode", lambda *_: signal.raise_signal(signal.SIGINT))
+        follow("/retry", conversation)
+    assert (conversation.turns, "(stopped)" in capsys.readouterr().err) == (turns, True)
+    follow("/retry", conversation)
+    assert len(conversation.turns) == 1
 
 
 def test_commands_that_are_none_or_cannot_be_done_are_told_in_one_line_and_the_chat_goes_on(chat, answer, tmp_path):
     (tmp_path / "there").write_text("mine")
-    lines = ["/hlep", "/xyz", "/retry", "/save", f"/save {tmp_path}/there", f"/save {tmp_path}/there/x", " /help"]
+    lines = [
+        "/hlep",
+        "/xyz",
+        "/retry",
+        "/save",
+        f"/save {tmp_path}/there",
+        f"/save {tmp_path}/there/x",
+        "/save ~no-one/x",
+        " /help",
+    ]
     done = chat(*lines)
     assert done.stderr.splitlines()[1:] == [
         "error: unknown command /hlep: did you mean /help?",
@@ -109,6 +138,7 @@ def test_commands_that_are_none_or_cannot_be_done_are_told_in_one_line_and_the_c
         "error: give the name of a file, such as /save talk.txt",
         f"error: {tmp_path}/there is there already: give another name",
         f"error: cannot use {tmp_path}/there (File exists)",
+        "error: ~no-one/x begins with the home of a user who is not known: give the whole path",
     ]
     assert done.stdout == answer(" /help\n") + "\n"
     assert (tmp_path / "there").read_text() == "mine"

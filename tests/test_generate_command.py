@@ -21,6 +21,7 @@ from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Sampling, generate_batch
 from tinygpt.model import load_model
 from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.kinds import learn_chars
 
 GREEDY = ["--temperature", "0", "--ignore-eos"]
@@ -244,6 +245,30 @@ def test_a_gguf_file_is_known_by_its_first_bytes(generate, folder):
     assert generate("--prompt", "the", model="renamed").stdout == generate("--prompt", "the").stdout
 
 
+def test_a_gguf_file_without_an_end_of_text_is_refused(generate, folder):
+    def text(value: bytes) -> bytes:
+        return len(value).to_bytes(8, "little") + value
+
+    key = text(b"tokenizer.ggml.model") + (8).to_bytes(4, "little")  # a string
+    raw = (folder / "model.gguf").read_bytes()
+    assert raw.count(key + text(b"gpt2")) == 1
+    raw = raw.replace(key + text(b"gpt2"), key + text(b"rwkv")).replace(b"ggml.eos_token_id", b"ggml.eos_token_ix")
+    (folder / "endless.gguf").write_bytes(raw)
+    done = generate("--ignore-eos", model="endless.gguf")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "endless.gguf names no token that ends a text" in done.stderr
+
+
+def test_all_that_ends_a_text_in_llama_cpp_ends_it(generate, folder):
+    tokenizer = train_bpe([prose(2000)], 300, special_tokens=("<|im_end|>",))
+    end = tokenizer.special_tokens["<|im_end|>"]
+    export_gguf(load_model(folder / "model"), tokenizer, folder / "two-ends.gguf", "f32")
+    options = ["--format", "jsonl", "--logit-bias", f"{end}=1e6"]
+    for more, reason in ([], "stop"), (["--ignore-eos"], "length"), (["--min-new-tokens", "8"], "length"):
+        (row,) = rows(generate(*options, *more, model="two-ends.gguf").stdout)
+        assert (row["finish_reason"], end in row["ids"]) == (reason, False)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_device_that_is_not_there_is_refused(generate):
     assert "error: --device=cuda is not there: set it to auto or cpu" in generate("--device", "cuda").stderr
@@ -288,6 +313,11 @@ def test_a_pipe_gets_whole_characters_as_they_come_and_ctrl_c_leaves_what_was_wr
     assert written.endswith("\n")
     assert set(written[2:-1]) == set(text)
     assert (process.returncode, told) == (130, b"interrupted\n")
+
+
+def test_a_list_of_json_without_a_text_is_empty(generate):
+    done = generate("--prompt", "the", "--format", "json", "--repetition-penalty", "1e-320")
+    assert (done.returncode, done.stdout) == (1, "[]\n")
 
 
 def test_a_list_of_json_ends_well_after_ctrl_c(start, tmp_path):

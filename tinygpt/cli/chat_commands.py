@@ -81,7 +81,10 @@ def save(conversation: Conversation, rest: str) -> None:
     """Write the conversation to a new file."""
     if not rest:
         raise UserError("give the name of a file, such as /save talk.txt")
-    path = Path(rest).expanduser()
+    try:
+        path = Path(rest).expanduser()
+    except RuntimeError:
+        raise UserError(f"{rest} begins with the home of a user who is not known: give the whole path") from None
     if path.exists():
         raise UserError(f"{path} is there already: give another name")
     with atomic_write(path) as file:

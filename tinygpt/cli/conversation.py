@@ -68,11 +68,12 @@ class Conversation:
         if not self.turns:
             raise UserError("nothing was said yet: /retry answers the last line again")
         line, answer = self.turns.pop()
+        n = len(self.turns)
         try:
             self.answer(line, n_retries=self._n_retries + 1)
-        except UserError:
-            self.turns.append((line, answer))
-            raise
+        finally:
+            if len(self.turns) == n:  # there was none, or Ctrl-C came before it began
+                self.turns.append((line, answer))
 
     def _tell_of_context(self, n_token: int) -> None:
         if n_token > self.engine.block_size and not self._is_told:

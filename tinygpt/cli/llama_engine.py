@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tinygpt.cli.sampling import Settings
+from tinygpt.errors import UserError
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Answer
 from tinygpt.generate.answer import choose_rows, keep_logprobs
@@ -34,16 +35,27 @@ class LlamaEngine:
     """A GGUF file open in llama.cpp."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError with llama.cpp's reason when it cannot load the file."""
+        """Raises UserError with llama.cpp's reason when it cannot load the file, or where no token ends a text."""
         self._llama = LlamaCpp(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
+        if self._llama.eos_id < 0:
+            self._llama.close()
+            raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")
+        self._ends = tuple(self._llama.eog_ids())  # all of them, as llama.cpp has it
         self.vocabulary, self.block_size = LlamaVocabulary(self._llama), self._llama.n_ctx
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
+        chosen = settings.sampling
+        sampling = dataclasses.replace(
+            chosen,
+            seed=seed,
+            stop_ids=(*chosen.stop_ids, *self._ends),
+            banned_ids=(*chosen.banned_ids, *(self._ends if chosen.ignore_eos else ())),
+        )
         return Answer(
             [self.vocabulary.bos_id, *self.vocabulary.encode(prompt)],
             self.vocabulary,
-            dataclasses.replace(settings.sampling, seed=seed),
+            sampling,
             max_new_tokens=settings.length.max_new_tokens,
             block_size=self.block_size,
             n_logprobs=n_logprobs,

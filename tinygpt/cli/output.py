@@ -67,7 +67,7 @@ class TextOutput:
 class JsonLines:
     """An object a line, each as soon as its text is whole."""
 
-    first, between, after, last = "", "", "\n", ""
+    first, between, after, last, nothing = "", "", "\n", "", ""
 
     def __init__(self, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
         self._vocabulary, self._with_logprobs, self._has_begun = vocabulary, with_logprobs, False
@@ -94,15 +94,14 @@ class JsonLines:
             self._has_begun = True
 
     def close(self) -> None:
-        """End what was begun."""
-        if self._has_begun:
-            say(self.last)
+        """End what was begun, or say that there is nothing."""
+        say(self.last if self._has_begun else self.nothing)
 
 
 class JsonList(JsonLines):
     """The same objects as one list."""
 
-    first, between, after, last = "[\n", ",\n", "", "\n]\n"
+    first, between, after, last, nothing = "[\n", ",\n", "", "\n]\n", "[]\n"
 
 
 FORMATS: dict[str, type[TextOutput] | type[JsonLines]] = {"text": TextOutput, "json": JsonList, "jsonl": JsonLines}
