@@ -6,11 +6,11 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from tinygpt.cli.sampling import flag
+from tinygpt.cli.sampling import flag, named_as_options
 from tinygpt.errors import UserError
 from tinygpt.model.quantize import KINDS, quantize
 from tinygpt.model.weights import load_pair
-from tinygpt.params import ParamsError, from_mapping
+from tinygpt.params import from_mapping
 from tinygpt.serve.limits import Limits
 
 LIMITS = {
@@ -55,10 +55,8 @@ def run(args: argparse.Namespace) -> None:
 
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} must be within 0 and 65535")
-    try:
+    with named_as_options(LIMITS):
         limits = from_mapping(Limits, vars(Limits()) | {name: getattr(args, name) for name in LIMITS})
-    except ParamsError as error:
-        raise ParamsError([flag(problem) for problem in error.problems]) from None
     listener = listen(args.host, args.port)
     models = []
     for name, folder in named(args.model or ["data/model"]).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from tinygpt.errors import UserError
 from tinygpt.export.hf_import import read_hf
 from tinygpt.files import read_json
 from tinygpt.generate import Answer, Speculation, generate_batch
-from tinygpt.generate.answer import Running
 from tinygpt.generate.stream import begin, extend_by
 from tinygpt.model import GPT
 from tinygpt.model.quantize import quantize
@@ -41,13 +39,7 @@ class TorchEngine:
 
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
         """Extend each to its end, so many together; yields those that just got a token."""
-        if self.speculation is not None:
-            yield from extend_by(self.speculation, self.model, answers)
-            return
-        running, waiting = Running(self.model), deque(answers)
-        while waiting or running.answers:
-            running.add([waiting.popleft() for _ in range(min(len(waiting), at_once - len(running.answers)))])
-            yield running.step()
+        return extend_by(self.speculation, self.model, answers, at_once=at_once)
 
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
         """The best of several texts."""
