@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from tinygpt.cli.sampling import Settings
 from tinygpt.errors import UserError
 from tinygpt.export.hf_import import read_hf
 from tinygpt.files import read_json
 from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.stream import begin, extend_by
-from tinygpt.model import GPT
+from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.quantize import quantize
 from tinygpt.model.weights import CONFIG_FILE, load_pair
 from tinygpt.params import ParamsError
@@ -76,6 +78,14 @@ def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:
 
 def load_hf(folder: Path) -> tuple[GPT, Tokenizer]:
     """Read a folder of transformers.  Raises UserError with what is wrong with it."""
+    config, tensors, tokenizer = read_hf_folder(folder)
+    model = GPT(config)
+    model.load_state_dict(tensors, strict=False)  # a tied head is not among them
+    return model.eval(), tokenizer
+
+
+def read_hf_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    """The config, the tensors and the tokenizer of one.  Raises UserError with what is wrong with it."""
     config, tensors = read_hf(folder)
     if not (folder / TOKENIZER_FILE).exists():
         raise UserError(f"{folder / TOKENIZER_FILE} not found: only byte-level BPE in that form can be taken")
@@ -85,6 +95,4 @@ def load_hf(folder: Path) -> tuple[GPT, Tokenizer]:
             f"{folder}: the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: "
             "name two that belong together"
         )
-    model = GPT(config)
-    model.load_state_dict(tensors, strict=False)  # a tied head is not among them
-    return model.eval(), tokenizer
+    return config, tensors, tokenizer
