@@ -596,6 +596,7 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
         (["--host", "203.0.113.7"], "error: cannot listen at 203.0.113.7, port 0"),
         (["--model", "a", "--model", "a"], "error: --model a: its name is taken"),
         (["--model", "nothing"], "error: nothing/config.json not found"),
+        (["--model", "a=b.gguf"], "error: --model b.gguf: serve reads no .gguf file"),
         (["--max-rows", "0"], "error: --max-rows=0 must be within"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -58,6 +58,11 @@ def add_engine_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--engine", choices=["auto", "tinygpt", "llama.cpp"], default="auto", help="auto: llama.cpp for a .gguf file"
     )
+    add_device_options(command)
+
+
+def add_device_options(command: argparse.ArgumentParser) -> None:
+    """Where and with what weights tinygpt's engine computes."""
     command.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], help="of tinygpt's engine (default: auto)")
     command.add_argument(
         "--quantize", choices=list(KINDS), help="weights of one byte or half of one: less memory, faster"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tinygpt.errors import UserError
+from tinygpt.cli.torch_engine import read_hf_folder
 from tinygpt.export.base import use_of, write_base
-from tinygpt.export.hf_import import read_hf
-from tinygpt.tokenizer import load_tokenizer
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -19,9 +17,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the base and tell what to do next."""
-    config, tensors = read_hf(args.folder)
-    if not (args.folder / "tokenizer.json").exists():
-        raise UserError(f"{args.folder / 'tokenizer.json'} not found: only byte-level BPE in that form can be taken")
-    write_base(args.to, config, tensors, load_tokenizer(args.folder))
+    config, tensors, tokenizer = read_hf_folder(args.folder)
+    write_base(args.to, config, tensors, tokenizer)
     n_weights = sum(tensor.numel() for tensor in tensors.values())
     print(f"{args.to}: {n_weights:,} weights; {use_of(args.to)}")

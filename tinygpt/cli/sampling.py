@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,10 +117,10 @@ def values_of(settings: Settings) -> dict[str, Any]:
 
 
 @contextmanager
-def named_as_options() -> Iterator[None]:
+def named_as_options(names: Iterable[str] = NAMES) -> Iterator[None]:
     """Tell mistakes by the names of options: --top-p for top_p."""
     # a name that is a word, too, is one only before its value
-    pattern = "|".join(rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in NAMES)
+    pattern = "|".join(rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in names)
     try:
         yield
     except ParamsError as error:

@@ -6,11 +6,11 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from tinygpt.cli.sampling import flag
+from tinygpt.cli.engine import MODEL, add_device_options, is_gguf
+from tinygpt.cli.sampling import flag, named_as_options
 from tinygpt.errors import UserError
-from tinygpt.model.quantize import KINDS, quantize
-from tinygpt.model.weights import load_pair
-from tinygpt.params import ParamsError, from_mapping
+from tinygpt.model.device import find_device
+from tinygpt.params import from_mapping
 from tinygpt.serve.limits import Limits
 
 LIMITS = {
@@ -27,10 +27,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--model",
         action="append",
         metavar="[NAME=]FOLDER",
-        help="may be given again; its tokenizer is in the folder, or in `tokenizer` beside it (default: data/model)",
+        help="of ours or of transformers; may be given again; its tokenizer is in the folder, or in `tokenizer` "
+        f"beside it (default: {MODEL})",
     )
-    command.add_argument("--tokenizer", type=Path, help="folder, for all models")
-    command.add_argument("--quantize", choices=list(KINDS), help="weights of one byte or half of one")
+    command.add_argument("--tokenizer", type=Path, help="folder, for all models, of ours")
+    add_device_options(command)
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
     )
@@ -49,23 +50,25 @@ def run(args: argparse.Namespace) -> None:
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"serve needs {package}: run  pip install -r requirements-serve.txt")
+    from tinygpt.cli.torch_engine import TorchEngine, load_folder
     from tinygpt.serve.request import Served
     from tinygpt.serve.server import listen, serve
     from tinygpt.serve.service import Service
 
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} must be within 0 and 65535")
-    try:
+    with named_as_options(LIMITS):
         limits = from_mapping(Limits, vars(Limits()) | {name: getattr(args, name) for name in LIMITS})
-    except ParamsError as error:
-        raise ParamsError([flag(problem) for problem in error.problems]) from None
+    device = find_device(args.device or "auto", "--device")
     listener = listen(args.host, args.port)
     models = []
-    for name, folder in named(args.model or ["data/model"]).items():
-        model, tokenizer = load_pair(folder, args.tokenizer or tokenizer_of(folder))
-        models.append(Served(name, model, tokenizer, model.n_params()))
-        if args.quantize:
-            quantize(model, args.quantize)
+    for name, folder in named(args.model or [str(MODEL)]).items():
+        if is_gguf(folder):
+            raise UserError(f"--model {folder}: serve reads no .gguf file, name the folder it was made of")
+        model, tokenizer = load_folder(folder, args.tokenizer)
+        n_weight = model.n_params()  # quantized ones are not counted
+        engine = TorchEngine(model, tokenizer, device=device, quantized=args.quantize)
+        models.append(Served(name, engine.model, tokenizer, n_weight))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)
     serve(Service(models, limits), listener, [args.host, *args.allow_host])
@@ -82,8 +85,3 @@ def named(given: list[str]) -> dict[str, Path]:
             )
         found[name] = Path(folder if equals else name)
     return found
-
-
-def tokenizer_of(folder: Path) -> Path:
-    """The tokenizer that belongs to a model folder."""
-    return folder if (folder / "tokenizer.json").is_file() else folder.parent / "tokenizer"

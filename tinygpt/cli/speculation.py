@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinygpt.cli.engine import Engine, is_gguf, model_path
+from tinygpt.cli.sampling import flag, named_as_options
 from tinygpt.generate import Answer, Speculation
-from tinygpt.params import ParamsError, require
+from tinygpt.params import require
 
 SIZES = ("n_draft", "ngram")
 
@@ -35,9 +36,7 @@ def check_speculation(args: argparse.Namespace) -> None:
     """Raises ParamsError with all options that do not go together."""
     proposes = args.draft is not None or args.prompt_lookup
     name = "--draft" if args.draft is not None else "--prompt-lookup"
-    searched = [
-        f"--{n.replace('_', '-')}={v}" for n in ("n_beam", "best_of") if (v := getattr(args, n)) not in (None, 1)
-    ]
+    searched = [f"{flag(n)}={v}" for n in ("n_beam", "best_of") if (v := getattr(args, n)) not in (None, 1)]
     require(
         (args.draft is None or not args.prompt_lookup, "--draft and --prompt-lookup both propose: give one of them"),
         (proposes or args.n_draft is None, f"--n-draft={args.n_draft} needs --draft or --prompt-lookup"),
@@ -51,10 +50,8 @@ def check_speculation(args: argparse.Namespace) -> None:
 def sizes_of(args: argparse.Namespace) -> Speculation:
     """What the numbers say, without a draft.  Raises ParamsError where they are out of their intervals."""
     given = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
-    try:
-        return dataclasses.replace(Speculation(), **given)
-    except ParamsError as error:
-        raise ParamsError([f"--{problem.replace('n_draft', 'n-draft')}" for problem in error.problems]) from None
+    with named_as_options(SIZES):
+        return Speculation(**given)
 
 
 def with_proposals(engine: Engine, args: argparse.Namespace) -> Engine:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from tinygpt.cli.sampling import Settings
 from tinygpt.errors import UserError
 from tinygpt.export.hf_import import read_hf
 from tinygpt.files import read_json
 from tinygpt.generate import Answer, Speculation, generate_batch
-from tinygpt.generate.answer import Running
 from tinygpt.generate.stream import begin, extend_by
-from tinygpt.model import GPT
+from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.quantize import quantize
 from tinygpt.model.weights import CONFIG_FILE, load_pair
 from tinygpt.params import ParamsError
@@ -41,13 +41,7 @@ class TorchEngine:
 
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
         """Extend each to its end, so many together; yields those that just got a token."""
-        if self.speculation is not None:
-            yield from extend_by(self.speculation, self.model, answers)
-            return
-        running, waiting = Running(self.model), deque(answers)
-        while waiting or running.answers:
-            running.add([waiting.popleft() for _ in range(min(len(waiting), at_once - len(running.answers)))])
-            yield running.step()
+        return extend_by(self.speculation, self.model, answers, at_once=at_once)
 
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
         """The best of several texts."""
@@ -84,6 +78,14 @@ def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:
 
 def load_hf(folder: Path) -> tuple[GPT, Tokenizer]:
     """Read a folder of transformers.  Raises UserError with what is wrong with it."""
+    config, tensors, tokenizer = read_hf_folder(folder)
+    model = GPT(config)
+    model.load_state_dict(tensors, strict=False)  # a tied head is not among them
+    return model.eval(), tokenizer
+
+
+def read_hf_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    """The config, the tensors and the tokenizer of one.  Raises UserError with what is wrong with it."""
     config, tensors = read_hf(folder)
     if not (folder / TOKENIZER_FILE).exists():
         raise UserError(f"{folder / TOKENIZER_FILE} not found: only byte-level BPE in that form can be taken")
@@ -93,6 +95,4 @@ def load_hf(folder: Path) -> tuple[GPT, Tokenizer]:
             f"{folder}: the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: "
             "name two that belong together"
         )
-    model = GPT(config)
-    model.load_state_dict(tensors, strict=False)  # a tied head is not among them
-    return model.eval(), tokenizer
+    return config, tensors, tokenizer

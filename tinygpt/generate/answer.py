@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -133,11 +134,12 @@ class Running:
         self._is_behind = False
 
 
-def extend(model: GPT, answers: Sequence[Answer]) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, all together a token at a time; yields those that just got one."""
-    running = Running(model)
-    running.add(answers)
-    while running.answers:
+def extend(model: GPT, answers: Sequence[Answer], *, at_once: int | None = None) -> Iterator[list[Answer]]:
+    """Extend each answer to its end, so many together (None: all); yields those that just got a token."""
+    running, waiting = Running(model), deque(answers)
+    while waiting or running.answers:
+        n = min(len(waiting), (at_once or len(answers)) - len(running.answers))
+        running.add([waiting.popleft() for _ in range(n)])
         yield running.step()
 
 

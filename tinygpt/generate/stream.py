@@ -118,10 +118,12 @@ def generate_batch(
     return [max(group, key=Answer.mean_logprob) if len(group) > 1 else group[0] for group in groups]
 
 
-def extend_by(speculation: Speculation | None, model: GPT, answers: Sequence[Answer]) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, all together, or with proposals one after the other; yields who got a token."""
+def extend_by(
+    speculation: Speculation | None, model: GPT, answers: Sequence[Answer], *, at_once: int | None = None
+) -> Iterator[list[Answer]]:
+    """Extend each answer to its end, with proposals one after the other; else as `extend` does."""
     if speculation is None:
-        yield from extend(model, answers)
+        yield from extend(model, answers, at_once=at_once)
     else:
         for answer in answers:
             yield from speculate(model, answer, speculation)
