@@ -23,7 +23,7 @@ class RuntimeParams:
     ray_address: str | None  # host:port of a running cluster's head: null = a local one for the time of a stage
     micro_batch_size: Count | Literal["auto"] | None  # sequences in one forward pass: null = all of train.batch_size
     gradient_checkpointing: bool  # keep each block's input alone and compute the rest again in the backward pass
-    compile: bool  # training steps by torch.compile: a fifth less time for each, seconds to begin with
+    compile: bool  # training steps by torch.compile: an eighth less time for each, seconds to begin with
     log_every: Count  # steps between two lines of the training log
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...]  # programs that show the curve; [] for none
 
