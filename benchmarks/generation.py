@@ -28,7 +28,7 @@ import transformers
 from tqdm import tqdm
 
 from benchmarks.export_matrix import EOS, random_model
-from benchmarks.pair import repetitive_text
+from benchmarks.pair import TARGET, repetitive_text
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
@@ -41,12 +41,7 @@ from tinygpt.model.weights import load_pair
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
 
-CONFIG: dict[str, Any] = {
-    "vocab_size": 2048, "n_layer": 6, "n_head": 6, "n_kv_head": None, "n_embd": 384, "head_dim": None, "n_hidden": None,
-    "block_size": 256, "position": "rope", "rope_theta": 10000.0, "norm": "rmsnorm", "norm_eps": 1e-5, "mlp": "swiglu",
-    "parallel_block": False, "window": None, "full_every": None, "bias": "none", "qk_norm": False, "tie_weights": True,
-    "dropout": 0.0, "attention": "sdpa",
-}  # fmt: skip
+CONFIG: dict[str, Any] = TARGET | {"vocab_size": 2048}
 N_PROMPT, N_NEW = 200, 48
 BATCH_SIZE, N_BATCH_PROMPT, N_BATCH_NEW = 32, 64, 12
 N_TEXT, N_TEXT_PROMPT, N_TEXT_NEW = 3, 300, 100  # texts, characters of each that are the prompt, tokens that follow
