@@ -7,6 +7,9 @@ import signal
 import stat
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -201,34 +204,68 @@ class Terminal:
         if self.pid == 0:
             os.chdir(ROOT)
             os.execvpe(sys.executable, [sys.executable, *map(str, args)], {**os.environ, "TERM": "xterm", **env})
-        self.shown, self.at = b"", 0
+        self.shown, self.at, self.status = b"", 0, None
 
     def wait(self, text: str, seconds: float = 60) -> None:
         """Until the text is shown, behind what was waited for before."""
         end = time.monotonic() + seconds
         while text.encode() not in self.shown[self.at :]:
             assert time.monotonic() < end, f"{text!r} is not in {self.shown[self.at :]!r}"
-            if select.select([self.fd], [], [], 0.1)[0]:
-                self.shown += os.read(self.fd, 1 << 16)
+            assert self._read(0.1), f"it ended: {self.shown!r}"
         self.at = self.shown.index(text.encode(), self.at) + len(text.encode())
 
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def end(self) -> int:
-        """The exit status, when it has shown all."""
+    def leave(self, key: str, seconds: float = 60) -> int:
+        """Press a key until the program ends; return its exit status.
+
+        Once is not always enough: Python's input() loses a Ctrl-C that comes between its mark and its wait for keys.
+        """
+        end = time.monotonic() + seconds
+        self.type(key)
+        while self._read(1, idle=partial(self.type, key)):
+            assert time.monotonic() < end, f"it goes on: {self.shown!r}"
+        return self._end()
+
+    def close(self) -> None:
+        """Kill what has not ended."""
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._end()
+        os.close(self.fd)
+
+    def _read(self, seconds: float, idle: Callable[[], None] = lambda: None) -> bool:
+        """Take what is shown within some seconds, call `idle` where that is nothing; False at the program's end."""
+        if not select.select([self.fd], [], [], seconds)[0]:
+            idle()
+            return True
         try:
-            while data := os.read(self.fd, 1 << 16):
-                self.shown += data
+            self.shown += os.read(self.fd, 1 << 16)
         except OSError:  # Linux tells the end so
-            pass
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            return False
+        return True
+
+    def _end(self) -> int:
+        self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
 
 
-def test_in_a_terminal_lines_are_edited_and_remembered_and_ctrl_c_stops_an_answer(tmp_path):
+@pytest.fixture
+def terminal():
+    """Open terminals, and close them at the end whatever happens."""
+    with ExitStack() as opened:
+
+        def start(args, **env: str) -> Terminal:
+            return opened.enter_context(closing(Terminal(args, **env)))
+
+        yield start
+
+
+def test_in_a_terminal_lines_are_edited_and_remembered_and_ctrl_c_stops_an_answer(tmp_path, terminal):
     text = save_cycle(tmp_path / "model")
     args = ["-m", "tinygpt", "chat", "--model", tmp_path / "model", "--temperature", "0", "--max-new-tokens", "9"]
-    user = Terminal(args, XDG_STATE_HOME=str(tmp_path))
+    user = terminal(args, XDG_STATE_HOME=str(tmp_path))
     user.wait("> ")
     user.type("hi\n")
     user.wait(f"{text}\r\n> ")
@@ -244,22 +281,20 @@ def test_in_a_terminal_lines_are_edited_and_remembered_and_ctrl_c_stops_an_answe
     user.wait("max_new_tokens=18\r\n")
     user.wait("2 answers")
     user.wait("> ")
-    user.type("\x03")
-    assert user.end() == 0
+    assert user.leave("\x03") == 0
     history = tmp_path / "tinygpt/history"
     assert history.read_text().splitlines()[:2] == ["hi", "/set max_new_tokens=1000000"]
     assert stat.S_IMODE(history.parent.stat().st_mode) == 0o700
     assert b"Traceback" not in user.shown
 
 
-def test_without_readline_or_a_home_the_chat_works(tmp_path):
+def test_without_readline_or_a_home_the_chat_works(tmp_path, terminal):
     text = save_cycle(tmp_path / "model")
     code = "import sys; sys.modules['readline'] = None; from tinygpt.cli.main import main; main()"
     args = ["-c", code, "chat", "--model", tmp_path / "model", "--temperature", "0", "--max-new-tokens", "9"]
-    user = Terminal(args, HOME="/dev/null")
+    user = terminal(args, HOME="/dev/null")
     user.wait("> ")
     user.type("hi\n")
     user.wait(f"{text}\r\n> ")
-    user.type("\x04")
-    assert user.end() == 0
+    assert user.leave("\x04") == 0
     assert b"Traceback" not in user.shown
