@@ -33,6 +33,7 @@ from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Answer, Sampling, Speculation
+from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.stream import begin, extend_by
 from tinygpt.model import GPT, GPTConfig, load_model
@@ -49,10 +50,16 @@ Speed = tuple[float, float]  # seconds until the first token, and for each one a
 Run = Callable[[], Speed]
 # (what is measured, ours, the other, which of the two times, rows)
 MEASURES = [
-    ("batch 1, tokens a second", "ours", "recompute at 256", 1, 1),
-    ("batch 1, tokens a second", "ours", "transformers", 1, 1),
-    ("batch 1, tokens a second", "ours", "llama.cpp F32", 1, 1),
-    ("batch 1, tokens a second", "ours int8", "llama.cpp Q8_0", 1, 1),
+    *(
+        (f"batch 1{how}, tokens a second", f"ours{kind}{how}", theirs, 1, 1)
+        for how in ("", ", compiled")
+        for kind, theirs in (
+            ("", "recompute at 256"),
+            ("", "transformers"),
+            ("", "llama.cpp F32"),
+            (" int8", "llama.cpp Q8_0"),
+        )
+    ),
     (f"batch {BATCH_SIZE}, tokens a second", "ours batch", "transformers batch", 1, BATCH_SIZE),
     (f"first token after {N_PROMPT}, a second", "ours", "llama.cpp F32", 0, 1),
     (f"first token after {N_PROMPT}, a second", "ours", "transformers", 0, 1),
@@ -162,8 +169,11 @@ def speculative_programs(
 
 def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     """What is measured, by name."""
-    model, small = (random_model(GPTConfig(**CONFIG)) for _ in range(2))
-    quantize(small, "int8")
+    model, small, compiled, compiled_small = (random_model(GPTConfig(**CONFIG)) for _ in range(4))
+    for one in small, compiled_small:
+        quantize(one, "int8")
+    for one in compiled, compiled_small:
+        compile_step(one)
     tokenizer = pairs_tokenizer()
     tokenizer.save(folder)
     export_hf(model, tokenizer, folder, folder / "hf")
@@ -172,13 +182,15 @@ def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
     theirs = load(folder / "hf").eval()
     llamas = {kind: LlamaCpp(folder / f"{kind}.gguf", n_threads=n_thread) for kind in ("f32", "q8_0")}
-    one, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
+    single, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
     return {
-        "ours": lambda: time_decoder(model, one, N_NEW),
-        "llama.cpp F32": lambda: time_llama(llamas["f32"], one[0], N_NEW),
-        "ours int8": lambda: time_decoder(small, one, N_NEW),
-        "llama.cpp Q8_0": lambda: time_llama(llamas["q8_0"], one[0], N_NEW),
-        "transformers": lambda: time_transformers(theirs, one, N_NEW),
+        "ours": lambda: time_decoder(model, single, N_NEW),
+        "llama.cpp F32": lambda: time_llama(llamas["f32"], single[0], N_NEW),
+        "ours, compiled": lambda: time_decoder(compiled, single, N_NEW),
+        "ours int8": lambda: time_decoder(small, single, N_NEW),
+        "llama.cpp Q8_0": lambda: time_llama(llamas["q8_0"], single[0], N_NEW),
+        "ours int8, compiled": lambda: time_decoder(compiled_small, single, N_NEW),
+        "transformers": lambda: time_transformers(theirs, single, N_NEW),
         "recompute at 256": lambda: time_recompute(model),
         "ours batch": lambda: time_decoder(model, many, N_BATCH_NEW),
         "transformers batch": lambda: time_transformers(theirs, many, N_BATCH_NEW),

@@ -191,10 +191,26 @@ def test_every_engine_writes_the_same_also_behind_the_end_of_the_context(options
     assert options != GREEDY or [len(row["ids"]) for row in ours] == [100] * 3
 
 
+@pytest.mark.slow
+def test_compiled_steps_write_the_same(generate):
+    args = [*GREEDY, "--prompt", "the naïve", "--max-new-tokens", "100"]
+    done = generate(*args, "--compile")
+    assert (done.stderr, done.stdout) == ("", generate(*args).stdout)
+
+
+def test_without_a_compiler_one_line_says_so(folder, tmp_path):
+    command = [sys.executable, "-m", "tinygpt", "generate", "--model", folder / "model", "--compile"]
+    env = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "error: the step cannot be compiled (No working C++ compiler found" in done.stderr
+    assert "install g++, or leave --compile out" in done.stderr
+
+
 def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
-    options = "--quantize int8 --device cuda --tokenizer x --n-beam 2 --engine tinygpt".split()
+    options = "--quantize int8 --device cuda --tokenizer x --n-beam 2 --engine tinygpt --compile".split()
     told = generate(*options, model="model.gguf").stderr
-    for name in ("--quantize=int8", "--device=cuda", "--tokenizer=x", "--n-beam=2"):
+    for name in ("--quantize=int8", "--device=cuda", "--tokenizer=x", "--n-beam=2", "--compile"):
         assert f"{name} cannot be had with llama.cpp" in told
     assert "--engine=tinygpt does not read" in told
     assert generate("--engine", "llama.cpp", "--device", "cpu", model="model.gguf").returncode == 0

@@ -561,8 +561,9 @@ def serve_command(*args: str) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_and_its_streams(number, folder):
+    models = ["--model", "data/model", "--model", "b=other", "--max-tokens", "100000", "--quantize", "int8"]
     process = subprocess.Popen(
-        serve_command("--model", "data/model", "--model", "b=other", "--max-tokens", "100000", "--quantize", "int8"),
+        serve_command(*models, *(["--compile"] if number == signal.SIGINT else [])),
         cwd=folder,
         env=environment(PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--model {folder}: serve reads no .gguf file, name the folder it was made of")
         model, tokenizer = load_folder(folder, args.tokenizer)
         n_weight = model.n_params()  # quantized ones are not counted
-        engine = TorchEngine(model, tokenizer, device=device, quantized=args.quantize)
+        engine = TorchEngine(model, tokenizer, device=device, quantized=args.quantize, compiled=args.compile)
         models.append(Served(name, engine.model, tokenizer, n_weight))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)

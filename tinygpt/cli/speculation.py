@@ -42,6 +42,7 @@ def check_speculation(args: argparse.Namespace) -> None:
         (proposes or args.n_draft is None, f"--n-draft={args.n_draft} needs --draft or --prompt-lookup"),
         (args.ngram is None or args.prompt_lookup, f"--ngram={args.ngram} needs --prompt-lookup"),
         *((not proposes, f"{option} follows several texts, {name} proposes one: leave one out") for option in searched),
+        (not (proposes and args.compile), f"--compile is of steps of one token, {name} takes several: leave one out"),
         (not proposes or not is_gguf(model_path(args)), f"{name} cannot be had with llama.cpp: name a folder of ours"),
     )
     sizes_of(args)

@@ -13,6 +13,7 @@ from tinygpt.errors import UserError
 from tinygpt.export.hf_import import read_hf
 from tinygpt.files import read_json
 from tinygpt.generate import Answer, Speculation, generate_batch
+from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.stream import begin, extend_by
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.quantize import quantize
@@ -25,13 +26,23 @@ from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE
 class TorchEngine:
     """A model and its tokenizer."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, device: str = "cpu", quantized: str | None = None) -> None:
-        """Raises UserError where the weights cannot be quantized so."""
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        device: str = "cpu",
+        quantized: str | None = None,
+        compiled: bool = False,
+    ) -> None:
+        """Raises UserError where the weights cannot be quantized so, or the step not be compiled."""
         self.model, self.vocabulary = model.to(device), tokenizer
         self.block_size = model.config.block_size
         self.speculation: Speculation | None = None  # with it, answers are extended one after the other
         if quantized:
             quantize(self.model, quantized)  # on the device: each has its own form
+        if compiled:
+            compile_step(self.model)
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""

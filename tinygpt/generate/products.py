@@ -53,7 +53,9 @@ class SlicedProduct:
         """(M, I) -> (M, O)"""
         if len(x) > FEW:
             return F.linear(x, self.whole, self.bias)
-        if len(x) == 1:
+        if len(x) == 1 and torch.compiler.is_compiling():
+            y = (self.whole * x).sum(-1)[None]  # becomes a loop that all threads share
+        elif len(x) == 1:
             y = torch.bmm(x.expand(self.n, -1, -1), self.transposed).view(1, -1)
         else:
             y = torch.bmm(self.weight, x.mT.expand(self.n, -1, -1)).flatten(0, 1).mT

@@ -1,0 +1,79 @@
+"""The compiled step of one row says what the model says."""
+
+import pytest
+import torch
+from conftest import FAMILIES, random_ids, tiny_model
+
+from tinygpt.generate.compiled import compile_step, compiled_step
+from tinygpt.generate.decoder import Decoder
+from tinygpt.model.quantize import quantize
+
+# Few, since each takes seconds to compile; together they have every branch.
+KINDS = {
+    "windows, gqa, qk_norm": {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True},
+    "gpt2": FAMILIES["gpt2"],
+    "parallel, mqa": {"parallel_block": True, "n_kv_head": 1, "norm": "layernorm", "mlp": "relu2", "bias": "qkv"},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def model(request):
+    model = tiny_model(block_size=32, **request.param)
+    compile_step(model)
+    return model
+
+
+def expected_after(model, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids]))[:, -1]
+
+
+def test_steps_up_to_a_full_context_and_past_it(model):
+    ids = [1]
+    decoder = Decoder(model, [ids])
+    for step in range(40):
+        added = (17 * step) % 300
+        decoder.step([added])
+        ids = [*ids, added] if len(ids) < 32 else [*ids, added][-17:]
+        torch.testing.assert_close(decoder.logits, expected_after(model, ids), atol=2e-5, rtol=2e-5)
+
+
+def test_tokens_that_are_taken_back_and_rows_that_come_and_go(model):
+    ids = random_ids(12).tolist()
+    decoder = Decoder(model, [ids], room=4)
+    for new, n_back in ([5, 7, 9], 2), ([8], 0), ([3, 2, 1, 4, 6], 4):
+        decoder.advance([new])
+        decoder.back([n_back])
+        ids = [*ids, *new][: len(ids) + len(new) - n_back]
+        decoder.step([11])
+        ids.append(11)
+        torch.testing.assert_close(decoder.logits, expected_after(model, ids), atol=2e-5, rtol=2e-5)
+    decoder.join([[4, 2]])
+    decoder.step([1, 2])
+    decoder.keep([1])
+    decoder.step([3])
+    torch.testing.assert_close(decoder.logits, expected_after(model, [4, 2, 2, 3]), atol=2e-5, rtol=2e-5)
+
+
+def test_weights_may_change_and_another_model_keeps_its_own(model):
+    other = tiny_model(seed=9, block_size=32)
+    compile_step(other)
+    assert compiled_step(other) is not compiled_step(model)
+    for one in (other, model):
+        with torch.no_grad():
+            one.blocks[0].mlp.down_proj.weight.mul_(0.5)
+        decoder = Decoder(one, [[1, 2]])
+        decoder.step([3])
+        torch.testing.assert_close(decoder.logits, expected_after(one, [1, 2, 3]), atol=2e-5, rtol=2e-5)
+
+
+def test_weights_of_a_byte():
+    plain, model = (tiny_model() for _ in range(2))
+    quantize(plain, "int8")
+    quantize(model, "int8")
+    compile_step(model)
+    decoders = [Decoder(one, [[1, 2]]) for one in (plain, model)]
+    for decoder in decoders:
+        decoder.step([3])
+    # a last bit of float32 that differs may be one of bfloat16 before the next product
+    torch.testing.assert_close(decoders[1].logits, decoders[0].logits, atol=0.05, rtol=0.02)

@@ -1,0 +1,111 @@
+"""The step of one sequence as one piece of machine code, by torch.compile.
+
+All of the step's operations become a few loops over memory, so that little more than reading the weights is left.
+
+H query heads, G key/value heads, D head_dim, S slots of a layer, n slots that are filled, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from tinygpt.errors import UserError
+from tinygpt.generate.lean import LeanBlock, LeanGPT
+from tinygpt.generate.slots import Slots
+from tinygpt.model import GPT
+
+# Buffers are written once and not computed again where they are read: a third of the time of a step.
+OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 4}
+
+
+class StepOfOne(LeanGPT):
+    """A model that reads one token of one sequence."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model)
+        config = model.config
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
+        self.places = torch.arange(config.block_size, device=self.embedding.device)
+        self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
+            self._logits, fullgraph=True, isolate_recompiles=True, options=OPTIONS | {"guard_filter_fn": of_sizes}
+        )
+
+    def __call__(self, next_id: int, position: int, slots: Slots) -> Tensor:
+        """Write a token at its position, from 1 to block_size - 2, into the one row of `slots` -> (1, V) float32, of
+        the token that follows.  (The last position of all would be compiled anew.)
+        """
+        filled = self.places[: position + 1]
+        torch._dynamo.maybe_mark_dynamic(filled, 0)  # one piece of code for all lengths
+        ids, at = (torch.tensor([value], device=filled.device) for value in (next_id, position))
+        return self._compiled(ids, at, filled, slots.layers)
+
+    def _logits(self, ids: Tensor, at: Tensor, filled: Tensor, layers: Sequence[Tensor]) -> Tensor:
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            slots, window = layers[layer], self.windows[layer]
+            n_slot = slots.size(2)  # S
+            q, kv = heads.split((self.n_head, 2 * self.n_kv_head), 1)
+            slots[:, :, at % n_slot] = kv[:, :, None]
+            n = len(filled) if window is None else n_slot
+            k, v = slots[0, :, :n].split(self.n_kv_head)  # (G, n, D) each
+            q = q.view(self.n_kv_head, -1, 1, self.head_dim)  # (G, H / G, 1, D): a group of heads reads the same keys
+            scores = (q * k[:, None]).sum(-1) / math.sqrt(self.head_dim)  # (G, H / G, n)
+            if window is not None:
+                behind = (at - self.places[:n]) % n_slot  # how many tokens ago each slot was written
+                scores = scores.masked_fill((behind > at) | (behind >= window), -torch.inf)
+            weights = scores.softmax(-1)
+            return (weights[..., None] * v[:, None]).sum(-2).view(1, -1)
+
+        return self.logits(ids, at, attend)
+
+    def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines, (1, 1, D) each: nothing need be repeated for each head."""
+        cos, sin = self.rope[:, positions, None]
+        return cos, sin
+
+    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(1, C) -> (1, H + 2G, D)"""
+        q, k, v = (y.view(1, -1, self.head_dim) for y in block.qkv(x))
+        if block.qk_norm is not None:
+            q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_kv_head), 1)
+        if rope is not None:
+            q, k = (y * rope[0] + y.roll(self.head_dim // 2, -1) * rope[1] for y in (q, k))
+        return torch.cat((q, k, v), 1)
+
+
+def of_sizes(guards: Sequence[Any]) -> list[bool]:
+    """Which of torch.compile's checks before each call remain: those of arguments whose sizes change.
+
+    All others are of this model, whose code is its own (isolate_recompiles), and take as long as a layer.
+    """
+    return [guard.guard_type == "SHAPE_ENV" or guard.name.startswith(("filled", "layers")) for guard in guards]
+
+
+_STEPS: WeakKeyDictionary[GPT, StepOfOne] = WeakKeyDictionary()
+
+
+def compile_step(model: GPT) -> None:
+    """Let everything that continues one sequence of a model do it by compiled steps.
+
+    It takes some 15 seconds, and 3 where it was done on this machine before; weights may change afterwards, their
+    types and sizes not. Raises UserError where there is no compiler.
+    """
+    step, dtype, device = StepOfOne(model), model.tok_emb.weight.dtype, model.tok_emb.weight.device
+    try:
+        with torch.inference_mode():
+            step(0, 1, Slots(model.config, 1, dtype=dtype, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
+        raise UserError(f"the step cannot be compiled ({cause}): install g++, or leave --compile out") from error
+    _STEPS[model] = step
+
+
+def compiled_step(model: GPT) -> StepOfOne | None:
+    """What `compile_step` made; None where it was not called."""
+    return _STEPS.get(model)
