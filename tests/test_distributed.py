@@ -21,6 +21,7 @@ from project import (
     make_project,
     newest_step,
     run,
+    run_stages,
     set_params,
     start_trainer,
     succeed,
@@ -167,8 +168,7 @@ def ready(tmp_path_factory) -> Path:
     def make(folder: Path) -> None:
         make_project(folder)
         set_params(folder, {"train.max_steps": 100, "train.save_every": 5, "runtime.n_process": 2})
-        for stage in ("download", "clean", "train_tokenizer", "encode"):
-            succeed(f"python -m stages.{stage}", folder)
+        run_stages("download clean train_tokenizer encode", folder)
 
     return made_once(tmp_path_factory.getbasetemp(), "distributed", make)
 
