@@ -112,6 +112,8 @@ def run(windows: Windows = PLAIN, head_dim: int | None = None, *, rewrite: bool 
         switches = SIZES | dict(zip(CORE, core, strict=True)) | {"window": window, "full_every": full_every}
         switches["head_dim"] = head_dim
         config = GPTConfig(**switches, bias=bias, n_kv_head=n_kv_head, tie_weights=tied)
+        if not rewrite and not any(find_family(target.families, config) for target, _ in PROGRAMS):
+            continue
         model = random_model(config)
         for target, difference in PROGRAMS:
             written = rewrite_model(model, target) if rewrite else model

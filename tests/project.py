@@ -70,6 +70,12 @@ def succeed(command: str, folder: Path, **env: str) -> str:
     return done.stdout
 
 
+def run_stages(names: str, folder: Path) -> str:
+    """Run stages one after the other in one process, which imports what they share once; return what they printed."""
+    code = "; ".join(f"import stages.{name}; stages.{name}.main()" for name in names.split())
+    return succeed(f"python -c '{code}'", folder)
+
+
 def start_trainer(folder: Path, command: Sequence[str] = TRAIN) -> subprocess.Popen[bytes]:
     """Start a trainer; its output goes to train.log, which nobody need read for it to go on."""
     with open(folder / "train.log", "w") as log:

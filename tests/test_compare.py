@@ -77,11 +77,13 @@ def test_the_picture_names_each_curve_and_its_lowest_loss(tmp_path):
 
 
 @pytest.mark.slow
-def test_experiments_of_dvc_are_compared_and_drawn(project):  # noqa: F811
-    assert "no experiments of this commit yet" in succeed("python -m tinygpt compare", project)
+def test_experiments_of_dvc_are_compared_and_drawn(project, command, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(project)
+    assert "no experiments of this commit yet" in command("compare").stdout
     succeed("dvc exp run --temp -n wide -S train.lr=1e-2 evaluate", project)
     succeed("dvc exp run --queue -n later -S model.n_layer=2", project)
-    said = succeed("python -m tinygpt compare --plot curves.svg", project)
+    assert succeed("git status --porcelain", project) == ""  # both leave the folder alone
+    said = command("compare", "--plot", "curves.svg").stdout
     rows = {line.split()[0]: line.split() for line in said.splitlines()}
     wide = read_json(project / "reports/train.json", stage="train")["val_loss"]
     head = rows["experiment"]
@@ -93,7 +95,7 @@ def test_experiments_of_dvc_are_compared_and_drawn(project):  # noqa: F811
     assert said.endswith("curves.svg shows 2 of 2 curves\n")  # the workspace is that of the commit
     svg = (project / "curves.svg").read_text()
     assert f"wide: {loss:.3f}" in svg and f"main: {wide:.3f}" in svg
-    named = succeed("python -m tinygpt compare wide workspace", project).splitlines()
+    named = command("compare", "wide", "workspace").stdout.splitlines()
     assert [line.split()[0] for line in named] == ["experiment", "wide", "workspace"]
     assert float(named[1].split()[2]) == loss
 

@@ -21,6 +21,7 @@ from project import (
     make_project,
     newest_step,
     run,
+    run_stages,
     set_params,
     start_trainer,
     succeed,
@@ -166,9 +167,8 @@ def ready(tmp_path_factory) -> Path:
 
     def make(folder: Path) -> None:
         make_project(folder)
-        set_params(folder, {"train.max_steps": 100, "train.save_every": 5, "runtime.n_process": 2})
-        for stage in ("download", "clean", "train_tokenizer", "encode"):
-            succeed(f"python -m stages.{stage}", folder)
+        set_params(folder, {"train.max_steps": 60, "train.save_every": 5, "runtime.n_process": 2})
+        run_stages("download clean train_tokenizer encode", folder)
 
     return made_once(tmp_path_factory.getbasetemp(), "distributed", make)
 
@@ -189,7 +189,7 @@ def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same
     shutil.copytree(project, tmp_path / "undisturbed")
     succeed("python -m stages.train", tmp_path / "undisturbed")
     starter = start_trainer(project)
-    wait_until(lambda: newest_step(project) >= 20, project, seconds=200)
+    wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
     assert len(workers(starter)) == 2
     workers(starter)[-1].send_signal(signal.SIGKILL)
     assert starter.wait(200) == 0, (project / "train.log").read_text()

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_model
-from project import make_project, run, set_params, succeed
+from project import run, set_params, succeed
 from safetensors.torch import load_file, save_file
+from test_pipeline import done, project, ran  # noqa: F401  a project after `dvc repro`
 
 from tinygpt.errors import UserError
 from tinygpt.export.base import write_base
@@ -252,24 +253,21 @@ def test_a_vocabulary_that_was_filled_up_is_refused(tmp_path, tiny_tokenizer):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
-    project = make_project(tmp_path / "project")
-    set_params(project, {"export.hf": True, "export.gguf": [], "train.max_steps": 60, "train.lr": 1e-2})
-    succeed("dvc repro", project)
+def test_training_goes_on_from_an_imported_and_a_promoted_model(project, command, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(project)
     first = json.loads((project / "reports/train.json").read_text())
 
-    succeed("python -m tinygpt import-hf data/export/hf", project)
-    said = succeed("python -m tinygpt preset base", project)
-    assert "train.init_from: scratch -> base" in said
+    assert command("import-hf", "data/export/hf").returncode == 0
+    assert "train.init_from: scratch -> base" in command("preset", "base").stdout
     set_params(project, {"train.max_steps": 10, "train.lr": 1e-4})
-    succeed("dvc repro", project)
+    assert ran(succeed("dvc repro train", project)) == ["train_tokenizer", "train"]  # the same tokens as before
     second = json.loads((project / "reports/train.json").read_text())
     assert second["val_loss"] < first["val_loss"] + 0.02
     assert json.loads((project / "data/tokens/meta.json").read_text())["tokenizer_sha256"]
 
     lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "down_proj"]}
     set_params(project, {"train.lora": lora, "train.lr": 1e-2, "export.gguf": ["f32"]})
-    said = succeed("dvc repro", project)
+    said = succeed("dvc repro export", project)
     for name in ("peft/adapter_model.safetensors", "gguf/tinygpt-lora.gguf"):
         assert re.search(f"export: {name} [0-9.]+ kB, adapters of rank 2 for data/base", said)
     third = json.loads((project / "reports/train.json").read_text())
@@ -279,7 +277,7 @@ def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
     exported = {str(path.relative_to(project / "data/export")) for path in (project / "data/export").rglob("*.*")}
     assert {"peft/adapter_config.json", "peft/adapter_model.safetensors", "gguf/tinygpt-lora.gguf"} <= exported
 
-    succeed("python -m tinygpt promote", project)
+    assert command("promote").returncode == 0
     assert torch.equal(
         load_model(project / "data/base").lm_head.weight, load_model(project / "data/model").lm_head.weight
     )
@@ -288,7 +286,7 @@ def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
     assert "data/base is not the model that these adapters were trained on" in wrong.stdout
     assert "Traceback" not in wrong.stdout
     set_params(project, {"model.n_layer": 2})
-    wrong = run("dvc repro", project)
+    wrong = run("python -m stages.train", project)
     assert (
         "data/base does not fit params.yaml (model.n_layer=2 there 1): run `python -m tinygpt preset base`"
         in wrong.stdout
@@ -297,8 +295,7 @@ def test_training_goes_on_from_an_imported_and_a_promoted_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_base_the_command_that_helps_is_named(tmp_path):
-    project = make_project(tmp_path / "project")
+def test_without_a_base_the_command_that_helps_is_named(project):  # noqa: F811
     set_params(project, {"train.init_from": "base"})
     wrong = run("dvc repro train", project)
     assert (

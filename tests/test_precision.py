@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import RUNTIME, random_ids, tiny_config
-from test_train import PARAMS, make_trainer, runs_in_tmp, same, train  # noqa: F401  runs_in_tmp is used by pytest
+from test_train import PARAMS, compiler, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
 
 from tinygpt.errors import UserError
 from tinygpt.train.checkpoint import Checkpoints
@@ -133,13 +133,14 @@ def test_blocks_that_are_computed_again_keep_little():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding(precision, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    params = dataclasses.replace(PARAMS, max_steps=5, precision=precision)
+def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding(compiler):  # noqa: F811
+    params = dataclasses.replace(PARAMS, max_steps=5, precision="fp16")
     runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=True)
     eager = train("eager", params=params, runtime=runtime)
     compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True))
-    close = {"atol": 2e-4, "rtol": 1e-3} if precision == "fp32" else {"atol": 5e-3, "rtol": 1e-2}
     for name in eager.last:
-        torch.testing.assert_close(compiled.last[name], eager.last[name], **close)
+        torch.testing.assert_close(compiled.last[name], eager.last[name], atol=5e-3, rtol=1e-2)
+    for ours, theirs in zip(compiled.progress.rows, eager.progress.rows, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+    for ours, theirs in zip(compiled.progress.norms, eager.progress.norms, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2)  # shows a wrong gradient: AdamW's steps are as long with any

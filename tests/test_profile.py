@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import RUNTIME, random_ids, tiny_config
-from project import ROOT, run, set_params, succeed
+from project import set_params
 from test_presets import params  # noqa: F401  a folder with params.yaml
 from test_train import PARAMS
 
@@ -123,27 +123,28 @@ def test_speeds_are_measured():
     assert peak_flops(torch.device("cpu")) > 1e9
 
 
-def test_the_command_tells_the_costs_and_warns_of_a_run_that_will_not_fit(params):  # noqa: F811
+def test_the_command_tells_the_costs_and_warns_of_a_run_that_will_not_fit(params, command):  # noqa: F811
     folder = params.parent
-    said = succeed("python -m tinygpt profile", folder, PYTHONPATH=str(ROOT))
+    said = command("profile")
     for words in ("weights     1,066,368: embedding 131,072", "operations", "training", "generation", "MFU"):
-        assert words in said
-    assert "profile: measures at least two training steps of 1,024 tokens, which --no-measure leaves out" in said
-    assert f" in {1600 * 8 * 128:,} tokens" in said
+        assert words in said.stdout
+    assert "profile: measures at least two training steps of 1,024 tokens, which --no-measure leaves out" in said.stderr
+    assert f" in {1600 * 8 * 128:,} tokens" in said.stdout
     lora = {"rank": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
     set_params(folder, {"train.init_from": "base", "train.lora": lora})
     set_params(folder, {"train.batch_warmup": {"start": 2, "steps": 400}})
-    said = succeed("python -m tinygpt profile --no-measure", folder, PYTHONPATH=str(ROOT))
-    assert "adapters    16,384 weights, which alone are trained" in said
-    assert "measures" not in said
-    assert f" in {(200 * 2 + 200 * 4 + 1200 * 8) * 128:,} tokens" in said
+    said = command("profile", "--no-measure")
+    assert "adapters    16,384 weights, which alone are trained" in said.stdout
+    assert "speed" not in said.stdout and "measures" not in said.stderr
+    assert f" in {(200 * 2 + 200 * 4 + 1200 * 8) * 128:,} tokens" in said.stdout
     set_params(folder, {"train.init_from": "scratch", "train.lora": None, "runtime.micro_batch_size": "auto"})
-    said = succeed("python -m tinygpt profile", folder, PYTHONPATH=str(ROOT))
+    set_params(folder, {"model.n_layer": 1, "model.n_embd": 32})
+    said = command("profile").stdout
     found = re.search(r"^micro-batches of (\d) of the 8 sequences of a step: the fastest of 8, 4, 2, 1$", said, re.M)
     assert f"of {found.group(1)} sequences" in said
-    said = succeed("python -m tinygpt profile --no-measure", folder, PYTHONPATH=str(ROOT))
+    said = command("profile", "--no-measure").stdout
     assert "of 8 sequences" in said
-    set_params(folder, {"model.n_embd": 16384, "model.n_layer": 400})
-    said = run("python -m tinygpt profile", folder, PYTHONPATH=str(ROOT))
+    set_params(folder, {"model.n_embd": 2**17})  # terabytes in one layer
+    said = command("profile")
     assert said.returncode == 1
-    assert "error: the run will not fit: lower runtime.micro_batch_size" in said.stdout
+    assert "error: the run will not fit: lower runtime.micro_batch_size" in said.stderr

@@ -13,6 +13,7 @@ from project import (
     make_project,
     newest_step,
     run,
+    run_stages,
     set_params,
     start_trainer,
     succeed,
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 MODEL = ("data/model/model.safetensors", "data/model/last.safetensors", "data/model/config.json")
 REPORTS = ("reports/train.csv", "reports/train_norms.csv", "reports/train_samples.md")
-STEPS = {"train.max_steps": 600, "train.save_every": 7, "train.eval_every": 100}  # some seconds of training
+STEPS = {"train.max_steps": 300, "train.save_every": 7, "train.eval_every": 60}  # some seconds of training
 LIKE_DVC = """
 import os, subprocess, sys
 command = ["sh", "-c", sys.executable + " -m stages.train; exit $?"]
@@ -43,8 +44,7 @@ def undisturbed(tmp_path_factory) -> Path:
     def make(folder: Path) -> None:
         make_project(folder)
         set_params(folder, STEPS)
-        for stage in ("download", "clean", "train_tokenizer", "encode", "train"):
-            succeed(f"python -m stages.{stage}", folder)
+        run_stages("download clean train_tokenizer encode train", folder)
 
     return made_once(tmp_path_factory.getbasetemp(), "undisturbed", make)
 
@@ -75,7 +75,7 @@ def log(folder: Path) -> str:
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(project, undisturbed):
-    for step, moment in [(14, lambda folder: True), (90, is_saving)]:
+    for step, moment in [(14, lambda folder: True), (60, is_saving)]:
         process = start_trainer(project)
         wait_until(lambda step=step: newest_step(project) >= step, project)
         wait_until(lambda moment=moment: moment(project), project)
@@ -87,17 +87,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(project, undisturbed):
     assert not is_saving(project)  # what a killed trainer left is cleared away
 
 
-def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed):
-    for number, step in [(signal.SIGINT, 14), (signal.SIGTERM, 90)]:
+def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed, command, monkeypatch):
+    monkeypatch.chdir(project)
+    for number, step in [(signal.SIGINT, 14), (signal.SIGTERM, 60)]:
         process = start_trainer(project)
         wait_until(lambda step=step: newest_step(project) >= step, project)
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
         assert f"stopped after step {newest_step(project)};" in log(project)
-    listed = succeed("python -m tinygpt runs", project).split()
+    listed = command("runs").stdout.split()
     assert "interrupted" in listed and "finished" not in listed
-    assert f"going on after step {newest_step(project)} of 600" in succeed("python -m stages.train", project)
-    assert "finished 600 of 600 steps" in " ".join(succeed("python -m tinygpt runs", project).split())
+    assert f"going on after step {newest_step(project)} of 300" in succeed("python -m stages.train", project)
+    assert "finished 300 of 300 steps" in " ".join(command("runs").stdout.split())
     assert hashes(project) == hashes(undisturbed)
 
 
@@ -108,7 +109,7 @@ def test_the_death_of_the_dvc_above_it_stops_it_whatever_stands_between(project)
         dvc.kill()
         dvc.wait()
         wait_until(lambda: "train: stopped after step" in log(project), project)
-    assert 1 < newest_step(project) < 600
+    assert 1 < newest_step(project) < 300
 
 
 def test_what_a_person_started_outlives_its_parent(project):
@@ -118,20 +119,20 @@ def test_what_a_person_started_outlives_its_parent(project):
 
 
 def test_a_damaged_checkpoint_makes_way_for_the_one_before(trained, undisturbed):
-    (newest,) = trained.glob("runs/*/step-0000600")
+    (newest,) = trained.glob("runs/*/step-0000300")
     with open(newest / "optimizer.safetensors", "r+b") as file:
         file.truncate(1000)
     shutil.rmtree(trained / "data/model")
     output = succeed("python -m stages.train", trained)
-    assert "step-0000600 is damaged (optimizer.safetensors is not what was written): taking the one before" in output
-    assert "going on after step 595 of 600" in output
+    assert "step-0000300 is damaged (optimizer.safetensors is not what was written): taking the one before" in output
+    assert "going on after step 294 of 300" in output
     assert hashes(trained) == hashes(undisturbed)
 
 
 def test_a_finished_run_is_published_again_without_training(trained, undisturbed):
     shutil.rmtree(trained / "data/model")
     output = succeed("python -m stages.train", trained)
-    assert "going on after step 600 of 600" in output
+    assert "going on after step 300 of 300" in output
     assert "tokens/s" not in output
     assert hashes(trained) == hashes(undisturbed)
 
@@ -164,5 +165,5 @@ def test_a_disk_that_fills_up_in_a_save_is_one_line_and_the_run_goes_on_afterwar
     assert [line for line in log(project).splitlines() if line.startswith("error: no room to write runs/")]
     assert "Traceback" not in log(project)
     assert not is_saving(project)
-    assert f"going on after step {newest_step(project)} of 600" in succeed("python -m stages.train", project)
+    assert f"going on after step {newest_step(project)} of 300" in succeed("python -m stages.train", project)
     assert hashes(project) == hashes(undisturbed)

@@ -95,7 +95,7 @@ def test_trials_are_experiments_and_the_sweep_goes_on_where_it_was(project):  # 
 
 @pytest.mark.slow
 def test_a_trial_that_was_interrupted_goes_on_from_its_checkpoint(project):  # noqa: F811
-    sweep = f"{SWEEP} --trials 1 -S train.lr=1e-3..3e-2 -S train.max_steps=2000 -S train.eval_every=500"
+    sweep = f"{SWEEP} --trials 1 -S train.lr=1e-3..3e-2 -S train.max_steps=400 -S train.eval_every=100"
     process = start(sweep, project)
     before = time.monotonic()
     while "train loss" not in (project / "sweep.log").read_text():
