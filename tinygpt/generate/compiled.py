@@ -59,8 +59,9 @@ class StepOfOne(LeanGPT):
             if window is not None:
                 behind = (at - self.places[:n]) % n_slot  # how many tokens ago each slot was written
                 scores = scores.masked_fill((behind > at) | (behind >= window), -torch.inf)
-            weights = scores.softmax(-1)
-            return (weights[..., None] * v[:, None]).sum(-2).view(1, -1)
+            # a softmax that divides last: what the product with the values needs is less, and so not stored before it
+            weights = (scores - scores.amax(-1, keepdim=True)).exp()
+            return ((weights[..., None] * v[:, None]).sum(-2) / weights.sum(-1, keepdim=True)).view(1, -1)
 
         return self.logits(ids, at, attend)
 
