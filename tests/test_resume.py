@@ -1,6 +1,7 @@
 """Training killed in every way goes on and ends with the same bytes."""
 
 import hashlib
+import json
 import resource
 import shutil
 import signal
@@ -135,6 +136,8 @@ def test_a_finished_run_is_published_again_without_training(trained, undisturbed
     assert "going on after step 300 of 300" in output
     assert "tokens/s" not in output
     assert hashes(trained) == hashes(undisturbed)
+    report, first = (json.loads((folder / "reports/train.json").read_text()) for folder in (trained, undisturbed))
+    assert report == first  # time and memory are those of the training, too
 
 
 def test_another_model_never_goes_on_from_this_ones_checkpoints(trained):

@@ -27,6 +27,7 @@ class Progress:
     best_step: int = 0
     best_val_loss: float | None = None
     seconds: float = 0.0  # spent in training, over all attempts
+    peak_mem_gib: float = 0.0  # of the process that had the most, over all attempts
     loss_sum: float = 0.0  # since the last row of the curve
     grad_norm_sum: float = 0.0
     n_summed: int = 0

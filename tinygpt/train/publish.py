@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
         "epochs": tokens / trainer.batches.ring,
         "seconds": progress.seconds,
         "tokens_per_s": tokens / progress.seconds,
-        "peak_mem_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # kB on Linux
+        "peak_mem_gib": progress.peak_mem_gib,
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,

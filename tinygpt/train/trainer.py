@@ -5,6 +5,7 @@ T tokens, N sequences.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,6 +174,8 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
+        self.progress.peak_mem_gib = max(self.progress.peak_mem_gib, peak)
         self.checkpoints.save(self.progress, self.learner.tensors() | {"best": self.best})
 
     def _to_device(self, ids: NDArray[np.int64]) -> Tensor:
