@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class TorchEngine:
         if quantized:
             quantize(self.model, quantized)  # on the device: each has its own form
         if compiled:
+            if sys.stderr.isatty():
+                print("compiling (some 15 seconds, 3 from the second time on)", file=sys.stderr)
             compile_step(self.model)
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
