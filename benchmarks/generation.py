@@ -12,6 +12,7 @@ outside of what the time for a token counts. Speculative decoding continues N_TE
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import tempfile
@@ -144,25 +145,33 @@ def speculative_programs(
     folder: Path, n_draft: int, kind: str | None
 ) -> tuple[dict[str, Run], dict[str, list[Answer]]]:
     """What is measured, by name, and the answers of each one's last run."""
-    (model, tokenizer), draft = load_pair(folder / "model", folder / "tokenizer"), load_model(folder / "draft")
+    model, tokenizer = load_pair(folder / "model", folder / "tokenizer")
+    compiled, (draft, compiled_draft) = load_model(folder / "model"), [load_model(folder / "draft") for _ in range(2)]
     if kind:
         quantize(model, kind)
+        quantize(compiled, kind)
+    compile_step(compiled)
+    compile_step(compiled_draft, room=n_draft)
     prompts = [text[:N_TEXT_PROMPT] for text in repetitive_text(N_TEXT, seed=1)]
-    proposals = {
-        "without": None,
-        "draft": Speculation(draft=draft, n_draft=n_draft),
-        "look-up": Speculation(n_draft=n_draft),
+    look_up = Speculation(n_draft=n_draft)
+    ways = {
+        "without": (model, None),
+        "draft": (model, dataclasses.replace(look_up, draft=draft)),
+        "look-up": (model, look_up),
+        "compiled without": (compiled, None),
+        "compiled draft": (model, dataclasses.replace(look_up, draft=compiled_draft)),
+        "compiled look-up": (compiled, look_up),
     }
     written: dict[str, list[Answer]] = {}
 
-    def run(name: str, sampling: Sampling, speculation: Speculation | None) -> Speed:
+    def run(name: str, sampling: Sampling, model: GPT, speculation: Speculation | None) -> Speed:
         written[name] = [begin(model, tokenizer, prompt, sampling, N_TEXT_NEW) for prompt in prompts]
         return time_proposals(model, written[name], speculation)
 
     runs = {
-        f"{how}, {source}": partial(run, f"{how}, {source}", sampling, speculation)
+        f"{how}, {source}": partial(run, f"{how}, {source}", sampling, *way)
         for how, sampling in HOW.items()
-        for source, speculation in proposals.items()
+        for source, way in ways.items()
     }
     return dict(runs), written
 
@@ -214,12 +223,13 @@ def print_speculative(folder: Path, n_round: int, n_draft: int, kind: str | None
     """The table of speculative decoding."""
     runs, written = speculative_programs(folder, n_draft, kind)
     speeds = medians(runs, n_round)
-    print("| tokens a second | with proposals | without | ratio | tokens a pass |\n|---|---|---|---|---|")
+    print("| tokens a second | this way | without | ratio | tokens a pass |\n|---|---|---|---|---|")
     for name, (_, seconds) in speeds.items():
         how, source = name.rsplit(", ", 1)
         if source != "without":
             without, answers = speeds[f"{how}, without"][1], written[name]
-            n_per_pass = sum(len(a.ids) for a in answers) / sum(a.n_pass for a in answers)
+            n_token = sum(len(answer.ids) for answer in answers)
+            n_per_pass = n_token / (sum(answer.n_pass for answer in answers) or n_token)
             print(f"| {name} | {1 / seconds:,.1f} | {1 / without:,.1f} | {without / seconds:.2f} | {n_per_pass:.2f} |")
 
 

@@ -41,7 +41,15 @@ def generate(folders, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("options", [["--draft", "draft", "--n-draft", 3], ["--prompt-lookup", "--ngram", 2]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--draft", "draft", "--n-draft", 3],
+        ["--draft", "draft", "--n-draft", 3, "--compile"],
+        ["--prompt-lookup", "--ngram", 2],
+        ["--prompt-lookup", "--ngram", 2, "--compile"],
+    ],
+)
 def test_the_likeliest_text_is_the_same_and_the_end_tells_what_the_proposals_brought(options, folders, generate):
     options = [folders / each if each == "draft" else each for each in options]
     plain, quiet = generate("--temperature", 0)
@@ -65,7 +73,6 @@ def test_the_likeliest_text_is_the_same_and_the_end_tells_what_the_proposals_bro
         ("--draft draft --ngram 3", "--ngram=3 needs --prompt-lookup"),
         ("--prompt-lookup --n-draft 0", "--n-draft=0 must be within"),
         ("--prompt-lookup --n-beam 2", "--n-beam=2 follows several texts, --prompt-lookup proposes one"),
-        ("--prompt-lookup --compile", "--compile is of steps of one token, --prompt-lookup takes several"),
         ("--draft draft --best-of 2", "--best-of=2 follows several texts, --draft proposes one"),
         ("--prompt-lookup --model x.gguf", "--prompt-lookup cannot be had with llama.cpp"),
     ],

@@ -42,7 +42,6 @@ def check_speculation(args: argparse.Namespace) -> None:
         (proposes or args.n_draft is None, f"--n-draft={args.n_draft} needs --draft or --prompt-lookup"),
         (args.ngram is None or args.prompt_lookup, f"--ngram={args.ngram} needs --prompt-lookup"),
         *((not proposes, f"{option} follows several texts, {name} proposes one: leave one out") for option in searched),
-        (not (proposes and args.compile), f"--compile is of steps of one token, {name} takes several: leave one out"),
         (not proposes or not is_gguf(model_path(args)), f"{name} cannot be had with llama.cpp: name a folder of ours"),
     )
     sizes_of(args)
@@ -62,7 +61,7 @@ def with_proposals(engine: Engine, args: argparse.Namespace) -> Engine:
     """
     if args.draft is None and not args.prompt_lookup:
         return engine
-    from tinygpt.cli.torch_engine import TorchEngine, load_folder
+    from tinygpt.cli.torch_engine import TorchEngine, compile_aloud, load_folder
 
     assert isinstance(engine, TorchEngine)
     speculation = sizes_of(args)
@@ -74,7 +73,10 @@ def with_proposals(engine: Engine, args: argparse.Namespace) -> Engine:
                 f"--draft={args.draft} has other tokens than the model: take one trained with the same tokenizer",
             )
         )
-        speculation = dataclasses.replace(speculation, draft=draft.to(next(engine.model.parameters()).device))
+        draft = draft.to(next(engine.model.parameters()).device)
+        if args.compile:
+            compile_aloud(draft, room=speculation.n_draft)
+        speculation = dataclasses.replace(speculation, draft=draft)
     engine.speculation = speculation
     return engine
 

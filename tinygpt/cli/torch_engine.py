@@ -43,9 +43,7 @@ class TorchEngine:
         if quantized:
             quantize(self.model, quantized)  # on the device: each has its own form
         if compiled:
-            if sys.stderr.isatty():
-                print("compiling (some 15 seconds, 3 from the second time on)", file=sys.stderr)
-            compile_step(self.model)
+            compile_aloud(self.model)
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
@@ -69,6 +67,13 @@ class TorchEngine:
             n_logprobs=n_logprobs,
         )
         return answer
+
+
+def compile_aloud(model: GPT, *, room: int = 0) -> None:
+    """Compile the steps of a model; a terminal is told why it waits.  Raises UserError where there is no compiler."""
+    if sys.stderr.isatty():
+        print("compiling (some 15 seconds, 3 from the second time on)", file=sys.stderr)
+    compile_step(model, room=room)
 
 
 def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:

@@ -91,16 +91,17 @@ def of_sizes(guards: Sequence[Any]) -> list[bool]:
 _STEPS: WeakKeyDictionary[GPT, StepOfOne] = WeakKeyDictionary()
 
 
-def compile_step(model: GPT) -> None:
+def compile_step(model: GPT, *, room: int = 0) -> None:
     """Let everything that continues one sequence of a model do it by compiled steps.
 
     It takes some 15 seconds, and 3 where it was done on this machine before; weights may change afterwards, their
-    types and sizes not. Raises UserError where there is no compiler.
+    types and sizes not. `room` is that of the decoders, where layers have windows: with another it is compiled again.
+    Raises UserError where there is no compiler.
     """
     step, dtype, device = StepOfOne(model), model.tok_emb.weight.dtype, model.tok_emb.weight.device
     try:
         with torch.inference_mode():
-            step(0, 1, Slots(model.config, 1, dtype=dtype, device=device))
+            step(0, 1, Slots(model.config, 1, dtype=dtype, device=device, room=room))
     except torch._dynamo.exc.TorchDynamoException as error:
         cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
         raise UserError(f"the step cannot be compiled ({cause}): install g++, or leave --compile out") from error
