@@ -74,7 +74,9 @@ def test_every_way_to_choose_has_its_option(folders, tiny_tokenizer, command):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["generate", "--model", "nowhere"], "nowhere/config.json not found: run `dvc repro train`"),
+        (["generate", "--model", "nowhere"], "nowhere not found: name a folder with config.json"),
+        (["generate", "--model", "data/nowhere"], "data/nowhere not found: run `dvc repro train`"),
+        (["generate", "--model", "data/nowhere.gguf"], "data/nowhere.gguf not found: run `dvc repro export`"),
         (["generate", "--max-new-tokens", "0"], "--max-new-tokens=0 must be within [1, inf)"),
         (["generate", "--max-new-tokens", "x"], "invalid int value"),
         (["generate", "--n-beam", "0"], "--n-beam=0 must be within [1, 256]"),

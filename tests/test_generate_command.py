@@ -204,7 +204,7 @@ def test_without_a_compiler_one_line_says_so(folder, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "error: the step cannot be compiled (No working C++ compiler found" in done.stderr
-    assert "install g++, or leave --compile out" in done.stderr
+    assert "install g++, or name yours in CXX, or leave --compile out" in done.stderr
 
 
 def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
@@ -219,8 +219,8 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
 @pytest.mark.parametrize(
     ("damage", "name", "message"),
     [
-        (lambda path: None, "none", "none/config.json not found: run `dvc repro train`"),
-        (lambda path: None, "none.gguf", "none.gguf not found: run `dvc repro export`"),
+        (lambda path: None, "none", "none not found: name a folder with config.json"),
+        (lambda path: None, "none.gguf", "none.gguf not found: name a folder"),
         (lambda path: None, ".", "is no model: name a folder with config.json"),
         (lambda path: None, "tokenizer/tokenizer.json", "is no model: name a folder with config.json"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "model", "tokenizer.json not found: run `dvc repro train_tok"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tinygpt.cli.sampling import Settings, flag
+from tinygpt.errors import UserError
 from tinygpt.files import must_exist
 from tinygpt.generate import Answer
 from tinygpt.generate.text import Vocabulary
@@ -17,6 +18,7 @@ from tinygpt.params import require
 
 MODEL = Path("data/model")
 GGUF = Path("data/export/gguf/tinygpt-f32.gguf")
+LOADABLE = "a folder with config.json and model.safetensors, of ours or of transformers"
 # What llama.cpp cannot do here, by option, and what can be done instead.
 NOT_IN_LLAMA_CPP = {
     "tokenizer": "a .gguf file has its own",
@@ -108,13 +110,22 @@ def open_engine(args: argparse.Namespace) -> Engine:
     if is_gguf(path):
         from tinygpt.cli.llama_engine import LlamaEngine  # each imports what the other can do without
 
-        return LlamaEngine(must_exist(path, stage="export"))
+        return LlamaEngine(must_be_there(path, stage="export"))
     from tinygpt.cli.torch_engine import TorchEngine, load_folder
 
     model, tokenizer = load_folder(path, args.tokenizer)
     device = find_device(args.device or "auto")
     compiled = args.compile and getattr(args, "draft", None) is None  # else the steps are those of the draft
     return TorchEngine(model, tokenizer, device=device, quantized=args.quantize, compiled=compiled)
+
+
+def must_be_there(path: Path, *, stage: str) -> Path:
+    """The path.  Raises UserError where nothing is; only what stands in data/ is made by a stage."""
+    if path.parts[:1] == MODEL.parts[:1]:
+        return must_exist(path, stage=stage)
+    if not path.exists():
+        raise UserError(f"{path} not found: name {LOADABLE}, or a .gguf file")
+    return path
 
 
 def model_path(args: argparse.Namespace) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tinygpt.cli.engine import LOADABLE, must_be_there
 from tinygpt.cli.sampling import Settings
 from tinygpt.errors import UserError
 from tinygpt.export.hf_import import read_hf
@@ -81,13 +82,12 @@ def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:
 
     Raises UserError with what is wrong with it.
     """
-    if folder.exists() and not (folder / CONFIG_FILE).exists():
+    if not (must_be_there(folder, stage="train") / CONFIG_FILE).exists():
         found = sorted(folder.glob("*.gguf"))
         raise UserError(
-            f"{folder} is no model: name a folder with config.json and model.safetensors, of ours or of transformers, "
-            f"or a .gguf file{f', such as {found[0]}' if found else ''}"
+            f"{folder} is no model: name {LOADABLE}, or a .gguf file{f', such as {found[0]}' if found else ''}"
         )
-    if (folder / CONFIG_FILE).exists() and "model_type" in read_json(folder / CONFIG_FILE, stage="train"):
+    if "model_type" in read_json(folder / CONFIG_FILE, stage="train"):
         if tokenizer is not None:
             raise ParamsError([f"--tokenizer={tokenizer} is for a model of ours: {folder} has its own"])
         return load_hf(folder)

@@ -104,7 +104,8 @@ def compile_step(model: GPT, *, room: int = 0) -> None:
             step(0, 1, Slots(model.config, 1, dtype=dtype, device=device, room=room))
     except torch._dynamo.exc.TorchDynamoException as error:
         cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
-        raise UserError(f"the step cannot be compiled ({cause}): install g++, or leave --compile out") from error
+        cure = "install g++, or name yours in CXX, or leave --compile out"
+        raise UserError(f"the step cannot be compiled ({cause}): {cure}") from error
     _STEPS[model] = step
 
 
