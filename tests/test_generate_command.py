@@ -220,7 +220,7 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
     ("damage", "name", "message"),
     [
         (lambda path: None, "none", "none not found: name a folder with config.json"),
-        (lambda path: None, "none.gguf", "none.gguf not found: name a folder"),
+        (lambda path: None, "none.gguf", "none.gguf not found: name a .gguf file"),
         (lambda path: None, ".", "is no model: name a folder with config.json"),
         (lambda path: None, "tokenizer/tokenizer.json", "is no model: name a folder with config.json"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "model", "tokenizer.json not found: run `dvc repro train_tok"),

@@ -124,7 +124,7 @@ def must_be_there(path: Path, *, stage: str) -> Path:
     if path.parts[:1] == MODEL.parts[:1]:
         return must_exist(path, stage=stage)
     if not path.exists():
-        raise UserError(f"{path} not found: name {LOADABLE}, or a .gguf file")
+        raise UserError(f"{path} not found: name {'a .gguf file' if is_gguf(path) else LOADABLE}")
     return path
 
 

@@ -29,8 +29,7 @@ class StepOfOne(LeanGPT):
 
     def __init__(self, model: GPT) -> None:
         super().__init__(model)
-        config = model.config
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        config, self.n_head = model.config, model.config.n_head
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
         self.places = torch.arange(config.block_size, device=self.embedding.device)
         self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
@@ -50,11 +49,11 @@ class StepOfOne(LeanGPT):
         def attend(layer: int, heads: Tensor) -> Tensor:
             slots, window = layers[layer], self.windows[layer]
             n_slot = slots.size(2)  # S
-            q, kv = heads.split((self.n_head, 2 * self.n_kv_head), 1)
+            q, kv = heads.split((self.n_head, 2 * self.n_v), 1)
             slots[:, :, at % n_slot] = kv[:, :, None]
             n = len(filled) if window is None else n_slot
-            k, v = slots[0, :, :n].split(self.n_kv_head)  # (G, n, D) each
-            q = q.view(self.n_kv_head, -1, 1, self.head_dim)  # (G, H / G, 1, D): a group of heads reads the same keys
+            k, v = slots[0, :, :n].split(self.n_v)  # (G, n, D) each
+            q = q.view(self.n_v, -1, 1, self.head_dim)  # (G, H / G, 1, D): a group of heads reads the same keys
             scores = (q * k[:, None]).sum(-1) / math.sqrt(self.head_dim)  # (G, H / G, n)
             if window is not None:
                 behind = (at - self.places[:n]) % n_slot  # how many tokens ago each slot was written
@@ -74,7 +73,7 @@ class StepOfOne(LeanGPT):
         """(1, C) -> (1, H + 2G, D)"""
         q, k, v = (y.view(1, -1, self.head_dim) for y in block.qkv(x))
         if block.qk_norm is not None:
-            q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_kv_head), 1)
+            q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_v), 1)
         if rope is not None:
             q, k = (y * rope[0] + y.roll(self.head_dim // 2, -1) * rope[1] for y in (q, k))
         return torch.cat((q, k, v), 1)
