@@ -48,8 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
+        self.server.sent += len(body)  # before the client can have them: it looks at once
         self.wfile.write(body)
-        self.server.sent += len(body)
         self.close_connection = headers["Content_Length"] != len(body)
 
     def log_message(self, *args: object) -> None:
@@ -149,9 +149,9 @@ def test_a_killed_download_goes_on_in_the_next_run(server: Server, tmp_path: Pat
         handler.send_header("Content-Length", str(len(BODY)))
         handler.send_header("ETag", '"one"')
         handler.end_headers()
+        handler.server.sent += 200_000
         handler.wfile.write(BODY[:200_000])
         handler.wfile.flush()
-        handler.server.sent += 200_000
         killed.wait(20)
 
     server.script = [stall]
