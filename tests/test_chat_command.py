@@ -77,7 +77,7 @@ def test_options_are_set_and_shown_and_the_last_line_is_answered_again(chat, ans
     assert shown == "".join(f"{text}\n" for text in texts)
     for line in ("temperature=0.5", 'stop=["q"]', "banned_ids=[5, 6]", 'early_stopping="false"', "seed=3"):
         assert line in told.splitlines()
-    assert "1 answers, " in told
+    assert "1 answer, " in told
     assert "the model reads 64 at most" in told
     assert done.stderr.count("\n") == 1  # the greeting
 
@@ -150,7 +150,7 @@ def test_commands_that_are_none_or_cannot_be_done_are_told_in_one_line_and_the_c
 def test_a_conversation_is_saved(chat, answer, tmp_path):
     done = chat("the naïve", f"/save {tmp_path}/new/talk.txt", "/quit", "never")
     text = answer("the naïve\n")
-    assert done.stdout == f"{text}\n{tmp_path}/new/talk.txt: 1 answers\n"
+    assert done.stdout == f"{text}\n{tmp_path}/new/talk.txt: 1 answer\n"
     assert (tmp_path / "new/talk.txt").read_text() == f"> the naïve\n{text}\n"
 
 
@@ -162,7 +162,7 @@ def test_a_conversation_longer_than_the_context_is_read_from_its_end_or_refused(
     assert done.stderr.count("tokens: the last 64 are read)") == 1
     done = chat("a", long, "/show", args=["--when-full", "stop"])
     assert "leaves no room in a context of 64: shorten it, or set when_full=slide" in done.stderr
-    assert "1 answers" in done.stdout
+    assert "1 answer" in done.stdout
     assert done.returncode == 0
 
 

@@ -85,6 +85,9 @@ def test_every_way_to_choose_has_its_option(folders, tiny_tokenizer, command):
         (["generate", "--length-penalty", "2"], "--length-penalty=2.0 is of beam search: it needs --n-beam above 1"),
         (["generate", "--stop", ""], "--stop=('',) has an empty text"),
         (["generate", "--logit-bias", "5"], "'5' is not of the form ID=BIAS, such as 17=-2.5"),
+        (["generate", "--promt", "x"], "unknown argument '--promt' (did you mean --prompt?)"),
+        (["generate", "--tempreature=0.5"], "unknown argument '--tempreature=0.5' (did you mean --temperature?)"),
+        (["generate", "hello"], "unknown argument 'hello': see python -m tinygpt generate --help"),
         (["sing"], "invalid choice: 'sing'"),
         ([], "required"),
     ],
@@ -93,7 +96,7 @@ def test_a_mistake_is_told_without_a_traceback(args, message, command):
     done = command(*args)
     assert done.returncode != 0
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def show(conversation: Conversation, rest: str) -> None:
     for name in NAMES:
         print(f"{name}={json.dumps(found[name], ensure_ascii=False)}")
     n = len(conversation.engine.vocabulary.encode(conversation.text()))
-    print(f"{len(conversation.turns)} answers, {n} tokens; the model reads {conversation.engine.block_size} at most")
+    print(f"{answers(conversation)}, {n} tokens; the model reads {conversation.engine.block_size} at most")
 
 
 def set_options(conversation: Conversation, rest: str) -> None:
@@ -89,7 +89,13 @@ def save(conversation: Conversation, rest: str) -> None:
         raise UserError(f"{path} is there already: give another name")
     with atomic_write(path) as file:
         file.writelines(f"> {line}\n{answer}\n" for line, answer in conversation.turns)
-    print(f"{path}: {len(conversation.turns)} answers")
+    print(f"{path}: {answers(conversation)}")
+
+
+def answers(conversation: Conversation) -> str:
+    """How many there are, in words."""
+    n = len(conversation.turns)
+    return "1 answer" if n == 1 else f"{n} answers"
 
 
 def leave(conversation: Conversation, rest: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Never
 
 from tinygpt.errors import program
 
@@ -30,6 +32,22 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong with arguments in one line."""
+
+    def parse_known_args(self, *args: Any) -> tuple[Any, list[str]]:  # type: ignore[override]  # it has overloads
+        """Arguments -> what they mean, and nothing that is unknown: that is an error, with the nearest name."""
+        found, unknown = super().parse_known_args(*args)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return found, unknown
+
+    def error(self, message: str) -> Never:
+        """Leave with status 2."""
+        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+
+
 @program
 def main() -> None:
     """Run one command."""
@@ -40,7 +58,7 @@ def main() -> None:
 
 def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     """All commands, and the options of the one that `argv` names."""
-    parser = argparse.ArgumentParser(prog="python -m tinygpt", description="Use what the pipeline has made.")
+    parser = Parser(prog="python -m tinygpt", description="Use what the pipeline has made.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, (file, help) in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")

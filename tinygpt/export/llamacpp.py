@@ -115,7 +115,7 @@ class LlamaCpp:
         clear_errors()
         model: int | None = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
-            raise UserError(f"llama.cpp cannot load {path}: {last_error()}")
+            raise UserError(f"llama.cpp cannot load {path} ({last_error()}): if it is damaged, make it again")
         return model
 
     def _open_context(self, n_threads: int) -> int:

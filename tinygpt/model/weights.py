@@ -45,7 +45,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error})") from None
+        raise UserError(f"{path} cannot be read as safetensors ({error}): it is damaged, make it again") from None
 
 
 def save_model(

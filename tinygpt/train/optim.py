@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Change each weight that has a gradient."""
         for group in self.param_groups:
+            _momenta(self, group["params"])  # all before the first product, whose buffers would stand between them
             for same in _by_shape(group["params"]):
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in same]
-                gradients = _gradients(same)
+                momenta, gradients = _momenta(self, same), _gradients(same)
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; no one reads them after this
                 updates = orthogonalized(torch.stack([whole(matrix) for matrix in gradients]))
@@ -78,8 +78,7 @@ class Lion(Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            gradients = _gradients(weights)
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
+            momenta, gradients = _momenta(self, weights), _gradients(weights)
             updates = torch._foreach_lerp(gradients, momenta, group["betas"][0])
             torch._foreach_sign_(updates)
             torch._foreach_lerp_(momenta, gradients, 1 - group["betas"][1])
@@ -205,6 +204,15 @@ def _plain_parts(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
     if is_split(value) or not hasattr(value, "__tensor_flatten__"):
         return [(name, value)]
     return [(f"{name}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
+
+
+def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
+    """That of each weight; zeros at first."""
+    states = [optimizer.state[weight] for weight in weights]
+    for weight, state in zip(weights, states, strict=True):
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(weight)
+    return [state["momentum"] for state in states]
 
 
 def _gradients(weights: Iterable[Tensor]) -> list[Tensor]:
