@@ -70,7 +70,7 @@ def test_the_vocabulary_alone_tokenizes(gguf, tiny_tokenizer):
 def test_a_damaged_file_is_a_user_error_with_the_reason(gguf, tmp_path, damage, reason, capfd):
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damage(gguf.read_bytes()))
-    with pytest.raises(UserError, match=f"llama.cpp cannot load {path}: .*{reason}"):
+    with pytest.raises(UserError, match=rf"llama.cpp cannot load {path} \(.*{reason}"):
         LlamaCpp(path)
     assert capfd.readouterr() == ("", "")  # llama.cpp's own log is silent
 

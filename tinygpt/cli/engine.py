@@ -74,7 +74,7 @@ def add_device_options(command: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_true",
         help="compile the step of one text, with --draft the draft's: 15 seconds to begin with, 3 the next time, then "
-        "about twice as fast",
+        "two to three times as fast",
     )
 
 
