@@ -10,6 +10,7 @@ from tinygpt.cli.output import say
 from tinygpt.cli.sampling import Settings, make_settings
 from tinygpt.errors import UserError
 from tinygpt.generate import Search
+from tinygpt.generate.options import seed_after
 
 
 class Conversation:
@@ -43,7 +44,7 @@ class Conversation:
 
     def answer(self, line: str, *, n_retries: int = 0) -> None:
         """Print the answer to a line; Ctrl-C ends it where it is.  Raises UserError where there can be none."""
-        prompt, seed = f"{self.text()}{line}\n", (self.settings.sampling.seed + n_retries) % 2**32
+        prompt, seed = f"{self.text()}{line}\n", seed_after(self.settings.sampling.seed, n_retries)
         begun = self.engine.begin(prompt, self.settings, seed=seed)
         self._tell_of_context(len(begun.prompt))
         self.turns.append((line, ""))

@@ -16,6 +16,7 @@ from tinygpt.cli.sampling import Settings, add_sampling_options, named_as_option
 from tinygpt.cli.speculation import add_speculation_options, check_speculation, report, with_proposals
 from tinygpt.errors import UserError
 from tinygpt.generate import Answer, Search
+from tinygpt.generate.options import seed_after
 from tinygpt.params import require
 
 MOST_TEXTS = 1000  # of a prompt
@@ -81,7 +82,7 @@ def begin(
     answers: list[Answer] = []
     problems: list[str] = []
     for prompt in prompts:
-        seeds = [(settings.sampling.seed + i) % 2**32 for i in range(n)]
+        seeds = [seed_after(settings.sampling.seed, i) for i in range(n)]
         try:
             answers += [engine.begin(prompt.text, settings, seed=seed, n_logprobs=n_logprobs) for seed in seeds]
         except UserError as error:

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygpt.cli.prompts import checked, decode_utf8, standard_input
+from tinygpt.cli.prompts import decode_utf8, standard_input
 from tinygpt.errors import UserError
+from tinygpt.generate.text import checked
 
 MOST_LINES = 1000  # of the history
 MARK = "> "

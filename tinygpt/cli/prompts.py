@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tinygpt.errors import UserError
+from tinygpt.generate.text import checked
 from tinygpt.params import ParamsError, require
 
 STDIN = "-"
@@ -103,15 +104,6 @@ def decode_utf8(raw: bytes, name: str, *, line: int = 1) -> str:
         before = raw[: error.start].split(b"\n")
         place = f"{name}:{line + len(before) - 1}: byte {len(before[-1]) + 1}"
         raise UserError(f"{place} is 0x{raw[error.start]:02x}, which is no UTF-8: give it as UTF-8") from None
-
-
-def checked(text: str) -> str:
-    """The same text.  Raises UserError where it holds half of a surrogate pair, as no UTF-8 does."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"prompt is no UTF-8 from character {error.start} on: give it as UTF-8") from None
-    return text
 
 
 def _prompt_of(line: str) -> str:

@@ -134,3 +134,8 @@ def interval_rules(options: object) -> list[tuple[bool, str]]:
 def _intervals(cls: type) -> list[tuple[str, Within]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return [(name, at) for name, hint in hints.items() for at in typing.get_args(hint) if isinstance(at, Within)]
+
+
+def seed_after(seed: int, n: int) -> int:
+    """The n-th seed after one, of 32 bits."""
+    return (seed + n) % 2**32

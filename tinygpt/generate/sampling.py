@@ -192,7 +192,12 @@ def draw(logits: Tensor, uniform: Sequence[float]) -> Tensor:
     0.6 of probabilities [0.5, 0.3, 0.2] draws id 1. One number a token, each row by itself: what a row draws does not
     depend on the other rows.
     """
-    reached = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    return draw_weighted(logits.softmax(-1, dtype=torch.float64), uniform)
+
+
+def draw_weighted(weights: Tensor, uniform: Sequence[float]) -> Tensor:
+    """The same of weights in proportion to the probabilities, not all 0: (B, V) -> ids (B,)"""
+    reached = weights.cumsum(-1)
     at = torch.tensor(uniform, dtype=reached.dtype, device=reached.device)[:, None] * reached[:, -1:]
     return torch.searchsorted(reached, at, right=True)[:, 0]  # right: never a token of probability 0
 

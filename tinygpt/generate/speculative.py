@@ -19,7 +19,15 @@ from torch import Tensor
 from tinygpt.generate.answer import Answer, keep_logprobs
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.options import Sampling, Search, interval_rules
-from tinygpt.generate.sampling import Past, apply_filters, apply_penalties, choose, penalized, uniform
+from tinygpt.generate.sampling import (
+    Past,
+    apply_filters,
+    apply_penalties,
+    choose,
+    draw_weighted,
+    penalized,
+    uniform,
+)
 from tinygpt.model import GPT
 from tinygpt.params import Within, require
 
@@ -199,7 +207,5 @@ def distributions(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
 
 def pick(probabilities: Tensor, generator: random.Random) -> int | None:
     """An id, by numbers in proportion to its probability; None where all are 0.  (V,)"""
-    reached = probabilities.cumsum(-1)
-    total = float(reached[-1])
-    at = torch.tensor(uniform(generator) * total, dtype=reached.dtype, device=reached.device)
-    return int(torch.searchsorted(reached, at, right=True)) if total > 0 else None
+    number = uniform(generator)
+    return int(draw_weighted(probabilities[None], [number])) if probabilities.any() else None

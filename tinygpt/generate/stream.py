@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from tinygpt.errors import UserError
 from tinygpt.generate.answer import Answer, extend
 from tinygpt.generate.beam import beam_search
-from tinygpt.generate.options import Sampling, Search
+from tinygpt.generate.options import Sampling, Search, seed_after
 from tinygpt.generate.speculative import Speculation, speculate
+from tinygpt.generate.text import checked
 from tinygpt.model import GPT
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def generate_batch(
             model,
             tokenizer,
             prompt,
-            dataclasses.replace(one, seed=(one.seed + i) % 2**32),
+            dataclasses.replace(one, seed=seed_after(one.seed, i)),
             max_new_tokens,
             n_logprobs=kept,
         )
@@ -151,8 +151,4 @@ def begin(
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A text as the beginning of a document, behind the tokenizer's `bos_id`.  Raises UserError when it is no text."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"prompt is no UTF-8 from character {error.start} on: give it as UTF-8") from None
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return [tokenizer.bos_id, *tokenizer.encode(checked(prompt))]

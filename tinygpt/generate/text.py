@@ -6,6 +6,8 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from tinygpt.errors import UserError
+
 
 class Vocabulary(Protocol):
     """What texts need to know of a tokenizer, ours or another program's."""
@@ -23,6 +25,15 @@ class Vocabulary(Protocol):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the bytes they stand for."""
+
+
+def checked(prompt: str) -> str:
+    """The same text.  Raises UserError where it holds half of a surrogate pair, as no UTF-8 does."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt is no UTF-8 from character {error.start} on: give it as UTF-8") from None
+    return prompt
 
 
 class TextStream:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from tinygpt.errors import UserError
 from tinygpt.generate import Answer, Sampling
+from tinygpt.generate.options import seed_after
 from tinygpt.generate.stream import prompt_ids
 from tinygpt.model import GPT
 from tinygpt.params import ParamsError, Within, from_mapping, require
@@ -222,7 +223,7 @@ def check_ids(name: str, ids: list[int], served: Served) -> None:
 
 def begin(served: Served, prompt: Prompt, body: Body, index: int) -> Answer:
     """The answer number `index` to a prompt, which has a seed of its own."""
-    sampling = dataclasses.replace(body.sampling(), seed=(body.seed + index) % 2**32)
+    sampling = dataclasses.replace(body.sampling(), seed=seed_after(body.seed, index))
     return Answer(
         prompt.ids,
         served.tokenizer,
