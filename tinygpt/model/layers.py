@@ -41,7 +41,7 @@ GELU_B = GELU_A * 0.044715
 
 
 class _SigmoidGELU(torch.autograd.Function):
-    """x · σ(u), u = x · (a + b x²): the same function, as (1 + tanh(u / 2)) / 2 = σ(u).
+    """x · σ(u), u = x · (a + b x²): the same function, as (1 + tanh(u / 2)) / 2 = σ(u), and its slope with it.
 
     On a CPU tanh takes three times as long as the sigmoid, and PyTorch's kernel takes it again in the backward pass.
     Shorter floats than float32 would overflow on the way.
@@ -50,16 +50,16 @@ class _SigmoidGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Any shape."""
-        gate = (x * x).mul_(GELU_B).add_(GELU_A).mul_(x).sigmoid_()
-        ctx.save_for_backward(x, gate)
+        square = x * x
+        gate = (square * GELU_B).add_(GELU_A).mul_(x).sigmoid_()
+        slope = square.mul_(3 * GELU_B).add_(GELU_A).mul_(x).mul_(1 - gate).add_(1).mul_(gate)
+        ctx.save_for_backward(slope)  # d/dx x σ(u) = σ(u) · (1 + x · u' · (1 - σ(u))), u' = a + 3 b x²
         return x * gate
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """d/dx x σ(u) = σ(u) · (1 + x · u' · (1 - σ(u))), u' = a + 3 b x²"""
-        x, gate = ctx.saved_tensors
-        slope = (x * x).mul_(3 * GELU_B).add_(GELU_A).mul_(x)
-        return slope.mul_(1 - gate).add_(1).mul_(gate).mul_(grad)
+        """Any shape."""
+        return ctx.saved_tensors[0] * grad
 
 
 def relu2(x: Tensor) -> Tensor:
