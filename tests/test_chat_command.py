@@ -101,6 +101,23 @@ def test_all_that_is_wrong_with_settings_is_told_and_they_stay(chat, answer):
     assert "best_of=2 needs temperature above 0" in told
 
 
+def test_the_best_of_several_is_another_one_when_it_is_asked_for_again(chat, model, tiny_tokenizer):
+    done = chat("/set best_of=3 max_new_tokens=7 temperature=2", "the", "/retry", "/retry")
+    texts = [
+        generate(
+            model,
+            tiny_tokenizer,
+            "the\n",
+            max_new_tokens=7,
+            sampling=Sampling(temperature=2.0, top_p=0.95, seed=seed),
+            search=Search(best_of=3),
+        )
+        for seed in range(3)
+    ]
+    assert len(set(texts)) > 1
+    assert done.stdout == "".join(f"{text}\n" for text in texts)
+
+
 def test_beams_can_be_set(chat, answer, model, tiny_tokenizer):
     done = chat("zz", "/set n_beam=3 max_new_tokens=9", "/retry")
     greedy, beams = Sampling(temperature=0), Search(n_beam=3)
@@ -162,7 +179,7 @@ def test_a_conversation_longer_than_the_context_is_read_from_its_end_or_refused(
     assert done.stderr.count("tokens: the last 64 are read)") == 1
     done = chat("a", long, "/show", args=["--when-full", "stop"])
     assert "leaves no room in a context of 64: shorten it, or set when_full=slide" in done.stderr
-    assert "1 answer" in done.stdout
+    assert "1 answer, " in done.stdout
     assert done.returncode == 0
 
 

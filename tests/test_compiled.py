@@ -55,13 +55,15 @@ def test_tokens_that_are_taken_back_and_rows_that_come_and_go(model):
     torch.testing.assert_close(decoder.logits, expected_after(model, [4, 2, 2, 3]), atol=2e-5, rtol=2e-5)
 
 
-def test_weights_may_change_and_another_model_keeps_its_own(model):
+def test_each_model_has_its_own_and_weights_that_change_are_compiled_again(model):
     other = tiny_model(seed=9, block_size=32)
     compile_step(other)
     assert compiled_step(other) is not compiled_step(model)
     for one in (other, model):
         with torch.no_grad():
             one.blocks[0].mlp.down_proj.weight.mul_(0.5)
+            one.norm.weight.mul_(3)
+        compile_step(one)
         decoder = Decoder(one, [[1, 2]])
         decoder.step([3])
         torch.testing.assert_close(decoder.logits, expected_after(one, [1, 2, 3]), atol=2e-5, rtol=2e-5)

@@ -19,6 +19,7 @@ from project import made_once
 from tinygpt import files
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model.weights import model_tensors
+from tinygpt.params import ParamsError
 from tinygpt.train import curve
 from tinygpt.train.batches import Batches
 from tinygpt.train.checkpoint import CODE, Checkpoints, fingerprint
@@ -111,6 +112,17 @@ def train(name: str = "run", **kwargs):
 
 def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_step_that_will_not_fit_into_memory_is_told_before_the_first():
+    with pytest.raises(UserError, match=r"a step will not fit into the memory: lower runtime\.micro_batch_size"):
+        train(params=dataclasses.replace(PARAMS, batch_size=2**32))
+
+
+def test_a_dropout_of_each_step_is_not_compiled():
+    changed = dataclasses.replace(PARAMS, anneal_dropout=True)
+    with pytest.raises(ParamsError, match=r"runtime\.compile=true .* train\.anneal_dropout=true: set one of them"):
+        train(params=changed, runtime=dataclasses.replace(RUNTIME, compile=True), dropout=0.1)
 
 
 # ---- batches ----
@@ -250,10 +262,8 @@ def test_a_run_cut_anywhere_ends_with_the_same_bits(changes, config, tmp_path, m
     resumed = train("cut", **config)
     assert same(resumed.last, undisturbed.last)
     assert same(resumed.best, undisturbed.best)
-    ignore_time = {"seconds": 0.0}
-    assert dataclasses.replace(resumed.progress, **ignore_time) == dataclasses.replace(
-        undisturbed.progress, **ignore_time
-    )
+    measured = {"seconds": 0.0, "peak_mem_gib": 0.0}
+    assert dataclasses.replace(resumed.progress, **measured) == dataclasses.replace(undisturbed.progress, **measured)
 
 
 def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):

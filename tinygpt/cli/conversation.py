@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -54,7 +55,8 @@ class Conversation:
                 for _ in self.engine.extend([begun], at_once=1):
                     say(begun.piece)
             else:
-                begun = self.engine.search(prompt, self.settings)
+                sampling = dataclasses.replace(self.settings.sampling, seed=seed)
+                begun = self.engine.search(prompt, dataclasses.replace(self.settings, sampling=sampling))
                 say(begun.text)
         except KeyboardInterrupt:
             print("(stopped)", end="", file=sys.stderr, flush=True)

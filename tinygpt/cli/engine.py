@@ -115,7 +115,8 @@ def open_engine(args: argparse.Namespace) -> Engine:
 
     model, tokenizer = load_folder(path, args.tokenizer)
     device = find_device(args.device or "auto")
-    compiled = args.compile and getattr(args, "draft", None) is None  # else the steps are those of the draft
+    speculates = getattr(args, "draft", None) is not None or getattr(args, "prompt_lookup", False)
+    compiled = args.compile and not speculates  # else once it is known whose steps, and with how much room
     return TorchEngine(model, tokenizer, device=device, quantized=args.quantize, compiled=compiled)
 
 

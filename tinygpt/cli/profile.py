@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.flush()
         raise UserError(
             "the run will not fit: lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true, which "
-            "change no result, then model.block_size or the model"
+            "change no more than last bits, then model.block_size or the model"
         )
     if not args.no_measure:
         sys.stdout.flush()

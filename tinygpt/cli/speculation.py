@@ -64,7 +64,7 @@ def with_proposals(engine: Engine, args: argparse.Namespace) -> Engine:
     from tinygpt.cli.torch_engine import TorchEngine, compile_aloud, load_folder
 
     assert isinstance(engine, TorchEngine)
-    speculation = sizes_of(args)
+    speculation, stepping = sizes_of(args), engine.model
     if args.draft is not None:
         draft, tokenizer = load_folder(args.draft, args.tokenizer)
         require(
@@ -73,10 +73,10 @@ def with_proposals(engine: Engine, args: argparse.Namespace) -> Engine:
                 f"--draft={args.draft} has other tokens than the model: take one trained with the same tokenizer",
             )
         )
-        draft = draft.to(next(engine.model.parameters()).device)
-        if args.compile:
-            compile_aloud(draft, room=speculation.n_draft)
-        speculation = dataclasses.replace(speculation, draft=draft)
+        stepping = draft.to(next(engine.model.parameters()).device)
+        speculation = dataclasses.replace(speculation, draft=stepping)
+    if args.compile:
+        compile_aloud(stepping, room=speculation.n_draft)
     engine.speculation = speculation
     return engine
 

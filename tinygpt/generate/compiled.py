@@ -94,9 +94,9 @@ _STEPS: WeakKeyDictionary[GPT, StepOfOne] = WeakKeyDictionary()
 def compile_step(model: GPT, *, room: int = 0) -> None:
     """Let everything that continues one sequence of a model do it by compiled steps.
 
-    It takes some 15 seconds, and 3 where it was done on this machine before; weights may change afterwards, their
-    types and sizes not. `room` is that of the decoders, where layers have windows: with another it is compiled again.
-    Raises UserError where there is no compiler.
+    It takes some 15 seconds, and 3 where it was done on this machine before. After weights have changed, call it again:
+    scales of norms are copied. `room` is that of the decoders, where layers have windows: with another it is compiled
+    again. Raises UserError where there is no compiler.
     """
     step, dtype, device = StepOfOne(model), model.tok_emb.weight.dtype, model.tok_emb.weight.device
     try:

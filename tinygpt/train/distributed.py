@@ -124,7 +124,10 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
             "runtime.micro_batch_size=auto is found in one process: name a size",
         ),
     )
-    return open_device(runtime, number=world.local_rank, of=world.local_size)
+    device = open_device(runtime, number=world.local_rank, of=world.local_size)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # FSDP takes the current one, whatever the weights are on
+    return device
 
 
 def _launch(n_process: int) -> int:

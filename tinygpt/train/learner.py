@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.lora import add_lora, trained_tensors
+from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
 from tinygpt.train.distributed import ALONE, World
@@ -65,6 +66,13 @@ class Learner:
         extra = {"label_smoothing": params.label_smoothing, "z_loss": params.z_loss}
         self._loss, loss = (Loss(self.model, self.precision, **extra) for _ in range(2))
         if runtime.compile:
+            require(
+                (
+                    not (params.anneal_dropout and config.dropout),
+                    "runtime.compile=true would compile each step's dropout of train.anneal_dropout=true: "
+                    "set one of them to false",
+                )
+            )
             torch._dynamo.config.recompile_limit = 64  # all sizes of batch that warmups make, not the first 8 alone
             loss.compile(dynamic=False)
         n_rows = self.micro_batch_size or params.batch_size // world.size
@@ -120,7 +128,7 @@ class Learner:
         """(N, T + 1) ids -> mean nats per token, without what training adds to it"""
         loss = Loss(model, self.precision)
         mine = ids[self.world.rank :: self.world.size]
-        parts = mine.split(self.micro_batch_size or self.params.batch_size)
+        parts = mine.split(self.micro_batch_size or self.params.batch_size) if len(mine) else ()  # of a few, none
         total = torch.tensor(sum(loss(part).item() * len(part) for part in parts), dtype=torch.float64)
         return self.world.sum(total).item() / len(ids)
 

@@ -32,7 +32,7 @@ def find_micro_batch_size(learner: Learner, *, known: int | None = None) -> int:
         if device.type == "cuda":
             size, why = _largest_on_gpu(learner, sizes), "the largest that fits"
         else:
-            sizes = [size for size in sizes[:N_SIZES] if _fits(learner, size)]
+            sizes = [size for size in sizes[:N_SIZES] if fits(learner, size)]
             size, why = fastest(sizes, lambda n: _try(learner, n)), f"the fastest of {', '.join(map(str, sizes))}"
     print(f"micro-batches of {size} of the {batch_size} sequences of a step: {why}")
     return size
@@ -102,7 +102,7 @@ def _try(learner: Learner, size: int, *, times: int = 1) -> None:
         learner.model.zero_grad()
 
 
-def _fits(learner: Learner, size: int) -> bool:
-    """Beside weights that are there already."""
+def fits(learner: Learner, size: int) -> bool:
+    """Whether there is memory for a step in micro-batches of that size, beside weights that are there already."""
     needed = memory_of(learner.model.config, learner.params, learner.runtime, size, learner.device)
     return needed.training - needed.weights < available_memory(learner.device)

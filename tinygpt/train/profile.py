@@ -6,11 +6,11 @@ B batch, T tokens, C n_embd, V vocab_size. Sizes are bytes.
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -148,10 +148,10 @@ def _loss_bytes(model: GPT, n_tokens: int) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Memory that is free on the device."""
+    """Memory that can be had on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)
 
 
 def tokens_per_second(learner: Learner) -> float:

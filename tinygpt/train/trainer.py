@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinygpt.errors import Stopped
+from tinygpt.errors import Stopped, UserError
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.lora import merged_tensors, trained_tensors
 from tinygpt.progress import progress
@@ -28,7 +28,7 @@ from tinygpt.train.curve import Progress
 from tinygpt.train.distributed import ALONE, World
 from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.learner import Learner
-from tinygpt.train.micro_batch import find_micro_batch_size
+from tinygpt.train.micro_batch import find_micro_batch_size, fits
 from tinygpt.train.prefetch import Prefetch
 from tinygpt.train.schedules import tokens_before
 
@@ -85,6 +85,7 @@ class Trainer:
 
     def fit(self) -> Trained:
         """Train to the last step.  Raises Stopped on request, UserError when the loss is no number any more."""
+        self._check_memory()
         self._resume()
         if self.runtime.micro_batch_size == "auto":
             self._find_micro_batch_size()
@@ -122,6 +123,15 @@ class Trainer:
         with self.learner.looking() as model:
             last, best = (merged_tensors(model, part) for part in (_copied(trained_tensors(model)), self.best))
         return Trained(self.progress, last, best, trained=self.best)
+
+    def _check_memory(self) -> None:
+        """Raises UserError where a step would not fit.  What each of several processes holds is not counted."""
+        size = min(self.learner.micro_batch_size or self.params.batch_size, self.params.batch_size)
+        if self.world.size == 1 and self.runtime.micro_batch_size != "auto" and not fits(self.learner, size):
+            raise UserError(
+                "train: a step will not fit into the memory: lower runtime.micro_batch_size or set "
+                "runtime.gradient_checkpointing=true, then model.block_size or the model"
+            )
 
     def _resume(self) -> None:
         found = self.checkpoints.load_latest()
