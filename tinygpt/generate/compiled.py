@@ -30,7 +30,7 @@ class StepOfOne(LeanGPT):
 
     def __init__(self, model: GPT) -> None:
         super().__init__(model)
-        config, self.n_head = model.config, model.config.n_head
+        config = model.config
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
         self.places = torch.arange(config.block_size, device=self.embedding.device)
         self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
@@ -46,38 +46,33 @@ class StepOfOne(LeanGPT):
         ids, at = (torch.tensor([value], device=filled.device) for value in (next_id, position))
         return self._compiled(ids, at, filled, slots.layers)
 
-    def _logits(self, ids: Tensor, at: Tensor, filled: Tensor, layers: Sequence[Tensor]) -> Tensor:
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            slots, window = layers[layer], self.windows[layer]
-            n_slot = slots.size(2)  # S
-            q, kv = heads.split((self.n_head, 2 * self.n_v), 1)
-            slots[:, :, at % n_slot] = kv[:, :, None]
+    def _logits(self, ids: Tensor, at: Tensor, filled: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = layers[layer]
+            window, n_slot = self.windows[layer], keys.size(2)  # S
+            keys[:, :, at % n_slot] = k[:, :, None]
+            values[:, :, at % n_slot] = v[:, :, None]
             n = filled.size(0) if window is None else n_slot
-            k, v = slots[0, :, :n].split(self.n_v)  # (G, n, D) each
-            q = (q / math.sqrt(self.head_dim)).view(self.n_v, -1, 1, self.head_dim)
-            scores = (q * k[:, None]).sum(-1)  # (G, H / G, n): a group of heads reads the same keys
+            q = (q / math.sqrt(self.head_dim)).view(self.n_kv_head, -1, 1, self.head_dim)
+            scores = (q * keys[0, :, None, :n]).sum(-1)  # (G, H / G, n): a group of heads reads the same keys
             if window is not None:
                 behind = (at - self.places[:n]) % n_slot  # how many tokens ago each slot was written
                 scores = scores.masked_fill((behind > at) | (behind >= window), -torch.inf)
             # a softmax that divides last: what the product with the values needs is less, and so not stored before it
             weights = (scores - scores.amax(-1, keepdim=True)).exp()
-            return ((weights[..., None] * v[:, None]).sum(-2) / weights.sum(-1, keepdim=True)).view(1, -1)
+            read = (weights[..., None] * values[0, :, None, :n]).sum(-2)
+            return (read / weights.sum(-1, keepdim=True)).view(1, -1)
 
         return self.logits(ids, at, attend)
 
-    def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines, (1, 1, D) each: nothing need be repeated for each head."""
-        cos, sin = self.rope[:, positions, None]
-        return cos, sin
-
-    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(1, C) -> (1, H + 2G, D)"""
+    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, C) -> queries (1, H, D), keys and values (1, G, D), joined no longer than their norm needs them so."""
         q, k, v = (y.view(1, -1, self.head_dim) for y in block.qkv(x))
         if block.qk_norm is not None:
-            q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_v), 1)
+            q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_kv_head), 1)
         if rope is not None:
             q, k = (y * rope[0] + y.roll(self.head_dim // 2, -1) * rope[1] for y in (q, k))
-        return torch.cat((q, k, v), 1)
+        return q, k, v
 
 
 def of_sizes(guards: Sequence[Any]) -> list[bool]:

@@ -24,8 +24,8 @@ from tinygpt.model.gpt import Block
 from tinygpt.model.layers import MLP, SwiGLUMLP
 
 Step = Callable[[Tensor], Tensor]
-# Layer and heads (M, H + 2G, D), first the queries, then the keys, then the values -> what each query read, (M, H·D).
-Attend = Callable[[int, Tensor], Tensor]
+# Layer, queries (M, H, D), keys and values (M, G, D) -> what each query read, (M, H·D).
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -45,7 +45,7 @@ class LeanGPT:
 
     def __init__(self, model: GPT) -> None:
         config = model.config
-        self.n_qk, self.n_v, self.head_dim = config.n_head + config.n_kv_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.embedding = model.tok_emb.weight.detach()
         self.positions = None if model.pos_emb is None else model.pos_emb.weight.detach()
         first, second = model.rope_sin.chunk(2, -1)
@@ -64,28 +64,32 @@ class LeanGPT:
         rope = None if self.positions is not None else self._rope_at(positions)
         for layer, block in enumerate(self.blocks):
             normed = block.attn_norm(x)
-            heads = self._heads(block, normed, rope)
+            q, k, v = self._heads(block, normed, rope)
             if wanted is not None and layer == len(self.blocks) - 1:
                 x, normed = x[wanted], normed[wanted]
-            attended = x + block.out(attend(layer, heads))
+            attended = x + block.out(attend(layer, q, k, v))
             x = attended + block.mlp(normed if block.mlp_norm is None else block.mlp_norm(attended))
         return self.lm_head(self.norm(x)).float().contiguous()
 
     def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines for all heads, (M, H + 2G, D) each; values are turned by nothing."""
-        cos, sin = self.rope[:, positions, None].expand(-1, -1, self.n_qk, -1)
-        still = cos.new_zeros(len(positions), self.n_v, self.head_dim)
-        return torch.cat((cos, still + 1), 1), torch.cat((sin, still), 1)
+        """Cosines and signed sines, (M, 1, D) each."""
+        cos, sin = self.rope[:, positions, None]
+        return cos, sin
 
-    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(M, C) -> (M, H + 2G, D)"""
-        heads = torch.cat(list(block.qkv(x)), -1).view(len(x), -1, self.head_dim)
+    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(M, C) -> queries (M, H, D), keys and values (M, G, D)"""
+        q, k, v = block.qkv(x)
+        qk = torch.cat((q, k), -1).view(len(x), -1, self.head_dim)
         if block.qk_norm is not None:
-            qk, v = heads.split((self.n_qk, self.n_v), 1)
-            heads = torch.cat((block.qk_norm(qk), v), 1)
-        if rope is not None:  # pairs (i, i + D/2): each half meets the other one turned
-            heads = torch.addcmul(heads * rope[0], heads.roll(self.head_dim // 2, -1), rope[1])
-        return heads
+            qk = block.qk_norm(qk)
+        if rope is not None:
+            qk = self._turned(qk, rope)
+        q, k = qk.split((self.n_head, self.n_kv_head), 1)
+        return q, k, v.unflatten(-1, (-1, self.head_dim))
+
+    def _turned(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Pairs (i, i + D/2) by the angle of the position: each half meets the other one turned.  (M, …, D)"""
+        return torch.addcmul(x * rope[0], x.roll(self.head_dim // 2, -1), rope[1])
 
 
 def lean_block(block: Block, config: GPTConfig) -> LeanBlock:

@@ -9,7 +9,7 @@ B rows, T tokens of one row, M of all, S slots, H query heads, G key/value heads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,21 +26,24 @@ class Slots:
     def __init__(
         self, config: GPTConfig, n_row: int, *, dtype: torch.dtype, device: torch.device, room: int = 0
     ) -> None:
-        self.n_head, self.n_kv_head, self.device = config.n_head, config.n_kv_head, device
+        self.n_kv_head, self.dtype, self.device = config.n_kv_head, dtype, device
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
         sizes = [min(window + room, config.block_size) if window else config.block_size for window in self.windows]
         self.has_more = any(window and window < size for window, size in zip(self.windows, sizes, strict=True))
-        shapes = [(n_row, 2 * self.n_kv_head, size, config.head_dim) for size in sizes]
-        # (B, 2G, S, D), keys first; zeros because what stands in an unread slot is still multiplied by a weight of 0
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        shapes = [(n_row, self.n_kv_head, size, config.head_dim) for size in sizes]
+        # Keys and values, (B, G, S, D) each; zeros because what stands in an unread slot is still multiplied by a
+        # weight of 0.
+        self.layers = [
+            (torch.zeros(s, dtype=dtype, device=device), torch.zeros(s, dtype=dtype, device=device)) for s in shapes
+        ]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, in this order.  (B,) int64"""
-        self.layers = [slots.index_select(0, rows) for slots in self.layers]
+        self.layers = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self.layers]
 
     def grow(self, n_row: int) -> None:
         """So many rows more, behind the others."""
-        self.layers = [torch.cat((slots, slots.new_zeros(n_row, *slots.shape[1:]))) for slots in self.layers]
+        self.layers = [(_with_more(keys, n_row), _with_more(values, n_row)) for keys, values in self.layers]
 
     def append(self, at: Sequence[int]) -> Attend:
         """For one more token in each row, at these positions: each sees its row up to itself."""
@@ -48,18 +51,18 @@ class Slots:
             return self.extend(at, [1] * len(at))
         first, last, rows = min(at), max(at), torch.arange(len(at), device=self.device)
         positions = torch.tensor(at, device=self.device)
-        masks = {n_slot: self._mask(positions, first, last, n_slot) for n_slot in {s.size(2) for s in self.layers}}
+        masks = {n_slot: self._mask(positions, first, last, n_slot) for n_slot in {k.size(2) for k, _ in self.layers}}
 
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            slots, n_slot = self.layers[layer], self.layers[layer].size(2)
-            q, kv = heads[:, : self.n_head], heads[:, self.n_head :]
-            if first == last:
-                slots.select(2, last % n_slot).copy_(kv)
-            else:
-                slots[rows, :, positions % n_slot] = kv
-            k, v = slots[:, :, : last + 1].split(self.n_kv_head, 1)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            slots, n_slot = self.layers[layer], self.layers[layer][0].size(2)
+            for there, new in zip(slots, (k, v), strict=True):
+                if first == last:
+                    there.select(2, last % n_slot).copy_(new)
+                else:
+                    there[rows, :, positions % n_slot] = new
+            keys, values = (there[:, :, : last + 1] for there in slots)
             q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): a group of heads reads the same keys
-            return F.scaled_dot_product_attention(q, k, v, masks[n_slot]).reshape(len(heads), -1)
+            return F.scaled_dot_product_attention(q, keys, values, masks[n_slot]).reshape(len(q), -1)
 
         return attend
 
@@ -69,23 +72,23 @@ class Slots:
         if first + 1 >= n:
             return None
         empty = torch.arange(n, device=self.device) > positions[:, None, None, None]
-        return torch.zeros(empty.shape, dtype=self.layers[0].dtype, device=self.device).masked_fill(empty, -torch.inf)
+        return torch.zeros(empty.shape, dtype=self.dtype, device=self.device).masked_fill(empty, -torch.inf)
 
     def extend(self, at: Sequence[int], sizes: Sequence[int]) -> Attend:
         """For some more tokens in each row, at most room + 1, the first of them at these positions; row behind row."""
         spans = list(zip(at, sizes, strict=True))
-        n_slots = {window: slots.size(2) for window, slots in zip(self.windows, self.layers, strict=True)}
+        n_slots = {window: keys.size(2) for window, (keys, _) in zip(self.windows, self.layers, strict=True)}
         places = {w: [torch.arange(i, i + n, device=self.device) % n_slots[w] for i, n in spans] for w in n_slots}
         masks = {w: [self._visible(i, n, n_slots[w], w) for i, n in spans] for w in n_slots}
 
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            slots, window, read = self.layers[layer], self.windows[layer], []
-            for row, part in enumerate(heads.split(list(sizes))):
-                q, kv = part.transpose(0, 1).split((self.n_head, 2 * self.n_kv_head))  # (H, T, D), (2G, T, D)
-                slots[row].index_copy_(1, places[window][row], kv)
-                k, v = slots[row : row + 1, :, : at[row] + len(part)].split(self.n_kv_head, 1)
-                read.append(_sdpa(q[None], k, v, masks[window][row])[0].transpose(0, 1).flatten(1))
-            return torch.cat(read) if len(read) > 1 else read[0]
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            (keys, values), window, read = self.layers[layer], self.windows[layer], []
+            for row, (q1, k1, v1) in enumerate(_by_row(sizes, q, k, v)):
+                keys[row].index_copy_(1, places[window][row], k1)
+                values[row].index_copy_(1, places[window][row], v1)
+                seen = slice(0, at[row] + sizes[row])
+                read.append(_sdpa(q1, keys[row, :, seen], values[row, :, seen], masks[window][row]))
+            return _joined(read)
 
         return attend
 
@@ -101,34 +104,50 @@ class Slots:
         there = last - (last - slots) % n_slot  # the position whose token stands in each
         behind = torch.tensor(queries, device=self.device)[:, None] - there
         hidden = (behind < 0) | (behind >= (window or n_slot))
-        return torch.zeros(hidden.shape, dtype=self.layers[0].dtype, device=self.device).masked_fill(hidden, -torch.inf)
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill(hidden, -torch.inf)
 
     def fill(self, rows: Sequence[int], sizes: Sequence[int]) -> Attend:
         """For whole sequences, one behind the other, in the place of what these rows held; in the last layer only the
         last token of each reads.
         """
 
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            n_slot, only_last = self.layers[layer].size(2), layer == len(self.layers) - 1
-            read = []
-            for row, part in zip(rows, heads.split(list(sizes)), strict=True):
-                t = len(part)
-                kept = torch.arange(max(0, t - n_slot), t, device=self.device)
-                self.layers[layer][row, :, kept % n_slot] = part[kept, self.n_head :].transpose(0, 1)
-                q, k, v = part.transpose(0, 1)[None].split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            (keys, values), window, read = self.layers[layer], self.windows[layer], []
+            n_slot, only_last = keys.size(2), layer == len(self.layers) - 1
+            for row, t, (q1, k1, v1) in zip(rows, sizes, _by_row(sizes, q, k, v), strict=True):
+                places = torch.arange(max(0, t - n_slot), t, device=self.device) % n_slot
+                keys[row].index_copy_(1, places, k1[:, -n_slot:])
+                values[row].index_copy_(1, places, v1[:, -n_slot:])
                 if only_last:
-                    n_seen = self.windows[layer] or n_slot
-                    y = _sdpa(q[:, :, -1:], k[:, :, -n_seen:], v[:, :, -n_seen:])
+                    n_seen = window or n_slot
+                    read.append(_sdpa(q1[:, -1:], k1[:, -n_seen:], v1[:, -n_seen:]))
                 else:
-                    mask = attention_mask(t, self.windows[layer], self.device)
-                    y = _sdpa(q, k, v, mask, is_causal=mask is None)
-                read.append(y[0].transpose(0, 1).flatten(1))
-            return torch.cat(read)
+                    mask = attention_mask(t, window, self.device)
+                    read.append(_sdpa(q1, k1, v1, mask, is_causal=mask is None))
+            return _joined(read)
 
         return attend
 
 
+def _with_more(slots: Tensor, n_row: int) -> Tensor:
+    """(B, …) -> (B + n_row, …), the new ones zeros"""
+    new = slots.new_zeros(n_row, *slots.shape[1:])
+    return torch.cat((slots, new)) if len(slots) else new
+
+
+def _by_row(sizes: Sequence[int], *heads: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Queries, keys and values of each row.  (M, H, D) -> (H, T, D)"""
+    return zip(*(part.transpose(0, 1).split(list(sizes), 1) for part in heads), strict=True)
+
+
+def _joined(read: Sequence[Tensor]) -> Tensor:
+    """What the heads of each row read, one row behind the other.  (H, T, D) -> (M, H·D)"""
+    flat = [heads.transpose(0, 1).flatten(1) for heads in read]
+    return torch.cat(flat) if len(flat) > 1 else flat[0]
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
-    """(1, H, T, D), (1, G, T, D), (1, G, T, D) -> (1, H, T, D)"""
+    """(H, T, D), (G, T, D), (G, T, D) -> (H, T, D)"""
+    q, k, v = q[None], k[None], v[None]
     many = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=many)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=many)[0]
