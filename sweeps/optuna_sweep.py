@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from tinygpt.errors import UserError, program
 from tinygpt.files import runs_folder
+from tinygpt.params import check_names
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -57,11 +58,12 @@ def main() -> None:
 
 
 def read_settings(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """KEY=VALUE texts as a mapping.  Raises UserError for what is none, and where nothing is searched."""
+    """KEY=VALUE texts as a mapping.  Raises UserError for what is none or no param, and where nothing is searched."""
     wrong = [text for text in texts if not re.fullmatch(r"[\w.]+=.+", text)]
     if wrong:
         raise UserError(f"-S {wrong[0]}: must be KEY=VALUE, such as train.lr=log:1e-3..1e-2")
     settings = {key: value for key, _, value in (text.partition("=") for text in texts)}
+    check_names(settings)
     for key, value in settings.items():
         match = RANGE.fullmatch(value)
         if value.startswith("log:") and not match:

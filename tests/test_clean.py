@@ -108,7 +108,7 @@ def texts_of(made: Reader, raw: Path) -> list[str]:
         ({"exact_duplicates": "no"}, "clean.exact_duplicates='no' must be true or false"),
         ({"near_duplicates": 0.0}, "clean.near_duplicates=0.0 must be within"),
         ({"near_duplicates": 1.1}, "clean.near_duplicates=1.1 must be within"),
-        ({"split": "tial"}, "clean.split='tial' is not one of .*did you mean 'tail'"),
+        ({"split": "tial"}, "clean.split='tial' is not one of .*did you mean tail"),
         ({"val_fraction": 1.0}, "clean.val_fraction=1.0 must be within"),
         ({"test_fraction": -0.1}, "clean.test_fraction=-0.1 must be within"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "clean.val_fraction=0.5 and clean.test_fraction=0.5 must sum"),

@@ -9,7 +9,7 @@ from project import ROOT, make_project, run, set_params, succeed
 from test_pipeline import done, project  # noqa: F401  a project after `dvc repro`
 
 from tinygpt.files import read_json
-from tinygpt.report.compare import compare_table, experiment_of, plot_curves
+from tinygpt.report.compare import as_text, compare_table, experiment_of, plot_curves
 from tinygpt.report.plots import PlotParams
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=2)
@@ -40,6 +40,14 @@ def test_params_that_differ_are_shown_as_params_yaml_has_them():
         "evaluate.prompts": ["-", "-", "['a long prompt', 'and …"],
         "val_loss": ["3.2500"] * 3,
     }
+
+
+def test_a_table_wider_than_the_terminal_is_told_in_blocks_with_the_name_in_each():
+    shown = table(row(), row("a", **{f"train.param_{i}": float(i) for i in range(9)}))
+    whole, lines = as_text(shown, None).splitlines(), as_text(shown, 50).splitlines()
+    assert len(whole) == 3 and max(map(len, whole)) > 100 and max(map(len, lines)) <= 50
+    assert sum(line.startswith("workspace") for line in lines) == sum(line.startswith("a ") for line in lines) > 2
+    assert set(" ".join(lines).replace("\\", "").split()) == set(" ".join(whole).split())
 
 
 def test_metrics_are_found_alone_and_beside_others_of_their_name():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import FAMILIES, random_ids, tiny_model
+from torch._dynamo.utils import counters
 
 from tinygpt.generate.compiled import compile_step, compiled_step
 from tinygpt.generate.decoder import Decoder
@@ -10,8 +11,8 @@ from tinygpt.model.quantize import quantize
 
 # Few, since each takes seconds to compile; together they have every branch.
 KINDS = {
-    "windows, gqa, qk_norm": {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True},
     "gpt2": FAMILIES["gpt2"],
+    "windows, gqa, qk_norm": {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True},  # other slots than before
     "parallel, mqa": {"parallel_block": True, "n_kv_head": 1, "norm": "layernorm", "mlp": "relu2", "bias": "qkv"},
 }
 
@@ -26,6 +27,23 @@ def model(request):
 def expected_after(model, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.tensor([ids]))[:, -1]
+
+
+def products_of_a_step(model) -> int:
+    decoder = Decoder(model, [[1, 2]])
+    with torch.profiler.profile() as profiled:
+        decoder.step([3])
+    return sum(event.name in ("aten::bmm", "aten::mm", "aten::addmm") for event in profiled.events())
+
+
+def test_a_step_is_one_piece_of_code(model):
+    assert products_of_a_step(model) == 0
+    assert products_of_a_step(tiny_model(block_size=32)) > 10
+    n_compiled = counters["stats"]["unique_graphs"]
+    decoder = Decoder(model, [[1]])
+    for _ in range(30):
+        decoder.step([3])
+    assert counters["stats"]["unique_graphs"] == n_compiled  # for all lengths
 
 
 def test_steps_up_to_a_full_context_and_past_it(model):

@@ -196,6 +196,7 @@ def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same
     assert starter.wait(200) == 0, (project / "train.log").read_text()
     log = (project / "train.log").read_text()
     assert "process 1 was killed by signal 9" in log and "going on after step" in log
+    assert "error: train: another of the processes has ended" in log and "Traceback" not in log
     for name in ("data/model/model.safetensors", "data/model/last.safetensors", "reports/train.csv"):
         assert (project / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     assert json.loads((project / "reports/train.json").read_text())["environment"]["processes"] == 2

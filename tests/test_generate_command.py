@@ -86,6 +86,8 @@ def test_prompts_come_from_files_and_the_standard_input(generate, tmp_path):
     for row in found:
         args = ["--prompt", "-", "--format", "json"]
         assert json.loads(generate(*args, stdin=f"{row['prompt']}\n".encode()).stdout) == [row]
+    named = generate("--prompt", "the file", "--prompt", "-", "--prompt", "über 中文", "--format", "jsonl", stdin=b"")
+    assert rows(named.stdout) == found[:3]
     text = generate("--prompts", tmp_path / "p.txt").stdout
     assert text == "---\n".join(f"{row['prompt']}{row['text']}\n" for row in found)
 
@@ -224,6 +226,11 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
         (lambda path: None, ".", "is no model: name a folder with config.json"),
         (lambda path: None, "tokenizer/tokenizer.json", "is no model: name a folder with config.json"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "model", "tokenizer.json not found: run `dvc repro train_tok"),
+        (
+            lambda path: (path / "model/model.safetensors").unlink(),
+            "model",
+            "model.safetensors not found: name a folder",
+        ),
         (lambda path: cut(path / "model.gguf"), "model.gguf", "llama.cpp cannot load"),
         (lambda path: cut(path / "hf/model.safetensors"), "hf", "cannot be read as safetensors"),
         (lambda path: cut(path / "model/model.safetensors"), "model", "cannot be read as safetensors"),

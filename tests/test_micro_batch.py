@@ -9,6 +9,7 @@ from conftest import RUNTIME, random_ids, tiny_config
 from test_train import PARAMS, make_trainer, runs_in_tmp, same, train  # noqa: F401  runs_in_tmp is used by pytest
 
 from tinygpt.errors import UserError
+from tinygpt.model.device import out_of_memory
 from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.learner import Learner
 from tinygpt.train.micro_batch import fastest, find_micro_batch_size, halves, largest
@@ -73,6 +74,13 @@ def test_a_run_looks_for_its_size_once_and_ends_as_one_that_was_told_it(capsys):
         trainer.fit()
     assert trainer.learner.micro_batch_size == size
     assert "micro-batches of" not in capsys.readouterr().out
+
+
+def test_memory_that_cannot_be_had_is_one_line_and_other_errors_are_themselves():
+    with pytest.raises(UserError, match="out of memory: lower it"), out_of_memory("lower it"):
+        torch.empty(2**55)
+    with pytest.raises(RuntimeError, match="must match the size"), out_of_memory("lower it"):
+        torch.empty(2) + torch.empty(3)
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_not_tried():

@@ -20,6 +20,7 @@ from tinygpt.train.optim import (
 )
 
 N_STEPS = 4
+PACKAGES = {"adamw8bit": "torchao", "adamw8bit_bnb": "bitsandbytes"}  # that a user may not have
 INSTALLED = [
     name if name != "adamw8bit" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS
 ]  # torchao compiles its step
@@ -139,11 +140,14 @@ def test_two_steps_of_lion_by_hand():
         torch.testing.assert_close(weight.detach(), expected)
 
 
-@pytest.mark.slow
-def test_adamw_of_bytes_is_near_adamw():
-    pytest.importorskip("torchao")
+@pytest.mark.parametrize("name", [pytest.param("adamw8bit", marks=pytest.mark.slow), "adamw8bit_bnb"])
+def test_adamw_of_bytes_is_near_adamw(name):
+    pytest.importorskip(PACKAGES[name])
     model, reference, start = (tiny_model(n_embd=64, n_head=4) for _ in range(3))
-    train_steps(model, build_optimizers(model, params_with(optimizer="adamw8bit")), range(N_STEPS))
+    optimizers = build_optimizers(model, params_with(optimizer=name))
+    train_steps(model, optimizers, range(N_STEPS))
+    kept = optimizer_tensors(model, optimizers)
+    assert any(tensor.dtype == torch.uint8 for key, tensor in kept.items() if key.startswith("tok_emb.weight/"))
     train_steps(reference, build_optimizers(reference, PARAMS), range(N_STEPS))
     first, *ends = (torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in (start, model, reference))
     assert torch.cosine_similarity(ends[0] - first, ends[1] - first, 0) > 0.9
@@ -151,8 +155,8 @@ def test_adamw_of_bytes_is_near_adamw():
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_state_survives_as_named_tensors(name):
-    if name == "adamw8bit":
-        pytest.importorskip("torchao")
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
     params = params_with(optimizer=name)
     model, other = tiny_model(n_embd=64, n_head=4), tiny_model(n_embd=64, n_head=4)
     optimizers, fresh = build_optimizers(model, params), build_optimizers(other, params)

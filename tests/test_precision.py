@@ -29,9 +29,11 @@ def scale_to(one, scale):
 
 
 def test_auto_is_short_only_where_the_processor_multiplies_it():
-    assert pick_precision("auto", CPU) == ("bf16" if torch.cpu._is_amx_tile_supported() else "fp32")
-    assert pick_precision("auto", torch.device("mps")) == "fp32"
-    assert [pick_precision(name, CPU) for name in ("fp32", "tf32", "bf16", "fp16")] == ["fp32", "tf32", "bf16", "fp16"]
+    assert pick_precision("auto", CPU, 192) == ("bf16" if torch.cpu._is_amx_tile_supported() else "fp32")
+    assert pick_precision("auto", CPU, 128) == "fp32"
+    assert pick_precision("auto", torch.device("mps"), 192) == "fp32"
+    named = ["fp32", "tf32", "bf16", "fp16"]
+    assert [pick_precision(name, CPU, 192) for name in named] == named
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

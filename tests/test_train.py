@@ -332,6 +332,17 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(part, damage, tmp_pat
     assert same(resumed.best, undisturbed.best)
 
 
+def test_where_no_checkpoint_is_whole_that_is_told_and_the_run_begins_again(tmp_path, capsys):
+    undisturbed = train("undisturbed")
+    train("damaged")
+    for state in (tmp_path / "runs/damaged").glob("step-*/state.json"):
+        state.write_text("{")
+    resumed = train("damaged")
+    told = capsys.readouterr().out
+    assert told.count("is damaged") == 2 and "runs/damaged is whole: beginning with the first step" in told
+    assert same(resumed.last, undisturbed.last)
+
+
 def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path):
     train()
     folder = tmp_path / "runs/run"

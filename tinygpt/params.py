@@ -12,6 +12,7 @@ import importlib
 import sys
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
 
@@ -119,11 +120,25 @@ def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
 
 def check_params(path: Path = PARAMS_FILE) -> None:
     """Check every group, so that a typo in `evaluate` is told before an hour of training and not after it."""
-    classes = []
-    for target in GROUPS.values():
-        module, name = target.split(":")
-        classes.append(getattr(importlib.import_module(module), name))
-    load_params(*classes, path=path)
+    load_params(*_classes(), path=path)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ParamsError with every name that is no "group.key", and the nearest one."""
+    known = [f"{cls.group}.{field}" for cls in _classes() for field in _field_names(cls)]
+    wrong = [name for name in names if ".".join(name.split(".")[:2]) not in known]
+    if wrong:
+        raise ParamsError([f"there is no {name}{_nearest(name, known)}" for name in wrong])
+
+
+def _classes() -> list[type[Group]]:
+    targets = (target.split(":") for target in GROUPS.values())
+    return [getattr(importlib.import_module(module), name) for module, name in targets]
+
+
+def _nearest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "") -> T:
@@ -173,8 +188,8 @@ def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str) -> lis
     problems = []
     for key in mapping:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            problems.append(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{near[0]}?)" if near else ""))
+            near = _nearest(f"{prefix}{key}", [prefix + name for name in known])
+            problems.append(f"unknown key {prefix}{key}{near}")
     return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
 
 
@@ -210,9 +225,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
     if value in choices and not isinstance(value, bool):
         return value
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    message = f"{key}={value!r} is not one of {', '.join(map(repr, choices))}"
-    raise ParamsError([message + (f" (did you mean {near[0]!r}?)" if near else "")])
+    near = _nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
+    raise ParamsError([f"{key}={value!r} is not one of {', '.join(map(repr, choices))}{near}"])
 
 
 def _sequence(value: Any, args: tuple[Any, ...], key: str) -> tuple[Any, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from shutil import get_terminal_size
 
 from tinygpt.errors import UserError
 from tinygpt.params import load_params
-from tinygpt.report.compare import MOST_CURVES, compare_table, find_experiments, plot_curves, read_curves
+from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, plot_curves, read_curves
 from tinygpt.report.plots import NO_DATE, PlotParams
 
 
@@ -26,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot and args.plot.suffix[1:] not in NO_DATE:
         raise UserError(f"--plot {args.plot}: the name must end in .{' or .'.join(NO_DATE)}")
     experiments = find_experiments(args.rev)
-    print(compare_table(experiments).to_string(index=False))
+    width = get_terminal_size().columns if sys.stdout.isatty() else None
+    print(as_text(compare_table(experiments), width))
     if not args.rev and all(one.is_baseline for one in experiments):
         print("no experiments of this commit yet: `dvc exp run -S train.lr=1e-3` makes one")
     if args.plot:

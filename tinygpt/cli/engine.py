@@ -120,12 +120,12 @@ def open_engine(args: argparse.Namespace) -> Engine:
     return TorchEngine(model, tokenizer, device=device, quantized=args.quantize, compiled=compiled)
 
 
-def must_be_there(path: Path, *, stage: str) -> Path:
+def must_be_there(path: Path, *, stage: str, wanted: str = LOADABLE) -> Path:
     """The path.  Raises UserError where nothing is; only what stands in data/ is made by a stage."""
     if path.parts[:1] == MODEL.parts[:1]:
         return must_exist(path, stage=stage)
     if not path.exists():
-        raise UserError(f"{path} not found: name {'a .gguf file' if is_gguf(path) else LOADABLE}")
+        raise UserError(f"{path} not found: name {'a .gguf file' if is_gguf(path) else wanted}")
     return path
 
 

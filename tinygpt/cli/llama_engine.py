@@ -13,6 +13,7 @@ from tinygpt.errors import UserError
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Answer
 from tinygpt.generate.answer import choose_rows, keep_logprobs
+from tinygpt.generate.decoder import slide
 from tinygpt.params import ParamsError
 
 MOST_CONTEXT = 8192  # tokens: keys and values of all that a large model could read would not fit in memory
@@ -75,11 +76,8 @@ class LlamaEngine:
                 if answer.finish_reason:
                     break
                 seen.append(answer.ids[-1])
-                if len(seen) <= self.block_size:
-                    logits = self._llama.append(seen[-1])
-                else:  # as Decoder does it
-                    del seen[: -(self.block_size // 2 + 1)]
-                    logits = self._llama.read(seen)
+                is_new = slide(seen, self.block_size)
+                logits = self._llama.read(seen) if is_new else self._llama.append(seen[-1])
 
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
         """Raises ParamsError: several texts side by side are not for llama.cpp here."""

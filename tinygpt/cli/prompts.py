@@ -24,7 +24,7 @@ class Prompt:
     """A text to continue, and where it stands."""
 
     text: str
-    place: str  # for messages: "prompt", or "prompts.txt:3"
+    place: str  # for messages: "prompt", "prompt 2" or "prompts.txt:3"
 
     def named(self, problem: str) -> str:
         """A problem of the prompt with its place before it."""
@@ -34,7 +34,9 @@ class Prompt:
 def add_prompt_options(command: argparse.ArgumentParser) -> None:
     """Where prompts come from."""
     command.add_argument(
-        "--prompt", help=f"text to continue; {STDIN} = all of the standard input; without it a new document begins"
+        "--prompt",
+        action="append",
+        help=f"text to continue, once or more; {STDIN} = all of the standard input; without it a new document begins",
     )
     command.add_argument(
         "--prompts",
@@ -44,17 +46,20 @@ def add_prompt_options(command: argparse.ArgumentParser) -> None:
 
 
 def check_prompts(args: argparse.Namespace) -> None:
-    """Raises ParamsError where two sources are named."""
-    require((args.prompt is None or args.prompts is None, "--prompt and --prompts contradict each other: give one"))
+    """Raises ParamsError where two sources are named, or one twice."""
+    require(
+        (args.prompt is None or args.prompts is None, "--prompt and --prompts contradict each other: give one"),
+        ((args.prompt or []).count(STDIN) <= 1, f"--prompt {STDIN} is there twice: the standard input is read once"),
+    )
 
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Raises UserError with the place of what is no prompt."""
     if args.prompts is None:
-        text = args.prompt or ""
-        if text == STDIN:
-            text = decode_utf8(standard_input().read(), "standard input").removesuffix("\n")  # that of `echo`
-        return [Prompt(checked(text), "prompt")]
+        texts = args.prompt or [""]
+        places = ["prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
+        read = [_read_stdin() if text == STDIN else text for text in texts]
+        return [Prompt(checked(text), place) for text, place in zip(read, places, strict=True)]
     name = "standard input" if args.prompts == STDIN else args.prompts
     if args.prompts == STDIN:
         raw = standard_input().read()
@@ -66,6 +71,10 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     if lines == [""]:
         raise UserError(f'{name} has no prompts: write one a line, or {{"prompt": …}} in a .jsonl')
     return read_lines(lines, name)
+
+
+def _read_stdin() -> str:
+    return decode_utf8(standard_input().read(), "standard input").removesuffix("\n")  # that of `echo`
 
 
 def standard_input() -> BinaryIO:

@@ -19,7 +19,7 @@ from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.stream import begin, extend_by
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.quantize import quantize
-from tinygpt.model.weights import CONFIG_FILE, load_pair
+from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_pair
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE
@@ -92,6 +92,9 @@ def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:
             raise ParamsError([f"--tokenizer={tokenizer} is for a model of ours: {folder} has its own"])
         return load_hf(folder)
     own = folder if (folder / TOKENIZER_FILE).exists() else folder.parent / "tokenizer"
+    must_be_there(folder / WEIGHTS_FILE, stage="train")
+    if tokenizer is not None:
+        must_be_there(tokenizer, stage="train_tokenizer", wanted="a folder with tokenizer.json")
     return load_pair(folder, tokenizer or own)
 
 

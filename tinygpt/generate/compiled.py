@@ -34,7 +34,11 @@ class StepOfOne(LeanGPT):
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
         self.places = torch.arange(config.block_size, device=self.embedding.device)
         self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
-            self._logits, fullgraph=True, isolate_recompiles=True, options=OPTIONS | {"guard_filter_fn": of_sizes}
+            self._logits,
+            fullgraph=True,
+            dynamic=False,  # but for `filled`: what else another model before had otherwise is of one size here
+            isolate_recompiles=True,
+            options=OPTIONS | {"guard_filter_fn": of_sizes},
         )
 
     def __call__(self, next_id: int, position: int, slots: Slots) -> Tensor:

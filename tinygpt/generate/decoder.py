@@ -14,6 +14,14 @@ from tinygpt.generate.slots import Slots
 from tinygpt.model import GPT
 
 
+def slide(seen: list[int], block_size: int) -> bool:
+    """Forget the older half of a context that has a token too many -> whether it had: its rest is to be read again."""
+    is_full = len(seen) > block_size
+    if is_full:
+        del seen[: -(block_size // 2 + 1)]
+    return is_full
+
+
 class Decoder:
     """Rows of sequences; `logits` (B, V) are float32, of the token that follows each row.
 
@@ -52,8 +60,7 @@ class Decoder:
         full = []
         for row, (seen, next_id) in enumerate(zip(self._seen, ids, strict=True)):
             seen.append(next_id)
-            if len(seen) > self._block_size:
-                del seen[: -(self._block_size // 2 + 1)]
+            if slide(seen, self._block_size):
                 full.append(row)
         if len(full) == len(self._seen):
             self.logits = self._read(full)

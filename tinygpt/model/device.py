@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
+from tinygpt.errors import UserError
 from tinygpt.params import ParamsError
 from tinygpt.runtime import RuntimeParams
 
@@ -13,6 +18,9 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
 
     Of several processes on a machine, each takes its share of the threads and the GPU of its number.
     """
+    n_core = os.cpu_count() or 1
+    if runtime.n_thread > n_core:
+        raise ParamsError([f"runtime.n_thread={runtime.n_thread}: this machine has {n_core} cores; 0 takes them all"])
     torch.set_num_threads(max(1, (runtime.n_thread or torch.get_num_threads()) // of))
     name = find_device(runtime.device)
     if of == 1:
@@ -32,3 +40,22 @@ def find_device(wanted: str, option: str = "runtime.device") -> str:
     if not there[name]:
         raise ParamsError([f"{option}={name} is not there: set it to auto or cpu"])
     return name
+
+
+@contextmanager
+def out_of_memory(cure: str) -> Iterator[None]:
+    """A context, or a decorator, in which memory that cannot be had raises a UserError with its cure."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # what the CPU's allocator says
+            raise
+        raise UserError(f"out of memory: {cure}") from None
+
+
+def wait_for(device: torch.device) -> None:
+    """Until it has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

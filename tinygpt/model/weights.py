@@ -21,6 +21,7 @@ from tinygpt.tokenizer.tokenizer import tokenizer_file
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_KEY = "tokenizer_sha256"  # of config.json: the tokenizer.json that the model was trained with
+MOST_SHOWN = 6  # tensors that are wrong
 TIED = "lm_head.weight"  # left out of the file when it is the token embedding
 
 
@@ -115,5 +116,9 @@ def load_weights(model: GPT, path: Path) -> None:
     problems += [f"extra {name}" for name in tensors.keys() - expected.keys()]
     problems += misshapen(tensors, expected)
     if problems:
-        raise UserError(f"{path} does not fit its config.json: {'; '.join(sorted(problems))}")
+        shown, more = sorted(problems)[:MOST_SHOWN], len(problems) - MOST_SHOWN
+        raise UserError(
+            f"{path} does not fit its config.json: {'; '.join(shown)}{f'; and {more} more' if more > 0 else ''}: "
+            "take both files from one run"
+        )
     model.load_state_dict(tensors, strict=False)

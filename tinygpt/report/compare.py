@@ -96,6 +96,12 @@ def compare_table(experiments: Sequence[Experiment]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def as_text(table: pd.DataFrame, width: int | None) -> str:
+    """The table in lines of that many letters, its columns one block below the other where they need more."""
+    named = table.set_index("experiment").rename_axis(None).rename_axis("experiment", axis="columns")
+    return named.to_string(line_width=width)
+
+
 def read_curves(experiments: Sequence[Experiment]) -> dict[str, pd.DataFrame]:
     """The curve of each that has one, by name; of equal ones, as of HEAD and a clean workspace, the last."""
     names: dict[str, str] = {}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinygpt.evaluate.attention import attention_maps
+from tinygpt.generate.decoder import slide
 from tinygpt.model import GPT
 
 
@@ -62,6 +63,5 @@ def seen_before(prompt: Sequence[int], written: Sequence[int], block_size: int) 
     seen = list(prompt[-block_size:])
     for i in written:
         seen.append(i)
-        if len(seen) > block_size:
-            del seen[: -(block_size // 2 + 1)]
+        slide(seen, block_size)
     return seen

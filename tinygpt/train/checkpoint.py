@@ -16,6 +16,7 @@ The folder is no DVC output: DVC deletes outputs before it runs a stage, and `dv
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_folder, code_hash, read_json, runs_folder, sha256_file, sha256_json, write_json
+from tinygpt.files import atomic_folder, code_hash, runs_folder, sha256_file, sha256_json, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.tokens import TokensMeta
@@ -100,7 +101,7 @@ class Checkpoints:
         """The newest checkpoint that is whole, or None; tells of each that is not."""
         for folder in reversed(self._all()):
             try:
-                state = read_json(folder / "state.json", stage="train")
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 if sha256_json({key: state[key] for key in ("checksums", "progress")}) != state["checksum"]:
                     raise UserError("state.json is not what was written")
                 for part, checksum in state["checksums"].items():
@@ -108,8 +109,10 @@ class Checkpoints:
                         raise UserError(f"{part}.safetensors is not what was written")
                 tensors = {part: load_tensors(folder / f"{part}.safetensors") for part in PARTS}
                 return Progress(**state["progress"]), tensors
-            except (UserError, OSError, KeyError, TypeError) as error:
+            except (UserError, OSError, ValueError, KeyError, TypeError) as error:
                 print(f"checkpoint {folder} is damaged ({error}): taking the one before")
+        if self._all():
+            print(f"no checkpoint of {self.folder} is whole: beginning with the first step")
         return None
 
     def _all(self) -> list[Path]:

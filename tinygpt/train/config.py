@@ -63,7 +63,7 @@ class TrainParams:
     batch_warmup: Warmup | None  # fewer sequences at first; null = batch_size always
     context_warmup: Warmup | None  # the same tokens in shorter sequences at first; null = model.block_size always
     shuffle_documents: bool  # documents in another order each epoch; false = always in that of the file
-    optimizer: Literal["adamw", "adamw8bit", "lion", "muon"]
+    optimizer: Literal["adamw", "adamw8bit", "adamw8bit_bnb", "lion", "muon"]
     lr: Positive  # learning rate at its peak
     embedding_lr: Positive | None  # that of the embeddings; null = lr
     head_lr: Positive | None  # that of an untied head; null = lr
@@ -93,6 +93,10 @@ class TrainParams:
             (
                 self.warmup_steps < self.max_steps,
                 f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}",
+            ),
+            (
+                self.ema is None or self.ema.start < self.max_steps,
+                f"train.ema.start must be below train.max_steps={self.max_steps}, or there is no average",
             ),
             (
                 self.lora is None or self.init_from == "base",

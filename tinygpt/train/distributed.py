@@ -91,7 +91,7 @@ ALONE = World()
 def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
     """Call `train` in this process, or run this program in `runtime.n_process` new ones that work together."""
     if dist.is_torchelastic_launched():
-        train(_join())
+        _train_with_others(train)
     elif runtime.n_process == 1:
         train(ALONE)
     else:
@@ -112,8 +112,8 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
             "set runtime.n_process",
         ),
         (
-            world.size == 1 or runtime.parallel == "ddp" or params.optimizer != "adamw8bit",
-            "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
+            world.size == 1 or runtime.parallel == "ddp" or not params.optimizer.startswith("adamw8bit"),
+            f"train.optimizer={params.optimizer} cannot be split: set runtime.parallel=ddp",
         ),
         (
             world.size == 1 or runtime.parallel == "ddp" or params.precision != "fp16",
@@ -128,6 +128,16 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
     if device.index is not None:
         torch.cuda.set_device(device)  # FSDP takes the current one, whatever the weights are on
     return device
+
+
+def _train_with_others(train: Callable[[World], None]) -> None:
+    """Raises UserError where another process has gone, of whose end the launcher tells."""
+    try:
+        train(_join())
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(f"train: another of the processes has ended ({str(error).splitlines()[0]})") from None
 
 
 def _launch(n_process: int) -> int:

@@ -60,7 +60,7 @@ class Learner:
         self._parallel.split(self.model)
         self.optimizers = build_optimizers(self.model, params)
         self.ema = EMA(params.ema) if params.ema else None
-        self.precision = pick_precision(params.precision, device)
+        self.precision = pick_precision(params.precision, device, config.n_embd)
         set_matmul_precision(self.precision, device)
         self.scaler = build_scaler(self.precision, device)
         extra = {"label_smoothing": params.label_smoothing, "z_loss": params.z_loss}
@@ -133,13 +133,20 @@ class Learner:
         return self.world.sum(total).item() / len(ids)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps of it, by part; whole, so that any number of processes may go on from there."""
+        """All that a checkpoint keeps of it, by part; whole, so that any number of processes may go on from there.
+
+        Only in the first process: others hold no more than a tensor of it at a time.
+        """
         parts = {
             "weights": trained_tensors(self.model),
             "optimizer": optimizer_tensors(self.model, self.optimizers) | scaler_tensors(self.scaler),
             "ema": self.ema.average if self.ema else {},
         }
-        return {part: {name: gathered(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
+        first = self.world.rank == 0
+        return {
+            part: {name: gathered(tensor, wanted=first) for name, tensor in tensors.items()}
+            for part, tensors in parts.items()
+        }
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Put back what `tensors` gave, into a learner that has made no step."""

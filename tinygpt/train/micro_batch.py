@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from tinygpt.errors import UserError
+from tinygpt.model.device import wait_for
 from tinygpt.train.learner import Learner
 from tinygpt.train.optim import state_bytes
 from tinygpt.train.profile import available_memory, memory_of
@@ -98,6 +99,7 @@ def _try(learner: Learner, size: int, *, times: int = 1) -> None:
     try:
         for _ in range(times):
             learner.rehearse(size)
+        wait_for(learner.device)
     finally:
         learner.model.zero_grad()
 

@@ -100,6 +100,17 @@ def _adamw8bit(groups: list[Group], params: TrainParams) -> list[Optimizer]:
     return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
 
 
+def _adamw8bit_bnb(groups: list[Group], params: TrainParams) -> list[Optimizer]:
+    """The same by bitsandbytes, whose authors the paper's are; tensors of less than 4096 weights keep floats."""
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "train.optimizer=adamw8bit_bnb needs bitsandbytes: pip install bitsandbytes, or set adamw"
+        ) from None
+    return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
+
+
 def _lion(groups: list[Group], params: TrainParams) -> list[Optimizer]:
     return [Lion(groups, lr=params.lr, betas=params.betas)]
 
@@ -114,13 +125,14 @@ def _muon(groups: list[Group], params: TrainParams) -> list[Optimizer]:
 OPTIMIZERS: dict[str, Callable[[list[Group], TrainParams], list[Optimizer]]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
+    "adamw8bit_bnb": _adamw8bit_bnb,
     "lion": _lion,
     "muon": _muon,
 }
 
 
 # Bytes that each keeps for a weight: of a matrix in a block, and of another.
-STATE_BYTES = {"adamw": (8, 8), "adamw8bit": (2, 2), "lion": (4, 4), "muon": (4, 8)}
+STATE_BYTES = {"adamw": (8, 8), "adamw8bit": (2, 2), "adamw8bit_bnb": (2, 2), "lion": (4, 4), "muon": (4, 8)}
 
 
 def state_bytes(model: GPT, params: TrainParams) -> int:
@@ -171,13 +183,7 @@ def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
 
 def optimizer_tensors(model: GPT, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state as "<weight>/<what>": tensor; empty before the first step."""
-    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    return {
-        f"{name}/{what}": part
-        for name, parameter in trained_tensors(model).items()
-        for key, value in states.get(parameter, {}).items()
-        for what, part in _plain_parts(key, value)
-    }
+    return {name: torch.as_tensor(part) for name, _, _, part in _parts(model, optimizers)}
 
 
 def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
@@ -191,19 +197,28 @@ def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dic
     for optimizer in optimizers:
         optimizer.step()  # makes the state, and at a learning rate of 0 changes no weight
         optimizer.zero_grad()
-    for name, tensor in optimizer_tensors(model, optimizers).items():
-        put(tensor, tensors[name])
+    for name, state, key, part in _parts(model, optimizers):
+        if isinstance(part, Tensor):
+            put(part, tensors[name])
+        else:
+            state[key] = int(tensors[name])  # bitsandbytes' number of steps
 
 
 def _groups(optimizers: Iterable[Optimizer]) -> Iterator[Group]:
     return (group for optimizer in optimizers for group in optimizer.param_groups)
 
 
-def _plain_parts(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    """A tensor, or the plain ones that a packed one, as torchao's, is made of."""
-    if is_split(value) or not hasattr(value, "__tensor_flatten__"):
-        return [(name, value)]
-    return [(f"{name}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
+def _parts(model: GPT, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, dict[str, Any], str, Tensor | int]]:
+    """What each weight's state is made of: its name, and the tensor or number that stands there under a key."""
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    for name, parameter in trained_tensors(model).items():
+        state = states.get(parameter, {})
+        for key, value in state.items():
+            if is_split(value) or not hasattr(value, "__tensor_flatten__"):
+                yield f"{name}/{key}", state, key, value
+            else:  # a packed tensor, as torchao's
+                for part in value.__tensor_flatten__()[0]:
+                    yield f"{name}/{key}.{part}", state, key, getattr(value, part)
 
 
 def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -101,9 +101,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The same, to be kept: what was in parts comes to the CPU."""
-    return tensor.full_tensor().cpu() if is_split(tensor) else tensor
+def gathered(tensor: Tensor, *, wanted: bool) -> Tensor:
+    """The same, to be kept where it is wanted, else nothing: what was in parts comes to the CPU."""
+    if not is_split(tensor):
+        return tensor
+    everything = tensor.full_tensor()
+    return everything.cpu() if wanted else everything.new_empty(0)
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:

@@ -16,20 +16,23 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+WORTH_CASTS = 192  # n_embd: at 128 a step of 1024 tokens took 1.1 times as long in bf16, at 192 0.9, at 384 0.7
 SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_precision(precision: str, device: torch.device) -> str:
+def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
     """The precision that "auto" stands for: bf16 where the device's own units multiply it, else fp32.
 
     By the device's features and not by a timing, which might choose otherwise when the run goes on, and so change its
-    weights. Of CPUs only those with AMX: AVX512-BF16 doubles the speed of products at most, which casts take back.
+    weights. Of CPUs only those with AMX, and of their models those whose products are worth the casts: AVX512-BF16
+    doubles the speed of products at most, which casts take back.
     """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+    has_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_units and n_embd >= WORTH_CASTS else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ B batch, T tokens, C n_embd, V vocab_size. Sizes are bytes.
 from __future__ import annotations
 
 import dataclasses
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.attention import attention_mask
+from tinygpt.model.device import wait_for
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import LoRAParams, TrainParams
@@ -101,7 +103,11 @@ def memory_of(
     config: GPTConfig, params: TrainParams, runtime: RuntimeParams, micro_batch_size: int, device: torch.device
 ) -> Memory:
     """What a step will hold, counted without computing it: fake tensors take the device's kernels and no memory."""
-    with FakeTensorMode(), torch.device(device), autocast(pick_precision(params.precision, device), device):
+    with (
+        FakeTensorMode(),
+        torch.device(device),
+        autocast(pick_precision(params.precision, device, config.n_embd), device),
+    ):
         ids = torch.zeros(micro_batch_size, config.block_size + 1, dtype=torch.long)
         model = build_trained(config, params.lora)
         activations = _loss_bytes(model, ids[:, 1:].numel())
@@ -154,6 +160,13 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most that this process has held at a time: on a GPU there, else in the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # kB on Linux
+
+
 def tokens_per_second(learner: Learner) -> float:
     """Measured on training steps with random tokens, the first of which does not count."""
     config, batch_size = learner.model.config, learner.params.batch_size
@@ -162,7 +175,7 @@ def tokens_per_second(learner: Learner) -> float:
     while sum(times[1:]) < MEASURE_S:
         began = time.perf_counter()
         learner.learn(0, ids)
-        _wait(learner.device)
+        wait_for(learner.device)
         times.append(time.perf_counter() - began)
     return batch_size * config.block_size / statistics.median(times[1:])
 
@@ -174,11 +187,6 @@ def peak_flops(device: torch.device) -> float:
     while sum(times) < MEASURE_S or len(times) < 3:
         began = time.perf_counter()
         a @ a
-        _wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - began)
     return 2 * MATMUL_SIZE**3 / min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -5,7 +5,6 @@ T tokens, N sequences.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.device import out_of_memory
 from tinygpt.model.lora import merged_tensors, trained_tensors
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
@@ -30,7 +30,12 @@ from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.learner import Learner
 from tinygpt.train.micro_batch import find_micro_batch_size, fits
 from tinygpt.train.prefetch import Prefetch
+from tinygpt.train.profile import peak_memory
 from tinygpt.train.schedules import tokens_before
+
+LESS_MEMORY = (
+    "lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true, then model.block_size or the model"
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self._uncounted: list[Tensor] = []  # numbers of the last steps, still on the device
 
+    @out_of_memory(LESS_MEMORY)
     def fit(self) -> Trained:
         """Train to the last step.  Raises Stopped on request, UserError when the loss is no number any more."""
         self._check_memory()
@@ -128,10 +134,7 @@ class Trainer:
         """Raises UserError where a step would not fit.  What each of several processes holds is not counted."""
         size = min(self.learner.micro_batch_size or self.params.batch_size, self.params.batch_size)
         if self.world.size == 1 and self.runtime.micro_batch_size != "auto" and not fits(self.learner, size):
-            raise UserError(
-                "train: a step will not fit into the memory: lower runtime.micro_batch_size or set "
-                "runtime.gradient_checkpointing=true, then model.block_size or the model"
-            )
+            raise UserError(f"train: a step will not fit into the memory: {LESS_MEMORY}")
 
     def _resume(self) -> None:
         found = self.checkpoints.load_latest()
@@ -184,8 +187,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kB on Linux
-        self.progress.peak_mem_gib = max(self.progress.peak_mem_gib, peak)
+        self.progress.peak_mem_gib = max(self.progress.peak_mem_gib, peak_memory(self.device) / 2**30)
         self.checkpoints.save(self.progress, self.learner.tensors() | {"best": self.best})
 
     def _to_device(self, ids: NDArray[np.int64]) -> Tensor:
