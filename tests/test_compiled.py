@@ -12,7 +12,7 @@ from tinygpt.model.quantize import quantize
 # Few, since each takes seconds to compile; together they have every branch.
 KINDS = {
     "gpt2": FAMILIES["gpt2"],
-    "windows, gqa, qk_norm": {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True},  # other slots than before
+    "windows, gqa, qk_norm": {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True},
     "parallel, mqa": {"parallel_block": True, "n_kv_head": 1, "norm": "layernorm", "mlp": "relu2", "bias": "qkv"},
 }
 

@@ -36,7 +36,7 @@ class StepOfOne(LeanGPT):
         self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
             self._logits,
             fullgraph=True,
-            dynamic=False,  # but for `filled`: what else another model before had otherwise is of one size here
+            dynamic=False,  # but for `filled`: a size that another model had otherwise is no variable here
             isolate_recompiles=True,
             options=OPTIONS | {"guard_filter_fn": of_sizes},
         )
