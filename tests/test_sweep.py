@@ -54,7 +54,10 @@ def test_settings_are_keys_with_values_of_which_one_is_searched():
     [
         (["train.lr"], "-S train.lr: must be KEY=VALUE"),
         (["train.lr=3e-3"], "nothing to search"),
-        (["trian.lr=1..2", "train.warmup=1..2"], r"trian.lr \(did you mean train.lr\?\)\n.*mean train.warmup_steps\?"),
+        (
+            ["trian.lr=1..2", "train.warmup_step=1..2"],
+            r"key trian \(did you mean train\?\)\n.*mean train.warmup_steps\?",
+        ),
         (["train.lr=log:3e-3"], "-S train.lr=log:3e-3: must be log:LOW..HIGH"),
         (["train.lr=2..1"], "must be LOW..HIGH with LOW < HIGH"),
         (["train.lr=log:0..1"], "above 0 after log:"),

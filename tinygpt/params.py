@@ -125,10 +125,16 @@ def check_params(path: Path = PARAMS_FILE) -> None:
 
 def check_names(names: Iterable[str]) -> None:
     """Raises ParamsError with every name that is no "group.key", and the nearest one."""
-    known = [f"{cls.group}.{field}" for cls in _classes() for field in _field_names(cls)]
-    wrong = [name for name in names if ".".join(name.split(".")[:2]) not in known]
-    if wrong:
-        raise ParamsError([f"there is no {name}{_nearest(name, known)}" for name in wrong])
+    fields = {cls.group: sorted(_field_names(cls)) for cls in _classes()}
+    problems = []
+    for name in names:
+        group, field, *_ = [*name.split("."), ""]
+        if group not in fields:
+            problems.append(_unknown(group, list(fields), ""))
+        elif field not in fields[group]:
+            problems.append(_unknown(field, fields[group], f"{group}."))
+    if problems:
+        raise ParamsError(problems)
 
 
 def _classes() -> list[type[Group]]:
@@ -136,9 +142,13 @@ def _classes() -> list[type[Group]]:
     return [getattr(importlib.import_module(module), name) for module, name in targets]
 
 
-def _nearest(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+def _unknown(key: str, known: Sequence[str], prefix: str) -> str:
+    return f"unknown key {prefix}{key}{_nearest(key, known, prefix=prefix)}"
+
+
+def _nearest(name: str, known: Sequence[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
 
 def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "") -> T:
@@ -188,8 +198,7 @@ def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str) -> lis
     problems = []
     for key in mapping:
         if key not in known:
-            near = _nearest(f"{prefix}{key}", [prefix + name for name in known])
-            problems.append(f"unknown key {prefix}{key}{near}")
+            problems.append(_unknown(str(key), known, prefix))
     return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
 
 

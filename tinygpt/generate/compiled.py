@@ -75,7 +75,7 @@ class StepOfOne(LeanGPT):
         if block.qk_norm is not None:
             q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_kv_head), 1)
         if rope is not None:
-            q, k = (y * rope[0] + y.roll(self.head_dim // 2, -1) * rope[1] for y in (q, k))
+            q, k = self._turned(q, rope), self._turned(k, rope)
         return q, k, v
 
 

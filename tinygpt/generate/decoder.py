@@ -90,9 +90,9 @@ class Decoder:
         return list(logits.split(sizes))
 
     def back(self, n: Sequence[int]) -> None:
-        """Take back the last tokens of each row, to `room` less than the most that it ever had, at most.
+        """Forget the last n[i] tokens of row i: at most `room` of the longest that it has ever been.
 
-        What `logits` are is told by the next token.
+        `logits` are of use again after the next token.
         """
         for seen, k in zip(self._seen, n, strict=True):
             del seen[len(seen) - k :]
