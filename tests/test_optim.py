@@ -8,6 +8,7 @@ from conftest import random_ids, tiny_model
 from test_train import PARAMS, same
 
 from tinygpt.model.lora import add_lora, trained_tensors
+from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import (
     OPTIMIZERS,
@@ -154,7 +155,7 @@ def test_adamw_of_bytes_is_near_adamw(name):
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-def test_state_survives_as_named_tensors(name):
+def test_state_survives_as_named_tensors(name, tmp_path):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
     params = params_with(optimizer=name)
@@ -164,7 +165,8 @@ def test_state_survives_as_named_tensors(name):
     train_steps(model, optimizers, range(2))
     saved = {key: tensor.clone() for key, tensor in optimizer_tensors(model, optimizers).items()}
     other.load_state_dict(model.state_dict())
-    load_optimizer_tensors(other, fresh, saved)
+    save_tensors(tmp_path / "optimizer.safetensors", optimizer_tensors(model, optimizers))
+    load_optimizer_tensors(other, fresh, load_tensors(tmp_path / "optimizer.safetensors"))
     assert same(model.state_dict(), other.state_dict())
     assert same(optimizer_tensors(other, fresh), saved)
     for trained, some in ((model, optimizers), (other, fresh)):

@@ -131,6 +131,7 @@ OPTIMIZERS: dict[str, Callable[[list[Group], TrainParams], list[Optimizer]]] = {
 }
 
 
+CONSTANTS = ("qmap1", "qmap2")  # of a state: bitsandbytes' tables, which all weights share and the first step makes
 # Bytes that each keeps for a weight: of a matrix in a block, and of another.
 STATE_BYTES = {"adamw": (8, 8), "adamw8bit": (2, 2), "adamw8bit_bnb": (2, 2), "lion": (4, 4), "muon": (4, 8)}
 
@@ -214,6 +215,8 @@ def _parts(model: GPT, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, d
     for name, parameter in trained_tensors(model).items():
         state = states.get(parameter, {})
         for key, value in state.items():
+            if key in CONSTANTS:
+                continue
             if is_split(value) or not hasattr(value, "__tensor_flatten__"):
                 yield f"{name}/{key}", state, key, value
             else:  # a packed tensor, as torchao's
