@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -138,9 +139,12 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
                 torch.testing.assert_close(found[f"{kind}, {parallel}/{name}"], tensor, atol=2e-3, rtol=1e-3)
         for name in alone["muon"]:
             assert torch.equal(found[f"resumed, {parallel}/{name}"], found[f"muon, {parallel}/{name}"])
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / f"runs{size}"))  # and one process goes on where they stood
+    runs = tmp_path / f"runs{size}/runs"
+    shards = sorted(path.name for path in (runs / "muon fsdp/step-0000004/optimizer").iterdir())
+    assert len(shards) == size and all(name.startswith(f"shard-0000{n}-") for n, name in enumerate(shards, 1))
+    monkeypatch.setenv("DVC_ROOT", str(runs.parent))  # and one process goes on where they stood
     for parallel in ("ddp", "fsdp"):
-        shutil.rmtree(tmp_path / f"runs{size}/runs/muon {parallel}/step-0000006")
+        shutil.rmtree(runs / f"muon {parallel}/step-0000006")
         for name, tensor in train(f"muon {parallel}", ALONE, "ddp", "muon").items():
             torch.testing.assert_close(tensor, alone["muon"][name], atol=2e-3, rtol=1e-3)
 
@@ -216,6 +220,25 @@ def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number,
     set_params(project, {"runtime.n_process": 1})
     found = run("python -m stages.train", project)
     assert found.returncode == 0 and "going on after step" in found.stdout
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
+def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
+    set_params(project, {"runtime.parallel": "fsdp"})
+    starter = start_trainer(project)
+    wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
+    # A limit on the size of files stands for the end of the disk: in one process, and the other must hear of it.
+    resource.prlimit(workers(starter)[-1].pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    assert starter.wait(200) == 1
+    log = (project / "train.log").read_text()
+    assert log.count("error: no room to write runs/") == 1 and "Traceback" not in log
+    assert not list(project.glob("runs/*/*.partial"))
+    stopped = newest_step(project)
+    shard = max(project.glob(f"runs/*/step-{stopped:07d}/weights/shard-00002-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    log = succeed("python -m stages.train", project)
+    assert f"({shard.relative_to(shard.parents[1])} is not what was written): taking the one before" in log
+    assert f"going on after step {stopped - 5} of 60" in log
 
 
 def test_a_users_mistake_is_one_line_of_all_processes(project):

@@ -10,6 +10,7 @@
             ema.safetensors              the average of the weights, where there is one
             state.json                   the step, the curve so far, and checksums of it all
 
+Of processes that each have a part of every weight, each writes its own: weights/shard-00001-….safetensors and so on.
 The folder is no DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,9 +33,11 @@ from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.curve import Progress
 from tinygpt.train.distributed import ALONE, World
+from tinygpt.train.parallel import is_split, load_split, save_split
 
 N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
 PARTS = ("weights", "optimizer", "best", "ema")
+SUFFIX = ".safetensors"
 CODE = ("tokens.py", "model/*.py", "train/*.py")  # what a trained weight depends on
 
 
@@ -55,7 +59,8 @@ def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base
 class Checkpoints:
     """The folder of one run; use it as a context manager, which holds the folder's lock.
 
-    Of several processes the first locks and writes, and all read; their machines must share the folder.
+    Of several processes the first locks, each writes what it alone has, and all read; their machines must share the
+    folder.
     """
 
     def __init__(self, name: str, world: World = ALONE) -> None:
@@ -76,7 +81,13 @@ class Checkpoints:
 
     def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write one checkpoint of the PARTS, and drop the oldest."""
-        self.world.first(lambda: self._write(progress, tensors))
+        with ExitStack() as first:
+            place = atomic_folder(self.folder / f"step-{progress.step:07d}")
+            folder = self.world.first(lambda: first.enter_context(place))
+            for part in PARTS:
+                self._write_part(folder / part, tensors[part])
+            self.world.first(lambda: _write_state(folder, progress))
+        self.world.first(self._drop_old)
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,13 +98,13 @@ class Checkpoints:
         for partial in self.folder.glob("step-*.partial"):  # a killed trainer's
             shutil.rmtree(partial)
 
-    def _write(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
-        with atomic_folder(self.folder / f"step-{progress.step:07d}") as folder:
-            for part in PARTS:
-                save_tensors(folder / f"{part}.safetensors", tensors[part])
-            checksums = {part: sha256_file(folder / f"{part}.safetensors") for part in PARTS}
-            state = {"checksums": checksums, "progress": dataclasses.asdict(progress)}
-            write_json(folder / "state.json", state | {"checksum": sha256_json(state)})
+    def _write_part(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        if any(map(is_split, tensors.values())):
+            save_split(path, tensors)
+        else:
+            self.world.first(lambda: save_tensors(path.with_suffix(SUFFIX), tensors))
+
+    def _drop_old(self) -> None:
         for old in self._all()[:-N_KEPT]:
             shutil.rmtree(old)
 
@@ -104,11 +115,10 @@ class Checkpoints:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
                 if sha256_json({key: state[key] for key in ("checksums", "progress")}) != state["checksum"]:
                     raise UserError("state.json is not what was written")
-                for part, checksum in state["checksums"].items():
-                    if sha256_file(folder / f"{part}.safetensors") != checksum:
-                        raise UserError(f"{part}.safetensors is not what was written")
-                tensors = {part: load_tensors(folder / f"{part}.safetensors") for part in PARTS}
-                return Progress(**state["progress"]), tensors
+                for name, checksum in state["checksums"].items():
+                    if sha256_file(folder / name) != checksum:
+                        raise UserError(f"{name} is not what was written")
+                return Progress(**state["progress"]), {part: _read_part(folder / part) for part in PARTS}
             except (UserError, OSError, ValueError, KeyError, TypeError) as error:
                 print(f"checkpoint {folder} is damaged ({error}): taking the one before")
         if self._all():
@@ -117,3 +127,14 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
+
+
+def _write_state(folder: Path, progress: Progress) -> None:
+    files = sorted(folder.rglob(f"*{SUFFIX}"))
+    checksums = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+    state = {"checksums": checksums, "progress": dataclasses.asdict(progress)}
+    write_json(folder / "state.json", state | {"checksum": sha256_json(state)})
+
+
+def _read_part(path: Path) -> dict[str, Tensor]:
+    return load_split(path) if path.is_dir() else load_tensors(path.with_suffix(SUFFIX))

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -64,22 +64,23 @@ class World:
             dist.all_reduce(numbers)
         return numbers
 
-    def first(self, action: Callable[[], T]) -> T | None:
-        """Let the first process do it, while the others wait; None there.
+    def first(self, action: Callable[[], T]) -> T:
+        """Let the first process do it, while the others wait; all return what it gave.
 
         A failure is one of all: raised as it was in the first, as a UserError in the others.
         """
-        result, failure = None, None
+        result, failure = cast(T, None), None
         if self.rank == 0:
             try:
                 result = action()
             except Exception as error:
                 failure = error
         if self.size > 1:
-            told = [str(failure) if failure else None]
+            told: list[Any] = [result, str(failure) if failure else None]
             dist.broadcast_object_list(told, src=0)
-            if self.rank and told[0] is not None:
-                raise UserError(told[0])
+            if self.rank and told[1] is not None:
+                raise UserError(told[1])
+            result = told[0]
         if failure:
             raise failure
         return result

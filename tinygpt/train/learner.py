@@ -23,7 +23,7 @@ from tinygpt.train.ema import EMA
 from tinygpt.train.loss import Loss
 from tinygpt.train.norms import part_norms
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
-from tinygpt.train.parallel import PARALLEL, Alone, gathered, part_of, put, whole
+from tinygpt.train.parallel import PARALLEL, Alone, part_of, put, whole
 from tinygpt.train.precision import (
     build_scaler,
     load_scaler_tensors,
@@ -133,23 +133,15 @@ class Learner:
         return self.world.sum(total).item() / len(ids)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps of it, by part; whole, so that any number of processes may go on from there.
-
-        Only in the first process: others hold no more than a tensor of it at a time.
-        """
-        parts = {
+        """All that a checkpoint keeps of it, by part; of split tensors, this process's part."""
+        return {
             "weights": trained_tensors(self.model),
             "optimizer": optimizer_tensors(self.model, self.optimizers) | scaler_tensors(self.scaler),
             "ema": self.ema.average if self.ema else {},
         }
-        first = self.world.rank == 0
-        return {
-            part: {name: gathered(tensor, wanted=first) for name, tensor in tensors.items()}
-            for part, tensors in parts.items()
-        }
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what `tensors` gave, into a learner that has made no step."""
+        """Put back what `tensors` gave, whole, into a learner that has made no step."""
         weights = trained_tensors(self.model)
         for name, weight in weights.items():
             put(weight, tensors["weights"][name])

@@ -1,12 +1,14 @@
-"""How the processes of a run share a model: each has all of it, or a part of every weight.
+"""How the processes of a run share a model: each has all of it, or a part of every weight, which it saves itself.
 
 What splits weights is imported where it is used: it takes as long as half of PyTorch.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -101,14 +103,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
-def gathered(tensor: Tensor, *, wanted: bool) -> Tensor:
-    """The same, to be kept where it is wanted, else nothing: what was in parts comes to the CPU."""
-    if not is_split(tensor):
-        return tensor
-    everything = tensor.full_tensor()
-    return everything.cpu() if wanted else everything.new_empty(0)
-
-
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """What this process has of a whole tensor that is split like another."""
     tensor = tensor.to(like.device)
@@ -123,3 +117,38 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 def put(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one of which this process may have a part."""
     target.copy_(part_of(value, target))
+
+
+def save_split(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what this process has of tensors, some of them split, to a safetensors file of its own; all must ask.
+
+    With https://docs.pytorch.org/docs/stable/distributed.checkpoint.html, whose own format has a pickle in it.
+    Raises in every process what went wrong in one.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:  # no Exception to Python
+        first, _ = next(iter(error.failures.values()))
+        raise first from None
+
+
+def load_split(folder: Path) -> dict[str, Tensor]:
+    """What any number of processes wrote there: whole tensors on the CPU."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors = {
+        name: torch.empty(kind.size, dtype=kind.properties.dtype)
+        for name, kind in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(kind, TensorStorageMetadata)  # of which alone such files are made
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to do without
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
