@@ -1,6 +1,7 @@
 """The server: OpenAI's API as its clients meet it, batches, limits, and clients that go away."""
 
 import concurrent.futures
+import http.client
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -420,6 +422,15 @@ def test_a_connection_without_a_whole_head_is_closed(sent, tiny_tokenizer):
             answer = b"".join(iter(lambda: connection.recv(1000), b""))  # until it is closed
         assert answer.startswith(b"HTTP/1.1 200 " if b"\r\n\r\n" in sent else b"")
         assert WEB.get(f"{served[0]}/health").status_code == 200
+
+
+def test_a_connection_is_kept_for_longer_than_clients_keep_theirs(served):
+    connection = http.client.HTTPConnection(served[0].removeprefix("http://"), timeout=20)
+    for pause in (5.5, 0):  # httpx keeps them for 5 s, and so does the openai client
+        connection.request("GET", "/health")
+        assert json.loads(connection.getresponse().read())["status"] == "ok"
+        time.sleep(pause)
+    connection.close()
 
 
 def test_more_requests_than_may_be_at_work_have_status_503(tiny_tokenizer):
