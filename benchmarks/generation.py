@@ -61,7 +61,10 @@ MEASURES = [
             (" int8", "llama.cpp Q8_0"),
         )
     ),
-    (f"batch {BATCH_SIZE}, tokens a second", "ours batch", "transformers batch", 1, BATCH_SIZE),
+    *(
+        (f"batch {BATCH_SIZE}{how}, tokens a second", f"ours batch{how}", "transformers batch", 1, BATCH_SIZE)
+        for how in ("", ", compiled")
+    ),
     (f"first token after {N_PROMPT}, a second", "ours", "llama.cpp F32", 0, 1),
     (f"first token after {N_PROMPT}, a second", "ours", "transformers", 0, 1),
 ]
@@ -181,8 +184,8 @@ def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     model, small, compiled, compiled_small = (random_model(GPTConfig(**CONFIG)) for _ in range(4))
     for one in small, compiled_small:
         quantize(one, "int8")
-    for one in compiled, compiled_small:
-        compile_step(one)
+    for one, n_row in (compiled, BATCH_SIZE), (compiled_small, 1):
+        compile_step(one, n_row=n_row)
     tokenizer = pairs_tokenizer()
     tokenizer.save(folder)
     export_hf(model, tokenizer, folder, folder / "hf")
@@ -202,6 +205,7 @@ def programs(folder: Path, n_thread: int) -> dict[str, Run]:
         "transformers": lambda: time_transformers(theirs, single, N_NEW),
         "recompute at 256": lambda: time_recompute(model),
         "ours batch": lambda: time_decoder(model, many, N_BATCH_NEW),
+        "ours batch, compiled": lambda: time_decoder(compiled, many, N_BATCH_NEW),
         "transformers batch": lambda: time_transformers(theirs, many, N_BATCH_NEW),
     }
 

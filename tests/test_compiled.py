@@ -1,4 +1,4 @@
-"""The compiled step of one row says what the model says."""
+"""The compiled step of one row, and of several, says what the model says."""
 
 import pytest
 import torch
@@ -9,18 +9,19 @@ from tinygpt.generate.compiled import compile_step, compiled_step
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.quantize import quantize
 
-# Few, since each takes seconds to compile; together they have every branch.
+# Few, and of one row or up to several, since each takes seconds to compile; together they have every branch.
 KINDS = {
-    "gpt2": FAMILIES["gpt2"],
-    "windows, gqa, qk_norm": {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True},
-    "parallel, mqa": {"parallel_block": True, "n_kv_head": 1, "norm": "layernorm", "mlp": "relu2", "bias": "qkv"},
+    "gpt2": (1, FAMILIES["gpt2"]),
+    "windows, gqa, qk_norm": (4, {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True}),
+    "parallel, mqa": (1, {"parallel_block": True, "n_kv_head": 1, "norm": "layernorm", "mlp": "relu2", "bias": "qkv"}),
 }
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def model(request):
-    model = tiny_model(block_size=32, **request.param)
-    compile_step(model)
+    n_row, config = request.param
+    model = tiny_model(block_size=32, **config)
+    compile_step(model, n_row=n_row)
     return model
 
 
@@ -29,31 +30,38 @@ def expected_after(model, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids]))[:, -1]
 
 
-def products_of_a_step(model) -> int:
-    decoder = Decoder(model, [[1, 2]])
+def operations_of_a_step(model, n_row: int) -> set[str]:
+    decoder = Decoder(model, [[1, 2]] * n_row)
     with torch.profiler.profile() as profiled:
-        decoder.step([3])
-    return sum(event.name in ("aten::bmm", "aten::mm", "aten::addmm") for event in profiled.events())
+        decoder.step([3] * n_row)
+    return {event.name for event in profiled.events()} & {"aten::bmm", "aten::add", "aten::embedding"}
 
 
 def test_a_step_is_one_piece_of_code(model):
-    assert products_of_a_step(model) == 0
-    assert products_of_a_step(tiny_model(block_size=32)) > 10
+    most = compiled_step(model).n_row
+    for n_row in range(1, most + 1):
+        assert operations_of_a_step(model, n_row) == ({"aten::bmm"} if n_row > 1 else set())
+    assert operations_of_a_step(model, most + 1) == {"aten::bmm", "aten::add", "aten::embedding"}
     n_compiled = counters["stats"]["unique_graphs"]
-    decoder = Decoder(model, [[1]])
-    for _ in range(30):
-        decoder.step([3])
-    assert counters["stats"]["unique_graphs"] == n_compiled  # for all lengths
+    for n_row in range(1, most + 1):
+        decoder = Decoder(model, [[1]] * n_row)
+        for _ in range(30):
+            decoder.step([3] * n_row)
+    assert counters["stats"]["unique_graphs"] == n_compiled  # for all lengths and numbers of rows
 
 
-def test_steps_up_to_a_full_context_and_past_it(model):
-    ids = [1]
-    decoder = Decoder(model, [ids])
+def test_rows_of_any_lengths_up_to_a_full_context_and_past_it(model):
+    rows = [[1], random_ids(9).tolist(), random_ids(20).tolist(), [2, 3]][: compiled_step(model).n_row]
+    decoder = Decoder(model, rows)
     for step in range(40):
-        added = (17 * step) % 300
-        decoder.step([added])
-        ids = [*ids, added] if len(ids) < 32 else [*ids, added][-17:]
-        torch.testing.assert_close(decoder.logits, expected_after(model, ids), atol=2e-5, rtol=2e-5)
+        added = [(17 * step + 5 * row) % 300 for row in range(len(rows))]
+        decoder.step(added)
+        rows = [[*ids, new] if len(ids) < 32 else [*ids, new][-17:] for ids, new in zip(rows, added, strict=True)]
+        for row, ids in enumerate(rows):
+            torch.testing.assert_close(decoder.logits[row : row + 1], expected_after(model, ids), atol=2e-5, rtol=2e-5)
+        if step == 15:
+            del rows[1:-1]
+            decoder.keep([0, 3][: len(rows)])
 
 
 def test_tokens_that_are_taken_back_and_rows_that_come_and_go(model):
@@ -91,9 +99,10 @@ def test_weights_of_a_byte():
     plain, model = (tiny_model() for _ in range(2))
     quantize(plain, "int8")
     quantize(model, "int8")
-    compile_step(model)
-    decoders = [Decoder(one, [[1, 2]]) for one in (plain, model)]
-    for decoder in decoders:
-        decoder.step([3])
-    # a last bit of float32 that differs may be one of bfloat16 before the next product
-    torch.testing.assert_close(decoders[1].logits, decoders[0].logits, atol=0.05, rtol=0.02)
+    compile_step(model, n_row=2)
+    for prompts in ([[1, 2]], [[1, 2], [4]]):
+        decoders = [Decoder(one, prompts) for one in (plain, model)]
+        for decoder in decoders:
+            decoder.step([3] * len(prompts))
+        # a last bit of float32 that differs may be one of bfloat16 before the next product
+        torch.testing.assert_close(decoders[1].logits, decoders[0].logits, atol=0.05, rtol=0.02)

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     settings: Settings = together(*(partial(check, args) for check in checks))[0]
     prompts = read_prompts(args)
     open_output()
-    engine = with_proposals(open_engine(args), args)
+    n_row = min(args.batch_size, args.n * len(prompts)) * max(settings.search.n_beam, settings.search.best_of)
+    engine = with_proposals(open_engine(args, n_row=n_row), args)
     with named_as_options():
         answers = begin(engine, prompts, settings, n=args.n, n_logprobs=args.logprobs)
     for remark in remarks(prompts, [len(answer.prompt) for answer in answers[:: args.n]], engine)[:MOST_SHOWN]:

@@ -35,16 +35,19 @@ class TorchEngine:
         *,
         device: str = "cpu",
         quantized: str | None = None,
-        compiled: bool = False,
+        n_compiled: int = 0,
     ) -> None:
-        """Raises UserError where the weights cannot be quantized so, or the step not be compiled."""
+        """`n_compiled` is the number of texts whose steps together are compiled; 0 compiles none.
+
+        Raises UserError where the weights cannot be quantized so, or the step not be compiled.
+        """
         self.model, self.vocabulary = model.to(device), tokenizer
         self.block_size = model.config.block_size
         self.speculation: Speculation | None = None  # with it, answers are extended one after the other
         if quantized:
             quantize(self.model, quantized)  # on the device: each has its own form
-        if compiled:
-            compile_aloud(self.model)
+        if n_compiled:
+            compile_aloud(self.model, n_row=n_compiled)
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
@@ -70,11 +73,11 @@ class TorchEngine:
         return answer
 
 
-def compile_aloud(model: GPT, *, room: int = 0) -> None:
+def compile_aloud(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     """Compile the steps of a model; a terminal is told why it waits.  Raises UserError where there is no compiler."""
     if sys.stderr.isatty():
-        print("compiling (some 15 seconds, 3 from the second time on)", file=sys.stderr)
-    compile_step(model, room=room)
+        print("compiling (up to a minute, some seconds from the second time on)", file=sys.stderr)
+    compile_step(model, n_row=n_row, room=room)
 
 
 def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:

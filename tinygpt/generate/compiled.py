@@ -1,22 +1,26 @@
-"""The step of one sequence as one piece of machine code, by torch.compile.
+"""The step of one sequence, or of several together, as one piece of machine code, by torch.compile.
 
-All of the step's operations become a few loops over memory, so that little more than reading the weights is left.
+Of one sequence all of the step's operations become a few loops over memory, so that little more than reading the
+weights is left. Of several, products and attention stay calls of libraries, and what is between them becomes loops.
 
-H query heads, G key/value heads, D head_dim, S slots of a layer, n slots that are filled, V vocab_size.
+B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them that are looked at, V vocab_size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.generate.lean import LeanBlock, LeanGPT
+from tinygpt.generate.products import FEW
 from tinygpt.generate.slots import Slots
 from tinygpt.model import GPT
 
@@ -25,58 +29,86 @@ from tinygpt.model import GPT
 OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 5, "size_asserts": False}
 
 
-class StepOfOne(LeanGPT):
-    """A model that reads one token of one sequence."""
+class CompiledStep(LeanGPT):
+    """A model that reads one token of each row, of one row or of up to `n_row` together."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, n_row: int) -> None:
         super().__init__(model)
-        config = model.config
+        config, self.n_row = model.config, n_row
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
         self.places = torch.arange(config.block_size, device=self.embedding.device)
         self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
             self._logits,
             fullgraph=True,
-            dynamic=False,  # but for `filled`: a size that another model had otherwise is no variable here
+            dynamic=False,  # but for what is marked: a size that another model had otherwise is no variable here
             isolate_recompiles=True,
             options=OPTIONS | {"guard_filter_fn": of_sizes},
         )
 
-    def __call__(self, next_id: int, position: int, slots: Slots) -> Tensor:
-        """Write a token at its position, from 1 to block_size - 2, into the one row of `slots` -> (1, V) float32, of
-        the token that follows.  (The last position of all would be compiled anew.)
+    def fits(self, at: Sequence[int]) -> bool:
+        """Whether it has code for rows at these positions; the last position of all would be compiled anew."""
+        return len(at) <= self.n_row and max(at) < len(self.places) - 1
+
+    def __call__(self, ids: Sequence[int], at: Sequence[int], slots: Slots) -> Tensor:
+        """Write a token of each row at its position, 1 or later and one that `fits`, into `slots` -> (B, V) float32, of
+        the tokens that follow.
         """
-        filled = self.places[: position + 1]
-        torch._dynamo.maybe_mark_dynamic(filled, 0)  # one piece of code for all lengths
-        ids, at = (torch.tensor([value], device=filled.device) for value in (next_id, position))
-        return self._compiled(ids, at, filled, slots.layers)
+        filled = self.places[: max(at) + 1]
+        tokens = [torch.tensor(values, device=filled.device) for values in (ids, at)]
+        changing = [filled] if len(ids) == 1 else [filled, *tokens, *chain.from_iterable(slots.layers)]
+        for tensor in changing:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one piece of code for all lengths, and numbers of rows
+        return self._compiled(*tokens, filled, slots.layers)
 
     def _logits(self, ids: Tensor, at: Tensor, filled: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        rows = torch.arange(ids.size(0), device=ids.device)
+        kinds = {(window, keys.size(2)) for window, (keys, _) in zip(self.windows, layers, strict=True)}
+        masks = {kind: self._mask(at, filled, *kind) for kind in kinds}
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = layers[layer]
             window, n_slot = self.windows[layer], keys.size(2)  # S
-            keys[:, :, at % n_slot] = k[:, :, None]
-            values[:, :, at % n_slot] = v[:, :, None]
+            keys[rows, :, at % n_slot] = k
+            values[rows, :, at % n_slot] = v
             n = filled.size(0) if window is None else n_slot
-            q = (q / math.sqrt(self.head_dim)).view(self.n_kv_head, -1, 1, self.head_dim)
-            scores = (q * keys[0, :, None, :n]).sum(-1)  # (G, H / G, n): a group of heads reads the same keys
-            if window is not None:
-                behind = (at - self.places[:n]) % n_slot  # how many tokens ago each slot was written
-                scores = scores.masked_fill((behind > at) | (behind >= window), -torch.inf)
-            # a softmax that divides last: what the product with the values needs is less, and so not stored before it
-            weights = (scores - scores.amax(-1, keepdim=True)).exp()
-            read = (weights[..., None] * values[0, :, None, :n]).sum(-2)
-            return (read / weights.sum(-1, keepdim=True)).view(1, -1)
+            q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): a group of heads reads the same keys
+            read = F.scaled_dot_product_attention if q.size(0) > 1 else attention_of_one
+            return read(q, keys[:, :, :n], values[:, :, :n], masks[window, n_slot]).reshape(q.size(0), -1)
 
         return self.logits(ids, at, attend)
 
+    def _mask(self, at: Tensor, filled: Tensor, window: int | None, n_slot: int) -> Tensor | None:
+        """0 for the slots that each row sees, -inf for others.  -> (B, 1, 1, n), or None where it sees all"""
+        at = at[:, None]
+        if window is not None:
+            behind = (at - self.places[:n_slot]) % n_slot  # how many tokens ago each slot was written
+            hidden = (behind > at) | (behind >= window)
+        elif at.size(0) > 1:
+            hidden = filled > at
+        else:
+            return None
+        dtype = self.embedding.dtype
+        return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)[:, None, None]
+
     def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(1, C) -> queries (1, H, D), keys and values (1, G, D), joined no longer than their norm needs them so."""
-        q, k, v = (y.view(1, -1, self.head_dim) for y in block.qkv(x))
+        """(B, C) -> queries (B, H, D), keys and values (B, G, D), joined no longer than their norm needs them so."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in block.qkv(x))
         if block.qk_norm is not None:
             q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_kv_head), 1)
         if rope is not None:
             q, k = self._turned(q, rope), self._turned(k, rope)
         return q, k, v
+
+
+def attention_of_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """As loops.  (1, G, H / G, D), (1, G, n, D), (1, G, n, D), (1, 1, 1, n) -> (1, G, H / G, D)"""
+    q = (q / math.sqrt(q.size(-1)))[..., None, :]
+    scores = (q * keys[:, :, None]).sum(-1)  # (1, G, H / G, n)
+    if mask is not None:
+        scores = scores + mask
+    # a softmax that divides last: what the product with the values needs is less, and so not stored before it
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights[..., None] * values[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
 
 
 def of_sizes(guards: Sequence[Any]) -> list[bool]:
@@ -87,21 +119,22 @@ def of_sizes(guards: Sequence[Any]) -> list[bool]:
     return [guard.guard_type == "SHAPE_ENV" or guard.name.startswith(("filled", "layers")) for guard in guards]
 
 
-_STEPS: WeakKeyDictionary[GPT, StepOfOne] = WeakKeyDictionary()
+_STEPS: WeakKeyDictionary[GPT, CompiledStep] = WeakKeyDictionary()
 
 
-def compile_step(model: GPT, *, room: int = 0) -> None:
-    """Let everything that continues one sequence of a model do it by compiled steps.
+def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
+    """Let everything that continues one sequence of a model, or up to `n_row` together, do it by compiled steps.
 
-    It takes some 15 seconds, and 3 where it was done on this machine before. After weights have changed, call it again:
-    scales of norms are copied. `room` is that of the decoders, where layers have windows: with another it is compiled
-    again. Raises UserError where there is no compiler.
+    It takes some 15 seconds, and 3 where it was done on this machine before; of several rows that much again. After
+    weights have changed, call it again: scales of norms are copied. `room` is that of the decoders, where layers have
+    windows: with another it is compiled again. Raises UserError where there is no compiler.
     """
-    step, dtype, device = StepOfOne(model), model.tok_emb.weight.dtype, model.tok_emb.weight.device
+    step, dtype, device = CompiledStep(model, n_row), model.tok_emb.weight.dtype, model.tok_emb.weight.device
+    late = max(1, model.config.block_size - 2)  # a position: only long loops are shared by the threads
     try:
         with torch.inference_mode():
-            # a late position: only long loops are shared by the threads
-            step(0, max(1, model.config.block_size - 2), Slots(model.config, 1, dtype=dtype, device=device, room=room))
+            for n in sorted({1, min(n_row, FEW), n_row}):  # what `fits`, by the ways that products go
+                step([0] * n, [late] * n, Slots(model.config, n, dtype=dtype, device=device, room=room))
     except torch._dynamo.exc.TorchDynamoException as error:
         cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
         cure = "install g++, or name yours in CXX, or leave --compile out"
@@ -109,6 +142,6 @@ def compile_step(model: GPT, *, room: int = 0) -> None:
     _STEPS[model] = step
 
 
-def compiled_step(model: GPT) -> StepOfOne | None:
+def compiled_step(model: GPT) -> CompiledStep | None:
     """What `compile_step` made; None where it was not called."""
     return _STEPS.get(model)

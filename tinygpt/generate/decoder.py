@@ -37,7 +37,7 @@ class Decoder:
         """
         embedding = model.tok_emb.weight
         self._model, self._block_size, self._device = LeanGPT(model), model.config.block_size, embedding.device
-        self._step_of_one = compiled_step(model)
+        self._compiled = compiled_step(model)
         self._seen: list[list[int]] = []
         self._slots = Slots(model.config, 0, dtype=embedding.dtype, device=self._device, room=room)
         self.logits = torch.empty(0, len(embedding), device=self._device)
@@ -66,10 +66,10 @@ class Decoder:
             self.logits = self._read(full)
             return
         at = [len(seen) - 1 for seen in self._seen]
-        if self._step_of_one and len(at) == 1 and at[0] < self._block_size - 1:
-            self.logits = self._step_of_one(ids[0], at[0], self._slots)
-            return
-        self.logits = self._model.logits(self._tensor(ids), self._tensor(at), self._slots.append(at))
+        if self._compiled and self._compiled.fits(at):
+            self.logits = self._compiled(ids, at, self._slots)
+        else:
+            self.logits = self._model.logits(self._tensor(ids), self._tensor(at), self._slots.append(at))
         if full:  # what they got just now is overwritten
             self.logits[full] = self._read(full)
 
