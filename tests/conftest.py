@@ -67,6 +67,7 @@ RUNTIME = RuntimeParams(
     micro_batch_size=None,
     gradient_checkpointing=False,
     compile=False,
+    cuda_graphs=False,
     log_every=5,
     log_to=(),
 )

@@ -163,6 +163,15 @@ def test_what_processes_cannot_share_is_told_at_once():
     ]
 
 
+def test_cuda_graphs_are_refused_where_they_cannot_be():
+    graphs = {"cuda_graphs": True, "compile": True}
+    for changed in {"compile": False}, {"n_process": 2}, {"micro_batch_size": 4}, {"micro_batch_size": "auto"}:
+        with pytest.raises(ParamsError, match="needs compile=true, n_process=1 and micro_batch_size=null"):
+            dataclasses.replace(RUNTIME, **(graphs | changed))
+    with pytest.raises(ParamsError, match="cuda_graphs=true is for one process on a GPU: set it to false"):
+        open_devices(dataclasses.replace(RUNTIME, device="cpu", **graphs), ALONE, PARAMS)
+
+
 # ---- the stage ----
 
 

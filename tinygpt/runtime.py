@@ -24,8 +24,16 @@ class RuntimeParams:
     micro_batch_size: Count | Literal["auto"] | None  # sequences in one forward pass: null = all of train.batch_size
     gradient_checkpointing: bool  # keep each block's input alone and compute the rest again in the backward pass
     compile: bool  # training steps by torch.compile: an eighth less time for each, seconds to begin with
+    cuda_graphs: bool  # compiled passes of a GPU recorded once and replayed: nothing is launched one by one
     log_every: Count  # steps between two lines of the training log
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...]  # programs that show the curve; [] for none
 
     def __post_init__(self) -> None:
-        require((len(set(self.log_to)) == len(self.log_to), f"runtime.log_to={list(self.log_to)} names one twice"))
+        alone = self.n_process == 1 and self.micro_batch_size is None  # else gradients outlive the pass they are of
+        require(
+            (len(set(self.log_to)) == len(self.log_to), f"runtime.log_to={list(self.log_to)} names one twice"),
+            (
+                not self.cuda_graphs or (self.compile and alone),
+                "runtime.cuda_graphs=true needs compile=true, n_process=1 and micro_batch_size=null",
+            ),
+        )

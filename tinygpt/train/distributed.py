@@ -126,6 +126,12 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
         ),
     )
     device = open_device(runtime, number=world.local_rank, of=world.local_size)
+    require(
+        (
+            not runtime.cuda_graphs or (device.type == "cuda" and world.size == 1),
+            "runtime.cuda_graphs=true is for one process on a GPU: set it to false",
+        )
+    )
     if device.index is not None:
         torch.cuda.set_device(device)  # FSDP takes the current one, whatever the weights are on
     return device

@@ -74,7 +74,7 @@ class Learner:
                 )
             )
             torch._dynamo.config.recompile_limit = 64  # all sizes of batch that warmups make, not the first 8 alone
-            loss.compile(dynamic=False)
+            loss.compile(dynamic=False, mode="reduce-overhead" if runtime.cuda_graphs else None)
         n_rows = self.micro_batch_size or params.batch_size // world.size
         example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, config.block_size + 1)
         self._train_loss = self._parallel.wrap(loss, example)
