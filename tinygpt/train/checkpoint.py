@@ -81,9 +81,9 @@ class Checkpoints:
 
     def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write one checkpoint of the PARTS, and drop the oldest."""
-        with ExitStack() as first:
+        with ExitStack() as writing:
             place = atomic_folder(self.folder / f"step-{progress.step:07d}")
-            folder = self.world.first(lambda: first.enter_context(place))
+            folder = self.world.first(lambda: writing.enter_context(place))
             for part in PARTS:
                 self._write_part(folder / part, tensors[part])
             self.world.first(lambda: _write_state(folder, progress))
