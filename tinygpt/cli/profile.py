@@ -31,6 +31,7 @@ from tinygpt.train.profile import (
     weights_by_part,
 )
 from tinygpt.train.schedules import tokens_before
+from tinygpt.train.trainer import LESS_MEMORY
 
 TOKENIZER_FILE = Path("data/tokenizer/tokenizer.json")
 
@@ -66,10 +67,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if memory.training > free:
         sys.stdout.flush()
-        raise UserError(
-            "the run will not fit: lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true, which "
-            "change no more than last bits, then model.block_size or the model"
-        )
+        raise UserError(f"the run will not fit: {LESS_MEMORY}")
     if not args.no_measure:
         sys.stdout.flush()
         tokens = train.batch_size * config.block_size
