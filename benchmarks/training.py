@@ -54,7 +54,8 @@ def ours(config: GPTConfig, batch_size: int, device: torch.device, *, compiled: 
     """The learner's step."""
     params, runtime = load_params(TrainParams, RuntimeParams)
     params = dataclasses.replace(params, batch_size=batch_size, **(ADAMW | changes))
-    return Learner(config, params, dataclasses.replace(runtime, compile=compiled), device=device).learn
+    runtime = dataclasses.replace(runtime, compile=compiled, cuda_graphs=compiled and runtime.cuda_graphs)
+    return Learner(config, params, runtime, device=device).learn
 
 
 def plain(config: GPTConfig, batch_size: int, device: torch.device, *, compiled: bool) -> Step:

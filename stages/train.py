@@ -70,7 +70,8 @@ def train(world: World) -> None:
         trained, shas = trainer.fit(), {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
         report = world.first(lambda: publish(trained, trainer, MODEL_DIR, REPORTS_DIR, made_from=shas))
         checkpoints.note(max_steps=params.max_steps, finished=True)
-    print(described(report, MODEL_DIR))
+    if world.rank == 0:
+        print(described(report, MODEL_DIR))
 
 
 if __name__ == "__main__":

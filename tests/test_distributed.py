@@ -35,6 +35,7 @@ from tinygpt.params import ParamsError, load_params
 from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.config import EMAParams, LoRAParams, TrainParams, Warmup
 from tinygpt.train.distributed import ALONE, World, open_devices
+from tinygpt.train.parallel import check_split, load_split
 from tinygpt.train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -110,9 +111,13 @@ def many(rank: int, size: int, folder: Path) -> None:
     for parallel in ("ddp", "fsdp"):
         for kind in RUNS_OF[size]:
             found[f"{kind}, {parallel}"] = train(f"{kind} {parallel}", world, parallel, kind)
-        newest = folder / f"runs{size}/runs/muon {parallel}/step-0000006"
-        world.first(lambda newest=newest: shutil.rmtree(newest))
-        found[f"resumed, {parallel}"] = train(f"muon {parallel}", world, parallel, "muon")
+        for kind in RUNS_OF[size][:2]:
+            newest = folder / f"runs{size}/runs/{kind} {parallel}/step-0000006"
+            world.first(lambda newest=newest: shutil.rmtree(newest))
+            found[f"resumed {kind}, {parallel}"] = train(f"{kind} {parallel}", world, parallel, kind)
+    whole, name = folder / f"runs{size}/runs/muon ddp/step-0000004", "from a whole checkpoint"
+    world.first(lambda: shutil.copytree(whole, folder / f"runs{size}/runs/{name}/step-0000004"))
+    found[name] = train(name, world, "fsdp", "muon")
     with pytest.raises(UserError, match="no room"):
         world.first(lambda: (_ for _ in ()).throw(UserError("no room")))
     if rank == 0:
@@ -137,11 +142,23 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
         for kind in RUNS_OF[size]:
             for name, tensor in alone[kind].items():
                 torch.testing.assert_close(found[f"{kind}, {parallel}/{name}"], tensor, atol=2e-3, rtol=1e-3)
-        for name in alone["muon"]:
-            assert torch.equal(found[f"resumed, {parallel}/{name}"], found[f"muon, {parallel}/{name}"])
+        for kind in RUNS_OF[size][:2]:
+            for name in alone[kind]:
+                assert torch.equal(found[f"resumed {kind}, {parallel}/{name}"], found[f"{kind}, {parallel}/{name}"])
+    for name, tensor in alone["muon"].items():
+        torch.testing.assert_close(found[f"from a whole checkpoint/{name}"], tensor, atol=2e-3, rtol=1e-3)
     runs = tmp_path / f"runs{size}/runs"
-    shards = sorted(path.name for path in (runs / "muon fsdp/step-0000004/optimizer").iterdir())
-    assert len(shards) == size and all(name.startswith(f"shard-0000{n}-") for n, name in enumerate(shards, 1))
+    folder = runs / "muon fsdp/step-0000004/weights"
+    shards, tensors = sorted(folder.iterdir()), load_split(folder)
+    assert len(shards) == size and all(path.name.startswith(f"shard-0000{n}-") for n, path in enumerate(shards, 1))
+    check_split(folder, tensors)
+    shards[-1].rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="has not all that the processes wrote: their machines must share the folder"):
+        check_split(folder, tensors)
+    shards[-1].write_bytes(b"torn")
+    with pytest.raises(UserError, match="weights cannot be read"):
+        load_split(folder)
+    (tmp_path / "elsewhere").replace(shards[-1])
     monkeypatch.setenv("DVC_ROOT", str(runs.parent))  # and one process goes on where they stood
     for parallel in ("ddp", "fsdp"):
         shutil.rmtree(runs / f"muon {parallel}/step-0000006")

@@ -424,7 +424,7 @@ def test_a_connection_without_a_whole_head_is_closed(sent, tiny_tokenizer):
         assert WEB.get(f"{served[0]}/health").status_code == 200
 
 
-def test_a_connection_is_kept_for_longer_than_clients_keep_theirs(served):
+def test_a_connection_is_kept_for_longer_than_openais_client_keeps_it(served):
     connection = http.client.HTTPConnection(served[0].removeprefix("http://"), timeout=20)
     for pause in (5.5, 0):  # httpx keeps them for 5 s, and so does the openai client
         connection.request("GET", "/health")

@@ -24,7 +24,7 @@ class RuntimeParams:
     micro_batch_size: Count | Literal["auto"] | None  # sequences in one forward pass: null = all of train.batch_size
     gradient_checkpointing: bool  # keep each block's input alone and compute the rest again in the backward pass
     compile: bool  # training steps by torch.compile: an eighth less time for each, seconds to begin with
-    cuda_graphs: bool  # compiled passes of a GPU recorded once and replayed: nothing is launched one by one
+    cuda_graphs: bool  # on a GPU the compiled forward and backward pass, recorded once and replayed
     log_every: Count  # steps between two lines of the training log
     log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...]  # programs that show the curve; [] for none
 

@@ -11,7 +11,14 @@ from tinygpt.cli.conversation import Conversation
 from tinygpt.cli.engine import add_engine_options, check_engine, open_engine
 from tinygpt.cli.line_editor import read_lines
 from tinygpt.cli.output import open_output
-from tinygpt.cli.sampling import add_sampling_options, given_settings, named_as_options, read_settings, together
+from tinygpt.cli.sampling import (
+    Settings,
+    add_sampling_options,
+    given_settings,
+    named_as_options,
+    read_settings,
+    together,
+)
 from tinygpt.errors import UserError
 
 
@@ -23,10 +30,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer until the input ends."""
-    together(partial(read_settings, args), partial(check_engine, args))
+    settings: Settings = together(partial(read_settings, args), partial(check_engine, args))[0]
     open_output()
     with named_as_options():
-        conversation = Conversation(open_engine(args), given_settings(args))
+        conversation = Conversation(open_engine(args, n_row=settings.search.n_row), given_settings(args))
     print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     try:
         for line in read_lines():

@@ -119,8 +119,8 @@ def open_engine(args: argparse.Namespace, *, n_row: int = 1) -> Engine:
     model, tokenizer = load_folder(path, args.tokenizer)
     device = find_device(args.device or "auto")
     speculates = getattr(args, "draft", None) is not None or getattr(args, "prompt_lookup", False)
-    n_compiled = n_row if args.compile and not speculates else 0  # else once it is known whose, with how much room
-    return TorchEngine(model, tokenizer, device=device, quantized=args.quantize, n_compiled=n_compiled)
+    compiled_rows = n_row if args.compile and not speculates else 0  # else once it is known whose, with how much room
+    return TorchEngine(model, tokenizer, device=device, quantized=args.quantize, compiled_rows=compiled_rows)
 
 
 def must_be_there(path: Path, *, stage: str, wanted: str = LOADABLE) -> Path:

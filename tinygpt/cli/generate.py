@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     settings: Settings = together(*(partial(check, args) for check in checks))[0]
     prompts = read_prompts(args)
     open_output()
-    n_row = min(args.batch_size, args.n * len(prompts)) * max(settings.search.n_beam, settings.search.best_of)
+    searches = settings.search != Search()
+    n_row = settings.search.n_row if searches else min(args.batch_size, args.n * len(prompts))
     engine = with_proposals(open_engine(args, n_row=n_row), args)
     with named_as_options():
         answers = begin(engine, prompts, settings, n=args.n, n_logprobs=args.logprobs)
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     output = FORMATS[args.format](engine.vocabulary, with_logprobs=args.logprobs is not None)
     try:
-        if settings.search == Search():
+        if not searches:
             steps = engine.extend(answers, at_once=args.batch_size)
             write_in_order([prompt.text for prompt in prompts for _ in range(args.n)], answers, steps, output)
         else:

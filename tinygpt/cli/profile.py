@@ -73,7 +73,9 @@ def run(args: argparse.Namespace) -> None:
         tokens = train.batch_size * config.block_size
         steps = f"at least two training steps of {tokens:,} tokens"
         print(f"profile: measures {steps}, which --no-measure leaves out", file=sys.stderr)
-        learner = Learner(config, train, dataclasses.replace(runtime, micro_batch_size=micro), device=device)
+        if runtime.micro_batch_size is not None:
+            runtime = dataclasses.replace(runtime, micro_batch_size=micro)
+        learner = Learner(config, train, runtime, device=device)
         speed, peak = tokens_per_second(learner), peak_flops(device)
         print(f"speed       {speed:,.0f} tokens a second, so about {_duration(n_tokens / speed)}")
         print(

@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> None:
         limits = from_mapping(Limits, vars(Limits()) | {name: getattr(args, name) for name in LIMITS})
     device = find_device(args.device or "auto", "--device")
     listener = listen(args.host, args.port)
-    models, n_compiled = [], limits.max_rows if args.compile else 0
+    models, compiled_rows = [], limits.max_rows if args.compile else 0
     for name, folder in named(args.model or [str(MODEL)]).items():
         if is_gguf(folder):
             raise UserError(f"--model {folder}: serve reads no .gguf file, name the folder it was made of")
         model, tokenizer = load_folder(folder, args.tokenizer)
         n_weight = model.n_params()  # quantized ones are not counted
-        engine = TorchEngine(model, tokenizer, device=device, quantized=args.quantize, n_compiled=n_compiled)
+        engine = TorchEngine(model, tokenizer, device=device, quantized=args.quantize, compiled_rows=compiled_rows)
         models.append(Served(name, engine.model, tokenizer, n_weight))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)

@@ -35,9 +35,9 @@ class TorchEngine:
         *,
         device: str = "cpu",
         quantized: str | None = None,
-        n_compiled: int = 0,
+        compiled_rows: int = 0,
     ) -> None:
-        """`n_compiled` is the number of texts whose steps together are compiled; 0 compiles none.
+        """`compiled_rows` is the number of texts whose steps together are compiled; 0 compiles none.
 
         Raises UserError where the weights cannot be quantized so, or the step not be compiled.
         """
@@ -46,8 +46,8 @@ class TorchEngine:
         self.speculation: Speculation | None = None  # with it, answers are extended one after the other
         if quantized:
             quantize(self.model, quantized)  # on the device: each has its own form
-        if n_compiled:
-            compile_aloud(self.model, n_row=n_compiled)
+        if compiled_rows:
+            compile_aloud(self.model, n_row=compiled_rows)
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""

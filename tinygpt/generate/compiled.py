@@ -130,7 +130,9 @@ def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     have windows: with another it is compiled again. Raises UserError where there is no compiler.
     """
     step, dtype, device = CompiledStep(model, n_row), model.tok_emb.weight.dtype, model.tok_emb.weight.device
-    late = max(1, model.config.block_size - 2)  # a position: only long loops are shared by the threads
+    late = model.config.block_size - 2  # the last position that fits: only long loops are shared by the threads
+    if late < 1:
+        return
     try:
         with torch.inference_mode():
             for n in sorted({1, min(n_row, FEW), n_row}):  # what `fits`, by the ways that products go

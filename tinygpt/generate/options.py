@@ -99,6 +99,11 @@ class Search:
             (not has_beams or self.best_of == 1, f"best_of={self.best_of} samples, n_beam={self.n_beam} does not"),
         )
 
+    @property
+    def n_row(self) -> int:
+        """How many texts it follows at once."""
+        return max(self.n_beam, self.best_of)
+
     def check(self, sampling: Sampling) -> None:
         """Raise ParamsError where the two contradict each other."""
         off = Sampling()

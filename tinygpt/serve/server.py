@@ -87,7 +87,8 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             limit_concurrency=2 * service.limits.max_requests,  # connections, also those that ask nothing
-            timeout_keep_alive=service.limits.read_seconds,  # clients keep connections for 5 s: so long would be a race
+            # as Connection has it; uvicorn's 5 s are also httpx's and the openai client's, who lost requests by it
+            timeout_keep_alive=service.limits.read_seconds,
             timeout_graceful_shutdown=5,
         )
         super().__init__(config)

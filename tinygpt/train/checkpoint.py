@@ -10,7 +10,9 @@
             ema.safetensors              the average of the weights, where there is one
             state.json                   the step, the curve so far, and checksums of it all
 
-Of processes that each have a part of every weight, each writes its own: weights/shard-00001-….safetensors and so on.
+Of processes that each have a part of every weight, each writes its own of weights, optimizer and ema:
+weights/shard-00001-….safetensors and so on.
+
 The folder is no DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
 """
 
@@ -33,7 +35,7 @@ from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.curve import Progress
 from tinygpt.train.distributed import ALONE, World
-from tinygpt.train.parallel import is_split, load_split, save_split
+from tinygpt.train.parallel import check_split, is_split, load_split, save_split
 
 N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
 PARTS = ("weights", "optimizer", "best", "ema")
@@ -87,6 +89,7 @@ class Checkpoints:
             for part in PARTS:
                 self._write_part(folder / part, tensors[part])
             self.world.first(lambda: _write_state(folder, progress))
+            self.world.first(writing.close)
         self.world.first(self._drop_old)
 
     def _open(self) -> None:
@@ -101,6 +104,7 @@ class Checkpoints:
     def _write_part(self, path: Path, tensors: dict[str, Tensor]) -> None:
         if any(map(is_split, tensors.values())):
             save_split(path, tensors)
+            self.world.first(lambda: check_split(path, tensors))
         else:
             self.world.first(lambda: save_tensors(path.with_suffix(SUFFIX), tensors))
 

@@ -9,15 +9,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tinygpt.errors import UserError
 from tinygpt.model import GPT
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -125,30 +128,48 @@ def save_split(folder: Path, tensors: dict[str, Tensor]) -> None:
     With https://docs.pytorch.org/docs/stable/distributed.checkpoint.html, whose own format has a pickle in it.
     Raises in every process what went wrong in one.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, which `Exception` misses
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
         save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:  # no Exception to Python
+    except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
-        raise first from None
+        if isinstance(first, OSError):
+            raise first from None
+        raise RuntimeError(str(error)) from None  # it tells where in the other process
+
+
+def check_split(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError where the files of `save_split` that are seen here are not all of the tensors."""
+    kinds = _kinds(folder)
+    for name, tensor in tensors.items():
+        chunks = kinds[name].chunks if name in kinds else []
+        if sum(chunk.sizes.numel() for chunk in chunks) != tensor.numel():
+            raise UserError(f"{folder} has not all that the processes wrote: their machines must share the folder")
 
 
 def load_split(folder: Path) -> dict[str, Tensor]:
-    """What any number of processes wrote there: whole tensors on the CPU."""
+    """What any number of processes wrote there: whole tensors on the CPU.  Raises UserError where it cannot be read."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = HuggingFaceStorageReader(str(folder))
-    tensors = {
-        name: torch.empty(kind.size, dtype=kind.properties.dtype)
-        for name, kind in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(kind, TensorStorageMetadata)  # of which alone such files are made
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to do without
-        load(tensors, storage_reader=reader, no_dist=True)
+    try:
+        tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in _kinds(folder).items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to do without
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except (CheckpointException, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]})") from None
     return tensors
+
+
+def _kinds(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Of each tensor in the files of a folder: its type, size and chunks."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    return cast(
+        "dict[str, TensorStorageMetadata]", HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    )
