@@ -87,6 +87,7 @@ def runtime(folder: Path, n_thread: int) -> RuntimeParams:
         micro_batch_size=1,
         gradient_checkpointing=False,
         compile=False,
+        cuda_graphs=False,
         log_every=1,
         log_to=(),
     )

@@ -37,17 +37,17 @@ def operations_of_a_step(model, n_row: int) -> set[str]:
     return {event.name for event in profiled.events()} & {"aten::bmm", "aten::add", "aten::embedding"}
 
 
-def test_a_step_is_one_piece_of_code(model):
+def test_what_a_compiled_step_still_calls(model):
     most = compiled_step(model).n_row
     for n_row in range(1, most + 1):
         assert operations_of_a_step(model, n_row) == ({"aten::bmm"} if n_row > 1 else set())
     assert operations_of_a_step(model, most + 1) == {"aten::bmm", "aten::add", "aten::embedding"}
-    n_compiled = counters["stats"]["unique_graphs"]
+    n_graph = counters["stats"]["unique_graphs"]
     for n_row in range(1, most + 1):
         decoder = Decoder(model, [[1]] * n_row)
         for _ in range(30):
             decoder.step([3] * n_row)
-    assert counters["stats"]["unique_graphs"] == n_compiled  # for all lengths and numbers of rows
+    assert counters["stats"]["unique_graphs"] == n_graph  # for all lengths and numbers of rows
 
 
 def test_rows_of_any_lengths_up_to_a_full_context_and_past_it(model):

@@ -15,10 +15,11 @@ import torch
 from conftest import prose, save_cycle, tiny_model
 from project import ROOT
 
+from tinygpt.cli.generate import rows_together
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.generate import Sampling, generate_batch
+from tinygpt.generate import Sampling, Search, generate_batch
 from tinygpt.model import load_model
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.tokenizer.bpe import train_bpe
@@ -195,9 +196,14 @@ def test_every_engine_writes_the_same_also_behind_the_end_of_the_context(options
 
 @pytest.mark.slow
 def test_compiled_steps_write_the_same(generate):
-    args = [*GREEDY, "--prompt", "the naïve", "--max-new-tokens", "100"]
+    args = [*GREEDY, "--prompt", "the naïve", "--prompt", "a", "--max-new-tokens", "100"]
     done = generate(*args, "--compile")
     assert (done.stderr, done.stdout) == ("", generate(*args).stdout)
+
+
+def test_only_texts_that_are_computed_together_are_compiled_together():
+    assert [rows_together(Search(), n_text, 32) for n_text in (1, 5, 100)] == [1, 5, 32]
+    assert [rows_together(search, 100, 32) for search in (Search(n_beam=4), Search(best_of=8))] == [4, 8]
 
 
 def test_without_a_compiler_one_line_says_so(folder, tmp_path):

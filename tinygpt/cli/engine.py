@@ -73,8 +73,8 @@ def add_device_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--compile",
         action="store_true",
-        help="compile the steps, with --draft the draft's: up to a minute to begin with, seconds the next time, then "
-        "one text takes a half to a third of the time, several together a seventh less",
+        help="compile the steps, with --draft the draft's: up to two minutes at first, seconds the next time; then "
+        "one text is 1.5 to 3 times as fast, several together take a seventh less time",
     )
 
 

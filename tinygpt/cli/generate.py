@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> None:
     settings: Settings = together(*(partial(check, args) for check in checks))[0]
     prompts = read_prompts(args)
     open_output()
-    searches = settings.search != Search()
-    n_row = settings.search.n_row if searches else min(args.batch_size, args.n * len(prompts))
+    n_row = rows_together(settings.search, args.n * len(prompts), args.batch_size)
     engine = with_proposals(open_engine(args, n_row=n_row), args)
     with named_as_options():
         answers = begin(engine, prompts, settings, n=args.n, n_logprobs=args.logprobs)
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     output = FORMATS[args.format](engine.vocabulary, with_logprobs=args.logprobs is not None)
     try:
-        if not searches:
+        if settings.search == Search():
             steps = engine.extend(answers, at_once=args.batch_size)
             write_in_order([prompt.text for prompt in prompts for _ in range(args.n)], answers, steps, output)
         else:
@@ -74,6 +73,11 @@ def check_number(args: argparse.Namespace) -> None:
             f"--n={args.n} needs --temperature above 0: at 0 all texts are the same",
         ),
     )
+
+
+def rows_together(search: Search, n_text: int, batch_size: int) -> int:
+    """How many texts are computed at a time, of so many in all: each prompt is searched by itself."""
+    return min(batch_size, n_text) if search == Search() else search.n_row
 
 
 def begin(

@@ -76,7 +76,7 @@ class TorchEngine:
 def compile_aloud(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     """Compile the steps of a model; a terminal is told why it waits.  Raises UserError where there is no compiler."""
     if sys.stderr.isatty():
-        print("compiling (up to a minute, some seconds from the second time on)", file=sys.stderr)
+        print("compiling (up to two minutes, some seconds from the second time on)", file=sys.stderr)
     compile_step(model, n_row=n_row, room=room)
 
 

@@ -125,9 +125,10 @@ _STEPS: WeakKeyDictionary[GPT, CompiledStep] = WeakKeyDictionary()
 def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     """Let everything that continues one sequence of a model, or up to `n_row` together, do it by compiled steps.
 
-    It takes some 15 to 45 seconds, and 3 to 9 where it was done on this machine before; for several rows a half more.
-    After weights have changed, call it again: scales of norms are copied. `room` is that of the decoders, where layers
-    have windows: with another it is compiled again. Raises UserError where there is no compiler.
+    It takes up to a minute, and up to ten seconds where it was done on this machine before; for several rows about half
+    as long again (docs/generation.md). After weights have changed, call it again: scales of norms are copied. `room` is
+    that of the decoders, where layers have windows: with another it is compiled again. Raises UserError where there is
+    no compiler.
     """
     step, dtype, device = CompiledStep(model, n_row), model.tok_emb.weight.dtype, model.tok_emb.weight.device
     late = model.config.block_size - 2  # the last position that fits: only long loops are shared by the threads
