@@ -51,7 +51,6 @@ def train(world: World) -> None:
     base_sha256 = sha256_file(BASE_DIR / WEIGHTS_FILE) if base else None
     name, log_to = fingerprint(config, params, meta, base_sha256), runtime.log_to if world.rank == 0 else ()
     with Checkpoints(name, world) as checkpoints, Sinks(log_to, checkpoints.folder, config, params) as sinks:
-        checkpoints.note(max_steps=params.max_steps, finished=False)
         trainer = Trainer(
             config,
             params,
@@ -67,6 +66,7 @@ def train(world: World) -> None:
             base=base,
             watch=sinks,
         )
+        checkpoints.note(max_steps=params.max_steps, finished=False)  # now that nothing is refused any more
         trained, shas = trainer.fit(), {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
         report = world.first(lambda: publish(trained, trainer, MODEL_DIR, REPORTS_DIR, made_from=shas))
         checkpoints.note(max_steps=params.max_steps, finished=True)

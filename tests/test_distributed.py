@@ -274,6 +274,7 @@ def test_a_users_mistake_is_one_line_of_all_processes(project):
     assert found.stdout.splitlines() == [
         "error: train.batch_size=3 must be a multiple of the 2 processes that share it: set runtime.n_process"
     ]
+    assert not list(project.glob("runs/*/run.json"))  # which a finished run has, and keeps
 
 
 def test_torchrun_starts_the_same_stage(project):
