@@ -34,7 +34,8 @@ from tinygpt.export.hf import export_hf
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.export.rewrite import rewrite_model
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
 

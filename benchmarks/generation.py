@@ -37,9 +37,10 @@ from tinygpt.generate import Answer, Sampling, Speculation
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.stream import begin, extend_by
-from tinygpt.model import GPT, GPTConfig, load_model
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import KINDS, quantize
-from tinygpt.model.weights import load_pair
+from tinygpt.model.weights import load_model, load_pair
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
 

@@ -23,7 +23,8 @@ from tinygpt.export.family import find_family
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.quantize import MIXES
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
 

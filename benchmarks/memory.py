@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinygpt.model import GPTConfig
+from tinygpt.model.config import GPTConfig
 from tinygpt.params import from_mapping, load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.checkpoint import Checkpoints

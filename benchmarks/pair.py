@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.plain_gpt import train_by_params
-from tinygpt.model import GPTConfig
+from tinygpt.model.config import GPTConfig
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams

@@ -19,9 +19,10 @@ import torch
 
 from tinygpt.evaluate.perplexity import llamacpp_report
 from tinygpt.generate.decoder import Decoder
-from tinygpt.model import GPT, GPTConfig, load_model
-from tinygpt.model.config import ModelParams, config_fields
+from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import KINDS, n_bytes, quantize
+from tinygpt.model.weights import load_model
 from tinygpt.params import load_params
 from tinygpt.tokens import load_tokens
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tinygpt.errors import program
 from tinygpt.params import load_params
-from tinygpt.report.plots import PlotParams, read_curve, read_norms, write_plots
+from tinygpt.report.config import PlotParams
+from tinygpt.report.plots import read_curve, read_norms, write_plots
 
 CURVE_FILE = Path("reports/train.csv")
 NORMS_FILE = Path("reports/train_norms.csv")

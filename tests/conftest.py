@@ -16,7 +16,8 @@ import torch
 from hypothesis import strategies as st
 
 from tinygpt.cli.main import main
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer

@@ -24,7 +24,7 @@ from tinygpt.cli.conversation import Conversation
 from tinygpt.cli.line_editor import history_file
 from tinygpt.cli.torch_engine import TorchEngine
 from tinygpt.generate import Sampling, Search, generate
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.tokenizer import Tokenizer
 

@@ -15,8 +15,7 @@ from tinygpt.corpus.jsonl import text_line
 from tinygpt.export.base import write_base
 from tinygpt.export.hf import export_hf
 from tinygpt.generate import Sampling, Search, generate
-from tinygpt.model import load_model
-from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 

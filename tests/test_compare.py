@@ -10,7 +10,7 @@ from test_pipeline import done, project  # noqa: F401  a project after `dvc repr
 
 from tinygpt.files import read_json
 from tinygpt.report.compare import as_text, compare_table, experiment_of, plot_curves
-from tinygpt.report.plots import PlotParams
+from tinygpt.report.config import PlotParams
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=2)
 

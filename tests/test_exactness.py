@@ -10,7 +10,7 @@ from conftest import prose, tiny_config
 
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.bulk import BulkEncoder
 from tinygpt.tokenizer.pretokenize import iter_blocks

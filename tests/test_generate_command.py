@@ -20,8 +20,7 @@ from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Sampling, Search, generate_batch
-from tinygpt.model import load_model
-from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.kinds import learn_chars
 

@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf, read_gguf
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
 

@@ -19,8 +19,8 @@ from tinygpt.errors import UserError
 from tinygpt.export.base import write_base
 from tinygpt.export.hf import export_hf
 from tinygpt.export.hf_import import read_hf
-from tinygpt.model import GPT, load_model
-from tinygpt.model.weights import model_tensors
+from tinygpt.model.gpt import GPT
+from tinygpt.model.weights import load_model, model_tensors
 from tinygpt.tokenizer import load_tokenizer
 
 IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))

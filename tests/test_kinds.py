@@ -18,7 +18,7 @@ from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Sampling, stream
 from tinygpt.generate.lean import LeanGPT
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.bulk import BulkEncoder

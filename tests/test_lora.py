@@ -23,7 +23,7 @@ from tinygpt.export.base import write_base
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import LoRALinear, add_lora, merged_tensors, trained_tensors
 from tinygpt.model.weights import model_tensors
 from tinygpt.params import ParamsError, from_mapping

@@ -14,12 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
-from tinygpt.model import GPT, load_model
 from tinygpt.model.attention import attention_mask, explicit_attention, sdpa_attention
 from tinygpt.model.config import config_fields, derived_hidden
 from tinygpt.model.device import open_device
+from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import apply_rope, gelu, rope_tables
-from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.params import ParamsError
 
 CHOICES = {

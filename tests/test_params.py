@@ -21,7 +21,7 @@ from tinygpt.params import (
     load_params,
     require,
 )
-from tinygpt.report.plots import PlotParams
+from tinygpt.report.config import PlotParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.train.config import TrainParams

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from tinygpt.errors import UserError
-from tinygpt.report.plots import COLUMNS, PlotParams, read_curve, read_norms, write_plots
+from tinygpt.report.config import PlotParams
+from tinygpt.report.plots import COLUMNS, read_curve, read_norms, write_plots
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=3)
 

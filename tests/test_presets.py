@@ -8,8 +8,8 @@ from project import ROOT, run, succeed
 from ruamel.yaml import YAML
 
 from tinygpt.cli.preset import apply_values
-from tinygpt.model import GPT
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.gpt import GPT
 from tinygpt.params import ParamsError, check_params, load_params
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))

@@ -10,7 +10,7 @@ from project import set_params
 from test_presets import params  # noqa: F401  a folder with params.yaml
 from test_train import PARAMS
 
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.train.config import EMAParams, LoRAParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import next_token_loss

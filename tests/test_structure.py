@@ -171,6 +171,14 @@ def test_data_rooms_and_reports_need_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_params_are_checked_without_what_takes_seconds_to_import():
+    code = (
+        "import sys; from tinygpt.params import check_params; check_params();"
+        "sys.exit(bool({'torch', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_package_files_hold_no_work():
     for path in LIBRARY:
         if path.name == "__init__.py":

@@ -14,7 +14,7 @@ from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Sampling, stream
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.train.loss import next_token_loss
 
 pytestmark = pytest.mark.slow

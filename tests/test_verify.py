@@ -17,7 +17,7 @@ from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.gguf_families import GGUF_FAMILIES, LLAMA_CPP
 from tinygpt.export.verify import check_gguf, tolerance
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import MLPS
 from tinygpt.tokenizer import Tokenizer
 

@@ -31,7 +31,7 @@ GROUPS = {
     "model": "tinygpt.model.config:ModelParams",
     "train": "tinygpt.train.config:TrainParams",
     "evaluate": "tinygpt.evaluate.config:EvaluateParams",
-    "plot": "tinygpt.report.plots:PlotParams",
+    "plot": "tinygpt.report.config:PlotParams",
     "export": "tinygpt.export.config:ExportParams",
     "runtime": "tinygpt.runtime:RuntimeParams",
 }

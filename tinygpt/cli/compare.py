@@ -10,7 +10,8 @@ from shutil import get_terminal_size
 from tinygpt.errors import UserError
 from tinygpt.params import load_params
 from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, plot_curves, read_curves
-from tinygpt.report.plots import NO_DATE, PlotParams
+from tinygpt.report.config import PlotParams
+from tinygpt.report.plots import NO_DATE
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

@@ -11,9 +11,9 @@ import torch
 
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
-from tinygpt.model import GPT, GPTConfig
-from tinygpt.model.config import ModelParams, config_fields
+from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.device import open_device
+from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer

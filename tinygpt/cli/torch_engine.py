@@ -17,7 +17,8 @@ from tinygpt.files import read_json
 from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.stream import begin, extend_by
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_pair
 from tinygpt.params import ParamsError

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinygpt.model import GPT
 from tinygpt.model.attention import Attention, attention_weights, repeated
+from tinygpt.model.gpt import GPT
 
 
 def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from tinygpt.evaluate.config import EvaluateParams
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.params import require
 from tinygpt.progress import progress
 from tinygpt.tokens import TokenIds

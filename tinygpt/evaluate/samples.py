@@ -7,7 +7,7 @@ from pathlib import Path
 from tinygpt.evaluate.config import EvaluateParams
 from tinygpt.files import atomic_write
 from tinygpt.generate import Sampling, generate
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
 
 

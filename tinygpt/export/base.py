@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, sha256_file
-from tinygpt.model import GPTConfig
-from tinygpt.model.config import config_fields
+from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import save_model
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file

@@ -27,7 +27,8 @@ from tinygpt.export.layout import apply_layout
 from tinygpt.export.quantize import MIXES, bits_per_weight, quantized, tensor_types
 from tinygpt.export.reverse import revert_layout
 from tinygpt.files import atomic_write
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors
 from tinygpt.tokenizer import Tokenizer
 

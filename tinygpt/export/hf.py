@@ -19,7 +19,8 @@ from tinygpt.export.family import check_vocabulary, family_of
 from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
 from tinygpt.export.layout import apply_layout
 from tinygpt.files import atomic_folder, must_exist, write_json
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_tensors, model_tensors, save_tensors
 from tinygpt.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from tinygpt.errors import UserError
 from tinygpt.export.family import ANY_BIAS, find_family, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, HF_FAMILIES, HFFamily
 from tinygpt.export.reverse import Misfit, revert_layout
-from tinygpt.model import GPTConfig
+from tinygpt.model.config import GPTConfig
 from tinygpt.model.weights import load_tensors
 from tinygpt.params import ParamsError, from_mapping
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinygpt.export.gguf import GGUFFile
 from tinygpt.files import human_bytes
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 
 
 def gguf_entry(made: GGUFFile, n_bytes: int, measures: Mapping[str, float | None]) -> dict[str, Any]:

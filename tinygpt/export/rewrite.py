@@ -23,8 +23,8 @@ from tinygpt.errors import UserError
 from tinygpt.export.family import Target, find_family
 from tinygpt.export.layout import QKV, leaf
 from tinygpt.export.names import NORMS
-from tinygpt.model import GPT
 from tinygpt.model.config import ModelParams
+from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import TIED, model_tensors
 
 EMBEDDINGS = ("tok_emb", "pos_emb")  # (N, C): they add rows to the stream

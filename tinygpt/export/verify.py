@@ -20,7 +20,7 @@ from tinygpt.evaluate.perplexity import llamacpp_report, scored_nll, token_logpr
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
 
 Ids = NDArray[np.integer]

@@ -15,7 +15,7 @@ from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.options import Sampling
 from tinygpt.generate.sampling import Past, as_double, choose
 from tinygpt.generate.text import TextStream, Vocabulary
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.params import require
 
 

@@ -12,7 +12,7 @@ from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.options import Search
 from tinygpt.generate.sampling import Past, apply_penalties
 from tinygpt.generate.text import TextStream
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
 
 

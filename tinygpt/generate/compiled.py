@@ -22,7 +22,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate.lean import LeanBlock, LeanGPT
 from tinygpt.generate.products import FEW
 from tinygpt.generate.slots import Slots
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 
 # Buffers are written once and not computed again where they are read: a quarter less time for a step.  The sizes of
 # what it made itself are not checked at each call.

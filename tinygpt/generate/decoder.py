@@ -11,7 +11,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate.compiled import compiled_step
 from tinygpt.generate.lean import LeanGPT
 from tinygpt.generate.slots import Slots
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 
 
 def slide(seen: list[int], block_size: int) -> bool:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinygpt.generate.products import Product, Products, product, products
-from tinygpt.model import GPT, GPTConfig
-from tinygpt.model.gpt import Block
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT, Block
 from tinygpt.model.layers import MLP, SwiGLUMLP
 
 Step = Callable[[Tensor], Tensor]

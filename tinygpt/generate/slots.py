@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinygpt.generate.lean import Attend
-from tinygpt.model import GPTConfig
 from tinygpt.model.attention import attention_mask
+from tinygpt.model.config import GPTConfig
 
 
 class Slots:

@@ -28,7 +28,7 @@ from tinygpt.generate.sampling import (
     penalized,
     uniform,
 )
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.params import Within, require
 
 

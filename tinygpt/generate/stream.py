@@ -10,7 +10,7 @@ from tinygpt.generate.beam import beam_search
 from tinygpt.generate.options import Sampling, Search, seed_after
 from tinygpt.generate.speculative import Speculation, speculate
 from tinygpt.generate.text import checked
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
 

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
 from tinygpt.params import GROUPS
-from tinygpt.report.plots import NO_DATE, STYLE, PlotParams
+from tinygpt.report.config import PlotParams
+from tinygpt.report.plots import NO_DATE, STYLE
 
 CURVE = "reports/train.csv"
 METRICS = {  # column -> the report, the key in it, and how it is shown

@@ -6,9 +6,8 @@ style as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, must_exist
-from tinygpt.params import Count, Within, require
+from tinygpt.report.config import PlotParams
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
@@ -34,20 +33,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
 }
 NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlotParams:
-    """How the plots look."""
-
-    group: ClassVar[str] = "plot"
-
-    formats: tuple[Literal["svg", "png"], ...]
-    dpi: Annotated[int, Within("[20, 1200]")]  # dots per inch of a PNG
-    smooth: Count  # rows of train.csv averaged into one point of the training loss; 1 = as it is
-
-    def __post_init__(self) -> None:
-        require((bool(self.formats), "plot.formats must name svg, png or both"))
 
 
 def read_curve(path: Path) -> pd.DataFrame:

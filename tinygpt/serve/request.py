@@ -14,7 +14,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate import Answer, Sampling
 from tinygpt.generate.options import seed_after
 from tinygpt.generate.stream import prompt_ids
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.params import ParamsError, Within, from_mapping, require
 from tinygpt.serve.limits import Limits, Refusal
 from tinygpt.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinygpt.evaluate.attention import attention_maps
 from tinygpt.generate.decoder import slide
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tinygpt.errors import UserError
 from tinygpt.generate import Answer
 from tinygpt.generate.answer import Running
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.serve.limits import Limits, Refusal
 
 

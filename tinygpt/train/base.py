@@ -7,9 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.model import GPTConfig, load_model
-from tinygpt.model.config import config_fields
-from tinygpt.model.weights import model_tensors
+from tinygpt.model.config import GPTConfig, config_fields
+from tinygpt.model.weights import load_model, model_tensors
 from tinygpt.params import yaml_text
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams

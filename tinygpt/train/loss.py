@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.train.precision import autocast
 
 # Logits worked on together: 64 MiB of float32. All of them in a small model's step; of 50,257 tokens' logits 333 rows,

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import trained_tensors
 from tinygpt.train.parallel import whole
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from tinygpt.errors import UserError
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import trained_tensors
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import is_split, part_of, put, whole

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tinygpt.model import GPT, GPTConfig
 from tinygpt.model.attention import attention_mask
+from tinygpt.model.config import GPTConfig
 from tinygpt.model.device import wait_for
+from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import LoRAParams, TrainParams

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tinygpt.model import GPT
+from tinygpt.model.gpt import GPT
 
 
 def recompute_blocks(model: GPT) -> None:

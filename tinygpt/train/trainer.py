@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinygpt.errors import Stopped, UserError
-from tinygpt.model import GPT, GPTConfig
+from tinygpt.model.config import GPTConfig
 from tinygpt.model.device import out_of_memory
+from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import merged_tensors, trained_tensors
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
