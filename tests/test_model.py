@@ -182,6 +182,15 @@ def test_the_first_weights_come_from_the_seed_alone():
     assert one.blocks[0].attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+def test_reading_a_model_draws_no_first_weights(tmp_path):
+    model = tiny_model()
+    save_model(tmp_path, model.config, model_tensors(model))
+    before = torch.get_rng_state()
+    read = load_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
+
+
 def test_derived_sizes():
     assert derived_hidden(256, "gelu") == 1024
     assert derived_hidden(256, "swiglu") == 704  # 682.67, up to a multiple of 32

@@ -105,7 +105,7 @@ def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:
 def load_hf(folder: Path) -> tuple[GPT, Tokenizer]:
     """Read a folder of transformers.  Raises UserError with what is wrong with it."""
     config, tensors, tokenizer = read_hf_folder(folder)
-    model = GPT(config)
+    model = GPT(config, init=False)
     model.load_state_dict(tensors, strict=False)  # a tied head is not among them
     return model.eval(), tokenizer
 

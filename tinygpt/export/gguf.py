@@ -96,7 +96,7 @@ def read_gguf(path: str | Path, config: GPTConfig) -> GPT:
     if n_ctx < config.block_size:
         config = replace(config, block_size=n_ctx, window=None, full_every=None)
     config = replace(config, tie_weights=False)
-    model = GPT(config)
+    model = GPT(config, init=False)
     model.load_state_dict(revert_layout(tensors, config, family.layout))
     return model.eval()
 

@@ -32,8 +32,7 @@ class Misfit(UserError):
 
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
     """Tensors in a layout, by our names and in our shapes.  Raises Misfit, or UserError where heads differ."""
-    with torch.device("meta"):
-        expected = model_tensors(GPT(config))
+    expected = model_tensors(GPT(config, init=False))  # of which nothing but the shapes is read
     tensors = _renamed(_shared_norms(tensors), config, layout)
     tensors = {name: _transposed(name, tensor, layout) for name, tensor in tensors.items()}
     tensors = _split_qkv(tensors, config) if layout.fused_qkv else tensors

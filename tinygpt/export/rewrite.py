@@ -55,7 +55,7 @@ def rewrite_model(model: GPT, target: Target) -> GPT:
         return model
     tensors = model_tensors(model)
     tensors |= {TIED: tensors.get(TIED, tensors["tok_emb.weight"])}  # the head does not read what the embedding writes
-    made = GPT(replace(model.config, **vars(rewritten(model.config, target))))
+    made = GPT(replace(model.config, **vars(rewritten(model.config, target))), init=False)
     without = {name: torch.zeros_like(tensor) for name, tensor in made.state_dict().items()}  # biases of norms
     made.load_state_dict(without | {name: found.tensor(name, tensor) for name, tensor in tensors.items()})
     made.eval()

@@ -20,7 +20,7 @@ Products = Callable[[Tensor], Sequence[Tensor]]  # (M, I) -> an (M, O) of each l
 
 def product(layer: nn.Module) -> Product:
     """What a linear layer computes; its weights may change afterwards."""
-    if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
+    if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu":
         return SlicedProduct(layer)
     return Int8Product([layer]) if isinstance(layer, Int8Linear) else layer
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.layers import NORMS, apply_rope
+from tinygpt.model.layers import NORMS, Linear, apply_rope
 
 
 def attention_mask(t: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -66,10 +66,10 @@ class Attention(nn.Module):
         self.window = config.window_of(layer)
         self.head_dim = config.head_dim
         qkv_bias, o_bias = config.bias != "none", config.bias == "all"
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=o_bias)
+        self.q_proj = Linear(config.n_embd, config.n_head * config.head_dim, bias=qkv_bias)
+        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
+        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
+        self.o_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=o_bias)
         self.q_norm = NORMS[config.norm](config.head_dim, config, bias=False) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](config.head_dim, config, bias=False) if config.qk_norm else nn.Identity()
         self.attend = ATTENTION[config.attention]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinygpt.model.attention import Attention, Masks, attention_mask
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.layers import MLPS, NORMS, rope_tables
+from tinygpt.model.layers import MLPS, NORMS, Embedding, Linear, rope_tables
 
 INIT_STD = 0.02
 
@@ -40,17 +40,20 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A language model: `model(ids)` gives the logits of each next token."""
+    """A language model: `model(ids)` gives the logits of each next token.
+
+    With `init=False` its weights are left for `load_state_dict` to set: drawing them takes longer than reading them.
+    """
 
     rope_cos: Tensor
     rope_sin: Tensor
 
-    def __init__(self, config: GPTConfig, *, generator: torch.Generator | None = None) -> None:
+    def __init__(self, config: GPTConfig, *, init: bool = True, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.tok_emb = Embedding(config.vocab_size, config.n_embd)
         learned = config.position == "learned"
-        self.pos_emb = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        self.pos_emb = Embedding(config.block_size, config.n_embd) if learned else None
         cos, sin = rope_tables(0 if learned else config.block_size, config.head_dim, config.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -58,8 +61,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.windows = {config.window_of(layer) for layer in range(config.n_layer)}
         self.norm = NORMS[config.norm](config.n_embd, config, bias=config.bias == "all")
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        init_weights(self, generator)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if init:
+            init_weights(self, generator)
         if config.tie_weights:
             self.lm_head.weight = self.tok_emb.weight
 
@@ -108,10 +112,10 @@ def init_weights(model: GPT, generator: torch.Generator | None) -> None:
     | norms                                        | one (PyTorch's own)                          |
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, Linear | Embedding):
             if name.endswith(("o_proj", "down_proj")):
                 nn.init.zeros_(module.weight)
             else:
                 nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

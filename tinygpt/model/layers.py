@@ -17,6 +17,20 @@ from torch import Tensor, nn
 from tinygpt.model.config import GPTConfig
 
 
+class Linear(nn.Linear):
+    """PyTorch's, whose first values are not drawn: init_weights or a file sets them."""
+
+    def reset_parameters(self) -> None:
+        """Leave them as the memory was."""
+
+
+class Embedding(nn.Embedding):
+    """PyTorch's, whose first values are not drawn either."""
+
+    def reset_parameters(self) -> None:
+        """Leave them as the memory was."""
+
+
 def layer_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
     """LayerNorm over the last dimension (Ba et al., https://arxiv.org/abs/1607.06450)."""
     return nn.LayerNorm(size, eps=config.norm_eps, bias=bias)
@@ -73,8 +87,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         bias = config.bias == "all"
-        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=bias)
-        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=bias)
+        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
+        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=bias)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,9 +102,9 @@ class SwiGLUMLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         bias = config.bias == "all"
-        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=bias)
-        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=bias)
-        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=bias)
+        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
+        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
+        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)"""

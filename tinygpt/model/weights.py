@@ -65,7 +65,7 @@ def load_model(folder: str | Path) -> GPT:
     """
     folder = Path(folder)
     config, _ = _read_config(folder)
-    model = GPT(config)
+    model = GPT(config, init=False)
     load_weights(model, must_exist(folder / WEIGHTS_FILE, stage="train"))
     return model.eval()
 
