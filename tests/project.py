@@ -36,7 +36,7 @@ SMALL = {
     "evaluate.max_new_tokens": 10,
     "export.gguf": ["f32", "q8_0"],
     "export.check_tokens": 512,
-    "plot.dpi": 30,
+    "plot.formats": ["svg"],
     "runtime.n_thread": 1,
 }
 
