@@ -238,10 +238,11 @@ class Terminal:
         """Press a key until the program ends; return its exit status.
 
         Once is not always enough: Python's input() loses a Ctrl-C that comes between its mark and its wait for keys.
+        And once too often, while it leaves, must not matter.
         """
         end = time.monotonic() + seconds
         self.type(key)
-        while self._read(1, idle=partial(self.type, key)):
+        while self._read(0.1, idle=partial(self.type, key)):
             assert time.monotonic() < end, f"it goes on: {self.shown!r}"
         return self._end()
 
