@@ -62,11 +62,11 @@ SIZES: dict[str, Any] = {
 
 def random_model(config: GPTConfig) -> GPT:
     """A model whose every weight matters: norms and biases are random too, and the logits are spread."""
-    torch.manual_seed(0)
-    model = GPT(config)
+    generator = torch.Generator().manual_seed(0)
+    model = GPT(config, generator=generator)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before 
 
 import io
 import random
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -160,12 +161,15 @@ def command(monkeypatch, capsys) -> Callable[..., Done]:
         monkeypatch.setattr("sys.argv", ["tinygpt", *map(str, args)])
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         code: Any = 0
+        handler = signal.getsignal(signal.SIGINT)
         try:
             main()
         except SystemExit as left:
             code = left.code
             if isinstance(code, str):
                 print(code, file=sys.stderr)
+        finally:
+            signal.signal(signal.SIGINT, handler)  # a chat ignores it when it leaves
         return Done(1 if isinstance(code, str) else code or 0, *capsys.readouterr())
 
     return run

@@ -6,7 +6,7 @@ from conftest import FAMILIES, random_ids, tiny_model
 from torch import nn
 
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.products import products
+from tinygpt.generate.products import SlicedProduct, product, products
 from tinygpt.model.lora import add_lora
 from tinygpt.model.quantize import KINDS, quantize
 
@@ -96,6 +96,13 @@ def test_weights_that_change_are_seen_by_the_next_decoder():
     assert_says_the_same(model, [[3, 4]], n_step=2)
     model.load_state_dict(tiny_model(bias="all", norm="layernorm", seed=1).state_dict())
     assert_says_the_same(model, [[3, 4]], n_step=2)
+
+
+def test_the_layers_of_a_model_are_multiplied_slice_by_slice():
+    model = tiny_model(bias="all")
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(layers) == 2 * 7 + 1
+    assert all(isinstance(product(layer), SlicedProduct) for layer in layers)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from functools import partial
 
@@ -36,8 +37,11 @@ def run(args: argparse.Namespace) -> None:
         conversation = Conversation(open_engine(args, n_row=settings.search.n_row), given_settings(args))
     print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     try:
-        for line in read_lines():
-            follow(line, conversation)
+        try:
+            for line in read_lines():
+                follow(line, conversation)
+        finally:  # another Ctrl-C would take the history or, late in Python's end, which ends this handler, the status
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:  # at the mark, where it means to go
         print(file=sys.stderr)
     except Leave:

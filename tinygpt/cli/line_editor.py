@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +63,6 @@ def _open_history() -> None:
 def _keep_history(path: Path) -> None:
     import readline
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves already: another Ctrl-C would only take the history
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what one types is nobody else's
         readline.write_history_file(path)

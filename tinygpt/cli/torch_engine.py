@@ -20,7 +20,7 @@ from tinygpt.generate.stream import begin, extend_by
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
-from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_pair
+from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, fill, load_pair, unset_model
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE
@@ -105,9 +105,7 @@ def load_folder(folder: Path, tokenizer: Path | None) -> tuple[GPT, Tokenizer]:
 def load_hf(folder: Path) -> tuple[GPT, Tokenizer]:
     """Read a folder of transformers.  Raises UserError with what is wrong with it."""
     config, tensors, tokenizer = read_hf_folder(folder)
-    model = GPT(config, init=False)
-    model.load_state_dict(tensors, strict=False)  # a tied head is not among them
-    return model.eval(), tokenizer
+    return fill(unset_model(config), tensors), tokenizer
 
 
 def read_hf_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:

@@ -29,7 +29,7 @@ from tinygpt.export.reverse import revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import model_tensors
+from tinygpt.model.weights import fill, model_tensors, unset_model
 from tinygpt.tokenizer import Tokenizer
 
 ADDERS: Mapping[type, Callable[[GGUFWriter, str, Any], None]] = {
@@ -96,9 +96,7 @@ def read_gguf(path: str | Path, config: GPTConfig) -> GPT:
     if n_ctx < config.block_size:
         config = replace(config, block_size=n_ctx, window=None, full_every=None)
     config = replace(config, tie_weights=False)
-    model = GPT(config, init=False)
-    model.load_state_dict(revert_layout(tensors, config, family.layout))
-    return model.eval()
+    return fill(unset_model(config), revert_layout(tensors, config, family.layout))
 
 
 def _add_model(writer: GGUFWriter, config: GPTConfig, family: GGUFFamily, n_ctx: int) -> None:

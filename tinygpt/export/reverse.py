@@ -14,8 +14,7 @@ from torch import Tensor
 from tinygpt.errors import UserError
 from tinygpt.export.layout import QKV, Layout, Tensors, leaf, rename
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import TIED, misshapen, model_tensors
+from tinygpt.model.weights import TIED, misshapen, model_tensors, unset_model
 
 KINDS = ("weight", "bias")
 MOST_NAMED = 6  # tensors that an error names
@@ -32,7 +31,7 @@ class Misfit(UserError):
 
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
     """Tensors in a layout, by our names and in our shapes.  Raises Misfit, or UserError where heads differ."""
-    expected = model_tensors(GPT(config, init=False))  # of which nothing but the shapes is read
+    expected = model_tensors(unset_model(config))  # of which nothing but the shapes is read
     tensors = _renamed(_shared_norms(tensors), config, layout)
     tensors = {name: _transposed(name, tensor, layout) for name, tensor in tensors.items()}
     tensors = _split_qkv(tensors, config) if layout.fused_qkv else tensors

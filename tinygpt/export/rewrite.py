@@ -25,7 +25,7 @@ from tinygpt.export.layout import QKV, leaf
 from tinygpt.export.names import NORMS
 from tinygpt.model.config import ModelParams
 from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import TIED, model_tensors
+from tinygpt.model.weights import TIED, fill, model_tensors, unset_model
 
 EMBEDDINGS = ("tok_emb", "pos_emb")  # (N, C): they add rows to the stream
 WRITERS = ("o_proj", "down_proj")  # (C, …): they add columns to it
@@ -55,10 +55,9 @@ def rewrite_model(model: GPT, target: Target) -> GPT:
         return model
     tensors = model_tensors(model)
     tensors |= {TIED: tensors.get(TIED, tensors["tok_emb.weight"])}  # the head does not read what the embedding writes
-    made = GPT(replace(model.config, **vars(rewritten(model.config, target))), init=False)
+    made = unset_model(replace(model.config, **vars(rewritten(model.config, target))))
     without = {name: torch.zeros_like(tensor) for name, tensor in made.state_dict().items()}  # biases of norms
-    made.load_state_dict(without | {name: found.tensor(name, tensor) for name, tensor in tensors.items()})
-    made.eval()
+    fill(made, without | {name: found.tensor(name, tensor) for name, tensor in tensors.items()})
     ids = torch.arange(model.config.block_size)[None] % model.config.vocab_size
     with torch.inference_mode():
         difference = float((model(ids).log_softmax(-1) - made(ids).log_softmax(-1)).abs().max())

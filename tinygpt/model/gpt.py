@@ -42,7 +42,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model: `model(ids)` gives the logits of each next token.
 
-    With `init=False` its weights are left for `load_state_dict` to set: drawing them takes longer than reading them.
+    With `init=False` its weights are as the memory was, for a file to set: drawing them takes longer than reading them.
     """
 
     rope_cos: Tensor
@@ -112,10 +112,10 @@ def init_weights(model: GPT, generator: torch.Generator | None) -> None:
     | norms                                        | one (PyTorch's own)                          |
     """
     for name, module in model.named_modules():
-        if isinstance(module, Linear | Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding):
             if name.endswith(("o_proj", "down_proj")):
                 nn.init.zeros_(module.weight)
             else:
                 nn.init.normal_(module.weight, std=INIT_STD, generator=generator)
-        if isinstance(module, Linear) and module.bias is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

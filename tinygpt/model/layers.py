@@ -18,14 +18,14 @@ from tinygpt.model.config import GPTConfig
 
 
 class Linear(nn.Linear):
-    """PyTorch's, whose first values are not drawn: init_weights or a file sets them."""
+    """PyTorch's without its first values, which took longer to draw than a file to read: init_weights sets others."""
 
     def reset_parameters(self) -> None:
         """Leave them as the memory was."""
 
 
 class Embedding(nn.Embedding):
-    """PyTorch's, whose first values are not drawn either."""
+    """PyTorch's without its first values, likewise."""
 
     def reset_parameters(self) -> None:
         """Leave them as the memory was."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
+from tinygpt.model.layers import Linear
 from tinygpt.model.weights import TIED
 
 ADAPTER = ("lora_A", "lora_B")  # the names that the PEFT library uses
@@ -25,8 +26,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, dropout
         device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
+        self.lora_A = Linear(base.in_features, rank, bias=False, device=device)
+        self.lora_B = Linear(rank, base.out_features, bias=False, device=device)
         first = torch.empty(rank, base.in_features)
         nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)  # on the CPU: the same on every device
         with torch.no_grad():

@@ -65,9 +65,8 @@ def load_model(folder: str | Path) -> GPT:
     """
     folder = Path(folder)
     config, _ = _read_config(folder)
-    model = GPT(config, init=False)
-    load_weights(model, must_exist(folder / WEIGHTS_FILE, stage="train"))
-    return model.eval()
+    model = unset_model(config)
+    return fill(model, _read_weights(must_exist(folder / WEIGHTS_FILE, stage="train"), model))
 
 
 def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer]:
@@ -109,8 +108,25 @@ def misshapen(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[s
     ]
 
 
-def load_weights(model: GPT, path: Path) -> None:
-    """Copy a safetensors file into `model`.  Raises UserError with all missing, extra and misshapen tensors."""
+def unset_model(config: GPTConfig) -> GPT:
+    """A model whose weights are left for `fill` to set.  Raises UserError where the memory for them is not there."""
+    try:
+        return GPT(config, init=False)
+    except RuntimeError as error:  # of PyTorch's allocator, which has no class for it
+        raise UserError(
+            f"a model of the sizes in its config.json cannot be built ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
+    """Set every weight of a model, and put it in eval mode; a tied head need not be among the tensors."""
+    missing, extra = model.load_state_dict(tensors, strict=False)
+    assert not extra and set(missing) <= ({TIED} if model.config.tie_weights else set()), (missing, extra)
+    return model.eval()
+
+
+def _read_weights(path: Path, model: GPT) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.  Raises UserError with all that the model has not, or in another shape."""
     tensors, expected = load_tensors(path), model_tensors(model)
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"extra {name}" for name in tensors.keys() - expected.keys()]
@@ -121,4 +137,4 @@ def load_weights(model: GPT, path: Path) -> None:
             f"{path} does not fit its config.json: {'; '.join(shown)}{f'; and {more} more' if more > 0 else ''}: "
             "take both files from one run"
         )
-    model.load_state_dict(tensors, strict=False)
+    return tensors

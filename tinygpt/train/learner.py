@@ -121,7 +121,7 @@ class Learner:
     def looking(self) -> Iterator[GPT]:
         """A context with the model as it evaluates: with the average of its weights where there is one."""
         with self.ema.in_place_of(trained_tensors(self.model)) if self.ema else nullcontext():
-            yield self._parallel.whole_model(self.model, self._build).eval()
+            yield self._parallel.whole_model(self.model, partial(self._build, init=False)).eval()
         self.model.train()
 
     @torch.inference_mode()
@@ -158,10 +158,18 @@ class Learner:
         return loss.detach()
 
 
-def build_model(config: GPTConfig, params: TrainParams, base: dict[str, Tensor] | None, device: torch.device) -> GPT:
-    """The model before its first step."""
-    model = GPT(config, generator=torch.Generator().manual_seed(params.seed)).to(device)
-    if base is not None:
+def build_model(
+    config: GPTConfig,
+    params: TrainParams,
+    base: dict[str, Tensor] | None,
+    device: torch.device,
+    *,
+    init: bool = True,
+) -> GPT:
+    """The model before its first step; with `init=False` its weights are left to be set."""
+    seed = torch.Generator().manual_seed(params.seed)
+    model = GPT(config, init=init and base is None, generator=seed).to(device)
+    if init and base is not None:
         model.load_state_dict(base, strict=False)  # a tied head is not in it
     if params.lora is not None:
         seed = torch.Generator().manual_seed(params.seed)
