@@ -12,7 +12,7 @@ from tinygpt.errors import UserError
 from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.curve import MAX_SKIPPED, Progress
 from tinygpt.train.learner import Learner
-from tinygpt.train.precision import pick_precision
+from tinygpt.train.precision import SHORT, pick_precision
 
 CPU = torch.device("cpu")
 LONG = dataclasses.replace(PARAMS, max_steps=20)
@@ -52,6 +52,20 @@ def test_tf32_on_a_cpu_is_fp32():
     runs = [train(name, params=dataclasses.replace(LONG, precision=name)) for name in ("fp32", "tf32")]
     assert same(runs[0].last, runs[1].last)
     assert runs[0].progress.rows == runs[1].progress.rows
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_rmsnorm_of_short_products_is_taken_in_float32_and_warns_of_nothing(precision, recwarn):
+    one = learner(precision=precision, qk_norm=True)
+    torch.set_warn_always(True)
+    try:
+        one.learn(0, random_ids(4, 65))
+    finally:
+        torch.set_warn_always(False)
+    assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
+    short, norm = torch.randn(5, 8).to(SHORT[precision]), one.model.blocks[0].attn.q_norm
+    long = short.double()
+    assert torch.allclose(norm(short).double(), long * (long.square().mean(-1, True) + norm.eps).rsqrt(), rtol=1e-6)
 
 
 def test_gradients_are_scaled_back_before_they_are_clipped_and_reported():

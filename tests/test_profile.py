@@ -9,6 +9,7 @@ from conftest import RUNTIME, random_ids, tiny_config
 from project import set_params
 from test_presets import params  # noqa: F401  a folder with params.yaml
 from test_train import PARAMS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygpt.model.gpt import GPT
 from tinygpt.train.config import EMAParams, LoRAParams
@@ -23,6 +24,8 @@ from tinygpt.train.profile import (
     tokens_per_second,
     weights_by_part,
 )
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": False, "position": "learned", "bias": "all", "qk_norm": True}])
@@ -58,7 +61,7 @@ def kept_by_a_step(model) -> int:
 
 
 def memory(config, train=PARAMS, **runtime):
-    return memory_of(config, train, dataclasses.replace(RUNTIME, **runtime), 4, torch.device("cpu"))
+    return memory_of(config, train, dataclasses.replace(RUNTIME, **runtime), 4, CPU)
 
 
 @pytest.mark.parametrize("changes", [{}, {"mlp": "gelu", "norm": "layernorm", "position": "learned"}, {"window": 8}])
@@ -118,9 +121,23 @@ def test_the_state_that_is_counted_is_what_a_step_leaves(optimizer, ema):
 
 
 def test_speeds_are_measured():
-    learner = Learner(tiny_config(), PARAMS, RUNTIME, device=torch.device("cpu"))
+    learner = Learner(tiny_config(), PARAMS, RUNTIME, device=CPU)
     assert tokens_per_second(learner) > 100
-    assert peak_flops(torch.device("cpu")) > 1e9
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_peak_is_that_of_products_in_the_runs_precision(precision, dtype):
+    dtypes = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                dtypes.update(arg.dtype for arg in args)
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        assert peak_flops(CPU, precision) > 1e8
+    assert dtypes == {dtype}
 
 
 def test_the_command_tells_the_costs_and_warns_of_a_run_that_will_not_fit(params, command):  # noqa: F811

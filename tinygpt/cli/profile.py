@@ -76,11 +76,11 @@ def run(args: argparse.Namespace) -> None:
         if runtime.micro_batch_size is not None:
             runtime = dataclasses.replace(runtime, micro_batch_size=micro)
         learner = Learner(config, train, runtime, device=device)
-        speed, peak = tokens_per_second(learner), peak_flops(device)
+        speed, peak = tokens_per_second(learner), peak_flops(device, learner.precision)
         print(f"speed       {speed:,.0f} tokens a second, so about {_duration(n_tokens / speed)}")
         print(
             f"            {speed * flops / 1e9:,.1f} billion operations a second, {speed * flops / peak:.0%} of the "
-            f"{peak / 1e9:,.1f} of a large matrix product (MFU)"
+            f"{peak / 1e9:,.1f} of a large matrix product in {learner.precision} (MFU)"
         )
 
 

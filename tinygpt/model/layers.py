@@ -31,6 +31,14 @@ class Embedding(nn.Embedding):
         """Leave them as the memory was."""
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, of shorter numbers, too, in its weight's type, as autocast has it on a GPU; a CPU's would warn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, size) -> (…, size), in the weight's type"""
+        return super().forward(x.to(self.weight.dtype))
+
+
 def layer_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
     """LayerNorm over the last dimension (Ba et al., https://arxiv.org/abs/1607.06450)."""
     return nn.LayerNorm(size, eps=config.norm_eps, bias=bias)
@@ -38,7 +46,7 @@ def layer_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
 
 def rms_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
     """RMSNorm over the last dimension (Zhang and Sennrich, https://arxiv.org/abs/1910.07467); it has no bias."""
-    return nn.RMSNorm(size, eps=config.norm_eps)
+    return RMSNorm(size, eps=config.norm_eps)
 
 
 NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}

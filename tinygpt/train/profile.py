@@ -26,11 +26,11 @@ from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import CHUNK
 from tinygpt.train.optim import state_bytes
-from tinygpt.train.precision import autocast, pick_precision
+from tinygpt.train.precision import SHORT, autocast, pick_precision
 from tinygpt.train.recompute import recompute_blocks
 
 FLOAT = 4  # bytes of a float32, in which weights and gradients are kept
-MATMUL_SIZE = 2048  # rows of the square matrices that the peak is measured with
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show a device's peak
 MEASURE_S = 1.0  # seconds that a measurement takes at least
 
 
@@ -181,13 +181,14 @@ def tokens_per_second(learner: Learner) -> float:
     return batch_size * config.block_size / statistics.median(times[1:])
 
 
-def peak_flops(device: torch.device) -> float:
-    """Operations per second of a large float32 matrix product, the best of several."""
-    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device)
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Operations per second of a large matrix product in a run's precision (not auto), the best of several."""
+    size = MATMUL_SIZE[device.type]
+    a = torch.randn(size, size, device=device, dtype=SHORT.get(precision))
     times: list[float] = []
     while sum(times) < MEASURE_S or len(times) < 3:
         began = time.perf_counter()
         a @ a
         wait_for(device)
         times.append(time.perf_counter() - began)
-    return 2 * MATMUL_SIZE**3 / min(times)
+    return 2 * size**3 / min(times)
