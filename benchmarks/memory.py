@@ -81,7 +81,7 @@ def measure(sizes: dict[str, Any], optimizer: str, recompute: bool) -> tuple[flo
     """MB of weights, gradients and optimizer state; peak of steps; peak with a look and a checkpoint."""
     config = from_mapping(GPTConfig, {**REST, **SWITCHES, **sizes})
     changes = {"optimizer": optimizer, "batch_size": 2, "max_steps": 2, "warmup_steps": 0, "save_every": 2}
-    changes |= {"eval_every": 2, "eval_tokens": 1, "sample_tokens": 0}
+    changes |= {"eval_every": 2, "eval_tokens": 1, "sample_tokens": 0, "precision": "fp32"}
     params, runtime = load_params(TrainParams, RuntimeParams)
     params = type(params)(**{**vars(params), **changes})
     runtime = type(runtime)(**{**vars(runtime), "micro_batch_size": 1, "gradient_checkpointing": recompute})

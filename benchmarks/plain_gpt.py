@@ -32,6 +32,7 @@ from tinygpt.tokens import TokenIds, load_meta, load_tokens
 from tinygpt.train.batches import Batches
 from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.config import TrainParams
+from tinygpt.train.precision import autocast, pick_precision
 from tinygpt.train.trainer import Trainer, validation_sequences
 
 TOKENS_DIR = Path("data/tokens")
@@ -79,11 +80,11 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def train_plain(
-    config: GPTConfig, params: TrainParams, batches: Batches, *, lr: float, seconds: float
+    config: GPTConfig, params: TrainParams, batches: Batches, device: torch.device, *, lr: float, seconds: float
 ) -> tuple[nn.Module, int]:
-    """Train for `seconds`; return the model and the number of steps."""
+    """Train for `seconds`, in the precision of params.yaml; return the model and the number of steps."""
     torch.manual_seed(params.seed)
-    model = PlainGPT(config)
+    model, precision = PlainGPT(config).to(device), pick_precision(params.precision, device, config.n_embd)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "emb" not in n)]
     groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -94,7 +95,9 @@ def train_plain(
         fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, gone - WARMUP) / (1 - WARMUP)))
         for group in optimizer.param_groups:
             group["lr"] = lr * rise * fall
-        loss_of(model, torch.from_numpy(batches.batch_at(step))).backward()
+        with autocast(precision, device):
+            loss = loss_of(model, torch.from_numpy(batches.batch_at(step)).to(device))
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -105,7 +108,7 @@ def train_plain(
 @torch.inference_mode()
 def validation_loss(model: nn.Module, rows: NDArray[np.int64]) -> float:
     """Mean nats per token over sequences side by side."""
-    parts = torch.from_numpy(rows).split(8)
+    parts = torch.from_numpy(rows).to(next(model.parameters()).device).split(8)
     return sum(loss_of(model, part).item() * len(part) for part in parts) / len(rows)
 
 
@@ -154,7 +157,7 @@ def main() -> None:
     ]
     for lr in args.lrs:
         batches = Batches(tokens["train"], seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
-        plain, steps = train_plain(config, params, batches, lr=lr, seconds=seconds)
+        plain, steps = train_plain(config, params, batches, trainer.device, lr=lr, seconds=seconds)
         n_params = sum(p.numel() for p in plain.parameters())
         table.append(("plain GPT", lr, n_params, steps, validation_loss(plain, rows)))
     print(f"\n| model | lr | weights | steps in {seconds:.0f} s | validation loss (nats per token) |")

@@ -32,10 +32,12 @@ import torch
 
 from benchmarks.plain_gpt import PlainGPT, loss_of, train_by_params, validation_loss
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.device import open_device
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.batches import Batches
 from tinygpt.train.config import TrainParams
+from tinygpt.train.precision import autocast, pick_precision
 from tinygpt.train.trainer import validation_sequences
 
 GOAL = 1.88  # nats per character
@@ -63,28 +65,33 @@ RECIPES = {"short": SHORT, "long": LONG, "best": BEST}
 def run_plain(text: Path, began: float) -> dict[str, Any]:
     """Train the plain GPT; its losses on the way, with the seconds since `began` that training took."""
     config, train_ids, val_ids = _read(text, block_size=64)
+    params, runtime = load_params(TrainParams, RuntimeParams)
+    device = open_device(runtime)
+    precision = pick_precision(params.precision, device, config.n_embd)
     torch.manual_seed(1)
-    model = PlainGPT(config)
+    model = PlainGPT(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PLAIN_LR, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     batches = Batches(train_ids, seq_len=64, batch_size=12, seed=1)
     rows, reached, uncounted = validation_sequences(val_ids, 64, len(val_ids)), None, 0.0
     for step in range(PLAIN_STEPS):
         fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / PLAIN_STEPS))
         optimizer.param_groups[0]["lr"] = PLAIN_LR * min(1, (step + 1) / 100) * fall
-        loss_of(model, torch.from_numpy(batches.batch_at(step))).backward()
+        with autocast(precision, device):
+            loss = loss_of(model, torch.from_numpy(batches.batch_at(step)).to(device))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % EVERY == 0:
             paused = time.time()
-            loss = validation_loss(model.eval(), rows)
+            val_loss = validation_loss(model.eval(), rows)
             model.train()
             uncounted += time.time() - paused
-            if loss <= GOAL and reached is None:
+            if val_loss <= GOAL and reached is None:
                 reached = time.time() - began - uncounted
     n_params = sum(p.numel() for p in model.parameters())
     seconds = time.time() - began - uncounted
-    return {"n_params": n_params, "steps": PLAIN_STEPS, "loss": loss, "seconds": seconds, "reached": reached}
+    return {"n_params": n_params, "steps": PLAIN_STEPS, "loss": val_loss, "seconds": seconds, "reached": reached}
 
 
 def run_recipe(text: Path, began: float, name: str) -> dict[str, Any]:
