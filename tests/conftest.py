@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from tinygpt.cli.main import main
@@ -23,6 +24,9 @@ from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
+
+settings.register_profile("shared machine", deadline=None)  # on one, any example can take a second
+settings.load_profile("shared machine")
 
 SMALL = {
     "vocab_size": 300,

@@ -64,7 +64,7 @@ def test_what_came_before_is_the_sum_of_the_steps(number, step):
     seed=st.integers(0, 99),
     shuffle=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_warmups_and_shuffled_documents_leave_each_token_a_target_once_an_epoch(
     lengths, sequences, context, seed, shuffle
 ):

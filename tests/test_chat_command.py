@@ -194,7 +194,7 @@ def test_help_has_every_command(chat):
     assert [line.split()[0] for line in told.splitlines()] == list(COMMANDS)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text() | st.text(alphabet='tempraue=_[]{}",0.5 \n', max_size=30))
 def test_no_text_is_too_odd_for_settings(text):
     found, problems = parse_settings(text)

@@ -41,7 +41,7 @@ def test_prompts_of_unequal_length_each_have_the_logits_of_reading_them_alone(ch
         rows = [[*ids, i] for ids, i in zip(rows, added, strict=True)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=40), min_size=1, max_size=4),
     data=st.data(),
@@ -101,7 +101,7 @@ def test_several_tokens_of_each_row_in_one_pass_have_the_logits_of_the_model(cha
 MODELS = [tiny_model(**{"block_size": 32} | changes) for changes in ALL.values()]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(model=st.sampled_from(MODELS), room=st.integers(0, 5), data=st.data())
 def test_any_sequence_of_tokens_added_and_taken_back_is_that_of_reading_what_is_left(model, room, data):
     ids_of_v = st.lists(st.integers(0, 299), min_size=1, max_size=room + 1)

@@ -86,7 +86,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(sampling, tiny_tokenizer):
     assert not has_stop or len({len(answer.ids) for answer in found}) > 1  # some rows go on without others
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from(PROMPTS), st.sampled_from(MIXED), st.integers(0, 3)), min_size=1, max_size=5
@@ -121,7 +121,7 @@ def test_pieces_make_up_the_text_and_never_half_a_character(tiny_tokenizer):
     assert all(pieces)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_a_stop_text_never_leaks_and_leaves_what_stands_before_it(seed, data, tiny_tokenizer):
     sampling = Sampling(seed=seed, ignore_eos=True)

@@ -51,7 +51,7 @@ def exported(tokenizer, tmp_path_factory):
 
 
 @given(text=TRICKY)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_same_ids_everywhere_and_back_to_the_text(tokenizer, exported, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text

@@ -33,7 +33,7 @@ def by_arrays(texts: list[str]) -> list[bytes]:
 
 
 @given(texts=st.lists(TRICKY, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_arrays_find_the_pretokens_of_the_regex(texts):
     assert by_arrays(texts) == by_regex(texts)
 
@@ -58,7 +58,7 @@ def test_a_long_text_is_cut_where_a_pretoken_begins(monkeypatch):
 
 
 @given(text=TRICKY)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_cutting_into_chunks_first_changes_no_pretoken(text):
     first, rest = split_chunks(text)
     pieces = [PATTERN.findall(first), *(PATTERN.findall(" " + chunk) for chunk in rest)]
@@ -71,7 +71,7 @@ def test_a_lone_surrogate_is_made_utf8_and_other_text_is_left_alone():
 
 
 @given(texts=st.lists(TRICKY, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_numbers_name_pretokens_and_counts_count_them(texts):
     table = PretokenTable()
     numbers = [int(i) for block in iter_blocks(texts) for i in table.number(block)]

@@ -35,7 +35,7 @@ def begun(tokenizer, prompt: str, sampling: Sampling, seed: int, n: int, n_logpr
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     moments=st.lists(st.tuples(st.lists(NEW, max_size=3), st.integers(0, 3)), min_size=1, max_size=8), data=st.data()
 )

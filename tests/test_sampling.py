@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, random_ids, tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -93,7 +93,6 @@ def assert_same_distribution(ours, theirs):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@settings(deadline=None)
 @given(data=st.data())
 def test_each_option_does_to_logits_what_transformers_does(option, data):
     values, processor = OPTIONS[option]
@@ -164,7 +163,6 @@ def test_min_p_by_hand(share, expected):
     assert kept(keep_min_p(LOGITS, share)) == expected
 
 
-@settings(deadline=None)
 @given(
     values=st.lists(st.floats(-20, 20), min_size=1, max_size=30),
     options=st.fixed_dictionaries(

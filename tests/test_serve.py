@@ -519,7 +519,7 @@ def test_what_a_model_looked_at_is_what_the_decoder_had(served, tiny_tokenizer):
         assert post(served, document, "/look").status_code == 400
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(prompt=st.lists(st.integers(0, 299), min_size=1, max_size=40), text=st.lists(st.integers(0, 299), max_size=60))
 def test_what_the_decoder_has_before_it(prompt, text):
     decoder = Decoder(FIRST, [prompt])

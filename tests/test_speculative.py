@@ -62,7 +62,7 @@ def test_the_likeliest_text_is_the_same_to_its_end_and_past_the_end_of_the_conte
 PENALTIES = {"frequency_penalty": -0.5, "repetition_penalty": 0.8, "no_repeat_ngram_size": 4}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), n_draft=st.integers(1, 8), ngram=st.integers(1, 4), data=st.data())
 def test_with_looked_up_proposals_a_seed_draws_what_it_draws_without(seed, n_draft, ngram, data, tiny_tokenizer):
     options = data.draw(st.sampled_from([{"temperature": 0.3}, {"top_p": 0.9}, PENALTIES]))

@@ -81,7 +81,7 @@ def reference(tiny_tokenizer, tmp_path_factory) -> tokenizers.Tokenizer:
 
 
 @given(text=TRICKY)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_ids_equal_those_of_the_tokenizers_library_and_decode_to_the_text(tiny_tokenizer, reference, text):
     ids = tiny_tokenizer.encode(text)
     assert ids == reference.encode(text).ids

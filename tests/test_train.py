@@ -129,7 +129,7 @@ def test_a_dropout_of_each_step_is_not_compiled():
 
 
 @given(n=st.integers(20, 300), seq_len=st.integers(1, 19), batch_size=st.integers(1, 7), seed=st.integers(0, 99))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_epoch_has_each_token_once_but_for_less_than_a_sequence(n, seq_len, batch_size, seed):
     ring = np.arange(n).astype(np.uint16)
     batches = Batches(np.r_[ring, ring[:1]], seq_len=seq_len, batch_size=batch_size, seed=seed)
