@@ -79,6 +79,13 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
+def backward(model: nn.Module, batch: NDArray[np.int64], precision: str, device: torch.device) -> None:
+    """Add the gradient of a batch's loss."""
+    with autocast(precision, device):
+        loss = loss_of(model, torch.from_numpy(batch).to(device))
+    loss.backward()
+
+
 def train_plain(
     config: GPTConfig, params: TrainParams, batches: Batches, device: torch.device, *, lr: float, seconds: float
 ) -> tuple[nn.Module, int]:
@@ -95,9 +102,7 @@ def train_plain(
         fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, gone - WARMUP) / (1 - WARMUP)))
         for group in optimizer.param_groups:
             group["lr"] = lr * rise * fall
-        with autocast(precision, device):
-            loss = loss_of(model, torch.from_numpy(batches.batch_at(step)).to(device))
-        loss.backward()
+        backward(model, batches.batch_at(step), precision, device)
         nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

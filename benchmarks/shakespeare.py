@@ -30,14 +30,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.plain_gpt import PlainGPT, loss_of, train_by_params, validation_loss
+from benchmarks.plain_gpt import PlainGPT, backward, train_by_params, validation_loss
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.device import open_device
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.batches import Batches
 from tinygpt.train.config import TrainParams
-from tinygpt.train.precision import autocast, pick_precision
+from tinygpt.train.precision import pick_precision
 from tinygpt.train.trainer import validation_sequences
 
 GOAL = 1.88  # nats per character
@@ -76,22 +76,20 @@ def run_plain(text: Path, began: float) -> dict[str, Any]:
     for step in range(PLAIN_STEPS):
         fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / PLAIN_STEPS))
         optimizer.param_groups[0]["lr"] = PLAIN_LR * min(1, (step + 1) / 100) * fall
-        with autocast(precision, device):
-            loss = loss_of(model, torch.from_numpy(batches.batch_at(step)).to(device))
-        loss.backward()
+        backward(model, batches.batch_at(step), precision, device)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % EVERY == 0:
             paused = time.time()
-            val_loss = validation_loss(model.eval(), rows)
+            loss = validation_loss(model.eval(), rows)
             model.train()
             uncounted += time.time() - paused
-            if val_loss <= GOAL and reached is None:
+            if loss <= GOAL and reached is None:
                 reached = time.time() - began - uncounted
     n_params = sum(p.numel() for p in model.parameters())
     seconds = time.time() - began - uncounted
-    return {"n_params": n_params, "steps": PLAIN_STEPS, "loss": val_loss, "seconds": seconds, "reached": reached}
+    return {"n_params": n_params, "steps": PLAIN_STEPS, "loss": loss, "seconds": seconds, "reached": reached}
 
 
 def run_recipe(text: Path, began: float, name: str) -> dict[str, Any]:
