@@ -22,12 +22,11 @@ import torch
 
 from tinygpt.model.config import GPTConfig
 from tinygpt.params import from_mapping, load_params
+from tinygpt.run.memory import memory_of
+from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
-from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.config import TrainParams
-from tinygpt.train.curve import Progress
-from tinygpt.train.profile import memory_of
-from tinygpt.train.trainer import Trainer
+from tinygpt.train.trainer import Progress, Trainer
 
 MIDDLE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}
@@ -89,26 +88,22 @@ def measure(sizes: dict[str, Any], optimizer: str, recompute: bool) -> tuple[flo
     memory = memory_of(config, params, runtime, 1, torch.device("cpu"))
     peaks: list[float] = []
 
-    def watch(progress: Progress) -> None:
-        if progress.step == 1:
-            peaks.append(status("VmHWM"))
+    class Watched(Run):
+        """Notes the peak of the first step."""
+
+        def report(self, progress: Progress, *, evaluated: bool) -> None:
+            """As a run does."""
+            super().report(progress, evaluated=evaluated)
+            if progress.step == 1:
+                peaks.append(status("VmHWM"))
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = folder
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = status("VmRSS")
-        with Checkpoints("memory") as checkpoints:
-            Trainer(
-                config,
-                params,
-                runtime,
-                train_tokens=tokens,
-                val_tokens=tokens,
-                checkpoints=checkpoints,
-                device=torch.device("cpu"),
-                write_sample=lambda model: "",
-                watch=watch,
-            ).fit()
+        with Watched("memory", config, params, runtime) as run:
+            cpu = torch.device("cpu")
+            Trainer(config, params, runtime, train_tokens=tokens, val_tokens=tokens, device=cpu).fit(run)
     own = (memory.weights + memory.gradients + memory.optimizer) / 1e6
     return own, peaks[0] - before, status("VmHWM") - before
 

@@ -23,17 +23,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tinygpt.device import open_device
 from tinygpt.errors import program
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
-from tinygpt.model.device import open_device
 from tinygpt.params import load_params
+from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import TokenIds, load_meta, load_tokens
-from tinygpt.train.batches import Batches
-from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import TrainParams
-from tinygpt.train.precision import autocast, pick_precision
-from tinygpt.train.trainer import Trainer, validation_sequences
+from tinygpt.train.loss import autocast, pick_precision
+from tinygpt.train.trainer import Trainer
 
 TOKENS_DIR = Path("data/tokens")
 WARMUP = 0.05  # share of the time in which the plain GPT's learning rate rises; then a cosine to a tenth
@@ -123,18 +123,11 @@ def train_by_params(
     """The trainer of a whole run in a folder of its own, after its last step."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = folder
-        with Checkpoints("benchmark") as checkpoints:
+        with Run("benchmark", config, params, runtime) as run:
             trainer = Trainer(
-                config,
-                params,
-                runtime,
-                train_tokens=train_tokens,
-                val_tokens=val_tokens,
-                checkpoints=checkpoints,
-                device=open_device(runtime),
-                write_sample=lambda model: "",
+                config, params, runtime, train_tokens=train_tokens, val_tokens=val_tokens, device=open_device(runtime)
             )
-            trainer.fit()
+            trainer.fit(run)
     return trainer
 
 

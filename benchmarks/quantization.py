@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinygpt.evaluate.perplexity import llamacpp_report
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import KINDS, n_bytes, quantize
 from tinygpt.model.weights import load_model
 from tinygpt.params import load_params
+from tinygpt.report.evaluation import llamacpp_report
 from tinygpt.tokens import load_tokens
 
 N_STEPS = 200

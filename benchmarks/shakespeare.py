@@ -31,14 +31,13 @@ import numpy as np
 import torch
 
 from benchmarks.plain_gpt import PlainGPT, backward, train_by_params, validation_loss
+from tinygpt.device import open_device
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
-from tinygpt.model.device import open_device
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.train.batches import Batches
+from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import TrainParams
-from tinygpt.train.precision import pick_precision
-from tinygpt.train.trainer import validation_sequences
+from tinygpt.train.loss import pick_precision
 
 GOAL = 1.88  # nats per character
 PLAIN_STEPS, PLAIN_LR = 2000, 1e-3

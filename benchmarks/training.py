@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_gpt import PlainGPT, loss_of
+from tinygpt.device import open_device
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
-from tinygpt.model.device import open_device
 from tinygpt.params import load_params
+from tinygpt.run.memory import flops_per_token, peak_flops
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
-from tinygpt.train.precision import autocast, set_matmul_precision
-from tinygpt.train.profile import flops_per_token, peak_flops
+from tinygpt.train.loss import autocast, set_matmul_precision
 
 GPT2: dict[str, Any] = {
     "position": "learned",

@@ -5,14 +5,13 @@ Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json and r
 
 from pathlib import Path
 
+from tinygpt.device import open_device
 from tinygpt.errors import program
-from tinygpt.evaluate.config import EvaluateParams
-from tinygpt.evaluate.perplexity import evaluate_model
-from tinygpt.evaluate.samples import write_samples
 from tinygpt.files import write_json
-from tinygpt.model.device import open_device
 from tinygpt.model.weights import load_pair
 from tinygpt.params import load_params
+from tinygpt.report.config import EvaluateParams
+from tinygpt.report.evaluation import evaluate_model, write_samples
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import load_meta, load_tokens
 

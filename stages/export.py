@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tinygpt.device import open_device
 from tinygpt.errors import UserError, program
 from tinygpt.export.adapter import export_adapters
 from tinygpt.export.card import model_card, modelfile, read_origin
@@ -21,7 +22,6 @@ from tinygpt.export.remarks import gguf_entry, remarks, rewrite_entry
 from tinygpt.export.rewrite import rewrite_model
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
-from tinygpt.model.device import open_device
 from tinygpt.model.weights import load_pair
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams

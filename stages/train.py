@@ -12,17 +12,19 @@ from tinygpt.export.coverage import check_export
 from tinygpt.files import sha256_file
 from tinygpt.generate import Sampling, generate
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import WEIGHTS_FILE
 from tinygpt.params import check_params, load_params
+from tinygpt.report.training import described, publish
+from tinygpt.run.checkpoint import fingerprint
+from tinygpt.run.processes import open_devices, start
+from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
 from tinygpt.train.base import load_base
-from tinygpt.train.checkpoint import Checkpoints, fingerprint
 from tinygpt.train.config import TrainParams
-from tinygpt.train.distributed import World, open_devices, start
-from tinygpt.train.publish import described, publish
-from tinygpt.train.sinks import Sinks
+from tinygpt.train.parallel import World
 from tinygpt.train.trainer import Trainer
 
 TOKENIZER_DIR = Path("data/tokenizer")
@@ -49,27 +51,28 @@ def train(world: World) -> None:
     sampling = Sampling(seed=params.seed)
     base = load_base(BASE_DIR, config, tokenizer) if params.init_from == "base" else None
     base_sha256 = sha256_file(BASE_DIR / WEIGHTS_FILE) if base else None
-    name, log_to = fingerprint(config, params, meta, base_sha256), runtime.log_to if world.rank == 0 else ()
-    with Checkpoints(name, world) as checkpoints, Sinks(log_to, checkpoints.folder, config, params) as sinks:
+    name = fingerprint(config, params, meta, base_sha256)
+
+    def write_sample(model: GPT) -> str:
+        return generate(model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=sampling)
+
+    with Run(name, config, params, runtime, world=world, write_sample=write_sample) as run:
         trainer = Trainer(
             config,
             params,
             runtime,
             train_tokens=tokens["train"],
             val_tokens=tokens["val"],
-            checkpoints=checkpoints,
             device=open_devices(runtime, world, params),
             world=world,
-            write_sample=lambda model: generate(
-                model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=sampling
-            ),
             base=base,
-            watch=sinks,
         )
-        checkpoints.note(max_steps=params.max_steps, finished=False)  # now that nothing is refused any more
-        trained, shas = trainer.fit(), {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
+        run.note(finished=False)  # now that nothing is refused any more
+        trained = trainer.fit(run)
+        shas = {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
+        shas = {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
         report = world.first(lambda: publish(trained, trainer, MODEL_DIR, REPORTS_DIR, made_from=shas))
-        checkpoints.note(max_steps=params.max_steps, finished=True)
+        run.note(finished=True)
     if world.rank == 0:
         print(described(report, MODEL_DIR))
 

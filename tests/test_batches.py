@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from tinygpt import tokens as tokens_module
 from tinygpt.tokens import document_starts
 from tinygpt.train import batches as batches_module
-from tinygpt.train.batches import Batches
+from tinygpt.train.batches import Batches, Prefetch
 from tinygpt.train.config import Warmup
-from tinygpt.train.prefetch import Prefetch
-from tinygpt.train.schedules import doubled_at, doubled_before
+from tinygpt.train.optim import doubled_at, doubled_before
 
 EOS = 0
 

@@ -32,10 +32,9 @@ from safetensors.torch import load_file, save_file
 
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, load_params
-from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.run.run import Run
 from tinygpt.train.config import EMAParams, LoRAParams, TrainParams, Warmup
-from tinygpt.train.distributed import ALONE, World, open_devices
-from tinygpt.train.parallel import check_split, load_split
+from tinygpt.train.parallel import ALONE, World, check_split, load_split, open_devices
 from tinygpt.train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -86,19 +85,20 @@ def train(name: str, world: World, parallel: str, kind: str) -> dict[str, torch.
     """One of the RUNS; its last weights."""
     of_train, of_model, of_runtime = RUNS[kind]
     torch.set_num_threads(1)
-    with Checkpoints(name, world) as checkpoints:
+    made_of = (
+        tiny_config(**of_model),
+        dataclasses.replace(PARAMS, **of_train),
+        dataclasses.replace(RUNTIME, parallel=parallel, **of_runtime),
+    )
+    with Run(name, *made_of, world=world) as run:
         trainer = Trainer(
-            tiny_config(**of_model),
-            dataclasses.replace(PARAMS, **of_train),
-            dataclasses.replace(RUNTIME, parallel=parallel, **of_runtime),
+            *made_of,
             train_tokens=tokens(2000),
             val_tokens=tokens(800),
-            checkpoints=checkpoints,
             device=torch.device("cpu"),
             world=world,
-            write_sample=lambda model: "",
         )
-        done = trainer.fit()
+        done = trainer.fit(run)
     rows = [row["val_loss"] for row in done.progress.rows if row["val_loss"] is not None]
     return done.last | {f"best {name}": tensor for name, tensor in done.best.items()} | {"rows": torch.tensor(rows)}
 

@@ -9,8 +9,9 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygpt.evaluate.config import EvaluateParams
-from tinygpt.evaluate.perplexity import (
+from tinygpt.params import ParamsError
+from tinygpt.report.config import EvaluateParams
+from tinygpt.report.evaluation import (
     Estimate,
     bits_per_byte,
     estimate,
@@ -18,9 +19,8 @@ from tinygpt.evaluate.perplexity import (
     iter_windows,
     llamacpp_report,
     token_nll,
+    write_samples,
 )
-from tinygpt.evaluate.samples import write_samples
-from tinygpt.params import ParamsError
 
 PARAMS = EvaluateParams(
     split="test",

@@ -6,13 +6,12 @@ import time
 import pytest
 import torch
 from conftest import RUNTIME, random_ids, tiny_config
-from test_train import PARAMS, make_trainer, runs_in_tmp, same, train  # noqa: F401  runs_in_tmp is used by pytest
+from test_train import PARAMS, fit, make_trainer, runs_in_tmp, same, train  # noqa: F401  runs_in_tmp is used by pytest
 
+from tinygpt.device import out_of_memory
 from tinygpt.errors import UserError
-from tinygpt.model.device import out_of_memory
-from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.run.memory import fastest, find_micro_batch_size, halves, largest
 from tinygpt.train.learner import Learner
-from tinygpt.train.micro_batch import fastest, find_micro_batch_size, halves, largest
 
 AUTO = dataclasses.replace(RUNTIME, micro_batch_size="auto")
 
@@ -69,9 +68,8 @@ def test_a_run_looks_for_its_size_once_and_ends_as_one_that_was_told_it(capsys):
     told = train("told", runtime=dataclasses.replace(RUNTIME, micro_batch_size=size))
     assert same(found.last, told.last)
     assert found.progress.rows == told.progress.rows
-    with Checkpoints("found") as checkpoints:
-        trainer = make_trainer(checkpoints, runtime=AUTO)
-        trainer.fit()
+    trainer = make_trainer(runtime=AUTO)
+    fit(trainer, "found")
     assert trainer.learner.micro_batch_size == size
     assert "micro-batches of" not in capsys.readouterr().out
 

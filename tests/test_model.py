@@ -12,11 +12,11 @@ from conftest import FAMILIES, RUNTIME, random_ids, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tinygpt.device import open_device
 from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.attention import attention_mask, explicit_attention, sdpa_attention
 from tinygpt.model.config import config_fields, derived_hidden
-from tinygpt.model.device import open_device
 from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import apply_rope, gelu, rope_tables
 from tinygpt.model.weights import load_model, model_tensors, save_model

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from project import set_params
 
-from tinygpt.evaluate.config import EvaluateParams
 from tinygpt.model.config import ModelParams
 from tinygpt.params import (
     Count,
@@ -21,7 +20,7 @@ from tinygpt.params import (
     load_params,
     require,
 )
-from tinygpt.report.config import PlotParams
+from tinygpt.report.config import EvaluateParams, PlotParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.train.config import TrainParams

@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 from conftest import RUNTIME, random_ids, tiny_config
-from test_train import PARAMS, compiler, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
+from test_train import PARAMS, compiler, fit, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
 
 from tinygpt.errors import UserError
-from tinygpt.train.checkpoint import Checkpoints
-from tinygpt.train.curve import MAX_SKIPPED, Progress
 from tinygpt.train.learner import Learner
-from tinygpt.train.precision import SHORT, pick_precision
+from tinygpt.train.loss import SHORT, pick_precision
+from tinygpt.train.trainer import MAX_SKIPPED, Progress
 
 CPU = torch.device("cpu")
 LONG = dataclasses.replace(PARAMS, max_steps=20)
@@ -110,10 +109,9 @@ def test_an_overflow_is_no_error_but_many_in_a_row_are():
 
 def test_steps_without_an_update_at_the_start_of_a_run_are_logged_and_passed_over(capsys):
     params = dataclasses.replace(LONG, precision="fp16", eval_every=20)
-    with Checkpoints("run") as checkpoints:
-        trainer = make_trainer(checkpoints, params=params, runtime=dataclasses.replace(RUNTIME, log_every=1))
-        scale_to(trainer.learner, 2.0**30)
-        rows = trainer.fit().progress.rows
+    trainer = make_trainer(params=params, runtime=dataclasses.replace(RUNTIME, log_every=1))
+    scale_to(trainer.learner, 2.0**30)
+    rows = fit(trainer).progress.rows
     n_skipped = sum(row["grad_norm"] is None for row in rows)
     assert 1 <= n_skipped < 15
     assert capsys.readouterr().out.count("grad norm overflowed, no step") == n_skipped
@@ -130,7 +128,7 @@ def test_blocks_that_are_computed_again_give_the_same_bits(precision, dropout):
         ids = random_ids(4, 65, seed=step)
         assert torch.equal(plain.learn(step, ids), again.learn(step, ids))
     assert same(plain.model.state_dict(), again.model.state_dict())
-    with plain.looking() as model, again.looking() as other:
+    with plain.evaluated() as model, again.evaluated() as other:
         assert plain.loss_of(model, ids) == again.loss_of(other, ids)
 
 

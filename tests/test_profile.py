@@ -12,11 +12,7 @@ from test_train import PARAMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygpt.model.gpt import GPT
-from tinygpt.train.config import EMAParams, LoRAParams
-from tinygpt.train.learner import Learner
-from tinygpt.train.loss import next_token_loss
-from tinygpt.train.optim import build_optimizers, optimizer_tensors
-from tinygpt.train.profile import (
+from tinygpt.run.memory import (
     build_trained,
     flops_per_token,
     memory_of,
@@ -24,6 +20,10 @@ from tinygpt.train.profile import (
     tokens_per_second,
     weights_by_part,
 )
+from tinygpt.train.config import EMAParams, LoRAParams
+from tinygpt.train.learner import Learner
+from tinygpt.train.loss import next_token_loss
+from tinygpt.train.optim import build_optimizers, optimizer_tensors
 
 CPU = torch.device("cpu")
 

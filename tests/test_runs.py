@@ -14,9 +14,9 @@ from filelock import FileLock
 from project import ROOT, run, succeed
 
 from tinygpt.cli import runs
+from tinygpt.run.checkpoint import PARTS, Checkpoints
 from tinygpt.shards import Shard, Span, shard_results
-from tinygpt.train.checkpoint import PARTS, Checkpoints
-from tinygpt.train.curve import Progress
+from tinygpt.train.trainer import Progress
 
 HOLD = """
 import sys, time

@@ -19,7 +19,7 @@ from tinygpt.model.config import ModelParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import kinds
 from tinygpt.tokenizer.config import TokenizerParams
-from tinygpt.train import schedules
+from tinygpt.train import optim
 from tinygpt.train.config import TrainParams
 
 ROOT = Path(__file__).parents[1]
@@ -31,13 +31,14 @@ ROOMS = [
     ["files", "progress"],
     ["params"],
     ["runtime"],
+    ["device"],
     ["shards"],
     ["corpus"],
     ["tokenizer"],
     ["tokens"],
     ["model"],
     ["train", "generate"],
-    ["evaluate"],
+    ["run"],
     ["export"],
     ["report", "serve"],
     ["cli"],
@@ -154,7 +155,7 @@ def test_every_key_of_params_yaml_is_a_field_and_every_field_a_key():
         (ModelParams, "norm", layers.NORMS),
         (ModelParams, "mlp", layers.MLPS),
         (ModelParams, "attention", attention.ATTENTION),
-        (TrainParams, "schedule", schedules.SCHEDULES),
+        (TrainParams, "schedule", optim.SCHEDULES),
         (RuntimeParams, "engine", shards.ENGINES),
         (TokenizerParams, "kind", kinds.KINDS),
     ],

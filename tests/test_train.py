@@ -20,17 +20,17 @@ from tinygpt import files
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model.weights import model_tensors
 from tinygpt.params import ParamsError
-from tinygpt.train import curve
-from tinygpt.train.batches import Batches
-from tinygpt.train.checkpoint import CODE, Checkpoints, fingerprint
+from tinygpt.report.training import publish
+from tinygpt.run.checkpoint import CODE, Checkpoints, fingerprint
+from tinygpt.run.interrupts import Interrupts
+from tinygpt.run.run import Run
+from tinygpt.train import trainer as trainer_module
+from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import EMAParams, TrainParams, Warmup
-from tinygpt.train.interrupts import Interrupts
-from tinygpt.train.learner import Learner
+from tinygpt.train.learner import Learner, part_norms
 from tinygpt.train.loss import next_token_loss
-from tinygpt.train.norms import part_norms
-from tinygpt.train.publish import publish
-from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
-from tinygpt.train.trainer import Trainer, validation_sequences
+from tinygpt.train.optim import dropout_frac_at, lr_frac_at
+from tinygpt.train.trainer import Trainer
 
 PARAMS = TrainParams(
     seed=1,
@@ -89,25 +89,25 @@ def compiler(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
-def make_trainer(
-    checkpoints: Checkpoints, *, params=PARAMS, runtime=RUNTIME, sample=lambda model: "", base=None, **config
-) -> Trainer:
+def make_trainer(*, params=PARAMS, runtime=RUNTIME, base=None, **config) -> Trainer:
     return Trainer(
         tiny_config(**config),
         params,
         runtime,
         train_tokens=tokens(),
         val_tokens=tokens(800),
-        checkpoints=checkpoints,
         device=torch.device("cpu"),
-        write_sample=sample,
         base=base,
     )
 
 
+def fit(trainer: Trainer, name: str = "run", **kwargs):
+    with Run(name, trainer.learner.config, trainer.params, trainer.runtime, **kwargs) as run:
+        return trainer.fit(run)
+
+
 def train(name: str = "run", **kwargs):
-    with Checkpoints(name) as checkpoints:
-        return make_trainer(checkpoints, **kwargs).fit()
+    return fit(make_trainer(**kwargs), name)
 
 
 def same(a, b) -> bool:
@@ -179,9 +179,8 @@ def test_dropout_falls_to_zero_over_the_run_where_asked():
     annealed = dataclasses.replace(PARAMS, anneal_dropout=True)
     assert [dropout_frac_at(step, annealed) for step in (0, 5, 9)] == pytest.approx([1, 0.5, 0.1])
     assert dropout_frac_at(9, PARAMS) == 1
-    with Checkpoints("run") as checkpoints:
-        trainer = make_trainer(checkpoints, params=annealed, dropout=0.4)
-        trainer.fit()
+    trainer = make_trainer(params=annealed, dropout=0.4)
+    fit(trainer)
     shares = {round(module.p, 9) for module in trainer.learner.model.modules() if isinstance(module, torch.nn.Dropout)}
     assert shares == {0.04}
     assert not same(train("annealed", params=annealed, dropout=0.4).last, train("constant", dropout=0.4).last)
@@ -288,12 +287,11 @@ def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):
     assert rows[3]["val_loss"] == plain.progress.rows[3]["val_loss"]  # before it begins
     assert rows[-1]["val_loss"] != plain.progress.rows[-1]["val_loss"]
     assert rows[-1]["train_loss"] == plain.progress.rows[-1]["train_loss"]
-    with Checkpoints("check") as checkpoints:
-        trainer = make_trainer(checkpoints)
-        trainer.learner.model.load_state_dict(averaged.last, strict=False)
-        with trainer.learner.looking() as model:
-            val_loss = trainer.learner.loss_of(model, torch.from_numpy(trainer.val_batch))
-        assert val_loss == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
+    trainer = make_trainer()
+    trainer.learner.model.load_state_dict(averaged.last, strict=False)
+    with trainer.learner.evaluated() as model:
+        val_loss = trainer.learner.loss_of(model, torch.from_numpy(trainer.val_batch))
+    assert val_loss == pytest.approx(rows[-1]["val_loss"], abs=1e-6)
 
 
 def test_a_run_without_a_lower_loss_ends_when_patience_does(monkeypatch):
@@ -353,9 +351,9 @@ def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path
 
 def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys, monkeypatch):
     params, runtime = dataclasses.replace(PARAMS, eval_every=100), dataclasses.replace(RUNTIME, log_every=3)
-    with Checkpoints("run") as checkpoints, monkeypatch.context() as patch:
-        patch.setattr(curve, "MAX_ROWS", 3)  # a row every fourth step, as of a run of thousands
-        make_trainer(checkpoints, params=params, runtime=runtime).fit()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "MAX_ROWS", 3)  # a row every fourth step, as of a run of thousands
+        train(params=params, runtime=runtime)
     losses = [row["train_loss"] for row in train("every", params=params).progress.rows]
     expected = {3: losses[:3], 6: losses[4:6], 9: losses[8:9], 10: losses[8:]}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][: len(expected)]
@@ -468,15 +466,14 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path):
     params = dataclasses.replace(PARAMS, sample_tokens=5)
     files = []
     for name in "ab":
-        with Checkpoints(name) as checkpoints:
-            trainer = make_trainer(checkpoints, params=params, sample=lambda model: "a sample")
-            report = publish(
-                trainer.fit(),
-                trainer,
-                tmp_path / name / "model",
-                tmp_path / name / "reports",
-                made_from={"tokenizer": "0", "base": None},
-            )
+        trainer = make_trainer(params=params)
+        report = publish(
+            fit(trainer, name, write_sample=lambda model: "a sample"),
+            trainer,
+            tmp_path / name / "model",
+            tmp_path / name / "reports",
+            made_from={"tokenizer": "0", "base": None},
+        )
         paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file() and path.name != "train.json")
         files.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in paths})
     assert files[0] == files[1]
@@ -509,11 +506,10 @@ def test_tokens_are_counted_as_the_warmup_has_them(tmp_path, monkeypatch, capsys
         return original(learner, step, ids, **how)
 
     monkeypatch.setattr(Learner, "learn", learn)
-    with Checkpoints("run") as checkpoints:
-        trainer = make_trainer(checkpoints, params=params)
-        report = publish(
-            trainer.fit(), trainer, tmp_path / "model", tmp_path / "reports", made_from={"tokenizer": "0", "base": None}
-        )
+    trainer = make_trainer(params=params)
+    report = publish(
+        fit(trainer), trainer, tmp_path / "model", tmp_path / "reports", made_from={"tokenizer": "0", "base": None}
+    )
     assert seen == [64, 64, 128, 128, *[256] * 6]
     assert report["tokens"] == 64 * (1 + 1 + 2 + 2 + 6 * 4)
     assert report["epochs"] == report["tokens"] / 1999
@@ -552,7 +548,7 @@ def test_no_thread_is_left_when_a_run_ends_stops_or_fails(monkeypatch):
 
 def test_weights_of_the_model_are_what_is_saved():
     trained = train()
-    with Checkpoints("run") as checkpoints:
-        trainer = make_trainer(checkpoints)
-        trainer._resume()
-        assert same(model_tensors(trainer.learner.model), trained.last)
+    trainer, again = make_trainer(), make_trainer()
+    with Run("run", tiny_config(), PARAMS, RUNTIME) as run, run.going(again.learner):
+        assert same(model_tensors(again.learner.model), trained.last)
+    assert not same(model_tensors(trainer.learner.model), trained.last)

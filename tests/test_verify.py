@@ -11,7 +11,6 @@ from conftest import prose, tiny_config
 from test_gguf import GPT2, LLAMA, QWEN3, random_model
 
 from tinygpt.errors import UserError
-from tinygpt.evaluate.perplexity import scored_nll
 from tinygpt.export import gguf
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import export_gguf
@@ -19,6 +18,7 @@ from tinygpt.export.gguf_families import GGUF_FAMILIES, LLAMA_CPP
 from tinygpt.export.verify import check_gguf, tolerance
 from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import MLPS
+from tinygpt.report.evaluation import scored_nll
 from tinygpt.tokenizer import Tokenizer
 
 

@@ -30,7 +30,7 @@ GROUPS = {
     "tokenizer": "tinygpt.tokenizer.config:TokenizerParams",
     "model": "tinygpt.model.config:ModelParams",
     "train": "tinygpt.train.config:TrainParams",
-    "evaluate": "tinygpt.evaluate.config:EvaluateParams",
+    "evaluate": "tinygpt.report.config:EvaluateParams",
     "plot": "tinygpt.report.config:PlotParams",
     "export": "tinygpt.export.config:ExportParams",
     "runtime": "tinygpt.runtime:RuntimeParams",

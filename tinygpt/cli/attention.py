@@ -8,9 +8,8 @@ from pathlib import Path
 from tinygpt.cli.encode import visible
 from tinygpt.cli.model import add_folder_options
 from tinygpt.errors import UserError
-from tinygpt.evaluate.attention import attention_maps
 from tinygpt.model.weights import load_pair
-from tinygpt.report.attention import attention_page, plot_attention
+from tinygpt.report.attention import attention_maps, attention_page, plot_attention
 from tinygpt.report.plots import NO_DATE
 
 

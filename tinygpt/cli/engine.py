@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from tinygpt.cli.sampling import Settings, flag
+from tinygpt.device import find_device
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist
 from tinygpt.generate import Answer
 from tinygpt.generate.text import Vocabulary
-from tinygpt.model.device import find_device
 from tinygpt.model.quantize import KINDS
 from tinygpt.params import require
 

@@ -9,29 +9,30 @@ from pathlib import Path
 
 import torch
 
+from tinygpt.device import open_device
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
-from tinygpt.model.device import open_device
 from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
-from tinygpt.runtime import RuntimeParams
-from tinygpt.tokenizer import load_tokenizer
-from tinygpt.tokenizer.config import TokenizerParams
-from tinygpt.train.config import LoRAParams, TrainParams
-from tinygpt.train.learner import Learner
-from tinygpt.train.micro_batch import find_micro_batch_size, halves
-from tinygpt.train.profile import (
+from tinygpt.run.memory import (
+    LESS_MEMORY,
     available_memory,
     build_trained,
+    find_micro_batch_size,
     flops_per_token,
+    halves,
     memory_of,
     peak_flops,
     tokens_per_second,
     weights_by_part,
 )
-from tinygpt.train.schedules import tokens_before
-from tinygpt.train.trainer import LESS_MEMORY
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.train.config import LoRAParams, TrainParams
+from tinygpt.train.learner import Learner
+from tinygpt.train.optim import tokens_before
 
 TOKENIZER_FILE = Path("data/tokenizer/tokenizer.json")
 

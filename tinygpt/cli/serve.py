@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tinygpt.cli.engine import MODEL, add_device_options, is_gguf
 from tinygpt.cli.sampling import flag, named_as_options
+from tinygpt.device import find_device
 from tinygpt.errors import UserError
-from tinygpt.model.device import find_device
 from tinygpt.params import from_mapping
 from tinygpt.serve.limits import Limits
 

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinygpt.evaluate.perplexity import llamacpp_report, scored_nll, token_logprobs
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.gpt import GPT
+from tinygpt.report.evaluation import llamacpp_report, scored_nll, token_logprobs
 from tinygpt.tokenizer import Tokenizer
 
 Ids = NDArray[np.integer]

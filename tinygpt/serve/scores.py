@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinygpt.evaluate.attention import attention_maps
 from tinygpt.generate.decoder import slide
 from tinygpt.model.gpt import GPT
+from tinygpt.report.attention import attention_maps
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,10 @@
-"""A model that learns: one optimizer step of it, and the tensors that this changes.
+"""An average of the weights (Polyak and Juditsky, https://doi.org/10.1137/0330046), exponential in the steps.
+
+How long the gradient of each part of a model is.
+
+Gradient checkpointing (Chen et al., https://arxiv.org/abs/1604.06174): less memory for a third more operations.
+
+A model that learns: one optimizer step of it, and the tensors that this changes.
 
 B batch, T tokens, N sequences.
 """
@@ -6,34 +12,98 @@ B batch, T tokens, N sequences.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams
-from tinygpt.train.config import TrainParams
-from tinygpt.train.distributed import ALONE, World
-from tinygpt.train.ema import EMA
-from tinygpt.train.loss import Loss
-from tinygpt.train.norms import part_norms
-from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
-from tinygpt.train.parallel import PARALLEL, Alone, part_of, put, whole
-from tinygpt.train.precision import (
+from tinygpt.train.config import EMAParams, TrainParams
+from tinygpt.train.loss import (
+    Loss,
     build_scaler,
     load_scaler_tensors,
     pick_precision,
     scaler_tensors,
     set_matmul_precision,
 )
-from tinygpt.train.recompute import recompute_blocks
-from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
+from tinygpt.train.optim import (
+    build_optimizers,
+    dropout_frac_at,
+    load_optimizer_tensors,
+    lr_frac_at,
+    optimizer_tensors,
+    set_lr,
+)
+from tinygpt.train.parallel import ALONE, PARALLEL, Alone, World, part_of, put, whole
+
+
+class EMA:
+    """The average of some tensors, of their names and shapes; empty before it begins."""
+
+    def __init__(self, params: EMAParams) -> None:
+        self.params = params
+        self.average: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Take in the tensors after `step` steps."""
+        if step < self.params.start:
+            return
+        if not self.average:
+            self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        names = list(self.average)  # read from a file they have another order
+        torch._foreach_lerp_([self.average[n] for n in names], [tensors[n] for n in names], 1 - self.params.decay)
+
+    @contextmanager
+    def in_place_of(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """A context in which the tensors hold the average, and the average holds what they held."""
+        try:
+            _exchange(self.average, tensors)
+            yield
+        finally:
+            _exchange(self.average, tensors)
+
+
+@torch.no_grad()
+def _exchange(some: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Of equal names; one tensor at a time, as a copy of all would take their memory once more."""
+    for name, tensor in some.items():
+        kept = tensor.clone()
+        tensor.copy_(others[name])
+        others[name].copy_(kept)
+
+
+def part_norms(model: GPT) -> dict[str, Tensor]:
+    """The 2-norm of the gradient of each block and of what stands before and behind them, as numbers on the device."""
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in trained_tensors(model).items():
+        if parameter.grad is not None:
+            first, second, *_ = name.split(".")
+            parts[f"block_{second}" if first == "blocks" else first].append(whole(parameter.grad.norm()))
+    return {part: torch.stack(norms).norm() for part, norms in parts.items()}
+
+
+def recompute_blocks(model: GPT) -> None:
+    """Let each block keep its input alone, and compute the rest again in the backward pass, with the same dropout."""
+    for block in model.blocks:
+        block.forward = partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    result: Tensor = checkpoint(forward, *args, use_reentrant=False)
+    return result
 
 
 class Learner:
@@ -118,7 +188,7 @@ class Learner:
         self.scaler.scale(self._loss(ids)).backward()
 
     @contextmanager
-    def looking(self) -> Iterator[GPT]:
+    def evaluated(self) -> Iterator[GPT]:
         """A context with the model as it evaluates: with the average of its weights where there is one."""
         with self.ema.in_place_of(trained_tensors(self.model)) if self.ema else nullcontext():
             yield self._parallel.whole_model(self.model, partial(self._build, init=False)).eval()

@@ -5,14 +5,13 @@ What splits weights is imported where it is used: it takes as long as half of Py
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,9 +19,63 @@ from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run, as one of them sees them: it is number `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # the same among those of this machine
+    local_size: int = 1
+
+    def share(self, rows: Tensor) -> Tensor:
+        """The part of a batch that this process works on: as many rows as every other."""
+        return rows.tensor_split(self.size)[self.rank]
+
+    def max(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number)  # on the CPU: this waits for no GPU
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def first(self, action: Callable[[], T]) -> T:
+        """Let the first process do it, while the others wait; all return what it gave.
+
+        A failure is one of all: raised as it was in the first, as a UserError in the others.
+        """
+        result, failure = cast(T, None), None
+        if self.rank == 0:
+            try:
+                result = action()
+            except Exception as error:
+                failure = error
+        if self.size > 1:
+            told: list[Any] = [result, str(failure) if failure else None]
+            dist.broadcast_object_list(told, src=0)
+            if self.rank and told[1] is not None:
+                raise UserError(told[1])
+            result = told[0]
+        if failure:
+            raise failure
+        return result
+
+
+ALONE = World()
 
 
 class Alone:
@@ -120,56 +173,3 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 def put(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one of which this process may have a part."""
     target.copy_(part_of(value, target))
-
-
-def save_split(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what this process has of tensors, some of them split, to a safetensors file of its own; all must ask.
-
-    With https://docs.pytorch.org/docs/stable/distributed.checkpoint.html, whose own format has a pickle in it.
-    Raises in every process what went wrong in one.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, which `Exception` misses
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    try:
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:
-        first, _ = next(iter(error.failures.values()))
-        if isinstance(first, OSError):
-            raise first from None
-        raise RuntimeError(str(error)) from None  # it tells where in the other process
-
-
-def check_split(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError where the files of `save_split` that are seen here are not all of the tensors."""
-    kinds = _kinds(folder)
-    for name, tensor in tensors.items():
-        chunks = kinds[name].chunks if name in kinds else []
-        if sum(chunk.sizes.numel() for chunk in chunks) != tensor.numel():
-            raise UserError(f"{folder} has not all that the processes wrote: their machines must share the folder")
-
-
-def load_split(folder: Path) -> dict[str, Tensor]:
-    """What any number of processes wrote there: whole tensors on the CPU.  Raises UserError where it cannot be read."""
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    try:
-        tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in _kinds(folder).items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to do without
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    except (CheckpointException, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]})") from None
-    return tensors
-
-
-def _kinds(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Of each tensor in the files of a folder: its type, size and chunks."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    return cast(
-        "dict[str, TensorStorageMetadata]", HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    )

@@ -1,13 +1,15 @@
-"""The training loop: resume, step, log, look at the validation split, save.
+"""The training loop: step, evaluate, save; and the curve that it draws.
 
 T tokens, N sequences.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,27 +18,93 @@ from torch import Tensor
 
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.device import out_of_memory
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import merged_tensors, trained_tensors
-from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import TokenIds
-from tinygpt.train.batches import Batches
-from tinygpt.train.checkpoint import Checkpoints
+from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams
-from tinygpt.train.curve import Progress
-from tinygpt.train.distributed import ALONE, World
-from tinygpt.train.interrupts import Interrupts
 from tinygpt.train.learner import Learner
-from tinygpt.train.micro_batch import find_micro_batch_size, fits
-from tinygpt.train.prefetch import Prefetch
-from tinygpt.train.profile import peak_memory
-from tinygpt.train.schedules import tokens_before
+from tinygpt.train.optim import lr_frac_at
+from tinygpt.train.parallel import ALONE, World
 
-LESS_MEMORY = (
-    "lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true, then model.block_size or the model"
-)
+MAX_ROWS = 1000  # of the curve, about: a longer run averages more steps into a row
+MAX_SKIPPED = 30  # steps in a row without an update in fp16; each halves the scale of the loss, 65,536 at first
+
+Row = dict[str, float | None]
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps beside tensors."""
+
+    step: int = 0  # optimizer steps done
+    rows: list[Row] = field(default_factory=list)  # the curve
+    norms: list[dict[str, float]] = field(default_factory=list)  # of gradients by part, at each look
+    samples: list[dict[str, Any]] = field(default_factory=list)  # texts written on the way
+    best_step: int = 0
+    best_val_loss: float | None = None
+    seconds: float = 0.0  # spent in training, over all attempts
+    peak_mem_gib: float = 0.0  # of the process that had the most, over all attempts
+    loss_sum: float = 0.0  # since the last row of the curve
+    grad_norm_sum: float = 0.0
+    n_summed: int = 0
+    n_skipped: int = 0  # the last steps whose gradient overflowed, of fp16: they changed no weight
+    n_skipped_summed: int = 0  # all of them since the last row of the curve
+    micro_batch_size: int | None = None  # that was found for runtime.micro_batch_size=auto
+
+    def count(self, step: int, loss: float, grad_norm: float, params: TrainParams) -> None:
+        """Take in the numbers of one step, the next after those before; some steps make a row.
+
+        Raises UserError when a number is not finite; in fp16 the gradient may overflow now and then.
+        """
+        skipped = params.precision == "fp16" and not math.isfinite(grad_norm)
+        self.n_skipped = self.n_skipped + 1 if skipped else 0
+        if self.n_skipped > MAX_SKIPPED:
+            raise UserError(
+                f"the gradient of step {step} overflows float16, as in the {MAX_SKIPPED} steps before, whatever the "
+                "loss is scaled by: set train.precision=bf16 or fp32, or lower train.lr (the last checkpoint is kept)"
+            )
+        if not (math.isfinite(loss) and (skipped or math.isfinite(grad_norm))):
+            raise UserError(
+                f"loss {loss} and gradient norm {grad_norm} at step {step}: lower train.lr or train.grad_clip, or "
+                "lengthen train.warmup_steps (the last good checkpoint is kept)"
+            )
+        self.loss_sum += loss
+        self.grad_norm_sum += 0.0 if skipped else grad_norm
+        self.n_summed += 1
+        self.n_skipped_summed += skipped
+        if step % row_every(params) == 0 or step == params.max_steps:
+            self._add_row(step, params)
+
+    def evaluated(self, val_loss: float, params: TrainParams) -> None:
+        """Note the validation loss after the last step counted."""
+        if self.n_summed:
+            self._add_row(self.step, params)
+        self.rows[-1]["val_loss"] = val_loss
+
+    def latest(self, params: TrainParams) -> Row:
+        """Means since the last row of the curve, or that row."""
+        return self._row(self.step, params) if self.n_summed else self.rows[-1]
+
+    def _row(self, step: int, params: TrainParams) -> Row:
+        n_stepped = self.n_summed - self.n_skipped_summed
+        return {
+            "step": step,
+            "train_loss": self.loss_sum / self.n_summed,
+            "val_loss": None,
+            "lr": params.lr * lr_frac_at(step - 1, params),
+            "grad_norm": self.grad_norm_sum / n_stepped if n_stepped else None,
+        }
+
+    def _add_row(self, step: int, params: TrainParams) -> None:
+        self.rows.append(self._row(step, params))
+        self.loss_sum, self.grad_norm_sum, self.n_summed, self.n_skipped_summed = 0.0, 0.0, 0, 0
+
+
+def row_every(params: TrainParams) -> int:
+    """Steps between two rows of the curve."""
+    return math.ceil(params.max_steps / MAX_ROWS)
 
 
 @dataclass(frozen=True)
@@ -49,8 +117,29 @@ class Trained:
     trained: dict[str, Tensor]  # of these, what was trained: the same, or adapters
 
 
+class Keeper(Protocol):
+    """What the loop needs of whoever keeps the run alive; nothing that it does changes a weight."""
+
+    def going(self, learner: Learner) -> AbstractContextManager[tuple[Progress, dict[str, Tensor]]]:
+        """A context for the loop: brings the learner to where the run stopped; how far that was, and the best weights
+        so far.
+        """
+
+    def stop_requested(self) -> int:
+        """The number of the signal that asked to save and leave; 0 while none has."""
+
+    def sample(self, model: GPT) -> str:
+        """A text that the model writes."""
+
+    def report(self, progress: Progress, *, evaluated: bool) -> None:
+        """Show how far the run has come; called after each step."""
+
+    def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Keep all that the run needs to go on from here."""
+
+
 class Trainer:
-    """One run.  `Trainer(…).fit()` goes on from the newest checkpoint, to the last step."""
+    """One run.  `Trainer(…).fit(keeper)` goes on from where the run stopped, to the last step."""
 
     def __init__(
         self,
@@ -60,19 +149,12 @@ class Trainer:
         *,
         train_tokens: TokenIds,
         val_tokens: TokenIds,
-        checkpoints: Checkpoints,
         device: torch.device,
         world: World = ALONE,
-        write_sample: Callable[[GPT], str],
         base: dict[str, Tensor] | None = None,
-        watch: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """`base` has the weights to start from, by name; without it they come from the seed.
-
-        `watch` is called with the progress at the start and after each step.
-        """
+        """`base` has the weights to start from, by name; without it they come from the seed."""
         self.params, self.runtime, self.device, self.world = params, runtime, device, world
-        self.checkpoints, self.write_sample, self.watch = checkpoints, write_sample, watch
         self.learner = Learner(config, params, runtime, device=device, world=world, base=base)
         self.batches = Batches(
             train_tokens,
@@ -89,71 +171,38 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self._uncounted: list[Tensor] = []  # numbers of the last steps, still on the device
 
-    @out_of_memory(LESS_MEMORY)
-    def fit(self) -> Trained:
-        """Train to the last step.  Raises Stopped on request, UserError when the loss is no number any more."""
-        self._check_memory()
-        self._resume()
-        if self.runtime.micro_batch_size == "auto":
-            self._find_micro_batch_size()
-        self.watch(self.progress)
-        start, max_steps = self.progress.step, self.params.max_steps
-        with (
-            Interrupts() as interrupts,
-            self.prefetch,
-            progress("train", total=max_steps, unit="steps", start=start) as bar,
-        ):
-            for step in range(start, max_steps):
+    def fit(self, keeper: Keeper) -> Trained:
+        """Train to the last step.  Raises Stopped on request, UserError when the loss is not a number any more."""
+        max_steps = self.params.max_steps
+        with keeper.going(self.learner) as (self.progress, self.best), self.prefetch:
+            for step in range(self.progress.step, max_steps):
                 if self._out_of_patience():
                     break
                 began = time.perf_counter()
                 done = step + 1
-                look, log = self._due(done, self.params.eval_every), self._due(done, self.runtime.log_every)
-                self._train_step(step, look=look)
+                evaluate, log = self._due(done, self.params.eval_every), self._due(done, self.runtime.log_every)
+                self._train_step(step, with_part_norms=evaluate)
                 self.progress.step = done
-                asked = self.world.max(interrupts.requested())
+                asked = self.world.max(keeper.stop_requested())
                 save = done % self.params.save_every == 0 or asked
-                if look or log or save:
+                if evaluate or log or save:
                     self._count()
-                if look:
-                    self._look()
+                if evaluate:
+                    self._evaluate(keeper)
                 self.progress.seconds += time.perf_counter() - began
-                self.watch(self.progress)
-                if look or log:
-                    bar.write(self._log_line())
+                keeper.report(self.progress, evaluated=evaluate)
                 finished = done == max_steps or self._out_of_patience()
                 if save or finished:
-                    self._save()
+                    keeper.save(self.progress, self.learner.tensors() | {"best": self.best})
                 if asked and not finished:
                     raise Stopped(asked, f"train: stopped after step {done}; run it again to go on from there")
-                bar.update(1)
-        with self.learner.looking() as model:
+        with self.learner.evaluated() as model:
             last, best = (merged_tensors(model, part) for part in (_copied(trained_tensors(model)), self.best))
         return Trained(self.progress, last, best, trained=self.best)
 
-    def _check_memory(self) -> None:
-        """Raises UserError where a step would not fit.  What each of several processes holds is not counted."""
-        size = min(self.learner.micro_batch_size or self.params.batch_size, self.params.batch_size)
-        if self.world.size == 1 and self.runtime.micro_batch_size != "auto" and not fits(self.learner, size):
-            raise UserError(f"train: a step will not fit into the memory: {LESS_MEMORY}")
-
-    def _resume(self) -> None:
-        found = self.checkpoints.load_latest()
-        if found is None:
-            return
-        self.progress, tensors = found
-        self.best = tensors.pop("best")
-        self.learner.load(tensors)
-        print(f"going on after step {self.progress.step} of {self.params.max_steps} ({self.checkpoints.folder})")
-
-    def _find_micro_batch_size(self) -> None:
-        """Once a run: another size would change the last bits."""
-        self.progress.micro_batch_size = find_micro_batch_size(self.learner, known=self.progress.micro_batch_size)
-        self.learner.micro_batch_size = self.progress.micro_batch_size
-
-    def _train_step(self, step: int, *, look: bool) -> None:
-        """`look`: the validation split is looked at behind it."""
-        self._uncounted.append(self.learner.learn(step, self.prefetch.batch(step), with_part_norms=look))
+    def _train_step(self, step: int, *, with_part_norms: bool) -> None:
+        batch = self.prefetch.batch(step)
+        self._uncounted.append(self.learner.learn(step, batch, with_part_norms=with_part_norms))
 
     def _count(self) -> None:
         """Bring the numbers of the steps since the last time from the device, which waits for it, into the curve."""
@@ -163,33 +212,18 @@ class Trainer:
             self.progress.count(step, loss, grad_norm, self.params)
         self._uncounted.clear()
 
-    def _look(self) -> None:
+    def _evaluate(self, keeper: Keeper) -> None:
         """Measure the validation loss, keep the best weights, write a sample, note the gradient's norms."""
         state = self.progress
-        with self.learner.looking() as model:
+        with self.learner.evaluated() as model:
             val_loss = self.learner.loss_of(model, self._to_device(self.val_batch))
             if self.params.sample_tokens and self.world.rank == 0:
-                state.samples.append({"step": state.step, "text": self.write_sample(model)})
+                state.samples.append({"step": state.step, "text": keeper.sample(model)})
             if state.best_val_loss is None or val_loss < state.best_val_loss:
                 state.best_val_loss, state.best_step = val_loss, state.step
                 self.best = _copied(trained_tensors(model))
         state.norms.append({"step": state.step, **{k: norm.item() for k, norm in self.learner.part_norms.items()}})
-        state.look(val_loss, self.params)
-
-    def _log_line(self) -> str:
-        state = self.progress
-        row = state.latest(self.params)
-        tokens_per_s = tokens_before(state.step, self.params, self.batches.seq_len) / state.seconds
-        val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
-        norm = "overflowed, no step" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-        return (
-            f"step {state.step:>6,} of {self.params.max_steps:,}  train loss {row['train_loss']:.4f}{val}"
-            f"  lr {row['lr']:.2e}  grad norm {norm}  {tokens_per_s:,.0f} tokens/s"
-        )
-
-    def _save(self) -> None:
-        self.progress.peak_mem_gib = max(self.progress.peak_mem_gib, peak_memory(self.device) / 2**30)
-        self.checkpoints.save(self.progress, self.learner.tensors() | {"best": self.best})
+        state.evaluated(val_loss, self.params)
 
     def _to_device(self, ids: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(ids).to(self.device)
@@ -204,13 +238,3 @@ class Trainer:
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
-def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[np.int64]:
-    """The first tokens of the validation split as sequences one after another, at most about `limit` tokens.
-
-    -> (N, seq_len + 1) ids, N at least 1
-    """
-    n = max(1, min(limit, len(tokens) - 1) // seq_len)
-    places = np.arange(n)[:, None] * seq_len + np.arange(seq_len + 1)
-    return tokens[places].astype(np.int64)

@@ -15,78 +15,24 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from tinygpt.device import open_device
 from tinygpt.errors import UserError
-from tinygpt.model.device import open_device
 from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
+from tinygpt.train.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
+
 RESTARTS = 3  # after processes that were killed, before the run is given up
 PATIENCE_S = 120  # that a process which was asked to stop has for its last step and checkpoint
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of one run, as one of them sees them: it is number `rank` of `size`."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0  # the same among those of this machine
-    local_size: int = 1
-
-    def share(self, rows: Tensor) -> Tensor:
-        """The part of a batch that this process works on: as many rows as every other."""
-        return rows.tensor_split(self.size)[self.rank]
-
-    def max(self, number: int) -> int:
-        """The largest of all processes' numbers."""
-        if self.size == 1:
-            return number
-        largest = torch.tensor(number)  # on the CPU: this waits for no GPU
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
-
-    def sum(self, numbers: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.size > 1:
-            dist.all_reduce(numbers)
-        return numbers
-
-    def first(self, action: Callable[[], T]) -> T:
-        """Let the first process do it, while the others wait; all return what it gave.
-
-        A failure is one of all: raised as it was in the first, as a UserError in the others.
-        """
-        result, failure = cast(T, None), None
-        if self.rank == 0:
-            try:
-                result = action()
-            except Exception as error:
-                failure = error
-        if self.size > 1:
-            told: list[Any] = [result, str(failure) if failure else None]
-            dist.broadcast_object_list(told, src=0)
-            if self.rank and told[1] is not None:
-                raise UserError(told[1])
-            result = told[0]
-        if failure:
-            raise failure
-        return result
-
-
-ALONE = World()
 
 
 def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:

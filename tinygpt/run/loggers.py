@@ -21,14 +21,14 @@ from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
 from tinygpt.train.config import TrainParams
-from tinygpt.train.curve import Progress
-from tinygpt.train.schedules import tokens_before
+from tinygpt.train.optim import tokens_before
+from tinygpt.train.trainer import Progress
 
 PROJECT = "tinygpt"  # the name of all runs together, in W&B and MLflow
 PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where it is not the name of the module
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """A log that takes numbers; made from the run's folder, named by its fingerprint, and its params."""
 
     last_step: int  # the newest that the log has from an earlier start, 0 for none
@@ -153,10 +153,10 @@ class MLflow:
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
 
 
-SINKS: dict[str, type[Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
-class Sinks:
+class Loggers:
     """The logs that are asked for, as a context manager; call it with the progress at the start and after each step.
 
     One that fails is told of in a line and left out from then on: it ends no training. A missing package does, at once.
@@ -172,18 +172,18 @@ class Sinks:
                 raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or take it off the list")
         self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
         self._tokens_before = lambda step: tokens_before(step, params, config.block_size)
-        self._sinks: dict[str, Sink] = {}
+        self._loggers: dict[str, Logger] = {}
         self._n_rows = 0  # of the curve, handed on
         self._since: tuple[int, float] | None = None  # tokens and seconds at the last of them
 
-    def __enter__(self) -> Sinks:
+    def __enter__(self) -> Loggers:
         for name in self._names:
             self._attempt(name, self._open, name)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        for name, sink in list(self._sinks.items()):
-            self._attempt(name, sink.close, kind is None)
+        for name, logger in list(self._loggers.items()):
+            self._attempt(name, logger.close, kind is None)
 
     def __call__(self, progress: Progress) -> None:
         """Write what is new of the curve, with the speed since the row before where this start has measured it."""
@@ -194,11 +194,11 @@ class Sinks:
         if self._since is not None:
             speed = {"tokens_per_s": (tokens - self._since[0]) / (progress.seconds - self._since[1])}
         self._since = tokens, progress.seconds
-        for name, sink in list(self._sinks.items()):
-            self._attempt(name, _write, sink, rows, speed)
+        for name, logger in list(self._loggers.items()):
+            self._attempt(name, _write, logger, rows, speed)
 
     def _open(self, name: str) -> None:
-        self._sinks[name] = SINKS[name](self._folder, self._params)
+        self._loggers[name] = LOGGERS[name](self._folder, self._params)
 
     def _attempt(self, name: str, action: Callable[..., None], *args: Any) -> None:
         try:
@@ -206,15 +206,15 @@ class Sinks:
         except Exception as error:  # of any kind: it is the library's, and the training is worth more
             reason = (str(error) or repr(error)).splitlines()[0]
             tqdm.write(f"warning: {name} failed, training goes on without it ({reason})", file=sys.stderr)
-            self._sinks.pop(name, None)
+            self._loggers.pop(name, None)
 
 
-def _write(sink: Sink, rows: list[dict[str, float | None]], speed: dict[str, float]) -> None:
+def _write(logger: Logger, rows: list[dict[str, float | None]], speed: dict[str, float]) -> None:
     for row in rows:
         numbers = {name: number for name, number in row.items() if number is not None}
         step = int(numbers.pop("step"))
-        if step > sink.last_step:
-            sink.write(step, numbers | speed)
+        if step > logger.last_step:
+            logger.write(step, numbers | speed)
 
 
 def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from tinygpt.files import atomic_folder, atomic_write, human_bytes, write_json
 from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
-from tinygpt.train.schedules import tokens_before
+from tinygpt.train.optim import tokens_before
 from tinygpt.train.trainer import Trained, Trainer
 
 

@@ -21,10 +21,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
+import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tinygpt.errors import UserError
@@ -33,9 +37,11 @@ from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
-from tinygpt.train.curve import Progress
-from tinygpt.train.distributed import ALONE, World
-from tinygpt.train.parallel import check_split, is_split, load_split, save_split
+from tinygpt.train.parallel import ALONE, World, is_split
+from tinygpt.train.trainer import Progress
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
 PARTS = ("weights", "optimizer", "best", "ema")
@@ -142,3 +148,56 @@ def _write_state(folder: Path, progress: Progress) -> None:
 
 def _read_part(path: Path) -> dict[str, Tensor]:
     return load_split(path) if path.is_dir() else load_tensors(path.with_suffix(SUFFIX))
+
+
+def save_split(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what this process has of tensors, some of them split, to a safetensors file of its own; all must ask.
+
+    With https://docs.pytorch.org/docs/stable/distributed.checkpoint.html, whose own format has a pickle in it.
+    Raises in every process what went wrong in one.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, which `Exception` misses
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        if isinstance(first, OSError):
+            raise first from None
+        raise RuntimeError(str(error)) from None  # it tells where in the other process
+
+
+def check_split(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises UserError where the files of `save_split` that are seen here are not all of the tensors."""
+    kinds = _kinds(folder)
+    for name, tensor in tensors.items():
+        chunks = kinds[name].chunks if name in kinds else []
+        if sum(chunk.sizes.numel() for chunk in chunks) != tensor.numel():
+            raise UserError(f"{folder} has not all that the processes wrote: their machines must share the folder")
+
+
+def load_split(folder: Path) -> dict[str, Tensor]:
+    """What any number of processes wrote there: whole tensors on the CPU.  Raises UserError where it cannot be read."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in _kinds(folder).items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to do without
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except (CheckpointException, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]})") from None
+    return tensors
+
+
+def _kinds(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Of each tensor in the files of a folder: its type, size and chunks."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    return cast(
+        "dict[str, TensorStorageMetadata]", HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    )

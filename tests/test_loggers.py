@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 from conftest import RUNTIME, tiny_config
-from test_train import PARAMS, make_trainer, runs_in_tmp, same, train  # noqa: F401
+from test_train import PARAMS, fit, make_trainer, runs_in_tmp, same, train  # noqa: F401
 
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
+from tinygpt.run.loggers import LOGGERS, Loggers
+from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
-from tinygpt.train.checkpoint import Checkpoints
 from tinygpt.train.config import Warmup
-from tinygpt.train.curve import Progress
-from tinygpt.train.sinks import SINKS, Sinks
+from tinygpt.train.trainer import Progress
 
 RUN = "0123456789abcdef"
 NUMBERS = ("train_loss", "val_loss", "lr", "grad_norm")
@@ -45,16 +45,16 @@ def folder(tmp_path) -> Path:
 
 def logged(*names: str, killed_after: int | None = None):
     """Train as the stage does; what was trained."""
-    with Checkpoints(RUN) as checkpoints, Sinks(names, checkpoints.folder, tiny_config(), PARAMS) as sinks:
+    trainer, original = make_trainer(runtime=dataclasses.replace(RUNTIME, log_to=names)), Run.report
 
-        def watch(progress: Progress) -> None:
-            sinks(progress)
-            if progress.step == killed_after:
-                raise Killed
+    def report(run: Run, progress: Progress, *, evaluated: bool) -> None:
+        original(run, progress, evaluated=evaluated)
+        if progress.step == killed_after:
+            raise Killed
 
-        trainer = make_trainer(checkpoints)
-        trainer.watch = watch
-        return trainer.fit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "report", report)
+        return fit(trainer, RUN)
 
 
 def logged_twice(name: str):
@@ -96,7 +96,7 @@ def test_the_speed_counts_the_tokens_that_a_warmup_left(folder):
     params = dataclasses.replace(PARAMS, batch_warmup=Warmup(start=1, steps=4))
     rows = [{"step": step, "train_loss": 1.0, "val_loss": None} for step in range(1, 7)]
     folder.mkdir(parents=True)
-    with Sinks(["tensorboard"], folder, tiny_config(), params) as sinks:
+    with Loggers(["tensorboard"], folder, tiny_config(), params) as sinks:
         for step in range(7):
             sinks(Progress(step=step, rows=rows[:step], seconds=2 * step))
     speeds = [value for _, value in scalars(tensorboard_log(folder), "tokens_per_s")]
@@ -120,7 +120,7 @@ def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(fo
     pytest.importorskip("tensorboard")
     rows = [{"step": step, "train_loss": float(step), "val_loss": None} for step in range(1, 7)]
     folder.mkdir(parents=True)
-    sinks = Sinks(["tensorboard"], folder, tiny_config(), PARAMS)
+    sinks = Loggers(["tensorboard"], folder, tiny_config(), PARAMS)
     sinks(Progress())
     with sinks:
         for step in range(1, 7):
@@ -133,7 +133,7 @@ def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(fo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: tensorboard failed, training goes on without it ([Errno 27]")
     assert scalars(tensorboard_log(folder), "train_loss") == [(1, 1), (2, 2)]
-    with Sinks(["tensorboard"], folder, tiny_config(), PARAMS) as sinks:
+    with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as sinks:
         sinks(Progress(step=6, rows=rows, seconds=6))
     assert scalars(tensorboard_log(folder), "train_loss") == [(step, step) for step in range(1, 7)]
 
@@ -236,7 +236,7 @@ def test_mlflow_goes_where_its_own_settings_say(folder, tmp_path, monkeypatch):
 
 def test_choices_are_the_keys_of_the_registry():
     (choice, _) = typing.get_args(typing.get_type_hints(RuntimeParams)["log_to"])
-    assert set(typing.get_args(choice)) == set(SINKS)
+    assert set(typing.get_args(choice)) == set(LOGGERS)
 
 
 def test_a_log_that_is_named_twice_is_refused():
@@ -246,7 +246,7 @@ def test_a_log_that_is_named_twice_is_refused():
 
 
 def test_logs_change_no_weight_and_no_row():
-    names = list(SINKS)
+    names = list(LOGGERS)
     for name in names:
         pytest.importorskip(name)
     plain, watched = train("plain"), logged(*names)
@@ -261,7 +261,7 @@ def test_a_finished_run_is_written_without_training(folder):
     assert scalars(tensorboard_log(folder), "train_loss") == curve(trained.progress.rows, "train_loss")
 
 
-@pytest.mark.parametrize("name", SINKS)
+@pytest.mark.parametrize("name", LOGGERS)
 def test_a_log_that_cannot_be_opened_costs_one_line(name, folder, monkeypatch, capsys):
     pytest.importorskip(name)
     folder.mkdir(parents=True)
@@ -274,11 +274,11 @@ def test_a_log_that_cannot_be_opened_costs_one_line(name, folder, monkeypatch, c
     assert told[0].startswith(f"warning: {name} failed, training goes on without it (")
 
 
-@pytest.mark.parametrize("name", SINKS)
+@pytest.mark.parametrize("name", LOGGERS)
 def test_a_missing_package_is_told_before_training(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"runtime.log_to=\[{name}\] needs {name}: pip install {name}.*, or take it"):
-        Sinks([name], tmp_path, tiny_config(), PARAMS)
+        Loggers([name], tmp_path, tiny_config(), PARAMS)
 
 
 def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
@@ -286,9 +286,9 @@ def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="needs wandb"):
-        Sinks(["wandb"], tmp_path, tiny_config(), PARAMS)
+        Loggers(["wandb"], tmp_path, tiny_config(), PARAMS)
 
 
 def test_nothing_of_them_is_imported_unless_asked_for():
-    code = f"import sys, stages.train; sys.exit(any(name in sys.modules for name in {list(SINKS)}))"
+    code = f"import sys, stages.train; sys.exit(any(name in sys.modules for name in {list(LOGGERS)}))"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

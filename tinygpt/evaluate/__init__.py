@@ -1,1 +1,0 @@
-"""How good a model is: numbers on held-out text, and samples."""

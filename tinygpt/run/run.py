@@ -1,0 +1,118 @@
+"""One training run: kept alive whatever happens around it, and seen while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from tinygpt.device import out_of_memory
+from tinygpt.errors import UserError
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
+from tinygpt.progress import progress as progress_bar
+from tinygpt.run.checkpoint import Checkpoints
+from tinygpt.run.interrupts import Interrupts
+from tinygpt.run.loggers import Loggers
+from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
+from tinygpt.runtime import RuntimeParams
+from tinygpt.train.config import TrainParams
+from tinygpt.train.learner import Learner
+from tinygpt.train.optim import tokens_before
+from tinygpt.train.parallel import ALONE, World
+from tinygpt.train.trainer import Progress
+
+
+class Run:
+    """What a trainer's loop needs around it: checkpoints, signals, logs.  A context manager, which holds the lock."""
+
+    def __init__(
+        self,
+        name: str,
+        config: GPTConfig,
+        params: TrainParams,
+        runtime: RuntimeParams,
+        *,
+        world: World = ALONE,
+        write_sample: Callable[[GPT], str] = lambda model: "",
+    ) -> None:
+        """`name` is the run's fingerprint.  Raises UserError when the package of a logger is missing."""
+        self.config, self.params, self.runtime, self.world = config, params, runtime, world
+        self.checkpoints, self.sample = Checkpoints(name, world), write_sample
+        log_to = runtime.log_to if world.rank == 0 else ()
+        self._loggers = Loggers(log_to, self.checkpoints.folder, config, params)
+        self._interrupts = Interrupts()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Run:
+        self._open.enter_context(self.checkpoints)
+        self._open.enter_context(self._loggers)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.__exit__(*exception)  # type: ignore[arg-type]
+
+    def note(self, *, finished: bool) -> None:
+        """Say whether its results were published: for `python -m tinygpt runs`."""
+        self.checkpoints.note(max_steps=self.params.max_steps, finished=finished)
+
+    @contextmanager
+    def going(self, learner: Learner) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
+        """A context for the loop, which begins where the run stopped: how far that was, and the best weights so far."""
+        with out_of_memory(LESS_MEMORY):
+            self._check_memory(learner)
+            progress, best = self._resume(learner)
+            if self.runtime.micro_batch_size == "auto":  # found once a run: another size would change the last bits
+                progress.micro_batch_size = find_micro_batch_size(learner, known=progress.micro_batch_size)
+                learner.micro_batch_size = progress.micro_batch_size
+            self._loggers(progress)
+            total, start = self.params.max_steps, progress.step
+            with (
+                self._interrupts,
+                progress_bar("train", total=total, unit="steps", start=start) as self._bar,
+            ):
+                yield progress, best
+
+    def stop_requested(self) -> int:
+        """The number of the signal that asked to save and leave; 0 while none has."""
+        return self._interrupts.requested()
+
+    def report(self, progress: Progress, *, evaluated: bool) -> None:
+        """Move the bar, write a line where one is due, and hand new rows of the curve to the loggers."""
+        self._loggers(progress)
+        done = progress.step
+        if evaluated or done % self.runtime.log_every == 0 or done == self.params.max_steps:
+            self._bar.write(self._log_line(progress))
+        self._bar.update(1)
+
+    def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Write a checkpoint."""
+        progress.peak_mem_gib = max(progress.peak_mem_gib, peak_memory() / 2**30)
+        self.checkpoints.save(progress, tensors)
+
+    def _check_memory(self, learner: Learner) -> None:
+        """Raises UserError where a step would not fit.  What each of several processes holds is not counted."""
+        size = min(learner.micro_batch_size or self.params.batch_size, self.params.batch_size)
+        if self.world.size == 1 and self.runtime.micro_batch_size != "auto" and not fits(learner, size):
+            raise UserError(f"train: a step will not fit into the memory: {LESS_MEMORY}")
+
+    def _resume(self, learner: Learner) -> tuple[Progress, dict[str, Tensor]]:
+        found = self.checkpoints.load_latest()
+        if found is None:
+            return Progress(), {}
+        progress, tensors = found
+        best = tensors.pop("best")
+        learner.load(tensors)
+        print(f"going on after step {progress.step} of {self.params.max_steps} ({self.checkpoints.folder})")
+        return progress, best
+
+    def _log_line(self, progress: Progress) -> str:
+        row = progress.latest(self.params)
+        tokens_per_s = tokens_before(progress.step, self.params, self.config.block_size) / progress.seconds
+        val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
+        norm = "overflowed, no step" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+        return (
+            f"step {progress.step:>6,} of {self.params.max_steps:,}  train loss {row['train_loss']:.4f}{val}"
+            f"  lr {row['lr']:.2e}  grad norm {norm}  {tokens_per_s:,.0f} tokens/s"
+        )
