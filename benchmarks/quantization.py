@@ -23,7 +23,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import KINDS, n_bytes, quantize
 from tinygpt.model.weights import load_model
 from tinygpt.params import load_params
-from tinygpt.report.evaluation import llamacpp_report
+from tinygpt.report.perplexity import llamacpp_report
 from tinygpt.tokens import load_tokens
 
 N_STEPS = 200

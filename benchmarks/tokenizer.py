@@ -103,7 +103,14 @@ def train_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any
 
     def work() -> None:
         file, settings = folder / "text.jsonl", runtime(folder, n_thread)
-        with shard_results(save_counts, cut_lines(file), name="count", key="", runtime=settings) as paths:
+        with shard_results(
+            save_counts,
+            cut_lines(file),
+            name="count",
+            key="",
+            code="tinygpt.shards",
+            runtime=settings,
+        ) as paths:
             counts = sum_counts(paths)
         learn_bpe(counts, vocab_size).save(folder)
 
@@ -140,7 +147,9 @@ def encode_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], An
     def work() -> None:
         file, settings = folder / "text.jsonl", runtime(folder, n_thread)
         work = partial(save_ids, tokenizer=folder)
-        with shard_results(work, cut_lines(file), name="encode", key="", runtime=settings) as paths:
+        with shard_results(
+            work, cut_lines(file), name="encode", key="", code="tinygpt.shards", runtime=settings
+        ) as paths:
             write_tokens(folder / "ours.bin", (np.fromfile(path, tokenizer.dtype) for path in paths), tokenizer)
 
     return work

@@ -7,23 +7,20 @@ from pathlib import Path
 
 from tinygpt.corpus.clean import CleanParams, clean
 from tinygpt.errors import program
-from tinygpt.files import human_bytes, write_json
-from tinygpt.params import check_params, load_params
+from tinygpt.files import human_bytes, runs_folder, write_json
+from tinygpt.params import PARAMS_FILE, check_params, load_params
+from tinygpt.paths import CLEAN, RAW, REPORTS
 from tinygpt.runtime import RuntimeParams
 
-RAW = Path("data/raw")
-CLEAN = Path("data/clean")
-REPORT = Path("reports/clean.json")
 MOST_NAMED = 10  # files whose repairs are told; the report has the sum
 
 
-@program
-def main() -> None:
+def run(root: Path) -> None:
     """Read the `clean` group, fill data/clean and write reports/clean.json."""
-    check_params()  # so that a mistake in any group is told before the work
-    params, runtime = load_params(CleanParams, RuntimeParams)
-    report, repaired = clean(params, RAW, CLEAN, runtime)
-    write_json(REPORT, report)
+    check_params(root / PARAMS_FILE)  # so that a mistake in any group is reported before the work
+    params, runtime = load_params(CleanParams, RuntimeParams, path=root / PARAMS_FILE)
+    report, repaired = clean(params, root / RAW, root / CLEAN, runtime, runs=runs_folder(root))
+    write_json(root / REPORTS / "clean.json", report)
     for name, n in list(repaired.items())[:MOST_NAMED]:
         print(f"clean: {n:,} bytes of {name} were no UTF-8 and became U+FFFD", file=sys.stderr)
     splits = ", ".join(
@@ -31,6 +28,12 @@ def main() -> None:
         for split in ("train", "val", "test")
     )
     print(f"clean: {report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}")
+
+
+@program
+def main() -> None:
+    """Run the stage in this folder."""
+    run(Path())
 
 
 if __name__ == "__main__":

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from tinygpt.corpus.download import download
 from tinygpt.corpus.sources import DownloadParams
 from tinygpt.errors import program
-from tinygpt.files import human_bytes
-from tinygpt.params import check_params, load_params
+from tinygpt.files import checkout_of, human_bytes
+from tinygpt.params import PARAMS_FILE, check_params, load_params
+from tinygpt.paths import RAW
 
-RAW = Path("data/raw")
 MOST_NAMED = 10  # files that are left out
 CACHE = Path("data/.downloads")  # whole and partial downloads, outside of every DVC output
 
 
-@program
-def main() -> None:
+def run(root: Path) -> None:
     """Read the `download` group and fill data/raw."""
-    check_params()  # so that a mistake in any group is told before the work
-    params = load_params(DownloadParams)
-    # DVC sets DVC_ROOT, in its temporary copies to the checkout they belong to: all kinds of runs share one cache.
-    root = Path(os.environ.get("DVC_ROOT", "."))
-    downloaded = download(params, RAW, root=root, cache=root / CACHE)
+    check_params(root / PARAMS_FILE)  # so that a mistake in any group is reported before the work
+    params, checkout = load_params(DownloadParams, path=root / PARAMS_FILE), checkout_of(root)
+    downloaded = download(params, root / RAW, root=checkout, cache=checkout / CACHE)
     files = downloaded.manifest.files
     size = human_bytes(sum(file.bytes for file in files))
     print(f"download: {params.source}, {size} of text, files: {len(files):,}")
     if skipped := downloaded.skipped:
         more = f" and {len(skipped) - MOST_NAMED:,} more" if len(skipped) > MOST_NAMED else ""
         print(f"download: no text and left out: {', '.join(skipped[:MOST_NAMED])}{more}", file=sys.stderr)
+
+
+@program
+def main() -> None:
+    """Run the stage in this folder."""
+    run(Path())
 
 
 if __name__ == "__main__":

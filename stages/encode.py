@@ -10,32 +10,38 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt.errors import program
-from tinygpt.files import atomic_folder, human_bytes, must_exist, sha256_file, write_json
-from tinygpt.params import load_params
+from tinygpt.files import atomic_folder, human_bytes, must_exist, runs_folder, sha256_file, write_json
+from tinygpt.params import PARAMS_FILE, load_params
+from tinygpt.paths import CLEAN, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.shards import cut_lines, shard_results
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.bulk import save_ids
 from tinygpt.tokens import META_FILE, SPLITS, TokensMeta, write_tokens
 
-CLEAN_DIR = Path("data/clean")
-TOKENIZER_DIR = Path("data/tokenizer")
-TOKENS_DIR = Path("data/tokens")
+CODE = "tinygpt.tokenizer.bulk"  # decides the ids
 
 
-@program
-def main() -> None:
-    """Run the stage."""
-    runtime = load_params(RuntimeParams)
-    tokenizer = load_tokenizer(TOKENIZER_DIR)
-    tokenizer_sha256 = sha256_file(TOKENIZER_DIR / "tokenizer.json")
-    work = partial(save_ids, tokenizer=TOKENIZER_DIR.absolute())
-    with atomic_folder(TOKENS_DIR) as folder:
+def run(root: Path) -> None:
+    """Run the stage in the project's folder."""
+    runtime = load_params(RuntimeParams, path=root / PARAMS_FILE)
+    tokenizer = load_tokenizer(root / TOKENIZER)
+    tokenizer_sha256 = sha256_file(root / TOKENIZER / "tokenizer.json")
+    work = partial(save_ids, tokenizer=(root / TOKENIZER).absolute())
+    with atomic_folder(root / TOKENS) as folder:
         splits = {}
         for name in SPLITS:
-            file = must_exist(CLEAN_DIR / f"{name}.jsonl", stage="clean")
+            file = must_exist(root / CLEAN / f"{name}.jsonl", stage="clean")
             key = [sha256_file(file), tokenizer_sha256]
-            with shard_results(work, cut_lines(file), name=f"encode-{name}", key=key, runtime=runtime) as paths:
+            with shard_results(
+                work,
+                cut_lines(file),
+                name=f"encode-{name}",
+                key=key,
+                code=CODE,
+                runtime=runtime,
+                runs=runs_folder(root),
+            ) as paths:
                 parts = (np.fromfile(path, tokenizer.dtype) for path in paths)
                 splits[name] = write_tokens(folder / f"{name}.bin", parts, tokenizer)
         meta = TokensMeta(
@@ -49,6 +55,12 @@ def main() -> None:
     for name, split in splits.items():
         ratio = split.bytes / max(1, split.tokens)
         print(f"encode: {name} {split.tokens:,} tokens, {human_bytes(split.bytes)} of text, {ratio:.2f} bytes a token")
+
+
+@program
+def main() -> None:
+    """Run the stage in this folder."""
+    run(Path())
 
 
 if __name__ == "__main__":

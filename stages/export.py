@@ -23,35 +23,33 @@ from tinygpt.export.rewrite import rewrite_model
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
 from tinygpt.model.weights import load_pair
-from tinygpt.params import load_params
+from tinygpt.params import PARAMS_FILE, load_params
+from tinygpt.paths import EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import load_meta, load_tokens
 
-RAW_DIR = Path("data/raw")
-MODEL_DIR = Path("data/model")
-TOKENS_DIR = Path("data/tokens")
-TOKENIZER_DIR = Path("data/tokenizer")
-EXPORT_DIR = Path("data/export")
 CARD_FILE = "README.md"
-REPORT_FILE = Path("reports/export.json")
+REPORT = REPORTS / "export.json"
 
 
-@program
-def main() -> None:
-    """Run the stage: data/export appears only when every file passes, the report when llama.cpp can load them."""
-    params, runtime = load_params(ExportParams, RuntimeParams)
+def run(root: Path) -> None:
+    """Run the stage in the project's folder.
+
+    data/export appears only when every file passes, the report when llama.cpp can load them.
+    """
+    params, runtime = load_params(ExportParams, RuntimeParams, path=root / PARAMS_FILE)
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
-    model, tokenizer = load_pair(MODEL_DIR, TOKENIZER_DIR)
+    model, tokenizer = load_pair(root / MODEL, root / TOKENIZER)
     check_export(model.config, params)
-    split = "test" if load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR).test.tokens >= CHUNK_SIZE else "val"
-    ids = load_tokens(TOKENS_DIR, split, at_least=CHUNK_SIZE)[: params.check_tokens]
-    origin = read_origin(RAW_DIR, MODEL_DIR, REPORT_FILE.parent)
+    split = "test" if load_meta(root / TOKENS, tokenizer=root / TOKENIZER).test.tokens >= CHUNK_SIZE else "val"
+    ids = load_tokens(root / TOKENS, split, at_least=CHUNK_SIZE)[: params.check_tokens]
+    origin = read_origin(root / RAW, root / MODEL, root / REPORTS)
     card = partial(model_card, model.config, model.n_params(), origin)
     report, failures = dict[str, dict[str, Any]](), list[str]()
-    with atomic_folder(EXPORT_DIR) as folder:
+    with atomic_folder(root / EXPORT) as folder:
         if params.hf:
             written = rewrite_model(model, TRANSFORMERS) if params.rewrite else model
-            family, n_ctx = export_hf(written, tokenizer, TOKENIZER_DIR, folder / "hf")
+            family, n_ctx = export_hf(written, tokenizer, root / TOKENIZER, folder / "hf")
             check_hf(written, folder / "hf")
             size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
             (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
@@ -66,13 +64,19 @@ def main() -> None:
             failures += problems
             (path.parent / CARD_FILE).write_text(card(made.n_ctx, weight_type), encoding="utf-8")
             (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
-        adapters = export_adapters(folder, MODEL_DIR, model.config, params)
-        write_json(REPORT_FILE, report)
+        adapters = export_adapters(folder, root / MODEL, model.config, params)
+        write_json(root / REPORT, report)
         if failures:
-            raise UserError("\n       ".join([*failures, f"so {EXPORT_DIR} is not written, see {REPORT_FILE}"]))
+            raise UserError("\n       ".join([*failures, f"so {EXPORT} is not written, see {REPORT}"]))
     lines = [f"{name} {remarks(entry, model.config.block_size)}" for name, entry in report.items()]
     for line in [*lines, *adapters]:
         print(f"export: {line}")
+
+
+@program
+def main() -> None:
+    """Run the stage in this folder."""
+    run(Path())
 
 
 if __name__ == "__main__":

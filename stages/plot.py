@@ -6,21 +6,23 @@ Reads reports/train.csv and train_norms.csv, writes reports/plots.
 from pathlib import Path
 
 from tinygpt.errors import program
-from tinygpt.params import load_params
+from tinygpt.params import PARAMS_FILE, load_params
+from tinygpt.paths import PLOTS, REPORTS
 from tinygpt.report.config import PlotParams
 from tinygpt.report.plots import read_curve, read_norms, write_plots
 
-CURVE_FILE = Path("reports/train.csv")
-NORMS_FILE = Path("reports/train_norms.csv")
-PLOTS_DIR = Path("reports/plots")
+
+def run(root: Path) -> None:
+    """Run the stage in the project's folder."""
+    curve, norms = read_curve(root / REPORTS / "train.csv"), read_norms(root / REPORTS / "train_norms.csv")
+    names = write_plots(curve, norms, root / PLOTS, load_params(PlotParams, path=root / PARAMS_FILE))
+    print(f"plot: {', '.join(names)} in {PLOTS}, from {len(curve):,} rows")
 
 
 @program
 def main() -> None:
-    """Run the stage."""
-    curve = read_curve(CURVE_FILE)
-    names = write_plots(curve, read_norms(NORMS_FILE), PLOTS_DIR, load_params(PlotParams))
-    print(f"plot: {', '.join(names)} in {PLOTS_DIR}, from {len(curve):,} rows")
+    """Run the stage in this folder."""
+    run(Path())
 
 
 if __name__ == "__main__":

@@ -4,17 +4,17 @@ Reads data/tokens and data/tokenizer, and data/base where training starts from i
 reports/train.csv, train_norms.csv, train.json and train_samples.md.
 """
 
+from functools import partial
 from pathlib import Path
 
 from tinygpt.errors import program
 from tinygpt.export.config import ExportParams
 from tinygpt.export.coverage import check_export
-from tinygpt.files import sha256_file
-from tinygpt.generate import Sampling, generate
+from tinygpt.files import runs_folder, sha256_file
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
-from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import WEIGHTS_FILE
-from tinygpt.params import check_params, load_params
+from tinygpt.model.weights import WEIGHTS_FILE, load_base
+from tinygpt.params import PARAMS_FILE, check_params, load_params
+from tinygpt.paths import BASE, MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.training import described, publish
 from tinygpt.run.checkpoint import fingerprint
 from tinygpt.run.processes import open_devices, start
@@ -22,59 +22,51 @@ from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
-from tinygpt.train.base import load_base
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import World
 from tinygpt.train.trainer import Trainer
 
-TOKENIZER_DIR = Path("data/tokenizer")
-TOKENS_DIR = Path("data/tokens")
-MODEL_DIR = Path("data/model")
-BASE_DIR = Path("data/base")
-REPORTS_DIR = Path("reports")
+
+def run(root: Path) -> None:
+    """Run the stage in the project's folder, in one process or several."""
+    check_params(root / PARAMS_FILE)  # of every stage that follows, before the long one
+    start(partial(train, root), load_params(RuntimeParams, path=root / PARAMS_FILE))
 
 
-@program
-def main() -> None:
-    """Run the stage."""
-    check_params()  # of every stage that follows, before the long one
-    start(train, load_params(RuntimeParams))
-
-
-def train(world: World) -> None:
+def train(root: Path, world: World) -> None:
     """Train in one of the processes."""
-    model_params, params, runtime, export = load_params(ModelParams, TrainParams, RuntimeParams, ExportParams)
-    tokenizer, meta = load_tokenizer(TOKENIZER_DIR), load_meta(TOKENS_DIR, tokenizer=TOKENIZER_DIR)
+    groups = load_params(ModelParams, TrainParams, RuntimeParams, ExportParams, path=root / PARAMS_FILE)
+    model_params, params, runtime, export = groups
+    tokenizer, meta = load_tokenizer(root / TOKENIZER), load_meta(root / TOKENS, tokenizer=root / TOKENIZER)
     config = GPTConfig(**config_fields(model_params), vocab_size=meta.vocab_size)
     check_export(config, export)
-    tokens = {split: load_tokens(TOKENS_DIR, split, at_least=config.block_size + 1) for split in ("train", "val")}
-    sampling = Sampling(seed=params.seed)
-    base = load_base(BASE_DIR, config, tokenizer) if params.init_from == "base" else None
-    base_sha256 = sha256_file(BASE_DIR / WEIGHTS_FILE) if base else None
+    train_tokens, val_tokens = (load_tokens(root / TOKENS, n, at_least=config.block_size + 1) for n in ("train", "val"))
+    base = load_base(root / BASE, config, tokenizer) if params.init_from == "base" else None
+    base_sha256 = sha256_file(root / BASE / WEIGHTS_FILE) if base else None
     name = fingerprint(config, params, meta, base_sha256)
-
-    def write_sample(model: GPT) -> str:
-        return generate(model, tokenizer, "", max_new_tokens=params.sample_tokens, sampling=sampling)
-
-    with Run(name, config, params, runtime, world=world, write_sample=write_sample) as run:
+    with Run(name, config, params, runtime, tokenizer=tokenizer, world=world, runs=runs_folder(root)) as run:
         trainer = Trainer(
             config,
             params,
             runtime,
-            train_tokens=tokens["train"],
-            val_tokens=tokens["val"],
+            train_tokens=train_tokens,
+            val_tokens=val_tokens,
             device=open_devices(runtime, world, params),
             world=world,
             base=base,
         )
         run.note(finished=False)  # now that nothing is refused any more
-        trained = trainer.fit(run)
-        shas = {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
-        shas = {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
-        report = world.first(lambda: publish(trained, trainer, MODEL_DIR, REPORTS_DIR, made_from=shas))
+        trained, made_from = trainer.fit(run), {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
+        report = world.first(lambda: publish(trained, trainer, root / MODEL, root / REPORTS, made_from=made_from))
         run.note(finished=True)
     if world.rank == 0:
-        print(described(report, MODEL_DIR))
+        print(described(report, root / MODEL))
+
+
+@program
+def main() -> None:
+    """Run the stage in this folder."""
+    run(Path())
 
 
 if __name__ == "__main__":

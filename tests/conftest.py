@@ -4,6 +4,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
 
+import tinygpt  # noqa: F401  # likewise: how threads wait
+
+# isort: split
+
 import io
 import random
 import signal

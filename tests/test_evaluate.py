@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinygpt.params import ParamsError
 from tinygpt.report.config import EvaluateParams
-from tinygpt.report.evaluation import (
+from tinygpt.report.perplexity import (
     Estimate,
     bits_per_byte,
     estimate,
@@ -19,8 +19,8 @@ from tinygpt.report.evaluation import (
     iter_windows,
     llamacpp_report,
     token_nll,
-    write_samples,
 )
+from tinygpt.report.samples import write_samples
 
 PARAMS = EvaluateParams(
     split="test",

@@ -128,7 +128,7 @@ def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path):
     shards = [Shard((Span(tmp_path / "text", begin, begin + 5),)) for begin in (0, 5)]
     with (
         pytest.raises(OSError, match="the disk is gone"),
-        shard_results(work, shards, name="encode-train", key=1, runtime=RUNTIME),
+        shard_results(work, shards, name="encode-train", key=1, code="tinygpt.shards", runtime=RUNTIME),
     ):
         pass
     (found,) = runs.find_runs(folder)

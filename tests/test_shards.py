@@ -57,7 +57,14 @@ def fail(shard: Shard, path: Path) -> None:
 
 def results(file: Path, work: shards.Work = upper, **changes: object) -> str:
     runtime = dataclasses.replace(RUNTIME, **changes)
-    with shard_results(work, cut_lines(file), name="upper", key=file.read_text(), runtime=runtime) as paths:
+    with shard_results(
+        work,
+        cut_lines(file),
+        name="upper",
+        key=file.read_text(),
+        code="tinygpt.shards",
+        runtime=runtime,
+    ) as paths:
         return "".join(path.read_text() for path in paths)
 
 
@@ -167,7 +174,8 @@ if __name__ == "__main__":
     from conftest import RUNTIME
     shards.SHARD_BYTES = shards.WORTH_A_WORKER = 1000
     runtime = dataclasses.replace(RUNTIME, n_worker=3)
-    with shards.shard_results(work, shards.cut_lines(Path(sys.argv[1])), name="slow", key="", runtime=runtime):
+    of = {"name": "slow", "key": "", "code": "tinygpt.shards"}
+    with shards.shard_results(work, shards.cut_lines(Path(sys.argv[1])), **of, runtime=runtime):
         pass
 """
 

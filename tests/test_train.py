@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import made_once
 
-from tinygpt import files
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model.weights import model_tensors
 from tinygpt.params import ParamsError
 from tinygpt.report.training import publish
-from tinygpt.run.checkpoint import CODE, Checkpoints, fingerprint
+from tinygpt.run import checkpoint
+from tinygpt.run.checkpoint import Checkpoints, fingerprint
 from tinygpt.run.interrupts import Interrupts
 from tinygpt.run.run import Run
 from tinygpt.train import trainer as trainer_module
@@ -426,7 +426,7 @@ def test_validation_sequences_lie_side_by_side():
     assert len(validation_sequences(np.arange(30, dtype=np.uint16), 8, 1)) == 1
 
 
-def test_a_fingerprint_names_the_params_the_data_and_the_code_but_no_comment(tmp_path, monkeypatch):
+def test_a_fingerprint_names_the_params_the_data_and_the_code(monkeypatch):
     from tinygpt.tokens import SplitMeta, TokensMeta
 
     split = SplitMeta(tokens=1, documents=1, bytes=1, sha256="a")
@@ -438,37 +438,21 @@ def test_a_fingerprint_names_the_params_the_data_and_the_code_but_no_comment(tmp
         fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, train=dataclasses.replace(split, sha256="b"))),
         fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, tokenizer_sha256="u")),
     ]
-    assert len({base, *others}) == 5
     assert base == fingerprint(tiny_config(), PARAMS, meta)
+    others.append(fingerprint(tiny_config(), PARAMS, meta, "sha256 of a base"))
+    monkeypatch.setattr(checkpoint, "code_of", lambda module: f"other code of {module}")
+    others.append(fingerprint(tiny_config(), PARAMS, meta))
+    assert len({base, *others}) == 7
 
 
-def test_the_code_hash_sees_code_and_not_comments(tmp_path, monkeypatch):
-    package = tmp_path / "tinygpt"
-    for name in ("train", "model"):
-        (package / name).mkdir(parents=True)
-    (package / "tokens.py").write_text("A = 1\n")
-    (package / "train" / "config.py").write_text("B = 2\n")  # of the same name as the file that changes
-    file = package / "model" / "config.py"
-    monkeypatch.setattr(files, "__file__", str(package / "files.py"))
-    hashes = []
-    sources = [
-        'def f(x):\n    """One."""\n    return x\n',
-        "def f(x):\n    # why\n    return  x\n",
-        "def f(x):\n    return -x\n",
-    ]
-    for source in sources:
-        file.write_text(source)
-        hashes.append(files.code_hash(*CODE))
-    assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_publishing_writes_the_same_bytes_twice(tmp_path):
+def test_publishing_writes_the_same_bytes_twice(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(Run, "sample", lambda run, model: "a sample")
     params = dataclasses.replace(PARAMS, sample_tokens=5)
     files = []
     for name in "ab":
         trainer = make_trainer(params=params)
         report = publish(
-            fit(trainer, name, write_sample=lambda model: "a sample"),
+            fit(trainer, name),
             trainer,
             tmp_path / name / "model",
             tmp_path / name / "reports",

@@ -18,7 +18,7 @@ from tinygpt.export.gguf_families import GGUF_FAMILIES, LLAMA_CPP
 from tinygpt.export.verify import check_gguf, tolerance
 from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import MLPS
-from tinygpt.report.evaluation import scored_nll
+from tinygpt.report.perplexity import scored_nll
 from tinygpt.tokenizer import Tokenizer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -65,13 +64,17 @@ def _remove_abandoned(path: Path) -> None:
             continue
 
 
-def runs_folder() -> Path:
+def checkout_of(root: Path = Path()) -> Path:
+    """The checkout that a project's folder belongs to: DVC's temporary copies find theirs in DVC_ROOT."""
+    return Path(os.environ.get("DVC_ROOT", root))
+
+
+def runs_folder(root: Path = Path()) -> Path:
     """Where work is kept that was stopped half-way: `runs`, of which DVC knows nothing.
 
-    DVC deletes outputs before it runs a stage, and in its temporary copies sets DVC_ROOT to the checkout they belong
-    to: all kinds of runs share the folder.
+    DVC deletes outputs before it runs a stage. All kinds of runs of a checkout share the folder.
     """
-    return Path(os.environ.get("DVC_ROOT", ".")) / "runs"
+    return checkout_of(root) / "runs"
 
 
 def sha256_file(path: str | Path) -> str:
@@ -83,21 +86,6 @@ def sha256_file(path: str | Path) -> str:
 def sha256_json(value: Any) -> str:
     """Hex SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def code_hash(*patterns: str) -> str:
-    """SHA-256 of what our own files do, such as "model/*.py": a comment or a docstring does not change it."""
-    package = Path(__file__).parent
-    files = sorted(path for pattern in patterns for path in package.glob(pattern))
-    return sha256_json({str(path.relative_to(package)): ast.dump(_without_docstrings(path)) for path in files})
-
-
-def _without_docstrings(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return tree
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -20,20 +20,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from tinygpt.code import code_of
 from tinygpt.errors import UserError
-from tinygpt.files import runs_folder, sha256_file, sha256_json
+from tinygpt.files import runs_folder, sha256_json
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
+from tinygpt.threads import n_cpu
 
-CODE = ("shards.py", "corpus/*.py", "tokenizer/*.py")  # what results depend on, beside the text and the key
-PACKAGES = ("numpy", "regex", "rensa")  # likewise
 SHARD_BYTES = 4_000_000  # at least, and
 MOST_SHARDS = 4096  # about
 WORTH_A_WORKER = 8_000_000  # bytes: with less a worker's start takes longer than its work
@@ -117,22 +116,30 @@ def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
 
 @contextmanager
 def shard_results(
-    work: Work, shards: Sequence[Shard], *, name: str, key: Any, runtime: RuntimeParams
+    work: Work,
+    shards: Sequence[Shard],
+    *,
+    name: str,
+    key: Any,
+    code: str,
+    runtime: RuntimeParams,
+    runs: Path | None = None,
 ) -> Iterator[list[Path]]:
     """Call work(shard, path) for each shard and yield the paths, in the shards' order.
 
-    They last as long as the block. When the work fails or the program is killed they stay in runs/, and the next call
-    with the same `key` (a JSON value that names all that decides them) makes only those that are missing.
+    They last as long as the block. When the work fails or the program is killed they stay in `runs` (None: that of this
+    folder), and the next call makes only those that are missing, if the `key` is the same, a JSON value that names the
+    data and params that decide them, and so is the code of the module `code`.
     """
-    fingerprint = sha256_json([key, _source_hash(), [version(package) for package in PACKAGES]])[:16]
-    folder = runs_folder() / f"{name}-{fingerprint}"
+    fingerprint = sha256_json([key, code_of(code)])[:16]
+    folder = (runs or runs_folder()) / f"{name}-{fingerprint}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):  # of all that do the same work, one at a time
         folder.mkdir(exist_ok=True)
         paths = [folder.absolute() / f"{i:06d}" for i in range(len(shards))]
         missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
         total, todo = sum(shard.size for shard in shards), sum(shard.size for shard, _ in missing)
-        n_worker = min(runtime.n_worker or os.cpu_count() or 1, len(missing), 1 + todo // WORTH_A_WORKER)
+        n_worker = min(runtime.n_worker or n_cpu(), len(missing), 1 + todo // WORTH_A_WORKER)
         with progress(name, total=total, unit="B", start=total - todo) as bar:
             ENGINES[runtime.engine](work, missing, n_worker, runtime, bar.update)
         try:
@@ -181,13 +188,6 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _source_hash() -> str:
-    """Of our own files that results depend on; comments count too, as parsing them away would take a tenth second."""
-    package = Path(__file__).parent
-    files = sorted(path for pattern in CODE for path in package.glob(pattern))
-    return sha256_json({str(path.relative_to(package)): sha256_file(path) for path in files})
 
 
 def _do(work: Work, shard: Shard, path: Path) -> None:

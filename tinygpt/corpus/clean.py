@@ -109,8 +109,10 @@ class CleanParams:
         )
 
 
-def clean(params: CleanParams, raw: Path, clean_folder: Path, runtime: RuntimeParams) -> Report:
-    """Fill `clean_folder` with train.jsonl, val.jsonl and test.jsonl.
+def clean(
+    params: CleanParams, raw: Path, clean_folder: Path, runtime: RuntimeParams, *, runs: Path | None = None
+) -> Report:
+    """Fill `clean_folder` with train.jsonl, val.jsonl and test.jsonl; `runs` keeps work that was stopped half-way.
 
     Raises UserError where nothing or next to nothing is left, naming the param that took most.
     """
@@ -124,7 +126,8 @@ def clean(params: CleanParams, raw: Path, clean_folder: Path, runtime: RuntimePa
     work = partial(clean_shard, params=params, raw=raw.absolute(), manifest=manifest)
     decisive = {key: value for key, value in dataclasses.asdict(params).items() if key not in BETWEEN_DOCUMENTS}
     key = [decisive, dataclasses.asdict(manifest), str(shards), unicodedata.unidata_version]
-    with shard_results(work, [shard for shard, _ in shards], name="clean", key=key, runtime=runtime) as paths:
+    only = [shard for shard, _ in shards]
+    with shard_results(work, only, name="clean", key=key, code=__name__, runtime=runtime, runs=runs) as paths:
         cleaned = Cleaned(paths)
         counts, repaired = cleaned.counts()
         official = [NAMES.index(split) if split else NOWHERE for _, split in shards]

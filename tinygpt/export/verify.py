@@ -20,7 +20,7 @@ from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.gpt import GPT
-from tinygpt.report.evaluation import llamacpp_report, scored_nll, token_logprobs
+from tinygpt.report.perplexity import llamacpp_report, scored_nll, token_logprobs
 from tinygpt.tokenizer import Tokenizer
 
 Ids = NDArray[np.integer]

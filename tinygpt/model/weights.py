@@ -14,13 +14,14 @@ from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
-from tinygpt.params import ParamsError, from_mapping
+from tinygpt.params import ParamsError, from_mapping, yaml_text
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_KEY = "tokenizer_sha256"  # of config.json: the tokenizer.json that the model was trained with
+FREE = ("dropout", "attention")  # fields in which a run may differ from the base that it starts from
 MOST_SHOWN = 6  # tensors that are wrong
 TIED = "lm_head.weight"  # left out of the file when it is the token embedding
 
@@ -83,6 +84,29 @@ def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer
             "or name two that belong together"
         )
     return model, found
+
+
+def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """The tensors of a base.  Raises UserError when there is none, or it is of another model or tokenizer."""
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"train.init_from=base, but {folder} holds no model: run `python -m tinygpt import-hf FOLDER` or "
+            "`python -m tinygpt promote`, or set it to scratch"
+        )
+    base, theirs = load_model(folder), load_tokenizer(folder)
+    ours = config_fields(config)
+    differing = [
+        f"model.{key}={yaml_text(ours[key])} there {yaml_text(value)}"
+        for key, value in config_fields(base.config).items()
+        if key not in (*FREE, "vocab_size") and ours[key] != value
+    ]
+    if (theirs.tokens, theirs.merges) != (tokenizer.tokens, tokenizer.merges):
+        differing.append("data/tokenizer is another tokenizer")
+    if differing:
+        raise UserError(
+            f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`"
+        )
+    return model_tensors(base)
 
 
 def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:

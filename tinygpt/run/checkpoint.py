@@ -31,8 +31,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tinygpt.code import code_of
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_folder, code_hash, runs_folder, sha256_file, sha256_json, write_json
+from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.tokens import TokensMeta
@@ -46,11 +47,11 @@ if TYPE_CHECKING:
 N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
 PARTS = ("weights", "optimizer", "best", "ema")
 SUFFIX = ".safetensors"
-CODE = ("tokens.py", "model/*.py", "train/*.py")  # what a trained weight depends on
+CODE = "tinygpt.train.trainer"  # what it imports decides a trained weight
 
 
 def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base: str | None = None) -> str:
-    """Names a run by all that decides its weights: params, tokens, and the code without comments and docstrings.
+    """Names a run by all that decides its weights: params, tokens, and the code with the packages that compute.
 
     `base` is the SHA-256 of the weights that it starts from, None where it starts from its seed.
     """
@@ -59,7 +60,7 @@ def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base
         "model": config_fields(config),
         "train": dataclasses.asdict(params),
         "data": data,
-        "code": code_hash(*CODE),
+        "code": code_of(CODE),
     }
     return sha256_json(inputs)[:16]
 
@@ -71,8 +72,8 @@ class Checkpoints:
     folder.
     """
 
-    def __init__(self, name: str, world: World = ALONE) -> None:
-        self.folder, self.world = runs_folder() / name, world
+    def __init__(self, name: str, world: World = ALONE, *, runs: Path | None = None) -> None:
+        self.folder, self.world = (runs or runs_folder()) / name, world
         self._lock = FileLock(self.folder / "lock")
 
     def __enter__(self) -> Checkpoints:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from torch import Tensor
 
 from tinygpt.device import out_of_memory
 from tinygpt.errors import UserError
+from tinygpt.generate import Sampling, generate
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.progress import progress as progress_bar
@@ -17,6 +19,7 @@ from tinygpt.run.interrupts import Interrupts
 from tinygpt.run.loggers import Loggers
 from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
 from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.optim import tokens_before
@@ -35,11 +38,15 @@ class Run:
         runtime: RuntimeParams,
         *,
         world: World = ALONE,
-        write_sample: Callable[[GPT], str] = lambda model: "",
+        tokenizer: Tokenizer | None = None,
+        runs: Path | None = None,
     ) -> None:
-        """`name` is the run's fingerprint.  Raises UserError when the package of a logger is missing."""
+        """`name` is the run's fingerprint, `tokenizer` what its samples are written with; `runs` holds all runs.
+
+        Raises UserError when the package of a logger is missing.
+        """
         self.config, self.params, self.runtime, self.world = config, params, runtime, world
-        self.checkpoints, self.sample = Checkpoints(name, world), write_sample
+        self.checkpoints, self.tokenizer = Checkpoints(name, world, runs=runs), tokenizer
         log_to = runtime.log_to if world.rank == 0 else ()
         self._loggers = Loggers(log_to, self.checkpoints.folder, config, params)
         self._interrupts = Interrupts()
@@ -77,6 +84,13 @@ class Run:
     def stop_requested(self) -> int:
         """The number of the signal that asked to save and leave; 0 while none has."""
         return self._interrupts.requested()
+
+    def sample(self, model: GPT) -> str:
+        """A text that the model writes, the same for the same weights."""
+        if self.tokenizer is None:
+            return ""
+        sampling, n = Sampling(seed=self.params.seed), self.params.sample_tokens
+        return generate(model, self.tokenizer, "", max_new_tokens=n, sampling=sampling)
 
     def report(self, progress: Progress, *, evaluated: bool) -> None:
         """Move the bar, write a line where one is due, and hand new rows of the curve to the loggers."""

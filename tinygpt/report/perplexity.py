@@ -1,8 +1,6 @@
 """Loss on held-out text, each token scored once, and the same by llama.cpp's protocol.
 
 T tokens, V vocab_size; nll is the negative log-probability of a token, in nats.
-
-What the model writes for each prompt, as a page to read.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +15,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tinygpt.files import atomic_write
-from tinygpt.generate import Sampling, generate
 from tinygpt.model.gpt import GPT
 from tinygpt.params import require
 from tinygpt.progress import progress
 from tinygpt.report.config import EvaluateParams
-from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds
 
 BATCH_TOKENS = 8192  # tokens of one forward pass
@@ -156,13 +150,3 @@ def token_logprobs(model: GPT, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     logits = model(torch.from_numpy(ids)[None].to(model.tok_emb.weight.device))[0]
     logprobs: NDArray[np.float32] = logits.float().log_softmax(-1).cpu().numpy()
     return logprobs
-
-
-def write_samples(path: Path, model: GPT, tokenizer: Tokenizer, params: EvaluateParams) -> None:
-    """Write one sample a prompt, as Markdown."""
-    sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=params.seed)
-    with atomic_write(path) as file:
-        file.write("# Samples\n")
-        for prompt in params.prompts:
-            text = generate(model, tokenizer, prompt, max_new_tokens=params.max_new_tokens, sampling=sampling)
-            file.write(f"\n## Prompt: {prompt or '(none)'}\n\n```text\n{prompt}{text}\n```\n")

@@ -1,0 +1,99 @@
+"""What counts as the code of a result."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from project import ROOT
+
+from tinygpt import code
+from tinygpt.files import read_json
+from tinygpt.paths import CODE
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A copy of the sources, which the hash is taken of; a function that gives the hashes of some modules."""
+    for name in ("tinygpt", "stages"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+
+    def hashes() -> dict[str, str]:
+        for cached in (code.code_of, code._tree, code._imports, code._meaning):
+            cached.cache_clear()
+        names = [f"stages.{path.stem}" for path in sorted((tmp_path / "stages").glob("[a-z]*.py"))]
+        return {name: code.code_of(name) for name in [*names, "tinygpt.train.trainer"]}
+
+    yield tmp_path, hashes
+    monkeypatch.undo()
+    for cached in (code.code_of, code._tree, code._imports, code._meaning):
+        cached.cache_clear()
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name.removeprefix("stages.") for name in before if before[name] != after[name]}
+
+
+def put(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_comments_docstrings_and_layout_do_not_count(tree):
+    folder, hashes = tree
+    before = hashes()
+    for path in folder.rglob("*.py"):
+        path.write_text(f'"""Another docstring."""\n\n\n# a comment\n{path.read_text()}'.replace("\n\n\n", "\n\n"))
+        first = path.read_text().index('"""', 25)
+        if path.read_text()[25:first].strip() == "# a comment":  # its own docstring, which is one no more
+            text = path.read_text()
+            path.write_text(text[:first] + text[text.index('"""', first + 3) + 3 :])
+    assert changed(before, hashes()) == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stages"),
+    [
+        ("corpus/split.py", "return", "return 0 or", {"clean"}),
+        ("report/plots.py", "dpi=", "dpi=1 + ", {"plot"}),
+        ("model/attention.py", "is_causal=mask is None", "is_causal=False", {"train", "evaluate", "export", "trainer"}),
+        ("train/loss.py", "1 - smoothing", "2 - smoothing", {"train", "trainer"}),
+        ("report/training.py", "%.8g", "%.7g", {"train"}),
+        ("generate/sampling.py", "/ temperature", "/ temperature / 3", {"evaluate"}),
+        ("run/loggers.py", 'PROJECT = "tinygpt"', 'PROJECT = "mine"', set()),
+        ("run/interrupts.py", "signal.SIGTERM", "signal.SIGINT", set()),
+        ("progress.py", "10.0", "9.0", set()),
+        ("cli/main.py", "sys.argv", "list(sys.argv)", set()),
+    ],
+)
+def test_a_change_counts_for_those_whose_results_it_decides(tree, file, old, new, stages):
+    folder, hashes = tree
+    before = hashes()
+    put(folder / "tinygpt" / file, old, new)
+    assert {name.removeprefix("tinygpt.train.") for name in changed(before, hashes())} == stages
+
+
+def test_versions_of_python_and_of_pinned_packages_count_where_they_are_imported(tree, monkeypatch):
+    _, hashes = tree
+    before = hashes()
+    assert "python=" in before["stages.download"] and "torch=" not in before["stages.download"]
+    original = code.version
+    monkeypatch.setattr(code, "version", lambda name: "9.9.9" if name == "torch" else original(name))
+    assert changed(before, hashes()) == {"train", "evaluate", "export", "tinygpt.train.trainer"}
+    monkeypatch.setattr(code, "version", lambda name: original(name) + ("+cu130" if name == "torch" else ""))
+    assert changed(before, hashes()) == set()  # another build
+    monkeypatch.setattr(code.platform, "python_version_tuple", lambda: ("3", "99", "0"))
+    assert changed(before, hashes()) == {name.removeprefix("stages.") for name in before}
+
+
+def test_the_stage_writes_what_dvc_compares(tmp_path):
+    import stages.code
+
+    stages.code.run(tmp_path)
+    written = read_json(tmp_path / CODE, stage="code")
+    assert sorted(written) == ["clean", "download", "encode", "evaluate", "export", "plot", "train", "train_tokenizer"]
+    assert written["train"] == code.code_of("stages.train")
+    assert len(set(written.values())) == 8

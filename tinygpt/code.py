@@ -1,0 +1,135 @@
+"""The code that decides a result, as one text: for DVC, for checkpoints and for shards of text alike.
+
+A program's code is what it imports of this project, directly or not, wherever the import stands. Comments, docstrings
+and layout do not count. Rooms that decide no result are left out: they keep a run alive, show it, or refuse it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+import re
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]  # of the project
+OURS = ("tinygpt", "stages")  # packages of this project
+# Rooms that change no result: messages, params (their values are tracked themselves), the machine, keeping runs alive.
+DECIDES_NOTHING = ("errors", "params", "progress", "run", "runtime", "threads")
+PINNED = re.compile(r"^([\w.-]+)==", re.MULTILINE)  # in requirements.txt: packages whose version changes results
+
+
+@cache
+def code_of(module: str) -> str:
+    """What decides the results of a module, such as "stages.clean": a hash of its code, and versions of what computes.
+
+    -> "3f2a90cc71d4e8b6 python=3.11 numpy=2.4.6"
+    """
+    files = closure(_file_of(module))
+    digest = hashlib.sha256("\n".join(f"{_name(path)} {_meaning(path)}" for path in sorted(files)).encode())
+    imported = {name for path in files for name in _imports(path)[1]}
+    return " ".join([digest.hexdigest()[:16], *_versions(imported)])
+
+
+def closure(path: Path) -> set[Path]:
+    """The file and all files of this project that it imports, but for the rooms that decide nothing."""
+    todo, seen = {path}, set[Path]()
+    while todo:
+        file = todo.pop()
+        seen.add(file)
+        todo |= {found for found in _imports(file)[0] if _room(found) not in DECIDES_NOTHING} - seen
+    return seen
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _imports(path: Path) -> tuple[frozenset[Path], frozenset[str]]:
+    """Files of this project and names of other packages that a file imports; for type checking alone does not count."""
+    ours, others = set[Path](), set[str]()
+    for node in _walk_without_type_checking(_tree(path)):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OURS:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            ours |= {file for name in names for file in _files_of(name)}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            others.add(node.module.partition(".")[0])
+    return frozenset(ours - {path}), frozenset(others)
+
+
+def _walk_without_type_checking(tree: ast.AST) -> list[ast.AST]:
+    todo, found = [tree], []
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        skipped = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        todo += node.orelse if skipped else ast.iter_child_nodes(node)  # type: ignore[attr-defined]
+    return found
+
+
+def _files_of(module: str) -> set[Path]:
+    """The file of a module and the __init__ files above it; nothing where `module` is a name inside one."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    above = {ROOT.joinpath(*path.relative_to(ROOT).parts[:n], "__init__.py") for n in range(1, module.count(".") + 1)}
+    return {file, *above} if file.exists() else set()
+
+
+def _file_of(module: str) -> Path:
+    return ROOT.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _room(path: Path) -> str:
+    """ "run" of tinygpt/run/checkpoint.py, "errors" of tinygpt/errors.py."""
+    parts = path.relative_to(ROOT).parts
+    return parts[1].removesuffix(".py") if parts[0] == "tinygpt" else parts[0]
+
+
+@cache
+def _meaning(path: Path) -> str:
+    return repr(_plain(_tree(path)))
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as lists and texts, the same in every version of Python: without docstrings and empty fields."""
+    if isinstance(node, list):
+        return [_plain(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _has_docstring(node):
+        fields["body"] = node.body[1:]
+    return [type(node).__name__, *([key, _plain(value)] for key, value in fields.items() if value not in (None, []))]
+
+
+def _has_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    first = node.body[0] if node.body else None
+    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+
+
+def _versions(imported: set[str]) -> list[str]:
+    """Python's, whose Unicode tables and documentation are data here, and those of pinned packages that are imported.
+
+    A build, such as "+cpu" of PyTorch, does not count: where a run computes is not tracked either.
+    """
+    python = ".".join(platform.python_version_tuple()[:2])
+    pinned = PINNED.findall((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    return [f"python={python}", *(f"{name}={_version(name)}" for name in sorted(pinned) if name in imported)]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,16 @@
+"""The way of the data: where each stage writes, relative to the project's top folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RAW = Path("data/raw")
+CLEAN = Path("data/clean")
+TOKENIZER = Path("data/tokenizer")
+TOKENS = Path("data/tokens")
+BASE = Path("data/base")
+MODEL = Path("data/model")
+EXPORT = Path("data/export")
+REPORTS = Path("reports")
+PLOTS = REPORTS / "plots"
+CODE = REPORTS / "code.json"

@@ -1,0 +1,47 @@
+"""How the threads of one product wait for each other: imported before a library that computes.
+
+Threads that have done their share turn in circles until the others have, which saves a little time on a quiet machine.
+Next to other programs, whose turn it then is not, it costs ten times as much as the work itself. A short turn, and then
+sleep, costs nothing in either case. (libgomp, https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+SPIN = "1000"  # turns of a waiting thread before it sleeps; libgomp's own default is 300,000 and more, or minutes
+QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))  # cgroup version 2, version 1
+
+
+def n_cpu() -> int:
+    """CPUs that this process may use: those of its affinity, or fewer where its container has a quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, quota() or allowed))
+
+
+def quota(files: tuple[Path, Path] = QUOTAS) -> int | None:
+    """CPUs of time that a container has, rounded up; None where there is no limit."""
+    newer, older = files
+    try:
+        limit, period = newer.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            limit = older.read_text(encoding="ascii").strip()
+            period = older.with_name("cpu.cfs_period_us").read_text(encoding="ascii").strip()
+        except OSError:
+            return None
+    return None if limit in ("max", "-1") else math.ceil(int(limit) / int(period))
+
+
+def set_waiting(environment: MutableMapping[str, str]) -> None:
+    """Let threads sleep soon, and be as many as there are CPUs; what a user has set stays."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = SPIN
+    if n_cpu() < (os.cpu_count() or 1):
+        environment.setdefault("OMP_NUM_THREADS", str(n_cpu()))
+
+
+set_waiting(os.environ)
