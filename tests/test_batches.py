@@ -1,4 +1,4 @@
-"""Which tokens a step has: warmups, documents in another order, batches read ahead."""
+"""Which tokens a step has: the warmup, documents in another order, batches read ahead."""
 
 import threading
 from collections import Counter
@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from tinygpt import tokens as tokens_module
 from tinygpt.tokens import document_starts
 from tinygpt.train import batches as batches_module
-from tinygpt.train.batches import Batches, Prefetch
-from tinygpt.train.config import Warmup
-from tinygpt.train.optim import doubled_at, doubled_before
+from tinygpt.train.batches import Batches, Prefetch, seq_len_at
+from tinygpt.train.config import ContextWarmup
 
 EOS = 0
 
@@ -27,30 +26,27 @@ def row_of(lengths: list[int]) -> np.ndarray:
 
 
 @st.composite
-def warmups(draw, *, odd: int = 7, doublings: int = 4):
-    """A number, and a warmup to it or None."""
+def contexts(draw, *, odd: int, doublings: int):
+    """A length of sequences, and a warmup to it or None."""
     start, n = draw(st.integers(1, odd)), draw(st.integers(0, doublings))
-    return start << n, Warmup(start=start, steps=draw(st.integers(1, 12))) if n else None
+    return start << n, ContextWarmup(start=start, steps=draw(st.integers(1, 12))) if n else None
 
 
-# ---- warmups ----
+# ---- the warmup ----
 
 
-def test_a_number_is_doubled_in_even_steps():
-    warmup = Warmup(start=2, steps=10)
-    assert [doubled_at(step, 8, warmup) for step in (0, 4, 5, 9, 10, 99)] == [2, 2, 4, 4, 8, 8]
-    assert [doubled_before(step, 8, warmup) for step in (0, 1, 5, 6, 10, 11)] == [0, 2, 10, 14, 30, 38]
-    assert (doubled_at(3, 8, None), doubled_before(3, 8, None)) == (8, 24)
+def test_sequences_are_doubled_at_even_intervals():
+    warmup = ContextWarmup(start=2, steps=10)
+    assert [seq_len_at(step, 8, warmup) for step in (0, 4, 5, 9, 10, 99)] == [2, 2, 4, 4, 8, 8]
+    assert seq_len_at(3, 8, None) == 8
 
 
-@given(warmups(odd=9, doublings=6), st.integers(0, 30))
-def test_what_came_before_is_the_sum_of_the_steps(number, step):
-    full, warmup = number
-    sizes = [doubled_at(i, full, warmup) for i in range(step)]
-    assert doubled_before(step, full, warmup) == sum(sizes)
-    assert sizes == sorted(sizes)
-    assert doubled_at(12, full, warmup) == full
-    assert len(set(sizes)) <= (full // warmup.start).bit_length() if warmup else set(sizes) <= {full}
+@given(contexts(odd=9, doublings=6))
+def test_sequences_grow_to_their_full_length_in_few_lengths(context):
+    full, warmup = context
+    lengths = [seq_len_at(step, full, warmup) for step in range(13)]
+    assert lengths == sorted(lengths) and lengths[-1] == full
+    assert len(set(lengths)) <= (full // warmup.start).bit_length() if warmup else set(lengths) == {full}
 
 
 # ---- the tokens of an epoch ----
@@ -58,16 +54,16 @@ def test_what_came_before_is_the_sum_of_the_steps(number, step):
 
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12),
-    sequences=warmups(odd=3, doublings=2),
-    context=warmups(odd=3, doublings=3),
+    batch_size=st.integers(1, 12),
+    context=contexts(odd=3, doublings=3),
     seed=st.integers(0, 99),
     shuffle=st.booleans(),
 )
 @settings(max_examples=200)
-def test_warmups_and_shuffled_documents_leave_each_token_a_target_once_an_epoch(
-    lengths, sequences, context, seed, shuffle
+def test_a_warmup_and_shuffled_documents_leave_each_token_a_target_once_an_epoch(
+    lengths, batch_size, context, seed, shuffle
 ):
-    row, (batch_size, batch_warmup), (seq_len, context_warmup) = row_of(lengths), sequences, context
+    row, (seq_len, context_warmup) = row_of(lengths), context
     if len(row) <= seq_len:
         row = row_of([*lengths, seq_len])
     batches = Batches(
@@ -75,17 +71,16 @@ def test_warmups_and_shuffled_documents_leave_each_token_a_target_once_an_epoch(
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
-        batch_warmup=batch_warmup,
         context_warmup=context_warmup,
         shuffle_documents=shuffle,
     )
     size, inputs, targets = batches.per_epoch * seq_len, [], []
     for step in range(100):
         rows = batches.batch_at(step)
-        assert rows.shape[1] == doubled_at(step, seq_len, context_warmup) + 1
+        assert rows.shape[1] == seq_len_at(step, seq_len, context_warmup) + 1
         inputs += rows[:, :-1].flatten().tolist()
         targets += rows[:, 1:].flatten().tolist()
-        assert len(targets) == seq_len * doubled_before(step + 1, batch_size, batch_warmup)
+        assert rows[:, 1:].size == batch_size * seq_len
         if len(targets) >= 2 * size:
             break
     for epoch in range(len(targets) // size):
@@ -100,7 +95,7 @@ def test_warmups_and_shuffled_documents_leave_each_token_a_target_once_an_epoch(
 
 
 def test_a_context_warmup_changes_no_token_of_a_step():
-    row, warmup = row_of([50] * 20), Warmup(start=4, steps=9)
+    row, warmup = row_of([50] * 20), ContextWarmup(start=4, steps=9)
     plain = Batches(row, seq_len=32, batch_size=3, seed=1)
     short = Batches(row, seq_len=32, batch_size=3, seed=1, context_warmup=warmup)
     shapes = []
@@ -119,8 +114,7 @@ def test_any_step_at_once_is_what_it_is_after_the_steps_before():
             seq_len=16,
             batch_size=8,
             seed=seed,
-            batch_warmup=Warmup(start=1, steps=20),
-            context_warmup=Warmup(start=2, steps=15),
+            context_warmup=ContextWarmup(start=2, steps=15),
             shuffle_documents=True,
         )
 

@@ -32,9 +32,11 @@ from safetensors.torch import load_file, save_file
 
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, load_params
+from tinygpt.run.checkpoint import check_split, load_split
+from tinygpt.run.processes import open_devices
 from tinygpt.run.run import Run
-from tinygpt.train.config import EMAParams, LoRAParams, TrainParams, Warmup
-from tinygpt.train.parallel import ALONE, World, check_split, load_split, open_devices
+from tinygpt.train.config import ContextWarmup, EMAParams, LoRAParams, TrainParams
+from tinygpt.train.parallel import ALONE, World
 from tinygpt.train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -50,10 +52,9 @@ PARAMS = dataclasses.replace(
     save_every=4,
     sample_tokens=0,
 )
-WARMUPS = {
+WARMUP = {
     "batch_size": 12,
-    "batch_warmup": Warmup(start=6, steps=4),
-    "context_warmup": Warmup(start=16, steps=5),
+    "context_warmup": ContextWarmup(start=16, steps=5),
     "shuffle_documents": True,
 }
 LORA = LoRAParams(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "down_proj"))
@@ -68,7 +69,7 @@ RUNS = {  # changes of train, of the model and of runtime
     "one sequence to look at": ({"eval_tokens": 1}, {}, {}),
     "lora": ({"lora": LORA, "init_from": "base"}, {}, {}),
     "micro-batches": ({}, {}, {"micro_batch_size": 1}),
-    "warmups, micro-batches": (WARMUPS, {}, {"micro_batch_size": 1}),
+    "warmup, micro-batches": (WARMUP, {}, {"micro_batch_size": 1}),
     "recomputed": ({}, {}, {"gradient_checkpointing": True}),
 }
 
@@ -167,13 +168,12 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
 
 
 def test_what_processes_cannot_share_is_told_at_once():
-    params = dataclasses.replace(PARAMS, optimizer="adamw8bit", precision="fp16", batch_warmup=Warmup(start=3, steps=4))
+    params = dataclasses.replace(PARAMS, optimizer="adamw8bit", precision="fp16")
     runtime = dataclasses.replace(RUNTIME, parallel="fsdp", micro_batch_size="auto")
     with pytest.raises(ParamsError) as told:
         open_devices(runtime, World(0, 4, 0, 4), params)
     assert told.value.problems == [
         "train.batch_size=6 must be a multiple of the 4 processes that share it: set runtime.n_process",
-        "train.batch_warmup.start must be a multiple of the 4 processes that share it: set runtime.n_process",
         "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
         "train.precision=fp16 cannot be split, for each process would scale its part: set runtime.parallel=ddp",
         "runtime.micro_batch_size=auto is found in one process: name a size",

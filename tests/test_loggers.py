@@ -17,7 +17,6 @@ from tinygpt.params import ParamsError, from_mapping
 from tinygpt.run.loggers import LOGGERS, Loggers
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
-from tinygpt.train.config import Warmup
 from tinygpt.train.trainer import Progress
 
 RUN = "0123456789abcdef"
@@ -91,16 +90,15 @@ def test_tensorboard_has_each_step_once_also_after_a_kill(folder):
     assert [step for step, speed in scalars(log, "tokens_per_s") if speed > 0] == STEPS
 
 
-def test_the_speed_counts_the_tokens_that_a_warmup_left(folder):
+def test_the_speed_is_that_since_the_row_before(folder):
     pytest.importorskip("tensorboard")
-    params = dataclasses.replace(PARAMS, batch_warmup=Warmup(start=1, steps=4))
     rows = [{"step": step, "train_loss": 1.0, "val_loss": None} for step in range(1, 7)]
     folder.mkdir(parents=True)
-    with Loggers(["tensorboard"], folder, tiny_config(), params) as sinks:
+    with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as sinks:
         for step in range(7):
-            sinks(Progress(step=step, rows=rows[:step], seconds=2 * step))
+            sinks(Progress(step=step, rows=rows[:step], seconds=step**2))
     speeds = [value for _, value in scalars(tensorboard_log(folder), "tokens_per_s")]
-    assert speeds == [32 * sequences for sequences in (1, 1, 2, 2, 4, 4)]  # of 64 tokens, in two seconds
+    assert speeds == [pytest.approx(4 * 64 / seconds) for seconds in (1, 3, 5, 7, 9, 11)]  # of four sequences
 
 
 def test_tensorboard_has_the_params(folder):

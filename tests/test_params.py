@@ -170,23 +170,26 @@ def test_require_collects_every_broken_rule():
 
 
 @pytest.mark.parametrize(
-    ("start", "message"),
+    ("start", "steps", "block_size", "message"),
     [
-        (256, "train.context_warmup.start=256 must be model.block_size=128 halved once or more: one of 64, 32, 16, 8,"),
-        (128, "train.context_warmup.start=128 must be"),
-        (24, "train.context_warmup.start=24 must be"),
+        (256, 9, 128, "train.context_warmup.start=256 must be model.block_size=128 halved once or more: one of 64, 32"),
+        (128, 9, 128, "train.context_warmup.start=128 must be"),
+        (24, 9, 128, "train.context_warmup.start=24 must be"),
+        (1, 9, 129, "train.context_warmup.start=1 must be model.block_size=129 halved once or more: it is odd: set"),
+        (64, 10**6, 128, "train.context_warmup.steps=1000000 must be below train.max_steps=1600"),
     ],
 )
-def test_a_rule_between_two_groups_is_told_where_both_are_loaded(tmp_path, start, message):
+def test_a_rule_between_two_groups_is_told_where_both_are_loaded(tmp_path, start, steps, block_size, message):
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    set_params(tmp_path, {"train.context_warmup": {"start": start, "steps": 400}})
+    warmup = {"start": start, "steps": steps}
+    set_params(tmp_path, {"train.context_warmup": warmup, "model.block_size": block_size})
     load_params(TrainParams, path=tmp_path / "params.yaml")
     for load in (check_params, lambda path: load_params(TrainParams, ModelParams, path=path)):
         with pytest.raises(ParamsError) as caught:
             load(tmp_path / "params.yaml")
         (problem,) = caught.value.problems
         assert problem.startswith(message)
-    set_params(tmp_path, {"train.context_warmup": {"start": 32, "steps": 400}})
+    set_params(tmp_path, {"train.context_warmup": {"start": 32, "steps": 400}, "model.block_size": 128})
     check_params(tmp_path / "params.yaml")
 
 
@@ -222,15 +225,7 @@ def load_edited(cls: type, **changes: Any) -> Any:
             r"train.lora.targets=\['q_proj', 'q_proj'\] names a layer twice",
         ),
         (TrainParams, {"seed": -1}, "train.seed"),
-        (TrainParams, {"batch_warmup": {"start": 3, "steps": 9}}, "batch_size=8 halved once or more: one of 4, 2, 1"),
-        (TrainParams, {"batch_warmup": {"start": 8, "steps": 9}}, "train.batch_warmup.start=8 must be"),
-        (TrainParams, {"batch_warmup": {"start": 1.5, "steps": 9}}, "train.batch_warmup.start=1.5 must be a whole"),
-        (
-            TrainParams,
-            {"batch_warmup": {"start": 1, "steps": 9}, "batch_size": 9},
-            "odd: set train.batch_warmup to null",
-        ),
-        (TrainParams, {"batch_warmup": {"start": 4, "steps": 10**6}}, "batch_warmup.steps=1000000 must be below"),
+        (TrainParams, {"context_warmup": {"start": 1.5, "steps": 9}}, "train.context_warmup.start=1.5 must be a whole"),
         (TrainParams, {"context_warmup": {"start": 4, "steps": 0}}, "train.context_warmup.steps=0 must be within"),
         (TrainParams, {"lr": 0}, "train.lr"),
         (TrainParams, {"min_lr_frac": 2}, "train.min_lr_frac"),

@@ -149,11 +149,9 @@ def test_the_command_tells_the_costs_and_warns_of_a_run_that_will_not_fit(params
     assert f" in {1600 * 8 * 128:,} tokens" in said.stdout
     lora = {"rank": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
     set_params(folder, {"train.init_from": "base", "train.lora": lora})
-    set_params(folder, {"train.batch_warmup": {"start": 2, "steps": 400}})
     said = command("profile", "--no-measure")
     assert "adapters    16,384 weights, which alone are trained" in said.stdout
     assert "speed" not in said.stdout and "measures" not in said.stderr
-    assert f" in {(200 * 2 + 200 * 4 + 1200 * 8) * 128:,} tokens" in said.stdout
     set_params(folder, {"train.init_from": "scratch", "train.lora": None, "runtime.micro_batch_size": "auto"})
     set_params(folder, {"model.n_layer": 1, "model.n_embd": 32})
     said = command("profile").stdout

@@ -26,7 +26,7 @@ from tinygpt.run.interrupts import Interrupts
 from tinygpt.run.run import Run
 from tinygpt.train import trainer as trainer_module
 from tinygpt.train.batches import Batches, validation_sequences
-from tinygpt.train.config import EMAParams, TrainParams, Warmup
+from tinygpt.train.config import ContextWarmup, EMAParams, TrainParams
 from tinygpt.train.learner import Learner, part_norms
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import dropout_frac_at, lr_frac_at
@@ -38,7 +38,6 @@ PARAMS = TrainParams(
     lora=None,
     max_steps=10,
     batch_size=4,
-    batch_warmup=None,
     context_warmup=None,
     shuffle_documents=False,
     optimizer="adamw",
@@ -218,8 +217,7 @@ ALL_ON = {
     "ema": EMAParams(decay=0.7, start=3),
     "label_smoothing": 0.1,
     "z_loss": 1e-3,
-    "batch_warmup": Warmup(start=1, steps=7),
-    "context_warmup": Warmup(start=8, steps=8),
+    "context_warmup": ContextWarmup(start=8, steps=8),
     "shuffle_documents": True,
 }
 
@@ -371,8 +369,7 @@ def test_a_second_trainer_of_the_same_run_is_refused():
 
 
 def test_micro_batches_of_any_size_give_the_same_model_up_to_rounding():
-    warmups = {"batch_warmup": Warmup(start=2, steps=2), "context_warmup": Warmup(start=16, steps=4)}
-    params = dataclasses.replace(PARAMS, max_steps=5, **warmups)
+    params = dataclasses.replace(PARAMS, max_steps=5, context_warmup=ContextWarmup(start=16, steps=4))
     whole = train("whole", params=params)
     for size in (1, 3):
         parts = train(f"parts{size}", params=params, runtime=dataclasses.replace(RUNTIME, micro_batch_size=size))
@@ -382,8 +379,8 @@ def test_micro_batches_of_any_size_give_the_same_model_up_to_rounding():
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_same_step_up_to_rounding(compiler):
-    warmups = {"batch_warmup": Warmup(start=1, steps=2), "context_warmup": Warmup(start=32, steps=2)}
-    params = dataclasses.replace(PARAMS, max_steps=5, batch_size=2, label_smoothing=0.1, **warmups)
+    warmup = ContextWarmup(start=32, steps=2)
+    params = dataclasses.replace(PARAMS, max_steps=5, batch_size=2, label_smoothing=0.1, context_warmup=warmup)
     runtime = dataclasses.replace(RUNTIME, micro_batch_size=1)  # two sequences of half the length, then one and one
     eager = train("eager", params=params, runtime=runtime, n_layer=1)
     compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True), n_layer=1)
@@ -479,10 +476,8 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path, tiny_tokenizer, monkey
     assert report["epochs"] == pytest.approx(10 * 4 * 64 / 1999)
 
 
-def test_tokens_are_counted_as_the_warmup_has_them(tmp_path, monkeypatch, capsys):
-    params = dataclasses.replace(
-        PARAMS, batch_warmup=Warmup(start=1, steps=4), context_warmup=Warmup(start=16, steps=6), sample_tokens=0
-    )
+def test_tokens_are_counted_and_a_warmup_leaves_their_number(tmp_path, monkeypatch, capsys):
+    params = dataclasses.replace(PARAMS, context_warmup=ContextWarmup(start=16, steps=6))
     seen, original = [], Learner.learn
 
     def learn(learner: Learner, step: int, ids: torch.Tensor, **how: bool) -> torch.Tensor:
@@ -494,8 +489,8 @@ def test_tokens_are_counted_as_the_warmup_has_them(tmp_path, monkeypatch, capsys
     report = publish(
         fit(trainer), trainer, tmp_path / "model", tmp_path / "reports", made_from={"tokenizer": "0", "base": None}
     )
-    assert seen == [64, 64, 128, 128, *[256] * 6]
-    assert report["tokens"] == 64 * (1 + 1 + 2 + 2 + 6 * 4)
+    assert seen == [256] * 10
+    assert report["tokens"] == 256 * 10
     assert report["epochs"] == report["tokens"] / 1999
     assert report["tokens_per_s"] == report["tokens"] / report["seconds"]
     last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][-1]

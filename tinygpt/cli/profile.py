@@ -32,7 +32,6 @@ from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.config import TokenizerParams
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner
-from tinygpt.train.optim import tokens_before
 
 TOKENIZER_FILE = Path("data/tokenizer/tokenizer.json")
 
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     micro = _micro_batch_size(config, train, runtime, device, measure=not args.no_measure)
     _print_weights(config, train.lora)
     flops = flops_per_token(config, train.lora)
-    n_tokens = tokens_before(train.max_steps, train, config.block_size)
+    n_tokens = train.max_steps * train.batch_size * config.block_size
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
     memory, free = memory_of(config, train, runtime, micro, device), available_memory(device)
     print(

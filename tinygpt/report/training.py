@@ -12,7 +12,6 @@ import torch
 
 from tinygpt.files import atomic_folder, atomic_write, human_bytes, write_json
 from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
-from tinygpt.train.optim import tokens_before
 from tinygpt.train.trainer import Trained, Trainer
 
 
@@ -58,7 +57,7 @@ def described(report: dict[str, Any], model_dir: Path) -> str:
 
 def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
     progress = trained.progress
-    tokens = tokens_before(progress.step, trainer.params, trainer.batches.seq_len)
+    tokens = progress.step * trainer.params.batch_size * trainer.batches.seq_len
     return {
         "val_loss": progress.best_val_loss,
         "best_step": progress.best_step,

@@ -21,7 +21,6 @@ from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
 from tinygpt.train.config import TrainParams
-from tinygpt.train.optim import tokens_before
 from tinygpt.train.trainer import Progress
 
 PROJECT = "tinygpt"  # the name of all runs together, in W&B and MLflow
@@ -171,7 +170,7 @@ class Loggers:
                 install = f"pip install {PIP_NAMES.get(name, name)}"
                 raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or take it off the list")
         self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
-        self._tokens_before = lambda step: tokens_before(step, params, config.block_size)
+        self._tokens_per_step = params.batch_size * config.block_size
         self._loggers: dict[str, Logger] = {}
         self._n_rows = 0  # of the curve, handed on
         self._since: tuple[int, float] | None = None  # tokens and seconds at the last of them
@@ -190,7 +189,7 @@ class Loggers:
         rows, self._n_rows = progress.rows[self._n_rows :], len(progress.rows)
         if self._since is not None and not rows:
             return
-        speed, tokens = {}, self._tokens_before(progress.step)
+        speed, tokens = {}, progress.step * self._tokens_per_step
         if self._since is not None:
             speed = {"tokens_per_s": (tokens - self._since[0]) / (progress.seconds - self._since[1])}
         self._since = tokens, progress.seconds

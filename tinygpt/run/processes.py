@@ -54,11 +54,6 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
             "set runtime.n_process",
         ),
         (
-            params.batch_warmup is None or params.batch_warmup.start % world.size == 0,
-            f"train.batch_warmup.start must be a multiple of the {world.size} processes that share it: "
-            "set runtime.n_process",
-        ),
-        (
             world.size == 1 or runtime.parallel == "ddp" or not params.optimizer.startswith("adamw8bit"),
             f"train.optimizer={params.optimizer} cannot be split: set runtime.parallel=ddp",
         ),

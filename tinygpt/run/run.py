@@ -22,7 +22,6 @@ from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
-from tinygpt.train.optim import tokens_before
 from tinygpt.train.parallel import ALONE, World
 from tinygpt.train.trainer import Progress
 
@@ -123,7 +122,7 @@ class Run:
 
     def _log_line(self, progress: Progress) -> str:
         row = progress.latest(self.params)
-        tokens_per_s = tokens_before(progress.step, self.params, self.config.block_size) / progress.seconds
+        tokens_per_s = progress.step * self.params.batch_size * self.config.block_size / progress.seconds
         val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
         norm = "overflowed, no step" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
         return (

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinygpt.tokens import TokenIds, document_starts
-from tinygpt.train.config import Warmup
-from tinygpt.train.optim import doubled_at, doubled_before
+from tinygpt.train.config import ContextWarmup
 
 MAX_GROUPS = 1 << 20  # of documents that are shuffled: 24 bytes each are held
 
@@ -29,7 +28,6 @@ class Batches:
     into sequences of `seq_len` tokens and takes them in random order, so each token is a target once an epoch, but
     for the fewer than `seq_len` that are over. The rest leaves this rule as it is:
 
-    batch_warmup       the first steps take fewer of these sequences
     context_warmup     the first steps cut them into shorter ones: they have the same tokens as without it, but fewer
                        before each to look back on
     shuffle_documents  in each epoch's ring the documents stand in another order. Documents are what stands between
@@ -44,26 +42,22 @@ class Batches:
         seq_len: int,
         batch_size: int,
         seed: int,
-        batch_warmup: Warmup | None = None,
-        context_warmup: Warmup | None = None,
+        context_warmup: ContextWarmup | None = None,
         shuffle_documents: bool = False,
     ) -> None:
         assert len(tokens) > seq_len, f"{len(tokens)} tokens are too few for one sequence of {seq_len}"
         self.tokens = tokens
         self.ring = len(tokens) - 1
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
-        self.batch_warmup, self.context_warmup = batch_warmup, context_warmup
+        self.context_warmup = context_warmup
         self.per_epoch = self.ring // seq_len  # sequences
         self._documents = document_starts(tokens, at_most=MAX_GROUPS) if shuffle_documents else None
         self._epoch: tuple[int, _Epoch] | None = None
 
     def batch_at(self, step: int) -> NDArray[np.int64]:
-        """The sequences of one step, each with the token that follows it.  -> (N, T + 1) ids
-
-        N x T are batch_size x seq_len, but for a `batch_warmup`.
-        """
-        first, end = (doubled_before(s, self.batch_size, self.batch_warmup) for s in (step, step + 1))
-        seq_len = doubled_at(step, self.seq_len, self.context_warmup)
+        """The sequences of one step, each with the token that follows it.  -> (N, T + 1) ids, N x T in every step"""
+        first, end = step * self.batch_size, (step + 1) * self.batch_size
+        seq_len = seq_len_at(step, self.seq_len, self.context_warmup)
         parts = []
         for number in range(first // self.per_epoch, (end - 1) // self.per_epoch + 1):
             epoch, before = self._epoch_of(number), number * self.per_epoch
@@ -133,6 +127,17 @@ class Prefetch:
     def _read(self, step: int) -> Tensor:
         ids = torch.from_numpy(self._batch_at(step))
         return ids.pin_memory() if self._device.type == "cuda" else ids  # only from there is a copy not waited for
+
+
+def seq_len_at(step: int, full: int, warmup: ContextWarmup | None) -> int:
+    """Tokens in each sequence of a step, counted from 0.
+
+    full 8, warmup {start: 2, steps: 10}  ->  2 at steps 0 to 4, 4 at steps 5 to 9, then 8
+    """
+    if warmup is None or step >= warmup.steps:
+        return full
+    n_doublings = (full // warmup.start).bit_length() - 1
+    return warmup.start << (step * n_doublings // warmup.steps)
 
 
 def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[np.int64]:

@@ -39,14 +39,14 @@ class EMAParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warmup:
-    """A number that is smaller in the first steps and is doubled, every so many steps, until it is what it should be.
+class ContextWarmup:
+    """Shorter sequences in the first steps, doubled at even intervals until they are as long as model.block_size.
 
-    Few sizes in all, since torch.compile compiles for each.
+    Few lengths in all, since torch.compile compiles for each.
     """
 
-    start: Count  # in the first steps: the full number halved once or more
-    steps: Count  # until the number is full
+    start: Count  # tokens of a sequence in the first steps: model.block_size halved once or more
+    steps: Count  # until sequences have their full length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,7 @@ class TrainParams:
     lora: LoRAParams | None  # adapters that are trained instead of the weights of the base; null = all weights
     max_steps: Count  # optimizer steps
     batch_size: Count  # sequences of model.block_size tokens in one step, over all processes and micro-batches
-    batch_warmup: Warmup | None  # fewer sequences at first; null = batch_size always
-    context_warmup: Warmup | None  # the same tokens in shorter sequences at first; null = model.block_size always
+    context_warmup: ContextWarmup | None  # the same tokens in shorter sequences at first; null = block_size always
     shuffle_documents: bool  # documents in another order each epoch; false = always in that of the file
     optimizer: Literal["adamw", "adamw8bit", "adamw8bit_bnb", "lion", "muon"]
     lr: Positive  # learning rate at its peak
@@ -102,29 +101,20 @@ class TrainParams:
                 self.lora is None or self.init_from == "base",
                 "train.lora trains adapters of a base: set train.init_from=base, or train.lora=null",
             ),
-            *_warmup_rules("batch_warmup", self.batch_warmup, "train.batch_size", self.batch_size, self.max_steps),
         )
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
         """What must hold beside other groups of params.yaml, by name, where they are loaded too."""
-        if "model" not in groups:
-            return ()
-        full = groups["model"].block_size
-        return _warmup_rules("context_warmup", self.context_warmup, "model.block_size", full, self.max_steps)
-
-
-def _warmup_rules(
-    name: str, warmup: Warmup | None, full_name: str, full: int, max_steps: int
-) -> Iterable[tuple[bool, str]]:
-    if warmup is None:
-        return
-    halves = [full // 2**i for i in range(1, full.bit_length()) if full % 2**i == 0]
-    choices = f"one of {', '.join(map(str, halves))}" if halves else f"it is odd: set train.{name} to null"
-    yield (
-        warmup.start in halves,
-        f"train.{name}.start={warmup.start} must be {full_name}={full} halved once or more: {choices}",
-    )
-    yield (
-        warmup.steps < max_steps,
-        f"train.{name}.steps={warmup.steps} must be below train.max_steps={max_steps}",
-    )
+        if "model" not in groups or self.context_warmup is None:
+            return
+        full, start, steps = groups["model"].block_size, self.context_warmup.start, self.context_warmup.steps
+        halves = [full // 2**i for i in range(1, full.bit_length()) if full % 2**i == 0]
+        choices = f"one of {', '.join(map(str, halves))}" if halves else "it is odd: set train.context_warmup to null"
+        yield (
+            start in halves,
+            f"train.context_warmup.start={start} must be model.block_size={full} halved once or more: {choices}",
+        )
+        yield (
+            steps < self.max_steps,
+            f"train.context_warmup.steps={steps} must be below train.max_steps={self.max_steps}",
+        )

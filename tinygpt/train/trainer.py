@@ -161,7 +161,6 @@ class Trainer:
             seq_len=config.block_size,
             batch_size=params.batch_size,
             seed=params.seed,
-            batch_warmup=params.batch_warmup,
             context_warmup=params.context_warmup,
             shuffle_documents=params.shuffle_documents,
         )
