@@ -62,7 +62,7 @@ class TrainParams:
     batch_size: Count  # sequences of model.block_size tokens in one step, over all processes and micro-batches
     context_warmup: ContextWarmup | None  # the same tokens in shorter sequences at first; null = block_size always
     shuffle_documents: bool  # documents in another order each epoch; false = always in that of the file
-    optimizer: Literal["adamw", "adamw8bit", "adamw8bit_bnb", "lion", "muon"]
+    optimizer: Literal["adamw", "adamw8bit", "lion", "muon"]
     lr: Positive  # learning rate at its peak
     embedding_lr: Positive | None  # that of the embeddings; null = lr
     head_lr: Positive | None  # that of an untied head; null = lr

@@ -128,17 +128,6 @@ def _adamw8bit(groups: list[Group], params: TrainParams) -> list[Optimizer]:
     return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
 
 
-def _adamw8bit_bnb(groups: list[Group], params: TrainParams) -> list[Optimizer]:
-    """The same by bitsandbytes, whose authors the paper's are; tensors of less than 4096 weights keep floats."""
-    try:
-        from bitsandbytes.optim.adamw import AdamW8bit
-    except ImportError:
-        raise UserError(
-            "train.optimizer=adamw8bit_bnb needs bitsandbytes: pip install bitsandbytes, or set adamw"
-        ) from None
-    return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
-
-
 def _lion(groups: list[Group], params: TrainParams) -> list[Optimizer]:
     return [Lion(groups, lr=params.lr, betas=params.betas)]
 
@@ -153,15 +142,13 @@ def _muon(groups: list[Group], params: TrainParams) -> list[Optimizer]:
 OPTIMIZERS: dict[str, Callable[[list[Group], TrainParams], list[Optimizer]]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
-    "adamw8bit_bnb": _adamw8bit_bnb,
     "lion": _lion,
     "muon": _muon,
 }
 
 
-CONSTANTS = ("qmap1", "qmap2")  # of a state: bitsandbytes' tables, which all weights share and the first step makes
 # Bytes that each keeps for a weight: of a matrix in a block, and of another.
-STATE_BYTES = {"adamw": (8, 8), "adamw8bit": (2, 2), "adamw8bit_bnb": (2, 2), "lion": (4, 4), "muon": (4, 8)}
+STATE_BYTES = {"adamw": (8, 8), "adamw8bit": (2, 2), "lion": (4, 4), "muon": (4, 8)}
 
 
 def state_bytes(model: GPT, params: TrainParams) -> int:
@@ -212,7 +199,7 @@ def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
 
 def optimizer_tensors(model: GPT, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state as "<weight>/<what>": tensor; empty before the first step."""
-    return {name: torch.as_tensor(part) for name, _, _, part in _parts(model, optimizers)}
+    return dict(_state_parts(model, optimizers))
 
 
 def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
@@ -226,30 +213,24 @@ def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dic
     for optimizer in optimizers:
         optimizer.step()  # makes the state, and at a learning rate of 0 changes no weight
         optimizer.zero_grad()
-    for name, state, key, part in _parts(model, optimizers):
-        if isinstance(part, Tensor):
-            put(part, tensors[name])
-        else:
-            state[key] = int(tensors[name])  # bitsandbytes' number of steps
+    for name, part in _state_parts(model, optimizers):
+        put(part, tensors[name])
 
 
 def _groups(optimizers: Iterable[Optimizer]) -> Iterator[Group]:
     return (group for optimizer in optimizers for group in optimizer.param_groups)
 
 
-def _parts(model: GPT, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, dict[str, Any], str, Tensor | int]]:
-    """What each weight's state is made of: its name, and the tensor or number that stands there under a key."""
+def _state_parts(model: GPT, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the state of each weight is made of, and their names."""
     states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     for name, parameter in trained_tensors(model).items():
-        state = states.get(parameter, {})
-        for key, value in state.items():
-            if key in CONSTANTS:
-                continue
+        for key, value in states.get(parameter, {}).items():
             if is_split(value) or not hasattr(value, "__tensor_flatten__"):
-                yield f"{name}/{key}", state, key, value
+                yield f"{name}/{key}", value
             else:  # a packed tensor, as torchao's
                 for part in value.__tensor_flatten__()[0]:
-                    yield f"{name}/{key}.{part}", state, key, getattr(value, part)
+                    yield f"{name}/{key}.{part}", getattr(value, part)
 
 
 def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
