@@ -1,12 +1,14 @@
 """Each optimizer makes the step that a reference makes, and goes on after its state was saved."""
 
 import math
+import sys
 
 import pytest
 import torch
 from conftest import random_ids, tiny_model
 from test_train import PARAMS, same
 
+from tinygpt.errors import UserError
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.train.loss import next_token_loss
@@ -199,3 +201,9 @@ def test_every_optimizer_learns():
                 optimizer.zero_grad()
         assert math.isfinite(loss.item())
         assert loss.item() < first - 1
+
+
+def test_a_missing_package_is_told_with_the_option_that_needs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match=r"train.optimizer=adamw8bit needs torchao: pip install torchao, or set adamw"):
+        build_optimizers(tiny_model(), params_with(optimizer="adamw8bit"))

@@ -10,7 +10,7 @@ from test_train import PARAMS, compiler, fit, make_trainer, runs_in_tmp, same, t
 
 from tinygpt.errors import UserError
 from tinygpt.train.learner import Learner
-from tinygpt.train.loss import SHORT, pick_precision
+from tinygpt.train.loss import PRECISIONS, pick_precision
 from tinygpt.train.trainer import MAX_SKIPPED, Progress
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_rmsnorm_of_short_products_is_taken_in_float32_and_warns_of_nothing(prec
     finally:
         torch.set_warn_always(False)
     assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
-    short, norm = torch.randn(5, 8).to(SHORT[precision]), one.model.blocks[0].attn.q_norm
+    short, norm = torch.randn(5, 8).to(PRECISIONS[precision].dtype), one.model.blocks[0].attn.q_norm
     long = short.double()
     assert torch.allclose(norm(short).double(), long * (long.square().mean(-1, True) + norm.eps).rsqrt(), rtol=1e-6)
 

@@ -18,7 +18,7 @@ from tinygpt.model.config import ModelParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import kinds
 from tinygpt.tokenizer.config import TokenizerParams
-from tinygpt.train import optim
+from tinygpt.train import loss, optim, parallel
 from tinygpt.train.config import TrainParams
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +136,10 @@ def test_every_key_of_params_yaml_is_a_field_and_every_field_a_key():
         (ModelParams, "norm", layers.NORMS),
         (ModelParams, "mlp", layers.MLPS),
         (ModelParams, "attention", attention.ATTENTION),
+        (TrainParams, "optimizer", optim.OPTIMIZERS),
         (TrainParams, "schedule", optim.SCHEDULES),
+        (TrainParams, "precision", {"auto", *loss.PRECISIONS}),
+        (RuntimeParams, "parallel", parallel.PARALLEL),
         (RuntimeParams, "engine", shards.ENGINES),
         (TokenizerParams, "kind", kinds.KINDS),
     ],

@@ -29,7 +29,7 @@ from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import ContextWarmup, EMAParams, TrainParams
 from tinygpt.train.learner import Learner, part_norms
 from tinygpt.train.loss import next_token_loss
-from tinygpt.train.optim import dropout_frac_at, lr_frac_at
+from tinygpt.train.optim import OPTIMIZERS, SCHEDULES, OptimizerKind, Schedule, dropout_frac_at, lr_frac_at
 from tinygpt.train.trainer import Trainer
 
 PARAMS = TrainParams(
@@ -235,8 +235,27 @@ ALL_ON = {
     ],
     ids=["plain", "untied", "dropout", "all on", "lion", "fp16", "recomputed"],
 )
-def test_a_run_cut_anywhere_ends_with_the_same_bits(changes, config, tmp_path, monkeypatch):
-    config = config | {"params": dataclasses.replace(PARAMS, **changes)}
+def test_a_run_cut_anywhere_ends_with_the_same_bits(changes, config, monkeypatch):
+    cut_and_resume(monkeypatch, params=dataclasses.replace(PARAMS, **changes), **config)
+
+
+@pytest.mark.parametrize(
+    ("registry", "field", "entry"),
+    [
+        (OPTIMIZERS, "optimizer", OptimizerKind(lambda groups, params: [torch.optim.NAdam(groups)], (8, 8))),
+        (SCHEDULES, "schedule", Schedule(lambda progress: (1 - progress) ** 2)),
+        (SCHEDULES, "schedule", Schedule(lambda progress: (1 - progress) ** 2, at_end=True)),
+    ],
+    ids=["optimizer", "schedule", "schedule at the end"],
+)
+def test_an_optimizer_or_a_schedule_is_one_entry(registry, field, entry, monkeypatch):
+    monkeypatch.setitem(registry, "made up", entry)
+    params = dataclasses.replace(PARAMS, **{field: "made up"})
+    assert not same(cut_and_resume(monkeypatch, params=params).last, train("another").last)
+
+
+def cut_and_resume(monkeypatch, **config):
+    """Train once undisturbed and once killed four times; both end with the same bits.  The latter."""
     undisturbed = train("undisturbed", **config)
     cuts = iter([2, 5, 6, 9])
 
@@ -261,6 +280,7 @@ def test_a_run_cut_anywhere_ends_with_the_same_bits(changes, config, tmp_path, m
     assert same(resumed.best, undisturbed.best)
     measured = {"seconds": 0.0, "peak_mem_gib": 0.0}
     assert dataclasses.replace(resumed.progress, **measured) == dataclasses.replace(undisturbed.progress, **measured)
+    return resumed
 
 
 def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):

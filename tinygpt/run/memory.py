@@ -27,7 +27,7 @@ from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner, recompute_blocks
-from tinygpt.train.loss import CHUNK, SHORT, autocast, pick_precision
+from tinygpt.train.loss import CHUNK, PRECISIONS, autocast, pick_precision
 from tinygpt.train.optim import state_bytes
 
 LESS_MEMORY = (
@@ -188,7 +188,7 @@ def tokens_per_second(learner: Learner) -> float:
 def peak_flops(device: torch.device, precision: str) -> float:
     """Operations per second of a large matrix product in a run's precision (not auto), the best of several."""
     size = MATMUL_SIZE[device.type]
-    a = torch.randn(size, size, device=device, dtype=SHORT.get(precision))
+    a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision].dtype)
     times: list[float] = []
     while sum(times) < MEASURE_S or len(times) < 3:
         began = time.perf_counter()

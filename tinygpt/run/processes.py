@@ -25,7 +25,9 @@ from tinygpt.errors import UserError
 from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
-from tinygpt.train.parallel import ALONE, World
+from tinygpt.train.loss import is_scaled
+from tinygpt.train.optim import OPTIMIZERS
+from tinygpt.train.parallel import ALONE, PARALLEL, World
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -47,6 +49,7 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
 
 def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
     """The device of this process.  Raises ParamsError where the processes cannot share the work."""
+    splits = world.size > 1 and PARALLEL[runtime.parallel].splits
     require(
         (
             params.batch_size % world.size == 0,
@@ -54,12 +57,13 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
             "set runtime.n_process",
         ),
         (
-            world.size == 1 or runtime.parallel == "ddp" or not params.optimizer.startswith("adamw8bit"),
+            not splits or OPTIMIZERS[params.optimizer].can_split,
             f"train.optimizer={params.optimizer} cannot be split: set runtime.parallel=ddp",
         ),
         (
-            world.size == 1 or runtime.parallel == "ddp" or params.precision != "fp16",
-            "train.precision=fp16 cannot be split, for each process would scale its part: set runtime.parallel=ddp",
+            not (splits and is_scaled(params.precision)),
+            f"train.precision={params.precision} cannot be split, for each process would scale its part: "
+            "set runtime.parallel=ddp",
         ),
         (
             world.size == 1 or runtime.micro_batch_size != "auto",

@@ -44,7 +44,7 @@ from tinygpt.train.optim import (
     optimizer_tensors,
     set_lr,
 )
-from tinygpt.train.parallel import ALONE, PARALLEL, Alone, World, part_of, put, whole
+from tinygpt.train.parallel import ALONE, PARALLEL, Parallel, World, part_of, put, whole
 
 
 class EMA:
@@ -127,7 +127,7 @@ class Learner:
         self.model = self._build()
         if runtime.gradient_checkpointing:
             recompute_blocks(self.model)
-        self._parallel = PARALLEL[runtime.parallel]() if world.size > 1 else Alone()
+        self._parallel = PARALLEL[runtime.parallel]() if world.size > 1 else Parallel()
         self._parallel.split(self.model)
         self.optimizers = build_optimizers(self.model, params)
         self.ema = EMA(params.ema) if params.ema else None

@@ -1,4 +1,4 @@
-"""Number formats of training: weights, gradients and optimizer state stay in float32, products may be shorter.
+"""The training loss, from the last hidden state on, and the number formats that products are taken in.
 
 | precision | products | where |
 |---|---|---|
@@ -7,12 +7,13 @@
 | bf16 | bfloat16, as wide as float32 and 7 bits fine | a GPU; CPUs without AMX emulate it, slowly |
 | fp16 | float16, whose gradients are scaled so that they do not vanish | older GPUs |
 
-The training loss, from the last hidden state on.  B batch, T tokens, N = B · T, C n_embd, V vocab_size.
+Weights, gradients and optimizer state stay in float32.  B batch, T tokens, N = B · T, C n_embd, V vocab_size.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,54 +23,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.autograd.function import once_differentiable
 
 from tinygpt.model.gpt import GPT
-
-WORTH_CASTS = 192  # n_embd: at 128 a step of 1024 tokens took 1.1 times as long in bf16, at 192 0.9, at 384 0.7
-SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
-    """The precision that "auto" stands for: bf16 where the device's own units multiply it, else fp32.
-
-    By the device's features and not by a timing, which might choose otherwise when the run goes on, and so change its
-    weights. Of CPUs only those with AMX, and of their models those whose products are worth the casts: AVX512-BF16
-    doubles the speed of products at most, which casts take back.
-    """
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_units and n_embd >= WORTH_CASTS else "fp32"
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """A context in which products are taken in this precision."""
-    return torch.autocast(device.type, SHORT.get(precision), enabled=precision in SHORT)
-
-
-def set_matmul_precision(precision: str, device: torch.device) -> None:
-    """Let a GPU take float32 products as tf32, or not.  For the whole process: PyTorch has no narrower switch."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-
-
-def build_scaler(precision: str, device: torch.device) -> GradScaler:
-    """What scales the loss up and gradients down again, as much as float16 allows; of other precisions, nothing."""
-    return GradScaler(device.type, enabled=precision == "fp16")
-
-
-def scaler_tensors(scaler: GradScaler) -> dict[str, Tensor]:
-    """Its state as "loss_scale/<what>": tensor, for a checkpoint; empty where it does nothing."""
-    state = scaler.state_dict()
-    return {f"loss_scale/{key}": torch.tensor(state[key]) for key in ("scale", "_growth_tracker") if state}
-
-
-def load_scaler_tensors(scaler: GradScaler, tensors: dict[str, Tensor]) -> None:
-    """Put back what `scaler_tensors` gave."""
-    if state := scaler.state_dict():
-        kept = {key: tensors[f"loss_scale/{key}"].item() for key in ("scale", "_growth_tracker")}
-        scaler.load_state_dict(state | kept)
-
 
 # Logits worked on together: 64 MiB of float32. All of them in a small model's step; of 50,257 tokens' logits 333 rows,
 # which still make products large enough to run at full speed (333 took no longer than 1,024, 128 a third longer).
@@ -162,3 +115,71 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One choice of train.precision besides auto."""
+
+    dtype: torch.dtype | None = None  # of products: None = that of the weights
+    tf32: bool = False  # a GPU may cut the mantissa of float32 products
+    scaled: bool = False  # the loss is scaled up and gradients down again, as one process alone can
+
+
+PRECISIONS = {
+    "fp32": Precision(),
+    "tf32": Precision(tf32=True),
+    "bf16": Precision(torch.bfloat16),
+    "fp16": Precision(torch.float16, scaled=True),
+}
+WORTH_CASTS = 192  # n_embd: at 128 a step of 1024 tokens took 1.1 times as long in bf16, at 192 0.9, at 384 0.7
+
+
+def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
+    """The precision that "auto" stands for: bf16 where the device's own units multiply it, else fp32.
+
+    By the device's features and not by a timing, which might choose otherwise when the run goes on, and so change its
+    weights. Only CPUs with AMX take it, and only for models whose products are worth the casts: AVX512-BF16 doubles
+    the speed of products at most, which casts take back.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_units and n_embd >= WORTH_CASTS else "fp32"
+
+
+def is_scaled(precision: str) -> bool:
+    """Whether the loss is scaled: never where auto chooses."""
+    return precision in PRECISIONS and PRECISIONS[precision].scaled
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """A context in which products are taken in this precision."""
+    dtype = PRECISIONS[precision].dtype
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def set_matmul_precision(precision: str, device: torch.device) -> None:
+    """Let a GPU take float32 products as tf32, or not.  For the whole process: PyTorch has no narrower switch."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if PRECISIONS[precision].tf32 else "highest")
+
+
+def build_scaler(precision: str, device: torch.device) -> GradScaler:
+    """What scales the loss up and gradients down again, as much as float16 allows; in other precisions, nothing."""
+    return GradScaler(device.type, enabled=is_scaled(precision))
+
+
+def scaler_tensors(scaler: GradScaler) -> dict[str, Tensor]:
+    """Its state as "loss_scale/<what>": tensor, for a checkpoint; empty where it does nothing."""
+    state = scaler.state_dict()
+    return {f"loss_scale/{key}": torch.tensor(state[key]) for key in ("scale", "_growth_tracker") if state}
+
+
+def load_scaler_tensors(scaler: GradScaler, tensors: dict[str, Tensor]) -> None:
+    """Put back what `scaler_tensors` gave."""
+    if state := scaler.state_dict():
+        kept = {key: tensors[f"loss_scale/{key}"].item() for key in ("scale", "_growth_tracker")}
+        scaler.load_state_dict(state | kept)

@@ -1,13 +1,11 @@
-"""Learning rate and dropout as functions of the step.
-
-Optimizers: which weights get which, how fast each kind learns, and their state as named tensors.
-"""
+"""How weights learn: the learning rate as a function of the step, and the optimizers, whose state is named tensors."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +18,22 @@ from tinygpt.model.lora import trained_tensors
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import is_split, part_of, put, whole
 
-# From progress after the warmup, 0 to 1, and the share of it that wsd falls in, to a share between the peak (1) and
-# the minimum (0).
-SCHEDULES: dict[str, Callable[[float, float], float]] = {
-    "cosine": lambda progress, _: 0.5 * (1 + math.cos(math.pi * progress)),  # https://arxiv.org/abs/1608.03983
-    "linear": lambda progress, _: 1 - progress,
-    "wsd": lambda progress, decay_frac: min(1.0, (1 - progress) / decay_frac),  # https://arxiv.org/abs/2404.06395
-    "constant": lambda progress, _: 1.0,
+WeightGroup = dict[str, Any]  # of an optimizer: weights of one kind and how they are trained
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate falls after its warmup."""
+
+    decay: Callable[[float], float]  # progress from 0 to 1  ->  a share, from the peak (1) to the minimum (0)
+    at_end: bool = False  # only over the last train.decay_frac of the steps, at the peak before them
+
+
+SCHEDULES = {
+    "cosine": Schedule(lambda progress: 0.5 * (1 + math.cos(math.pi * progress))),  # https://arxiv.org/abs/1608.03983
+    "linear": Schedule(lambda progress: 1 - progress),
+    "wsd": Schedule(lambda progress: 1 - progress, at_end=True),  # https://arxiv.org/abs/2404.06395
+    "constant": Schedule(lambda progress: 1.0),
 }
 
 
@@ -34,9 +41,11 @@ def lr_frac_at(step: int, params: TrainParams) -> float:
     """Share of the peak at step 0, 1, … max_steps - 1: never 0 at first, 1 after the warmup, min_lr_frac at last."""
     if step < params.warmup_steps:
         return (step + 1) / (params.warmup_steps + 1)
+    schedule = SCHEDULES[params.schedule]
     progress = (step - params.warmup_steps) / max(1, params.max_steps - 1 - params.warmup_steps)
-    share = SCHEDULES[params.schedule](progress, params.decay_frac)
-    return params.min_lr_frac + (1 - params.min_lr_frac) * share
+    if schedule.at_end:
+        progress = max(0.0, 1 - (1 - progress) / params.decay_frac)
+    return params.min_lr_frac + (1 - params.min_lr_frac) * schedule.decay(progress)
 
 
 def dropout_frac_at(step: int, params: TrainParams) -> float:
@@ -44,7 +53,141 @@ def dropout_frac_at(step: int, params: TrainParams) -> float:
     return 1 - step / params.max_steps if params.anneal_dropout else 1.0
 
 
-Group = dict[str, Any]  # of an optimizer: weights and how they are trained
+def build_optimizers(model: GPT, params: TrainParams) -> list[Optimizer]:
+    """The optimizers of a run.  Each group of weights has its `kind` and its `peak_lr`.
+
+    Raises UserError where the package of the chosen one is missing.
+    """
+    lrs = {"embedding": params.embedding_lr, "head": params.head_lr, "vector": params.vector_lr}
+    decays = {"matrix": params.weight_decay, "head": params.weight_decay, "embedding": params.embedding_weight_decay}
+    kinds: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in trained_tensors(model).items():
+        kinds[kind_of(model, name)].append(parameter)
+    groups = [
+        {
+            "params": weights,
+            "kind": kind,
+            "peak_lr": lrs.get(kind) or params.lr,
+            "weight_decay": decays.get(kind, 0.0),
+        }
+        for kind, weights in kinds.items()
+    ]
+    chosen = OPTIMIZERS[params.optimizer]
+    try:
+        return chosen.build(groups, params)
+    except ImportError:
+        if chosen.package is None:
+            raise
+        raise UserError(
+            f"train.optimizer={params.optimizer} needs {chosen.package}: pip install {chosen.package}, or set adamw"
+        ) from None
+
+
+def kind_of(model: GPT, name: str) -> str:
+    """What a weight is: a matrix inside a block, an embedding, the head, or a vector (a bias or norm)."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if name == "lm_head.weight":
+        return "head"
+    return "matrix" if model.get_parameter(name).ndim == 2 else "vector"
+
+
+def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
+    """Let every weight learn at that share of its peak."""
+    for group in _groups(optimizers):
+        lr = group["peak_lr"] * share
+        if isinstance(group["lr"], Tensor):  # torchao's, whose step is compiled
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def state_bytes(model: GPT, params: TrainParams) -> int:
+    """What the optimizers will keep of a model, about."""
+    matrix, other = OPTIMIZERS[params.optimizer].state_bytes
+    sizes = ((kind_of(model, name), tensor.numel()) for name, tensor in trained_tensors(model).items())
+    return sum(n * (matrix if kind == "matrix" else other) for kind, n in sizes)
+
+
+def optimizer_tensors(model: GPT, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state as "<weight>/<what>": tensor; empty before the first step."""
+    states = {weight: state for optimizer in optimizers for weight, state in optimizer.state.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, weight in trained_tensors(model).items():
+        for key, value in states.get(weight, {}).items():
+            if is_split(value) or not hasattr(value, "__tensor_flatten__"):
+                tensors[f"{name}/{key}"] = value
+            else:  # a packed tensor, as torchao's
+                inner, _ = value.__tensor_flatten__()
+                tensors |= {f"{name}/{key}.{part}": getattr(value, part) for part in inner}
+    return tensors
+
+
+def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, into optimizers that have not made a step."""
+    if not tensors:
+        return
+    set_lr(optimizers, 0.0)
+    for group in _groups(optimizers):
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()  # makes the state, and at a learning rate of 0 changes no weight
+        optimizer.zero_grad()
+    for name, tensor in optimizer_tensors(model, optimizers).items():
+        put(tensor, tensors[name])
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> Iterator[WeightGroup]:
+    return (group for optimizer in optimizers for group in optimizer.param_groups)
+
+
+# ---- the choices of train.optimizer ----
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One choice of train.optimizer, and all that others must know of it."""
+
+    build: Callable[[list[WeightGroup], TrainParams], list[Optimizer]]
+    state_bytes: tuple[int, int]  # kept for a weight: of a matrix in a block, and of another
+    can_split: bool = True  # each of several processes may have a part of every weight (runtime.parallel=fsdp)
+    package: str | None = None  # that it needs besides PyTorch, by its name in Python and for pip
+
+
+def _adamw(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
+    """Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, by PyTorch's fused kernel."""
+    return [AdamW(groups, lr=params.lr, betas=params.betas, fused=True)]
+
+
+def _adamw8bit(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
+    """AdamW that keeps its state in bytes (Dettmers et al., https://arxiv.org/abs/2110.02861), by torchao."""
+    from torchao.optim import AdamW8bit
+
+    return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
+
+
+def _lion(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
+    return [Lion(groups, lr=params.lr, betas=params.betas)]
+
+
+def _muon(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for what it is not made for."""
+    inner, outer = ([group for group in groups if (group["kind"] == "matrix") is which] for which in (True, False))
+    muon = [Muon(inner, lr=params.lr, momentum=params.momentum)] if inner else []
+    return [*muon, *(_adamw(outer, params) if outer else [])]
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(_adamw, (8, 8)),
+    "adamw8bit": OptimizerKind(_adamw8bit, (2, 2), can_split=False, package="torchao"),
+    "lion": OptimizerKind(_lion, (4, 4)),
+    "muon": OptimizerKind(_muon, (4, 8)),
+}
+
+
+# ---- Muon and Lion ----
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's, https://kellerjordan.github.io/posts/muon/
 N_ITERATIONS = 5
@@ -59,7 +202,7 @@ class Muon(Optimizer):
     together: the products of one small matrix do not fill a processor.
     """
 
-    def __init__(self, groups: Iterable[Group], *, lr: float, momentum: float) -> None:
+    def __init__(self, groups: Iterable[WeightGroup], *, lr: float, momentum: float) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -93,10 +236,21 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
+def _by_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape that have a gradient, TOGETHER weights at a time, or one matrix that is larger."""
+    shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            shapes[parameter.shape].append(parameter)
+    for shape, same in shapes.items():
+        n = max(1, TOGETHER // shape.numel())
+        yield from (same[start : start + n] for start in range(0, len(same), n))
+
+
 class Lion(Optimizer):
     """The sign of a momentum (Chen et al., https://arxiv.org/abs/2302.06675).  Wants a third of AdamW's lr, or less."""
 
-    def __init__(self, groups: Iterable[Group], *, lr: float, betas: tuple[float, float]) -> None:
+    def __init__(self, groups: Iterable[WeightGroup], *, lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -114,127 +268,8 @@ class Lion(Optimizer):
             torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
-def _adamw(groups: list[Group], params: TrainParams) -> list[Optimizer]:
-    """Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, by PyTorch's fused kernel."""
-    return [AdamW(groups, lr=params.lr, betas=params.betas, fused=True)]
-
-
-def _adamw8bit(groups: list[Group], params: TrainParams) -> list[Optimizer]:
-    """AdamW that keeps its state in bytes (Dettmers et al., https://arxiv.org/abs/2110.02861), by torchao."""
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        raise UserError("train.optimizer=adamw8bit needs torchao: pip install torchao, or set adamw") from None
-    return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
-
-
-def _lion(groups: list[Group], params: TrainParams) -> list[Optimizer]:
-    return [Lion(groups, lr=params.lr, betas=params.betas)]
-
-
-def _muon(groups: list[Group], params: TrainParams) -> list[Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for what it is not made for."""
-    inner, outer = ([group for group in groups if (group["kind"] == "matrix") is which] for which in (True, False))
-    muon = [Muon(inner, lr=params.lr, momentum=params.momentum)] if inner else []
-    return [*muon, *(_adamw(outer, params) if outer else [])]
-
-
-OPTIMIZERS: dict[str, Callable[[list[Group], TrainParams], list[Optimizer]]] = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw8bit,
-    "lion": _lion,
-    "muon": _muon,
-}
-
-
-# Bytes that each keeps for a weight: of a matrix in a block, and of another.
-STATE_BYTES = {"adamw": (8, 8), "adamw8bit": (2, 2), "lion": (4, 4), "muon": (4, 8)}
-
-
-def state_bytes(model: GPT, params: TrainParams) -> int:
-    """What the optimizers will keep of a model, about."""
-    matrix, other = STATE_BYTES[params.optimizer]
-    sizes = ((kind_of(model, name), tensor.numel()) for name, tensor in trained_tensors(model).items())
-    return sum(n * (matrix if kind == "matrix" else other) for kind, n in sizes)
-
-
-def build_optimizers(model: GPT, params: TrainParams) -> list[Optimizer]:
-    """Those of a run.  Each group of weights has its `kind` and its `peak_lr`."""
-    lrs = {"embedding": params.embedding_lr, "head": params.head_lr, "vector": params.vector_lr}
-    decays = {"matrix": params.weight_decay, "head": params.weight_decay, "embedding": params.embedding_weight_decay}
-    kinds: dict[str, list[Tensor]] = defaultdict(list)
-    for name, parameter in trained_tensors(model).items():
-        kinds[kind_of(model, name)].append(parameter)
-    groups = [
-        {
-            "params": weights,
-            "kind": kind,
-            "peak_lr": lrs.get(kind) or params.lr,
-            "weight_decay": decays.get(kind, 0.0),
-        }
-        for kind, weights in kinds.items()
-    ]
-    return OPTIMIZERS[params.optimizer](groups, params)
-
-
-def kind_of(model: GPT, name: str) -> str:
-    """What a weight is: a matrix inside a block, an embedding, the head, or a vector (a bias or norm)."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if name == "lm_head.weight":
-        return "head"
-    return "matrix" if model.get_parameter(name).ndim == 2 else "vector"
-
-
-def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
-    """Let every weight learn at that share of its peak."""
-    for group in _groups(optimizers):
-        lr = group["peak_lr"] * share
-        if isinstance(group["lr"], Tensor):  # torchao's, whose step is compiled
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
-def optimizer_tensors(model: GPT, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state as "<weight>/<what>": tensor; empty before the first step."""
-    return dict(_state_parts(model, optimizers))
-
-
-def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, into optimizers that have not made a step."""
-    if not tensors:
-        return
-    set_lr(optimizers, 0.0)
-    for group in _groups(optimizers):
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()  # makes the state, and at a learning rate of 0 changes no weight
-        optimizer.zero_grad()
-    for name, part in _state_parts(model, optimizers):
-        put(part, tensors[name])
-
-
-def _groups(optimizers: Iterable[Optimizer]) -> Iterator[Group]:
-    return (group for optimizer in optimizers for group in optimizer.param_groups)
-
-
-def _state_parts(model: GPT, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the state of each weight is made of, and their names."""
-    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    for name, parameter in trained_tensors(model).items():
-        for key, value in states.get(parameter, {}).items():
-            if is_split(value) or not hasattr(value, "__tensor_flatten__"):
-                yield f"{name}/{key}", value
-            else:  # a packed tensor, as torchao's
-                for part in value.__tensor_flatten__()[0]:
-                    yield f"{name}/{key}.{part}", getattr(value, part)
-
-
 def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
-    """That of each weight; zeros at first."""
+    """The momentum of each weight; zeros at first."""
     states = [optimizer.state[weight] for weight in weights]
     for weight, state in zip(weights, states, strict=True):
         if "momentum" not in state:
@@ -244,14 +279,3 @@ def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
 
 def _gradients(weights: Iterable[Tensor]) -> list[Tensor]:
     return [weight.grad for weight in weights if weight.grad is not None]
-
-
-def _by_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Those of one shape that have a gradient, TOGETHER weights at a time, or one matrix that is larger."""
-    shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            shapes[parameter.shape].append(parameter)
-    for shape, same in shapes.items():
-        n = max(1, TOGETHER // shape.numel())
-        yield from (same[start : start + n] for start in range(0, len(same), n))

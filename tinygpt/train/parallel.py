@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -78,8 +78,10 @@ class World:
 ALONE = World()
 
 
-class Alone:
-    """One process."""
+class Parallel:
+    """How processes share a model; this one for a process alone, which has it all."""
+
+    splits: ClassVar[bool] = False  # whether each has a part of every weight
 
     def split(self, model: GPT) -> None:
         """Leave to this process its part of the weights, before its optimizers are built."""
@@ -97,7 +99,7 @@ class Alone:
         return model
 
 
-class Replicas(Alone):
+class Replicas(Parallel):
     """Each process has the whole model (Li et al., https://arxiv.org/abs/2006.15704)."""
 
     def wrap(self, loss: nn.Module, example: Tensor) -> nn.Module:
@@ -118,12 +120,14 @@ class Replicas(Alone):
         return context
 
 
-class Shards(Alone):
+class SplitWeights(Parallel):
     """Each process has a part of every weight, its gradient and its optimizer's state, and fetches a block's when it
     is the block's turn (Zhao et al., https://arxiv.org/abs/2304.11277)."""
 
+    splits = True
+
     def split(self, model: GPT) -> None:
-        """The unit is a block; what stands before and behind them is one more."""
+        """The unit is a block; what comes before and after the blocks is one more."""
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         for block in model.blocks:
@@ -146,7 +150,7 @@ class Shards(Alone):
         return copy
 
 
-PARALLEL: dict[str, type[Alone]] = {"ddp": Replicas, "fsdp": Shards}
+PARALLEL: dict[str, type[Parallel]] = {"ddp": Replicas, "fsdp": SplitWeights}
 
 
 def is_split(tensor: Tensor) -> TypeGuard[DTensor]:

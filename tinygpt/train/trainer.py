@@ -25,6 +25,7 @@ from tinygpt.tokens import TokenIds
 from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
+from tinygpt.train.loss import is_scaled
 from tinygpt.train.optim import lr_frac_at
 from tinygpt.train.parallel import ALONE, World
 
@@ -58,7 +59,7 @@ class Progress:
 
         Raises UserError when a number is not finite; in fp16 the gradient may overflow now and then.
         """
-        skipped = params.precision == "fp16" and not math.isfinite(grad_norm)
+        skipped = is_scaled(params.precision) and not math.isfinite(grad_norm)
         self.n_skipped = self.n_skipped + 1 if skipped else 0
         if self.n_skipped > MAX_SKIPPED:
             raise UserError(
