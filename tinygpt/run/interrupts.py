@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from pathlib import Path
+from itertools import pairwise
 from types import FrameType
 from typing import Any
 
-STAGE = b"DVC_STAGE"  # environment: DVC sets it for the command of a stage, which hands it down to all it starts
-ELASTIC = b"TORCHELASTIC_RUN_ID"  # environment of the processes that torch's elastic launcher starts
+import psutil
+
+STAGE = "DVC_STAGE"  # environment: DVC sets it for the command of a stage, which hands it down to all it starts
+ELASTIC = "TORCHELASTIC_RUN_ID"  # environment of the processes that torch's elastic launcher starts
 
 
 class Interrupts:
     """A context in which a request to stop is noted, for the loop to heed at the end of its step.
 
-    DVC passes no signal on: killed, it leaves its stage behind as an orphan. So the programs above this one are
-    watched, as far as DVC. (Linux's PR_SET_PDEATHSIG tells of the nearest alone, which may be a shell.) What a person
+    DVC passes no signal on: killed, it leaves its stage running as an orphan. So the programs above this one are
+    watched, as far as DVC. (Linux's PR_SET_PDEATHSIG reports only the nearest, which may be a shell.) What a person
     started is not watched: with nohup it may outlive its terminal.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._starters = starters()
+        self._watched = watched()
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._note)
-        if STAGE in os.environb and _adopted(self._starters):
+        if STAGE in os.environ and _adopted(self._watched):
             self.signal = signal.SIGTERM
         return self
 
@@ -39,7 +40,7 @@ class Interrupts:
 
     def requested(self) -> int:
         """The number of the signal that asked to save and leave; 0 while none has."""
-        if self.signal is None and starters() != self._starters:
+        if self.signal is None and _orphaned(self._watched):
             self.signal = signal.SIGTERM
         return self.signal or 0
 
@@ -47,38 +48,38 @@ class Interrupts:
         self.signal = number
 
 
-def starters() -> list[int]:
-    """Process ids: this program's, its parent's, and so on up to DVC's.
+def watched() -> list[psutil.Process]:
+    """This program, its parent, and so on up to DVC.
 
-    Without DVC just the first, and of one of several processes that train together that of their starter.
+    Without DVC only this one; for one of several processes that train together also the launcher that started it.
     """
-    pids = [os.getpid()]
-    if STAGE in os.environb or ELASTIC in os.environb:
-        pids.append(os.getppid())
-        while sys.platform == "linux" and _in_stage(pids[-1]):
-            pids.append(_parent(pids[-1]))
-    return pids
+    found = [psutil.Process()]
+    if STAGE in os.environ or ELASTIC in os.environ:
+        for parent in found[0].parents():
+            found.append(parent)
+            if not _in_stage(parent):
+                break
+    return found
 
 
-def _in_stage(pid: int) -> bool:
+def _in_stage(process: psutil.Process) -> bool:
     try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is another user's
+        return STAGE in process.environ()
+    except psutil.Error:  # it has ended, or is another user's
         return False
-    return any(variable.startswith(STAGE + b"=") for variable in variables)
 
 
-def _parent(pid: int) -> int:
+def _orphaned(processes: list[psutil.Process]) -> bool:
+    """Whether one of them has another parent than before, as its own has died."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])  # "1234 (name, of any characters) S 1233 …"
+        return any(child.ppid() != parent.pid for child, parent in pairwise(processes))
+    except psutil.Error:
+        return True
 
 
-def _adopted(pids: list[int]) -> bool:
-    """Whether DVC was gone before we looked: init, which then takes its place, leads a session of its own."""
+def _adopted(processes: list[psutil.Process]) -> bool:
+    """Whether DVC was gone before this program began: init, which then takes its place, leads a session of its own."""
     try:
-        return len(pids) > 1 and os.getsid(pids[-1]) != os.getsid(pids[-2])
+        return len(processes) > 1 and os.getsid(processes[-1].pid) != os.getsid(processes[-2].pid)
     except OSError:
         return True
