@@ -28,7 +28,7 @@ from benchmarks.plain_gpt import PlainGPT, loss_of
 from tinygpt.device import open_device
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.params import load_params
-from tinygpt.run.memory import flops_per_token, peak_flops
+from tinygpt.run.costs import flops_per_token, peak_flops
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner

@@ -6,20 +6,17 @@ import re
 import pytest
 import torch
 from conftest import RUNTIME, random_ids, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from project import set_params
 from test_presets import params  # noqa: F401  a folder with params.yaml
 from test_train import PARAMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygpt.model.gpt import GPT
-from tinygpt.run.memory import (
-    build_trained,
-    flops_per_token,
-    memory_of,
-    peak_flops,
-    tokens_per_second,
-    weights_by_part,
-)
+from tinygpt.run import memory as memory_module
+from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second, weights_by_part
+from tinygpt.run.memory import build_trained, fits, memory_of, most_activations
 from tinygpt.train.config import EMAParams, LoRAParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import next_token_loss
@@ -71,6 +68,51 @@ def test_activations_counted_without_computing_are_those_of_a_real_step(changes)
     assert counted.activations == pytest.approx(kept_by_a_step(model), rel=0.01)
     assert counted.weights == counted.gradients == counted.optimizer / 2 == 4 * model.n_params()
     assert counted.kv_cache == 2 * 4 * 2 * 4 * 8 * 64
+
+
+@given(
+    changes=st.fixed_dictionaries(
+        {
+            "n_layer": st.integers(1, 3),
+            "n_embd": st.sampled_from([16, 64, 128]),
+            "head_dim": st.sampled_from([None, 8, 64]),
+            "n_hidden": st.sampled_from([None, 32]),
+            "n_kv_head": st.sampled_from([None, 1, 2]),
+            "block_size": st.sampled_from([16, 64, 256]),
+            "position": st.sampled_from(["rope", "learned"]),
+            "norm": st.sampled_from(["rmsnorm", "layernorm"]),
+            "mlp": st.sampled_from(["swiglu", "gelu", "relu2"]),
+            "bias": st.sampled_from(["none", "qkv", "all"]),
+            "window": st.sampled_from([None, 8]),
+            "dropout": st.sampled_from([0.0, 0.1]),
+            "attention": st.sampled_from(["sdpa", "explicit"]),
+        }
+        | {name: st.booleans() for name in ("parallel_block", "qk_norm", "tie_weights")}
+    ),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    lora=st.sampled_from([None, LoRAParams(rank=2, alpha=4.0, dropout=0.5, targets=("q_proj", "down_proj"))]),
+    size=st.integers(1, 4),
+)
+@settings(max_examples=30)
+def test_the_bound_of_activations_is_above_what_any_model_keeps(changes, precision, lora, size):
+    train = dataclasses.replace(PARAMS, precision=precision, init_from="base", lora=lora)
+    config = tiny_config(**changes)
+    counted = memory_of(config, train, RUNTIME, size, CPU).activations
+    assert counted <= most_activations(build_trained(config, lora), size)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_memory_is_counted_exactly_only_where_it_is_close(optimizer, monkeypatch):
+    train = dataclasses.replace(PARAMS, optimizer=optimizer, ema=EMAParams(decay=0.9, start=0))
+    learner = Learner(tiny_config(), train, RUNTIME, device=CPU)
+    exact = memory(learner.model.config, train)
+    needed = exact.training - exact.weights
+    for free, expected in ((needed, False), (needed + 1, True)):
+        monkeypatch.setattr(memory_module, "available_memory", lambda device, free=free: free)
+        assert fits(learner, 4) == expected
+    monkeypatch.setattr(memory_module, "available_memory", lambda device: 10 * needed)
+    monkeypatch.setattr(memory_module, "memory_of", lambda *_: pytest.fail("counted exactly"))
+    assert fits(learner, 4)
 
 
 def test_blocks_that_are_computed_again_keep_their_input_and_one_of_them_the_rest():

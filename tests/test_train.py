@@ -22,7 +22,7 @@ from tinygpt.params import ParamsError
 from tinygpt.report.training import publish
 from tinygpt.run import checkpoint
 from tinygpt.run.checkpoint import Checkpoints, fingerprint
-from tinygpt.run.interrupts import Interrupts
+from tinygpt.run.processes import Interrupts
 from tinygpt.run.run import Run
 from tinygpt.train import trainer as trainer_module
 from tinygpt.train.batches import Batches, validation_sequences

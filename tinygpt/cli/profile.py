@@ -15,18 +15,8 @@ from tinygpt.files import human_bytes
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
-from tinygpt.run.memory import (
-    LESS_MEMORY,
-    available_memory,
-    build_trained,
-    find_micro_batch_size,
-    flops_per_token,
-    halves,
-    memory_of,
-    peak_flops,
-    tokens_per_second,
-    weights_by_part,
-)
+from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second, weights_by_part
+from tinygpt.run.memory import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.config import TokenizerParams

@@ -1,15 +1,12 @@
-"""What a run will cost: weights, operations, memory and time, before it is started.
+"""The memory that a run will take, counted before it is started, and the size of a micro-batch, found by trying it out.
 
-B batch, T tokens, C n_embd, V vocab_size. Sizes are bytes.
-
-The size of a micro-batch, found by trying it out.
+T tokens, C n_embd, V vocab_size. Sizes are bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import resource
-import statistics
 import time
 from collections.abc import Callable, Iterable
 
@@ -27,15 +24,13 @@ from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner, recompute_blocks
-from tinygpt.train.loss import CHUNK, PRECISIONS, autocast, pick_precision
+from tinygpt.train.loss import CHUNK, autocast, pick_precision
 from tinygpt.train.optim import state_bytes
 
 LESS_MEMORY = (
     "lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true, then model.block_size or the model"
 )
 FLOAT = 4  # bytes of a float32, in which weights and gradients are kept
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show a device's peak
-MEASURE_S = 1.0  # seconds that a measurement takes at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +38,8 @@ class Memory:
     """Of one training step, and of generation with one sequence."""
 
     weights: int  # adapters included
-    gradients: int  # of what is trained, as is the optimizer's state
-    optimizer: int
+    gradients: int  # of what is trained
+    optimizer: int  # state for what is trained, and its average
     activations: int  # kept for the backward pass of one micro-batch, and the logits worked on at a time
     kv_cache: int  # of a full context
 
@@ -57,51 +52,6 @@ class Memory:
     def generation(self) -> int:
         """Weights and cache."""
         return self.weights + self.kv_cache
-
-
-def weights_by_part(model: GPT) -> dict[str, int]:
-    """Number of weights of each part; a tied head counts as embedding."""
-    parts = dict.fromkeys(("embedding", "positions", "attention", "mlp", "norms", "head"), 0)
-    for name, parameter in model.named_parameters():
-        parts[_part(name)] += parameter.numel()
-    return {part: n for part, n in parts.items() if n}
-
-
-def _part(name: str) -> str:
-    if "norm" in name:
-        return "norms"
-    places = {"tok_emb": "embedding", "pos_emb": "positions", ".attn.": "attention", ".mlp.": "mlp", "lm_head": "head"}
-    return next(part for place, part in places.items() if place in name)
-
-
-def build_trained(config: GPTConfig, lora: LoRAParams | None) -> GPT:
-    """A model of random weights as training has it, with adapters if there are any."""
-    model = GPT(config)
-    if lora is not None:
-        add_lora(model, **dataclasses.asdict(lora), generator=None)
-    return model
-
-
-def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
-    """Floating-point operations of training on one token of a full context: three times those of a forward pass.
-
-    Two for each weight of a matrix, and two for each product of queries and keys and of shares and values, of which a
-    token has half a context on average, or a window's part of it (Kaplan et al., https://arxiv.org/abs/2001.08361).
-    A frozen matrix needs no gradient of its own and counts two times.
-    """
-    with torch.device("meta"):
-        model = build_trained(config, lora)
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    matrices = sum(weight.numel() * (3 if weight.requires_grad else 2) for weight in linear)
-    seen = [_mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
-    attention = sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
-    return 2 * matrices + 3 * attention
-
-
-def _mean_seen(t: int, window: int | None) -> float:
-    """How many tokens a token looks at on average, itself included."""
-    w = min(t, window or t)
-    return (w * (w + 1) / 2 + (t - w) * w) / t
 
 
 def memory_of(
@@ -120,22 +70,68 @@ def memory_of(
             x = torch.zeros(micro_batch_size, config.block_size, config.n_embd)
             rope = (model.rope_cos, model.rope_sin) if model.pos_emb is None else None
             masks = {window: attention_mask(len(x[0]), window, device) for window in model.windows}
-            activations += kept_bytes(model, lambda: model.blocks[0](x, rope, masks))
+            activations += _kept_bytes(model, lambda: model.blocks[0](x, rope, masks))
             recompute_blocks(model)  # of which the next count has the inputs
-        activations += kept_bytes(model, lambda: model.hidden(ids[:, :-1]))
-        state = state_bytes(model, params)
-    trained = FLOAT * sum(tensor.numel() for tensor in trained_tensors(model).values())
+        activations += _kept_bytes(model, lambda: model.hidden(ids[:, :-1]))
+        gradients, optimizer = _learning_bytes(model, params)
     return Memory(
         weights=FLOAT * model.n_params(),
-        gradients=trained,
-        optimizer=state + (trained if params.ema else 0),
+        gradients=gradients,
+        optimizer=optimizer,
         activations=activations,
         kv_cache=2 * FLOAT * config.n_layer * config.n_kv_head * config.head_dim * config.block_size,
     )
 
 
-def kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
-    """What a forward pass keeps for the backward pass, beside the weights."""
+def fits(learner: Learner, size: int) -> bool:
+    """Whether there is memory for a step in micro-batches of that size, besides the weights, which are there already.
+
+    Counts exactly only where a bound that takes no time does not fit.
+    """
+    model, params, free = learner.model, learner.params, available_memory(learner.device)
+    if sum(_learning_bytes(model, params)) + most_activations(model, size) < free:
+        return True
+    needed = memory_of(model.config, params, learner.runtime, size, learner.device)
+    return needed.training - needed.weights < free
+
+
+def most_activations(model: GPT, size: int) -> int:
+    """An upper bound of a step's activations in micro-batches of that size, whatever the model's switches.
+
+    Everything else in a block keeps tensors as wide as those around its linear layers, and few of them; attention may
+    keep four matrices of scores (T, T); short products keep a copy of the weights.
+    """
+    config = model.config
+    linear = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    width = sum(layer.in_features + layer.out_features for layer in linear)
+    scores = config.n_layer * config.n_head * config.block_size
+    n_tokens = size * config.block_size
+    return FLOAT * (n_tokens * (3 * width + 4 * scores) + model.n_params()) + _loss_bytes(model, n_tokens)
+
+
+def build_trained(config: GPTConfig, lora: LoRAParams | None) -> GPT:
+    """A model of random weights as training has it, with adapters if there are any."""
+    model = GPT(config)
+    if lora is not None:
+        add_lora(model, **dataclasses.asdict(lora), generator=None)
+    return model
+
+
+def _learning_bytes(model: GPT, params: TrainParams) -> tuple[int, int]:
+    """Gradients; state of the optimizers and the average of the weights."""
+    gradients = FLOAT * sum(tensor.numel() for tensor in trained_tensors(model).values())
+    return gradients, state_bytes(model, params) + (gradients if params.ema else 0)
+
+
+def _loss_bytes(model: GPT, n_tokens: int) -> int:
+    """What `next_token_loss` makes: gradients of the last hidden state and of the head, and logits at a time."""
+    c, v = model.config.n_embd, model.config.vocab_size
+    d_head = v * c if model.lm_head.weight.requires_grad else 0
+    return FLOAT * (n_tokens * c + d_head + v * min(max(1, CHUNK // v), n_tokens))
+
+
+def _kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
+    """What a forward pass keeps for the backward pass, besides the weights."""
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -149,13 +145,6 @@ def kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
     n_bytes = sum(size for storage, size in kept.items() if storage not in weights)
     del result
     return n_bytes
-
-
-def _loss_bytes(model: GPT, n_tokens: int) -> int:
-    """What `next_token_loss` makes: gradients of the last hidden state and of the head, and logits at a time."""
-    c, v = model.config.n_embd, model.config.vocab_size
-    d_head = v * c if model.lm_head.weight.requires_grad else 0
-    return FLOAT * (n_tokens * c + d_head + v * min(max(1, CHUNK // v), n_tokens))
 
 
 def available_memory(device: torch.device) -> int:
@@ -172,31 +161,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # kB on Linux
 
 
-def tokens_per_second(learner: Learner) -> float:
-    """Measured on training steps with random tokens, the first of which does not count."""
-    config, batch_size = learner.model.config, learner.params.batch_size
-    ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=learner.device)
-    times: list[float] = []
-    while sum(times[1:]) < MEASURE_S:
-        began = time.perf_counter()
-        learner.learn(0, ids)
-        wait_for(learner.device)
-        times.append(time.perf_counter() - began)
-    return batch_size * config.block_size / statistics.median(times[1:])
-
-
-def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations per second of a large matrix product in a run's precision (not auto), the best of several."""
-    size = MATMUL_SIZE[device.type]
-    a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision].dtype)
-    times: list[float] = []
-    while sum(times) < MEASURE_S or len(times) < 3:
-        began = time.perf_counter()
-        a @ a
-        wait_for(device)
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / min(times)
-
+# ---- the size of a micro-batch, found by trying it out ----
 
 N_SIZES = 5  # that a CPU tries, from the whole batch down to a sixteenth of it
 N_ROUNDS = 3  # that each is timed, the first of them as a warm-up
@@ -207,7 +172,7 @@ def find_micro_batch_size(learner: Learner, *, known: int | None = None) -> int:
     """The largest that fits into a GPU, the fastest on a CPU; a half, a quarter … of the batch. Says what it found.
 
     Neither weights nor random numbers are touched. `known` is what the run has found before: a CPU takes it, a GPU
-    nothing larger. Torch.compile is left out of it, for it would compile each size anew.
+    nothing larger. It runs without torch.compile, which would compile each size anew.
     """
     batch_size, device = learner.params.batch_size, learner.device
     sizes = [size for size in halves(batch_size) if known is None or size <= known]
@@ -266,7 +231,7 @@ def largest(sizes: Iterable[int], attempt: Callable[[int], None]) -> int:
 
 
 def _largest_on_gpu(learner: Learner, sizes: list[int]) -> int:
-    """Beside as much as the optimizer will take; twice, for the second time the gradients are there already."""
+    """Next to as much as the optimizer will take; twice, for the second time the gradients are there already."""
     model, params = learner.model, learner.params
     known = any(optimizer.state for optimizer in learner.optimizers)
     n_bytes = 0 if known else state_bytes(model, params)
@@ -287,9 +252,3 @@ def _try(learner: Learner, size: int, *, times: int = 1) -> None:
         wait_for(learner.device)
     finally:
         learner.model.zero_grad()
-
-
-def fits(learner: Learner, size: int) -> bool:
-    """Whether there is memory for a step in micro-batches of that size, beside weights that are there already."""
-    needed = memory_of(learner.model.config, learner.params, learner.runtime, size, learner.device)
-    return needed.training - needed.weights < available_memory(learner.device)

@@ -15,9 +15,9 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.progress import progress as progress_bar
 from tinygpt.run.checkpoint import Checkpoints
-from tinygpt.run.interrupts import Interrupts
 from tinygpt.run.loggers import Loggers
 from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
+from tinygpt.run.processes import Interrupts
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import TrainParams
