@@ -10,10 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt import tokens as tokens_module
-from tinygpt.tokens import document_starts
 from tinygpt.train import batches as batches_module
-from tinygpt.train.batches import Batches, Prefetch, seq_len_at
+from tinygpt.train.batches import Batches, Prefetch, document_starts, seq_len_at
 from tinygpt.train.config import ContextWarmup
 
 EOS = 0
@@ -177,7 +175,7 @@ def test_starts_of_documents_are_found_piece_by_piece(lengths, at_most, piece):
     row = row_of(lengths)
     expected = np.flatnonzero(row[:-1] == EOS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens_module, "PIECE", piece)
+        patch.setattr(batches_module, "PIECE", piece)
         found = document_starts(row, at_most=at_most)
     assert len(found) <= at_most
     assert found.tolist() == expected[:: -(-len(expected) // at_most)].tolist()

@@ -64,7 +64,7 @@ def test_comments_docstrings_and_layout_do_not_count(tree):
         ("report/training.py", "%.8g", "%.7g", {"train"}),
         ("generate/sampling.py", "/ temperature", "/ temperature / 3", {"evaluate"}),
         ("run/loggers.py", 'PROJECT = "tinygpt"', 'PROJECT = "mine"', set()),
-        ("run/interrupts.py", "signal.SIGTERM", "signal.SIGINT", set()),
+        ("run/processes.py", "signal.SIGTERM", "signal.SIGINT", set()),
         ("progress.py", "10.0", "9.0", set()),
         ("cli/main.py", "sys.argv", "list(sys.argv)", set()),
     ],

@@ -76,22 +76,6 @@ def write_tokens(path: Path, parts: Iterable[TokenIds], tokenizer: Tokenizer) ->
     return SplitMeta(tokens=n_tokens, documents=n_documents, bytes=n_bytes, sha256=digest.hexdigest())
 
 
-def document_starts(tokens: TokenIds, *, at_most: int) -> NDArray[np.int64]:
-    """Places of the `<|endoftext|>` before each document, or before every n-th where there are more than `at_most`.
-
-    Reads the row, which begins with one, two times, a piece at a time.
-    """
-    pieces = [(start, tokens[start : start + PIECE]) for start in range(0, len(tokens) - 1, PIECE)]
-    pieces[-1] = pieces[-1][0], tokens[pieces[-1][0] : -1]  # the last <|endoftext|> begins no document
-    every = -(-sum(int(np.count_nonzero(piece == tokens[0])) for _, piece in pieces) // at_most)
-    found, n_seen = [], 0
-    for start, piece in pieces:
-        places = np.flatnonzero(piece == tokens[0])
-        found.append(start + places[-n_seen % every :: every])
-        n_seen += len(places)
-    return np.concatenate(found)
-
-
 def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMeta:
     """Read `meta.json`.
 

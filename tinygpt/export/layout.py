@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.weights import TIED
+from tinygpt.model.gpt import TIED
 
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
 

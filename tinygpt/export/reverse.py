@@ -14,7 +14,8 @@ from torch import Tensor
 from tinygpt.errors import UserError
 from tinygpt.export.layout import QKV, Layout, Tensors, leaf, rename
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.weights import TIED, misshapen, model_tensors, unset_model
+from tinygpt.model.gpt import TIED
+from tinygpt.model.weights import misshapen, model_tensors, unset_model
 
 KINDS = ("weight", "bias")
 MOST_NAMED = 6  # tensors that an error names

@@ -24,8 +24,8 @@ from tinygpt.export.family import Target, find_family
 from tinygpt.export.layout import QKV, leaf
 from tinygpt.export.names import NORMS
 from tinygpt.model.config import ModelParams
-from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import TIED, fill, model_tensors, unset_model
+from tinygpt.model.gpt import GPT, TIED
+from tinygpt.model.weights import fill, model_tensors, unset_model
 
 EMBEDDINGS = ("tok_emb", "pos_emb")  # (N, C): they add rows to the stream
 WRITERS = ("o_proj", "down_proj")  # (C, …): they add columns to it

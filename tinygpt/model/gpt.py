@@ -15,6 +15,7 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.layers import MLPS, NORMS, Embedding, Linear, rope_tables
 
 INIT_STD = 0.02
+TIED = "lm_head.weight"  # the token embedding under another name where model.tie_weights is on
 
 
 class Block(nn.Module):

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinygpt.errors import UserError
-from tinygpt.model.gpt import GPT
+from tinygpt.model.gpt import GPT, TIED
 from tinygpt.model.layers import Linear
-from tinygpt.model.weights import TIED
 
 ADAPTER = ("lora_A", "lora_B")  # the names that the PEFT library uses
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, write_json
 from tinygpt.model.config import GPTConfig, config_fields
-from tinygpt.model.gpt import GPT
+from tinygpt.model.gpt import GPT, TIED
 from tinygpt.params import ParamsError, from_mapping, yaml_text
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
@@ -23,7 +23,6 @@ WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_KEY = "tokenizer_sha256"  # of config.json: the tokenizer.json that the model was trained with
 FREE = ("dropout", "attention")  # fields in which a run may differ from the base that it starts from
 MOST_SHOWN = 6  # tensors that are wrong
-TIED = "lm_head.weight"  # left out of the file when it is the token embedding
 
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:

@@ -1,38 +1,39 @@
-"""The order in which tokens are seen: a pure function of the seed and the step, so resuming needs nothing else.
+"""Which tokens a step trains on: a pure function of the seed and the step, so that resuming needs nothing else.
 
-N sequences of T tokens.
-
-Batches read one step ahead, in a thread: the device does not wait for the disk.
+N sequences, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinygpt.tokens import TokenIds, document_starts
 from tinygpt.train.config import ContextWarmup
 
+if TYPE_CHECKING:
+    from tinygpt.tokens import TokenIds
+
 MAX_GROUPS = 1 << 20  # of documents that are shuffled: 24 bytes each are held
+PIECE = 1 << 20  # ids searched at a time, so that memory does not grow with the row
 
 
 class Batches:
     """Batches of sequences out of one row of tokens.
 
-    The row begins and ends with the same token and is read as a ring. An epoch cuts the ring from a random place on
-    into sequences of `seq_len` tokens and takes them in random order, so each token is a target once an epoch, but
-    for the fewer than `seq_len` that are over. The rest leaves this rule as it is:
+    The row begins and ends with the same token and is read as a ring. An epoch cuts the ring, from a random place on,
+    into sequences of `seq_len` tokens and takes them in random order. So each token is a target once an epoch, except
+    for a rest of fewer than `seq_len`. Neither option changes this rule:
 
-    context_warmup     the first steps cut them into shorter ones: they have the same tokens as without it, but fewer
-                       before each to look back on
-    shuffle_documents  in each epoch's ring the documents stand in another order. Documents are what stands between
-                       tokens like the row's first. Where there are more than MAX_GROUPS of them, groups of neighbours
-                       stay together, so that memory does not grow with the row.
+    context_warmup     the first steps cut their sequences into shorter ones: the same tokens, but less context for each
+    shuffle_documents  each epoch's ring has the documents in another order. A document begins after each token that is
+                       the row's first. Where there are more than MAX_GROUPS of them, groups of neighbours stay
+                       together, so that memory does not grow with the row.
     """
 
     def __init__(
@@ -74,6 +75,17 @@ class Batches:
         return self._epoch[1]
 
 
+def seq_len_at(step: int, full: int, warmup: ContextWarmup | None) -> int:
+    """Tokens in each sequence of a step, counted from 0.
+
+    full 8, warmup {start: 2, steps: 10}  ->  2 at steps 0 to 4, 4 at steps 5 to 9, then 8
+    """
+    if warmup is None or step >= warmup.steps:
+        return full
+    n_doublings = (full // warmup.start).bit_length() - 1
+    return warmup.start << (step * n_doublings // warmup.steps)
+
+
 class _Epoch:
     """Where the ring is cut, the order of its sequences, and that of its documents."""
 
@@ -95,10 +107,37 @@ class _Epoch:
         return places + self.shift[np.searchsorted(self.begins, places, side="right") - 1]
 
 
-class Prefetch:
-    """A context in which batches are read ahead.  It gives what `batch_at` gives, for any step, on the device.
+def document_starts(tokens: TokenIds, *, at_most: int) -> NDArray[np.int64]:
+    """Places of the `<|endoftext|>` before each document, or before every n-th where there are more than `at_most`.
 
-    The thread ends with the context, however that ends. What `batch_at` raises is raised for the step it belongs to.
+    Reads the row, which begins with one, twice, a piece at a time.
+    """
+    pieces = [(start, tokens[start : start + PIECE]) for start in range(0, len(tokens) - 1, PIECE)]
+    pieces[-1] = pieces[-1][0], tokens[pieces[-1][0] : -1]  # the last <|endoftext|> begins no document
+    every = -(-sum(int(np.count_nonzero(piece == tokens[0])) for _, piece in pieces) // at_most)
+    found, n_seen = [], 0
+    for start, piece in pieces:
+        places = np.flatnonzero(piece == tokens[0])
+        found.append(start + places[-n_seen % every :: every])
+        n_seen += len(places)
+    return np.concatenate(found)
+
+
+def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[np.int64]:
+    """The first tokens of the validation split as sequences one after another, at most about `limit` tokens.
+
+    -> (N, seq_len + 1) ids, N at least 1
+    """
+    n = max(1, min(limit, len(tokens) - 1) // seq_len)
+    places = np.arange(n)[:, None] * seq_len + np.arange(seq_len + 1)
+    return tokens[places].astype(np.int64)
+
+
+class Prefetch:
+    """A context in which batches are read one step ahead, in a thread: the device does not wait for the disk.
+
+    It gives what `batch_at` gives, for any step, on the device. The thread ends with the context, however that ends.
+    What `batch_at` raises is raised for the step it belongs to.
     """
 
     def __init__(self, batch_at: Callable[[int], NDArray[np.int64]], device: torch.device) -> None:
@@ -116,8 +155,8 @@ class Prefetch:
         self._pool = self._ahead = None
 
     def batch(self, step: int) -> Tensor:
-        """The batch of a step, (N, T + 1) ids; begins to read that of the next."""
-        assert self._pool is not None, "outside of the context"
+        """The batch of a step, (N, T + 1) ids; starts to read that of the next."""
+        assert self._pool is not None, "outside its context"
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = step, self._pool.submit(self._read, step)
         ids = self._ahead[1].result()
@@ -127,24 +166,3 @@ class Prefetch:
     def _read(self, step: int) -> Tensor:
         ids = torch.from_numpy(self._batch_at(step))
         return ids.pin_memory() if self._device.type == "cuda" else ids  # only from there is a copy not waited for
-
-
-def seq_len_at(step: int, full: int, warmup: ContextWarmup | None) -> int:
-    """Tokens in each sequence of a step, counted from 0.
-
-    full 8, warmup {start: 2, steps: 10}  ->  2 at steps 0 to 4, 4 at steps 5 to 9, then 8
-    """
-    if warmup is None or step >= warmup.steps:
-        return full
-    n_doublings = (full // warmup.start).bit_length() - 1
-    return warmup.start << (step * n_doublings // warmup.steps)
-
-
-def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[np.int64]:
-    """The first tokens of the validation split as sequences one after another, at most about `limit` tokens.
-
-    -> (N, seq_len + 1) ids, N at least 1
-    """
-    n = max(1, min(limit, len(tokens) - 1) // seq_len)
-    places = np.arange(n)[:, None] * seq_len + np.arange(seq_len + 1)
-    return tokens[places].astype(np.int64)
