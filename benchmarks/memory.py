@@ -26,7 +26,7 @@ from tinygpt.run.memory import memory_of
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
-from tinygpt.train.trainer import Progress, Trainer
+from tinygpt.train.trainer import Trainer, TrainState
 
 MIDDLE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}
@@ -91,10 +91,10 @@ def measure(sizes: dict[str, Any], optimizer: str, recompute: bool) -> tuple[flo
     class Watched(Run):
         """Notes the peak of the first step."""
 
-        def report(self, progress: Progress, *, evaluated: bool) -> None:
+        def report(self, state: TrainState, *, evaluated: bool) -> None:
             """As a run does."""
-            super().report(progress, evaluated=evaluated)
-            if progress.step == 1:
+            super().report(state, evaluated=evaluated)
+            if state.step == 1:
                 peaks.append(status("VmHWM"))
 
     with tempfile.TemporaryDirectory() as folder:

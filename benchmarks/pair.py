@@ -66,7 +66,7 @@ def train(config: GPTConfig, ids: np.ndarray, steps: int) -> dict[str, Any]:
     params = replace(params, max_steps=steps, **recipe, **once)
     n_train = len(ids) * 99 // 100
     trainer = train_by_params(config, params, runtime, np.r_[ids[:n_train], ids[:1]], ids[n_train:])
-    print(f"{trainer.learner.model.n_params():,} weights, validation loss {trainer.progress.best_val_loss}", flush=True)
+    print(f"{trainer.learner.model.n_params():,} weights, validation loss {trainer.state.best_val_loss}", flush=True)
     return model_tensors(trainer.learner.model)
 
 

@@ -142,7 +142,7 @@ def main() -> None:
     tokens = {split: load_tokens(TOKENS_DIR, split) for split in ("train", "val")}
     rows = validation_sequences(tokens["val"], config.block_size, len(tokens["val"]))
     trainer = train_by_params(config, params, runtime, tokens["train"], tokens["val"])
-    seconds = trainer.progress.seconds
+    seconds = trainer.state.seconds
     trainer.learner.model.eval()
     table = [
         (

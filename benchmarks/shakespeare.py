@@ -99,7 +99,7 @@ def run_recipe(text: Path, began: float, name: str) -> dict[str, Any]:
     once: dict[str, Any] = {"eval_every": 10**9, "save_every": 10**9, "eval_tokens": len(val_ids), "sample_tokens": 0}
     params, runtime = replace(params, **(once | train_changes)), replace(runtime, **runtime_changes)
     trainer = train_by_params(config, params, runtime, train_ids, val_ids)
-    loss = trainer.progress.best_val_loss
+    loss = trainer.state.best_val_loss
     seconds = time.time() - began
     assert loss is not None
     n_params, reached = trainer.learner.model.n_params(), seconds if loss <= GOAL else None

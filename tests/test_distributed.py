@@ -100,7 +100,7 @@ def train(name: str, world: World, parallel: str, kind: str) -> dict[str, torch.
             world=world,
         )
         done = trainer.fit(run)
-    rows = [row["val_loss"] for row in done.progress.rows if row["val_loss"] is not None]
+    rows = [row["val_loss"] for row in done.state.rows if row["val_loss"] is not None]
     return done.last | {f"best {name}": tensor for name, tensor in done.best.items()} | {"rows": torch.tensor(rows)}
 
 

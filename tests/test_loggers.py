@@ -17,7 +17,7 @@ from tinygpt.params import ParamsError, from_mapping
 from tinygpt.run.loggers import LOGGERS, Loggers
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
-from tinygpt.train.trainer import Progress
+from tinygpt.train.trainer import TrainState
 
 RUN = "0123456789abcdef"
 NUMBERS = ("train_loss", "val_loss", "lr", "grad_norm")
@@ -46,9 +46,9 @@ def logged(*names: str, killed_after: int | None = None):
     """Train as the stage does; what was trained."""
     trainer, original = make_trainer(runtime=dataclasses.replace(RUNTIME, log_to=names)), Run.report
 
-    def report(run: Run, progress: Progress, *, evaluated: bool) -> None:
-        original(run, progress, evaluated=evaluated)
-        if progress.step == killed_after:
+    def report(run: Run, state: TrainState, *, evaluated: bool) -> None:
+        original(run, state, evaluated=evaluated)
+        if state.step == killed_after:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +86,7 @@ def test_tensorboard_has_each_step_once_also_after_a_kill(folder):
     assert len(list((folder / "tensorboard").iterdir())) == 2
     log = tensorboard_log(folder)
     for number in NUMBERS:
-        assert scalars(log, number) == curve(trained.progress.rows, number)
+        assert scalars(log, number) == curve(trained.state.rows, number)
     assert [step for step, speed in scalars(log, "tokens_per_s") if speed > 0] == STEPS
 
 
@@ -96,7 +96,7 @@ def test_the_speed_is_that_since_the_row_before(folder):
     folder.mkdir(parents=True)
     with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as sinks:
         for step in range(7):
-            sinks(Progress(step=step, rows=rows[:step], seconds=step**2))
+            sinks(TrainState(step=step, rows=rows[:step], seconds=step**2))
     speeds = [value for _, value in scalars(tensorboard_log(folder), "tokens_per_s")]
     assert speeds == [pytest.approx(4 * 64 / seconds) for seconds in (1, 3, 5, 7, 9, 11)]  # of four sequences
 
@@ -119,10 +119,10 @@ def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(fo
     rows = [{"step": step, "train_loss": float(step), "val_loss": None} for step in range(1, 7)]
     folder.mkdir(parents=True)
     sinks = Loggers(["tensorboard"], folder, tiny_config(), PARAMS)
-    sinks(Progress())
+    sinks(TrainState())
     with sinks:
         for step in range(1, 7):
-            sinks(Progress(step=step, rows=rows[:step], seconds=step))
+            sinks(TrainState(step=step, rows=rows[:step], seconds=step))
             if step == 2:
                 (file,) = (folder / "tensorboard").iterdir()
                 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -132,7 +132,7 @@ def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(fo
     assert line.startswith("warning: tensorboard failed, training goes on without it ([Errno 27]")
     assert scalars(tensorboard_log(folder), "train_loss") == [(1, 1), (2, 2)]
     with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as sinks:
-        sinks(Progress(step=6, rows=rows, seconds=6))
+        sinks(TrainState(step=6, rows=rows, seconds=6))
     assert scalars(tensorboard_log(folder), "train_loss") == [(step, step) for step in range(1, 7)]
 
 
@@ -179,7 +179,7 @@ def test_each_start_is_an_offline_run_of_wandb_with_the_whole_curve(folder):
     first, second = (wandb_run(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")))
     for (run, rows), n_steps in ((first, 8), (second, PARAMS.max_steps)):
         for number in NUMBERS:
-            assert wandb_curve(rows, number) == curve(trained.progress.rows[:n_steps], number)
+            assert wandb_curve(rows, number) == curve(trained.state.rows[:n_steps], number)
         config = {item.key: item.value_json for item in run.config.update}
         assert (run.project, run.run_group) == ("tinygpt", RUN)
         assert (config["model.n_layer"], config["train.schedule"]) == ("2", '"cosine"')
@@ -216,7 +216,7 @@ def test_mlflow_goes_on_in_the_same_run_with_each_step_once(folder):
     assert (run.info.status, run.info.run_name, run.data.params["model.n_layer"]) == ("FINISHED", RUN, "2")
     history = {name: client.get_metric_history(run.info.run_id, name) for name in (*NUMBERS, "tokens_per_s")}
     for number in NUMBERS:
-        assert [(one.step, one.value) for one in history[number]] == curve(trained.progress.rows, number)
+        assert [(one.step, one.value) for one in history[number]] == curve(trained.state.rows, number)
     assert [one.step for one in history["tokens_per_s"]] == STEPS
 
 
@@ -249,14 +249,14 @@ def test_logs_change_no_weight_and_no_row():
         pytest.importorskip(name)
     plain, watched = train("plain"), logged(*names)
     assert same(plain.last, watched.last) and same(plain.best, watched.best)
-    assert plain.progress.rows == watched.progress.rows
+    assert plain.state.rows == watched.state.rows
 
 
 def test_a_finished_run_is_written_without_training(folder):
     pytest.importorskip("tensorboard")
     trained = train(RUN)
     logged("tensorboard")
-    assert scalars(tensorboard_log(folder), "train_loss") == curve(trained.progress.rows, "train_loss")
+    assert scalars(tensorboard_log(folder), "train_loss") == curve(trained.state.rows, "train_loss")
 
 
 @pytest.mark.parametrize("name", LOGGERS)
@@ -266,7 +266,7 @@ def test_a_log_that_cannot_be_opened_costs_one_line(name, folder, monkeypatch, c
     (folder / "tensorboard").write_text("no folder")
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nobody listens
-    assert logged(name).progress.step == PARAMS.max_steps
+    assert logged(name).state.step == PARAMS.max_steps
     told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(told) == 1
     assert told[0].startswith(f"warning: {name} failed, training goes on without it (")

@@ -63,11 +63,11 @@ def test_trying_touches_neither_weights_nor_gradients_nor_random_numbers(precisi
 
 def test_a_run_looks_for_its_size_once_and_ends_as_one_that_was_told_it(capsys):
     found = train("found", runtime=AUTO)
-    size = found.progress.micro_batch_size
+    size = found.state.micro_batch_size
     assert capsys.readouterr().out.count("micro-batches of") == 1
     told = train("told", runtime=dataclasses.replace(RUNTIME, micro_batch_size=size))
     assert same(found.last, told.last)
-    assert found.progress.rows == told.progress.rows
+    assert found.state.rows == told.state.rows
     trainer = make_trainer(runtime=AUTO)
     fit(trainer, "found")
     assert trainer.learner.micro_batch_size == size

@@ -11,7 +11,7 @@ from test_train import PARAMS, compiler, fit, make_trainer, runs_in_tmp, same, t
 from tinygpt.errors import UserError
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS, pick_precision
-from tinygpt.train.trainer import MAX_SKIPPED, Progress
+from tinygpt.train.trainer import MAX_SKIPPED, TrainState
 
 CPU = torch.device("cpu")
 LONG = dataclasses.replace(PARAMS, max_steps=20)
@@ -37,20 +37,20 @@ def test_auto_is_short_only_where_the_processor_multiplies_it():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_short_products_train_and_the_weights_stay_long(precision):
-    whole = train("whole", params=dataclasses.replace(LONG, precision="fp32")).progress
+    whole = train("whole", params=dataclasses.replace(LONG, precision="fp32")).state
     short = train("short", params=dataclasses.replace(LONG, precision=precision))
-    first, last = short.progress.rows[0]["train_loss"], short.progress.rows[-1]["train_loss"]
+    first, last = short.state.rows[0]["train_loss"], short.state.rows[-1]["train_loss"]
     assert last < first - 0.1
     assert last == pytest.approx(whole.rows[-1]["train_loss"], abs=0.02)
-    assert short.progress.best_val_loss != whole.best_val_loss
-    assert short.progress.best_val_loss == pytest.approx(whole.best_val_loss, abs=0.02)
+    assert short.state.best_val_loss != whole.best_val_loss
+    assert short.state.best_val_loss == pytest.approx(whole.best_val_loss, abs=0.02)
     assert all(tensor.dtype == torch.float32 for tensor in short.last.values())
 
 
 def test_tf32_on_a_cpu_is_fp32():
     runs = [train(name, params=dataclasses.replace(LONG, precision=name)) for name in ("fp32", "tf32")]
     assert same(runs[0].last, runs[1].last)
-    assert runs[0].progress.rows == runs[1].progress.rows
+    assert runs[0].state.rows == runs[1].state.rows
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -92,26 +92,26 @@ def test_a_gradient_that_overflows_makes_no_step_and_halves_the_scale():
 
 
 def test_an_overflow_is_no_error_but_many_in_a_row_are():
-    params, progress = dataclasses.replace(PARAMS, precision="fp16"), Progress()
-    progress.count(1, 5.0, math.inf, params)
-    assert progress.rows[-1]["grad_norm"] is None
-    progress.count(2, 5.0, 0.5, params)
-    assert progress.rows[-1]["grad_norm"] == 0.5
+    params, state = dataclasses.replace(PARAMS, precision="fp16"), TrainState()
+    state.count(1, 5.0, math.inf, params)
+    assert state.rows[-1]["grad_norm"] is None
+    state.count(2, 5.0, 0.5, params)
+    assert state.rows[-1]["grad_norm"] == 0.5
     for step in range(3, 3 + MAX_SKIPPED):
-        progress.count(step, 5.0, math.nan, params)
+        state.count(step, 5.0, math.nan, params)
     with pytest.raises(UserError, match="gradient of step 33 overflows float16, as in the 30 steps before"):
-        progress.count(33, 5.0, math.inf, params)
+        state.count(33, 5.0, math.inf, params)
     with pytest.raises(UserError, match="loss nan"):
-        Progress().count(1, math.nan, math.inf, params)
+        TrainState().count(1, math.nan, math.inf, params)
     with pytest.raises(UserError, match="gradient norm inf"):
-        Progress().count(1, 5.0, math.inf, PARAMS)
+        TrainState().count(1, 5.0, math.inf, PARAMS)
 
 
 def test_steps_without_an_update_at_the_start_of_a_run_are_logged_and_passed_over(capsys):
     params = dataclasses.replace(LONG, precision="fp16", eval_every=20)
     trainer = make_trainer(params=params, runtime=dataclasses.replace(RUNTIME, log_every=1))
     scale_to(trainer.learner, 2.0**30)
-    rows = fit(trainer).progress.rows
+    rows = fit(trainer).state.rows
     n_skipped = sum(row["grad_norm"] is None for row in rows)
     assert 1 <= n_skipped < 15
     assert capsys.readouterr().out.count("grad norm overflowed, no step") == n_skipped
@@ -155,7 +155,7 @@ def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_round
     compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, **on))
     for name in eager.last:
         torch.testing.assert_close(compiled.last[name], eager.last[name], atol=5e-3, rtol=1e-2)
-    for ours, theirs in zip(compiled.progress.rows, eager.progress.rows, strict=True):
+    for ours, theirs in zip(compiled.state.rows, eager.state.rows, strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
-    for ours, theirs in zip(compiled.progress.norms, eager.progress.norms, strict=True):
+    for ours, theirs in zip(compiled.state.norms, eager.state.norms, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-2)  # shows a wrong gradient: AdamW's steps are as long with any

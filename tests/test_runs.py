@@ -16,7 +16,7 @@ from project import ROOT, run, succeed
 from tinygpt.cli import runs
 from tinygpt.run.checkpoint import PARTS, Checkpoints
 from tinygpt.shards import Shard, Span, shard_results
-from tinygpt.train.trainer import Progress
+from tinygpt.train.trainer import TrainState
 
 HOLD = """
 import sys, time
@@ -42,7 +42,7 @@ def training(name: str, *, step: int, age: int, finished: bool = False) -> None:
     with Checkpoints(name) as checkpoints:
         checkpoints.note(max_steps=40, finished=finished)
         if step:
-            checkpoints.save(Progress(step=step, rows=rows, best_step=5, best_val_loss=3.5), tensors)
+            checkpoints.save(TrainState(step=step, rows=rows, best_step=5, best_val_loss=3.5), tensors)
     for path in [checkpoints.folder, *checkpoints.folder.rglob("*")]:
         os.utime(path, (time.time() - age,) * 2)
 
@@ -140,7 +140,7 @@ def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path):
     assert "removed 1 of 1" in command(folder, "--prune --all")
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"progress": 3}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": 3}'])
 def test_a_damaged_checkpoint_leaves_the_one_before_to_tell(folder, damage):
     training(NAMES[0], step=20, age=0)
     training(NAMES[0], step=25, age=0)

@@ -190,12 +190,12 @@ def test_dropout_falls_to_zero_over_the_run_where_asked():
 
 def test_training_lowers_the_loss_and_keeps_the_best_and_the_last_weights():
     trained = train(params=dataclasses.replace(PARAMS, max_steps=40))
-    rows = trained.progress.rows
+    rows = trained.state.rows
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 0.3
-    assert trained.progress.best_val_loss == min(row["val_loss"] for row in rows if row["val_loss"] is not None)
+    assert trained.state.best_val_loss == min(row["val_loss"] for row in rows if row["val_loss"] is not None)
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert [row["step"] for row in rows if row["val_loss"] is not None] == list(range(4, 41, 4))
-    assert trained.progress.best_step == 40
+    assert trained.state.best_step == 40
     assert same(trained.best, trained.last)
 
 
@@ -206,7 +206,7 @@ def test_norms_of_parts_make_up_the_norm_of_the_whole():
     assert list(norms) == ["tok_emb", "block_0", "block_1", "norm", "lm_head"]
     whole = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     torch.testing.assert_close(torch.stack([*norms.values()]).norm(), whole)
-    rows = train().progress.norms
+    rows = train().state.norms
     assert [row["step"] for row in rows] == [4, 8, 10]
     assert all(row["block_1"] > 0 for row in rows)
 
@@ -279,7 +279,7 @@ def cut_and_resume(monkeypatch, **config):
     assert same(resumed.last, undisturbed.last)
     assert same(resumed.best, undisturbed.best)
     measured = {"seconds": 0.0, "peak_mem_gib": 0.0}
-    assert dataclasses.replace(resumed.progress, **measured) == dataclasses.replace(undisturbed.progress, **measured)
+    assert dataclasses.replace(resumed.state, **measured) == dataclasses.replace(undisturbed.state, **measured)
     return resumed
 
 
@@ -301,10 +301,10 @@ def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):
         average = 0.75 * average + 0.25 * weight
     torch.testing.assert_close(averaged.last["norm.weight"], average)
     torch.testing.assert_close(seen[-1], plain.last["norm.weight"])  # the average does not act on the training
-    rows = averaged.progress.rows
-    assert rows[3]["val_loss"] == plain.progress.rows[3]["val_loss"]  # before it begins
-    assert rows[-1]["val_loss"] != plain.progress.rows[-1]["val_loss"]
-    assert rows[-1]["train_loss"] == plain.progress.rows[-1]["train_loss"]
+    rows = averaged.state.rows
+    assert rows[3]["val_loss"] == plain.state.rows[3]["val_loss"]  # before it begins
+    assert rows[-1]["val_loss"] != plain.state.rows[-1]["val_loss"]
+    assert rows[-1]["train_loss"] == plain.state.rows[-1]["train_loss"]
     trainer = make_trainer()
     trainer.learner.model.load_state_dict(averaged.last, strict=False)
     with trainer.learner.evaluated() as model:
@@ -315,9 +315,9 @@ def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):
 def test_a_run_without_a_lower_loss_ends_when_patience_does(monkeypatch):
     params = dataclasses.replace(PARAMS, lr=0.3, warmup_steps=0, max_steps=60, eval_every=2, patience=3)
     trained = train(params=params)
-    assert trained.progress.step == trained.progress.best_step + 6 < 60
+    assert trained.state.step == trained.state.best_step + 6 < 60
     monkeypatch.setattr(Trainer, "_train_step", lambda *_, **__: pytest.fail("it trained again"))
-    assert train(params=params).progress == trained.progress
+    assert train(params=params).state == trained.state
 
 
 def test_a_finished_run_is_given_again_without_a_step(monkeypatch):
@@ -326,7 +326,7 @@ def test_a_finished_run_is_given_again_without_a_step(monkeypatch):
     again = train()
     assert same(first.last, again.last)
     assert same(first.best, again.best)
-    assert again.progress == first.progress
+    assert again.state == first.state
 
 
 @pytest.mark.parametrize("part", ["weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"])
@@ -364,7 +364,7 @@ def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path
     folder = tmp_path / "runs/run"
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-0000009", "step-0000010"]
     shutil.copytree(folder / "step-0000010", folder / "step-0000011.partial")
-    assert train().progress.step == 10
+    assert train().state.step == 10
 
 
 def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys, monkeypatch):
@@ -372,7 +372,7 @@ def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "MAX_ROWS", 3)  # a row every fourth step, as of a run of thousands
         train(params=params, runtime=runtime)
-    losses = [row["train_loss"] for row in train("every", params=params).progress.rows]
+    losses = [row["train_loss"] for row in train("every", params=params).state.rows]
     expected = {3: losses[:3], 6: losses[4:6], 9: losses[8:9], 10: losses[8:]}
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][: len(expected)]
     for (step, part), line in zip(expected.items(), lines, strict=True):
@@ -406,7 +406,7 @@ def test_a_compiled_step_is_the_same_step_up_to_rounding(compiler):
     compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True), n_layer=1)
     for name in eager.last:
         torch.testing.assert_close(compiled.last[name], eager.last[name], atol=2e-4, rtol=1e-3)
-    assert compiled.progress.best_val_loss == pytest.approx(eager.progress.best_val_loss, abs=1e-4)
+    assert compiled.state.best_val_loss == pytest.approx(eager.state.best_val_loss, abs=1e-4)
 
 
 @pytest.mark.parametrize(("lr", "grad_clip"), [(1e30, 1e30)])
@@ -417,8 +417,8 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step_and_keeps_the_last
     with pytest.raises(UserError, match=r"loss .* at step \d+: lower train.lr"):
         train(params=params)
     with Checkpoints("run") as checkpoints:
-        progress, tensors = checkpoints.load_latest()
-    assert progress.step >= 1
+        state, tensors = checkpoints.load_latest()
+    assert state.step >= 1
     assert all(tensor.isfinite().all() for tensor in tensors["weights"].values())
 
 

@@ -161,7 +161,7 @@ def _work(folder: Path) -> str | None:
 def _progress(folder: Path) -> dict[str, Any]:
     """That of the newest checkpoint that can be read."""
     for path in sorted(folder.glob("step-*/state.json"), reverse=True):
-        progress = _json(path).get("progress")
+        progress = _json(path).get("state")
         if isinstance(progress, dict):
             return progress
     return {}

@@ -33,13 +33,13 @@ def publish(
         if trainer.params.lora is not None:
             save_tensors(folder / "adapter.safetensors", trained.trained)
         write_json(folder / "training.json", dataclasses.asdict(trainer.params) | {"base_sha256": made_from["base"]})
-    progress = trained.progress
-    for name, rows in (("train.csv", progress.rows), ("train_norms.csv", progress.norms)):
+    state = trained.state
+    for name, rows in (("train.csv", state.rows), ("train_norms.csv", state.norms)):
         with atomic_write(reports_dir / name) as file:
             pd.DataFrame(rows).to_csv(file, index=False, lineterminator="\n", float_format="%.8g")
     with atomic_write(reports_dir / "train_samples.md") as file:
         file.write("# Samples written while training\n")
-        for sample in progress.samples:
+        for sample in state.samples:
             file.write(f"\n## Step {sample['step']}\n\n```text\n{sample['text']}\n```\n")
     report = _summary(trained, trainer)
     write_json(reports_dir / "train.json", report)
@@ -56,20 +56,20 @@ def described(report: dict[str, Any], model_dir: Path) -> str:
 
 
 def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
-    progress = trained.progress
-    tokens = progress.step * trainer.params.batch_size * trainer.batches.seq_len
+    state = trained.state
+    tokens = state.step * trainer.params.batch_size * trainer.batches.seq_len
     return {
-        "val_loss": progress.best_val_loss,
-        "best_step": progress.best_step,
-        "last_val_loss": progress.rows[-1]["val_loss"],
-        "last_train_loss": progress.rows[-1]["train_loss"],
+        "val_loss": state.best_val_loss,
+        "best_step": state.best_step,
+        "last_val_loss": state.rows[-1]["val_loss"],
+        "last_train_loss": state.rows[-1]["train_loss"],
         "n_params": sum(tensor.numel() for tensor in trained.best.values()),
         "n_trained": sum(tensor.numel() for tensor in trained.trained.values()),
         "tokens": tokens,
         "epochs": tokens / trainer.batches.ring,
-        "seconds": progress.seconds,
-        "tokens_per_s": tokens / progress.seconds,
-        "peak_mem_gib": progress.peak_mem_gib,
+        "seconds": state.seconds,
+        "tokens_per_s": tokens / state.seconds,
+        "peak_mem_gib": state.peak_mem_gib,
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -39,7 +39,7 @@ from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import ALONE, World, is_split
-from tinygpt.train.trainer import Progress
+from tinygpt.train.trainer import TrainState
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -88,14 +88,14 @@ class Checkpoints:
         numbers = {"max_steps": max_steps, "finished": finished}
         self.world.first(lambda: write_json(self.folder / "run.json", numbers))
 
-    def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write one checkpoint of the PARTS, and drop the oldest."""
         with ExitStack() as writing:
-            place = atomic_folder(self.folder / f"step-{progress.step:07d}")
+            place = atomic_folder(self.folder / f"step-{state.step:07d}")
             folder = self.world.first(lambda: writing.enter_context(place))
             for part in PARTS:
                 self._write_part(folder / part, tensors[part])
-            self.world.first(lambda: _write_state(folder, progress))
+            self.world.first(lambda: _write_state(folder, state))
             self.world.first(writing.close)
         self.world.first(self._drop_old)
 
@@ -119,17 +119,17 @@ class Checkpoints:
         for old in self._all()[:-N_KEPT]:
             shutil.rmtree(old)
 
-    def load_latest(self) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
+    def load_latest(self) -> tuple[TrainState, dict[str, dict[str, Tensor]]] | None:
         """The newest checkpoint that is whole, or None; tells of each that is not."""
         for folder in reversed(self._all()):
             try:
-                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                if sha256_json({key: state[key] for key in ("checksums", "progress")}) != state["checksum"]:
+                document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                if sha256_json({key: document[key] for key in ("checksums", "state")}) != document["checksum"]:
                     raise UserError("state.json is not what was written")
-                for name, checksum in state["checksums"].items():
+                for name, checksum in document["checksums"].items():
                     if sha256_file(folder / name) != checksum:
                         raise UserError(f"{name} is not what was written")
-                return Progress(**state["progress"]), {part: _read_part(folder / part) for part in PARTS}
+                return TrainState(**document["state"]), {part: _read_part(folder / part) for part in PARTS}
             except (UserError, OSError, ValueError, KeyError, TypeError) as error:
                 print(f"checkpoint {folder} is damaged ({error}): taking the one before")
         if self._all():
@@ -140,11 +140,11 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
 
 
-def _write_state(folder: Path, progress: Progress) -> None:
+def _write_state(folder: Path, state: TrainState) -> None:
     files = sorted(folder.rglob(f"*{SUFFIX}"))
     checksums = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
-    state = {"checksums": checksums, "progress": dataclasses.asdict(progress)}
-    write_json(folder / "state.json", state | {"checksum": sha256_json(state)})
+    document = {"checksums": checksums, "state": dataclasses.asdict(state)}
+    write_json(folder / "state.json", document | {"checksum": sha256_json(document)})
 
 
 def _read_part(path: Path) -> dict[str, Tensor]:

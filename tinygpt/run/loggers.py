@@ -21,7 +21,7 @@ from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
 from tinygpt.train.config import TrainParams
-from tinygpt.train.trainer import Progress
+from tinygpt.train.trainer import TrainState
 
 PROJECT = "tinygpt"  # the name of all runs together, in W&B and MLflow
 PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where it is not the name of the module
@@ -156,7 +156,7 @@ LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, 
 
 
 class Loggers:
-    """The logs that are asked for, as a context manager; call it with the progress at the start and after each step.
+    """The logs that are asked for, as a context manager; call it with the state at the start and after each step.
 
     One that fails is told of in a line and left out from then on: it ends no training. A missing package does, at once.
     """
@@ -184,15 +184,15 @@ class Loggers:
         for name, logger in list(self._loggers.items()):
             self._attempt(name, logger.close, kind is None)
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, state: TrainState) -> None:
         """Write what is new of the curve, with the speed since the row before where this start has measured it."""
-        rows, self._n_rows = progress.rows[self._n_rows :], len(progress.rows)
+        rows, self._n_rows = state.rows[self._n_rows :], len(state.rows)
         if self._since is not None and not rows:
             return
-        speed, tokens = {}, progress.step * self._tokens_per_step
+        speed, tokens = {}, state.step * self._tokens_per_step
         if self._since is not None:
-            speed = {"tokens_per_s": (tokens - self._since[0]) / (progress.seconds - self._since[1])}
-        self._since = tokens, progress.seconds
+            speed = {"tokens_per_s": (tokens - self._since[0]) / (state.seconds - self._since[1])}
+        self._since = tokens, state.seconds
         for name, logger in list(self._loggers.items()):
             self._attempt(name, _write, logger, rows, speed)
 

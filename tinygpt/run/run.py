@@ -23,7 +23,7 @@ from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.parallel import ALONE, World
-from tinygpt.train.trainer import Progress
+from tinygpt.train.trainer import TrainState
 
 
 class Run:
@@ -64,21 +64,21 @@ class Run:
         self.checkpoints.note(max_steps=self.params.max_steps, finished=finished)
 
     @contextmanager
-    def going(self, learner: Learner) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
+    def going(self, learner: Learner) -> Iterator[tuple[TrainState, dict[str, Tensor]]]:
         """A context for the loop, which begins where the run stopped: how far that was, and the best weights so far."""
         with out_of_memory(LESS_MEMORY):
             self._check_memory(learner)
-            progress, best = self._resume(learner)
+            state, best = self._resume(learner)
             if self.runtime.micro_batch_size == "auto":  # found once a run: another size would change the last bits
-                progress.micro_batch_size = find_micro_batch_size(learner, known=progress.micro_batch_size)
-                learner.micro_batch_size = progress.micro_batch_size
-            self._loggers(progress)
-            total, start = self.params.max_steps, progress.step
+                state.micro_batch_size = find_micro_batch_size(learner, known=state.micro_batch_size)
+                learner.micro_batch_size = state.micro_batch_size
+            self._loggers(state)
+            total, start = self.params.max_steps, state.step
             with (
                 self._interrupts,
                 progress_bar("train", total=total, unit="steps", start=start) as self._bar,
             ):
-                yield progress, best
+                yield state, best
 
     def stop_requested(self) -> int:
         """The number of the signal that asked to save and leave; 0 while none has."""
@@ -91,18 +91,18 @@ class Run:
         sampling, n = Sampling(seed=self.params.seed), self.params.sample_tokens
         return generate(model, self.tokenizer, "", max_new_tokens=n, sampling=sampling)
 
-    def report(self, progress: Progress, *, evaluated: bool) -> None:
+    def report(self, state: TrainState, *, evaluated: bool) -> None:
         """Move the bar, write a line where one is due, and hand new rows of the curve to the loggers."""
-        self._loggers(progress)
-        done = progress.step
+        self._loggers(state)
+        done = state.step
         if evaluated or done % self.runtime.log_every == 0 or done == self.params.max_steps:
-            self._bar.write(self._log_line(progress))
+            self._bar.write(self._log_line(state))
         self._bar.update(1)
 
-    def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write a checkpoint."""
-        progress.peak_mem_gib = max(progress.peak_mem_gib, peak_memory() / 2**30)
-        self.checkpoints.save(progress, tensors)
+        state.peak_mem_gib = max(state.peak_mem_gib, peak_memory() / 2**30)
+        self.checkpoints.save(state, tensors)
 
     def _check_memory(self, learner: Learner) -> None:
         """Raises UserError where a step would not fit.  What each of several processes holds is not counted."""
@@ -110,22 +110,22 @@ class Run:
         if self.world.size == 1 and self.runtime.micro_batch_size != "auto" and not fits(learner, size):
             raise UserError(f"train: a step will not fit into the memory: {LESS_MEMORY}")
 
-    def _resume(self, learner: Learner) -> tuple[Progress, dict[str, Tensor]]:
+    def _resume(self, learner: Learner) -> tuple[TrainState, dict[str, Tensor]]:
         found = self.checkpoints.load_latest()
         if found is None:
-            return Progress(), {}
-        progress, tensors = found
+            return TrainState(), {}
+        state, tensors = found
         best = tensors.pop("best")
         learner.load(tensors)
-        print(f"going on after step {progress.step} of {self.params.max_steps} ({self.checkpoints.folder})")
-        return progress, best
+        print(f"going on after step {state.step} of {self.params.max_steps} ({self.checkpoints.folder})")
+        return state, best
 
-    def _log_line(self, progress: Progress) -> str:
-        row = progress.latest(self.params)
-        tokens_per_s = progress.step * self.params.batch_size * self.config.block_size / progress.seconds
+    def _log_line(self, state: TrainState) -> str:
+        row = state.latest(self.params)
+        tokens_per_s = state.step * self.params.batch_size * self.config.block_size / state.seconds
         val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
         norm = "overflowed, no step" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
         return (
-            f"step {progress.step:>6,} of {self.params.max_steps:,}  train loss {row['train_loss']:.4f}{val}"
+            f"step {state.step:>6,} of {self.params.max_steps:,}  train loss {row['train_loss']:.4f}{val}"
             f"  lr {row['lr']:.2e}  grad norm {norm}  {tokens_per_s:,.0f} tokens/s"
         )

@@ -1,10 +1,4 @@
-"""An average of the weights (Polyak and Juditsky, https://doi.org/10.1137/0330046), exponential in the steps.
-
-How long the gradient of each part of a model is.
-
-Gradient checkpointing (Chen et al., https://arxiv.org/abs/1604.06174): less memory for a third more operations.
-
-A model that learns: one optimizer step of it, and the tensors that this changes.
+"""A model that learns: one optimizer step, and the tensors that it changes.
 
 B batch, T tokens, N sequences.
 """
@@ -47,65 +41,6 @@ from tinygpt.train.optim import (
 from tinygpt.train.parallel import ALONE, PARALLEL, Parallel, World, part_of, put, whole
 
 
-class EMA:
-    """The average of some tensors, of their names and shapes; empty before it begins."""
-
-    def __init__(self, params: EMAParams) -> None:
-        self.params = params
-        self.average: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def update(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Take in the tensors after `step` steps."""
-        if step < self.params.start:
-            return
-        if not self.average:
-            self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        names = list(self.average)  # read from a file they have another order
-        torch._foreach_lerp_([self.average[n] for n in names], [tensors[n] for n in names], 1 - self.params.decay)
-
-    @contextmanager
-    def in_place_of(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """A context in which the tensors hold the average, and the average holds what they held."""
-        try:
-            _exchange(self.average, tensors)
-            yield
-        finally:
-            _exchange(self.average, tensors)
-
-
-@torch.no_grad()
-def _exchange(some: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """Of equal names; one tensor at a time, as a copy of all would take their memory once more."""
-    for name, tensor in some.items():
-        kept = tensor.clone()
-        tensor.copy_(others[name])
-        others[name].copy_(kept)
-
-
-def part_norms(model: GPT) -> dict[str, Tensor]:
-    """The 2-norm of the gradient of each block and of what stands before and behind them, as numbers on the device."""
-    parts: dict[str, list[Tensor]] = defaultdict(list)
-    for name, parameter in trained_tensors(model).items():
-        if parameter.grad is not None:
-            first, second, *_ = name.split(".")
-            parts[f"block_{second}" if first == "blocks" else first].append(whole(parameter.grad.norm()))
-    return {part: torch.stack(norms).norm() for part, norms in parts.items()}
-
-
-def recompute_blocks(model: GPT) -> None:
-    """Let each block keep its input alone, and compute the rest again in the backward pass, with the same dropout."""
-    for block in model.blocks:
-        block.forward = partial(_recomputed, block.forward)
-
-
-def _recomputed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*args)
-    result: Tensor = checkpoint(forward, *args, use_reentrant=False)
-    return result
-
-
 class Learner:
     """The model of a run, its optimizers, and the average of its weights where there is one."""
 
@@ -137,19 +72,11 @@ class Learner:
         extra = {"label_smoothing": params.label_smoothing, "z_loss": params.z_loss}
         self._loss, loss = (Loss(self.model, self.precision, **extra) for _ in range(2))
         if runtime.compile:
-            require(
-                (
-                    not (params.anneal_dropout and config.dropout),
-                    "runtime.compile=true would compile each step's dropout of train.anneal_dropout=true: "
-                    "set one of them to false",
-                )
-            )
-            torch._dynamo.config.recompile_limit = 64  # all sizes of batch that warmups make, not the first 8 alone
-            loss.compile(dynamic=False, mode="reduce-overhead" if runtime.cuda_graphs else None)
+            self._compile(loss)
         n_rows = self.micro_batch_size or params.batch_size // world.size
         example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, config.block_size + 1)
         self._train_loss = self._parallel.wrap(loss, example)
-        self.part_norms: dict[str, Tensor] = {}  # of the last gradient whose norms were asked for, before clipping
+        self.part_norms: dict[str, Tensor] = {}  # of the last gradient that they were asked of, before clipping
 
     def learn(self, step: int, ids: Tensor, *, with_part_norms: bool = False) -> Tensor:
         """One optimizer step, counted from 0, on (B, T + 1) ids, the same in every process.
@@ -172,7 +99,7 @@ class Learner:
         if with_part_norms:
             self.part_norms = part_norms(self.model)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
-        overflow = self.scaler.is_enabled() and not grad_norm.isfinite()  # of fp16: no step, and a smaller scale
+        overflow = self.scaler.is_enabled() and not grad_norm.isfinite()  # in fp16: no step, and a smaller scale
         for optimizer in self.optimizers:
             if not overflow:
                 optimizer.step()
@@ -204,7 +131,7 @@ class Learner:
         return self.world.sum(total).item() / len(ids)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps of it, by part; of split tensors, this process's part."""
+        """All that a checkpoint keeps of it, by part; only this process's share of split tensors."""
         return {
             "weights": trained_tensors(self.model),
             "optimizer": optimizer_tensors(self.model, self.optimizers) | scaler_tensors(self.scaler),
@@ -220,6 +147,18 @@ class Learner:
         load_scaler_tensors(self.scaler, tensors["optimizer"])
         if self.ema:
             self.ema.average = {name: part_of(tensor, weights[name]) for name, tensor in tensors["ema"].items()}
+
+    def _compile(self, loss: Loss) -> None:
+        """Let the loss run by torch.compile.  Raises ParamsError where each step would be compiled anew."""
+        require(
+            (
+                not (self.params.anneal_dropout and self.config.dropout),
+                "runtime.compile=true would compile each step's dropout of train.anneal_dropout=true: "
+                "set one of them to false",
+            )
+        )
+        torch._dynamo.config.recompile_limit = 64  # for every length of a context warmup, not only the first 8
+        loss.compile(dynamic=False, mode="reduce-overhead" if self.runtime.cuda_graphs else None)
 
     def _backward(self, ids: Tensor, share: float) -> Tensor:
         """Add the gradient of a share of the loss; returns that share of it."""
@@ -250,3 +189,68 @@ def build_model(
 def seed_dropout(seed: int, step: int, world: World) -> None:
     """What dropout draws depends on the step and the process, and not on the past."""
     torch.manual_seed(seed + 1_000_003 * (step + 1) + 7_919 * world.rank)
+
+
+def recompute_blocks(model: GPT) -> None:
+    """Let each block keep only its input, and compute the rest again in the backward pass, with the same dropout.
+
+    Less memory for a third more operations (Chen et al., https://arxiv.org/abs/1604.06174).
+    """
+    for block in model.blocks:
+        block.forward = partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    result: Tensor = checkpoint(forward, *args, use_reentrant=False)
+    return result
+
+
+def part_norms(model: GPT) -> dict[str, Tensor]:
+    """The 2-norm of the gradient of each block, and of what comes before and after them, as numbers on the device."""
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in trained_tensors(model).items():
+        if parameter.grad is not None:
+            first, second, *_ = name.split(".")
+            parts[f"block_{second}" if first == "blocks" else first].append(whole(parameter.grad.norm()))
+    return {part: torch.stack(norms).norm() for part, norms in parts.items()}
+
+
+class EMA:
+    """An average of tensors, exponential in the steps; empty before it begins.
+
+    Polyak and Juditsky, https://doi.org/10.1137/0330046.
+    """
+
+    def __init__(self, params: EMAParams) -> None:
+        self.params = params
+        self.average: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Take in the tensors after `step` steps."""
+        if step < self.params.start:
+            return
+        if not self.average:
+            self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        names = list(self.average)  # a file has them in another order
+        torch._foreach_lerp_([self.average[n] for n in names], [tensors[n] for n in names], 1 - self.params.decay)
+
+    @contextmanager
+    def in_place_of(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """A context in which the tensors hold the average, and the average holds what they held."""
+        try:
+            _exchange(self.average, tensors)
+            yield
+        finally:
+            _exchange(self.average, tensors)
+
+
+@torch.no_grad()
+def _exchange(some: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """One tensor at a time: a copy of all would take their memory once more."""
+    for name, tensor in some.items():
+        kept = tensor.clone()
+        tensor.copy_(others[name])
+        others[name].copy_(kept)

@@ -1,7 +1,4 @@
-"""The training loop: step, evaluate, save; and the curve that it draws.
-
-T tokens, N sequences.
-"""
+"""The training loop: step, evaluate, save; and how far a run has come, with its curve."""
 
 from __future__ import annotations
 
@@ -9,11 +6,9 @@ import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tinygpt.errors import Stopped, UserError
@@ -21,7 +16,6 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import merged_tensors, trained_tensors
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokens import TokenIds
 from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
@@ -29,19 +23,152 @@ from tinygpt.train.loss import is_scaled
 from tinygpt.train.optim import lr_frac_at
 from tinygpt.train.parallel import ALONE, World
 
-MAX_ROWS = 1000  # of the curve, about: a longer run averages more steps into a row
-MAX_SKIPPED = 30  # steps in a row without an update in fp16; each halves the scale of the loss, 65,536 at first
+if TYPE_CHECKING:
+    from tinygpt.tokens import TokenIds
 
-Row = dict[str, float | None]
+MAX_ROWS = 1000  # of the curve, about: a longer run averages more steps into a row
+MAX_SKIPPED = 30  # steps one after another without an update in fp16; each halves the scale of the loss
+
+Row = dict[str, float | None]  # of the curve: numbers by name
+
+
+class Trainer:
+    """One run.  `Trainer(…).fit(keeper)` goes on from where the run stopped, to the last step."""
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        params: TrainParams,
+        runtime: RuntimeParams,
+        *,
+        train_tokens: TokenIds,
+        val_tokens: TokenIds,
+        device: torch.device,
+        world: World = ALONE,
+        base: dict[str, Tensor] | None = None,
+    ) -> None:
+        """`base` has the weights to start from, by name; without it they come from the seed."""
+        self.params, self.runtime, self.device, self.world = params, runtime, device, world
+        self.learner = Learner(config, params, runtime, device=device, world=world, base=base)
+        self.batches = Batches(
+            train_tokens,
+            seq_len=config.block_size,
+            batch_size=params.batch_size,
+            seed=params.seed,
+            context_warmup=params.context_warmup,
+            shuffle_documents=params.shuffle_documents,
+        )
+        self.prefetch = Prefetch(self.batches.batch_at, device)
+        self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
+        self.state = TrainState()
+        self.best: dict[str, Tensor] = {}
+        self._uncounted: list[Tensor] = []  # numbers of the last steps, still on the device
+
+    def fit(self, keeper: Keeper) -> Trained:
+        """Train to the last step.  Raises Stopped on request, UserError when the loss is not a number any more."""
+        max_steps = self.params.max_steps
+        with keeper.going(self.learner) as (self.state, self.best), self.prefetch:
+            for step in range(self.state.step, max_steps):
+                if self._out_of_patience():
+                    break
+                began = time.perf_counter()
+                done = step + 1
+                evaluate, log = self._due(done, self.params.eval_every), self._due(done, self.runtime.log_every)
+                self._train_step(step, with_part_norms=evaluate)
+                self.state.step = done
+                asked = self.world.max(keeper.stop_requested())
+                save = done % self.params.save_every == 0 or asked
+                if evaluate or log or save:
+                    self._count()
+                if evaluate:
+                    self._evaluate(keeper)
+                self.state.seconds += time.perf_counter() - began
+                keeper.report(self.state, evaluated=evaluate)
+                finished = done == max_steps or self._out_of_patience()
+                if save or finished:
+                    keeper.save(self.state, self.learner.tensors() | {"best": self.best})
+                if asked and not finished:
+                    raise Stopped(asked, f"train: stopped after step {done}; run it again to go on from there")
+        with self.learner.evaluated() as model:
+            last, best = (merged_tensors(model, part) for part in (_copied(trained_tensors(model)), self.best))
+        return Trained(self.state, last, best, trained=self.best)
+
+    def _train_step(self, step: int, *, with_part_norms: bool) -> None:
+        batch = self.prefetch.batch(step)
+        self._uncounted.append(self.learner.learn(step, batch, with_part_norms=with_part_norms))
+
+    def _count(self) -> None:
+        """Bring the numbers of the steps since the last time from the device, which waits for it, into the curve."""
+        first = self.state.step - len(self._uncounted) + 1
+        numbers = self.world.sum(torch.stack(self._uncounted)) / self.world.size
+        for step, (loss, grad_norm) in enumerate(numbers.tolist(), first):
+            self.state.count(step, loss, grad_norm, self.params)
+        self._uncounted.clear()
+
+    def _evaluate(self, keeper: Keeper) -> None:
+        """Measure the validation loss, keep the best weights, write a sample, note the norms of gradients by part."""
+        state = self.state
+        with self.learner.evaluated() as model:
+            val_loss = self.learner.loss_of(model, torch.from_numpy(self.val_batch).to(self.device))
+            if self.params.sample_tokens and self.world.rank == 0:
+                state.samples.append({"step": state.step, "text": keeper.sample(model)})
+            if state.best_val_loss is None or val_loss < state.best_val_loss:
+                state.best_val_loss, state.best_step = val_loss, state.step
+                self.best = _copied(trained_tensors(model))
+        state.norms.append({"step": state.step, **{k: norm.item() for k, norm in self.learner.part_norms.items()}})
+        state.evaluated(val_loss, self.params)
+
+    def _out_of_patience(self) -> bool:
+        waited = self.state.step - self.state.best_step
+        return self.params.patience is not None and waited >= self.params.patience * self.params.eval_every
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.params.max_steps
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+class Keeper(Protocol):
+    """What the loop needs of whoever keeps the run alive; nothing that it does changes a weight."""
+
+    def going(self, learner: Learner) -> AbstractContextManager[tuple[TrainState, dict[str, Tensor]]]:
+        """A context for the loop, which brings the learner to where the run stopped.
+
+        It gives how far that was, and the best weights so far.
+        """
+
+    def stop_requested(self) -> int:
+        """The number of the signal that asked to save and leave; 0 while none has."""
+
+    def sample(self, model: GPT) -> str:
+        """A text that the model writes."""
+
+    def report(self, state: TrainState, *, evaluated: bool) -> None:
+        """Show how far the run has come; called after each step."""
+
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Keep all that the run needs to go on from here."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    state: TrainState
+    last: dict[str, Tensor]  # weights after the last step
+    best: dict[str, Tensor]  # weights of lowest validation loss
+    trained: dict[str, Tensor]  # of these, what was trained: the same, or adapters
 
 
 @dataclass
-class Progress:
-    """What a checkpoint keeps beside tensors."""
+class TrainState:
+    """How far a run has come: what a checkpoint keeps besides tensors."""
 
     step: int = 0  # optimizer steps done
     rows: list[Row] = field(default_factory=list)  # the curve
-    norms: list[dict[str, float]] = field(default_factory=list)  # of gradients by part, at each look
+    norms: list[dict[str, float]] = field(default_factory=list)  # of gradients by part, at each evaluation
     samples: list[dict[str, Any]] = field(default_factory=list)  # texts written on the way
     best_step: int = 0
     best_val_loss: float | None = None
@@ -50,12 +177,12 @@ class Progress:
     loss_sum: float = 0.0  # since the last row of the curve
     grad_norm_sum: float = 0.0
     n_summed: int = 0
-    n_skipped: int = 0  # the last steps whose gradient overflowed, of fp16: they changed no weight
-    n_skipped_summed: int = 0  # all of them since the last row of the curve
+    n_skipped: int = 0  # the last steps, whose gradients overflowed in fp16: they changed no weight
+    n_skipped_summed: int = 0  # such steps since the last row of the curve
     micro_batch_size: int | None = None  # that was found for runtime.micro_batch_size=auto
 
     def count(self, step: int, loss: float, grad_norm: float, params: TrainParams) -> None:
-        """Take in the numbers of one step, the next after those before; some steps make a row.
+        """Take in the numbers of one step, the next after those before it; some steps make a row.
 
         Raises UserError when a number is not finite; in fp16 the gradient may overflow now and then.
         """
@@ -106,135 +233,3 @@ class Progress:
 def row_every(params: TrainParams) -> int:
     """Steps between two rows of the curve."""
     return math.ceil(params.max_steps / MAX_ROWS)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run."""
-
-    progress: Progress
-    last: dict[str, Tensor]  # weights after the last step
-    best: dict[str, Tensor]  # weights of lowest validation loss
-    trained: dict[str, Tensor]  # of these, what was trained: the same, or adapters
-
-
-class Keeper(Protocol):
-    """What the loop needs of whoever keeps the run alive; nothing that it does changes a weight."""
-
-    def going(self, learner: Learner) -> AbstractContextManager[tuple[Progress, dict[str, Tensor]]]:
-        """A context for the loop: brings the learner to where the run stopped; how far that was, and the best weights
-        so far.
-        """
-
-    def stop_requested(self) -> int:
-        """The number of the signal that asked to save and leave; 0 while none has."""
-
-    def sample(self, model: GPT) -> str:
-        """A text that the model writes."""
-
-    def report(self, progress: Progress, *, evaluated: bool) -> None:
-        """Show how far the run has come; called after each step."""
-
-    def save(self, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Keep all that the run needs to go on from here."""
-
-
-class Trainer:
-    """One run.  `Trainer(…).fit(keeper)` goes on from where the run stopped, to the last step."""
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        params: TrainParams,
-        runtime: RuntimeParams,
-        *,
-        train_tokens: TokenIds,
-        val_tokens: TokenIds,
-        device: torch.device,
-        world: World = ALONE,
-        base: dict[str, Tensor] | None = None,
-    ) -> None:
-        """`base` has the weights to start from, by name; without it they come from the seed."""
-        self.params, self.runtime, self.device, self.world = params, runtime, device, world
-        self.learner = Learner(config, params, runtime, device=device, world=world, base=base)
-        self.batches = Batches(
-            train_tokens,
-            seq_len=config.block_size,
-            batch_size=params.batch_size,
-            seed=params.seed,
-            context_warmup=params.context_warmup,
-            shuffle_documents=params.shuffle_documents,
-        )
-        self.prefetch = Prefetch(self.batches.batch_at, device)
-        self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
-        self.progress = Progress()
-        self.best: dict[str, Tensor] = {}
-        self._uncounted: list[Tensor] = []  # numbers of the last steps, still on the device
-
-    def fit(self, keeper: Keeper) -> Trained:
-        """Train to the last step.  Raises Stopped on request, UserError when the loss is not a number any more."""
-        max_steps = self.params.max_steps
-        with keeper.going(self.learner) as (self.progress, self.best), self.prefetch:
-            for step in range(self.progress.step, max_steps):
-                if self._out_of_patience():
-                    break
-                began = time.perf_counter()
-                done = step + 1
-                evaluate, log = self._due(done, self.params.eval_every), self._due(done, self.runtime.log_every)
-                self._train_step(step, with_part_norms=evaluate)
-                self.progress.step = done
-                asked = self.world.max(keeper.stop_requested())
-                save = done % self.params.save_every == 0 or asked
-                if evaluate or log or save:
-                    self._count()
-                if evaluate:
-                    self._evaluate(keeper)
-                self.progress.seconds += time.perf_counter() - began
-                keeper.report(self.progress, evaluated=evaluate)
-                finished = done == max_steps or self._out_of_patience()
-                if save or finished:
-                    keeper.save(self.progress, self.learner.tensors() | {"best": self.best})
-                if asked and not finished:
-                    raise Stopped(asked, f"train: stopped after step {done}; run it again to go on from there")
-        with self.learner.evaluated() as model:
-            last, best = (merged_tensors(model, part) for part in (_copied(trained_tensors(model)), self.best))
-        return Trained(self.progress, last, best, trained=self.best)
-
-    def _train_step(self, step: int, *, with_part_norms: bool) -> None:
-        batch = self.prefetch.batch(step)
-        self._uncounted.append(self.learner.learn(step, batch, with_part_norms=with_part_norms))
-
-    def _count(self) -> None:
-        """Bring the numbers of the steps since the last time from the device, which waits for it, into the curve."""
-        first = self.progress.step - len(self._uncounted) + 1
-        numbers = self.world.sum(torch.stack(self._uncounted)) / self.world.size
-        for step, (loss, grad_norm) in enumerate(numbers.tolist(), first):
-            self.progress.count(step, loss, grad_norm, self.params)
-        self._uncounted.clear()
-
-    def _evaluate(self, keeper: Keeper) -> None:
-        """Measure the validation loss, keep the best weights, write a sample, note the gradient's norms."""
-        state = self.progress
-        with self.learner.evaluated() as model:
-            val_loss = self.learner.loss_of(model, self._to_device(self.val_batch))
-            if self.params.sample_tokens and self.world.rank == 0:
-                state.samples.append({"step": state.step, "text": keeper.sample(model)})
-            if state.best_val_loss is None or val_loss < state.best_val_loss:
-                state.best_val_loss, state.best_step = val_loss, state.step
-                self.best = _copied(trained_tensors(model))
-        state.norms.append({"step": state.step, **{k: norm.item() for k, norm in self.learner.part_norms.items()}})
-        state.evaluated(val_loss, self.params)
-
-    def _to_device(self, ids: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(ids).to(self.device)
-
-    def _out_of_patience(self) -> bool:
-        waited = self.progress.step - self.progress.best_step
-        return self.params.patience is not None and waited >= self.params.patience * self.params.eval_every
-
-    def _due(self, done: int, every: int) -> bool:
-        return done % every == 0 or done == self.params.max_steps
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
