@@ -154,7 +154,7 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
     assert len(shards) == size and all(path.name.startswith(f"shard-0000{n}-") for n, path in enumerate(shards, 1))
     check_split(folder, tensors)
     shards[-1].rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="has not all that the processes wrote: their machines must share the folder"):
+    with pytest.raises(UserError, match="lacks a part that another process wrote: the machines must share the folder"):
         check_split(folder, tensors)
     shards[-1].write_bytes(b"torn")
     with pytest.raises(UserError, match="weights cannot be read"):

@@ -94,9 +94,9 @@ def test_the_speed_is_that_since_the_row_before(folder):
     pytest.importorskip("tensorboard")
     rows = [{"step": step, "train_loss": 1.0, "val_loss": None} for step in range(1, 7)]
     folder.mkdir(parents=True)
-    with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as sinks:
+    with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as loggers:
         for step in range(7):
-            sinks(TrainState(step=step, rows=rows[:step], seconds=step**2))
+            loggers(TrainState(step=step, rows=rows[:step], seconds=step**2))
     speeds = [value for _, value in scalars(tensorboard_log(folder), "tokens_per_s")]
     assert speeds == [pytest.approx(4 * 64 / seconds) for seconds in (1, 3, 5, 7, 9, 11)]  # of four sequences
 
@@ -118,11 +118,11 @@ def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(fo
     pytest.importorskip("tensorboard")
     rows = [{"step": step, "train_loss": float(step), "val_loss": None} for step in range(1, 7)]
     folder.mkdir(parents=True)
-    sinks = Loggers(["tensorboard"], folder, tiny_config(), PARAMS)
-    sinks(TrainState())
-    with sinks:
+    loggers = Loggers(["tensorboard"], folder, tiny_config(), PARAMS)
+    loggers(TrainState())
+    with loggers:
         for step in range(1, 7):
-            sinks(TrainState(step=step, rows=rows[:step], seconds=step))
+            loggers(TrainState(step=step, rows=rows[:step], seconds=step))
             if step == 2:
                 (file,) = (folder / "tensorboard").iterdir()
                 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -131,8 +131,8 @@ def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(fo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: tensorboard failed, training goes on without it ([Errno 27]")
     assert scalars(tensorboard_log(folder), "train_loss") == [(1, 1), (2, 2)]
-    with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as sinks:
-        sinks(TrainState(step=6, rows=rows, seconds=6))
+    with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as loggers:
+        loggers(TrainState(step=6, rows=rows, seconds=6))
     assert scalars(tensorboard_log(folder), "train_loss") == [(step, step) for step in range(1, 7)]
 
 

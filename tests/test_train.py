@@ -548,6 +548,6 @@ def test_no_thread_is_left_when_a_run_ends_stops_or_fails(monkeypatch):
 def test_weights_of_the_model_are_what_is_saved():
     trained = train()
     trainer, again = make_trainer(), make_trainer()
-    with Run("run", tiny_config(), PARAMS, RUNTIME) as run, run.going(again.learner):
+    with Run("run", tiny_config(), PARAMS, RUNTIME) as run, run.resumed(again.learner):
         assert same(model_tensors(again.learner.model), trained.last)
     assert not same(model_tensors(trainer.learner.model), trained.last)

@@ -10,10 +10,10 @@
             ema.safetensors              the average of the weights, where there is one
             state.json                   the step, the curve so far, and checksums of it all
 
-Of processes that each have a part of every weight, each writes its own of weights, optimizer and ema:
+Processes that each have a part of every weight write it each to a file of its own, for weights, optimizer and ema:
 weights/shard-00001-….safetensors and so on.
 
-The folder is no DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
+The folder is not a DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tinygpt.train.trainer import TrainState
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-N_KEPT = 2  # checkpoints: the newest, and the one before in case the disk has lost part of it
+N_KEPT = 2  # checkpoints: the newest, and the one before it in case the disk has lost part of the newest
 PARTS = ("weights", "optimizer", "best", "ema")
 SUFFIX = ".safetensors"
 CODE = "tinygpt.train.trainer"  # what it imports decides a trained weight
@@ -120,7 +120,7 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def load_latest(self) -> tuple[TrainState, dict[str, dict[str, Tensor]]] | None:
-        """The newest checkpoint that is whole, or None; tells of each that is not."""
+        """The newest checkpoint that is whole, or None; reports each that is not."""
         for folder in reversed(self._all()):
             try:
                 document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ def _read_part(path: Path) -> dict[str, Tensor]:
 
 
 def save_split(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what this process has of tensors, some of them split, to a safetensors file of its own; all must ask.
+    """Write what this process has of tensors, some of them split, to a safetensors file of its own; all must call it.
 
     With https://docs.pytorch.org/docs/stable/distributed.checkpoint.html, whose own format has a pickle in it.
     Raises in every process what went wrong in one.
@@ -167,16 +167,16 @@ def save_split(folder: Path, tensors: dict[str, Tensor]) -> None:
         first, _ = next(iter(error.failures.values()))
         if isinstance(first, OSError):
             raise first from None
-        raise RuntimeError(str(error)) from None  # it tells where in the other process
+        raise RuntimeError(str(error)) from None  # it says where in the other process
 
 
 def check_split(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError where the files of `save_split` that are seen here are not all of the tensors."""
+    """Raises UserError where the files of `save_split` that this machine sees do not hold all of the tensors."""
     kinds = _kinds(folder)
     for name, tensor in tensors.items():
         chunks = kinds[name].chunks if name in kinds else []
         if sum(chunk.sizes.numel() for chunk in chunks) != tensor.numel():
-            raise UserError(f"{folder} has not all that the processes wrote: their machines must share the folder")
+            raise UserError(f"{folder} lacks a part that another process wrote: the machines must share the folder")
 
 
 def load_split(folder: Path) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def load_split(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in _kinds(folder).items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to do without
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
             load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (CheckpointException, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]})") from None
@@ -196,7 +196,7 @@ def load_split(folder: Path) -> dict[str, Tensor]:
 
 
 def _kinds(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Of each tensor in the files of a folder: its type, size and chunks."""
+    """Type, size and chunks of each tensor in the files of a folder."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     return cast(

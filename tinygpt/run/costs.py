@@ -18,7 +18,7 @@ from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show a device's peak
-PLACES = {  # what stands in the name of a weight, and the part of the model that it belongs to
+PLACES = {  # what the name of a weight contains, and the part of the model that it belongs to
     "norm": "norms",
     "tok_emb": "embedding",
     "pos_emb": "positions",

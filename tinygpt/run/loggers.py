@@ -1,7 +1,7 @@
 """Places that show the numbers of a training while it runs: TensorBoard, Weights & Biases, MLflow.
 
 Each writes into the folder of the run, unless its own environment variables name another place, and gets the curve row
-by row. What a log lacks of the curve when a run goes on is written first, what it has is not written twice.
+by row. When a run goes on, what a log lacks of the curve is written first, and what it has is not written twice.
 """
 
 from __future__ import annotations
@@ -23,8 +23,77 @@ from tinygpt.params import yaml_text
 from tinygpt.train.config import TrainParams
 from tinygpt.train.trainer import TrainState
 
-PROJECT = "tinygpt"  # the name of all runs together, in W&B and MLflow
-PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where it is not the name of the module
+PROJECT = "tinygpt"  # the name of all runs together in W&B and MLflow
+PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where that is not the name of the module
+
+
+class Loggers:
+    """The logs that are asked for, as a context manager; call it with the state at the start and after each step.
+
+    One that fails costs a line of warning and is left out from then on: it does not end the training. A missing
+    package does, at once.
+    """
+
+    def __init__(self, names: Iterable[str], folder: Path, config: GPTConfig, params: TrainParams) -> None:
+        """`folder` is that of the run's checkpoints.  Raises UserError when a package is missing."""
+        self._names, self._folder = tuple(names), folder
+        for name in self._names:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # without an origin: a mere folder of that name
+                install = f"pip install {PIP_NAMES.get(name, name)}"
+                raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or take it off the list")
+        self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
+        self._tokens_per_step = params.batch_size * config.block_size
+        self._loggers: dict[str, Logger] = {}
+        self._n_rows = 0  # of the curve, handed on
+        self._since: tuple[int, float] | None = None  # tokens and seconds at the last of them
+
+    def __enter__(self) -> Loggers:
+        for name in self._names:
+            self._attempt(name, self._open, name)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        for name, logger in list(self._loggers.items()):
+            self._attempt(name, logger.close, kind is None)
+
+    def __call__(self, state: TrainState) -> None:
+        """Write what is new of the curve, with the speed since the row before it where this start has measured that."""
+        rows, self._n_rows = state.rows[self._n_rows :], len(state.rows)
+        if self._since is not None and not rows:
+            return
+        speed, tokens = {}, state.step * self._tokens_per_step
+        if self._since is not None:
+            speed = {"tokens_per_s": (tokens - self._since[0]) / (state.seconds - self._since[1])}
+        self._since = tokens, state.seconds
+        for name, logger in list(self._loggers.items()):
+            self._attempt(name, _write, logger, rows, speed)
+
+    def _open(self, name: str) -> None:
+        self._loggers[name] = LOGGERS[name](self._folder, self._params)
+
+    def _attempt(self, name: str, action: Callable[..., None], *args: Any) -> None:
+        try:
+            action(*args)
+        except Exception as error:  # of any kind: it is the library's, and the training is worth more
+            reason = (str(error) or repr(error)).splitlines()[0]
+            tqdm.write(f"warning: {name} failed, training goes on without it ({reason})", file=sys.stderr)
+            self._loggers.pop(name, None)
+
+
+def _write(logger: Logger, rows: list[dict[str, float | None]], speed: dict[str, float]) -> None:
+    for row in rows:
+        numbers = {name: number for name, number in row.items() if number is not None}
+        step = int(numbers.pop("step"))
+        if step > logger.last_step:
+            logger.write(step, numbers | speed)
+
+
+def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Numbers, texts and switches as they are, the rest as params.yaml has it."""
+    plain = (bool, int, float, str)
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+    return {f"{group}.{key}": v if isinstance(v, plain) else yaml_text(v) for key, v in lists.items()}
 
 
 class Logger(Protocol):
@@ -38,13 +107,15 @@ class Logger(Protocol):
         """One row of the curve."""
 
     def close(self, finished: bool) -> None:
-        """`finished` tells the end of the training from an interruption."""
+        """`finished` is False where the training was interrupted."""
 
 
 class TensorBoard:
     """Event files in runs/<fingerprint>/tensorboard, one a start: `tensorboard --logdir runs` shows them as one.
 
-    Written here and not by torch's SummaryWriter, whose thread prints a traceback when the disk is full.
+    Written here and not by torch's SummaryWriter: its thread prints a traceback when the disk is full, which only a
+    hook for all threads of the process could stop. Its `purge_step` cuts what a log has too much of, but does not say
+    what a log lacks.
     """
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None:
@@ -102,7 +173,7 @@ class WandB:
             dir=os.environ.get("WANDB_DIR", str(folder)),
             mode=os.environ.get("WANDB_MODE", "offline"),
             config=params,
-            settings=wandb.Settings(console="off", quiet=True, finish_timeout=120),  # off: our output is not its
+            settings=wandb.Settings(console="off", quiet=True, finish_timeout=120),  # off: it leaves our output
         )
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
@@ -153,71 +224,3 @@ class MLflow:
 
 
 LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-
-
-class Loggers:
-    """The logs that are asked for, as a context manager; call it with the state at the start and after each step.
-
-    One that fails is told of in a line and left out from then on: it ends no training. A missing package does, at once.
-    """
-
-    def __init__(self, names: Iterable[str], folder: Path, config: GPTConfig, params: TrainParams) -> None:
-        """Raises UserError when a package is missing.  `folder` is that of the run's checkpoints."""
-        self._names, self._folder = tuple(names), folder
-        for name in self._names:
-            spec = importlib.util.find_spec(name)
-            if spec is None or spec.origin is None:  # no origin: a mere folder of that name
-                install = f"pip install {PIP_NAMES.get(name, name)}"
-                raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or take it off the list")
-        self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
-        self._tokens_per_step = params.batch_size * config.block_size
-        self._loggers: dict[str, Logger] = {}
-        self._n_rows = 0  # of the curve, handed on
-        self._since: tuple[int, float] | None = None  # tokens and seconds at the last of them
-
-    def __enter__(self) -> Loggers:
-        for name in self._names:
-            self._attempt(name, self._open, name)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        for name, logger in list(self._loggers.items()):
-            self._attempt(name, logger.close, kind is None)
-
-    def __call__(self, state: TrainState) -> None:
-        """Write what is new of the curve, with the speed since the row before where this start has measured it."""
-        rows, self._n_rows = state.rows[self._n_rows :], len(state.rows)
-        if self._since is not None and not rows:
-            return
-        speed, tokens = {}, state.step * self._tokens_per_step
-        if self._since is not None:
-            speed = {"tokens_per_s": (tokens - self._since[0]) / (state.seconds - self._since[1])}
-        self._since = tokens, state.seconds
-        for name, logger in list(self._loggers.items()):
-            self._attempt(name, _write, logger, rows, speed)
-
-    def _open(self, name: str) -> None:
-        self._loggers[name] = LOGGERS[name](self._folder, self._params)
-
-    def _attempt(self, name: str, action: Callable[..., None], *args: Any) -> None:
-        try:
-            action(*args)
-        except Exception as error:  # of any kind: it is the library's, and the training is worth more
-            reason = (str(error) or repr(error)).splitlines()[0]
-            tqdm.write(f"warning: {name} failed, training goes on without it ({reason})", file=sys.stderr)
-            self._loggers.pop(name, None)
-
-
-def _write(logger: Logger, rows: list[dict[str, float | None]], speed: dict[str, float]) -> None:
-    for row in rows:
-        numbers = {name: number for name, number in row.items() if number is not None}
-        step = int(numbers.pop("step"))
-        if step > logger.last_step:
-            logger.write(step, numbers | speed)
-
-
-def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Numbers, texts and switches as they are, the rest as params.yaml has it."""
-    plain = (bool, int, float, str)
-    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    return {f"{group}.{key}": v if isinstance(v, plain) else yaml_text(v) for key, v in lists.items()}

@@ -86,7 +86,7 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
 
 
 def _train_with_others(train: Callable[[World], None]) -> None:
-    """Raises UserError where another process has gone, of whose end the launcher tells."""
+    """Raises UserError where another process has ended, whose reason the launcher reports."""
     try:
         train(_join())
     except RuntimeError as error:

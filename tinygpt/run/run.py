@@ -64,7 +64,7 @@ class Run:
         self.checkpoints.note(max_steps=self.params.max_steps, finished=finished)
 
     @contextmanager
-    def going(self, learner: Learner) -> Iterator[tuple[TrainState, dict[str, Tensor]]]:
+    def resumed(self, learner: Learner) -> Iterator[tuple[TrainState, dict[str, Tensor]]]:
         """A context for the loop, which begins where the run stopped: how far that was, and the best weights so far."""
         with out_of_memory(LESS_MEMORY):
             self._check_memory(learner)

@@ -1,1 +1,1 @@
-"""Training: batches, loss, optimizer, schedules, checkpoints and the loop."""
+"""Training as mathematics: batches, loss, optimizers, schedules, the step and the loop.  Imports nothing of run."""

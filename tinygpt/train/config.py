@@ -51,7 +51,7 @@ class ContextWarmup:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainParams:
-    """Everything that decides the trained weights, beside the model and the tokens."""
+    """Everything that decides the trained weights, besides the model and the tokens."""
 
     group: ClassVar[str] = "train"
 
@@ -79,13 +79,13 @@ class TrainParams:
     label_smoothing: Fraction  # share of the target's probability that is spread over all tokens
     z_loss: Annotated[float, Within("[0, inf)")]  # weight of the squared logarithm of the sum of exp(logits)
     ema: EMAParams | None  # an average of the weights that is used in their place; null = the weights themselves
-    patience: Count | None  # looks without a lower validation loss after which the run ends; null = never
+    patience: Count | None  # evaluations without a lower validation loss after which the run ends; null = never
     anneal_dropout: bool  # model.dropout falls to zero over the run, in a straight line
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"]  # of products: auto = bf16 where it is faster, else fp32
-    eval_every: Count  # steps between two looks at the validation split
-    eval_tokens: Count  # validation tokens of each look, at most
+    eval_every: Count  # steps between two evaluations on the validation split
+    eval_tokens: Count  # validation tokens of each evaluation, at most
     save_every: Count  # steps between two checkpoints
-    sample_tokens: Annotated[int, Within("[0, inf)")]  # tokens of the text written at each look, 0 = none
+    sample_tokens: Annotated[int, Within("[0, inf)")]  # tokens of the text written at each evaluation, 0 = none
 
     def __post_init__(self) -> None:
         require(
@@ -104,7 +104,7 @@ class TrainParams:
         )
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
-        """What must hold beside other groups of params.yaml, by name, where they are loaded too."""
+        """What must hold between this and other groups of params.yaml, by name, where they are loaded too."""
         if "model" not in groups or self.context_warmup is None:
             return
         full, start, steps = groups["model"].block_size, self.context_warmup.start, self.context_warmup.steps

@@ -110,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, without a product beside it where the types are the same."""
+    """total += a @ b, without memory for the product where the types are the same."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

@@ -1,4 +1,4 @@
-"""How the processes of a run share a model: each has all of it, or a part of every weight, which it saves itself.
+"""How the processes of a run share a model: each has all of it, or a part of every weight.
 
 What splits weights is imported where it is used: it takes as long as half of PyTorch.
 """
@@ -56,7 +56,7 @@ class World:
     def first(self, action: Callable[[], T]) -> T:
         """Let the first process do it, while the others wait; all return what it gave.
 
-        A failure is one of all: raised as it was in the first, as a UserError in the others.
+        What it raises, all raise: the first the error itself, the others a UserError with its message.
         """
         result, failure = cast(T, None), None
         if self.rank == 0:
@@ -65,11 +65,11 @@ class World:
             except Exception as error:
                 failure = error
         if self.size > 1:
-            told: list[Any] = [result, str(failure) if failure else None]
-            dist.broadcast_object_list(told, src=0)
-            if self.rank and told[1] is not None:
-                raise UserError(told[1])
-            result = told[0]
+            sent: list[Any] = [result, str(failure) if failure else None]
+            dist.broadcast_object_list(sent, src=0)
+            result, message = sent
+            if self.rank and message is not None:
+                raise UserError(message)
         if failure:
             raise failure
         return result
@@ -87,15 +87,15 @@ class Parallel:
         """Leave to this process its part of the weights, before its optimizers are built."""
 
     def wrap(self, loss: nn.Module, example: Tensor) -> nn.Module:
-        """A module whose backward pass leaves the mean of all processes' gradients; `example` is what it is for."""
+        """A module whose backward pass leaves the mean of all processes' gradients; `example` is a batch for it."""
         return loss
 
     def apart(self) -> AbstractContextManager[None]:
-        """A context in which backward passes add up in this process alone: of all micro-batches but the last."""
+        """A context in which gradients add up in this process alone: for all micro-batches but the last."""
         return nullcontext()
 
     def whole_model(self, model: GPT, build: Callable[[], GPT]) -> GPT:
-        """One with all weights here; `build` makes another of its kind."""
+        """A model with all weights in this process; `build` makes another of its kind."""
         return model
 
 
@@ -105,7 +105,7 @@ class Replicas(Parallel):
     def wrap(self, loss: nn.Module, example: Tensor) -> nn.Module:
         """Gradients are summed in buckets while the backward pass goes on.
 
-        After the first pass the buckets are laid out anew, by the order in which gradients came, and of three
+        After the first pass the buckets are laid out anew, by the order in which gradients came, and with three
         processes or more another bucket is another order of summing. So that pass is made here: a resumed run gets
         the buckets that it had.
         """
@@ -143,7 +143,7 @@ class SplitWeights(Parallel):
         self.model.set_requires_gradient_sync(True)
 
     def whole_model(self, model: GPT, build: Callable[[], GPT]) -> GPT:
-        """A copy, as modules in parts can only train."""
+        """A copy, as a model in parts can only train."""
         copy = build()
         for name, weight in copy.named_parameters():
             put(weight, whole(model.get_parameter(name)))
@@ -154,12 +154,12 @@ PARALLEL: dict[str, type[Parallel]] = {"ddp": Replicas, "fsdp": SplitWeights}
 
 
 def is_split(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether this process has a part of it."""
+    """Whether this process has only a part of it."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process may have a part; all processes must ask."""
+    """All of a tensor of which this process may have a part; all processes must call it."""
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 

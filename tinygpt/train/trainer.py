@@ -67,7 +67,7 @@ class Trainer:
     def fit(self, keeper: Keeper) -> Trained:
         """Train to the last step.  Raises Stopped on request, UserError when the loss is not a number any more."""
         max_steps = self.params.max_steps
-        with keeper.going(self.learner) as (self.state, self.best), self.prefetch:
+        with keeper.resumed(self.learner) as (self.state, self.best), self.prefetch:
             for step in range(self.state.step, max_steps):
                 if self._out_of_patience():
                     break
@@ -133,7 +133,7 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class Keeper(Protocol):
     """What the loop needs of whoever keeps the run alive; nothing that it does changes a weight."""
 
-    def going(self, learner: Learner) -> AbstractContextManager[tuple[TrainState, dict[str, Tensor]]]:
+    def resumed(self, learner: Learner) -> AbstractContextManager[tuple[TrainState, dict[str, Tensor]]]:
         """A context for the loop, which brings the learner to where the run stopped.
 
         It gives how far that was, and the best weights so far.
