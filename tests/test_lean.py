@@ -6,7 +6,7 @@ from conftest import FAMILIES, random_ids, tiny_model
 from torch import nn
 
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.products import SlicedProduct, product, products
+from tinygpt.generate.lean import SlicedProduct, product, products
 from tinygpt.model.lora import add_lora
 from tinygpt.model.quantize import KINDS, quantize
 

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.generate.lean import LeanBlock, LeanGPT
-from tinygpt.generate.products import FEW
+from tinygpt.generate.lean import FEW, LeanBlock, LeanGPT
 from tinygpt.generate.slots import Slots
 from tinygpt.model.gpt import GPT
 
@@ -90,7 +89,7 @@ class CompiledStep(LeanGPT):
         dtype = self.embedding.dtype
         return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)[:, None, None]
 
-    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C) -> queries (B, H, D), keys and values (B, G, D), joined no longer than their norm needs them so."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in block.qkv(x))
         if block.qk_norm is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinygpt.model.attention import Attention, Masks, attention_mask
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.layers import MLPS, NORMS, Embedding, Linear, rope_tables
+from tinygpt.model.layers import NORMS, Embedding, Linear, build_mlp, rope_tables
 
 INIT_STD = 0.02
 
@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.attn_norm = norm()
         self.attn = Attention(config, layer)
         self.mlp_norm = None if config.parallel_block else norm()
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = build_mlp(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks) -> Tensor:
