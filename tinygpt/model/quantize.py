@@ -102,7 +102,7 @@ def _flat(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return product(x.reshape(-1, x.size(-1))).reshape(*x.shape[:-1], -1)
 
 
-KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": Int8Linear, "int4": int4_linear}
+QUANTIZED: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": Int8Linear, "int4": int4_linear}
 
 
 def quantize(model: GPT, kind: str) -> None:
@@ -119,7 +119,7 @@ def quantize(model: GPT, kind: str) -> None:
         )
     for name, linear in linears:
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, KINDS[kind](linear))
+        setattr(model.get_submodule(owner), leaf, QUANTIZED[kind](linear))
 
 
 def n_bytes(model: GPT) -> int:
