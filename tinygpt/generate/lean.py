@@ -129,12 +129,13 @@ def rms_norm(weight: Tensor, eps: float) -> Step:
 def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> Step:
     """The norms of queries and keys at once: (M, H + G, D) -> (M, H + G, D)."""
     norms, sizes = (q_norm, k_norm), (config.n_head, config.n_kv_head)
-    if all(is_plain(norm, RMSNorm) or (is_plain(norm, nn.LayerNorm) and norm.bias is None) for norm in norms):
-        pairs = zip(norms, sizes, strict=True)
-        weight = torch.cat([cast(Tensor, norm.weight).detach().expand(n, -1) for norm, n in pairs])  # (H + G, D)
-        if isinstance(q_norm, RMSNorm):
-            return rms_norm(weight, config.norm_eps)
-        return lambda x: F.layer_norm(x, (config.head_dim,), eps=config.norm_eps) * weight
+    known = [norm for norm in norms if is_plain(norm, RMSNorm) or is_plain(norm, nn.LayerNorm)]
+    if len(known) == 2 and all([*dict(norm.named_parameters())] == ["weight"] for norm in known):
+        weight = torch.cat([norm.weight.detach().expand(n, -1) for norm, n in zip(known, sizes, strict=True)])
+        eps = known[0].eps
+        if isinstance(known[0], RMSNorm):
+            return rms_norm(weight, eps)
+        return lambda x: F.layer_norm(x, (config.head_dim,), eps=eps) * weight
     return lambda x: torch.cat([norm(part) for norm, part in zip(norms, x.split(sizes, 1), strict=True)], 1)
 
 
