@@ -12,7 +12,7 @@ from tinygpt.device import find_device
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist
 from tinygpt.generate import Answer
-from tinygpt.generate.text import Vocabulary
+from tinygpt.generate.answer import Vocabulary
 from tinygpt.model.quantize import QUANTIZED
 from tinygpt.params import require
 
