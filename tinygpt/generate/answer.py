@@ -174,12 +174,12 @@ class Running:
     """
 
     def __init__(self, model: GPT) -> None:
-        self.answers: list[Answer] = []  # those that have not come to their end
+        self.answers: list[Answer] = []  # those that have not ended
         self._decoder = Decoder(model, [])
         self._is_behind = False  # the decoder has not read the last id of each answer
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Take up answers without a token.  A prompt that several of them share is read once."""
+        """Start answers that have no token yet.  A prompt that several of them share is read once."""
         if answers:
             self._catch_up()
             n, places = len(self.answers), dict[tuple[int, ...], int]()
@@ -189,7 +189,7 @@ class Running:
             self.answers += answers
 
     def step(self) -> list[Answer]:
-        """Give each answer its next token -> those that got one; who has come to its end runs no longer."""
+        """Give each answer its next token -> those that got one; those that have ended run no longer."""
         self._catch_up()
         rows, logits = self.answers, self._decoder.logits
         chosen = choose_rows(logits, rows)

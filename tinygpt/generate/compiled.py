@@ -3,7 +3,7 @@
 Of one sequence all of the step's operations become a few loops over memory, so that little more than reading the
 weights is left. Of several, products and attention stay calls of libraries, and what is between them becomes loops.
 
-B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them that are looked at, V vocab_size.
+B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them that are read, V vocab_size.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Decoder:
     """Rows of sequences; `logits` (B, V) are float32, of the token that follows each row.
 
     A row never fills more than the model's block_size: of a longer prompt the end is read, and when the context is
-    full its older half is forgotten and the newer half read again. Rows do not touch each other: whatever runs beside
+    full its older half is forgotten and the newer half read again. Rows do not touch each other: whatever runs next to
     it, a row has the logits that it has alone, up to rounding.
     """
 
@@ -250,7 +250,7 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order: a row may be left out, or stand there several times."""
+        """Go on with these rows, in this order: a row may be left out, or be there several times."""
         if list(rows) != list(range(len(self._seen))):
             self._seen = [list(self._seen[row]) for row in rows]
             self._cache.keep(self._tensor(rows))

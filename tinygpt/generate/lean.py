@@ -1,9 +1,9 @@
 """The forward pass of a GPT for tokens of any positions in one go, in few operations: what decoding one token costs.
 
-There are two forward passes because a token of a small model takes about a millisecond, of which a module call takes
-five microseconds and each operation one or two: here no module is called that need not be, and no operation made that
-another can do on the way, and what has no faster form is the model's own module. tests/test_lean.py holds the two
-together: it compares their logits for every switch, kind of weights and number of rows.
+There are two forward passes, this and the model's own, for speed: a token of a small model takes about a millisecond,
+of which a module call takes five microseconds and an operation one or two, so no module is called here that has a
+faster form, and no operation made that another can do on the way. tests/test_lean.py holds the two together: it
+compares their logits for every switch, kind of weights and number of rows.
 
 M tokens, C n_embd, V vocab_size, H query heads, G key/value heads, D head_dim; of a product I inputs, O outputs, N
 slices of the weights.
@@ -27,8 +27,8 @@ from tinygpt.model.layers import MLP, GatedMLP, RMSNorm
 from tinygpt.model.quantize import Int8Linear
 
 FEW = 64  # rows: above it the weights are read seldom enough for the plain product
-Step = Callable[[Tensor], Tensor]  # a function of each token, such as a norm or a product: (M, I) -> (M, O)
-Steps = Callable[[Tensor], Sequence[Tensor]]  # several of the same input: (M, I) -> an (M, O) of each
+TokenMap = Callable[[Tensor], Tensor]  # of each token by itself, as a norm or a product does: (M, I) -> (M, O)
+TokenMaps = Callable[[Tensor], Sequence[Tensor]]  # several of the same input: (M, I) -> an (M, O) of each
 # Layer, queries (M, H, D), keys and values (M, G, D) -> what each query read, (M, H·D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -38,12 +38,12 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 class LeanBlock:
     """The parts of one block as functions of (M, …)."""
 
-    attn_norm: Step
-    qkv: Steps
-    qk_norm: Step | None
-    out: Step
-    mlp_norm: Step | None  # None: the MLP reads what attention reads
-    mlp: Step
+    attn_norm: TokenMap
+    qkv: TokenMaps
+    qk_norm: TokenMap | None
+    out: TokenMap
+    mlp_norm: TokenMap | None  # None: the MLP reads what attention reads
+    mlp: TokenMap
 
 
 class LeanGPT:
@@ -111,22 +111,22 @@ def is_plain(module: nn.Module, cls: type[AnyModule]) -> TypeGuard[AnyModule]:
     return isinstance(module, cls) and type(module).forward is cls.forward
 
 
-def lean_norm(norm: nn.Module) -> Step:
+def lean_norm(norm: nn.Module) -> TokenMap:
     """LayerNorm without its module, RMSNorm in four operations where PyTorch's has eight; another norm as it is."""
     if is_plain(norm, nn.LayerNorm):
         weights = {name: weight.detach() for name, weight in norm.named_parameters()}
         return partial(F.layer_norm, normalized_shape=norm.normalized_shape, eps=norm.eps, **weights)
-    return rms_norm(norm.weight.detach(), norm.eps) if is_plain(norm, RMSNorm) else norm
+    return lean_rms_norm(norm.weight.detach(), norm.eps) if is_plain(norm, RMSNorm) else norm
 
 
-def rms_norm(weight: Tensor, eps: float) -> Step:
+def lean_rms_norm(weight: Tensor, eps: float) -> TokenMap:
     """x / √(mean(x²) + eps) · weight over the last dimension of length C, as x / √(|x|² + C·eps) · √C·weight."""
     size = weight.size(-1)
     scale, floor = weight * math.sqrt(size), weight.new_tensor(math.sqrt(size * eps))
     return lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(floor) * scale
 
 
-def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> Step:
+def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> TokenMap:
     """The norms of queries and keys at once: (M, H + G, D) -> (M, H + G, D)."""
     norms, sizes = (q_norm, k_norm), (config.n_head, config.n_kv_head)
     known = [norm for norm in norms if is_plain(norm, RMSNorm) or is_plain(norm, nn.LayerNorm)]
@@ -134,12 +134,12 @@ def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> Ste
         weight = torch.cat([norm.weight.detach().expand(n, -1) for norm, n in zip(known, sizes, strict=True)])
         eps = known[0].eps
         if isinstance(known[0], RMSNorm):
-            return rms_norm(weight, eps)
+            return lean_rms_norm(weight, eps)
         return lambda x: F.layer_norm(x, (config.head_dim,), eps=eps) * weight
     return lambda x: torch.cat([norm(part) for norm, part in zip(norms, x.split(sizes, 1), strict=True)], 1)
 
 
-def lean_mlp(mlp: nn.Module) -> Step:
+def lean_mlp(mlp: nn.Module) -> TokenMap:
     """An MLP, with products as fast as there are; one of another class as it is."""
     if is_plain(mlp, MLP):
         up, down, activation = product(mlp.up_proj), product(mlp.down_proj), mlp.activation
@@ -155,7 +155,7 @@ def lean_mlp(mlp: nn.Module) -> Step:
     return mlp
 
 
-def product(layer: nn.Module) -> Step:
+def product(layer: nn.Module) -> TokenMap:
     """What a linear layer computes, as fast as memory gives its weights, which may change afterwards; another layer as
     it is.
     """
@@ -164,7 +164,7 @@ def product(layer: nn.Module) -> Step:
     return Int8Product([layer]) if is_plain(layer, Int8Linear) else layer
 
 
-def products(*layers: nn.Module) -> Steps:
+def products(*layers: nn.Module) -> TokenMaps:
     """What several linear layers compute of the same input."""
     bytes_ = [layer for layer in layers if is_plain(layer, Int8Linear)]
     if len(bytes_) == len(layers):  # small enough to be copied for one product
@@ -178,7 +178,7 @@ class SlicedProduct:
     """x Wᵀ + b, a slice of W's rows for each thread.
 
     MKL multiplies one row with a matrix on one thread only, but the matrices of a batch on all; and of several rows it
-    reads the weights faster when they stand on the left.
+    reads the weights faster when they are on the left.
     """
 
     def __init__(self, linear: nn.Linear) -> None:

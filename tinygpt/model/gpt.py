@@ -42,7 +42,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model: `model(ids)` gives the logits of each next token.
 
-    With `init=False` its weights are as the memory was, for a file to set: drawing them takes longer than reading them.
+    With `init=False` its weights are left unset, for a file to fill: drawing them takes longer than reading them.
     """
 
     rope_cos: Tensor

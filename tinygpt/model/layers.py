@@ -19,27 +19,27 @@ Activation = Callable[[Tensor], Tensor]  # of any shape, element by element
 
 
 class Linear(nn.Linear):
-    """PyTorch's without its first values, which took longer to draw than a file to read: init_weights sets others."""
+    """PyTorch's without its initial values, which take longer to draw than a file to read: init_weights sets others."""
 
     def reset_parameters(self) -> None:
-        """Leave them as the memory was."""
+        """Leave the weights unset."""
 
 
 class Embedding(nn.Embedding):
-    """PyTorch's without its first values, likewise."""
+    """PyTorch's without its initial values, likewise."""
 
     def reset_parameters(self) -> None:
-        """Leave them as the memory was."""
+        """Leave the weights unset."""
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, of shorter numbers, too, in its weight's type, as autocast has it on a GPU; a CPU's would warn."""
+    """PyTorch's, which takes shorter floats, too, and computes in its weight's type, as autocast does on a GPU."""
 
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, size) -> (…, size), in the weight's type"""
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(x.to(self.weight.dtype))  # on a CPU PyTorch's would warn of unequal types
 
 
 def layer_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:

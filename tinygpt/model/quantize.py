@@ -17,7 +17,7 @@ from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
 
 GROUP = 32  # columns of int4 that share a step: the smallest that the kernel takes
-ROWS = 16  # of int4 the kernel takes as a multiple
+ROWS = 16  # int4's kernel takes a multiple of this many rows
 
 
 class Int8Linear(nn.Module):
@@ -111,11 +111,12 @@ def quantize(model: GPT, kind: str) -> None:
     Raises UserError where int4 does not fit.
     """
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    odd = [name for name, linear in linears if linear.in_features % GROUP or linear.out_features % ROWS]
+    odd = [(name, linear) for name, linear in linears if linear.in_features % GROUP or linear.out_features % ROWS]
     if kind == "int4" and odd:
+        name, linear = odd[0]
         raise UserError(
-            f"int4 needs rows that are multiples of {GROUP} long and {ROWS} in number, which {odd[0]} has not: "
-            "take int8"
+            f"{name} is ({linear.out_features}, {linear.in_features}), but int4 needs rows in a multiple of {ROWS} "
+            f"and columns in one of {GROUP}: take int8"
         )
     for name, linear in linears:
         owner, _, leaf = name.rpartition(".")
