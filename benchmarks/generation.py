@@ -39,7 +39,7 @@ from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.stream import begin, extend_by
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
-from tinygpt.model.quantize import KINDS, quantize
+from tinygpt.model.quantize import QUANTIZED, quantize
 from tinygpt.model.weights import load_model, load_pair
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pair", type=Path, help="measure speculative decoding instead")
     parser.add_argument("--n-draft", type=int, default=Speculation().n_draft, help="of --pair (default: %(default)s)")
-    parser.add_argument("--quantize", choices=list(KINDS), help="of --pair: the model's weights")
+    parser.add_argument("--quantize", choices=list(QUANTIZED), help="of --pair: the model's weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{args.threads} threads, medians of {args.rounds} rounds\n")

@@ -20,7 +20,7 @@ import torch
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
-from tinygpt.model.quantize import KINDS, n_bytes, quantize
+from tinygpt.model.quantize import QUANTIZED, n_bytes, quantize
 from tinygpt.model.weights import load_model
 from tinygpt.params import load_params
 from tinygpt.report.perplexity import llamacpp_report
@@ -65,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print("| weights | memory | tokens a second | perplexity |\n|---|---|---|---|")
-    for kind in ("float32", *KINDS):
+    for kind in ("float32", *QUANTIZED):
         model = large_model() if args.large else load_model(Path("data/model"))
         if kind != "float32":
             quantize(model, kind)

@@ -107,7 +107,7 @@ def test_a_mistake_is_told_without_a_traceback(args, message, command):
             ["--prompt", "the " * 99, "--when-full", "stop"],
             "no room in a context of 64: shorten it, or set --when",
         ),
-        (["--prompt", "a\udcff"], "prompt is no UTF-8 from character 1 on"),
+        (["--prompt", "a\udcff"], "prompt is not UTF-8 from character 1 on"),
     ],
 )
 def test_what_does_not_fit_the_model_is_told_before_anything_is_written(folders, args, message, command):

@@ -5,8 +5,8 @@ import torch
 from conftest import FAMILIES, random_ids, tiny_model
 from torch._dynamo.utils import counters
 
-from tinygpt.generate.compiled import compile_step, compiled_step
-from tinygpt.generate.decoder import Decoder
+from tinygpt.generate.compiled import compile_step
+from tinygpt.generate.decoder import STEPS, Decoder
 from tinygpt.model.quantize import quantize
 
 # Few, and of one row or up to several, since each takes seconds to compile; together they have every branch.
@@ -38,7 +38,7 @@ def operations_of_a_step(model, n_row: int) -> set[str]:
 
 
 def test_what_a_compiled_step_still_calls(model):
-    most = compiled_step(model).n_row
+    most = STEPS[model].n_row
     for n_row in range(1, most + 1):
         assert operations_of_a_step(model, n_row) == ({"aten::bmm"} if n_row > 1 else set())
     assert operations_of_a_step(model, most + 1) == {"aten::bmm", "aten::add", "aten::embedding"}
@@ -51,7 +51,7 @@ def test_what_a_compiled_step_still_calls(model):
 
 
 def test_rows_of_any_lengths_up_to_a_full_context_and_past_it(model):
-    rows = [[1], random_ids(9).tolist(), random_ids(20).tolist(), [2, 3]][: compiled_step(model).n_row]
+    rows = [[1], random_ids(9).tolist(), random_ids(20).tolist(), [2, 3]][: STEPS[model].n_row]
     decoder = Decoder(model, rows)
     for step in range(40):
         added = [(17 * step + 5 * row) % 300 for row in range(len(rows))]
@@ -84,7 +84,7 @@ def test_tokens_that_are_taken_back_and_rows_that_come_and_go(model):
 def test_each_model_has_its_own_and_weights_that_change_are_compiled_again(model):
     other = tiny_model(seed=9, block_size=32)
     compile_step(other)
-    assert compiled_step(other) is not compiled_step(model)
+    assert STEPS[other] is not STEPS[model]
     for one in (other, model):
         with torch.no_grad():
             one.blocks[0].mlp.down_proj.weight.mul_(0.5)

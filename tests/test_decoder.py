@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygpt.errors import UserError
-from tinygpt.generate.decoder import Decoder
+from tinygpt.generate.decoder import Decoder, slot_mask
 
 MODEL = tiny_model(block_size=16)
 WINDOWED = {"window": {"window": 5}, "window_and_full": {"window": 5, "full_every": 2}}
@@ -96,6 +96,17 @@ def test_several_tokens_of_each_row_in_one_pass_have_the_logits_of_the_model(cha
             with torch.inference_mode():
                 torch.testing.assert_close(part, model(torch.tensor([ids]))[0, -len(new) :], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(decoder.logits, torch.stack([part[-1] for part in parts]), atol=0, rtol=0)
+
+
+def test_the_slots_that_a_token_sees_by_hand():
+    def seen(at, newest, window):
+        mask = slot_mask(torch.tensor([at]), torch.tensor([newest]), torch.arange(4), 4, window, dtype=torch.float32)
+        return [slot for slot in range(4) if mask[slot] == 0]
+
+    assert seen(1, 1, None) == [0, 1]
+    assert seen(5, 5, None) == [0, 1, 2, 3]  # of the positions 4, 5, 2 and 3
+    assert seen(5, 5, 3) == [0, 1, 3]
+    assert seen(4, 5, 2) == [0, 3]  # not the token after it
 
 
 MODELS = [tiny_model(**{"block_size": 32} | changes) for changes in ALL.values()]

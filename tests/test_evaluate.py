@@ -1,6 +1,8 @@
 """Evaluation: every token once, in known units."""
 
+import dataclasses
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinygpt.generate import Sampling
 from tinygpt.params import ParamsError
 from tinygpt.report.config import EvaluateParams
 from tinygpt.report.perplexity import (
@@ -20,7 +23,7 @@ from tinygpt.report.perplexity import (
     llamacpp_report,
     token_nll,
 )
-from tinygpt.report.samples import write_samples
+from tinygpt.report.samples import sampling_of, write_samples
 
 PARAMS = EvaluateParams(
     split="test",
@@ -101,8 +104,6 @@ def test_llamacpps_protocol_scores_the_second_half_of_whole_chunks():
 
 
 def test_a_context_beyond_the_model_and_a_stride_beyond_the_context_are_refused_together():
-    import dataclasses
-
     params = dataclasses.replace(PARAMS, context=100, stride=200)
     with pytest.raises(ParamsError) as caught:
         evaluate_model(tiny_model(), np.zeros(10, np.uint16), params, n_bytes=1)
@@ -120,3 +121,10 @@ def test_samples_are_written_for_each_prompt_and_the_same_each_time(tiny_tokeniz
     assert text.count("## Prompt: ") == 2
     assert "## Prompt: (none)" in text
     assert "```text\nthe" in text
+
+
+def test_options_of_the_samples_are_those_of_sampling_in_type_and_value():
+    params = dataclasses.replace(PARAMS, temperature=0.7, top_k=5, top_p=0.9, seed=3)
+    assert sampling_of(params) == Sampling(temperature=0.7, top_k=5, top_p=0.9, seed=3)
+    ours, theirs = (typing.get_type_hints(cls, include_extras=True) for cls in (EvaluateParams, Sampling))
+    assert ours | {name: theirs[name] for name in ours.keys() & theirs.keys()} == ours

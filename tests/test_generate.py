@@ -160,7 +160,7 @@ def test_generation_ends_at_the_end_of_text_and_after_max_new_tokens(tiny_tokeni
         ("a", {"sampling": Sampling(min_new_tokens=9)}, "min_new_tokens=9 is more than max_new_tokens=5"),
         ("a", {"sampling": Sampling(stop_ids=(999,))}, "stop_ids has 999, but the model's ids are 0 to 299"),
         ("a", {"search": Search(n_beam=2)}, "n_beam=2 does not sample"),
-        ("ok \udcff", {}, "prompt is no UTF-8 from character 3 on"),
+        ("ok \udcff", {}, "prompt is not UTF-8 from character 3 on"),
     ],
 )
 def test_what_cannot_be_done_is_told(prompt, options, message, tiny_tokenizer):

@@ -118,7 +118,7 @@ def test_a_search_writes_its_best_and_its_log_probabilities_where_it_has_them(ge
             ["p.jsonl:2: '{\"promt"],
         ),
         ("p.jsonl", b'\n5\n{"prompt": 5}\n[[[', ["p.jsonl:1: '' is", "p.jsonl:2", "p.jsonl:3", "p.jsonl:4"]),
-        ("p.jsonl", b'{"prompt": "a\\ud800"}', ["p.jsonl:1: prompt is no UTF-8 from character 1 on"]),
+        ("p.jsonl", b'{"prompt": "a\\ud800"}', ["p.jsonl:1: prompt is not UTF-8 from character 1 on"]),
         ("p.jsonl", b"x\n" * 99, ["p.jsonl:10", "and 89 more"]),
         ("p.txt", b"ok\n" + b"the " * 99, ["p.txt:2: prompt has", "leaves no room in a context of 64"]),
     ],

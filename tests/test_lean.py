@@ -6,9 +6,9 @@ from conftest import FAMILIES, random_ids, tiny_model
 from torch import nn
 
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.products import SlicedProduct, product, products
+from tinygpt.generate.lean import SlicedProduct, product, products
 from tinygpt.model.lora import add_lora
-from tinygpt.model.quantize import KINDS, quantize
+from tinygpt.model.quantize import QUANTIZED, quantize
 
 SWITCHES = {
     **FAMILIES,
@@ -63,7 +63,7 @@ def test_every_switch_for_one_row_rows_of_equal_and_of_unequal_length(changes):
     assert_says_the_same(model, [[5, 7, 11], [1], random_ids(40).tolist(), [2, 8, 1, 1, 8, 2, 3]])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_quantized_weights(kind, bias):
     model = tiny_model(n_embd=64, vocab_size=304, bias=bias, norm="layernorm")

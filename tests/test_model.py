@@ -15,17 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinygpt.device import open_device
 from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
-from tinygpt.model.attention import attention_mask, explicit_attention, sdpa_attention
-from tinygpt.model.config import config_fields, derived_hidden
+from tinygpt.model.attention import ATTENTION, attention_mask, explicit_attention, sdpa_attention
+from tinygpt.model.config import MLPS, config_fields, derived_hidden
 from tinygpt.model.gpt import GPT
-from tinygpt.model.layers import apply_rope, gelu, rope_tables
+from tinygpt.model.layers import NORMS, apply_rope, gelu, rope_tables
 from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.params import ParamsError
 
 CHOICES = {
     "position": ["learned", "rope"],
-    "norm": ["layernorm", "rmsnorm"],
-    "mlp": ["gelu", "swiglu", "relu2"],
+    "norm": list(NORMS),
+    "mlp": list(MLPS),
     "parallel_block": [False, True],
     "windows": [(None, None), (6, None), (6, 2)],  # window and full_every
     "head_dim": [None, 10],
@@ -34,7 +34,7 @@ CHOICES = {
     "qk_norm": [False, True],
     "tie_weights": [True, False],
     "dropout": [0.0, 0.2],
-    "attention": ["explicit", "sdpa"],
+    "attention": list(ATTENTION),
 }
 
 

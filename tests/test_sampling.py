@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tinygpt.errors import UserError
 from tinygpt.export.hf import export_hf
-from tinygpt.generate import Sampling, Search
+from tinygpt.generate import Sampling, Search, Speculation, generate_batch
 from tinygpt.generate.sampling import (
     FILTERS,
     PENALTIES,
@@ -84,6 +84,42 @@ def test_every_option_has_a_function_and_a_row_here():
     elsewhere = {"stop", "stop_ids", "when_full", "seed"}  # tests/test_generate.py has them
     assert set(OPTIONS) == PENALTIES.keys() | FILTERS.keys()
     assert set(OPTIONS) | elsewhere == {field.name for field in dataclasses.fields(Sampling)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MadeUp(Sampling):
+    """Two options that nothing knows but their fields and their functions."""
+
+    forbid_odd: bool = False
+    keep_lowest: int = 0
+
+
+def forbid_odd(logits, on, past):
+    return logits.masked_fill(torch.arange(logits.size(-1)) % 2 == 1, -math.inf)
+
+
+def keep_lowest(logits, n):
+    return logits.masked_fill(torch.arange(logits.size(-1)) >= n, -math.inf)
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(), Speculation(draft=tiny_model(n_layer=1, seed=3))])
+def test_a_made_up_penalty_and_a_made_up_filter_need_no_more_than_a_field_and_a_function(
+    speculation, monkeypatch, tiny_tokenizer
+):
+    monkeypatch.setitem(PENALTIES, "forbid_odd", forbid_odd)
+    monkeypatch.setitem(FILTERS, "keep_lowest", keep_lowest)
+
+    def ids(**options):
+        sampling = MadeUp(ignore_eos=True, **options)
+        (answer,) = generate_batch(
+            tiny_model(), tiny_tokenizer, ["the"], max_new_tokens=20, sampling=sampling, speculation=speculation
+        )
+        return answer.ids
+
+    assert any(i % 2 for i in ids()) and max(ids()) > 40
+    assert not any(i % 2 for i in ids(forbid_odd=True)) and max(ids(forbid_odd=True)) > 40
+    assert not any(i % 2 for i in ids(forbid_odd=True, temperature=0))
+    assert max(ids(keep_lowest=40)) < 40 < max(ids(keep_lowest=40, temperature=0))  # at 0 nothing is drawn
 
 
 def assert_same_distribution(ours, theirs):

@@ -288,7 +288,7 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"prompt": [300]}, 400, "prompt has the id 300, the model's are 0 to 299"),
         ({"prompt": [-1]}, 400, "prompt has the id -1"),
         ({"prompt": "a" * 5000}, 400, "prompt has 5,000 bytes, it may have 4,000"),
-        ({"prompt": "no \udcff text"}, 400, "prompt is no UTF-8 from character 3 on"),
+        ({"prompt": "no \udcff text"}, 400, "prompt is not UTF-8 from character 3 on"),
         ({"prompt": "a", "when_full": "slid"}, 400, r"did you mean slide\?"),
         ({"prompt": "the file " * 50, "when_full": "stop"}, 400, "which leaves no room in a context of 32"),
         ({"stop": "\ud800", "top_k": -1}, 400, "top_k=-1 must be within"),

@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tinygpt import code, params, paths, shards
-from tinygpt.model import attention, layers
+from tinygpt.model import attention, config, layers
 from tinygpt.model.config import ModelParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import kinds
@@ -134,7 +134,7 @@ def test_every_key_of_params_yaml_is_a_field_and_every_field_a_key():
     ("cls", "field", "registry"),
     [
         (ModelParams, "norm", layers.NORMS),
-        (ModelParams, "mlp", layers.MLPS),
+        (ModelParams, "mlp", config.MLPS),
         (ModelParams, "attention", attention.ATTENTION),
         (TrainParams, "optimizer", optim.OPTIMIZERS),
         (TrainParams, "schedule", optim.SCHEDULES),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygpt.generate.text import TextStream, find_stop, n_held
+from tinygpt.generate.answer import TextStream, find_stop, n_held
 from tinygpt.tokenizer import Tokenizer
 
 PIECES = ["a", "b", "ab", "ba", "aab", "é", "😀", "abc", "c"]

@@ -16,8 +16,8 @@ from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.gguf_families import GGUF_FAMILIES, LLAMA_CPP
 from tinygpt.export.verify import check_gguf, tolerance
+from tinygpt.model.config import MLPS
 from tinygpt.model.gpt import GPT
-from tinygpt.model.layers import MLPS
 from tinygpt.report.perplexity import scored_nll
 from tinygpt.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from tinygpt.cli.encode import visible
 from tinygpt.cli.model import add_folder_options
 from tinygpt.errors import UserError
 from tinygpt.model.weights import load_pair
-from tinygpt.report.attention import attention_maps, attention_page, plot_attention
+from tinygpt.report.attention_maps import attention_maps, attention_page, plot_attention
 from tinygpt.report.plots import NO_DATE
 
 

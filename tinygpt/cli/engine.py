@@ -12,8 +12,8 @@ from tinygpt.device import find_device
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist
 from tinygpt.generate import Answer
-from tinygpt.generate.text import Vocabulary
-from tinygpt.model.quantize import KINDS
+from tinygpt.generate.answer import Vocabulary
+from tinygpt.model.quantize import QUANTIZED
 from tinygpt.params import require
 
 MODEL = Path("data/model")
@@ -68,7 +68,7 @@ def add_device_options(command: argparse.ArgumentParser) -> None:
     """Where and with what weights tinygpt's engine computes."""
     command.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], help="of tinygpt's engine (default: auto)")
     command.add_argument(
-        "--quantize", choices=list(KINDS), help="weights of one byte or half of one: less memory, faster"
+        "--quantize", choices=list(QUANTIZED), help="weights of one byte or half of one: less memory, faster"
     )
     command.add_argument(
         "--compile",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tinygpt.cli.prompts import decode_utf8, standard_input
 from tinygpt.errors import UserError
-from tinygpt.generate.text import checked
+from tinygpt.generate.answer import checked
 
 MOST_LINES = 1000  # of the history
 MARK = "> "

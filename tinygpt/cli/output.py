@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tinygpt.generate import Answer
-from tinygpt.generate.text import Vocabulary
+from tinygpt.generate.answer import Vocabulary
 from tinygpt.params import require
 
 DIVIDER = "---"  # a line between two texts

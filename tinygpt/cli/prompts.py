@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tinygpt.errors import UserError
-from tinygpt.generate.text import checked
+from tinygpt.generate.answer import checked
 from tinygpt.params import ParamsError, require
 
 STDIN = "-"

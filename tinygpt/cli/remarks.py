@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tinygpt.cli.engine import Engine
 from tinygpt.cli.prompts import Prompt
-from tinygpt.generate.text import Vocabulary
+from tinygpt.generate.answer import Vocabulary
 
 MOST_NAMED = 10  # characters
 SPECIAL = re.compile(rb"<\|.*\|>")  # how special tokens are named

@@ -1,22 +1,103 @@
-"""Answers: what follows a prompt, and the loop that extends many of them together.  B rows, V vocab_size."""
+"""Answers: what follows a prompt, as ids and as text, and the loop that extends many of them together.
+
+Text comes in pieces: never half a character, never the beginning of a text that ends it.  B rows, V vocab_size.
+"""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import math
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, Protocol
 
 from torch import Tensor
 
+from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.options import Sampling
 from tinygpt.generate.sampling import Past, as_double, choose
-from tinygpt.generate.text import TextStream, Vocabulary
 from tinygpt.model.gpt import GPT
 from tinygpt.params import require
+
+
+class Vocabulary(Protocol):
+    """What texts need to know of a tokenizer, ours or another program's."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @property
+    def eos_id(self) -> int:
+        """What ends a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Ids to the bytes they stand for."""
+
+
+def checked(prompt: str) -> str:
+    """The same text.  Raises UserError where it has half of a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt is not UTF-8 from character {error.start} on: give it as UTF-8") from None
+    return prompt
+
+
+class TextStream:
+    """Turn ids into pieces of text, which joined are the text before the first stop text.
+
+    What may be the beginning of a stop text is held back until more is known: with stop "end", the tokens "a e", "n",
+    "ough" give the pieces "a ", "", "enough", and "a e", "nd it" the one piece "a ".
+    """
+
+    def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False  # a stop text was found; nothing comes after it
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, next_id: int) -> str:
+        """What is now certain to belong to the text."""
+        return self._take(self._decoder.decode(self.tokenizer.decode_bytes([next_id])))
+
+    def finish(self) -> str:
+        """What was held back, when no more ids come; half a character becomes U+FFFD."""
+        piece = self._take(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return piece
+
+    def _take(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        end = find_stop(text, self.stop)
+        self.stopped = end is not None
+        if end is None:
+            end = len(text) - n_held(text, self.stop)
+        self._held = "" if self.stopped else text[end:]
+        return text[:end]
+
+
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop text starts that is complete first, None without one.
+
+    "abcd" with stop "abcd" and "bc" gives 1: reading character by character, "bc" is there first.
+    """
+    found = [(start + len(each), start) for each in stop if (start := text.find(each)) >= 0]
+    return min(found)[1] if found else None
+
+
+def n_held(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of the text with which a stop text may begin: 2 of "a en" with "end"."""
+    longest = min(len(text), max((len(each) - 1 for each in stop), default=0))
+    return next((n for n in range(longest, 0, -1) if any(each.startswith(text[-n:]) for each in stop)), 0)
 
 
 class Answer:
@@ -66,7 +147,7 @@ class Answer:
         self._text = TextStream(tokenizer, sampling.stop)
 
     def add(self, next_id: int | None) -> None:
-        """Append an id; None where there is none that may follow."""
+        """Append an id, or end where None may follow."""
         ended = next_id is None or next_id in self.end_ids
         if next_id is None or ended:
             self.piece = ""
@@ -89,16 +170,16 @@ class Answer:
 class Running:
     """Answers that are extended together, a token at a time; between two steps some may come and others go.
 
-    What an answer becomes does not depend on what runs beside it.
+    What an answer becomes does not depend on what runs next to it.
     """
 
     def __init__(self, model: GPT) -> None:
-        self.answers: list[Answer] = []  # those that have not come to their end
+        self.answers: list[Answer] = []  # those that have not ended
         self._decoder = Decoder(model, [])
         self._is_behind = False  # the decoder has not read the last id of each answer
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Take up answers without a token.  A prompt that several of them share is read once."""
+        """Start answers that have no token yet.  A prompt that several of them share is read once."""
         if answers:
             self._catch_up()
             n, places = len(self.answers), dict[tuple[int, ...], int]()
@@ -108,7 +189,7 @@ class Running:
             self.answers += answers
 
     def step(self) -> list[Answer]:
-        """Give each answer its next token -> those that got one; who has come to its end runs no longer."""
+        """Give each answer its next token -> those that got one; those that have ended run no longer."""
         self._catch_up()
         rows, logits = self.answers, self._decoder.logits
         chosen = choose_rows(logits, rows)
@@ -172,7 +253,8 @@ def choose_rows(logits: Tensor, answers: Sequence[Answer]) -> list[int | None]:
     return chosen
 
 
-def past_of(answers: Sequence[Answer]) -> Past:
-    """What the answers have so far; they share their sampling."""
-    written = [answer.ids for answer in answers]
-    return Past([answer.prompt for answer in answers], written, answers[0].eos_id, answers[0].sampling.stop_ids)
+def past_of(answers: Sequence[Answer], written: Sequence[Sequence[int]] | None = None) -> Past:
+    """What answers that share their sampling have so far, or what they had if they were `written` like this."""
+    first = answers[0]
+    texts = [answer.ids for answer in answers] if written is None else written
+    return Past([answer.prompt for answer in answers], texts, first.eos_id, first.sampling.stop_ids)

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest text, as far as so many texts side by side can tell.  B beams, V vocab_size."""
+"""Beam search: the likeliest text, as far as so many texts next to each other show.  B beams, V vocab_size."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinygpt.generate.answer import Answer
+from tinygpt.generate.answer import Answer, TextStream, past_of
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.options import Search
-from tinygpt.generate.sampling import Past, apply_penalties
-from tinygpt.generate.text import TextStream
+from tinygpt.generate.sampling import apply_penalties
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
 
@@ -55,7 +54,7 @@ def beam_search(model: GPT, tokenizer: Tokenizer, answer: Answer, search: Search
 
 def continue_beams(logits: Tensor, beams: list[Beam], answer: Answer, n: int) -> list[Beam]:
     """The n likeliest of all continuations by one id, the likeliest first.  (B, V) float32"""
-    past = Past([answer.prompt] * len(beams), [beam.ids for beam in beams], answer.eos_id, answer.sampling.stop_ids)
+    past = past_of([answer] * len(beams), [beam.ids for beam in beams])
     logprobs = apply_penalties(logits.log_softmax(-1), answer.sampling, past)
     scores = (logprobs + torch.tensor([beam.score for beam in beams], device=logits.device)[:, None]).flatten()
     best = scores.topk(min(n, scores.numel()))

@@ -3,7 +3,7 @@
 Of one sequence all of the step's operations become a few loops over memory, so that little more than reading the
 weights is left. Of several, products and attention stay calls of libraries, and what is between them becomes loops.
 
-B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them that are looked at, V vocab_size.
+B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them that are read, V vocab_size.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.generate.lean import LeanBlock, LeanGPT
-from tinygpt.generate.products import FEW
-from tinygpt.generate.slots import Slots
+from tinygpt.generate.decoder import STEPS, KVCache, slot_mask
+from tinygpt.generate.lean import FEW, LeanBlock, LeanGPT
 from tinygpt.model.gpt import GPT
 
 # Buffers are written once and not computed again where they are read: a quarter less time for a step.  The sizes of
@@ -45,52 +43,45 @@ class CompiledStep(LeanGPT):
             options=OPTIONS | {"guard_filter_fn": of_sizes},
         )
 
-    def fits(self, at: Sequence[int]) -> bool:
-        """Whether it has code for rows at these positions; the last position of all would be compiled anew."""
-        return len(at) <= self.n_row and max(at) < len(self.places) - 1
-
-    def __call__(self, ids: Sequence[int], at: Sequence[int], slots: Slots) -> Tensor:
-        """Write a token of each row at its position, 1 or later and one that `fits`, into `slots` -> (B, V) float32, of
-        the tokens that follow.
+    def __call__(self, ids: Sequence[int], at: Sequence[int], cache: KVCache) -> Tensor | None:
+        """Write a token of each row at its position, 1 or later, into the cache -> (B, V) float32, of the tokens that
+        follow; None for more rows than `n_row`, or at the last position of all, which would be compiled anew.
         """
+        if len(at) > self.n_row or max(at) > len(self.places) - 2:
+            return None
         filled = self.places[: max(at) + 1]
         tokens = [torch.tensor(values, device=filled.device) for values in (ids, at)]
-        changing = [filled] if len(ids) == 1 else [filled, *tokens, *chain.from_iterable(slots.layers)]
+        changing = [filled] if len(ids) == 1 else [filled, *tokens, *chain.from_iterable(cache.layers)]
         for tensor in changing:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one piece of code for all lengths, and numbers of rows
-        return self._compiled(*tokens, filled, slots.layers)
+        logits: Tensor = self._compiled(*tokens, filled, cache.layers)
+        return logits
 
     def _logits(self, ids: Tensor, at: Tensor, filled: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         rows = torch.arange(ids.size(0), device=ids.device)
-        kinds = {(window, keys.size(2)) for window, (keys, _) in zip(self.windows, layers, strict=True)}
-        masks = {kind: self._mask(at, filled, *kind) for kind in kinds}
+        n_slots = {window: keys.size(2) for window, (keys, _) in zip(self.windows, layers, strict=True)}
+        read = {window: filled if window is None else self.places[:n_slot] for window, n_slot in n_slots.items()}
+        masks = {window: self._mask(at, read[window], n_slot, window) for window, n_slot in n_slots.items()}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = layers[layer]
-            window, n_slot = self.windows[layer], keys.size(2)  # S
-            keys[rows, :, at % n_slot] = k
-            values[rows, :, at % n_slot] = v
-            n = filled.size(0) if window is None else n_slot
+            (keys, values), window = layers[layer], self.windows[layer]
+            n = read[window].size(0)
+            keys[rows, :, at % n_slots[window]] = k
+            values[rows, :, at % n_slots[window]] = v
             q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): a group of heads reads the same keys
-            read = F.scaled_dot_product_attention if q.size(0) > 1 else attention_of_one
-            return read(q, keys[:, :, :n], values[:, :, :n], masks[window, n_slot]).reshape(q.size(0), -1)
+            attention = F.scaled_dot_product_attention if q.size(0) > 1 else attention_of_one
+            return attention(q, keys[:, :, :n], values[:, :, :n], masks[window]).reshape(q.size(0), -1)
 
         return self.logits(ids, at, attend)
 
-    def _mask(self, at: Tensor, filled: Tensor, window: int | None, n_slot: int) -> Tensor | None:
-        """0 for the slots that each row sees, -inf for others.  -> (B, 1, 1, n), or None where it sees all"""
-        at = at[:, None]
-        if window is not None:
-            behind = (at - self.places[:n_slot]) % n_slot  # how many tokens ago each slot was written
-            hidden = (behind > at) | (behind >= window)
-        elif at.size(0) > 1:
-            hidden = filled > at
-        else:
+    def _mask(self, at: Tensor, slots: Tensor, n_slot: int, window: int | None) -> Tensor | None:
+        """What each row sees of the slots that are read.  -> (B, 1, 1, n), or None where it sees all"""
+        if window is None and at.size(0) == 1:
             return None
-        dtype = self.embedding.dtype
-        return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)[:, None, None]
+        at = at[:, None, None, None]
+        return slot_mask(at, at, slots, n_slot, window, dtype=self.embedding.dtype)
 
-    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C) -> queries (B, H, D), keys and values (B, G, D), joined no longer than their norm needs them so."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in block.qkv(x))
         if block.qk_norm is not None:
@@ -119,9 +110,6 @@ def of_sizes(guards: Sequence[Any]) -> list[bool]:
     return [guard.guard_type == "SHAPE_ENV" or guard.name.startswith(("filled", "layers")) for guard in guards]
 
 
-_STEPS: WeakKeyDictionary[GPT, CompiledStep] = WeakKeyDictionary()
-
-
 def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     """Let everything that continues one sequence of a model, or up to `n_row` together, do it by compiled steps.
 
@@ -136,15 +124,10 @@ def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
         return
     try:
         with torch.inference_mode():
-            for n in sorted({1, min(n_row, FEW), n_row}):  # what `fits`, by the ways that products go
-                step([0] * n, [late] * n, Slots(model.config, n, dtype=dtype, device=device, room=room))
+            for n in sorted({1, min(n_row, FEW), n_row}):  # by the ways that products go
+                step([0] * n, [late] * n, KVCache(model.config, n, dtype=dtype, device=device, room=room))
     except torch._dynamo.exc.TorchDynamoException as error:
         cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
         cure = "install g++, or name yours in CXX, or leave --compile out"
         raise UserError(f"the step cannot be compiled ({cause}): {cure}") from error
-    _STEPS[model] = step
-
-
-def compiled_step(model: GPT) -> CompiledStep | None:
-    """What `compile_step` made; None where it was not called."""
-    return _STEPS.get(model)
+    STEPS[model] = step

@@ -1,17 +1,168 @@
-"""Sequences that are continued together, one token at a time.  B rows, V vocab_size."""
+"""Sequences that are continued together, one token at a time, and the keys and values of what they have read.
+
+A token's keys and values are in the slot of its position, modulo the number of slots of the layer: block_size, or the
+window where it has one and `room` more. Slots are read in any order, since positions are part of the keys. Tokens that
+were taken back stay in their slots until others come; nobody sees them.
+
+B rows, T tokens of one row, M of all, S slots, H query heads, G key/value heads, D head_dim, V vocab_size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.generate.compiled import compiled_step
-from tinygpt.generate.lean import LeanGPT
-from tinygpt.generate.slots import Slots
+from tinygpt.generate.lean import Attend, LeanGPT
+from tinygpt.model.attention import attention_mask
+from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
+
+
+class KVCache:
+    """Keys and values of one sequence in each of `n_row` rows, of which the last `room` tokens may be taken back."""
+
+    def __init__(
+        self, config: GPTConfig, n_row: int, *, dtype: torch.dtype, device: torch.device, room: int = 0
+    ) -> None:
+        self.n_kv_head, self.dtype, self.device = config.n_kv_head, dtype, device
+        self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
+        self.n_slots = {w: min(w + room, config.block_size) if w else config.block_size for w in self.windows}
+        shapes = [(n_row, self.n_kv_head, self.n_slots[window], config.head_dim) for window in self.windows]
+        # Keys and values, (B, G, S, D) each; zeros because what is in an unread slot is still multiplied by a weight
+        # of 0.
+        self.layers = [
+            (torch.zeros(s, dtype=dtype, device=device), torch.zeros(s, dtype=dtype, device=device)) for s in shapes
+        ]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order.  (B,) int64"""
+        self.layers = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self.layers]
+
+    def grow(self, n_row: int) -> None:
+        """So many rows more, after the others."""
+        self.layers = [(_with_more(keys, n_row), _with_more(values, n_row)) for keys, values in self.layers]
+
+    def append(self, at: Sequence[int]) -> Attend:
+        """For one more token in each row, at these positions: each sees its row up to itself."""
+        first, last, rows = min(at), max(at), torch.arange(len(at), device=self.device)
+        positions = torch.tensor(at, device=self.device)
+        column = positions[:, None, None, None]
+        masks = {window: self._mask(column, column, first, last, window) for window in self.n_slots}
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cached, window = self.layers[layer], self.windows[layer]
+            for slots, new in zip(cached, (k, v), strict=True):
+                if first == last:
+                    slots.select(2, last % self.n_slots[window]).copy_(new)
+                else:
+                    slots[rows, :, positions % self.n_slots[window]] = new
+            keys, values = (slots[:, :, : last + 1] for slots in cached)
+            q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): a group of heads reads the same keys
+            return F.scaled_dot_product_attention(q, keys, values, masks[window]).reshape(len(q), -1)
+
+        return attend
+
+    def extend(self, at: Sequence[int], sizes: Sequence[int]) -> Attend:
+        """For some more tokens in each row, at most room + 1, the first of them at these positions; row after row."""
+        new = [torch.arange(i, i + n, device=self.device) for i, n in zip(at, sizes, strict=True)]
+        seen = [slice(0, i + n) for i, n in zip(at, sizes, strict=True)]
+        places = {window: [positions % n_slot for positions in new] for window, n_slot in self.n_slots.items()}
+        masks = {
+            window: [
+                self._mask(positions[:, None], positions[-1:], i, i + n - 1, window)
+                for i, n, positions in zip(at, sizes, new, strict=True)
+            ]
+            for window in self.n_slots
+        }
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            (keys, values), window, read = self.layers[layer], self.windows[layer], []
+            for row, (q1, k1, v1) in enumerate(_by_row(sizes, q, k, v)):
+                keys[row].index_copy_(1, places[window][row], k1)
+                values[row].index_copy_(1, places[window][row], v1)
+                read.append(_sdpa(q1, keys[row, :, seen[row]], values[row, :, seen[row]], masks[window][row]))
+            return _joined(read)
+
+        return attend
+
+    def _mask(self, at: Tensor, newest: Tensor, first: int, last: int, window: int | None) -> Tensor | None:
+        """That of tokens `at` positions from `first` to `last`; None where each sees all slots that are read."""
+        n_slot = self.n_slots[window]
+        n = min(last + 1, n_slot)
+        if first + 1 >= n and n <= (window or n):
+            return None
+        slots = torch.arange(n, device=self.device)
+        return slot_mask(at, newest, slots, n_slot, window, dtype=self.dtype)
+
+    def fill(self, rows: Sequence[int], sizes: Sequence[int]) -> Attend:
+        """For whole sequences, one after the other, in the place of what these rows held; in the last layer only the
+        last token of each reads.
+        """
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            (keys, values), window, read = self.layers[layer], self.windows[layer], []
+            n_slot, only_last = keys.size(2), layer == len(self.layers) - 1
+            for row, t, (q1, k1, v1) in zip(rows, sizes, _by_row(sizes, q, k, v), strict=True):
+                places = torch.arange(max(0, t - n_slot), t, device=self.device) % n_slot
+                keys[row].index_copy_(1, places, k1[:, -n_slot:])
+                values[row].index_copy_(1, places, v1[:, -n_slot:])
+                if only_last:
+                    n_seen = window or n_slot
+                    read.append(_sdpa(q1[:, -1:], k1[:, -n_seen:], v1[:, -n_seen:]))
+                else:
+                    mask = attention_mask(t, window, self.device)
+                    read.append(_sdpa(q1, k1, v1, mask, is_causal=mask is None))
+            return _joined(read)
+
+        return attend
+
+
+def slot_mask(
+    at: Tensor, newest: Tensor, slots: Tensor, n_slot: int, window: int | None, *, dtype: torch.dtype
+) -> Tensor:
+    """0 for the slots that a token sees, -inf for others, where its row has been read up to the position `newest`.
+
+    Each layer has n_slot of them. Of 4 slots with a window of 3 and a row read up to position 5, slots 0 and 1 have the
+    tokens 4 and 5, slots 2 and 3 have 2 and 3: token 5 sees 3, 4 and 5. Shapes are broadcast.
+    """
+    behind = at - newest + (newest - slots) % n_slot  # how many tokens before it is the one in each slot
+    hidden = (behind < 0) | (behind > at) | (behind >= (window or n_slot))
+    return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)
+
+
+def _with_more(slots: Tensor, n_row: int) -> Tensor:
+    """(B, …) -> (B + n_row, …), the new ones zeros"""
+    new = slots.new_zeros(n_row, *slots.shape[1:])
+    return torch.cat((slots, new)) if len(slots) else new
+
+
+def _by_row(sizes: Sequence[int], *heads: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Queries, keys and values of each row.  (M, H, D) -> (H, T, D)"""
+    return zip(*(part.transpose(0, 1).split(list(sizes), 1) for part in heads), strict=True)
+
+
+def _joined(read: Sequence[Tensor]) -> Tensor:
+    """What the heads of each row read, one row after the other.  (H, T, D) -> (M, H·D)"""
+    flat = [heads.transpose(0, 1).flatten(1) for heads in read]
+    return torch.cat(flat) if len(flat) > 1 else flat[0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
+    """(H, T, D), (G, T, D), (G, T, D) -> (H, T, D)"""
+    q, k, v = q[None], k[None], v[None]
+    many = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=many)[0]
+
+
+# A faster step than the lean one, where a model has it (compiled.py): ids of one token a row, their positions and the
+# cache -> logits (B, V), or None where it is not made for so many rows or these positions.
+Step = Callable[[Sequence[int], Sequence[int], KVCache], Tensor | None]
+STEPS: WeakKeyDictionary[GPT, Step] = WeakKeyDictionary()
 
 
 def slide(seen: list[int], block_size: int) -> bool:
@@ -26,7 +177,7 @@ class Decoder:
     """Rows of sequences; `logits` (B, V) are float32, of the token that follows each row.
 
     A row never fills more than the model's block_size: of a longer prompt the end is read, and when the context is
-    full its older half is forgotten and the newer half read again. Rows do not touch each other: whatever runs beside
+    full its older half is forgotten and the newer half read again. Rows do not touch each other: whatever runs next to
     it, a row has the logits that it has alone, up to rounding.
     """
 
@@ -37,21 +188,21 @@ class Decoder:
         """
         embedding = model.tok_emb.weight
         self._model, self._block_size, self._device = LeanGPT(model), model.config.block_size, embedding.device
-        self._compiled = compiled_step(model)
+        self._step = STEPS.get(model)
         self._seen: list[list[int]] = []
-        self._slots = Slots(model.config, 0, dtype=embedding.dtype, device=self._device, room=room)
+        self._cache = KVCache(model.config, 0, dtype=embedding.dtype, device=self._device, room=room)
         self.logits = torch.empty(0, len(embedding), device=self._device)
         self.join(prompts)
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read more prompts, as rows behind those that are there.  Raises UserError when one has no id."""
+        """Read more prompts, as rows after those that are there.  Raises UserError when one has no id."""
         if not all(prompts):
             raise UserError("prompt is empty: give at least one id, such as the tokenizer's bos_id")
         if prompts:
             n = len(self._seen)
             self._seen += [list(prompt[-self._block_size :]) for prompt in prompts]
-            self._slots.grow(len(prompts))
+            self._cache.grow(len(prompts))
             self.logits = torch.cat((self.logits, self._read(range(n, len(self._seen)))))
 
     @torch.inference_mode()
@@ -66,10 +217,10 @@ class Decoder:
             self.logits = self._read(full)
             return
         at = [len(seen) - 1 for seen in self._seen]
-        if self._compiled and self._compiled.fits(at):
-            self.logits = self._compiled(ids, at, self._slots)
-        else:
-            self.logits = self._model.logits(self._tensor(ids), self._tensor(at), self._slots.append(at))
+        logits = self._step(ids, at, self._cache) if self._step else None
+        if logits is None:
+            logits = self._model.logits(self._tensor(ids), self._tensor(at), self._cache.append(at))
+        self.logits = logits
         if full:  # what they got just now is overwritten
             self.logits[full] = self._read(full)
 
@@ -82,7 +233,7 @@ class Decoder:
         """Append some ids to each row, 1 to room + 1 and at most `n_free()` -> the logits after each, (T, V) a row."""
         at, sizes = [len(seen) for seen in self._seen], [len(new) for new in ids]
         positions = [begin + i for begin, size in zip(at, sizes, strict=True) for i in range(size)]
-        attend = self._slots.extend(at, sizes)
+        attend = self._cache.extend(at, sizes)
         logits = self._model.logits(self._tensor([i for new in ids for i in new]), self._tensor(positions), attend)
         for seen, new in zip(self._seen, ids, strict=True):
             seen += new
@@ -99,10 +250,10 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order: a row may be left out, or stand there several times."""
+        """Go on with these rows, in this order: a row may be left out, or be there several times."""
         if list(rows) != list(range(len(self._seen))):
             self._seen = [list(self._seen[row]) for row in rows]
-            self._slots.keep(self._tensor(rows))
+            self._cache.keep(self._tensor(rows))
             self.logits = self.logits[list(rows)]
 
     @torch.inference_mode()
@@ -112,7 +263,7 @@ class Decoder:
         ids = self._tensor([i for row in rows for i in self._seen[row]])
         positions = self._tensor([position for size in sizes for position in range(size)])
         last = self._tensor(sizes).cumsum(0) - 1
-        return self._model.logits(ids, positions, self._slots.fill(rows, sizes), last)
+        return self._model.logits(ids, positions, self._cache.fill(rows, sizes), last)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -1,43 +1,49 @@
 """The forward pass of a GPT for tokens of any positions in one go, in few operations: what decoding one token costs.
 
-A token of a small model takes about a millisecond, of which a module call takes five microseconds and each operation
-one or two: no module is called that need not be, and no operation made that another can do on the way.
+There are two forward passes, this and the model's own, for speed: a token of a small model takes about a millisecond,
+of which a module call takes five microseconds and an operation one or two, so no module is called here that has a
+faster form, and no operation made that another can do on the way. tests/test_lean.py holds the two together: it
+compares their logits for every switch, kind of weights and number of rows.
 
-M tokens, C n_embd, V vocab_size, H query heads, G key/value heads, D head_dim.
+M tokens, C n_embd, V vocab_size, H query heads, G key/value heads, D head_dim; of a product I inputs, O outputs, N
+slices of the weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinygpt.generate.products import Product, Products, product, products
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT, Block
-from tinygpt.model.layers import MLP, SwiGLUMLP
+from tinygpt.model.layers import MLP, GatedMLP, RMSNorm
+from tinygpt.model.quantize import Int8Linear
 
-Step = Callable[[Tensor], Tensor]
+FEW = 64  # rows: above it the weights are read seldom enough for the plain product
+TokenMap = Callable[[Tensor], Tensor]  # of each token by itself, as a norm or a product does: (M, I) -> (M, O)
+TokenMaps = Callable[[Tensor], Sequence[Tensor]]  # several of the same input: (M, I) -> an (M, O) of each
 # Layer, queries (M, H, D), keys and values (M, G, D) -> what each query read, (M, H·D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @dataclass
 class LeanBlock:
     """The parts of one block as functions of (M, …)."""
 
-    attn_norm: Step
-    qkv: Products
-    qk_norm: Step | None
-    out: Product
-    mlp_norm: Step | None  # None: the MLP reads what attention reads
-    mlp: Step
+    attn_norm: TokenMap
+    qkv: TokenMaps
+    qk_norm: TokenMap | None
+    out: TokenMap
+    mlp_norm: TokenMap | None  # None: the MLP reads what attention reads
+    mlp: TokenMap
 
 
 class LeanGPT:
@@ -61,7 +67,7 @@ class LeanGPT:
         x = F.embedding(ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(positions, self.positions)
-        rope = None if self.positions is not None else self._rope_at(positions)
+        rope = None if self.positions is not None else self.rope[:, positions, None].unbind()
         for layer, block in enumerate(self.blocks):
             normed = block.attn_norm(x)
             q, k, v = self._heads(block, normed, rope)
@@ -71,23 +77,18 @@ class LeanGPT:
             x = attended + block.mlp(normed if block.mlp_norm is None else block.mlp_norm(attended))
         return self.lm_head(self.norm(x)).float().contiguous()
 
-    def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines, (M, 1, D) each."""
-        cos, sin = self.rope[:, positions, None]
-        return cos, sin
-
-    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         """(M, C) -> queries (M, H, D), keys and values (M, G, D)"""
-        q, k, v = block.qkv(x)
-        qk = torch.cat((q, k), -1).view(len(x), -1, self.head_dim)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in block.qkv(x))
+        qk = torch.cat((q, k), 1)
         if block.qk_norm is not None:
             qk = block.qk_norm(qk)
         if rope is not None:
             qk = self._turned(qk, rope)
         q, k = qk.split((self.n_head, self.n_kv_head), 1)
-        return q, k, v.unflatten(-1, (-1, self.head_dim))
+        return q, k, v
 
-    def _turned(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def _turned(self, x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
         """Pairs (i, i + D/2) by the angle of the position: each half meets the other one turned.  (M, …, D)"""
         return torch.addcmul(x * rope[0], x.roll(self.head_dim // 2, -1), rope[1])
 
@@ -105,44 +106,121 @@ def lean_block(block: Block, config: GPTConfig) -> LeanBlock:
     )
 
 
-def lean_norm(norm: nn.Module) -> Step:
-    """LayerNorm as it is, RMSNorm in four operations where PyTorch's has eight."""
-    if isinstance(norm, nn.LayerNorm):
-        bias = None if norm.bias is None else norm.bias.detach()
-        return partial(
-            F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight.detach(), bias=bias, eps=norm.eps
-        )
-    assert isinstance(norm, nn.RMSNorm) and norm.eps is not None
-    return rms_norm(norm.weight.detach(), norm.eps)
+def is_plain(module: nn.Module, cls: type[AnyModule]) -> TypeGuard[AnyModule]:
+    """Whether a module computes what this class does: one that a subclass changed goes its own way."""
+    return isinstance(module, cls) and type(module).forward is cls.forward
 
 
-def rms_norm(weight: Tensor, eps: float) -> Step:
+def lean_norm(norm: nn.Module) -> TokenMap:
+    """LayerNorm without its module, RMSNorm in four operations where PyTorch's has eight; another norm as it is."""
+    if is_plain(norm, nn.LayerNorm):
+        weights = {name: weight.detach() for name, weight in norm.named_parameters()}
+        return partial(F.layer_norm, normalized_shape=norm.normalized_shape, eps=norm.eps, **weights)
+    return lean_rms_norm(norm.weight.detach(), norm.eps) if is_plain(norm, RMSNorm) else norm
+
+
+def lean_rms_norm(weight: Tensor, eps: float) -> TokenMap:
     """x / √(mean(x²) + eps) · weight over the last dimension of length C, as x / √(|x|² + C·eps) · √C·weight."""
     size = weight.size(-1)
     scale, floor = weight * math.sqrt(size), weight.new_tensor(math.sqrt(size * eps))
     return lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(floor) * scale
 
 
-def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> Step:
+def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> TokenMap:
     """The norms of queries and keys at once: (M, H + G, D) -> (M, H + G, D)."""
-    numbers = ((q_norm, config.n_head), (k_norm, config.n_kv_head))
-    weight = torch.cat([cast(Tensor, norm.weight).detach().expand(n, -1) for norm, n in numbers])
-    if isinstance(q_norm, nn.RMSNorm):
-        return rms_norm(weight, config.norm_eps)
-    return lambda x: F.layer_norm(x, (config.head_dim,), eps=config.norm_eps) * weight
+    norms, sizes = (q_norm, k_norm), (config.n_head, config.n_kv_head)
+    known = [norm for norm in norms if is_plain(norm, RMSNorm) or is_plain(norm, nn.LayerNorm)]
+    if len(known) == 2 and all([*dict(norm.named_parameters())] == ["weight"] for norm in known):
+        weight = torch.cat([norm.weight.detach().expand(n, -1) for norm, n in zip(known, sizes, strict=True)])
+        eps = known[0].eps
+        if isinstance(known[0], RMSNorm):
+            return lean_rms_norm(weight, eps)
+        return lambda x: F.layer_norm(x, (config.head_dim,), eps=eps) * weight
+    return lambda x: torch.cat([norm(part) for norm, part in zip(norms, x.split(sizes, 1), strict=True)], 1)
 
 
-def lean_mlp(mlp: nn.Module) -> Step:
-    """An MLP."""
-    assert isinstance(mlp, MLP | SwiGLUMLP)
-    down = product(mlp.down_proj)
-    if isinstance(mlp, MLP):
-        up, activation = product(mlp.up_proj), mlp.activation
+def lean_mlp(mlp: nn.Module) -> TokenMap:
+    """An MLP, with products as fast as there are; one of another class as it is."""
+    if is_plain(mlp, MLP):
+        up, down, activation = product(mlp.up_proj), product(mlp.down_proj), mlp.activation
         return lambda x: down(activation(up(x)))
-    both = products(mlp.gate_proj, mlp.up_proj)
+    if is_plain(mlp, GatedMLP):
+        both, down, activation = products(mlp.gate_proj, mlp.up_proj), product(mlp.down_proj), mlp.activation
 
-    def swiglu(x: Tensor) -> Tensor:
-        gate, up = both(x)
-        return down(F.silu(gate) * up)
+        def gated(x: Tensor) -> Tensor:
+            gate, up = both(x)
+            return down(activation(gate) * up)
 
-    return swiglu
+        return gated
+    return mlp
+
+
+def product(layer: nn.Module) -> TokenMap:
+    """What a linear layer computes, as fast as memory gives its weights, which may change afterwards; another layer as
+    it is.
+    """
+    if is_plain(layer, nn.Linear) and layer.weight.device.type == "cpu":
+        return SlicedProduct(layer)
+    return Int8Product([layer]) if is_plain(layer, Int8Linear) else layer
+
+
+def products(*layers: nn.Module) -> TokenMaps:
+    """What several linear layers compute of the same input."""
+    bytes_ = [layer for layer in layers if is_plain(layer, Int8Linear)]
+    if len(bytes_) == len(layers):  # small enough to be copied for one product
+        joined, sizes = Int8Product(bytes_), [len(layer.step) for layer in bytes_]
+        return lambda x: joined(x).split(sizes, -1)
+    each = [product(layer) for layer in layers]
+    return lambda x: [multiply(x) for multiply in each]
+
+
+class SlicedProduct:
+    """x Wᵀ + b, a slice of W's rows for each thread.
+
+    MKL multiplies one row with a matrix on one thread only, but the matrices of a batch on all; and of several rows it
+    reads the weights faster when they are on the left.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        n = torch.get_num_threads()
+        self.n = n if linear.out_features % n == 0 else 1
+        self.whole = linear.weight.detach()  # (O, I)
+        self.weight = self.whole.unflatten(0, (self.n, -1))  # (N, O / N, I)
+        self.transposed = self.weight.mT
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, I) -> (M, O)"""
+        if len(x) > FEW:
+            return F.linear(x, self.whole, self.bias)
+        if len(x) == 1 and torch.compiler.is_compiling():
+            y = (self.whole * x).sum(-1)[None]  # becomes a loop that all threads share
+        elif len(x) == 1:
+            y = torch.bmm(x.expand(self.n, -1, -1), self.transposed).view(1, -1)
+        else:
+            y = torch.bmm(self.weight, x.mT.expand(self.n, -1, -1)).flatten(0, 1).mT
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Product:
+    """What Int8Linear layers compute of the same input, side by side, in few operations."""
+
+    def __init__(self, layers: Sequence[Int8Linear]) -> None:
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.q, self.step = _joined([layer.q for layer in layers]), _joined([layer.step for layer in layers])
+        self.bias = _joined(biases) if biases else None
+        self.ones = torch.ones(len(self.step), dtype=torch.bfloat16, device=self.step.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, I) -> (M, O)"""
+        if x.device.type == "cpu" and len(x) <= FEW:
+            y = torch._weight_int8pack_mm(x.bfloat16().contiguous(), self.q, self.ones)
+        else:
+            y = F.linear(x, self.q.to(x.dtype))
+        y = (y * self.step).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One below the other; a single one is not copied."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0].detach()

@@ -18,8 +18,6 @@ from torch import Tensor
 from tinygpt.errors import UserError
 from tinygpt.generate.options import Sampling, of
 
-OFF = Sampling()
-
 
 @dataclass(frozen=True)
 class Past:
@@ -82,7 +80,7 @@ def forbid_ids(logits: Tensor, ids: Sequence[int], past: Past) -> Tensor:
 
 
 def forbid_early_end(logits: Tensor, n: int, past: Past) -> Tensor:
-    """Forbid what ends a text where it has not yet n tokens."""
+    """Forbid what ends a text that does not have n tokens yet."""
     logits = logits.clone()
     for row, ids in zip(logits, past.written, strict=True):
         if len(ids) < n:
@@ -172,18 +170,21 @@ FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 def apply_penalties(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
     """What a search for the likeliest changes.  (B, V) -> (B, V)"""
-    for name, apply in PENALTIES.items():
-        if (value := of(sampling, name)) != of(OFF, name):
-            logits = apply(logits, value, past)
+    for name in changed(sampling, PENALTIES):
+        logits = PENALTIES[name](logits, of(sampling, name), past)
     return logits
 
 
 def apply_filters(logits: Tensor, sampling: Sampling) -> Tensor:
     """What is changed besides before a draw.  (B, V) -> (B, V)"""
-    for name, apply in FILTERS.items():
-        if (value := of(sampling, name)) != of(OFF, name):
-            logits = apply(logits, value)
+    for name in changed(sampling, FILTERS):
+        logits = FILTERS[name](logits, of(sampling, name))
     return logits
+
+
+def changed(sampling: Sampling, names: Iterable[str]) -> list[str]:
+    """Of these options those that are not at their default, which a dataclass keeps in its class."""
+    return [name for name in names if of(sampling, name) != of(type(sampling), name)]
 
 
 def draw(logits: Tensor, uniform: Sequence[float]) -> Tensor:

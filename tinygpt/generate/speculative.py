@@ -11,12 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from tinygpt.generate.answer import Answer, keep_logprobs
+from tinygpt.generate.answer import Answer, keep_logprobs, past_of
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.options import Sampling, Search, interval_rules
 from tinygpt.generate.sampling import (
@@ -100,22 +101,22 @@ def proposer(speculation: Speculation) -> Propose:
 
 
 class LookUp:
-    """What followed the last tokens where they stood before, in prompt or text (https://arxiv.org/abs/2304.04487)."""
+    """What followed the last tokens where they were before, in prompt or text (https://arxiv.org/abs/2304.04487)."""
 
     def __init__(self, ngram: int) -> None:
         self.sizes = range(ngram, 0, -1)
-        self.behind: dict[tuple[int, ...], int] = {}  # tokens in a row -> the place behind their last occurrence
+        self.after: dict[tuple[int, ...], int] = {}  # tokens in a row -> the place after their last occurrence
         self.n_read = 0
 
     def __call__(self, answer: Answer, n: int) -> Proposal:
         """A text that repeats itself is continued as often as there is room."""
         ids = [*answer.prompt, *answer.ids]
         for end in range(self.n_read + 1, len(ids)):
-            self.behind |= {tuple(ids[end - size : end]): end for size in self.sizes if size <= end}
+            self.after |= {tuple(ids[end - size : end]): end for size in self.sizes if size <= end}
         self.n_read = len(ids) - 1
-        begins = [self.behind.get(tuple(ids[-size:]), 0) for size in self.sizes]
-        begin = next(filter(None, begins), 0)  # of the longest that stood before
-        for place in range(begin, begin + n) if begin else ():
+        places = [self.after.get(tuple(ids[-size:]), 0) for size in self.sizes]
+        start = next(filter(None, places), 0)  # of the longest that was there before
+        for place in range(start, start + n) if start else ():
             ids.append(ids[place])
         return Proposal(ids[self.n_read + 1 :])
 
@@ -127,14 +128,14 @@ class Draft:
         self.model, self.room = model, n_draft
         self.decoder: Decoder | None = None
         self.n_sure = 0  # of prompt and text, how much it has read
-        self.tried: list[int] = []  # what it read behind that, its own proposals
+        self.tried: list[int] = []  # what it read after that, its own proposals
 
     def __call__(self, answer: Answer, n: int) -> Proposal:
-        """Nothing behind a token that ends the text."""
+        """Nothing after a token that ends the text."""
         decoder, n = self._catch_up([*answer.prompt, *answer.ids], n)
         sampling, ids, drawn_from = answer.sampling, list[int](), list[Tensor]()
         while True:
-            past = Past([answer.prompt], [[*answer.ids, *ids]], answer.eos_id, sampling.stop_ids)
+            past = past_of([answer], [[*answer.ids, *ids]])
             if sampling.temperature > 0:
                 drawn_from.append(distributions(decoder.logits, sampling, past)[0])
                 chosen = pick(drawn_from[-1], answer.generator)
@@ -152,8 +153,7 @@ class Draft:
         A context that is full is read again from its newer half.
         """
         new, size = ids[self.n_sure :], self.model.config.block_size
-        n_right = next((i for i, pair in enumerate(zip(self.tried, new[:-1], strict=False)) if len({*pair}) > 1), None)
-        n_right = min(len(self.tried), len(new) - 1) if n_right is None else n_right
+        n_right = n_shared(self.tried, new[:-1])
         n_wrong, missing = len(self.tried) - n_right, new[n_right:]
         n_free = -1 if self.decoder is None else self.decoder.n_free() + n_wrong
         if self.decoder is not None and len(missing) <= self.room + 1 and len(missing) + n - 1 <= n_free:
@@ -170,21 +170,25 @@ class Draft:
 def verify(logits: Tensor, proposal: Proposal, answer: Answer) -> list[int | None]:
     """What is taken: the proposed ids up to the first that the model would not take, and one of its own.
 
-    `logits` (K + 1, V) are the model's before each proposed id and behind the last. None stands where no id may follow.
+    `logits` (K + 1, V) are the model's before each proposed id and after the last. None is where no id may follow.
     """
     n, sampling, generator = len(proposal.ids) + 1, answer.sampling, answer.generator
-    written = [[*answer.ids, *proposal.ids[:k]] for k in range(n)]
-    past = Past([answer.prompt] * n, written, answer.eos_id, sampling.stop_ids)
+    past = past_of([answer] * n, [[*answer.ids, *proposal.ids[:k]] for k in range(n)])
     if proposal.probabilities is not None:
         return accept(proposal.ids, proposal.probabilities, distributions(logits, sampling, past), generator)
     before = generator.getstate()
     chosen = choose(logits, sampling, past, [generator] * n)
-    n_taken = 1 + next((k for k, i in enumerate(proposal.ids) if chosen[k] != i), n - 1)
+    n_taken = 1 + n_shared(proposal.ids, chosen)
     if n_taken < n:  # one number a token, as without proposals
         generator.setstate(before)
         for _ in range(n_taken):
             uniform(generator)
     return chosen[:n_taken]
+
+
+def n_shared(one: Sequence[int], other: Sequence[int | None]) -> int:
+    """How many ids are the same at the start of both."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def accept(ids: Sequence[int], drawn_from: Tensor, wanted: Tensor, generator: random.Random) -> list[int | None]:

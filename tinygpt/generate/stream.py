@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from tinygpt.generate.answer import Answer, extend
+from tinygpt.generate.answer import Answer, checked, extend
 from tinygpt.generate.beam import beam_search
 from tinygpt.generate.options import Sampling, Search, seed_after
 from tinygpt.generate.speculative import Speculation, speculate
-from tinygpt.generate.text import checked
 from tinygpt.model.gpt import GPT
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer

@@ -19,8 +19,8 @@ from tinygpt.model.layers import NORMS, Linear, apply_rope
 def attention_mask(t: int, window: int | None, device: torch.device) -> Tensor | None:
     """True where a token may look with a window: at itself and the window - 1 before it.  -> (T, T) bool
 
-    With a window of 2 and T = 3 it is [[1, 0, 0], [1, 1, 0], [0, 1, 1]]. None stands for the plain causal case, all
-    tokens before, which kernels do fastest.
+    With a window of 2 and T = 3 it is [[1, 0, 0], [1, 1, 0], [0, 1, 1]]. None is the plain causal case, all tokens
+    before, which kernels do fastest.
     """
     if window is None or window >= t:
         return None

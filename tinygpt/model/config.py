@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from tinygpt.params import Count, CountOrDerived, Fraction, Within, require
 
+
+class MLPKind(NamedTuple):
+    """How the MLP of a block is computed."""
+
+    activation: str  # a key of ACTIVATIONS in layers.py
+    gated: bool  # the activation of a third matrix scales what the first gives
+
+
+# A kind of MLP is a row here and a choice of `model.mlp` below.
+MLPS = {
+    "gelu": MLPKind("gelu", gated=False),
+    "swiglu": MLPKind("silu", gated=True),
+    "relu2": MLPKind("relu2", gated=False),
+}
 HIDDEN_MULTIPLE = 32  # a derived n_hidden is a multiple of this, the block length of llama.cpp's q8_0
 
 
@@ -24,7 +38,7 @@ class ModelParams:
     n_kv_head: CountOrDerived  # key/value heads: null = n_head (MHA), 1 = MQA, a divisor of n_head between = GQA
     n_embd: Count  # width of the residual stream
     head_dim: CountOrDerived  # width of one attention head: null = n_embd / n_head
-    n_hidden: CountOrDerived  # width inside the MLP: null = 4·n_embd, or about 8/3·n_embd (swiglu)
+    n_hidden: CountOrDerived  # width inside the MLP: null = 4·n_embd, or about 8/3·n_embd (gated)
     block_size: Count  # tokens of context, at most
     position: Literal["learned", "rope"]  # a learned vector per position, or rotated queries and keys
     rope_theta: Annotated[float, Within("(0, inf)")]  # base of the rotation's wavelengths; used by rope only
@@ -89,10 +103,8 @@ class GPTConfig(ModelParams):
 
 
 def derived_hidden(n_embd: int, mlp: str) -> int:
-    """MLP width of equal parameter count for all kinds: 4·n_embd with two matrices, 8/3·n_embd with three."""
-    if mlp != "swiglu":
-        return 4 * n_embd
-    return -(-8 * n_embd // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE
+    """MLP width of equal parameter count for all kinds: 4·n_embd with two matrices, 8/3·n_embd with three (gated)."""
+    return -(-8 * n_embd // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE if MLPS[mlp].gated else 4 * n_embd
 
 
 def config_fields(config: ModelParams) -> dict[str, Any]:

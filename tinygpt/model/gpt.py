@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinygpt.model.attention import Attention, Masks, attention_mask
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.layers import MLPS, NORMS, Embedding, Linear, rope_tables
+from tinygpt.model.layers import NORMS, Embedding, Linear, build_mlp, rope_tables
 
 INIT_STD = 0.02
 TIED = "lm_head.weight"  # the token embedding under another name where model.tie_weights is on
@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.attn_norm = norm()
         self.attn = Attention(config, layer)
         self.mlp_norm = None if config.parallel_block else norm()
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = build_mlp(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks) -> Tensor:
@@ -43,7 +43,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model: `model(ids)` gives the logits of each next token.
 
-    With `init=False` its weights are as the memory was, for a file to set: drawing them takes longer than reading them.
+    With `init=False` its weights are left unset, for a file to fill: drawing them takes longer than reading them.
     """
 
     rope_cos: Tensor

@@ -7,36 +7,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinygpt.model.config import GPTConfig
+from tinygpt.model.config import MLPS, GPTConfig
+
+Activation = Callable[[Tensor], Tensor]  # of any shape, element by element
 
 
 class Linear(nn.Linear):
-    """PyTorch's without its first values, which took longer to draw than a file to read: init_weights sets others."""
+    """PyTorch's without its initial values, which take longer to draw than a file to read: init_weights sets others."""
 
     def reset_parameters(self) -> None:
-        """Leave them as the memory was."""
+        """Leave the weights unset."""
 
 
 class Embedding(nn.Embedding):
-    """PyTorch's without its first values, likewise."""
+    """PyTorch's without its initial values, likewise."""
 
     def reset_parameters(self) -> None:
-        """Leave them as the memory was."""
+        """Leave the weights unset."""
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, of shorter numbers, too, in its weight's type, as autocast has it on a GPU; a CPU's would warn."""
+    """PyTorch's, which takes shorter floats, too, and computes in its weight's type, as autocast does on a GPU."""
+
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, size) -> (…, size), in the weight's type"""
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(x.to(self.weight.dtype))  # on a CPU PyTorch's would warn of unequal types
 
 
 def layer_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
@@ -89,10 +92,13 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+ACTIVATIONS: dict[str, Activation] = {"gelu": gelu, "relu2": relu2, "silu": F.silu}
+
+
 class MLP(nn.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, config: GPTConfig, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, config: GPTConfig, activation: Activation) -> None:
         super().__init__()
         bias = config.bias == "all"
         self.up_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
@@ -104,26 +110,26 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-class SwiGLUMLP(nn.Module):
-    """down(silu(gate(x)) · up(x)) (Shazeer, https://arxiv.org/abs/2002.05202)."""
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) · up(x)) (Shazeer, https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, activation: Activation) -> None:
         super().__init__()
         bias = config.bias == "all"
         self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
         self.up_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
         self.down_proj = Linear(config.n_hidden, config.n_embd, bias=bias)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
-    "gelu": partial(MLP, activation=gelu),
-    "swiglu": SwiGLUMLP,
-    "relu2": partial(MLP, activation=relu2),
-}
+def build_mlp(config: GPTConfig) -> nn.Module:
+    """The MLP of one block, by its row of MLPS."""
+    kind = MLPS[config.mlp]
+    return (GatedMLP if kind.gated else MLP)(config, ACTIVATIONS[kind.activation])
 
 
 def rope_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

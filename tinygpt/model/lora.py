@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., https://arxiv.org/abs/2106.09685): put beside frozen linear layers of a built model."""
+"""Low-rank adapters (Hu et al., https://arxiv.org/abs/2106.09685): next to frozen linear layers of a built model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_lora(
                 setattr(block, name, adapted)
                 found.add(name)
     if missing := set(targets) - found:
-        raise UserError(f"train.lora.targets names {', '.join(sorted(missing))}, which this model has not")
+        raise UserError(f"train.lora.targets names {', '.join(sorted(missing))}, which this model does not have")
 
 
 def trained_tensors(model: GPT) -> dict[str, Tensor]:

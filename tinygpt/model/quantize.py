@@ -17,7 +17,7 @@ from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
 
 GROUP = 32  # columns of int4 that share a step: the smallest that the kernel takes
-ROWS = 16  # of int4 the kernel takes as a multiple
+ROWS = 16  # int4's kernel takes a multiple of this many rows
 
 
 class Int8Linear(nn.Module):
@@ -102,7 +102,7 @@ def _flat(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return product(x.reshape(-1, x.size(-1))).reshape(*x.shape[:-1], -1)
 
 
-KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": Int8Linear, "int4": int4_linear}
+QUANTIZED: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": Int8Linear, "int4": int4_linear}
 
 
 def quantize(model: GPT, kind: str) -> None:
@@ -111,15 +111,16 @@ def quantize(model: GPT, kind: str) -> None:
     Raises UserError where int4 does not fit.
     """
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    odd = [name for name, linear in linears if linear.in_features % GROUP or linear.out_features % ROWS]
+    odd = [(name, linear) for name, linear in linears if linear.in_features % GROUP or linear.out_features % ROWS]
     if kind == "int4" and odd:
+        name, linear = odd[0]
         raise UserError(
-            f"int4 needs rows that are multiples of {GROUP} long and {ROWS} in number, which {odd[0]} has not: "
-            "take int8"
+            f"{name} is ({linear.out_features}, {linear.in_features}), but int4 needs rows in a multiple of {ROWS} "
+            f"and columns in one of {GROUP}: take int8"
         )
     for name, linear in linears:
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, KINDS[kind](linear))
+        setattr(model.get_submodule(owner), leaf, QUANTIZED[kind](linear))
 
 
 def n_bytes(model: GPT) -> int:

@@ -99,8 +99,8 @@ def scored_nll(logprobs: NDArray[np.floating], ids: NDArray[np.integer]) -> NDAr
 def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_bytes: int) -> dict[str, Any]:
     """The numbers of reports/eval.json: loss (nats per token), ppl, bpb, each with its standard error.
 
-    `n_bytes` is the size of the text behind the tokens. The `<|endoftext|>` behind each document is scored like any
-    other token, so bpb pays for it. `llamacpp` holds the perplexity by llama.cpp's protocol.
+    `n_bytes` is the size of the text that the tokens stand for. The `<|endoftext|>` after each document is scored like
+    any other token, so bpb pays for it. `llamacpp` holds the perplexity by llama.cpp's protocol.
     """
     context = params.context or model.config.block_size
     stride = params.stride or context

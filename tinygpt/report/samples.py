@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 from tinygpt.files import atomic_write
@@ -13,9 +14,15 @@ from tinygpt.tokenizer import Tokenizer
 
 def write_samples(path: Path, model: GPT, tokenizer: Tokenizer, params: EvaluateParams) -> None:
     """Write one sample a prompt, as Markdown."""
-    sampling = Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=params.seed)
+    sampling = sampling_of(params)
     with atomic_write(path) as file:
         file.write("# Samples\n")
         for prompt in params.prompts:
             text = generate(model, tokenizer, prompt, max_new_tokens=params.max_new_tokens, sampling=sampling)
             file.write(f"\n## Prompt: {prompt or '(none)'}\n\n```text\n{prompt}{text}\n```\n")
+
+
+def sampling_of(params: EvaluateParams) -> Sampling:
+    """The options of `Sampling` that the params have; all others keep their default."""
+    shared = {field.name for field in fields(Sampling)} & {field.name for field in fields(params)}
+    return Sampling(**{name: getattr(params, name) for name in shared})

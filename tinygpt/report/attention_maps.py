@@ -1,6 +1,6 @@
-"""Where each head of a model looks: its attention weights for one text.
+"""Attention maps: how much weight each head of a model gives to each token of a text, computed and shown.
 
-Attention maps as a picture of all heads, and as a page where one looks at one head after the other.
+They are shown as a picture of all heads, and as a page with one head at a time.  T tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from tinygpt.model.attention import Attention, attention_weights, repeated
 from tinygpt.model.gpt import GPT
 from tinygpt.report.plots import NO_DATE, STYLE
 
+MOST_LABELS = 16  # tokens that can be read at the axes of a small map
+PAGE = Path(__file__).with_suffix(".html")
+
 
 def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> NDArray[np.float32]:
     """The weights of every layer and head for one sequence.  (T,) -> (n_layer, n_head, T, T), rows sum to 1
 
-    `rows` are the tokens that look, where not all are wanted.
+    `rows` are the tokens whose weights are wanted, where not all are.
     """
     maps: list[Tensor] = []
 
@@ -49,10 +52,6 @@ def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> 
     return torch.stack(maps).float().cpu().numpy()
 
 
-MOST_LABELS = 16  # tokens that can be read at the axes of a small map
-PAGE = Path(__file__).with_name("attention.html")
-
-
 def plot_attention(maps: NDArray[np.float32], tokens: Sequence[str], path: Path) -> None:
     """A row of small maps for each layer; darker is more.  (n_layer, n_head, T, T)
 
@@ -62,17 +61,15 @@ def plot_attention(maps: NDArray[np.float32], tokens: Sequence[str], path: Path)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
         figure = Figure(figsize=(1.2 + 1.8 * n_head, 0.6 + 1.8 * n_layer), layout="constrained")
         axes = figure.subplots(n_layer, n_head, squeeze=False, sharex=True, sharey=True)
-        for layer in range(n_layer):
-            for head in range(n_head):
-                axis = axes[layer, head]
-                image = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-                axis.set_title(f"layer {layer}, head {head}", fontsize=7)
-                if len(tokens) <= MOST_LABELS:
-                    axis.set_xticks(range(len(tokens)), tokens, rotation=90)
-                    axis.set_yticks(range(len(tokens)), tokens)
-                else:
-                    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-                    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for (layer, head), axis in np.ndenumerate(axes):
+            image = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(f"layer {layer}, head {head}", fontsize=7)
+            if len(tokens) <= MOST_LABELS:
+                axis.set_xticks(range(len(tokens)), tokens, rotation=90)
+                axis.set_yticks(range(len(tokens)), tokens)
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+                axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         figure.supxlabel("token that is looked at")
         figure.supylabel("token that looks")
         figure.colorbar(image, ax=axes, shrink=0.6, label="weight")
@@ -81,7 +78,7 @@ def plot_attention(maps: NDArray[np.float32], tokens: Sequence[str], path: Path)
 
 
 def attention_page(maps: NDArray[np.float32], tokens: Sequence[str], path: Path) -> None:
-    """A page by itself, without anything from elsewhere: choose layer and head, point at a token."""
+    """A page that needs no other file: choose layer and head, point at a token.  (n_layer, n_head, T, T)"""
     data = {"tokens": list(tokens), "maps": np.round(maps, 3).tolist()}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no token ends the script
     page = PAGE.read_text(encoding="utf-8").replace("{{title}}", html.escape("".join(tokens)[:80]))
