@@ -178,7 +178,7 @@ def test_encode_shows_ids_and_pieces_and_decode_reads_them(folders, tiny_tokeniz
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["decode", "12", "x"], "'x' is no id"), (["decode", "99999"], "ids must be within [0, 300), found [99999]")],
+    [(["decode", "12", "x"], "'x' is not an id"), (["decode", "99999"], "ids must be within [0, 300), found [99999]")],
 )
 def test_ids_that_are_none_are_told(folders, args, message):
     done = run(*args, *folders[2:])
@@ -188,9 +188,7 @@ def test_ids_that_are_none_are_told(folders, args, message):
 
 
 def test_commands_without_a_model_do_without_torch():
-    names = ", ".join(
-        f"tinygpt.cli.{name}" for name in ("main", "encode", "decode", "tokenizer_report", "runs", "compare")
-    )
+    names = ", ".join(f"tinygpt.cli.{name}" for name in ("main", "pieces", "presets", "runs"))
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -111,7 +111,7 @@ def test_a_search_writes_its_best_and_its_log_probabilities_where_it_has_them(ge
     ("name", "content", "messages"),
     [
         ("p.txt", b"", ["p.txt has no prompts: write one a line"]),
-        ("p.txt", b"ok\na\xff\xfe\n", ["p.txt:2: byte 2 is 0xff, which is no UTF-8"]),
+        ("p.txt", b"ok\na\xff\xfe\n", ["p.txt:2: byte 2 is 0xff, which is not UTF-8"]),
         (
             "p.jsonl",
             b'{"prompt": "a"}\n{"promt": "b"}\n\n5\n{"prompt": 5}\n[[[',
@@ -133,7 +133,7 @@ def test_a_file_with_no_prompts_in_it_is_refused_and_the_place_is_named(name, co
 
 def test_input_that_is_no_utf8_or_not_there_is_refused(generate):
     told = generate("--prompt", "-", stdin=b"a\n\nb\xc3").stderr
-    assert told == "error: standard input:3: byte 2 is 0xc3, which is no UTF-8: give it as UTF-8\n"
+    assert told == "error: standard input:3: byte 2 is 0xc3, which is not UTF-8: give it as UTF-8\n"
     assert "--prompts none.txt not found" in generate("--prompts", "none.txt").stderr
 
 
@@ -228,8 +228,8 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
     [
         (lambda path: None, "none", "none not found: name a folder with config.json"),
         (lambda path: None, "none.gguf", "none.gguf not found: name a .gguf file"),
-        (lambda path: None, ".", "is no model: name a folder with config.json"),
-        (lambda path: None, "tokenizer/tokenizer.json", "is no model: name a folder with config.json"),
+        (lambda path: None, ".", "is not a model: name a folder with config.json"),
+        (lambda path: None, "tokenizer/tokenizer.json", "is not a model: name a folder with config.json"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "model", "tokenizer.json not found: run `dvc repro train_tok"),
         (
             lambda path: (path / "model/model.safetensors").unlink(),

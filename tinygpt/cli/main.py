@@ -1,39 +1,39 @@
-"""Find the command and run it.  Only its own file is imported, so that those without a model start at once."""
+"""Find the command and run it.  Its file is imported only once its flags are read, which need no PyTorch."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import os
 import signal
-import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Never
 
+from tinygpt.cli import flags
 from tinygpt.errors import program
 
-# Name -> the file that has `add_options` and `run` for it, and what it does.
+# Name -> the file with its function, and what it does. `flags` has a function of the same name for what it takes.
 COMMANDS = {
     "generate": ("generate", "continue a prompt, or many"),
     "chat": ("chat", "continue what you type, line by line"),
-    "serve": ("serve", "serve models by OpenAI's API, with a page to play with them"),
-    "encode": ("encode", "show the ids and pieces of a text"),
-    "decode": ("decode", "show the text of ids"),
-    "attention": ("attention", "draw where each head of the model looks in a text"),
-    "import-hf": ("import_hf", "take a folder of transformers as the model that training starts from"),
-    "promote": ("promote", "take the trained model as the one that training starts from"),
-    "profile": ("profile", "tell what the run of params.yaml will cost, and whether it fits"),
-    "preset": ("preset", "put the values of a preset into params.yaml, or list the presets"),
+    "serve": ("models", "serve models by OpenAI's API, with a page to play with them"),
+    "encode": ("pieces", "show the ids and pieces of a text"),
+    "decode": ("pieces", "show the text of ids"),
+    "attention": ("models", "draw where each head of the model attends to in a text"),
+    "import-hf": ("models", "take a folder of transformers as the model that training starts from"),
+    "promote": ("models", "take the trained model as the one that training starts from"),
+    "profile": ("models", "say what the run of params.yaml will cost, and whether it fits"),
+    "preset": ("presets", "put the values of a preset into params.yaml, or list the presets"),
     "runs": ("runs", "list what training keeps in runs/, and remove what is finished"),
-    "compare": ("compare", "show DVC's experiments side by side, as a table and a picture"),
-    "tokenizer-report": ("tokenizer_report", "tell how well the tokenizer fits the text, as a table and a plot"),
+    "compare": ("runs", "show DVC's experiments side by side, as a table and a picture"),
+    "tokenizer-report": ("pieces", "say how well the tokenizer fits the text, as a table and a plot"),
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells what is wrong with arguments in one line."""
+class Parser(ArgumentParser):
+    """Says what is wrong with arguments in one line."""
 
     def parse_known_args(self, *args: Any) -> tuple[Any, list[str]]:  # type: ignore[override]  # it has overloads
         """Arguments -> what they mean, and nothing that is unknown: that is an error, with the nearest name."""
@@ -52,20 +52,18 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
     """Run one command."""
     with leaving_at_once():
-        args = build_parser(sys.argv[1:]).parse_args()
-    args.run(args)
+        args = build_parser().parse_args()
+        module = importlib.import_module(f"tinygpt.cli.{COMMANDS[args.command][0]}")
+    getattr(module, args.command.replace("-", "_"))(args)
 
 
-def build_parser(argv: list[str]) -> argparse.ArgumentParser:
-    """All commands, and the options of the one that `argv` names."""
+def build_parser() -> ArgumentParser:
+    """All commands with their flags."""
     parser = Parser(prog="python -m tinygpt", description="Use what the pipeline has made.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, (file, help) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        if name in argv[:1]:
-            module = importlib.import_module(f"tinygpt.cli.{file}")
-            module.add_options(command)
-            command.set_defaults(run=module.run)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        getattr(flags, name.replace("-", "_"))(command)
     return parser
 
 

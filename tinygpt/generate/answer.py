@@ -12,10 +12,10 @@ from typing import Literal
 from torch import Tensor
 
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.options import Sampling
 from tinygpt.generate.sampling import Past, as_double, choose
 from tinygpt.generate.text import TextStream, Vocabulary
 from tinygpt.model.gpt import GPT
+from tinygpt.options import Sampling
 from tinygpt.params import require
 
 

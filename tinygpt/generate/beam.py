@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tinygpt.generate.answer import Answer
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.options import Search
 from tinygpt.generate.sampling import Past, apply_penalties
 from tinygpt.generate.text import TextStream
 from tinygpt.model.gpt import GPT
+from tinygpt.options import Search
 from tinygpt.tokenizer import Tokenizer
 
 

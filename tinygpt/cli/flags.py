@@ -1,0 +1,291 @@
+"""The flags of all commands.  Nothing here imports PyTorch or pandas: --help and a typo are answered at once.
+
+A field with a help text in its type is a flag (`tinygpt/options.py`). None of these has a default for argparse, so that
+contradictions are those of the user; without it, the field's own default counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from tinygpt import paths
+from tinygpt.options import (
+    DRAWN,
+    PARTS,
+    Option,
+    Proposals,
+    Settings,
+    make_settings,
+    options_of,
+    setting_options,
+    type_rules,
+)
+from tinygpt.params import Count, ParamsError, Within, require
+from tinygpt.serve.limits import Limits
+
+STDIN = "-"
+GGUF = paths.EXPORT / "gguf/tinygpt-f32.gguf"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Where and with what weights our own model computes."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "of tinygpt's engine"] = "auto"
+    quantize: Annotated[Literal["int8", "int4"] | None, "weights of one byte or half of one: less memory, faster"] = (
+        None
+    )
+    compile: Annotated[
+        bool,
+        "compile the steps, with --draft the draft's: up to two minutes at first, seconds the next time; then one text "
+        "is 1.5 to 3 times as fast, several together take a seventh less time",
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(DeviceOptions):
+    """Which model, and what computes it."""
+
+    model: Annotated[Path | None, f"a folder of ours or of transformers, or a .gguf file (default: {paths.MODEL})"] = (
+        None
+    )
+    tokenizer: Annotated[
+        Path | None, "folder, for a model of ours (default: the model's, or `tokenizer` next to it)"
+    ] = None
+    engine: Annotated[Literal["auto", "tinygpt", "llama.cpp"], "auto: llama.cpp for a .gguf file"] = "auto"
+
+    @property
+    def path(self) -> Path:
+        """Where the model is."""
+        return self.model or (GGUF if self.engine == "llama.cpp" else paths.MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProposalOptions(Proposals):
+    """Where speculative decoding takes its proposals from, and how many."""
+
+    draft: Annotated[Path | None, "folder of a smaller model with the same tokenizer, which proposes tokens"] = None
+    prompt_lookup: Annotated[bool, "propose what followed the last tokens where they were before"] = False
+
+    @property
+    def flag(self) -> str | None:
+        """What asks for proposals; None where nothing does."""
+        return "--draft" if self.draft else "--prompt-lookup" if self.prompt_lookup else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How many texts, and how they are printed."""
+
+    n: Annotated[int, Within("[1, 1000]"), "texts of each prompt, each with a seed one higher"] = 1
+    batch_size: Annotated[Count, "texts computed together"] = 32
+    format: Annotated[Literal["text", "json", "jsonl"], "of the output"] = "text"
+    logprobs: Annotated[
+        int | None, Within("[0, inf)"), "of each token, and of so many of the likeliest in its place; not in text"
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        require(
+            *type_rules(self),
+            (
+                self.logprobs is None or self.format != "text",
+                f"logprobs={self.logprobs} is not shown in text: it needs --format json or jsonl",
+            ),
+        )
+
+
+# ---- from dataclasses to flags, and back ----
+
+
+def bias(text: str) -> tuple[int, float]:
+    """17=-2.5 -> (17, -2.5)"""
+    found = re.fullmatch(r"(\d+)=([-+.\deE]+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=BIAS, such as 17=-2.5")
+    return int(found[1]), float(found[2])
+
+
+# How the items of a list are typed.
+LISTS: dict[Any, dict[str, Any]] = {
+    int: {"type": int, "metavar": "ID", "nargs": "+", "action": "extend"},
+    str: {"metavar": "TEXT", "action": "append"},
+    tuple[int, float]: {"type": bias, "metavar": "ID=BIAS", "action": "append"},
+}
+
+
+def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, Any] | None = None) -> None:
+    """A flag for each field with a help text; `defaults` are those to show in place of the fields' own."""
+    for option in (option for cls in classes for option in options_of(cls) if option.help):
+        default = (defaults or {}).get(option.name, option.default)
+        shown = "" if option.type is bool or default in (None, ()) else f" (default: {default})"
+        command.add_argument(flag(option.name), help=f"{option.help}{shown}", **reading(option))
+
+
+def reading(option: Option) -> dict[str, Any]:
+    """How argparse reads an option."""
+    if option.type is bool:
+        return {"action": "store_true", "default": None}
+    if option.choices:
+        return {"choices": option.choices}
+    return LISTS[option.type.__args__[0]] if option.is_list else {"type": option.type}
+
+
+def flag(name: str) -> str:
+    """top_p -> --top-p"""
+    return f"--{name.replace('_', '-')}"
+
+
+def read(cls: type[T], args: Namespace) -> T:
+    """The options of a dataclass.  Raises ParamsError with all that is wrong, each by its flag."""
+    names = [option.name for option in options_of(cls) if option.help]
+    with named_as_flags(names):
+        return cls(**given(args, names))
+
+
+def read_settings(args: Namespace) -> Settings:
+    """How texts are chosen.  Raises ParamsError with all that is wrong, each by its flag."""
+    with named_as_flags():
+        return make_settings(given(args, setting_options()))
+
+
+def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The values that the user gave, by name."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+@contextmanager
+def named_as_flags(names: Iterable[str] | None = None) -> Iterator[None]:
+    """Report mistakes by the names of flags: --top-p for top_p."""
+    # a name that is a word, too, is one only before its value
+    each = (rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in names or setting_options())
+    pattern = "|".join(each)
+    try:
+        yield
+    except ParamsError as error:
+        raise ParamsError([re.sub(pattern, lambda found: flag(found[0]), each) for each in error.problems]) from None
+
+
+# ---- the commands ----
+
+
+def generate(command: ArgumentParser) -> None:
+    """Prompts and texts, how they are chosen, and what computes them."""
+    command.add_argument(
+        "--prompt",
+        action="append",
+        help=f"text to continue, once or more; {STDIN} = all of the standard input; without it a new document begins",
+    )
+    command.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=f'many: one a line, or in a .jsonl {{"prompt": …}} a line; {STDIN} = the lines of the standard input',
+    )
+    add_flags(command, TextOptions, *PARTS, ProposalOptions, EngineOptions, defaults=DRAWN)
+
+
+def chat(command: ArgumentParser) -> None:
+    """How answers are chosen, and what computes them."""
+    add_flags(command, *PARTS, EngineOptions, defaults=DRAWN)
+
+
+def serve(command: ArgumentParser) -> None:
+    """Which models, where, and how much clients may ask for."""
+    command.add_argument(
+        "--model",
+        action="append",
+        metavar="[NAME=]FOLDER",
+        help="of ours or of transformers; may be given again; its tokenizer is in the folder, or in `tokenizer` "
+        f"next to it (default: {paths.MODEL})",
+    )
+    command.add_argument("--tokenizer", type=Path, help="folder, for all models, of ours")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
+    )
+    command.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 = any that is free)")
+    command.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name the server is called by"
+    )
+    add_flags(command, DeviceOptions, Limits)
+
+
+def encode(command: ArgumentParser) -> None:
+    """A text, and the tokenizer."""
+    command.add_argument("text", nargs="?", help="text to encode; without it, the standard input")
+    command.add_argument("--ids", action="store_true", help="print the ids alone, as `decode` reads them")
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+
+
+def decode(command: ArgumentParser) -> None:
+    """Ids, and the tokenizer."""
+    command.add_argument("ids", nargs="*", help="ids to decode; without them, the standard input")
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+
+
+def tokenizer_report(command: ArgumentParser) -> None:
+    """One tokenizer or two, and the text that they are to fit."""
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+    command.add_argument("--against", type=Path, help="another tokenizer.json, such as GPT-2's, on the same text")
+    add_path(command, "--text", paths.CLEAN)
+    add_path(command, "--plot", paths.REPORTS / "tokenizer.png", "file")
+
+
+def attention(command: ArgumentParser) -> None:
+    """A text, and the model."""
+    command.add_argument("--prompt", required=True, help="the text to look at")
+    add_path(command, "--model", paths.MODEL)
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+    add_path(command, "--plot", paths.REPORTS / "attention.png", ".png or .svg; the page next to it ends in .html")
+
+
+def import_hf(command: ArgumentParser) -> None:
+    """From where, and where to."""
+    command.add_argument("folder", type=Path, help="with config.json, model.safetensors and tokenizer.json")
+    add_path(command, "--to", paths.BASE)
+
+
+def promote(command: ArgumentParser) -> None:
+    """From where, and where to."""
+    add_path(command, "--model", paths.MODEL)
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+    add_path(command, "--to", paths.BASE)
+
+
+def profile(command: ArgumentParser) -> None:
+    """How much to find out."""
+    command.add_argument("--no-measure", action="store_true", help="count only, compute nothing")
+
+
+def preset(command: ArgumentParser) -> None:
+    """Which one."""
+    command.add_argument("name", nargs="?", help="of a preset; without it, all are listed")
+
+
+def runs(command: ArgumentParser) -> None:
+    """What to remove."""
+    command.add_argument("--prune", action="store_true", help="remove the finished ones; none that is running")
+    command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
+    command.add_argument("--keep", type=int, metavar="N", help="with --prune: not the newest N of them")
+
+
+def compare(command: ArgumentParser) -> None:
+    """Which experiments."""
+    command.add_argument(
+        "rev",
+        nargs="*",
+        help="an experiment, branch, tag, commit or `workspace`; without it the workspace, HEAD and its experiments",
+    )
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves, too: a .png or .svg")
+
+
+def add_path(command: ArgumentParser, name: str, default: Path, help: str = "folder") -> None:
+    """A file or folder that the pipeline has a place for."""
+    command.add_argument(name, type=Path, default=default, help=f"{help} (default: %(default)s)")

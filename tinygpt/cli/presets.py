@@ -1,0 +1,82 @@
+"""`python -m tinygpt preset`: put the values of a preset into params.yaml, whose comments and other values stay."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from tinygpt import paths
+from tinygpt.errors import UserError
+from tinygpt.files import atomic_write
+from tinygpt.params import PARAMS_FILE, check_params, yaml_text
+
+PRESETS = Path("presets")
+BASE = paths.BASE / "preset.yaml"  # written with the model there
+NULL = "tag:yaml.org,2002:null"
+
+
+def preset(args: Namespace) -> None:
+    """List the presets, or apply one and show what has changed."""
+    files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    if BASE.exists():
+        files["base"] = BASE
+    if args.name is None:
+        width = max(map(len, files), default=0)
+        for name, path in files.items():
+            print(f"{name:{width}}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+        return
+    if args.name == "base" and not BASE.exists():
+        raise UserError(
+            f"{paths.BASE} is empty: run `python -m tinygpt import-hf FOLDER` or `python -m tinygpt promote`"
+        )
+    if args.name not in files:
+        near = difflib.get_close_matches(args.name, files, n=1)
+        raise UserError(
+            f"there is no preset {args.name}" + (f" (did you mean {near[0]}?)" if near else f": {', '.join(files)}")
+        )
+    changed = apply_values(PARAMS_FILE, YAML(typ="safe", pure=True).load(files[args.name]))
+    for change in changed:
+        print(change)
+    print(
+        f"{args.name}: {len(changed)} values changed in {PARAMS_FILE}" + ("; `dvc repro` uses them" if changed else "")
+    )
+
+
+def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
+    """Set values by group and key in a params file, whole or not at all; return a line for each that was another.
+
+    Raises ParamsError when the file would not be right with them.
+    """
+    yaml = _as_written()
+    document = yaml.load(path)
+    changed = []
+    for group, keys in values.items():
+        for key, value in keys.items():
+            if document[group][key] != value:
+                changed.append(f"{group}.{key}: {yaml_text(document[group][key])} -> {yaml_text(value)}")
+                document[group][key] = value
+    text = io.StringIO()
+    yaml.dump(document, text)
+    trial = path.with_name(path.name + ".trial")
+    try:
+        trial.write_text(text.getvalue(), encoding="utf-8")
+        check_params(trial)
+    finally:
+        trial.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.getvalue())
+    return changed
+
+
+def _as_written() -> YAML:
+    """A reader and writer that leaves our params.yaml as it is."""
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 200
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar(NULL, "null"))
+    return yaml
