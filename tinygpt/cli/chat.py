@@ -182,16 +182,6 @@ def set_options(conversation: Conversation, rest: str) -> None:
     conversation.set(given)
 
 
-def reset(conversation: Conversation, rest: str) -> None:
-    """Forget what was said."""
-    conversation.reset()
-
-
-def retry(conversation: Conversation, rest: str) -> None:
-    """Answer again."""
-    conversation.retry()
-
-
 def save(conversation: Conversation, rest: str) -> None:
     """Write the conversation to a new file."""
     if not rest:
@@ -224,8 +214,8 @@ COMMANDS = {
         Command("/help", "this list", show_help),
         Command("/set NAME=VALUE …", """change how answers are chosen: temperature=0.5 stop=["\\n"]""", set_options),
         Command("/show", "all of these options, and how long the conversation is", show),
-        Command("/retry", "another answer to the last line", retry),
-        Command("/reset", "forget the conversation", reset),
+        Command("/retry", "another answer to the last line", lambda conversation, _: conversation.retry()),
+        Command("/reset", "forget the conversation", lambda conversation, _: conversation.reset()),
         Command("/save FILE", "write the conversation to a new file", save),
         Command("/quit", "leave, as Ctrl-D does", leave),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -114,7 +115,8 @@ def bias(text: str) -> tuple[int, float]:
     return int(found[1]), float(found[2])
 
 
-# How the items of a list are typed.
+# How values, and the items of a list, are typed.
+VALUES: dict[type, str] = {int: "N", float: "X", Path: "PATH"}
 LISTS: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "ID", "nargs": "+", "action": "extend"},
     str: {"metavar": "TEXT", "action": "append"},
@@ -136,7 +138,9 @@ def reading(option: Option) -> dict[str, Any]:
         return {"action": "store_true", "default": None}
     if option.choices:
         return {"choices": option.choices}
-    return LISTS[option.type.__args__[0]] if option.is_list else {"type": option.type}
+    if option.is_list:
+        return LISTS[typing.get_args(option.type)[0]]
+    return {"type": option.type, "metavar": VALUES[option.type]}
 
 
 def flag(name: str) -> str:
@@ -166,8 +170,7 @@ def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
 def named_as_flags(names: Iterable[str] | None = None) -> Iterator[None]:
     """Report mistakes by the names of flags: --top-p for top_p."""
     # a name that is a word, too, is one only before its value
-    each = (rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in names or setting_options())
-    pattern = "|".join(each)
+    pattern = "|".join(rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in names or setting_options())
     try:
         yield
     except ParamsError as error:
