@@ -160,7 +160,7 @@ class Settings:
 
 
 PARTS = (Length, Sampling, Search)  # of Settings
-DRAWN = {"temperature": 0.8, "top_p": 0.95}  # where a person or a program gives neither; else all change nothing
+DRAWN = {"temperature": 0.8, "top_p": 0.95}  # what Settings take where tokens are drawn and nobody says otherwise
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.answer import choose_rows, keep_logprobs
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import slide
-from tinygpt.generate.stream import extend_by, new_answer
+from tinygpt.generate.stream import extend_by
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.options import Settings
@@ -42,36 +43,6 @@ NOT_IN_LLAMA_CPP = {
 UNCHANGED = (None, "auto", "cpu", 1)
 
 
-class TorchEngine:
-    """A model and its tokenizer; with speculation, answers are extended one after the other."""
-
-    def __init__(self, model: GPT, tokenizer: Tokenizer, speculation: Speculation | None = None) -> None:
-        self.vocabulary, self.block_size = tokenizer, model.config.block_size
-        self._model, self._speculation = model, speculation
-
-    def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
-        """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
-        sampling, length = dataclasses.replace(settings.sampling, seed=seed), settings.length.max_new_tokens
-        return new_answer(self._model, self.vocabulary, prompt, sampling, length, n_logprobs=n_logprobs)
-
-    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
-        """Extend each to its end, so many together; yields those that just got a token."""
-        return extend_by(self._speculation, self._model, answers, at_once=at_once)
-
-    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """The best of several texts."""
-        (answer,) = generate_batch(
-            self._model,
-            self.vocabulary,
-            [prompt],
-            max_new_tokens=settings.length.max_new_tokens,
-            sampling=settings.sampling,
-            search=settings.search,
-            n_logprobs=n_logprobs,
-        )
-        return answer
-
-
 class LlamaVocabulary:
     """The tokenizer in a GGUF file."""
 
@@ -85,17 +56,11 @@ class LlamaVocabulary:
         return b"".join(map(self._piece, ids))
 
 
-class LlamaEngine:
-    """A GGUF file open in llama.cpp."""
+class Engine(ABC):
+    """What computes texts; `ends` are tokens that end one besides that of the vocabulary."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError with llama.cpp's reason when it cannot load the file, or where no token ends a text."""
-        self._llama = LlamaCpp(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
-        if self._llama.eos_id < 0:
-            self._llama.close()
-            raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")
-        self._ends = tuple(self._llama.eog_ids())  # all of them, as llama.cpp has it
-        self.vocabulary, self.block_size = LlamaVocabulary(self._llama), self._llama.n_ctx
+    def __init__(self, vocabulary: Tokenizer | LlamaVocabulary, block_size: int, ends: tuple[int, ...] = ()) -> None:
+        self.vocabulary, self.block_size, self._ends = vocabulary, block_size, ends
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
@@ -114,6 +79,52 @@ class LlamaEngine:
             block_size=self.block_size,
             n_logprobs=n_logprobs,
         )
+
+    @abstractmethod
+    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
+        """Extend each to its end, so many together; yields those that just got a token."""
+
+    @abstractmethod
+    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
+        """The best of several texts."""
+
+
+class TorchEngine(Engine):
+    """A model and its tokenizer; with speculation, answers are extended one after the other."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, speculation: Speculation | None = None) -> None:
+        super().__init__(tokenizer, model.config.block_size)
+        self._model, self._tokenizer, self._speculation = model, tokenizer, speculation
+
+    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
+        """Extend each to its end, so many together; yields those that just got a token."""
+        return extend_by(self._speculation, self._model, answers, at_once=at_once)
+
+    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
+        """The best of several texts."""
+        (answer,) = generate_batch(
+            self._model,
+            self._tokenizer,
+            [prompt],
+            max_new_tokens=settings.length.max_new_tokens,
+            sampling=settings.sampling,
+            search=settings.search,
+            n_logprobs=n_logprobs,
+        )
+        return answer
+
+
+class LlamaEngine(Engine):
+    """A GGUF file open in llama.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError with llama.cpp's reason when it cannot load the file, or where no token ends a text."""
+        self._llama = LlamaCpp(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
+        if self._llama.eos_id < 0:
+            self._llama.close()
+            raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")
+        ends = tuple(self._llama.eog_ids())  # all of them, as llama.cpp has it
+        super().__init__(LlamaVocabulary(self._llama), self._llama.n_ctx, ends)
 
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
         """Extend each to its end, one after the other; yields the one that just got a token."""
@@ -135,9 +146,6 @@ class LlamaEngine:
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
         """Raises ParamsError: several texts side by side are not for llama.cpp here."""
         raise ParamsError(["n_beam and best_of cannot be had with llama.cpp: searches are of tinygpt's engine"])
-
-
-Engine = TorchEngine | LlamaEngine
 
 
 # ---- from flags to an engine ----
@@ -165,21 +173,20 @@ def read_engine(args: Namespace) -> EngineOptions:
 
 def read_proposals(args: Namespace) -> ProposalOptions:
     """What proposes tokens, if anything does.  Raises ParamsError with all options that do not go together."""
-    has_draft, looks_up = args.draft is not None, args.prompt_lookup is not None
-    proposes, name = has_draft or looks_up, "--draft" if has_draft else "--prompt-lookup"
-    is_llama = is_gguf(read(EngineOptions, args).path)
+    proposals, path = read(ProposalOptions, args), read(EngineOptions, args).path
+    name, looks_up = proposals.flag, proposals.prompt_lookup
     searched = {each: getattr(args, each) for each in ("n_beam", "best_of") if getattr(args, each) not in (None, 1)}
     require(
-        (not has_draft or not looks_up, "--draft and --prompt-lookup both propose: give one of them"),
-        (proposes or args.n_draft is None, f"--n-draft={args.n_draft} needs --draft or --prompt-lookup"),
+        (not proposals.draft or not looks_up, "--draft and --prompt-lookup both propose: give one of them"),
+        (name is not None or args.n_draft is None, f"--n-draft={args.n_draft} needs --draft or --prompt-lookup"),
         (looks_up or args.ngram is None, f"--ngram={args.ngram} needs --prompt-lookup"),
         *(
-            (not proposes, f"{as_typed(*each)} follows several texts, {name} proposes one: leave one out")
+            (name is None, f"{as_typed(*each)} follows several texts, {name} proposes one: leave one out")
             for each in searched.items()
         ),
-        (not proposes or not is_llama, f"{name} cannot be had with llama.cpp: name a folder of ours"),
+        (name is None or not is_gguf(path), f"{name} cannot be had with llama.cpp: name a folder of ours"),
     )
-    return read(ProposalOptions, args)
+    return proposals
 
 
 def as_typed(name: str, value: object) -> str:
