@@ -19,6 +19,7 @@ from tinygpt.cli.generate import rows_together
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.export.open import open_model
 from tinygpt.generate import Sampling, Search, generate_batch
 from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.tokenizer.bpe import train_bpe
@@ -262,6 +263,16 @@ def test_what_is_no_model_is_refused_in_one_line(damage, name, message, command,
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_python_opens_the_same_folders(folder, tiny_tokenizer):
+    ours, theirs = open_model(str(folder / "model")), open_model(folder / "hf")
+    ids = torch.tensor([tiny_tokenizer.encode("the naïve")])
+    for model, tokenizer in (ours, theirs):
+        assert tokenizer.tokens == tiny_tokenizer.tokens
+        assert not model.training
+    with torch.inference_mode():
+        assert torch.equal(ours[0](ids), theirs[0](ids))
 
 
 def test_a_folder_of_transformers_has_its_own_tokenizer(generate):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinygpt.cli.engine import Engine, open_engine, read_engine
-from tinygpt.cli.flags import given, named_as_flags, read_settings
+from tinygpt.cli.flags import given, named_as_flags, nearest, read_settings
 from tinygpt.cli.generate import open_output, say
 from tinygpt.cli.input import lines_of_chat, raise_some
 from tinygpt.errors import UserError
@@ -151,9 +150,8 @@ def obey(line: str, conversation: Conversation) -> None:
     """Run the command of a line.  Raises UserError where there is none, or where it cannot be done, and Leave."""
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "/help lists the commands, a space before it makes it text"
-        raise UserError(f"unknown command {name}: {hint}")
+        hint = nearest(name, COMMANDS) or ": /help lists the commands, a space before it makes it text"
+        raise UserError(f"unknown command {name}{hint}")
     COMMANDS[name].run(conversation, rest.strip())
 
 
@@ -241,8 +239,7 @@ def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
         if option:
             found[name] = [value] if option.is_list and not isinstance(value, list) else value
         else:
-            near = difflib.get_close_matches(name, options, n=1)
-            problems.append(f"unknown option {name}" + (f" (did you mean {near[0]}?)" if near else ""))
+            problems.append(f"unknown option {name}{nearest(name, options)}")
     return found, problems
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import signal
@@ -39,8 +38,8 @@ class Parser(ArgumentParser):
         """Arguments -> what they mean, and nothing that is unknown: that is an error, with the nearest name."""
         found, unknown = super().parse_known_args(*args)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+            near = flags.nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {unknown[0]!r}{near}")
         return found, unknown
 
     def error(self, message: str) -> Never:

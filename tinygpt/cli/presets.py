@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from tinygpt import paths
+from tinygpt.cli.flags import nearest
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
 from tinygpt.params import PARAMS_FILE, check_params, yaml_text
@@ -35,10 +35,8 @@ def preset(args: Namespace) -> None:
             f"{paths.BASE} is empty: run `python -m tinygpt import-hf FOLDER` or `python -m tinygpt promote`"
         )
     if args.name not in files:
-        near = difflib.get_close_matches(args.name, files, n=1)
-        raise UserError(
-            f"there is no preset {args.name}" + (f" (did you mean {near[0]}?)" if near else f": {', '.join(files)}")
-        )
+        hint = nearest(args.name, files) or f": {', '.join(files)}"
+        raise UserError(f"there is no preset {args.name}{hint}")
     changed = apply_values(PARAMS_FILE, YAML(typ="safe", pure=True).load(files[args.name]))
     for change in changed:
         print(change)
