@@ -1,4 +1,4 @@
-"""The flags of all commands.  Nothing here imports PyTorch or pandas: --help and a typo are answered at once.
+"""From the fields of dataclasses to flags, and back.  Nothing here imports PyTorch or pandas.
 
 A field with a help text in its type is a flag (`tinygpt/options.py`). None of these has a default for argparse, so that
 contradictions are those of the user; without it, the field's own default counts.
@@ -19,8 +19,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from tinygpt import paths
 from tinygpt.options import (
-    DRAWN,
-    PARTS,
     Option,
     Proposals,
     Settings,
@@ -30,7 +28,6 @@ from tinygpt.options import (
     type_rules,
 )
 from tinygpt.params import Count, ParamsError, Within, require
-from tinygpt.serve.limits import Limits
 
 STDIN = "-"
 GGUF = paths.EXPORT / "gguf/tinygpt-f32.gguf"
@@ -105,9 +102,6 @@ class TextOptions:
         )
 
 
-# ---- from dataclasses to flags, and back ----
-
-
 def bias(text: str) -> tuple[int, float]:
     """17=-2.5 -> (17, -2.5)"""
     found = re.fullmatch(r"(\d+)=([-+.\deE]+)", text)
@@ -131,6 +125,11 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
         default = (defaults or {}).get(option.name, option.default)
         shown = "" if option.type is bool or default in (None, ()) else f" (default: {default})"
         command.add_argument(flag(option.name), help=f"{option.help}{shown}", **reading(option))
+
+
+def add_path(command: ArgumentParser, name: str, default: Path, help: str = "folder") -> None:
+    """A file or folder that the pipeline has a place for."""
+    command.add_argument(name, type=Path, default=default, help=f"{help} (default: %(default)s)")
 
 
 def reading(option: Option) -> dict[str, Any]:
@@ -182,120 +181,3 @@ def named_as_flags(names: Iterable[str] | None = None) -> Iterator[None]:
         yield
     except ParamsError as error:
         raise ParamsError([re.sub(pattern, lambda found: flag(found[0]), each) for each in error.problems]) from None
-
-
-# ---- the commands ----
-
-
-def generate(command: ArgumentParser) -> None:
-    """Prompts and texts, how they are chosen, and what computes them."""
-    command.add_argument(
-        "--prompt",
-        action="append",
-        help=f"text to continue, once or more; {STDIN} = all of the standard input; without it a new document begins",
-    )
-    command.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help=f'many: one a line, or in a .jsonl {{"prompt": …}} a line; {STDIN} = the lines of the standard input',
-    )
-    add_flags(command, TextOptions, *PARTS, ProposalOptions, EngineOptions, defaults=DRAWN)
-
-
-def chat(command: ArgumentParser) -> None:
-    """How answers are chosen, and what computes them."""
-    add_flags(command, *PARTS, EngineOptions, defaults=DRAWN)
-
-
-def serve(command: ArgumentParser) -> None:
-    """Which models, where, and how much clients may ask for."""
-    command.add_argument(
-        "--model",
-        action="append",
-        metavar="[NAME=]FOLDER",
-        help="of ours or of transformers; may be given again; its tokenizer is in the folder, or in `tokenizer` "
-        f"next to it (default: {paths.MODEL})",
-    )
-    command.add_argument("--tokenizer", type=Path, help="folder, for all models, of ours")
-    command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
-    )
-    command.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 = any that is free)")
-    command.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a name the server is called by"
-    )
-    add_flags(command, DeviceOptions, Limits)
-
-
-def encode(command: ArgumentParser) -> None:
-    """A text, and the tokenizer."""
-    command.add_argument("text", nargs="?", help="text to encode; without it, the standard input")
-    command.add_argument("--ids", action="store_true", help="print the ids alone, as `decode` reads them")
-    add_path(command, "--tokenizer", paths.TOKENIZER)
-
-
-def decode(command: ArgumentParser) -> None:
-    """Ids, and the tokenizer."""
-    command.add_argument("ids", nargs="*", help="ids to decode; without them, the standard input")
-    add_path(command, "--tokenizer", paths.TOKENIZER)
-
-
-def tokenizer_report(command: ArgumentParser) -> None:
-    """One tokenizer or two, and the text that they are to fit."""
-    add_path(command, "--tokenizer", paths.TOKENIZER)
-    command.add_argument("--against", type=Path, help="another tokenizer.json, such as GPT-2's, on the same text")
-    add_path(command, "--text", paths.CLEAN)
-    add_path(command, "--plot", paths.REPORTS / "tokenizer.png", "file")
-
-
-def attention(command: ArgumentParser) -> None:
-    """A text, and the model."""
-    command.add_argument("--prompt", required=True, help="the text to look at")
-    add_path(command, "--model", paths.MODEL)
-    add_path(command, "--tokenizer", paths.TOKENIZER)
-    add_path(command, "--plot", paths.REPORTS / "attention.png", ".png or .svg; the page next to it ends in .html")
-
-
-def import_hf(command: ArgumentParser) -> None:
-    """From where, and where to."""
-    command.add_argument("folder", type=Path, help="with config.json, model.safetensors and tokenizer.json")
-    add_path(command, "--to", paths.BASE)
-
-
-def promote(command: ArgumentParser) -> None:
-    """From where, and where to."""
-    add_path(command, "--model", paths.MODEL)
-    add_path(command, "--tokenizer", paths.TOKENIZER)
-    add_path(command, "--to", paths.BASE)
-
-
-def profile(command: ArgumentParser) -> None:
-    """How much to find out."""
-    command.add_argument("--no-measure", action="store_true", help="count only, compute nothing")
-
-
-def preset(command: ArgumentParser) -> None:
-    """Which one."""
-    command.add_argument("name", nargs="?", help="of a preset; without it, all are listed")
-
-
-def runs(command: ArgumentParser) -> None:
-    """What to remove."""
-    command.add_argument("--prune", action="store_true", help="remove the finished ones; none that is running")
-    command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
-    command.add_argument("--keep", type=int, metavar="N", help="with --prune: not the newest N of them")
-
-
-def compare(command: ArgumentParser) -> None:
-    """Which experiments."""
-    command.add_argument(
-        "rev",
-        nargs="*",
-        help="an experiment, branch, tag, commit or `workspace`; without it the workspace, HEAD and its experiments",
-    )
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves, too: a .png or .svg")
-
-
-def add_path(command: ArgumentParser, name: str, default: Path, help: str = "folder") -> None:
-    """A file or folder that the pipeline has a place for."""
-    command.add_argument(name, type=Path, default=default, help=f"{help} (default: %(default)s)")

@@ -52,7 +52,7 @@ class Run:
 
 
 def runs(args: Namespace) -> None:
-    """Print the table, or remove and tell what it freed."""
+    """Print the table, or remove and say what it freed."""
     if (args.all or args.keep is not None) and not args.prune:
         raise UserError("--all and --keep say what --prune removes: add --prune")
     if args.keep is not None and args.keep < 0:
@@ -75,7 +75,7 @@ def runs(args: Namespace) -> None:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """What lies in runs/, the newest first."""
+    """What is in runs/, the newest first."""
     paths = [path for path in folder.glob("*") if path.is_dir() and NAME.fullmatch(path.name)]
     return sorted(map(read_run, paths), key=lambda found: (-found.changed, found.folder.name))
 
