@@ -36,7 +36,7 @@ from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Answer, Sampling, Speculation
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.stream import begin, extend_by
+from tinygpt.generate.stream import extend_by, new_answer
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import QUANTIZED, quantize
@@ -169,7 +169,7 @@ def speculative_programs(
     written: dict[str, list[Answer]] = {}
 
     def run(name: str, sampling: Sampling, model: GPT, speculation: Speculation | None) -> Speed:
-        written[name] = [begin(model, tokenizer, prompt, sampling, N_TEXT_NEW) for prompt in prompts]
+        written[name] = [new_answer(model, tokenizer, prompt, sampling, N_TEXT_NEW) for prompt in prompts]
         return time_proposals(model, written[name], speculation)
 
     runs = {

@@ -18,11 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import ROOT
 
-from tinygpt.cli.chat import follow
-from tinygpt.cli.chat_commands import COMMANDS, parse_settings
-from tinygpt.cli.conversation import Conversation
-from tinygpt.cli.line_editor import history_file
-from tinygpt.cli.torch_engine import TorchEngine
+from tinygpt.cli.chat import COMMANDS, Conversation, follow, parse_settings
+from tinygpt.cli.engine import TorchEngine
+from tinygpt.cli.input import history_file
 from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
@@ -152,13 +150,13 @@ def test_commands_that_are_none_or_cannot_be_done_are_told_in_one_line_and_the_c
     ]
     done = chat(*lines)
     assert done.stderr.splitlines()[1:] == [
-        "error: unknown command /hlep: did you mean /help?",
+        "error: unknown command /hlep (did you mean /help?)",
         "error: unknown command /xyz: /help lists the commands, a space before it makes it text",
         "error: nothing was said yet: /retry answers the last line again",
         "error: give the name of a file, such as /save talk.txt",
-        f"error: {tmp_path}/there is there already: give another name",
+        f"error: {tmp_path}/there exists already: give another name",
         f"error: cannot use {tmp_path}/there (File exists)",
-        "error: ~no-one/x begins with the home of a user who is not known: give the whole path",
+        "error: ~no-one/x begins with the home of an unknown user: give the whole path",
     ]
     assert done.stdout == answer(" /help\n") + "\n"
     assert (tmp_path / "there").read_text() == "mine"
@@ -186,7 +184,7 @@ def test_a_conversation_longer_than_the_context_is_read_from_its_end_or_refused(
 def test_lines_that_are_no_utf8_are_refused_and_named(chat):
     done = chat("the", "b\udcff")
     assert done.returncode == 1
-    assert "error: standard input:2: byte 2 is 0xff, which is no UTF-8" in done.stderr
+    assert "error: standard input:2: byte 2 is 0xff, which is not UTF-8" in done.stderr
 
 
 def test_help_has_every_command(chat):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,16 @@ from pathlib import Path
 import pytest
 from conftest import prose, tiny_model
 
+from tinygpt.cli.flags import DeviceOptions, TextOptions
+from tinygpt.cli.generate import FORMATS
 from tinygpt.cli.main import COMMANDS
 from tinygpt.corpus.jsonl import text_line
 from tinygpt.export.base import write_base
 from tinygpt.export.hf import export_hf
 from tinygpt.generate import Sampling, Search, generate
+from tinygpt.model.quantize import QUANTIZED
 from tinygpt.model.weights import load_model, model_tensors, save_model
+from tinygpt.options import options_of
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 
@@ -178,7 +183,7 @@ def test_encode_shows_ids_and_pieces_and_decode_reads_them(folders, tiny_tokeniz
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["decode", "12", "x"], "'x' is no id"), (["decode", "99999"], "ids must be within [0, 300), found [99999]")],
+    [(["decode", "12", "x"], "'x' is not an id"), (["decode", "99999"], "ids must be within [0, 300), found [99999]")],
 )
 def test_ids_that_are_none_are_told(folders, args, message):
     done = run(*args, *folders[2:])
@@ -187,10 +192,64 @@ def test_ids_that_are_none_are_told(folders, args, message):
     assert "Traceback" not in done.stderr
 
 
+def test_help_and_a_typo_need_neither_torch_nor_pandas():
+    code = """
+import sys
+from tinygpt.cli.main import COMMANDS, main
+for name in COMMANDS:
+    for argument in ("--help", "--hlep"):
+        sys.argv = ["tinygpt", name, argument]
+        try:
+            main()
+        except SystemExit as left:
+            assert left.code == (0 if argument == "--help" else 2), (name, left.code)
+sys.exit(" ".join({"torch", "pandas"} & set(sys.modules)) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count("\n") == len(COMMANDS)
+
+
+NEW_FIELD = '    only_ids: Annotated[tuple[int, ...], "nothing but these tokens"] = ()\n'
+NEW_FUNCTION = """
+def keep_ids(logits, ids, past):
+    kept = torch.full_like(logits, -math.inf)
+    kept[:, list(ids)] = logits[:, list(ids)]
+    return kept
+
+
+PENALTIES["only_ids"] = keep_ids
+"""
+
+
+def test_a_new_option_is_a_field_and_a_function_and_then_a_flag_and_a_setting(folders, tiny_tokenizer, tmp_path):
+    shutil.copytree(ROOT / "tinygpt", tmp_path / "tinygpt")
+    options, sampling = tmp_path / "tinygpt/options.py", tmp_path / "tinygpt/generate/sampling.py"
+    before, after = options.read_text().split("    seed: Annotated[")
+    options.write_text(f"{before}{NEW_FIELD}    seed: Annotated[{after}")
+    sampling.write_text(sampling.read_text() + NEW_FUNCTION)
+
+    def run_there(*args: str, text: str = "") -> str:
+        command = [sys.executable, "-m", "tinygpt", *args, *folders]
+        return subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True, check=True).stdout
+
+    a, b = tiny_tokenizer.encode("ab")
+    assert re.search(r"--only-ids ID \[ID \.\.\.\]\s+nothing but these tokens\n", run_there("generate", "--help"))
+    written = json.loads(run_there("generate", "--only-ids", str(a), str(b), "--seed", "1", "--format", "jsonl"))
+    assert set(written["ids"]) == {a, b}
+    said = run_there("chat", text=f"/set only-ids={a} max_new_tokens=5\nx\n/set only_ids=[{a}, {b}]\n/show\n")
+    assert said.startswith("aaaaa\n")
+    assert f"only_ids=[{a}, {b}]" in said.splitlines()
+
+
+def test_choices_of_flags_are_the_keys_of_their_registry():
+    for cls, name, registry in ((DeviceOptions, "quantize", QUANTIZED), (TextOptions, "format", FORMATS)):
+        (option,) = (option for option in options_of(cls) if option.name == name)
+        assert option.choices == tuple(registry)
+
+
 def test_commands_without_a_model_do_without_torch():
-    names = ", ".join(
-        f"tinygpt.cli.{name}" for name in ("main", "encode", "decode", "tokenizer_report", "runs", "compare")
-    )
+    names = ", ".join(f"tinygpt.cli.{name}" for name in ("main", "pieces", "presets", "runs"))
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

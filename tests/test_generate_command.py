@@ -19,6 +19,7 @@ from tinygpt.cli.generate import rows_together
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.export.open import open_model
 from tinygpt.generate import Sampling, Search, generate_batch
 from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.tokenizer.bpe import train_bpe
@@ -111,7 +112,7 @@ def test_a_search_writes_its_best_and_its_log_probabilities_where_it_has_them(ge
     ("name", "content", "messages"),
     [
         ("p.txt", b"", ["p.txt has no prompts: write one a line"]),
-        ("p.txt", b"ok\na\xff\xfe\n", ["p.txt:2: byte 2 is 0xff, which is no UTF-8"]),
+        ("p.txt", b"ok\na\xff\xfe\n", ["p.txt:2: byte 2 is 0xff, which is not UTF-8"]),
         (
             "p.jsonl",
             b'{"prompt": "a"}\n{"promt": "b"}\n\n5\n{"prompt": 5}\n[[[',
@@ -133,7 +134,7 @@ def test_a_file_with_no_prompts_in_it_is_refused_and_the_place_is_named(name, co
 
 def test_input_that_is_no_utf8_or_not_there_is_refused(generate):
     told = generate("--prompt", "-", stdin=b"a\n\nb\xc3").stderr
-    assert told == "error: standard input:3: byte 2 is 0xc3, which is no UTF-8: give it as UTF-8\n"
+    assert told == "error: standard input:3: byte 2 is 0xc3, which is not UTF-8: give it as UTF-8\n"
     assert "--prompts none.txt not found" in generate("--prompts", "none.txt").stderr
 
 
@@ -228,8 +229,8 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
     [
         (lambda path: None, "none", "none not found: name a folder with config.json"),
         (lambda path: None, "none.gguf", "none.gguf not found: name a .gguf file"),
-        (lambda path: None, ".", "is no model: name a folder with config.json"),
-        (lambda path: None, "tokenizer/tokenizer.json", "is no model: name a folder with config.json"),
+        (lambda path: None, ".", "is not a model: name a folder with config.json"),
+        (lambda path: None, "tokenizer/tokenizer.json", "is not a model: name a folder with config.json"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "model", "tokenizer.json not found: run `dvc repro train_tok"),
         (
             lambda path: (path / "model/model.safetensors").unlink(),
@@ -262,6 +263,16 @@ def test_what_is_no_model_is_refused_in_one_line(damage, name, message, command,
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_python_opens_the_same_folders(folder, tiny_tokenizer):
+    ours, theirs = open_model(str(folder / "model")), open_model(folder / "hf")
+    ids = torch.tensor([tiny_tokenizer.encode("the naïve")])
+    for model, tokenizer in (ours, theirs):
+        assert tokenizer.tokens == tiny_tokenizer.tokens
+        assert not model.training
+    with torch.inference_mode():
+        assert torch.equal(ours[0](ids), theirs[0](ids))
 
 
 def test_a_folder_of_transformers_has_its_own_tokenizer(generate):

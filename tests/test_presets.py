@@ -7,7 +7,7 @@ import torch
 from project import ROOT, run, succeed
 from ruamel.yaml import YAML
 
-from tinygpt.cli.preset import apply_values
+from tinygpt.cli.presets import apply_values
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import ParamsError, check_params, load_params

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinygpt.generate import Sampling, Search, generate_batch
 from tinygpt.generate.answer import Answer, Running, extend
-from tinygpt.generate.stream import begin
+from tinygpt.generate.stream import new_answer
 from tinygpt.params import ParamsError
 
 MODEL = tiny_model(block_size=32)
@@ -30,7 +30,7 @@ NEW = st.tuples(
 
 
 def begun(tokenizer, prompt: str, sampling: Sampling, seed: int, n: int, n_logprobs: int | None) -> Answer:
-    return begin(
+    return new_answer(
         MODEL, tokenizer, prompt, dataclasses.replace(sampling, seed=seed), max_new_tokens=n, n_logprobs=n_logprobs
     )
 

@@ -29,6 +29,7 @@ ROOMS = [
     ["code", "errors", "paths", "threads"],
     ["files", "progress"],
     ["params"],
+    ["options"],
     ["runtime"],
     ["device"],
     ["shards"],

@@ -1,44 +1,43 @@
-"""`python -m tinygpt chat`: answer each line with what the model makes of all lines so far."""
+"""`python -m tinygpt chat`: answer each line with what the model makes of all lines so far, or do what it says."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import json
+import re
 import signal
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from tinygpt.cli.chat_commands import Leave, obey
-from tinygpt.cli.conversation import Conversation
-from tinygpt.cli.engine import add_engine_options, check_engine, open_engine
-from tinygpt.cli.line_editor import read_lines
-from tinygpt.cli.output import open_output
-from tinygpt.cli.sampling import (
-    Settings,
-    add_sampling_options,
-    given_settings,
-    named_as_options,
-    read_settings,
-    together,
-)
+from tinygpt.cli.engine import Engine, open_engine, read_engine
+from tinygpt.cli.flags import given, named_as_flags, nearest, read_settings
+from tinygpt.cli.generate import open_output, say
+from tinygpt.cli.input import lines_of_chat, raise_some
 from tinygpt.errors import UserError
+from tinygpt.files import atomic_write
+from tinygpt.generate import Search
+from tinygpt.options import Settings, make_settings, seed_after, setting_options, together
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    add_sampling_options(command)
-    add_engine_options(command)
+class Leave(Exception):
+    """The user wants to go."""
 
 
-def run(args: argparse.Namespace) -> None:
+def chat(args: Namespace) -> None:
     """Answer until the input ends."""
-    settings: Settings = together(partial(read_settings, args), partial(check_engine, args))[0]
+    settings, options = together(partial(read_settings, args), partial(read_engine, args))
     open_output()
-    with named_as_options():
-        conversation = Conversation(open_engine(args, n_row=settings.search.n_row), given_settings(args))
+    with named_as_flags():
+        engine = open_engine(options, n_row=settings.search.n_row)
+        conversation = Conversation(engine, given(args, setting_options()))
     print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     try:
         try:
-            for line in read_lines():
+            for line in lines_of_chat():
                 follow(line, conversation)
         finally:  # another Ctrl-C would take the history or, late in Python's end, which ends this handler, the status
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def follow(line: str, conversation: Conversation) -> None:
-    """Answer a line, or do what it says.  What cannot be done is told; only Leave is raised."""
+    """Answer a line, or do what it says.  What cannot be done is printed; only Leave is raised."""
     try:
         if line.startswith("/"):
             obey(line, conversation)
@@ -63,3 +62,202 @@ def follow(line: str, conversation: Conversation) -> None:
         if error.filename is None:  # the output itself is gone
             raise
         print(f"error: cannot use {error.filename} ({error.strerror})", file=sys.stderr)
+
+
+class Conversation:
+    """What was said, and how the next answer is chosen."""
+
+    def __init__(self, engine: Engine, given: dict[str, Any]) -> None:
+        """`given` are settings by name.  Raises ParamsError with all that is wrong with them."""
+        self.engine, self.given = engine, dict[str, Any]()
+        self.turns: list[tuple[str, str]] = []  # lines and answers
+        self.set(given)
+        self._n_retries = 0
+        self._has_warned = False  # that the beginning is no longer read
+
+    def check(self, given: dict[str, Any]) -> Settings:
+        """What settings would become.  Raises ParamsError with all that is wrong."""
+        settings = make_settings(self.given | given)
+        settings.sampling.check_ids(self.engine.vocabulary.vocab_size)
+        return settings
+
+    def set(self, given: dict[str, Any]) -> None:
+        """Change settings.  Raises ParamsError with all that is wrong; then all stay as they are."""
+        self.settings, self.given = self.check(given), self.given | given
+
+    def text(self) -> str:
+        """What the model has read so far."""
+        return "".join(f"{line}\n{answer}\n" for line, answer in self.turns)
+
+    def reset(self) -> None:
+        """Forget all of it."""
+        self.turns, self._has_warned = [], False
+
+    def answer(self, line: str, *, n_retries: int = 0) -> None:
+        """Print the answer to a line; Ctrl-C ends it where it is.  Raises UserError where there can be none."""
+        prompt, seed = f"{self.text()}{line}\n", seed_after(self.settings.sampling.seed, n_retries)
+        begun = self.engine.begin(prompt, self.settings, seed=seed)
+        self._warn_of_context(len(begun.prompt))
+        self.turns.append((line, ""))
+        self._n_retries = n_retries
+        try:
+            if self.settings.search == Search():
+                for _ in self.engine.extend([begun], at_once=1):
+                    say(begun.piece)
+            else:
+                sampling = dataclasses.replace(self.settings.sampling, seed=seed)
+                begun = self.engine.search(prompt, dataclasses.replace(self.settings, sampling=sampling))
+                say(begun.text)
+        except KeyboardInterrupt:
+            print("(stopped)", end="", file=sys.stderr, flush=True)
+        except UserError:
+            self.turns.pop()
+            raise
+        self.turns[-1] = (line, begun.text)
+        say("\n")
+
+    def retry(self) -> None:
+        """Answer the last line again, with the next seed.  Raises UserError without one."""
+        if not self.turns:
+            raise UserError("nothing was said yet: /retry answers the last line again")
+        line, answer = self.turns.pop()
+        n = len(self.turns)
+        try:
+            self.answer(line, n_retries=self._n_retries + 1)
+        finally:
+            if len(self.turns) == n:  # there was none, or Ctrl-C came before it began
+                self.turns.append((line, answer))
+
+    def _warn_of_context(self, n_token: int) -> None:
+        if n_token > self.engine.block_size and not self._has_warned:
+            most = self.engine.block_size
+            print(f"(the conversation has {n_token} tokens: the last {most} are read)", file=sys.stderr)
+            self._has_warned = True
+
+
+# ---- lines that begin with a slash ----
+
+
+class Command(NamedTuple):
+    """What can be typed, and what it does."""
+
+    usage: str
+    help: str
+    run: Callable[[Conversation, str], None]
+
+
+def obey(line: str, conversation: Conversation) -> None:
+    """Run the command of a line.  Raises UserError where there is none, or where it cannot be done, and Leave."""
+    name, _, rest = line.partition(" ")
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS) or ": /help lists the commands, a space before it makes it text"
+        raise UserError(f"unknown command {name}{hint}")
+    COMMANDS[name].run(conversation, rest.strip())
+
+
+def show_help(conversation: Conversation, rest: str) -> None:
+    """List the commands."""
+    width = max(len(command.usage) for command in COMMANDS.values())
+    for command in COMMANDS.values():
+        print(f"{command.usage:{width}}  {command.help}")
+
+
+def show(conversation: Conversation, rest: str) -> None:
+    """Print the settings and how much was said."""
+    values = conversation.settings.values()
+    for name in setting_options():
+        print(f"{name}={json.dumps(values[name], ensure_ascii=False)}")
+    n = len(conversation.engine.vocabulary.encode(conversation.text()))
+    print(f"{answers(conversation)}, {n} tokens; the model reads {conversation.engine.block_size} at most")
+
+
+def set_options(conversation: Conversation, rest: str) -> None:
+    """Change settings."""
+    if not rest:
+        raise UserError("give options and values, such as /set temperature=0.5 top_k=40; /show lists them")
+    given, problems = parse_settings(rest)
+    together(partial(raise_some, problems), partial(conversation.check, given))
+    conversation.set(given)
+
+
+def save(conversation: Conversation, rest: str) -> None:
+    """Write the conversation to a new file."""
+    if not rest:
+        raise UserError("give the name of a file, such as /save talk.txt")
+    try:
+        path = Path(rest).expanduser()
+    except RuntimeError:
+        raise UserError(f"{rest} begins with the home of an unknown user: give the whole path") from None
+    if path.exists():
+        raise UserError(f"{path} exists already: give another name")
+    with atomic_write(path) as file:
+        file.writelines(f"> {line}\n{answer}\n" for line, answer in conversation.turns)
+    print(f"{path}: {answers(conversation)}")
+
+
+def answers(conversation: Conversation) -> str:
+    """How many there are, in words."""
+    n = len(conversation.turns)
+    return "1 answer" if n == 1 else f"{n} answers"
+
+
+def leave(conversation: Conversation, rest: str) -> None:
+    """Go."""
+    raise Leave
+
+
+COMMANDS = {
+    command.usage.split(" ")[0]: command
+    for command in (
+        Command("/help", "this list", show_help),
+        Command("/set NAME=VALUE …", """change how answers are chosen: temperature=0.5 stop=["\\n"]""", set_options),
+        Command("/show", "all of these options, and how long the conversation is", show),
+        Command("/retry", "another answer to the last line", lambda conversation, _: conversation.retry()),
+        Command("/reset", "forget the conversation", lambda conversation, _: conversation.reset()),
+        Command("/save FILE", "write the conversation to a new file", save),
+        Command("/quit", "leave, as Ctrl-D does", leave),
+    )
+}
+
+
+def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
+    """'top_k=5 stop=["a b", "c"]' -> {"top_k": 5, "stop": ["a b", "c"]} and what is wrong.
+
+    Values are JSON, or else a word.
+    """
+    options, found = setting_options(), dict[str, Any]()
+    problems: list[str] = []
+    while text := text.lstrip():
+        named = re.match(r"([\w-]+)=", text)
+        if not named:
+            word, text = _word(text)
+            problems.append(f"{word!r} is not of the form NAME=VALUE")
+            continue
+        name = named[1].replace("-", "_")
+        option = options.get(name)
+        value, text = (_word if option and option.choices else _value)(text[named.end() :])
+        if option:
+            found[name] = [value] if option.is_list and not isinstance(value, list) else value
+        else:
+            problems.append(f"unknown option {name}{nearest(name, options)}")
+    return found, problems
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The value that a text begins with, and what comes after it."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+        if not text[end : end + 1].strip():  # else it is a word such as 5th
+            return value, text[end:]
+    except (ValueError, RecursionError):
+        pass
+    word, rest = _word(text)
+    try:
+        return float(word), rest  # .5 is not JSON
+    except ValueError:
+        return word, rest
+
+
+def _word(text: str) -> tuple[str, str]:
+    word, *rest = text.split(None, 1) or [""]
+    return word, rest[0] if rest else ""

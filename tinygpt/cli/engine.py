@@ -1,24 +1,36 @@
-"""What computes a text, chosen by what lies at --model: our own GPT, or llama.cpp on a GGUF file."""
+"""What computes a text, chosen by what is at --model: our own GPT, or llama.cpp on a GGUF file.
+
+llama.cpp gives tokens and logits; which token is taken is decided by the same code, so that options mean the same.
+"""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Sequence
+import dataclasses
+import sys
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from tinygpt.cli.sampling import Settings, flag
+import torch
+
+from tinygpt.cli.flags import GGUF, DeviceOptions, EngineOptions, ProposalOptions, flag, read
 from tinygpt.device import find_device
 from tinygpt.errors import UserError
-from tinygpt.files import must_exist
-from tinygpt.generate import Answer
-from tinygpt.generate.answer import Vocabulary
-from tinygpt.model.quantize import QUANTIZED
-from tinygpt.params import require
+from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.export.open import must_be_there, open_model
+from tinygpt.generate import Answer, Speculation, generate_batch
+from tinygpt.generate.answer import choose_rows, keep_logprobs
+from tinygpt.generate.compiled import compile_step
+from tinygpt.generate.decoder import slide
+from tinygpt.generate.stream import extend_by
+from tinygpt.model.gpt import GPT
+from tinygpt.model.quantize import quantize
+from tinygpt.options import Settings
+from tinygpt.params import ParamsError, require
+from tinygpt.tokenizer import Tokenizer
 
-MODEL = Path("data/model")
-GGUF = Path("data/export/gguf/tinygpt-f32.gguf")
-LOADABLE = "a folder with config.json and model.safetensors, of ours or of transformers"
+MOST_CONTEXT = 8192  # tokens: keys and values of all that a large model could read would not fit in memory
 # What llama.cpp cannot do here, by option, and what can be done instead.
 NOT_IN_LLAMA_CPP = {
     "tokenizer": "a .gguf file has its own",
@@ -28,114 +40,205 @@ NOT_IN_LLAMA_CPP = {
     "n_beam": "searches are of --engine tinygpt",
     "best_of": "searches are of --engine tinygpt",
 }
-UNCHANGED = (None, "auto", "cpu", 1, False)  # but True, which is 1 for Python, is a flag that was given
+UNCHANGED = (None, "auto", "cpu", 1)
 
 
-class Engine(Protocol):
-    """What computes texts."""
+class LlamaVocabulary:
+    """The tokenizer in a GGUF file."""
 
-    block_size: int  # tokens of context
+    def __init__(self, llama: LlamaCpp) -> None:
+        self.vocab_size, self.eos_id = llama.vocab_size, llama.eos_id
+        self.bos_id = llama.bos_id if llama.bos_id >= 0 else llama.eos_id
+        self.encode, self._piece = llama.tokenize, llama.piece
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """Its tokens."""
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Ids to the bytes they stand for."""
+        return b"".join(map(self._piece, ids))
+
+
+class Engine(ABC):
+    """What computes texts; `ends` are tokens that end one besides that of the vocabulary."""
+
+    def __init__(self, vocabulary: Tokenizer | LlamaVocabulary, block_size: int, ends: tuple[int, ...] = ()) -> None:
+        self.vocabulary, self.block_size, self._ends = vocabulary, block_size, ends
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
+        chosen = settings.sampling
+        sampling = dataclasses.replace(
+            chosen,
+            seed=seed,
+            stop_ids=(*chosen.stop_ids, *self._ends),
+            banned_ids=(*chosen.banned_ids, *(self._ends if chosen.ignore_eos else ())),
+        )
+        return Answer(
+            [self.vocabulary.bos_id, *self.vocabulary.encode(prompt)],
+            self.vocabulary,
+            sampling,
+            max_new_tokens=settings.length.max_new_tokens,
+            block_size=self.block_size,
+            n_logprobs=n_logprobs,
+        )
 
+    @abstractmethod
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
         """Extend each to its end, so many together; yields those that just got a token."""
 
+    @abstractmethod
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
         """The best of several texts."""
 
 
-def add_engine_options(command: argparse.ArgumentParser) -> None:
-    """Which model, and what computes it."""
-    command.add_argument(
-        "--model", type=Path, help=f"a folder of ours or of transformers, or a .gguf file (default: {MODEL})"
-    )
-    command.add_argument(
-        "--tokenizer", type=Path, help="folder, for a model of ours (default: the model's, or `tokenizer` beside it)"
-    )
-    command.add_argument(
-        "--engine", choices=["auto", "tinygpt", "llama.cpp"], default="auto", help="auto: llama.cpp for a .gguf file"
-    )
-    add_device_options(command)
+class TorchEngine(Engine):
+    """A model and its tokenizer; with speculation, answers are extended one after the other."""
 
+    def __init__(self, model: GPT, tokenizer: Tokenizer, speculation: Speculation | None = None) -> None:
+        super().__init__(tokenizer, model.config.block_size)
+        self._model, self._tokenizer, self._speculation = model, tokenizer, speculation
 
-def add_device_options(command: argparse.ArgumentParser) -> None:
-    """Where and with what weights tinygpt's engine computes."""
-    command.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], help="of tinygpt's engine (default: auto)")
-    command.add_argument(
-        "--quantize", choices=list(QUANTIZED), help="weights of one byte or half of one: less memory, faster"
-    )
-    command.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the steps, with --draft the draft's: up to two minutes at first, seconds the next time; then "
-        "one text is 1.5 to 3 times as fast, several together take a seventh less time",
-    )
+    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
+        """Extend each to its end, so many together; yields those that just got a token."""
+        return extend_by(self._speculation, self._model, answers, at_once=at_once)
 
-
-def check_engine(args: argparse.Namespace) -> None:
-    """Raises ParamsError with all options that the engine cannot follow."""
-    path = model_path(args)
-    if is_gguf(path):
-        options = {name: getattr(args, name) for name in NOT_IN_LLAMA_CPP}
-        refused = {name: value for name, value in options.items() if value is True or value not in UNCHANGED}
-        require(
-            (
-                args.engine != "tinygpt",
-                f"--engine=tinygpt does not read {path}: it takes folders, llama.cpp .gguf files",
-            ),
-            *(
-                (False, f"{given(name, value)} cannot be had with llama.cpp: {NOT_IN_LLAMA_CPP[name]}")
-                for name, value in refused.items()
-            ),
+    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
+        """The best of several texts."""
+        (answer,) = generate_batch(
+            self._model,
+            self._tokenizer,
+            [prompt],
+            max_new_tokens=settings.length.max_new_tokens,
+            sampling=settings.sampling,
+            search=settings.search,
+            n_logprobs=n_logprobs,
         )
-    else:
-        require((args.engine != "llama.cpp", f"--engine=llama.cpp reads .gguf files, and {path} is none: try {GGUF}"))
-        find_device(args.device or "auto", "--device")
+        return answer
 
 
-def given(name: str, value: object) -> str:
+class LlamaEngine(Engine):
+    """A GGUF file open in llama.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError with llama.cpp's reason when it cannot load the file, or where no token ends a text."""
+        self._llama = LlamaCpp(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
+        if self._llama.eos_id < 0:
+            self._llama.close()
+            raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")
+        ends = tuple(self._llama.eog_ids())  # all of them, as llama.cpp has it
+        super().__init__(LlamaVocabulary(self._llama), self._llama.n_ctx, ends)
+
+    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
+        """Extend each to its end, one after the other; yields the one that just got a token."""
+        for answer in answers:
+            seen = answer.prompt[-self.block_size :]
+            logits = self._llama.read(seen)
+            while True:
+                rows = torch.from_numpy(logits)[None]
+                (chosen,) = choose_rows(rows, [answer])
+                keep_logprobs(rows, [answer], [chosen])
+                answer.add(chosen)
+                yield [answer]
+                if answer.finish_reason:
+                    break
+                seen.append(answer.ids[-1])
+                is_new = slide(seen, self.block_size)
+                logits = self._llama.read(seen) if is_new else self._llama.append(seen[-1])
+
+    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
+        """Raises ParamsError: several texts side by side are not for llama.cpp here."""
+        raise ParamsError(["n_beam and best_of cannot be had with llama.cpp: searches are of tinygpt's engine"])
+
+
+# ---- from flags to an engine ----
+
+
+def read_engine(args: Namespace) -> EngineOptions:
+    """Which engine is asked for.  Raises ParamsError with all options that it cannot follow."""
+    options = read(EngineOptions, args)
+    path, engine = options.path, options.engine
+    if not is_gguf(path):
+        require((engine != "llama.cpp", f"--engine=llama.cpp reads .gguf files, and {path} is not one: try {GGUF}"))
+        find_device(options.device, "--device")
+        return options
+    asked = {name: getattr(args, name) for name in NOT_IN_LLAMA_CPP}
+    refused = {name: value for name, value in asked.items() if value is True or value not in UNCHANGED}
+    require(
+        (engine != "tinygpt", f"--engine=tinygpt does not read {path}: it takes folders, llama.cpp .gguf files"),
+        *(
+            (False, f"{as_typed(name, value)} cannot be had with llama.cpp: {NOT_IN_LLAMA_CPP[name]}")
+            for name, value in refused.items()
+        ),
+    )
+    return options
+
+
+def read_proposals(args: Namespace) -> ProposalOptions:
+    """What proposes tokens, if anything does.  Raises ParamsError with all options that do not go together."""
+    proposals, path = read(ProposalOptions, args), read(EngineOptions, args).path
+    name, looks_up = proposals.flag, proposals.prompt_lookup
+    searched = {each: getattr(args, each) for each in ("n_beam", "best_of") if getattr(args, each) not in (None, 1)}
+    require(
+        (not proposals.draft or not looks_up, "--draft and --prompt-lookup both propose: give one of them"),
+        (name is not None or args.n_draft is None, f"--n-draft={args.n_draft} needs --draft or --prompt-lookup"),
+        (looks_up or args.ngram is None, f"--ngram={args.ngram} needs --prompt-lookup"),
+        *(
+            (name is None, f"{as_typed(*each)} follows several texts, {name} proposes one: leave one out")
+            for each in searched.items()
+        ),
+        (name is None or not is_gguf(path), f"{name} cannot be had with llama.cpp: name a folder of ours"),
+    )
+    return proposals
+
+
+def as_typed(name: str, value: object) -> str:
     """An option as the user wrote it."""
     return flag(name) if value is True else f"{flag(name)}={value}"
 
 
-def open_engine(args: argparse.Namespace, *, n_row: int = 1) -> Engine:
+def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None, *, n_row: int = 1) -> Engine:
     """The engine of the options, for so many texts together.
 
-    Raises UserError with what is wrong with the model's files.
+    Raises UserError with what is wrong with the model's files, or its draft's.
     """
-    path = model_path(args)
-    if is_gguf(path):
-        from tinygpt.cli.llama_engine import LlamaEngine  # each imports what the other can do without
-
-        return LlamaEngine(must_be_there(path, stage="export"))
-    from tinygpt.cli.torch_engine import TorchEngine, load_folder
-
-    model, tokenizer = load_folder(path, args.tokenizer)
-    device = find_device(args.device or "auto")
-    speculates = getattr(args, "draft", None) is not None or getattr(args, "prompt_lookup", False)
-    compiled_rows = n_row if args.compile and not speculates else 0  # else once it is known whose, with how much room
-    return TorchEngine(model, tokenizer, device=device, quantized=args.quantize, compiled_rows=compiled_rows)
+    if is_gguf(options.path):
+        return LlamaEngine(must_be_there(options.path, stage="export", wanted="a .gguf file"))
+    model, tokenizer = open_model(options.path, options.tokenizer)
+    place(model, options)
+    if proposals is None or not proposals.flag:
+        compile_if_asked(model, options, n_row=n_row)
+        return TorchEngine(model, tokenizer)
+    draft = open_draft(proposals.draft, options, tokenizer) if proposals.draft else None
+    compile_if_asked(draft or model, options, room=proposals.n_draft)
+    return TorchEngine(model, tokenizer, Speculation(draft=draft, n_draft=proposals.n_draft, ngram=proposals.ngram))
 
 
-def must_be_there(path: Path, *, stage: str, wanted: str = LOADABLE) -> Path:
-    """The path.  Raises UserError where nothing is; only what stands in data/ is made by a stage."""
-    if path.parts[:1] == MODEL.parts[:1]:
-        return must_exist(path, stage=stage)
-    if not path.exists():
-        raise UserError(f"{path} not found: name {'a .gguf file' if is_gguf(path) else wanted}")
-    return path
+def open_draft(folder: Path, options: EngineOptions, tokenizer: Tokenizer) -> GPT:
+    """The model that proposes.  Raises UserError with what is wrong with its files, or that its tokens are others."""
+    draft, other = open_model(folder, options.tokenizer)
+    require(
+        (
+            other.tokens == tokenizer.tokens,
+            f"--draft={folder} has other tokens than the model: take one trained with the same tokenizer",
+        )
+    )
+    return draft.to(find_device(options.device))
 
 
-def model_path(args: argparse.Namespace) -> Path:
-    """Where the model is."""
-    path: Path | None = args.model
-    return path or (GGUF if args.engine == "llama.cpp" else MODEL)
+def place(model: GPT, options: DeviceOptions) -> None:
+    """Move a model to its device and quantize it there.  Raises UserError where its weights cannot be quantized so."""
+    model.to(find_device(options.device))
+    if options.quantize:
+        quantize(model, options.quantize)  # on the device: each has its own form
+
+
+def compile_if_asked(model: GPT, options: DeviceOptions, *, n_row: int = 1, room: int = 0) -> None:
+    """Compile the steps of a model, for so many rows, or tokens to take back.
+
+    Where this is a terminal, it says why one waits. Raises UserError where there is no compiler.
+    """
+    if options.compile:
+        if sys.stderr.isatty():
+            print("compiling (up to two minutes, some seconds from the second time on)", file=sys.stderr)
+        compile_step(model, n_row=n_row, room=room)
 
 
 def is_gguf(path: Path) -> bool:

@@ -2,77 +2,83 @@
 
 from __future__ import annotations
 
-import argparse
+import io
+import json
+import re
+import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
-from tinygpt.cli.engine import Engine, add_engine_options, check_engine, open_engine
-from tinygpt.cli.output import FORMATS, Output, add_output_options, check_output, open_output, warn
-from tinygpt.cli.prompts import MOST_SHOWN, Prompt, add_prompt_options, check_prompts, raise_some, read_prompts
-from tinygpt.cli.remarks import remarks
-from tinygpt.cli.sampling import Settings, add_sampling_options, named_as_options, read_settings, together
-from tinygpt.cli.speculation import add_speculation_options, check_speculation, report, with_proposals
+from tinygpt.cli.engine import Engine, open_engine, read_engine, read_proposals
+from tinygpt.cli.flags import EngineOptions, ProposalOptions, TextOptions, named_as_flags, read, read_settings
+from tinygpt.cli.input import MOST_SHOWN, NamedPrompt, check_prompts, collect_prompts, raise_some
 from tinygpt.errors import UserError
 from tinygpt.generate import Answer, Search
-from tinygpt.generate.options import seed_after
+from tinygpt.generate.answer import Vocabulary
+from tinygpt.options import Settings, seed_after, together
 from tinygpt.params import require
 
-MOST_TEXTS = 1000  # of a prompt
+DIVIDER = "---"  # a line between two texts
+MOST_NAMED = 10  # characters that a warning names
+SPECIAL = re.compile(rb"<\|.*\|>")  # how special tokens are named
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    add_prompt_options(command)
-    command.add_argument("--n", type=int, default=1, help="texts of each prompt, each with a seed one higher")
-    add_output_options(command)
-    command.add_argument("--batch-size", type=int, default=32, help="texts computed together (default: %(default)s)")
-    add_sampling_options(command)
-    add_speculation_options(command)
-    add_engine_options(command)
-
-
-def run(args: argparse.Namespace) -> None:
+def generate(args: Namespace) -> None:
     """Continue the prompts."""
-    checks = (read_settings, check_prompts, check_number, check_output, check_engine, check_speculation)
-    settings: Settings = together(*(partial(check, args) for check in checks))[0]
-    prompts = read_prompts(args)
+    texts, settings, options, proposals = read_all(args)
+    prompts = collect_prompts(args)
     open_output()
-    n_row = rows_together(settings.search, args.n * len(prompts), args.batch_size)
-    engine = with_proposals(open_engine(args, n_row=n_row), args)
-    with named_as_options():
-        answers = begin(engine, prompts, settings, n=args.n, n_logprobs=args.logprobs)
-    for remark in remarks(prompts, [len(answer.prompt) for answer in answers[:: args.n]], engine)[:MOST_SHOWN]:
-        warn(remark)
+    n_row = rows_together(settings.search, texts.n * len(prompts), texts.batch_size)
+    engine = open_engine(options, proposals, n_row=n_row)
+    with named_as_flags():
+        answers = begin_all(engine, prompts, settings, n=texts.n, n_logprobs=texts.logprobs)
+    n_tokens = [len(answer.prompt) for answer in answers[:: texts.n]]
+    for warning in prompt_warnings(prompts, n_tokens, engine)[:MOST_SHOWN]:
+        print(f"warning: {warning}", file=sys.stderr)
     began = time.monotonic()
-    output = FORMATS[args.format](engine.vocabulary, with_logprobs=args.logprobs is not None)
+    output = FORMATS[texts.format](engine.vocabulary, with_logprobs=texts.logprobs is not None)
     try:
         if settings.search == Search():
-            steps = engine.extend(answers, at_once=args.batch_size)
-            write_in_order([prompt.text for prompt in prompts for _ in range(args.n)], answers, steps, output)
+            steps = engine.extend(answers, at_once=texts.batch_size)
+            write_in_order([prompt.text for prompt in prompts for _ in range(texts.n)], answers, steps, output)
         else:
             for prompt in prompts:
-                output.begin(prompt.text)
-                output.end(prompt.text, engine.search(prompt.text, settings, n_logprobs=args.logprobs))
+                output.start(prompt.text)
+                output.finish(prompt.text, engine.search(prompt.text, settings, n_logprobs=texts.logprobs))
     finally:
         output.close()
-    if args.draft is not None or args.prompt_lookup:
-        print(report(answers, time.monotonic() - began), file=sys.stderr)
+    if proposals.flag:
+        print(gain(answers, time.monotonic() - began), file=sys.stderr)
 
 
-def check_number(args: argparse.Namespace) -> None:
-    """Raises ParamsError where the number of texts contradicts how they are chosen."""
-    searched = args.n_beam not in (None, 1) or args.best_of not in (None, 1)
-    require(
-        (1 <= args.n <= MOST_TEXTS, f"--n={args.n} must be within [1, {MOST_TEXTS}]"),
-        (args.batch_size >= 1, f"--batch-size={args.batch_size} must be within [1, inf)"),
-        (args.n <= 1 or not searched, f"--n={args.n} takes all texts, --n-beam and --best-of the best one: give one"),
-        (
-            args.n <= 1 or args.temperature is None or args.temperature != 0,
-            f"--n={args.n} needs --temperature above 0: at 0 all texts are the same",
-        ),
-    )
+def read_all(args: Namespace) -> tuple[TextOptions, Settings, EngineOptions, ProposalOptions]:
+    """What was asked for.  Raises ParamsError with all that is wrong, and all that contradicts each other."""
+    checks = (read_settings, check_prompts, check_texts, read_engine, read_proposals)
+    settings, _, texts, engine, proposals = together(*(partial(check, args) for check in checks))
+    return texts, settings, engine, proposals
+
+
+def check_texts(args: Namespace) -> TextOptions:
+    """How many texts, and of what form.  Raises ParamsError with what contradicts how they are chosen."""
+    n, is_searched = args.n or 1, args.n_beam not in (None, 1) or args.best_of not in (None, 1)
+
+    def others() -> None:
+        require(
+            (n <= 1 or not is_searched, f"--n={n} takes all texts, --n-beam and --best-of the best one: give one"),
+            (n <= 1 or args.temperature != 0, f"--n={n} needs --temperature above 0: at 0 all texts are the same"),
+            (
+                args.logprobs is None or args.n_beam in (None, 1),
+                f"--logprobs={args.logprobs} is of texts that go one way, not of --n-beam={args.n_beam}",
+            ),
+        )
+
+    texts: TextOptions = together(partial(read, TextOptions, args), others)[0]
+    return texts
 
 
 def rows_together(search: Search, n_text: int, batch_size: int) -> int:
@@ -80,8 +86,8 @@ def rows_together(search: Search, n_text: int, batch_size: int) -> int:
     return min(batch_size, n_text) if search == Search() else search.n_row
 
 
-def begin(
-    engine: Engine, prompts: Sequence[Prompt], settings: Settings, *, n: int, n_logprobs: int | None
+def begin_all(
+    engine: Engine, prompts: Sequence[NamedPrompt], settings: Settings, *, n: int, n_logprobs: int | None
 ) -> list[Answer]:
     """n answers of each prompt.  Raises ParamsError with what does not fit the model, and in which prompts."""
     settings.sampling.check_ids(engine.vocabulary.vocab_size)
@@ -100,10 +106,165 @@ def begin(
 def write_in_order(
     prompts: Sequence[str], answers: Sequence[Answer], steps: Iterator[list[Answer]], output: Output
 ) -> None:
-    """Print each answer as it comes, while those behind it get tokens, too."""
+    """Print each answer as it comes, while those after it get tokens, too."""
     for prompt, answer in zip(prompts, answers, strict=True):
-        output.begin(prompt)
+        output.start(prompt)
         while not answer.finish_reason:
             next(steps)
-            output.show(answer)
-        output.end(prompt, answer)
+            output.update(answer)
+        output.finish(prompt, answer)
+
+
+def gain(answers: Sequence[Answer], seconds: float) -> str:
+    """One line on what the proposals brought."""
+    n_token, n_pass = sum(len(answer.ids) for answer in answers), sum(answer.n_pass for answer in answers)
+    return f"{n_token / max(1, n_pass):.2f} tokens a pass of the model, {n_token / seconds:,.0f} tokens a second"
+
+
+def prompt_warnings(prompts: Sequence[NamedPrompt], n_tokens: Sequence[int], engine: Engine) -> list[str]:
+    """A line for each prompt that is longer than the context, and for each that has characters without a token."""
+    found = [
+        f"{prompt.name} has {n:,} tokens: the last {engine.block_size:,} are read, which is the model's context"
+        for prompt, n in zip(prompts, n_tokens, strict=True)
+        if n > engine.block_size
+    ]
+    foreign = {prompt: sorted({char for char in prompt.text if ord(char) > 127}) for prompt in prompts}
+    known = characters(engine.vocabulary) if any(foreign.values()) else None
+    for prompt, chars in foreign.items():
+        if known is not None and (unknown := [char for char in chars if char not in known]):
+            shown = " ".join(map(repr, unknown[:MOST_NAMED])) + (" …" if len(unknown) > MOST_NAMED else "")
+            found.append(f"{prompt.name} has characters that the model has not learned, it reads their bytes: {shown}")
+    return found
+
+
+def characters(vocabulary: Vocabulary) -> set[str] | None:
+    """Those of several bytes that have a token, where tokens are characters; None where they are anything else.
+
+    A tokenizer of bytes has none of them. One of characters that saw ASCII alone is the same, and gives None, too.
+    """
+    pieces = (vocabulary.decode_bytes([i]) for i in range(vocabulary.vocab_size))
+    found: set[str] = set()
+    for piece in pieces:
+        text = piece.decode(errors="ignore")  # the beginning of a character has none
+        if len(text) > 1 and not SPECIAL.fullmatch(piece):
+            return None
+        if len(piece) > 1 and len(text) == 1:
+            found.add(text)
+    return found or None
+
+
+# ---- how texts are printed: always UTF-8 ----
+
+
+class TextOutput:
+    """Prompt and text as they come, a line of dashes between two."""
+
+    def __init__(self, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
+        self._n_shown: int | None = None  # characters of the running text; None between two
+        self._is_first = True
+
+    def start(self, prompt: str) -> None:
+        """Print the prompt."""
+        say(prompt if self._is_first else f"{DIVIDER}\n{prompt}")
+        self._n_shown, self._is_first = 0, False
+
+    def update(self, answer: Answer) -> None:
+        """Print what is new."""
+        if len(answer.text) > (self._n_shown or 0):
+            say(answer.text[self._n_shown :])
+            self._n_shown = len(answer.text)
+
+    def finish(self, prompt: str, answer: Answer) -> None:
+        """Print the rest."""
+        self.update(answer)
+        self.close()
+
+    def close(self) -> None:
+        """End the line."""
+        if self._n_shown is not None:
+            self._n_shown = None
+            say("\n")
+
+
+class JsonLines:
+    """An object a line, each as soon as its text is whole."""
+
+    first, between, after, last, nothing = "", "", "\n", "", ""
+
+    def __init__(self, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
+        self._vocabulary, self._with_logprobs, self._has_begun = vocabulary, with_logprobs, False
+
+    def start(self, prompt: str) -> None:
+        """Nothing is shown before a text is whole."""
+
+    def update(self, answer: Answer) -> None:
+        """Nothing is shown before a text is whole."""
+
+    def finish(self, prompt: str, answer: Answer) -> None:
+        """Print the object."""
+        found: dict[str, Any] = {
+            "prompt": prompt,
+            "text": answer.text,
+            "ids": answer.ids,
+            "finish_reason": answer.finish_reason,
+        }
+        if self._with_logprobs:
+            found["logprobs"] = logprobs_of(answer, self._vocabulary)
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        with uninterrupted():  # `close` must know what was written
+            say(f"{self.between if self._has_begun else self.first}{text}{self.after}")
+            self._has_begun = True
+
+    def close(self) -> None:
+        """End what was begun, or say that there is nothing."""
+        say(self.last if self._has_begun else self.nothing)
+
+
+class JsonList(JsonLines):
+    """The same objects as one list."""
+
+    first, between, after, last, nothing = "[\n", ",\n", "", "\n]\n", "[]\n"
+
+
+Output = TextOutput | JsonLines
+FORMATS: dict[str, type[Output]] = {"text": TextOutput, "json": JsonList, "jsonl": JsonLines}
+
+
+def logprobs_of(answer: Answer, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """For each of the answer's ids its log-probability, in nats, and those of the likeliest in its place.
+
+    They are the model's, before options change them. A token that is part of a character has U+FFFD as its text.
+    """
+
+    def entry(i: int, logprob: float) -> dict[str, Any]:
+        return {"id": i, "text": vocabulary.decode_bytes([i]).decode(errors="replace"), "logprob": logprob}
+
+    # not strict: the id that ended the text is not among its ids
+    taken = zip(answer.ids, answer.logprobs, answer.top_logprobs, strict=False)
+    return [entry(i, logprob) | {"top": [entry(*pair) for pair in top]} for i, logprob, top in taken]
+
+
+def say(text: str) -> None:
+    """Print at once, all of it: what is written stays, whatever comes."""
+    print(text, end="", flush=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done."""
+    before, caught = signal.getsignal(signal.SIGINT), list[int]()
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def open_output() -> None:
+    """Print UTF-8 whatever the language of the machine."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")

@@ -1,46 +1,175 @@
-"""Find the command and run it.  Only its own file is imported, so that those without a model start at once."""
+"""The commands and their flags.
+
+The file of a command is imported only once its flags are read: --help and a typo are answered at once.
+"""
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import importlib
 import os
 import signal
-import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Never
 
+from tinygpt import paths
+from tinygpt.cli.flags import (
+    STDIN,
+    DeviceOptions,
+    EngineOptions,
+    ProposalOptions,
+    TextOptions,
+    add_flags,
+    add_path,
+    nearest,
+)
 from tinygpt.errors import program
+from tinygpt.options import DRAWN, PARTS
+from tinygpt.serve.limits import Limits
 
-# Name -> the file that has `add_options` and `run` for it, and what it does.
+
+def generate_flags(command: ArgumentParser) -> None:
+    """Prompts and texts, how they are chosen, and what computes them."""
+    command.add_argument(
+        "--prompt",
+        action="append",
+        help=f"text to continue, once or more; {STDIN} = all of the standard input; without it a new document begins",
+    )
+    command.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=f'many: one a line, or in a .jsonl {{"prompt": …}} a line; {STDIN} = the lines of the standard input',
+    )
+    add_flags(command, TextOptions, *PARTS, ProposalOptions, EngineOptions, defaults=DRAWN)
+
+
+def chat_flags(command: ArgumentParser) -> None:
+    """How answers are chosen, and what computes them."""
+    add_flags(command, *PARTS, EngineOptions, defaults=DRAWN)
+
+
+def serve_flags(command: ArgumentParser) -> None:
+    """Which models, where, and how much clients may ask for."""
+    command.add_argument(
+        "--model",
+        action="append",
+        metavar="[NAME=]FOLDER",
+        help="of ours or of transformers; may be given again; its tokenizer is in the folder, or in `tokenizer` "
+        f"next to it (default: {paths.MODEL})",
+    )
+    command.add_argument("--tokenizer", type=Path, help="folder, for all models, of ours")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
+    )
+    command.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 = any that is free)")
+    command.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name the server is called by"
+    )
+    add_flags(command, DeviceOptions, Limits)
+
+
+def encode_flags(command: ArgumentParser) -> None:
+    """A text, and the tokenizer."""
+    command.add_argument("text", nargs="?", help="text to encode; without it, the standard input")
+    command.add_argument("--ids", action="store_true", help="print the ids alone, as `decode` reads them")
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+
+
+def decode_flags(command: ArgumentParser) -> None:
+    """Ids, and the tokenizer."""
+    command.add_argument("ids", nargs="*", help="ids to decode; without them, the standard input")
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+
+
+def tokenizer_report_flags(command: ArgumentParser) -> None:
+    """One tokenizer or two, and the text that they are to fit."""
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+    command.add_argument("--against", type=Path, help="another tokenizer.json, such as GPT-2's, on the same text")
+    add_path(command, "--text", paths.CLEAN)
+    add_path(command, "--plot", paths.REPORTS / "tokenizer.png", "file")
+
+
+def attention_flags(command: ArgumentParser) -> None:
+    """A text, and the model."""
+    command.add_argument("--prompt", required=True, help="the text to look at")
+    add_path(command, "--model", paths.MODEL)
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+    add_path(command, "--plot", paths.REPORTS / "attention.png", ".png or .svg; the page next to it ends in .html")
+
+
+def import_hf_flags(command: ArgumentParser) -> None:
+    """From where, and where to."""
+    command.add_argument("folder", type=Path, help="with config.json, model.safetensors and tokenizer.json")
+    add_path(command, "--to", paths.BASE)
+
+
+def promote_flags(command: ArgumentParser) -> None:
+    """From where, and where to."""
+    add_path(command, "--model", paths.MODEL)
+    add_path(command, "--tokenizer", paths.TOKENIZER)
+    add_path(command, "--to", paths.BASE)
+
+
+def profile_flags(command: ArgumentParser) -> None:
+    """How much to find out."""
+    command.add_argument("--no-measure", action="store_true", help="count only, compute nothing")
+
+
+def preset_flags(command: ArgumentParser) -> None:
+    """Which one."""
+    command.add_argument("name", nargs="?", help="of a preset; without it, all are listed")
+
+
+def runs_flags(command: ArgumentParser) -> None:
+    """What to remove."""
+    command.add_argument("--prune", action="store_true", help="remove the finished ones; none that is running")
+    command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
+    command.add_argument("--keep", type=int, metavar="N", help="with --prune: not the newest N of them")
+
+
+def compare_flags(command: ArgumentParser) -> None:
+    """Which experiments."""
+    command.add_argument(
+        "rev",
+        nargs="*",
+        help="an experiment, branch, tag, commit or `workspace`; without it the workspace, HEAD and its experiments",
+    )
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves, too: a .png or .svg")
+
+
+# Name -> its flags, the file that has a function of its name, and what it does.
 COMMANDS = {
-    "generate": ("generate", "continue a prompt, or many"),
-    "chat": ("chat", "continue what you type, line by line"),
-    "serve": ("serve", "serve models by OpenAI's API, with a page to play with them"),
-    "encode": ("encode", "show the ids and pieces of a text"),
-    "decode": ("decode", "show the text of ids"),
-    "attention": ("attention", "draw where each head of the model looks in a text"),
-    "import-hf": ("import_hf", "take a folder of transformers as the model that training starts from"),
-    "promote": ("promote", "take the trained model as the one that training starts from"),
-    "profile": ("profile", "tell what the run of params.yaml will cost, and whether it fits"),
-    "preset": ("preset", "put the values of a preset into params.yaml, or list the presets"),
-    "runs": ("runs", "list what training keeps in runs/, and remove what is finished"),
-    "compare": ("compare", "show DVC's experiments side by side, as a table and a picture"),
-    "tokenizer-report": ("tokenizer_report", "tell how well the tokenizer fits the text, as a table and a plot"),
+    "generate": (generate_flags, "generate", "continue a prompt, or many"),
+    "chat": (chat_flags, "chat", "continue what you type, line by line"),
+    "serve": (serve_flags, "models", "serve models by OpenAI's API, with a page to play with them"),
+    "encode": (encode_flags, "pieces", "show the ids and pieces of a text"),
+    "decode": (decode_flags, "pieces", "show the text of ids"),
+    "attention": (attention_flags, "models", "draw where each head of the model attends to in a text"),
+    "import-hf": (import_hf_flags, "models", "take a folder of transformers as the model that training starts from"),
+    "promote": (promote_flags, "models", "take the trained model as the one that training starts from"),
+    "profile": (profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
+    "preset": (preset_flags, "presets", "put the values of a preset into params.yaml, or list the presets"),
+    "runs": (runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
+    "compare": (compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
+    "tokenizer-report": (
+        tokenizer_report_flags,
+        "pieces",
+        "say how well the tokenizer fits the text, as a table and a plot",
+    ),
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells what is wrong with arguments in one line."""
+class Parser(ArgumentParser):
+    """Says what is wrong with arguments in one line."""
 
     def parse_known_args(self, *args: Any) -> tuple[Any, list[str]]:  # type: ignore[override]  # it has overloads
         """Arguments -> what they mean, and nothing that is unknown: that is an error, with the nearest name."""
         found, unknown = super().parse_known_args(*args)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+            near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {unknown[0]!r}{near}")
         return found, unknown
 
     def error(self, message: str) -> Never:
@@ -52,20 +181,17 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
     """Run one command."""
     with leaving_at_once():
-        args = build_parser(sys.argv[1:]).parse_args()
-    args.run(args)
+        args = build_parser().parse_args()
+        module = importlib.import_module(f"tinygpt.cli.{COMMANDS[args.command][1]}")
+    getattr(module, args.command.replace("-", "_"))(args)
 
 
-def build_parser(argv: list[str]) -> argparse.ArgumentParser:
-    """All commands, and the options of the one that `argv` names."""
+def build_parser() -> ArgumentParser:
+    """All commands with their flags."""
     parser = Parser(prog="python -m tinygpt", description="Use what the pipeline has made.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, (file, help) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-        if name in argv[:1]:
-            module = importlib.import_module(f"tinygpt.cli.{file}")
-            module.add_options(command)
-            command.set_defaults(run=module.run)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (add_own_flags, _, help) in COMMANDS.items():
+        add_own_flags(commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}."))
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`python -m tinygpt runs`: what lies in runs/, and how to be rid of what nobody needs any more.
+"""`python -m tinygpt runs`, `compare`: what was trained: the folders of runs/, and DVC's experiments.
 
 Training keeps its checkpoints in runs/<fingerprint>, other stages their shards in runs/<name>-<fingerprint> until they
 are done. Whatever else is in runs/ is not ours and is left alone.
@@ -6,22 +6,28 @@ are done. Whatever else is in runs/ is not ours and is left alone.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
 import shutil
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from tinygpt.cli.pieces import check_picture
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, read_json, runs_folder
+from tinygpt.params import load_params
+from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, plot_curves, read_curves
+from tinygpt.report.config import PlotParams
 
 NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
 SHORT = 8  # letters of a fingerprint that are shown
@@ -45,44 +51,37 @@ class Run:
         return self.folder.name[: SHORT - 16]
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    command.add_argument("--prune", action="store_true", help="remove the finished ones; none that is running")
-    command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
-    command.add_argument("--keep", type=int, metavar="N", help="with --prune: not the newest N of them")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Print the table, or remove and tell what it freed."""
+def runs(args: Namespace) -> None:
+    """Print the table, or remove and say what it freed."""
     if (args.all or args.keep is not None) and not args.prune:
         raise UserError("--all and --keep say what --prune removes: add --prune")
     if args.keep is not None and args.keep < 0:
         raise UserError(f"--keep={args.keep} must be at least 0")
     folder = runs_folder()
-    runs = find_runs(folder)
+    there = find_runs(folder)
     if args.prune:
         states = ("finished", "interrupted") if args.all else ("finished",)
-        chosen = [found for found in runs if found.state in states][args.keep or 0 :]
+        chosen = [found for found in there if found.state in states][args.keep or 0 :]
         removed = [found for found in chosen if remove(found)]
         for found in removed:
             print(f"{found.name}: {found.state}, {found.done}, {human_bytes(found.size)}")
-        print(f"removed {len(removed)} of {len(runs)} in {folder}: {human_bytes(sum(r.size for r in removed))} freed")
-    elif runs:
-        print(run_table(runs, now=time.time()).to_string(index=False))
-        freed = sum(found.size for found in runs if found.state == "finished")
-        print(f"{human_bytes(sum(r.size for r in runs))} in {folder}; `runs --prune` frees {human_bytes(freed)}")
+        print(f"removed {len(removed)} of {len(there)} in {folder}: {human_bytes(sum(r.size for r in removed))} freed")
+    elif there:
+        print(run_table(there, now=time.time()).to_string(index=False))
+        freed = sum(found.size for found in there if found.state == "finished")
+        print(f"{human_bytes(sum(r.size for r in there))} in {folder}; `runs --prune` frees {human_bytes(freed)}")
     else:
         print(f"{folder} holds no run: training keeps its checkpoints there")
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """What lies in runs/, the newest first."""
+    """What is in runs/, the newest first."""
     paths = [path for path in folder.glob("*") if path.is_dir() and NAME.fullmatch(path.name)]
-    return sorted(map(look_at, paths), key=lambda found: (-found.changed, found.folder.name))
+    return sorted(map(read_run, paths), key=lambda found: (-found.changed, found.folder.name))
 
 
-def look_at(folder: Path) -> Run:
-    """One of them; it may grow while we look."""
+def read_run(folder: Path) -> Run:
+    """One of them; it may grow meanwhile."""
     stats = []
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -95,7 +94,7 @@ def look_at(folder: Path) -> Run:
         n = sum(path.name.isdigit() for path in folder.glob("*"))
         done = f"{n:,} shard{'s' * (n != 1)}"
         return Run(folder, "running" if running else "interrupted", done, None, None, size, changed)
-    progress, plan = _progress(folder), _json(folder / "run.json")
+    progress, plan = _newest_progress(folder), _json(folder / "run.json")
     of = f" of {plan['max_steps']:,}" if "max_steps" in plan else ""  # a trainer of an older version left no plan
     losses = [row["val_loss"] for row in progress.get("rows", []) if row["val_loss"] is not None]
     state = "running" if running else "finished" if plan.get("finished") else "interrupted"
@@ -158,7 +157,7 @@ def _work(folder: Path) -> str | None:
     return match["work"] if match else None
 
 
-def _progress(folder: Path) -> dict[str, Any]:
+def _newest_progress(folder: Path) -> dict[str, Any]:
     """That of the newest checkpoint that can be read."""
     for path in sorted(folder.glob("step-*/state.json"), reverse=True):
         progress = _json(path).get("state")
@@ -185,3 +184,21 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def compare(args: Namespace) -> None:
+    """Print the table, draw the curves."""
+    if args.plot:
+        check_picture(args.plot)
+    experiments = find_experiments(args.rev)
+    width = get_terminal_size().columns if sys.stdout.isatty() else None
+    print(as_text(compare_table(experiments), width))
+    if not args.rev and all(one.is_baseline for one in experiments):
+        print("no experiments of this commit yet: `dvc exp run -S train.lr=1e-3` makes one")
+    if args.plot:
+        curves = read_curves(experiments)
+        if not curves:
+            raise UserError("none of these has a reports/train.csv to draw: run `dvc repro train`")
+        shown = dict(list(curves.items())[:MOST_CURVES])
+        plot_curves(shown, args.plot, load_params(PlotParams))
+        print(f"{args.plot} shows {len(shown)} of {len(curves)} curves")

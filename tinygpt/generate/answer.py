@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.options import Sampling
 from tinygpt.generate.sampling import Past, as_double, choose
 from tinygpt.model.gpt import GPT
+from tinygpt.options import Sampling
 from tinygpt.params import require
 
 

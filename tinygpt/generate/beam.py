@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tinygpt.generate.answer import Answer, TextStream, past_of
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.options import Search
 from tinygpt.generate.sampling import apply_penalties
 from tinygpt.model.gpt import GPT
+from tinygpt.options import Search
 from tinygpt.tokenizer import Tokenizer
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.generate.options import Sampling, of
+from tinygpt.options import Sampling, of
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from tinygpt.generate.answer import Answer, keep_logprobs, past_of
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.options import Sampling, Search, interval_rules
 from tinygpt.generate.sampling import (
     Past,
     apply_filters,
@@ -30,20 +28,15 @@ from tinygpt.generate.sampling import (
     uniform,
 )
 from tinygpt.model.gpt import GPT
-from tinygpt.params import Within, require
+from tinygpt.options import Proposals, Sampling, Search
+from tinygpt.params import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speculation:
+class Speculation(Proposals):
     """Where proposals come from, and how many."""
 
     draft: GPT | None = None  # a smaller model with the same tokenizer; None looks them up in prompt and text
-    n_draft: Annotated[int, Within("[1, 64]")] = 5  # tokens proposed for each pass of the model
-    ngram: Annotated[int, Within("[1, 16]")] = 3  # of a look-up: what followed the last so many tokens, or fewer
-
-    def __post_init__(self) -> None:
-        """Raises ParamsError with all that is wrong."""
-        require(*interval_rules(self))
 
     def check(self, model: GPT, search: Search) -> None:
         """Raise ParamsError where the draft or a search does not fit."""

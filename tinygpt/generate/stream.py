@@ -4,70 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Required, TypedDict, Unpack
 
 from tinygpt.generate.answer import Answer, checked, extend
 from tinygpt.generate.beam import beam_search
-from tinygpt.generate.options import Sampling, Search, seed_after
 from tinygpt.generate.speculative import Speculation, speculate
 from tinygpt.model.gpt import GPT
+from tinygpt.options import Sampling, Search, seed_after
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
 
 
-def stream(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    search: Search | None = None,
-    speculation: Speculation | None = None,
-) -> Iterator[str]:
+class Options(TypedDict, total=False):
+    """The keyword arguments of `generate` and `stream`."""
+
+    max_new_tokens: Required[int]
+    sampling: Sampling | None  # None = as the model has it: Sampling()
+    search: Search | None  # None = one text
+    speculation: Speculation | None
+
+
+def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]) -> str:
+    """The text that follows the prompt: `generate(model, tokenizer, "The", max_new_tokens=50)`."""
+    return "".join(stream(model, tokenizer, prompt, **options))
+
+
+def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
     """Pieces of the text that follows the prompt, until `<|endoftext|>`; never half a character.
 
     A search for the best of several texts is done at once and gives one piece. Raises UserError, before the first
     piece is asked for, as `generate_batch` does.
     """
-    sampling, search = sampling or Sampling(), search or Search()
+    search, speculation = options.get("search") or Search(), options.get("speculation")
     if search != Search():
-        answers = generate_batch(
-            model,
-            tokenizer,
-            [prompt],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            search=search,
-            speculation=speculation,
-        )
+        answers = generate_batch(model, tokenizer, [prompt], **options)
         return iter([answer.text for answer in answers if answer.text])
     if speculation is not None:
         speculation.check(model, search)
-    answer = begin(model, tokenizer, prompt, sampling, max_new_tokens)
+    answer = new_answer(model, tokenizer, prompt, options.get("sampling") or Sampling(), options["max_new_tokens"])
     return (answer.piece for _ in extend_by(speculation, model, [answer]) if answer.piece)
-
-
-def generate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    search: Search | None = None,
-    speculation: Speculation | None = None,
-) -> str:
-    """The text that follows the prompt."""
-    pieces = stream(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        search=search,
-        speculation=speculation,
-    )
-    return "".join(pieces)
 
 
 def generate_batch(
@@ -96,7 +71,7 @@ def generate_batch(
         speculation.check(model, search)
     kept = 0 if n_logprobs is None and search.best_of > 1 else n_logprobs
     answers = [
-        begin(
+        new_answer(
             model,
             tokenizer,
             prompt,
@@ -128,7 +103,7 @@ def extend_by(
             yield from speculate(model, answer, speculation)
 
 
-def begin(
+def new_answer(
     model: GPT,
     tokenizer: Tokenizer,
     prompt: str,
@@ -149,5 +124,5 @@ def begin(
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A text as the beginning of a document, behind the tokenizer's `bos_id`.  Raises UserError when it is no text."""
+    """A text as the beginning of a document, after the tokenizer's `bos_id`.  Raises UserError when it is not text."""
     return [tokenizer.bos_id, *tokenizer.encode(checked(prompt))]

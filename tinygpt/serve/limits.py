@@ -5,19 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from tinygpt.params import Count, Within
+from tinygpt.options import type_rules
+from tinygpt.params import Count, Within, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Beyond them a request is refused, which bounds the memory that clients can take."""
+    """Beyond them a request is refused, which bounds the memory that clients can take.
 
-    max_tokens: Count = 4096  # of one answer
-    max_rows: Annotated[int, Within("[1, 1024]")] = 32  # answers that are extended together; each has a KV cache
-    max_waiting: Count = 128  # requests that wait for rows; one more has status 429
-    max_body: Count = 2**18  # bytes of a request; a larger one has status 413
+    Those with a help text are flags.
+    """
+
+    max_tokens: Annotated[Count, "most tokens of an answer"] = 4096
+    max_rows: Annotated[int, Within("[1, 1024]"), "answers that are written at a time"] = 32  # each has a KV cache
+    max_waiting: Annotated[Count, "requests that wait; one more is told to come back later"] = 128  # by status 429
+    max_body: Annotated[Count, "bytes of a request"] = 2**18  # a larger one has status 413
     max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt
     read_seconds: Count = 30  # within which a request's head must have come, and then its body
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        require(*type_rules(self))
 
     @property
     def max_requests(self) -> int:

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from tinygpt.errors import UserError
 from tinygpt.generate import Answer, Sampling
-from tinygpt.generate.options import seed_after
 from tinygpt.generate.stream import prompt_ids
 from tinygpt.model.gpt import GPT
+from tinygpt.options import seed_after
 from tinygpt.params import ParamsError, Within, from_mapping, require
 from tinygpt.serve.limits import Limits, Refusal
 from tinygpt.tokenizer import Tokenizer

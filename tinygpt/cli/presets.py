@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import io
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from tinygpt import paths
+from tinygpt.cli.flags import nearest
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
 from tinygpt.params import PARAMS_FILE, check_params, yaml_text
 
 PRESETS = Path("presets")
-BASE = Path("data/base/preset.yaml")  # written with the model there
+BASE = paths.BASE / "preset.yaml"  # written with the model there
 NULL = "tag:yaml.org,2002:null"
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    command.add_argument("name", nargs="?", help="of a preset; without it, all are listed")
-
-
-def run(args: argparse.Namespace) -> None:
+def preset(args: Namespace) -> None:
     """List the presets, or apply one and show what has changed."""
     files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
     if BASE.exists():
@@ -35,12 +31,12 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name:{width}}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
         return
     if args.name == "base" and not BASE.exists():
-        raise UserError("data/base is empty: run `python -m tinygpt import-hf FOLDER` or `python -m tinygpt promote`")
-    if args.name not in files:
-        near = difflib.get_close_matches(args.name, files, n=1)
         raise UserError(
-            f"there is no preset {args.name}" + (f" (did you mean {near[0]}?)" if near else f": {', '.join(files)}")
+            f"{paths.BASE} is empty: run `python -m tinygpt import-hf FOLDER` or `python -m tinygpt promote`"
         )
+    if args.name not in files:
+        hint = nearest(args.name, files) or f": {', '.join(files)}"
+        raise UserError(f"there is no preset {args.name}{hint}")
     changed = apply_values(PARAMS_FILE, YAML(typ="safe", pure=True).load(files[args.name]))
     for change in changed:
         print(change)

@@ -1,43 +1,118 @@
-"""`python -m tinygpt profile`: what the run of params.yaml will cost, and whether it fits into this machine."""
+"""`python -m tinygpt serve`, `attention`, `import-hf`, `promote`, `profile`: what is done with models."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import importlib.util
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from tinygpt.device import open_device
+from tinygpt import paths
+from tinygpt.cli.engine import compile_if_asked, is_gguf, place
+from tinygpt.cli.flags import DeviceOptions, read
+from tinygpt.cli.pieces import check_picture, visible
+from tinygpt.device import find_device, open_device
 from tinygpt.errors import UserError
+from tinygpt.export.base import use_of, write_base
+from tinygpt.export.open import open_model, read_hf_pair
 from tinygpt.files import human_bytes
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
+from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.params import load_params
+from tinygpt.report.attention_maps import attention_maps, attention_page, plot_attention
 from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second, weights_by_part
 from tinygpt.run.memory import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams
+from tinygpt.serve.limits import Limits
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.tokenizer.tokenizer import tokenizer_file
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner
 
-TOKENIZER_FILE = Path("data/tokenizer/tokenizer.json")
+
+def serve(args: Namespace) -> None:
+    """Serve models by OpenAI's API until Ctrl-C."""
+    for package in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"serve needs {package}: run  pip install -r requirements-serve.txt")
+    from tinygpt.serve.request import Served
+    from tinygpt.serve.server import listen, serve
+    from tinygpt.serve.service import Service
+
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port {args.port} must be within 0 and 65535")
+    limits, options = read(Limits, args), read(DeviceOptions, args)
+    find_device(options.device, "--device")
+    listener = listen(args.host, args.port)
+    models = []
+    for name, folder in named(args.model or [str(paths.MODEL)]).items():
+        if is_gguf(folder):
+            raise UserError(f"--model {folder}: serve reads no .gguf file, name the folder it was made of")
+        model, tokenizer = open_model(folder, args.tokenizer)
+        n_weight = model.n_params()  # quantized ones are not counted
+        place(model, options)
+        compile_if_asked(model, options, n_row=limits.max_rows)
+        models.append(Served(name, model, tokenizer, n_weight))
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)
+    serve(Service(models, limits), listener, [args.host, *args.allow_host])
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """What the command takes."""
-    command.add_argument("--no-measure", action="store_true", help="count only, compute nothing")
+def named(given: list[str]) -> dict[str, Path]:
+    """Folders by name: what comes before "=", or the path as it is given."""
+    found: dict[str, Path] = {}
+    for each in given:
+        name, equals, folder = each.partition("=")
+        if not name or name in found:
+            raise UserError(
+                f"--model {each}: " + ("its name is taken: give NAME=FOLDER" if name else "its name is empty")
+            )
+        found[name] = Path(folder if equals else name)
+    return found
 
 
-def run(args: argparse.Namespace) -> None:
+def attention(args: Namespace) -> None:
+    """Draw where each head of the model attends to, as a picture and a page."""
+    check_picture(args.plot)
+    model, tokenizer = load_pair(args.model, args.tokenizer)
+    ids = [*tokenizer.border_ids, *tokenizer.encode(args.prompt)]
+    if len(ids) > model.config.block_size:
+        raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")
+    tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
+    maps = attention_maps(model, ids)
+    plot_attention(maps, tokens, args.plot)
+    page = args.plot.with_suffix(".html")
+    attention_page(maps, tokens, page)
+    print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")
+
+
+def import_hf(args: Namespace) -> None:
+    """Make a folder of transformers the model that training can start from."""
+    config, tensors, tokenizer = read_hf_pair(args.folder)
+    write_base(args.to, config, tensors, tokenizer)
+    n_weights = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{args.to}: {n_weights:,} weights; {use_of(args.to)}")
+
+
+def promote(args: Namespace) -> None:
+    """Make the trained model the one that training can start from."""
+    model, tokenizer = load_pair(args.model, args.tokenizer)
+    write_base(args.to, model.config, model_tensors(model), tokenizer)
+    print(f"{args.to}: {model.n_params():,} weights; {use_of(args.to)}")
+
+
+def profile(args: Namespace) -> None:
     """Print the costs; leave with status 1 when the run will not fit."""
     params = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
     model_params, train, runtime, tokenizer = params
     learned = tokenizer.kind == "bpe" and tokenizer.from_file is None  # then it has as many tokens as params.yaml says
-    found = TOKENIZER_FILE.exists() and not learned
-    vocab_size = load_tokenizer(TOKENIZER_FILE).vocab_size if found else tokenizer.vocab_size
+    is_there = tokenizer_file(paths.TOKENIZER).exists() and not learned
+    vocab_size = load_tokenizer(paths.TOKENIZER).vocab_size if is_there else tokenizer.vocab_size
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
     device = open_device(runtime)
     micro = _micro_batch_size(config, train, runtime, device, measure=not args.no_measure)

@@ -1,0 +1,183 @@
+"""From the fields of dataclasses to flags, and back.  Nothing here imports PyTorch or pandas.
+
+A field with a help text in its type is a flag (`tinygpt/options.py`). None of these has a default for argparse, so that
+contradictions are those of the user; without it, the field's own default counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import typing
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from tinygpt import paths
+from tinygpt.options import (
+    Option,
+    Proposals,
+    Settings,
+    make_settings,
+    options_of,
+    setting_options,
+    type_rules,
+)
+from tinygpt.params import Count, ParamsError, Within, require
+
+STDIN = "-"
+GGUF = paths.EXPORT / "gguf/tinygpt-f32.gguf"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Where and with what weights our own model computes."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "of tinygpt's engine"] = "auto"
+    quantize: Annotated[Literal["int8", "int4"] | None, "weights of one byte or half of one: less memory, faster"] = (
+        None
+    )
+    compile: Annotated[
+        bool,
+        "compile the steps, with --draft the draft's: up to two minutes at first, seconds the next time; then one text "
+        "is 1.5 to 3 times as fast, several together take a seventh less time",
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(DeviceOptions):
+    """Which model, and what computes it."""
+
+    model: Annotated[Path | None, f"a folder of ours or of transformers, or a .gguf file (default: {paths.MODEL})"] = (
+        None
+    )
+    tokenizer: Annotated[
+        Path | None, "folder, for a model of ours (default: the model's, or `tokenizer` next to it)"
+    ] = None
+    engine: Annotated[Literal["auto", "tinygpt", "llama.cpp"], "auto: llama.cpp for a .gguf file"] = "auto"
+
+    @property
+    def path(self) -> Path:
+        """Where the model is."""
+        return self.model or (GGUF if self.engine == "llama.cpp" else paths.MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProposalOptions(Proposals):
+    """Where speculative decoding takes its proposals from, and how many."""
+
+    draft: Annotated[Path | None, "folder of a smaller model with the same tokenizer, which proposes tokens"] = None
+    prompt_lookup: Annotated[bool, "propose what followed the last tokens where they were before"] = False
+
+    @property
+    def flag(self) -> str | None:
+        """What asks for proposals; None where nothing does."""
+        return "--draft" if self.draft else "--prompt-lookup" if self.prompt_lookup else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How many texts, and how they are printed."""
+
+    n: Annotated[int, Within("[1, 1000]"), "texts of each prompt, each with a seed one higher"] = 1
+    batch_size: Annotated[Count, "texts computed together"] = 32
+    format: Annotated[Literal["text", "json", "jsonl"], "of the output"] = "text"
+    logprobs: Annotated[
+        int | None, Within("[0, inf)"), "of each token, and of so many of the likeliest in its place; not in text"
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        require(
+            *type_rules(self),
+            (
+                self.logprobs is None or self.format != "text",
+                f"logprobs={self.logprobs} is not shown in text: it needs --format json or jsonl",
+            ),
+        )
+
+
+def bias(text: str) -> tuple[int, float]:
+    """17=-2.5 -> (17, -2.5)"""
+    found = re.fullmatch(r"(\d+)=([-+.\deE]+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=BIAS, such as 17=-2.5")
+    return int(found[1]), float(found[2])
+
+
+# How values, and the items of a list, are typed.
+VALUES: dict[type, str] = {int: "N", float: "X", Path: "PATH"}
+LISTS: dict[Any, dict[str, Any]] = {
+    int: {"type": int, "metavar": "ID", "nargs": "+", "action": "extend"},
+    str: {"metavar": "TEXT", "action": "append"},
+    tuple[int, float]: {"type": bias, "metavar": "ID=BIAS", "action": "append"},
+}
+
+
+def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, Any] | None = None) -> None:
+    """A flag for each field with a help text; `defaults` are those to show in place of the fields' own."""
+    for option in (option for cls in classes for option in options_of(cls) if option.help):
+        default = (defaults or {}).get(option.name, option.default)
+        shown = "" if option.type is bool or default in (None, ()) else f" (default: {default})"
+        command.add_argument(flag(option.name), help=f"{option.help}{shown}", **reading(option))
+
+
+def add_path(command: ArgumentParser, name: str, default: Path, help: str = "folder") -> None:
+    """A file or folder that the pipeline has a place for."""
+    command.add_argument(name, type=Path, default=default, help=f"{help} (default: %(default)s)")
+
+
+def reading(option: Option) -> dict[str, Any]:
+    """How argparse reads an option."""
+    if option.type is bool:
+        return {"action": "store_true", "default": None}
+    if option.choices:
+        return {"choices": option.choices}
+    if option.is_list:
+        return LISTS[typing.get_args(option.type)[0]]
+    return {"type": option.type, "metavar": VALUES[option.type]}
+
+
+def flag(name: str) -> str:
+    """top_p -> --top-p"""
+    return f"--{name.replace('_', '-')}"
+
+
+def read(cls: type[T], args: Namespace) -> T:
+    """The options of a dataclass.  Raises ParamsError with all that is wrong, each by its flag."""
+    names = [option.name for option in options_of(cls) if option.help]
+    with named_as_flags(names):
+        return cls(**given(args, names))
+
+
+def read_settings(args: Namespace) -> Settings:
+    """How texts are chosen.  Raises ParamsError with all that is wrong, each by its flag."""
+    with named_as_flags():
+        return make_settings(given(args, setting_options()))
+
+
+def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The values that the user gave, by name."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What may have been meant, for the end of a message; nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+@contextmanager
+def named_as_flags(names: Iterable[str] | None = None) -> Iterator[None]:
+    """Report mistakes by the names of flags: --top-p for top_p."""
+    # a name that is a word, too, is one only before its value
+    pattern = "|".join(rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in names or setting_options())
+    try:
+        yield
+    except ParamsError as error:
+        raise ParamsError([re.sub(pattern, lambda found: flag(found[0]), each) for each in error.problems]) from None

@@ -1,0 +1,75 @@
+"""`python -m tinygpt encode`, `decode`, `tokenizer-report`: the pieces into which a tokenizer cuts a text."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from tinygpt.errors import UserError
+from tinygpt.files import must_exist
+from tinygpt.tokenizer import load_tokenizer
+
+SPLITS = ("train", "val", "test")
+N_LONGEST = 12
+
+
+def encode(args: Namespace) -> None:
+    """Print ids, and pieces between bars: a space is a middle dot, a byte that is not a character its number."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    ids = tokenizer.encode(sys.stdin.read() if args.text is None else args.text)
+    print(*ids)
+    if not args.ids:
+        print("".join(f"|{visible(tokenizer.decode_bytes([i]))}" for i in ids) + "|")
+        print(f"{len(ids):,} tokens, {len(tokenizer.decode_bytes(ids)):,} bytes")
+
+
+def decode(args: Namespace) -> None:
+    """Print the text of ids, byte for byte."""
+    words = [word for arg in args.ids or [sys.stdin.read()] for word in arg.replace(",", " ").split()]
+    if odd := [word for word in words if not word.isdecimal()]:
+        raise UserError(f"{odd[0]!r} is not an id: give whole numbers, such as `decode 72 101`")
+    try:
+        raw = load_tokenizer(args.tokenizer).decode_bytes(map(int, words))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    sys.stdout.buffer.write(raw)
+
+
+def tokenizer_report(args: Namespace) -> None:
+    """Print the table and the longest tokens, write the plot."""
+    from tinygpt.report.tokenizer import fit_file, fit_table, longest_tokens, plot_fit  # encode is there at once
+
+    check_picture(args.plot)
+    if args.against and not args.against.exists():
+        raise UserError(f"--against {args.against} not found: give a tokenizer.json or the folder of one")
+    paths = [args.tokenizer, *([args.against] if args.against else [])]
+    tokenizers = {str(path): load_tokenizer(path) for path in paths}
+    files = {split: must_exist(args.text / f"{split}.jsonl", stage="clean") for split in SPLITS}
+    fits = {
+        (name, split): fit_file(tokenizer, file)
+        for name, tokenizer in tokenizers.items()
+        for split, file in files.items()
+    }
+    table = fit_table(fits)
+    if table.empty:
+        raise UserError(f"{args.text} holds no text: run `dvc repro clean`")
+    print(table.to_string(index=False))
+    for name, tokenizer in tokenizers.items():
+        print(f"\nlongest of {name}: " + "  ".join(visible(raw) for raw in longest_tokens(tokenizer, N_LONGEST)))
+    plot_fit({name: (tokenizer, fits[name, "train"]) for name, tokenizer in tokenizers.items()}, args.plot)
+    print(f"\n{args.plot} shows how often and how long tokens are")
+
+
+def visible(raw: bytes) -> str:
+    r"""Bytes as something to look at: b" a\n\xe4" -> "·a\\n\\xe4"."""
+    text = raw.decode("utf-8", errors="backslashreplace").replace(" ", "·")
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError where a plot has the name of another kind of file."""
+    from tinygpt.report.plots import NO_DATE
+
+    if path.suffix[1:] not in NO_DATE:
+        raise UserError(f"--plot {path}: the name must end in .{' or .'.join(NO_DATE)}")

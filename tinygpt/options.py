@@ -1,0 +1,263 @@
+"""What can be asked of a text that is generated: each option is one field, with its type, its interval and its help.
+
+Flags, chat's settings and the server's requests are made of these fields. Names are those of transformers where it has
+the option. Nothing here imports PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from tinygpt.params import Count, ParamsError, Within, from_mapping, require
+
+NotNegative = Annotated[int, Within("[0, inf)")]
+AnyNumber = Annotated[float, Within("(-inf, inf)")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """How much to write."""
+
+    max_new_tokens: Annotated[Count, "most tokens of the text"] = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to choose tokens, and where a text ends.  Each option's default changes nothing."""
+
+    temperature: Annotated[float, Within("[0, inf)"), "divide the logits; 0 takes the likeliest token"] = 1.0
+    top_k: Annotated[NotNegative, "only the k likeliest tokens; 0 = all"] = 0
+    top_p: Annotated[float, Within("(0, 1]"), "only the likeliest tokens that together have this probability"] = 1.0
+    min_p: Annotated[float, Within("[0, 1]"), "only tokens with this share of the likeliest one's probability"] = 0.0
+    typical_p: Annotated[float, Within("(0, 1]"), "only tokens as surprising as is usual, to this probability"] = 1.0
+    repetition_penalty: Annotated[float, Within("(0, inf)"), "divide the logits of what prompt and text have"] = 1.0
+    frequency_penalty: Annotated[AnyNumber, "taken off a token's logit for each time that the text has it"] = 0.0
+    presence_penalty: Annotated[AnyNumber, "taken off a token's logit if the text has it"] = 0.0
+    no_repeat_ngram_size: Annotated[NotNegative, "no n tokens come twice in prompt and text; 0 = they may"] = 0
+    logit_bias: Annotated[tuple[tuple[int, float], ...], "add a number to a token's logit; may be given again"] = ()
+    banned_ids: Annotated[tuple[int, ...], "tokens that never come"] = ()
+    min_new_tokens: Annotated[NotNegative, "no end before so many tokens"] = 0
+    ignore_eos: Annotated[bool, "go on at the end of a text"] = False
+    stop: Annotated[tuple[str, ...], "end before this text; may be given again"] = ()
+    stop_ids: Annotated[tuple[int, ...], "end before these tokens"] = ()
+    when_full: Annotated[
+        Literal["slide", "stop"], "a full context forgets its older half (slide), or ends the text"
+    ] = "slide"
+    seed: Annotated[int, Within("[0, 4294967295]"), "the same seed gives the same text"] = 0
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        lists = [option.name for option in options_of(type(self)) if option.is_list]
+        require(  # "ab" would be two texts, "a" and "b"
+            *((isinstance(of(self, name), tuple), f"{name}={of(self, name)!r} must be a tuple") for name in lists),
+        )
+        require(
+            *type_rules(self),
+            (all(self.stop), f"stop={self.stop} has an empty text, which every text begins with: leave it out"),
+            (
+                all(abs(bias) <= 1e9 for _, bias in self.logit_bias),
+                f"logit_bias={self.logit_bias} must be between -1e9 and 1e9; banned_ids forbids a token",
+            ),
+        )
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise ParamsError where an option names an id that the model has not."""
+        named = {
+            "logit_bias": [i for i, _ in self.logit_bias],
+            "banned_ids": self.banned_ids,
+            "stop_ids": self.stop_ids,
+        }
+        require(
+            *(
+                (0 <= i < vocab_size, f"{name} has {i}, but the model's ids are 0 to {vocab_size - 1}")
+                for name, ids in named.items()
+                for i in ids
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How many texts to follow at once, and which of them to take."""
+
+    n_beam: Annotated[
+        int, Within("[1, 256]"), "beam search: follow so many of the likeliest texts, at temperature 0; 1 = none"
+    ] = 1
+    length_penalty: Annotated[
+        float, Within("[-10, 10]"), "of beams: above 0 favours long texts, below 0 short ones"
+    ] = 1.0  # a beam's log-probability is divided by its tokens to this power
+    early_stopping: Annotated[
+        Literal["false", "true", "never"], "end beam search with n_beam texts (true), or only when sure (never)"
+    ] = "false"
+    best_of: Annotated[int, Within("[1, 256]"), "draw so many texts, take the likeliest per token"] = 1
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        has_beams = self.n_beam > 1
+        require(
+            *type_rules(self),
+            (
+                has_beams or self.length_penalty == 1,
+                f"length_penalty={self.length_penalty} is of beam search: it needs n_beam above 1",
+            ),
+            (
+                has_beams or self.early_stopping == "false",
+                f"early_stopping={self.early_stopping} is of beam search: it needs n_beam above 1",
+            ),
+            (not has_beams or self.best_of == 1, f"best_of={self.best_of} samples, n_beam={self.n_beam} does not"),
+        )
+
+    @property
+    def n_row(self) -> int:
+        """How many texts it follows at once."""
+        return max(self.n_beam, self.best_of)
+
+    def check(self, sampling: Sampling) -> None:
+        """Raise ParamsError where the two contradict each other."""
+        off = Sampling()
+        drawn = [name for name in ("top_k", "top_p", "min_p", "typical_p") if of(sampling, name) != of(off, name)]
+        require(
+            (
+                self.n_beam == 1 or sampling.temperature == 0,
+                f"n_beam={self.n_beam} does not sample: it needs temperature=0, found {sampling.temperature}",
+            ),
+            *((self.n_beam == 1, f"{name}={of(sampling, name)} is of sampling: n_beam needs it off") for name in drawn),
+            (
+                self.best_of == 1 or sampling.temperature > 0,
+                f"best_of={self.best_of} needs temperature above 0: at 0 all texts are the same",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposals:
+    """How much speculative decoding proposes."""
+
+    n_draft: Annotated[int, Within("[1, 64]"), "tokens that are proposed for each pass of the model"] = 5
+    ngram: Annotated[int, Within("[1, 16]"), "of a look-up: so many last tokens must recur, or fewer"] = 3
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        require(*type_rules(self))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that can be asked of a text."""
+
+    sampling: Sampling
+    search: Search
+    length: Length
+
+    def values(self) -> dict[str, Any]:
+        """Each by its name."""
+        return {name: value for part in vars(self).values() for name, value in vars(part).items()}
+
+
+PARTS = (Length, Sampling, Search)  # of Settings
+DRAWN = {"temperature": 0.8, "top_p": 0.95}  # what Settings take where tokens are drawn and nobody says otherwise
+
+
+def make_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings of some values by name, and of defaults.  Raises ParamsError with all that is wrong."""
+    defaults = {name: option.default for name, option in setting_options().items()}
+    values = defaults | (DRAWN if given.get("n_beam", 1) == 1 else {"temperature": 0.0}) | {**given}
+
+    def part(cls: type) -> Callable[[], Any]:
+        return lambda: from_mapping(cls, {option.name: values[option.name] for option in options_of(cls)})
+
+    settings = Settings(*together(part(Sampling), part(Search), part(Length)))
+    least, most = settings.sampling.min_new_tokens, settings.length.max_new_tokens
+    together(
+        lambda: settings.search.check(settings.sampling),
+        lambda: require((least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}")),
+    )
+    return settings
+
+
+def together(*checks: Callable[[], Any]) -> list[Any]:
+    """What several checks return.  Raises one ParamsError with what all of them find."""
+    found: list[Any] = []
+    problems: list[str] = []
+    for check in checks:
+        try:
+            found.append(check())
+        except ParamsError as error:
+            problems += error.problems
+    if problems:
+        raise ParamsError(problems)
+    return found
+
+
+def seed_after(seed: int, n: int) -> int:
+    """The n-th seed after one, of 32 bits."""
+    return (seed + n) % 2**32
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field of a dataclass, as its type describes it."""
+
+    name: str
+    type: Any  # without None
+    default: Any
+    interval: Within | None
+    help: str | None  # None = it cannot be typed by a user
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """What a Literal allows; nothing where the type is another."""
+        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes several values."""
+        return typing.get_origin(self.type) is tuple
+
+
+def options_of(cls: type) -> tuple[Option, ...]:
+    """The fields of a dataclass."""
+    hashable: Any = cls  # as classes are, whatever mypy says of dataclasses
+    return _options_of(hashable)
+
+
+@functools.cache  # a millisecond each, and a file of prompts makes many
+def _options_of(cls: type) -> tuple[Option, ...]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return tuple(_option(field.name, hints[field.name], field.default) for field in fields(cls))
+
+
+def setting_options() -> dict[str, Option]:
+    """All options of Settings by name."""
+    return {option.name: option for part in PARTS for option in options_of(part)}
+
+
+def _option(name: str, hint: Any, default: Any) -> Option:
+    kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
+    interval = next((mark for mark in marks if isinstance(mark, Within)), None)
+    return Option(name, kind, default, interval, next((mark for mark in marks if isinstance(mark, str)), None))
+
+
+def type_rules(options: Any) -> list[tuple[bool, str]]:
+    """For `require`: each value is within the interval, or among the choices, that its field's type names."""
+    rules: list[tuple[bool, str]] = []
+    for option in options_of(type(options)):
+        value = of(options, option.name)
+        if option.interval and value is not None:
+            rules.append((value in option.interval, f"{option.name}={value} must be within {option.interval.interval}"))
+        if option.choices and value is not None:
+            names = ", ".join(map(repr, option.choices))
+            rules.append((value in option.choices, f"{option.name}={value!r} is not one of {names}"))
+    return rules
+
+
+def of(options: object, name: str) -> Any:
+    """The value of an option."""
+    return getattr(options, name)
