@@ -66,7 +66,7 @@ RUNS = {  # changes of train, of the model and of runtime
         {},
     ),
     "lion": ({"optimizer": "lion", "lr": 1e-4, "embedding_lr": None}, {}, {}),
-    "one sequence to look at": ({"eval_tokens": 1}, {}, {}),
+    "one sequence to evaluate on": ({"eval_tokens": 1}, {}, {}),
     "lora": ({"lora": LORA, "init_from": "base"}, {}, {}),
     "micro-batches": ({}, {}, {"micro_batch_size": 1}),
     "warmup, micro-batches": (WARMUP, {}, {"micro_batch_size": 1}),
