@@ -12,7 +12,7 @@ from torch import Tensor
 from tinygpt.cli.engine import LOADABLE, must_be_there
 from tinygpt.cli.sampling import Settings
 from tinygpt.errors import UserError
-from tinygpt.export.hf_import import read_hf
+from tinygpt.export.hf import read_hf
 from tinygpt.files import read_json
 from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.compiled import compile_step
