@@ -10,21 +10,16 @@ from typing import Any
 
 from tinygpt.device import open_device
 from tinygpt.errors import UserError, program
-from tinygpt.export.adapter import export_adapters
-from tinygpt.export.card import model_card, modelfile, read_origin
+from tinygpt.export.base import export_adapters
+from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
-from tinygpt.export.coverage import check_export
 from tinygpt.export.gguf import export_gguf, gguf_name
-from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import check_hf, export_hf
-from tinygpt.export.hf_families import TRANSFORMERS
-from tinygpt.export.remarks import gguf_entry, remarks, rewrite_entry
-from tinygpt.export.rewrite import rewrite_model
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
 from tinygpt.model.weights import load_pair
-from tinygpt.params import PARAMS_FILE, load_params
-from tinygpt.paths import EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
+from tinygpt.params import PARAMS_FILE, load_params, require
+from tinygpt.paths import BASE, EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import load_meta, load_tokens
 
@@ -40,7 +35,7 @@ def run(root: Path) -> None:
     params, runtime = load_params(ExportParams, RuntimeParams, path=root / PARAMS_FILE)
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
     model, tokenizer = load_pair(root / MODEL, root / TOKENIZER)
-    check_export(model.config, params)
+    require(*params.rules_with({"model": model.config}))
     split = "test" if load_meta(root / TOKENS, tokenizer=root / TOKENIZER).test.tokens >= CHUNK_SIZE else "val"
     ids = load_tokens(root / TOKENS, split, at_least=CHUNK_SIZE)[: params.check_tokens]
     origin = read_origin(root / RAW, root / MODEL, root / REPORTS)
@@ -48,23 +43,21 @@ def run(root: Path) -> None:
     report, failures = dict[str, dict[str, Any]](), list[str]()
     with atomic_folder(root / EXPORT) as folder:
         if params.hf:
-            written = rewrite_model(model, TRANSFORMERS) if params.rewrite else model
-            family, n_ctx = export_hf(written, tokenizer, root / TOKENIZER, folder / "hf")
-            check_hf(written, folder / "hf")
+            family, n_ctx = export_hf(model, tokenizer, root / TOKENIZER, folder / "hf")
+            check_hf(model, folder / "hf")
             size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
             (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
-            report["hf"] = {"family": family, "context": n_ctx, "bytes": size, **rewrite_entry(model, written)}
-        written = rewrite_model(model, LLAMA_CPP) if params.rewrite else model
+            report["hf"] = {"family": family, "context": n_ctx, "bytes": size}
         for weight_type in params.gguf:
             path = folder / "gguf" / gguf_name(weight_type)
-            made = export_gguf(written, tokenizer, path, weight_type)
-            measures, problems = check_gguf(written, tokenizer, path, weight_type, ids)
-            report[weight_type] = gguf_entry(made, path.stat().st_size, measures) | rewrite_entry(model, written)
+            made = export_gguf(model, tokenizer, path, weight_type)
+            measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
+            report[weight_type] = made.entry(path.stat().st_size, measures)
             write_json(path.with_suffix(".types.json"), made.types)
             failures += problems
             (path.parent / CARD_FILE).write_text(card(made.n_ctx, weight_type), encoding="utf-8")
             (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
-        adapters = export_adapters(folder, root / MODEL, model.config, params)
+        adapters = export_adapters(folder, root / MODEL, root / BASE, model.config, params)
         write_json(root / REPORT, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT} is not written, see {REPORT}"]))

@@ -7,6 +7,7 @@ is written that llama.cpp would otherwise guess, as most wrong guesses load with
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,8 @@ from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
 from tinygpt.export.family import check_vocabulary, family_of
 from tinygpt.export.gguf_families import LLAMA_CPP, GGUFFamily
-from tinygpt.export.layout import apply_layout
-from tinygpt.export.quantize import MIXES, bits_per_weight, quantized, tensor_types
-from tinygpt.export.reverse import revert_layout
+from tinygpt.export.gguf_types import WEIGHT_TYPES, bits_per_weight, quantized, tensor_types
+from tinygpt.export.layout import adapter_pairs, apply_layout, revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
@@ -51,6 +51,17 @@ class GGUFFile(NamedTuple):
     bits_per_weight: float
     types: dict[str, str]  # of each tensor
 
+    def entry(self, n_bytes: int, measures: Mapping[str, float | None]) -> dict[str, Any]:
+        """What reports/export.json says of the file."""
+        return {
+            "family": self.family,
+            "context": self.n_ctx,
+            "bytes": n_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            **measures,
+            "tensors": dict(Counter(self.types.values())),
+        }
+
 
 def gguf_name(weight_type: GGUFType) -> str:
     """The name of a file by its weight type."""
@@ -72,17 +83,34 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type:
         writer = GGUFWriter(file.name, family.name)
         _add_model(writer, model.config, family, n_ctx)
         _add_tokenizer(writer, tokenizer)
-        writer.add_file_type(MIXES[weight_type].file_type)
+        writer.add_file_type(WEIGHT_TYPES[weight_type].file_type)
         writer.add_quantization_version(QUANTIZATION_VERSION)
         for name, tensor in tensors.items():
             _add_tensor(writer, name, tensor, types[name], weight_type)
-        write_gguf(writer)
+        _write(writer)
     names = {name: kind.name.lower() for name, kind in types.items()}
     return GGUFFile(family.name, n_ctx, bits_per_weight(shapes, types), names)
 
 
+def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:
+    """Write an adapter on its own, for llama.cpp's --lora; `lora` has the params of training.
+
+    As llama.cpp's convert_lora_to_gguf.py does.
+    """
+    family, _ = family_of(LLAMA_CPP, config)
+    with atomic_write(path, "wb") as file:
+        writer = GGUFWriter(file.name, family.name)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", lora["alpha"])
+        for name, (a, b) in adapter_pairs(adapter, config, family.layout).items():
+            writer.add_tensor(f"{name}.weight.lora_a", a.detach().float().cpu().numpy())
+            writer.add_tensor(f"{name}.weight.lora_b", b.detach().float().cpu().numpy())
+        _write(writer)
+
+
 def read_gguf(path: str | Path, config: GPTConfig) -> GPT:
-    """A model with the weights that stand in a file that export_gguf wrote of a model of `config`, in float32.
+    """A model with the weights in a file that export_gguf wrote of a model of `config`, in float32.
 
     Its context is the file's, and its head its own matrix: in the file that may be of another type than the embedding.
     """
@@ -154,14 +182,13 @@ def _add_tensor(
     writer.add_tensor(name, data, raw_dtype=kind)
 
 
-def write_gguf(writer: GGUFWriter) -> None:
-    """Write all that was added."""
+def _write(writer: GGUFWriter) -> None:
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     except OSError as error:
-        error.errno = error.errno or errno.ENOSPC  # numpy tells of a short write without its reason
+        error.errno = error.errno or errno.ENOSPC  # numpy reports a short write without its reason
         raise
     finally:
         writer.close()
