@@ -79,14 +79,14 @@ class LeanGPT:
 
     def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         """(M, C) -> queries (M, H, D), keys and values (M, G, D)"""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in block.qkv(x))
-        qk = torch.cat((q, k), 1)
+        q, k, v = block.qkv(x)
+        qk = torch.cat((q, k), -1).view(len(x), -1, self.head_dim)
         if block.qk_norm is not None:
             qk = block.qk_norm(qk)
         if rope is not None:
             qk = self._turned(qk, rope)
         q, k = qk.split((self.n_head, self.n_kv_head), 1)
-        return q, k, v
+        return q, k, v.unflatten(-1, (-1, self.head_dim))
 
     def _turned(self, x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
         """Pairs (i, i + D/2) by the angle of the position: each half meets the other one turned.  (M, …, D)"""
