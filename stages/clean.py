@@ -30,11 +30,5 @@ def run(root: Path) -> None:
     print(f"clean: {report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}")
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

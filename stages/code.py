@@ -17,11 +17,5 @@ def run(root: Path) -> None:
     write_json(root / CODE, {name: code_of(f"stages.{name}") for name in names})
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

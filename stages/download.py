@@ -29,11 +29,5 @@ def run(root: Path) -> None:
         print(f"download: no text and left out: {', '.join(skipped[:MOST_NAMED])}{more}", file=sys.stderr)
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

@@ -57,11 +57,5 @@ def run(root: Path) -> None:
         print(f"encode: {name} {split.tokens:,} tokens, {human_bytes(split.bytes)} of text, {ratio:.2f} bytes a token")
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

@@ -35,11 +35,5 @@ def run(root: Path) -> None:
     )
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

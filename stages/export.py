@@ -66,11 +66,5 @@ def run(root: Path) -> None:
         print(f"export: {line}")
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

@@ -19,11 +19,5 @@ def run(root: Path) -> None:
     print(f"plot: {', '.join(names)} in {PLOTS}, from {len(curve):,} rows")
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

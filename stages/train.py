@@ -59,11 +59,5 @@ def train(root: Path, world: World) -> None:
         print(described(report, root / MODEL))
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

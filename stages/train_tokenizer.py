@@ -36,11 +36,5 @@ def run(root: Path) -> None:
     print(f"train_tokenizer: {tokenizer.vocab_size:,} tokens, {len(tokenizer.merges):,} merges, {human_bytes(size)}")
 
 
-@program
-def main() -> None:
-    """Run the stage in this folder."""
-    run(Path())
-
-
 if __name__ == "__main__":
-    main()
+    program(run)(Path())

@@ -72,7 +72,7 @@ def succeed(command: str, folder: Path, **env: str) -> str:
 
 def run_stages(names: str, folder: Path) -> str:
     """Run stages one after the other in one process, which imports what they share once; return what they printed."""
-    code = "; ".join(f"import stages.{name}; stages.{name}.main()" for name in names.split())
+    code = "; ".join(f"import stages.{name}; stages.{name}.run(pathlib.Path())" for name in names.split())
     return succeed(f"python -c '{code}'", folder)
 
 

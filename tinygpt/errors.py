@@ -6,6 +6,9 @@ import errno
 import functools
 import sys
 from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class UserError(Exception):
@@ -20,13 +23,13 @@ class Stopped(Exception):
         super().__init__(message)
 
 
-def program(main: Callable[[], None]) -> Callable[[], None]:
+def program(main: Callable[P, None]) -> Callable[P, None]:
     """Wrap a program's `main`: a user's mistake prints one line on stderr and leaves with status 1."""
 
     @functools.wraps(main)
-    def run() -> None:
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            main()
+            main(*args, **kwargs)
         except UserError as error:
             sys.exit(f"error: {error}")
         except Stopped as stopped:
