@@ -3,7 +3,6 @@
     python -m benchmarks.export_matrix                # all: 48 combinations × 3 biases × 3 kinds of heads × tied or not
     python -m benchmarks.export_matrix --windows      # the same with sliding windows
     python -m benchmarks.export_matrix --head-dim 24  # the same with heads wider than n_embd / n_head
-    python -m benchmarks.export_matrix --rewrite      # the models that export.rewrite makes known
 
 A row has the largest difference of a log-probability, over all tokens at 48 positions, of all biases, heads and ties
 that the program covers; the others must be refused. Weights are random and large, so that a wrong layout shows.
@@ -33,7 +32,6 @@ from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import export_hf
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.export.rewrite import rewrite_model
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
@@ -70,18 +68,18 @@ def random_model(config: GPTConfig) -> GPT:
     return model.eval()
 
 
-def difference_in_llama_cpp(model: GPT, written: GPT, tokenizer: Tokenizer, folder: Path, n_tokens: int) -> float:
-    """The largest difference of a log-probability in an F32 GGUF file of the model, as it is written for it."""
-    export_gguf(written, tokenizer, folder / "model.gguf", "f32")
+def difference_in_llama_cpp(model: GPT, tokenizer: Tokenizer, folder: Path, n_tokens: int) -> float:
+    """The largest difference of a log-probability in an F32 GGUF file."""
+    export_gguf(model, tokenizer, folder / "model.gguf", "f32")
     ids = np.random.default_rng(0).integers(0, 256, n_tokens)
     with LlamaCpp(folder / "model.gguf") as llama:
         return _difference(model, ids, torch.from_numpy(llama.logits(ids.tolist())))
 
 
-def difference_in_transformers(model: GPT, written: GPT, tokenizer: Tokenizer, folder: Path, n_tokens: int) -> float:
+def difference_in_transformers(model: GPT, tokenizer: Tokenizer, folder: Path, n_tokens: int) -> float:
     """The same in the exported folder."""
     tokenizer.save(folder)
-    export_hf(written, tokenizer, folder, folder / "hf")
+    export_hf(model, tokenizer, folder, folder / "hf")
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
     loaded, info = load(folder / "hf", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -100,11 +98,8 @@ def _difference(model: GPT, ids: np.ndarray, theirs: torch.Tensor) -> float:
 PROGRAMS = ((LLAMA_CPP, difference_in_llama_cpp), (TRANSFORMERS, difference_in_transformers))
 
 
-def run(windows: Windows = PLAIN, head_dim: int | None = None, *, rewrite: bool = False) -> Found:
-    """Every combination -> program -> (family and its context, difference) of each model that it covers.
-
-    With `rewrite` only those that have to be rewritten for the program.
-    """
+def run(windows: Windows = PLAIN, head_dim: int | None = None) -> Found:
+    """Every combination -> program -> (family and its context, difference) of each model that it covers."""
     transformers.logging.set_verbosity_error()
     tokenizer = Tokenizer([*BYTE_TO_CHAR, EOS], [], {EOS: 256})
     found: Found = defaultdict(lambda: defaultdict(list))
@@ -113,15 +108,13 @@ def run(windows: Windows = PLAIN, head_dim: int | None = None, *, rewrite: bool 
         switches = SIZES | dict(zip(CORE, core, strict=True)) | {"window": window, "full_every": full_every}
         switches["head_dim"] = head_dim
         config = GPTConfig(**switches, bias=bias, n_kv_head=n_kv_head, tie_weights=tied)
-        if not rewrite and not any(find_family(target.families, config) for target, _ in PROGRAMS):
+        if not any(find_family(target.families, config) for target, _ in PROGRAMS):
             continue
         model = random_model(config)
         for target, difference in PROGRAMS:
-            written = rewrite_model(model, target) if rewrite else model
-            family = find_family(target.families, written.config)
-            if family and (written is not model or not rewrite):
+            if family := find_family(target.families, config):
                 with tempfile.TemporaryDirectory() as folder:
-                    worst = difference(model, written, tokenizer, Path(folder), min(N_TOKENS, family[1]))
+                    worst = difference(model, tokenizer, Path(folder), min(N_TOKENS, family[1]))
                 name = family[0].name if family[1] == config.block_size else f"{family[0].name}, context {family[1]}"
                 found[(*core, window, full_every)][target.name].append((name, worst))
     return found
@@ -132,10 +125,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", action="store_true", help="with a sliding window in all layers or every second")
     parser.add_argument("--head-dim", type=int, help="width of a head; n_embd / n_head is 16")
-    parser.add_argument("--rewrite", action="store_true", help="only models that export.rewrite makes known")
     args = parser.parse_args()
     windows = SLIDING if args.windows else PLAIN
-    found = run(windows, args.head_dim, rewrite=args.rewrite)
+    found = run(windows, args.head_dim)
     keys = [*CORE, *(["window", "full_every"] if windows is SLIDING else [])]
     print("|", " | ".join([*keys, *(f"{target.name} | models | difference" for target, _ in PROGRAMS)]), "|")
     print("|", " | ".join(["---"] * (len(keys) + 6)), "|")

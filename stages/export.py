@@ -15,11 +15,8 @@ from tinygpt.export.card import model_card, modelfile, read_origin
 from tinygpt.export.config import ExportParams
 from tinygpt.export.coverage import check_export
 from tinygpt.export.gguf import export_gguf, gguf_name
-from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import check_hf, export_hf
-from tinygpt.export.hf_families import TRANSFORMERS
-from tinygpt.export.remarks import gguf_entry, remarks, rewrite_entry
-from tinygpt.export.rewrite import rewrite_model
+from tinygpt.export.remarks import gguf_entry, remarks
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
 from tinygpt.model.weights import load_pair
@@ -48,18 +45,16 @@ def run(root: Path) -> None:
     report, failures = dict[str, dict[str, Any]](), list[str]()
     with atomic_folder(root / EXPORT) as folder:
         if params.hf:
-            written = rewrite_model(model, TRANSFORMERS) if params.rewrite else model
-            family, n_ctx = export_hf(written, tokenizer, root / TOKENIZER, folder / "hf")
-            check_hf(written, folder / "hf")
+            family, n_ctx = export_hf(model, tokenizer, root / TOKENIZER, folder / "hf")
+            check_hf(model, folder / "hf")
             size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
             (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
-            report["hf"] = {"family": family, "context": n_ctx, "bytes": size, **rewrite_entry(model, written)}
-        written = rewrite_model(model, LLAMA_CPP) if params.rewrite else model
+            report["hf"] = {"family": family, "context": n_ctx, "bytes": size}
         for weight_type in params.gguf:
             path = folder / "gguf" / gguf_name(weight_type)
-            made = export_gguf(written, tokenizer, path, weight_type)
-            measures, problems = check_gguf(written, tokenizer, path, weight_type, ids)
-            report[weight_type] = gguf_entry(made, path.stat().st_size, measures) | rewrite_entry(model, written)
+            made = export_gguf(model, tokenizer, path, weight_type)
+            measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
+            report[weight_type] = gguf_entry(made, path.stat().st_size, measures)
             write_json(path.with_suffix(".types.json"), made.types)
             failures += problems
             (path.parent / CARD_FILE).write_text(card(made.n_ctx, weight_type), encoding="utf-8")

@@ -17,28 +17,27 @@ from tinygpt.export.hf_families import HF_FAMILIES
 from tinygpt.params import ParamsError, from_mapping
 
 COMBINATIONS = [dict(zip(CORE, values, strict=True)) for values in product(*CORE.values())]
-BOTH = ExportParams(hf=True, gguf=("f32",), rewrite=False, check_tokens=4096)
+BOTH = ExportParams(hf=True, gguf=("f32",), check_tokens=4096)
 HF, GGUF, NOTHING = (replace(BOTH, gguf=()), replace(BOTH, hf=False), replace(BOTH, hf=False, gguf=()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("windows", "head_dim", "rewrite", "n_llama_cpp", "n_transformers"),
+    ("windows", "head_dim", "n_llama_cpp", "n_transformers"),
     [
-        (PLAIN, None, False, 11, 12),
-        (SLIDING, None, False, 22, 24),
-        (PLAIN, 24, False, 3, 4),
-        (PLAIN, None, True, 4, 4),
+        (PLAIN, None, 11, 12),
+        (SLIDING, None, 22, 24),
+        (PLAIN, 24, 3, 4),
     ],
-    ids=["plain", "windows", "head_dim", "rewrite"],
+    ids=["plain", "windows", "head_dim"],
 )
-def test_logits_are_equal_in_llama_cpp_and_transformers(windows, head_dim, rewrite, n_llama_cpp, n_transformers):
-    found = run(windows, head_dim, rewrite=rewrite)
+def test_logits_are_equal_in_llama_cpp_and_transformers(windows, head_dim, n_llama_cpp, n_transformers):
+    found = run(windows, head_dim)
     for combination, programs in found.items():
         gelu = combination[2] == "gelu"  # llama.cpp looks it up in a float16 table
         for program, entries in programs.items():
             assert max(difference for _, difference in entries) < (1e-2 if gelu and program == "llama.cpp" else 1e-4)
-            assert rewrite or len(entries) in (12, 18)  # of three biases, three kinds of heads, tied or not
+            assert len(entries) in (12, 18)  # of three biases, three kinds of heads, tied or not
     assert sum("llama.cpp" in programs for programs in found.values()) == n_llama_cpp
     assert sum("transformers" in programs for programs in found.values()) == n_transformers
 
@@ -103,16 +102,6 @@ def test_a_head_width_of_its_own_is_refused_where_a_family_derives_it():
         check_export(config, BOTH)
 
 
-def test_a_refusal_tells_of_the_rewrite_that_would_do():
-    config = tiny_config(mlp="gelu")  # rope and rmsnorm: unknown to llama.cpp
-    with pytest.raises(ParamsError, match=r"or set export\.rewrite=true"):
-        check_export(config, GGUF)
-    check_export(config, replace(GGUF, rewrite=True))
-    with pytest.raises(ParamsError) as caught:
-        check_export(tiny_config(qk_norm=True, mlp="gelu"), replace(BOTH, rewrite=True))
-    assert "rewrite" not in str(caught.value)
-
-
 def test_any_model_may_be_trained_when_nothing_is_exported():
     for combination in COMBINATIONS:
         check_export(tiny_config(**combination), NOTHING)
@@ -133,9 +122,7 @@ def test_a_short_window_counts_where_it_shortens_the_context_alone():
 
 def test_a_type_given_twice_is_refused():
     with pytest.raises(ParamsError, match="names a type twice"):
-        from_mapping(
-            ExportParams, {"hf": True, "gguf": ["f16", "f16"], "rewrite": False, "check_tokens": 512}, prefix="export."
-        )
+        from_mapping(ExportParams, {"hf": True, "gguf": ["f16", "f16"], "check_tokens": 512}, prefix="export.")
 
 
 def test_the_docs_show_the_table_of_what_can_be_exported():

@@ -138,16 +138,6 @@ def test_every_kind_of_tokenizer_goes_through_to_llama_cpp(project, kind):
     assert report["f32"]["max_logprob_diff"] < 1e-3
 
 
-def test_a_model_with_the_other_norm_is_exported_when_that_is_asked_for(project):
-    set_params(project, {"model.mlp": "gelu", "model.qk_norm": False, "export.rewrite": True, "train.max_steps": 10})
-    output = run_stages("train evaluate export", project)
-    assert "starcoder2" in output
-    assert "REWRITTEN WITH norm=layernorm" in output
-    report = json.loads((project / "reports/export.json").read_text())
-    assert "norm" not in report["hf"]  # transformers knows it as it is
-    assert report["f32"]["max_logprob_diff"] < 3e-2
-
-
 def test_a_sweep_in_the_queue_leaves_the_folder_alone(project):
     succeed("dvc exp run --queue train -S 'train.lr=1e-5,3e-4'", project)
     succeed("dvc queue start --jobs 2", project)  # returns when the workers have closed its output: at their end

@@ -21,7 +21,6 @@ class ExportParams:
 
     hf: bool  # a folder for transformers: AutoModelForCausalLM, AutoTokenizer
     gguf: tuple[GGUFType, ...]  # one file for llama.cpp per weight type; [] for none
-    rewrite: bool  # what a program does not know is written with the other norm, at a price in weights
     check_tokens: Annotated[int, Within("[512, inf)")]  # test (or else val) tokens that each file is checked on
 
     def __post_init__(self) -> None:

@@ -8,7 +8,6 @@ from tinygpt.export.config import ExportParams
 from tinygpt.export.family import ANY_BIAS, Target, find_family, refusal
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf_families import TRANSFORMERS
-from tinygpt.export.rewrite import rewritten
 from tinygpt.model.config import ModelParams
 from tinygpt.params import require
 
@@ -26,18 +25,10 @@ def check_export(config: ModelParams, export: ExportParams) -> None:
     """Refuse a model that cannot be exported as asked, before it is trained.  Raises ParamsError."""
     targets = [*([TRANSFORMERS] if export.hf else []), *([LLAMA_CPP] if export.gguf else [])]
     covered = [find_family(target.families, config) for target in targets]
-    written = [find_family(target.families, rewritten(config, target)) for target in targets]
-    if export.rewrite:
-        covered = written
     n_ctx = covered[-1][1] if covered and covered[-1] else config.block_size
     key = "block_size" if n_ctx == config.block_size else "window"
     require(
-        (
-            None not in covered,
-            refusal(targets, config) + ("" if None in written else ", or set export.rewrite=true")
-            if None in covered
-            else "",
-        ),
+        (None not in covered, refusal(targets, config) if None in covered else ""),
         (
             not export.gguf or n_ctx >= MIN_BLOCK_SIZE,
             f"model.{key}={n_ctx} is too short to check export.gguf: at least {MIN_BLOCK_SIZE}",

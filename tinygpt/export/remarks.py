@@ -8,7 +8,6 @@ from typing import Any
 
 from tinygpt.export.gguf import GGUFFile
 from tinygpt.files import human_bytes
-from tinygpt.model.gpt import GPT
 
 
 def gguf_entry(made: GGUFFile, n_bytes: int, measures: Mapping[str, float | None]) -> dict[str, Any]:
@@ -23,11 +22,6 @@ def gguf_entry(made: GGUFFile, n_bytes: int, measures: Mapping[str, float | None
     }
 
 
-def rewrite_entry(model: GPT, written: GPT) -> dict[str, Any]:
-    """What the entry of a rewritten model has beside; nothing for the model as it is."""
-    return {} if written is model else {"norm": written.config.norm, "n_params": written.n_params()}
-
-
 def remarks(entry: Mapping[str, Any], block_size: int) -> str:
     """One line from its entry in reports/export.json: size, family, types, perplexity, and what it has lost."""
     said = [human_bytes(entry["bytes"]), entry["family"]]
@@ -35,8 +29,6 @@ def remarks(entry: Mapping[str, Any], block_size: int) -> str:
         types = ", ".join(f"{n} {kind}" for kind, n in entry["tensors"].items())
         said.append(f"{entry['bits_per_weight']:.2f} bits a weight ({types})")
         said.append(f"perplexity {entry['ppl']:.2f} in llama.cpp and {entry['ppl_pytorch']:.2f} in PyTorch")
-    if "norm" in entry:
-        said.append(f"REWRITTEN WITH norm={entry['norm']}, {entry['n_params']:,} weights")
     if entry["context"] < block_size:
         said.append(
             f"A CONTEXT OF {entry['context']} TOKENS, NOT {block_size}: {entry['family']} knows no such window, "
