@@ -25,8 +25,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from tinygpt.export.coverage import CORE
-from tinygpt.export.family import ANY_BIAS, find_family
+from tinygpt.export.family import ANY_BIAS, CORE, find_family
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import export_hf

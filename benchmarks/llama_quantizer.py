@@ -22,7 +22,7 @@ from tinygpt.export.config import GGUFType
 from tinygpt.export.family import find_family
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
-from tinygpt.export.quantize import MIXES
+from tinygpt.export.gguf_types import WEIGHT_TYPES
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ class Quantizer:
     def __call__(self, source: Path, target: Path, weight_type: GGUFType) -> None:
         """Quantize a file."""
         params = self._library.llama_model_quantize_default_params()
-        params.nthread, params.ftype = 2, MIXES[weight_type].file_type
+        params.nthread, params.ftype = 2, WEIGHT_TYPES[weight_type].file_type
         failed = self._library.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(params))
         assert not failed, f"llama.cpp did not make {weight_type}"
 
@@ -99,7 +99,7 @@ def main() -> None:
         found = find_family(LLAMA_CPP.families, model.config)
         assert found
         n_tensor, differ = 0, list[str]()
-        types = [weight_type for weight_type in MIXES if weight_type != "f32"]
+        types = [weight_type for weight_type in WEIGHT_TYPES if weight_type != "f32"]
         with tempfile.TemporaryDirectory() as folder:
             for weight_type in types:
                 n, names = differing(model, weight_type, quantize, Path(folder))

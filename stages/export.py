@@ -11,16 +11,14 @@ from typing import Any
 from tinygpt.device import open_device
 from tinygpt.errors import UserError, program
 from tinygpt.export.adapter import export_adapters
-from tinygpt.export.card import model_card, modelfile, read_origin
+from tinygpt.export.card import gguf_entry, model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
-from tinygpt.export.coverage import check_export
 from tinygpt.export.gguf import export_gguf, gguf_name
 from tinygpt.export.hf import check_hf, export_hf
-from tinygpt.export.remarks import gguf_entry, remarks
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
 from tinygpt.model.weights import load_pair
-from tinygpt.params import PARAMS_FILE, load_params
+from tinygpt.params import PARAMS_FILE, load_params, require
 from tinygpt.paths import EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import load_meta, load_tokens
@@ -37,7 +35,7 @@ def run(root: Path) -> None:
     params, runtime = load_params(ExportParams, RuntimeParams, path=root / PARAMS_FILE)
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
     model, tokenizer = load_pair(root / MODEL, root / TOKENIZER)
-    check_export(model.config, params)
+    require(*params.rules_with({"model": model.config}))
     split = "test" if load_meta(root / TOKENS, tokenizer=root / TOKENIZER).test.tokens >= CHUNK_SIZE else "val"
     ids = load_tokens(root / TOKENS, split, at_least=CHUNK_SIZE)[: params.check_tokens]
     origin = read_origin(root / RAW, root / MODEL, root / REPORTS)

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from tinygpt.errors import program
-from tinygpt.export.config import ExportParams
-from tinygpt.export.coverage import check_export
 from tinygpt.files import runs_folder, sha256_file
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.weights import WEIGHTS_FILE, load_base
@@ -35,11 +33,9 @@ def run(root: Path) -> None:
 
 def train(root: Path, world: World) -> None:
     """Train in one of the processes."""
-    groups = load_params(ModelParams, TrainParams, RuntimeParams, ExportParams, path=root / PARAMS_FILE)
-    model_params, params, runtime, export = groups
+    model_params, params, runtime = load_params(ModelParams, TrainParams, RuntimeParams, path=root / PARAMS_FILE)
     tokenizer, meta = load_tokenizer(root / TOKENIZER), load_meta(root / TOKENS, tokenizer=root / TOKENIZER)
     config = GPTConfig(**config_fields(model_params), vocab_size=meta.vocab_size)
-    check_export(config, export)
     train_tokens, val_tokens = (load_tokens(root / TOKENS, n, at_least=config.block_size + 1) for n in ("train", "val"))
     base = load_base(root / BASE, config, tokenizer) if params.init_from == "base" else None
     base_sha256 = sha256_file(root / BASE / WEIGHTS_FILE) if base else None

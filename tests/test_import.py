@@ -17,8 +17,7 @@ from test_pipeline import done, project, ran  # noqa: F401  a project after `dvc
 
 from tinygpt.errors import UserError
 from tinygpt.export.base import write_base
-from tinygpt.export.hf import export_hf
-from tinygpt.export.hf_import import read_hf
+from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_model, model_tensors
 from tinygpt.tokenizer import load_tokenizer
@@ -126,14 +125,14 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
         ({"model_type": "gemma"}, r"is of model_type gemma, covered are gpt2, starcoder2"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type=llama3, not default"),
         ({"rope_parameters": WHOLE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5, not 1.0"),
-        ({"hidden_act": "relu"}, "activation relu, covered are gelu_pytorch_tanh, silu"),
+        ({"hidden_act": "relu"}, "activation relu, covered are silu"),
         ({"num_key_value_heads": 3}, "must be a multiple of model.n_kv_head=3"),
         ({"hidden_size": None}, "it has no hidden_size"),
         ({"hidden_size": "32"}, "model.n_embd='32' must be a whole number"),
         ({"hidden_act": ["silu"]}, "has a value of another type"),
         ({"rope_parameters": 3}, "has a value of another type"),
         ({"rms_norm_eps": None}, "it has no rms_norm_eps"),
-        ({"max_position_embeddings": 0}, r"config.json is no model that can be taken: model.block_size=0 must be"),
+        ({"max_position_embeddings": 0}, r"config.json is not a model that can be taken: model.block_size=0 must be"),
         ({"sliding_window": -3}, r"model.window=-3 must be within \[1, inf\)"),
         ({"num_hidden_layers": 5}, r"blocks.4.attn.k_proj.weight is missing"),
         ({"intermediate_size": 40}, r"gate_proj.weight is \(48, 32\), expected \(40, 32\)"),

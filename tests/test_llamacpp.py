@@ -9,8 +9,7 @@ from conftest import tiny_model
 
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.llama_library import ContextParams, _check_defaults, open_library
-from tinygpt.export.llamacpp import N_BATCH, LlamaCpp
+from tinygpt.export.llamacpp import N_BATCH, ContextParams, LlamaCpp, _check_defaults, open_library
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,9 @@ def test_a_sequence_past_the_context_is_refused_where_llama_cpp_would_abort(gguf
             llama.logits([llama.vocab_size])
 
 
-def test_the_vocabulary_alone_tokenizes(gguf, tiny_tokenizer):
+def test_texts_become_the_same_tokens(gguf, tiny_tokenizer):
     text = "the naïve <|endoftext|> 🙂\x00"
-    with LlamaCpp(gguf, vocab_only=True) as llama:
+    with LlamaCpp(gguf) as llama:
         assert llama.tokenize(text) == tiny_tokenizer.encode(text)
         assert b"".join(map(llama.piece, llama.tokenize(text))) == text.encode()
         assert llama.tokenize("") == []

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import prose, tiny_config
+from gguf import GGUFReader
 from test_gguf import GPT2, LLAMA, QWEN3, random_model
 
 from tinygpt.errors import UserError
-from tinygpt.export import gguf
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.gguf_families import GGUF_FAMILIES, LLAMA_CPP
-from tinygpt.export.verify import check_gguf, tolerance
+from tinygpt.export.gguf_families import LLAMA_CPP
+from tinygpt.export.gguf_types import Q4, WEIGHT_TYPES, File, Type, WeightType, tolerance
+from tinygpt.export.verify import check_gguf
 from tinygpt.model.config import MLPS
 from tinygpt.model.gpt import GPT
 from tinygpt.report.perplexity import scored_nll
@@ -63,8 +64,8 @@ def changed(model, name, change):
 
 
 def test_rows_not_permuted_for_the_rotation_fail(check, model, monkeypatch):
-    families = [replace(f, layout=replace(f.layout, adjacent_rope=False)) for f in GGUF_FAMILIES]
-    monkeypatch.setattr(gguf, "LLAMA_CPP", LLAMA_CPP._replace(families=families))
+    families = [replace(f, layout=replace(f.layout, adjacent_rope=False)) for f in LLAMA_CPP.families]
+    monkeypatch.setattr(LLAMA_CPP, "families", families)
     _, failures = check(model)
     assert any(failure.startswith("model.gguf: max_logprob_diff is ") for failure in failures)
     assert all(", allowed is " in failure for failure in failures)
@@ -126,3 +127,19 @@ def test_perplexity_counts_the_second_half_of_a_chunk_as_llama_perplexity_does()
 def test_there_is_a_tolerance_for_every_kind_of_mlp_and_weight_type():
     for mlp, weight_type in product(MLPS, get_args(GGUFType)):
         assert (tolerance(mlp, weight_type).weight == 0) == (weight_type == "f32")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("iq4_nl", WeightType(File.MOSTLY_IQ4_NL, Type.IQ4_NL, Q4)),  # llama.cpp's kernel writes it
+        ("mxfp4", WeightType(File.MOSTLY_MXFP4_MOE, Type.MXFP4, Q4)),  # the gguf package does
+    ],
+)
+def test_a_weight_type_is_one_entry(name, entry, check, model, monkeypatch, tmp_path):
+    monkeypatch.setitem(WEIGHT_TYPES, name, entry)
+    measures, failures = check(model, weight_type=name)
+    assert failures == []
+    assert 0.01 < measures["max_weight_error"] < 0.16
+    kinds = {tensor.tensor_type for tensor in GGUFReader(tmp_path / "model.gguf").tensors if len(tensor.shape) == 2}
+    assert kinds == {entry.base, Type.Q8_0}  # the head's rows of 64 do not fill q6_k

@@ -18,11 +18,11 @@ from tinygpt.errors import UserError
 from tinygpt.export.base import BASE_DIR
 from tinygpt.export.card import ADAPTER_CARD, TRAINING_FILE
 from tinygpt.export.config import ExportParams
-from tinygpt.export.family import family_of, find_family
+from tinygpt.export.family import QKV, Layout, family_of
 from tinygpt.export.gguf import write_gguf
 from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf_families import TRANSFORMERS
-from tinygpt.export.layout import QKV, Layout, leaf, pair_rope, rename, repeat_kv
+from tinygpt.export.layout import leaf, pair_rope, rename, repeat_kv
 from tinygpt.files import atomic_folder, atomic_write, human_bytes, must_exist, read_json, sha256_file, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.lora import ADAPTER
@@ -52,10 +52,10 @@ def export_adapters(folder: Path, model_dir: Path, config: GPTConfig, params: Ex
         )
     adapter = load_tensors(must_exist(model_dir / ADAPTER_FILE, stage="train"))
     files = []
-    if params.hf and find_family(TRANSFORMERS.families, config):
+    if params.hf:
         export_peft(folder / "peft", adapter, config, lora)
         files.append(folder / "peft" / PEFT_FILE)
-    if params.gguf and find_family(LLAMA_CPP.families, config):
+    if params.gguf:
         files.append(folder / "gguf" / "tinygpt-lora.gguf")
         export_gguf_adapter(files[-1], adapter, config, lora)
     return [

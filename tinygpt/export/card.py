@@ -1,16 +1,18 @@
-"""What people read beside an export: the model card, and the Modelfile by which Ollama runs it.
+"""What people read of an export: the model card, the Modelfile by which Ollama runs it, and the report.
 
 https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfile
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygpt.files import read_json
+from tinygpt.export.gguf import GGUFFile
+from tinygpt.files import human_bytes, read_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.tokenizer import Tokenizer
 
@@ -157,3 +159,30 @@ def modelfile(tokenizer: Tokenizer, weight_type: str, n_ctx: int) -> str:
 
 def _rows(values: Mapping[str, Any]) -> str:
     return "\n".join(f"| {key} | {value} |" for key, value in values.items() if value is not None)
+
+
+def gguf_entry(made: GGUFFile, n_bytes: int, measures: Mapping[str, float | None]) -> dict[str, Any]:
+    """The entry of a GGUF file in reports/export.json."""
+    return {
+        "family": made.family,
+        "context": made.n_ctx,
+        "bytes": n_bytes,
+        "bits_per_weight": round(made.bits_per_weight, 3),
+        **measures,
+        "tensors": dict(Counter(made.types.values())),
+    }
+
+
+def remarks(entry: Mapping[str, Any], block_size: int) -> str:
+    """One line from its entry in reports/export.json: size, family, types, perplexity, and what it has lost."""
+    said = [human_bytes(entry["bytes"]), entry["family"]]
+    if "tensors" in entry:
+        types = ", ".join(f"{n} {kind}" for kind, n in entry["tensors"].items())
+        said.append(f"{entry['bits_per_weight']:.2f} bits a weight ({types})")
+        said.append(f"perplexity {entry['ppl']:.2f} in llama.cpp and {entry['ppl_pytorch']:.2f} in PyTorch")
+    if entry["context"] < block_size:
+        said.append(
+            f"A CONTEXT OF {entry['context']} TOKENS, NOT {block_size}: {entry['family']} knows no such window, "
+            "and with more tokens computes something else"
+        )
+    return ", ".join(said)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from tinygpt.export.family import find_family, refusal
+from tinygpt.export.gguf_families import LLAMA_CPP
+from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.params import Within, require
 
 GGUFType = Literal[
     "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
 ]  # fmt: skip
+MIN_BLOCK_SIZE = 4  # half a context and one token more are read before the first that counts for perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +30,19 @@ class ExportParams:
 
     def __post_init__(self) -> None:
         require((len(set(self.gguf)) == len(self.gguf), f"export.gguf={list(self.gguf)} names a type twice"))
+
+    def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
+        """The model can be exported as asked: a rule beside the `model` group, where that is loaded too."""
+        if "model" not in groups:
+            return
+        model = groups["model"]
+        targets = [*([TRANSFORMERS] if self.hf else []), *([LLAMA_CPP] if self.gguf else [])]
+        if not all(find_family(target.families, model) for target in targets):
+            yield False, refusal(targets, model)
+        if self.gguf:
+            _, n_ctx = find_family(LLAMA_CPP.families, model) or (None, model.block_size)
+            key = "block_size" if n_ctx == model.block_size else "window"
+            yield (
+                n_ctx >= MIN_BLOCK_SIZE,
+                f"model.{key}={n_ctx} is too short to check export.gguf: at least {MIN_BLOCK_SIZE}",
+            )

@@ -8,20 +8,41 @@ there the two are the same.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from itertools import product
+from typing import Any, Literal, TypeVar
 
 from tinygpt.errors import UserError
-from tinygpt.export.layout import Layout
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.params import ParamsError, yaml_text
 
 N_ADVICE = 2  # changes that a refusal names
-Bias = Literal["none", "qkv", "all"]
-ANY_BIAS: tuple[Bias, ...] = ("none", "qkv", "all")  # from fewest to most
+CHOICES = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(ModelParams).items()}
+ANY_BIAS: tuple[Any, ...] = CHOICES["bias"]  # from fewest to most
+CORE: dict[str, tuple[Any, ...]] = {  # the switches that decide the computation, and their values
+    name: CHOICES[name] or (False, True) for name in ("position", "norm", "mlp", "parallel_block", "qk_norm")
+}
 ANY_HEAD_DIM = ("null", "own")  # head_dim = n_embd / n_head, or another
 FULL, ALL, MIXED = "null", "in all layers", "in some layers"  # of window
+QKV = ("q_proj", "k_proj", "v_proj")
+NORM_MODULES = ("attn_norm", "mlp_norm", "norm")  # our modules whose bias many programs demand
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one program wants the tensors: what differs from tinygpt's own state dict."""
+
+    names: Mapping[str, str]  # our module to theirs, {i} stands for the block; only modules that the models have
+    zero_bias: Mapping[str, tuple[str, ...]]  # model.bias -> modules with a bias there: zeros where we have none
+    untied: bool = False  # a tied head is written once more
+    fused_qkv: bool = False  # q_proj, k_proj and v_proj are one matrix, rows in this order, named like q_proj
+    adjacent_rope: bool = False  # rotation pairs are next to each other in a head, not half a head apart
+    repeated_kv: bool = False  # knows no GQA: each key/value head is written once per query head that reads it
+    transposed: tuple[str, ...] = ()  # modules whose weight is (in, out)
+    head_norms: Literal["shared", "stacked", "listed"] = "shared"  # of qk_norm: one, a row a head, a tensor a head
+    sinks: bool = False  # attention sinks, which must not be there: as good as none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +57,21 @@ class Family:
 AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 
-class Target(NamedTuple):
+@dataclass
+class Target:
     """A program to export for, and how its export is turned off."""
 
     name: str
-    families: Sequence[Family]
+    families: Sequence[Any]
     off: str
 
 
-def switches(position: str, norm: str, mlp: str, **others: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
-    """The switches of a family; those that are not named are as plain as can be."""
+def switches(position: str, norm: str, *mlps: str, **others: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    """The switches of a family of these kinds of MLP; those that are not named are as plain as can be."""
     plain = {
         "position": (position,),
         "norm": (norm,),
-        "mlp": (mlp,),
+        "mlp": mlps,
         "parallel_block": (False,),
         "qk_norm": (False,),
         "bias": ANY_BIAS,
@@ -79,16 +101,12 @@ def switches_of(config: ModelParams) -> dict[str, Any]:
 def find_family(families: Sequence[AnyFamily], config: ModelParams) -> tuple[AnyFamily, int] | None:
     """The family that a model belongs to and the longest context that is exact there; None where there is none."""
     found = switches_of(config)
-    for window, n_ctx in ((found["window"], config.block_size), (FULL, context_within(config))):
+    in_window = min(config.block_size, config.window or config.block_size)  # so long, a token sees all before it
+    for window, n_ctx in ((found["window"], config.block_size), (FULL, in_window)):
         for family in families:
             if not _misfit(found | {"window": window}, family.switches):
                 return family, n_ctx
     return None
-
-
-def context_within(config: ModelParams) -> int:
-    """The longest context in which every token sees all before it."""
-    return min(config.block_size, config.window or config.block_size)
 
 
 def family_of(target: Target, config: ModelParams) -> tuple[Any, int]:
@@ -125,6 +143,23 @@ def check_vocabulary(config: GPTConfig, vocab_size: int) -> None:
         )
 
 
+def coverage_table(*targets: Target) -> str:
+    """The combinations of CORE that can be exported, as a Markdown table."""
+    columns = [f"{target.name} (bias)" for target in targets]
+    rows = [[*(f"`{key}`" for key in CORE), *columns], ["---"] * (len(CORE) + len(targets))]
+    for values in product(*CORE.values()):
+        cells = [_cell(target, dict(zip(CORE, values, strict=True))) for target in targets]
+        if any(cells):
+            rows.append([*map(yaml_text, values), *(cell or "–" for cell in cells)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _cell(target: Target, core: Mapping[str, Any]) -> str:
+    """The families of a combination, with the biases that they allow."""
+    found = [family for family in target.families if not _misfit({**core, "window": FULL}, family.switches)]
+    return ", ".join(f"`{family.name}` ({', '.join(family.switches['bias'])})" for family in found)
+
+
 def _common(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """The values that both allow, for all switches of `other`; windows do not count, as each has its way with them."""
     keys = [key for key in other if key != "window"]
@@ -133,7 +168,7 @@ def _common(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, .
 
 def _misfit(found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """The switches in which a model differs from what is allowed, with that."""
-    return {key: values for key, values in allowed.items() if found[key] not in values}
+    return {key: values for key, values in allowed.items() if key in found and found[key] not in values}
 
 
 def _settings(changes: Mapping[str, tuple[Any, ...]]) -> str:

@@ -23,9 +23,8 @@ from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
 from tinygpt.export.family import check_vocabulary, family_of
 from tinygpt.export.gguf_families import LLAMA_CPP, GGUFFamily
-from tinygpt.export.layout import apply_layout
-from tinygpt.export.quantize import MIXES, bits_per_weight, quantized, tensor_types
-from tinygpt.export.reverse import revert_layout
+from tinygpt.export.gguf_types import WEIGHT_TYPES, bits_per_weight, quantized, tensor_types
+from tinygpt.export.layout import apply_layout, revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
@@ -72,7 +71,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type:
         writer = GGUFWriter(file.name, family.name)
         _add_model(writer, model.config, family, n_ctx)
         _add_tokenizer(writer, tokenizer)
-        writer.add_file_type(MIXES[weight_type].file_type)
+        writer.add_file_type(WEIGHT_TYPES[weight_type].file_type)
         writer.add_quantization_version(QUANTIZATION_VERSION)
         for name, tensor in tensors.items():
             _add_tensor(writer, name, tensor, types[name], weight_type)

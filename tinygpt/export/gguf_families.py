@@ -6,12 +6,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinygpt.export.family import ALL, ANY_HEAD_DIM, MIXED, Family, Target, switches
-from tinygpt.export.layout import QKV, Layout
-from tinygpt.export.names import FUSED_GGUF_NAMES, GGUF_NAMES, NORMS
+from tinygpt.export.family import ALL, ANY_HEAD_DIM, MIXED, NORM_MODULES, QKV, Family, Layout, Target, switches
 from tinygpt.model.config import ModelParams
 
-OUTPUTS = ("o_proj", "up_proj", "down_proj")
+GGUF_NAMES = {
+    "tok_emb": "token_embd",
+    "pos_emb": "position_embd",
+    "blocks.{i}.attn_norm": "blk.{i}.attn_norm",
+    "blocks.{i}.attn.q_proj": "blk.{i}.attn_q",
+    "blocks.{i}.attn.k_proj": "blk.{i}.attn_k",
+    "blocks.{i}.attn.v_proj": "blk.{i}.attn_v",
+    "blocks.{i}.attn.o_proj": "blk.{i}.attn_output",
+    "blocks.{i}.attn.q_norm": "blk.{i}.attn_q_norm",
+    "blocks.{i}.attn.k_norm": "blk.{i}.attn_k_norm",
+    "blocks.{i}.attn.sinks": "blk.{i}.attn_sinks",
+    "blocks.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "blocks.{i}.mlp.gate_proj": "blk.{i}.ffn_gate",
+    "blocks.{i}.mlp.up_proj": "blk.{i}.ffn_up",
+    "blocks.{i}.mlp.down_proj": "blk.{i}.ffn_down",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
+FUSED_GGUF_NAMES = GGUF_NAMES | {"blocks.{i}.attn.q_proj": "blk.{i}.attn_qkv"}
+
+BIASED = (*NORM_MODULES, "o_proj", "up_proj", "down_proj")  # by model.bias=all and not by qkv, without a gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +55,14 @@ GGUF_FAMILIES = (
         switches=switches("learned", "layernorm", "gelu"),
         layout=Layout(
             names=FUSED_GGUF_NAMES,
-            zero_bias={"none": (*NORMS, *QKV, *OUTPUTS), "qkv": (*NORMS, *OUTPUTS)},
+            zero_bias={"none": (*BIASED, *QKV), "qkv": BIASED},
             fused_qkv=True,
         ),
     ),
     GGUFFamily(
         name="starcoder2",
         switches=switches("rope", "layernorm", "gelu"),
-        layout=Layout(names=GGUF_NAMES, zero_bias={"none": (*NORMS, *OUTPUTS), "qkv": (*NORMS, *OUTPUTS)}),
+        layout=Layout(names=GGUF_NAMES, zero_bias={"none": BIASED, "qkv": BIASED}),
     ),
     GGUFFamily(
         name="phi2",
@@ -52,8 +70,8 @@ GGUF_FAMILIES = (
         layout=Layout(
             names=GGUF_NAMES,
             zero_bias={
-                "none": (*NORMS, *OUTPUTS, "lm_head"),
-                "qkv": (*NORMS, *OUTPUTS, "lm_head"),
+                "none": (*BIASED, "lm_head"),
+                "qkv": (*BIASED, "lm_head"),
                 "all": ("lm_head",),
             },
             untied=True,
@@ -64,7 +82,9 @@ GGUF_FAMILIES = (
         switches=switches(
             "rope", "layernorm", "swiglu", parallel_block=(False, True), qk_norm=(False, True), bias=("none", "qkv")
         ),
-        layout=Layout(names=GGUF_NAMES, zero_bias={"none": NORMS, "qkv": NORMS}, untied=True, head_norms="stacked"),
+        layout=Layout(
+            names=GGUF_NAMES, zero_bias=dict.fromkeys(("none", "qkv"), NORM_MODULES), untied=True, head_norms="stacked"
+        ),
     ),
     GGUFFamily(
         name="cohere2",  # rotates where a window is, so it must be in all layers

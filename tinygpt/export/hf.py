@@ -1,31 +1,40 @@
-"""A folder for transformers (https://github.com/huggingface/transformers), written without it.
+"""A folder for transformers (https://github.com/huggingface/transformers), written without it and read without it.
 
     AutoModelForCausalLM.from_pretrained("data/export/hf"), AutoTokenizer.from_pretrained("data/export/hf")
 
 load it offline and without remote code. Settings whose default differs between model classes or between transformers
-4 and 5 are written out, so that every release reads the same model.
+4 and 5 are written out, so that every release reads the same model. What this GPT does not compute, such as scaled
+rotary positions, is refused when a folder is read: it would load and compute something else.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.export.family import check_vocabulary, family_of
+from tinygpt.export.family import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
 from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
-from tinygpt.export.layout import apply_layout
+from tinygpt.export.layout import Misfit, apply_layout, revert_layout
 from tinygpt.files import atomic_folder, must_exist, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import load_tensors, model_tensors, save_tensors
+from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_tensors, model_tensors, save_tensors
+from tinygpt.params import ParamsError, from_mapping
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE
 
-WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_FILE = "tokenizer.json"
+OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # of activations, for the same
+DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # not weights; older files have them
 
 
 def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> tuple[str, int]:
@@ -39,7 +48,7 @@ def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folde
     family, n_ctx = family_of(TRANSFORMERS, model.config)
     source = must_exist(Path(tokenizer_dir) / TOKENIZER_FILE, stage="train_tokenizer")
     with atomic_folder(folder) as partial:
-        write_json(partial / "config.json", model_config(model.config, family, tokenizer, n_ctx))
+        write_json(partial / CONFIG_FILE, model_config(model.config, family, tokenizer, n_ctx))
         write_json(partial / "generation_config.json", _special_ids(tokenizer))
         write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, n_ctx))
         shutil.copyfile(source, partial / TOKENIZER_FILE)
@@ -53,7 +62,7 @@ def model_config(config: GPTConfig, family: HFFamily, tokenizer: Tokenizer, n_ct
         "architectures": [family.cls],
         "model_type": family.name,
         "vocab_size": config.vocab_size,
-        **family.config(config, n_ctx),
+        **family.document(config, n_ctx),
         family.eps: config.norm_eps,
         "tie_word_embeddings": config.tie_weights,  # the classes disagree on the default
         **_special_ids(tokenizer),
@@ -94,3 +103,156 @@ def _tokenizer_config(tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
+
+
+def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The config and the tensors, float32 and by our names, of a folder.
+
+    Raises UserError with all that is wrong with it.
+    """
+    path = folder / CONFIG_FILE
+    document = _read_json(path)
+    families = {family.name: family for family in TRANSFORMERS.families}
+    family = families.get(str(document.get("model_type")))
+    if family is None:
+        raise UserError(f"{path} is of model_type {document.get('model_type')}, covered are {', '.join(families)}")
+    config = _read_config(path, document, family)
+    tensors = _read_tensors(folder, family)
+    misfits: list[Misfit] = []
+    try:
+        for bias in (bias for bias in ANY_BIAS if bias in family.switches["bias"]):
+            try:  # the first that holds what is not zero
+                biased = replace(config, bias=bias)
+                return biased, revert_layout(tensors, biased, family.layout)
+            except Misfit as misfit:
+                misfits.append(misfit)
+        raise min(reversed(misfits), key=lambda misfit: len(misfit.problems))  # of equals that with most biases
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> GPTConfig:
+    """The config, of whatever bias.  Raises UserError with all that is wrong with the document."""
+    problems: list[str] = []
+    try:
+        problems += _fixed_problems(document, family)
+        config = from_mapping(GPTConfig, _fields(document, family), prefix="model.")
+        problems += _switch_problems(config, family)
+    except KeyError as error:
+        problems.append(f"it has no {error.args[0]}")
+    except (TypeError, AttributeError) as error:
+        problems.append(f"it has a value of another type ({error})")
+    except ParamsError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(f"{path} is not a model that can be taken: {'; '.join(problems)}")
+    return config
+
+
+def _switch_problems(config: GPTConfig, family: HFFamily) -> list[str]:
+    """What the class computes in another way than a model of the same switches here."""
+    if find_family([family], config):
+        return []
+    found = switches_of(config)
+    shown = ", ".join(f"{key}: {found[key]}" for key, allowed in family.switches.items() if found[key] not in allowed)
+    return [f"a {family.name} is not the same here with {shown}"]
+
+
+def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:
+    found = {**family.silent, **document, **(document.get("rope_parameters") or {})}
+    wanted = family.fixed.items()
+    return [f"{key}={found[key]}, not {value}" for key, value in wanted if key in found and found[key] != value]
+
+
+def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
+    """Ours, of whatever bias.  Raises KeyError with a key that the document lacks."""
+    found = {**family.silent, **document}
+    rope = document.get("rope_parameters") or document
+    sizes: dict[str, Any] = {
+        ours: document.get(theirs) or None if theirs in DERIVED_KEYS else document[theirs]
+        for ours, theirs in family.sizes.items()
+    }
+    window = document.get("sliding_window") if document.get("use_sliding_window", True) else None
+    window = window if window and window < sizes["block_size"] else None
+    return {
+        "n_kv_head": None,
+        "head_dim": None,
+        **sizes,
+        "position": family.switches["position"][0],
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "norm": family.switches["norm"][0],
+        "norm_eps": document[family.eps],
+        "mlp": _mlp(document[family.activation_key], family),
+        "parallel_block": document.get("use_parallel_residual", family.switches["parallel_block"][0]),
+        "window": window,
+        "full_every": _full_every(document.get("layer_types"), sizes["n_layer"]) if window else None,
+        "bias": "none",
+        "qk_norm": document.get("qk_layernorm", family.switches["qk_norm"][0]),
+        "tie_weights": found.get("tie_word_embeddings", False),
+        "dropout": 0.0,
+        "attention": "sdpa",
+        "vocab_size": document["vocab_size"],
+    }
+
+
+def _mlp(activation: str, family: HFFamily) -> str:
+    mlps = {theirs: ours for ours, theirs in family.activations.items()}
+    name = OTHER_NAMES.get(activation, activation)
+    if name not in mlps:
+        raise UserError(f"config.json has the activation {activation}, covered are {', '.join(mlps)}")
+    return mlps[name]
+
+
+def _full_every(layer_types: list[str] | None, n_layer: int) -> int | None:
+    """The period of layers that see everything; None where none does."""
+    full = [i + 1 for i, kind in enumerate(layer_types or []) if kind == "full_attention"]
+    if not full:
+        return None
+    if full != [*range(full[0], n_layer + 1, full[0])]:
+        raise UserError("config.json has layer_types of full attention that are not every n-th")
+    return full[0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path} not found: give a folder that transformers saved")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return document
+
+
+def _read_tensors(folder: Path, family: HFFamily) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in _weight_files(folder):
+        path = folder / Path(name).name  # no path that leaves the folder
+        if not path.exists():
+            raise UserError(f"{path} not found: weights are read from safetensors alone")
+        tensors |= load_tensors(path)
+    _must_be_weights(folder, tensors)
+    whole = family.layout.names["tok_emb"] + ".weight"  # the first files lack the name of the whole, transformer.
+    prefix = whole.partition(".")[0] + "." if whole.partition(".")[2] in tensors else ""
+    return {prefix + name: tensor.float() for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    if not index.exists():
+        return [WEIGHTS_FILE]
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"{index} has no weight_map of tensors to files")
+    return sorted(set(files.values()))
+
+
+def _must_be_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError where tensors are quantized, or not finite: both would load and compute nonsense."""
+    for reason, odd in (
+        ("quantized or of another type than float", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
+        ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
+    ):
+        if odd := sorted(name for name in odd if not name.endswith(BUFFERS)):
+            raise UserError(f"{folder}: {len(odd)} tensors are {reason}, such as {odd[0]}")

@@ -2,40 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from tinygpt.export.family import ALL, ANY_HEAD_DIM, FULL, MIXED, Family, Target, switches
-from tinygpt.export.layout import Layout
-from tinygpt.export.names import GPT2_NAMES, NORMS, llama_names
+from tinygpt.export.family import ALL, ANY_HEAD_DIM, FULL, MIXED, NORM_MODULES, QKV, Family, Layout, Target, switches
 from tinygpt.model.config import ModelParams
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "swiglu": "silu", "relu2": "relu2"}
+BIASED = (*NORM_MODULES, *QKV, "o_proj", "up_proj", "down_proj")  # by model.bias=all, where an MLP has no gate
+GELU, SILU, RELU2 = {"gelu": "gelu_pytorch_tanh"}, {"swiglu": "silu"}, {"relu2": "relu2"}
+
+GPT2_NAMES = {
+    "tok_emb": "transformer.wte",
+    "pos_emb": "transformer.wpe",
+    "blocks.{i}.attn_norm": "transformer.h.{i}.ln_1",
+    "blocks.{i}.attn.q_proj": "transformer.h.{i}.attn.c_attn",
+    "blocks.{i}.attn.o_proj": "transformer.h.{i}.attn.c_proj",
+    "blocks.{i}.mlp_norm": "transformer.h.{i}.ln_2",
+    "blocks.{i}.mlp.up_proj": "transformer.h.{i}.mlp.c_fc",
+    "blocks.{i}.mlp.down_proj": "transformer.h.{i}.mlp.c_proj",
+    "norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+}
+
+
+def llama_names(**leaves: str) -> Mapping[str, str]:
+    """The names of Llama's classes; `leaves` has those that a class calls otherwise: o_proj="dense"."""
+    parts = {
+        "self_attn": ("attn", ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+        "mlp": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    }
+    return {
+        "tok_emb": "model.embed_tokens",
+        "blocks.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+        "blocks.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+        "norm": f"model.{leaves.get('norm', 'norm')}",
+        "lm_head": "lm_head",
+    } | {
+        f"blocks.{{i}}.{ours}.{leaf}": f"model.layers.{{i}}.{theirs}.{leaves.get(leaf, leaf)}"
+        for theirs, (ours, found) in parts.items()
+        for leaf in found
+    }
+
+
+GPT2_SIZES = {
+    "n_embd": "n_embd",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_hidden": "n_inner",
+    "block_size": "n_positions",
+}
+ROPE_SIZES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",  # some classes assume 128
+    "n_hidden": "intermediate_size",
+    "block_size": "max_position_embeddings",
+}
+ROPE_FIXED = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HFFamily(Family):
-    """`config` makes the entries of config.json that are not alike in all classes, from the model and its context.
-
-    The norm's epsilon goes under `eps` there.
-    """
+    """A class of transformers, and what is where in its config.json."""
 
     cls: str
-    eps: str
-    config: Callable[[ModelParams, int], dict[str, Any]]
+    activations: Mapping[str, str]  # kind of MLP -> what config.json calls its activation
+    activation_key: str = "hidden_act"  # under which it does
+    sizes: Mapping[str, str] = field(default_factory=lambda: ROPE_SIZES)  # our field -> their key
+    eps: str  # their key of norm_eps
+    config: Callable[[ModelParams, int, str], dict[str, Any]]  # more entries: of a model, its context, its activation
+    fixed: Mapping[str, Any] = field(default_factory=lambda: ROPE_FIXED)  # what all models of ours have
+    silent: Mapping[str, Any] = field(default_factory=dict)  # what the class takes where config.json is silent
+
+    def document(self, config: ModelParams, n_ctx: int) -> dict[str, Any]:
+        """What config.json says of a model with a context of `n_ctx` tokens, without what it says in all classes."""
+        sizes = {theirs: getattr(config, ours) for ours, theirs in self.sizes.items()}
+        return sizes | {self.sizes["block_size"]: n_ctx} | self.config(config, n_ctx, self.activations[config.mlp])
 
 
-def _gpt2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
+def _gpt2_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
     return {
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": config.n_hidden,
-        "n_positions": n_ctx,
         "n_ctx": n_ctx,  # gone from GPT2Config, still read by llama.cpp's converter
-        "activation_function": ACTIVATIONS[config.mlp],
+        "activation_function": activation,
         "scale_attn_weights": True,
         "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
@@ -43,15 +94,8 @@ def _gpt2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     }
 
 
-def _rope_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
+def _rope_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
     return {
-        "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,  # some classes assume 128
-        "intermediate_size": config.n_hidden,
-        "max_position_embeddings": n_ctx,
         # transformers 5 reads the first, 4 the others; some classes would rotate a part of each head only
         "rope_parameters": {
             "rope_type": "default",
@@ -60,25 +104,25 @@ def _rope_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
         },
         "rope_theta": config.rope_theta,
         "partial_rotary_factor": 1.0,
-        "hidden_act": ACTIVATIONS[config.mlp],
+        "hidden_act": activation,
         "attention_dropout": 0.0,
         "attention_bias": config.bias != "none",
         "mlp_bias": config.bias == "all",
     }
 
 
-def _window_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
+def _window_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
     kinds = {True: "full_attention", False: "sliding_attention"}
-    return _rope_config(config, n_ctx) | {
+    return _rope_config(config, n_ctx, activation) | {
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
         "layer_types": [kinds[config.window_of(layer) is None] for layer in range(config.n_layer)],
     }
 
 
-def _starcoder2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
+def _starcoder2_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
     window = config.window if config.window and n_ctx > config.window else None
-    return _rope_config(config, n_ctx) | {
+    return _rope_config(config, n_ctx, activation) | {
         "use_bias": config.bias != "none",
         "sliding_window": window,
         "embedding_dropout": config.dropout,
@@ -86,16 +130,16 @@ def _starcoder2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     }
 
 
-def _phi_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
-    return _rope_config(config, n_ctx) | {
+def _phi_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
+    return _rope_config(config, n_ctx, activation) | {
         "qk_layernorm": config.qk_norm,
         "embd_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
     }
 
 
-def _stablelm_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
-    return _rope_config(config, n_ctx) | {
+def _stablelm_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
+    return _rope_config(config, n_ctx, activation) | {
         "use_qkv_bias": config.bias != "none",
         "qk_layernorm": config.qk_norm,
         "use_parallel_residual": config.parallel_block,
@@ -103,8 +147,8 @@ def _stablelm_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     }
 
 
-def _cohere2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
-    return _window_config(config, n_ctx) | {"logit_scale": 1.0}
+def _cohere2_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
+    return _window_config(config, n_ctx, activation) | {"logit_scale": 1.0}
 
 
 LLAMA_LAYOUT = Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)})  # attention has all biases or none
@@ -113,12 +157,17 @@ HF_FAMILIES = (
     HFFamily(
         name="gpt2",
         cls="GPT2LMHeadModel",
+        activations=GELU,
         eps="layer_norm_epsilon",
         config=_gpt2_config,
-        switches=switches("learned", "layernorm", "gelu"),
+        sizes=GPT2_SIZES,
+        activation_key="activation_function",
+        fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        silent={"tie_word_embeddings": True},
+        switches=switches("learned", "layernorm", *GELU),
         layout=Layout(
             names=GPT2_NAMES,
-            zero_bias={"none": (*NORMS, *LINEAR), "qkv": (*NORMS, *LINEAR)},
+            zero_bias={"none": BIASED, "qkv": BIASED},
             fused_qkv=True,
             repeated_kv=True,
             transposed=("q_proj", "o_proj", "up_proj", "down_proj"),
@@ -127,20 +176,23 @@ HF_FAMILIES = (
     HFFamily(
         name="starcoder2",
         cls="Starcoder2ForCausalLM",
+        activations=GELU,
         eps="norm_epsilon",
         config=_starcoder2_config,
-        switches=switches("rope", "layernorm", "gelu", window=(FULL, ALL)),
+        silent={"tie_word_embeddings": True},
+        switches=switches("rope", "layernorm", *GELU, window=(FULL, ALL)),
         layout=Layout(
             names=llama_names(up_proj="c_fc", down_proj="c_proj"),
-            zero_bias={"none": NORMS, "qkv": (*NORMS, *LINEAR)},
+            zero_bias={"none": NORM_MODULES, "qkv": BIASED},
         ),
     ),
     HFFamily(
         name="phi",
         cls="PhiForCausalLM",
+        activations=GELU,
         eps="layer_norm_eps",
         config=_phi_config,
-        switches=switches("rope", "layernorm", "gelu", parallel_block=(True,), qk_norm=(False, True)),
+        switches=switches("rope", "layernorm", *GELU, parallel_block=(True,), qk_norm=(False, True)),
         layout=Layout(
             names=llama_names(
                 o_proj="dense",
@@ -150,33 +202,37 @@ HF_FAMILIES = (
                 k_norm="k_layernorm",
                 norm="final_layernorm",
             ),
-            zero_bias=dict.fromkeys(("none", "qkv", "all"), (*NORMS, *LINEAR, "q_norm", "k_norm", "lm_head")),
+            zero_bias=dict.fromkeys(("none", "qkv", "all"), (*BIASED, "q_norm", "k_norm", "lm_head")),
             untied=True,
         ),
     ),
     HFFamily(
         name="stablelm",
         cls="StableLmForCausalLM",
+        activations=SILU,
         eps="layer_norm_eps",
         config=_stablelm_config,
         switches=switches(
-            "rope", "layernorm", "swiglu", parallel_block=(False, True), qk_norm=(False, True), bias=("none", "qkv")
+            "rope", "layernorm", *SILU, parallel_block=(False, True), qk_norm=(False, True), bias=("none", "qkv")
         ),
         layout=Layout(
             names=llama_names(q_norm="q_layernorm", k_norm="k_layernorm"),
-            zero_bias={"none": NORMS, "qkv": NORMS},
+            zero_bias={"none": NORM_MODULES, "qkv": NORM_MODULES},
             head_norms="listed",
         ),
     ),
     HFFamily(
         name="cohere2",  # rotates where a window is, so it must be in all layers
         cls="Cohere2ForCausalLM",
+        activations=SILU,
         eps="layer_norm_eps",
         config=_cohere2_config,
+        fixed=ROPE_FIXED | {"logit_scale": 1.0},
+        silent={"logit_scale": 0.0625, "tie_word_embeddings": True},
         switches=switches(
             "rope",
             "layernorm",
-            "swiglu",
+            *SILU,
             parallel_block=(True,),
             bias=("none", "qkv"),
             tie_weights=(True,),
@@ -187,28 +243,31 @@ HF_FAMILIES = (
     HFFamily(
         name="llama",
         cls="LlamaForCausalLM",
+        activations=SILU,
         eps="rms_norm_eps",
         config=_rope_config,
-        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM),
+        switches=switches("rope", "rmsnorm", *SILU, head_dim=ANY_HEAD_DIM),
         layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="mistral",
         cls="MistralForCausalLM",
+        activations=SILU,
         eps="rms_norm_eps",
         config=_window_config,
-        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, bias=("none",), window=(ALL,)),
+        switches=switches("rope", "rmsnorm", *SILU, head_dim=ANY_HEAD_DIM, bias=("none",), window=(ALL,)),
         layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="qwen3",
         cls="Qwen3ForCausalLM",
+        activations=SILU,
         eps="rms_norm_eps",
         config=_window_config,
         switches=switches(
             "rope",
             "rmsnorm",
-            "swiglu",
+            *SILU,
             qk_norm=(True,),
             bias=("none", "qkv"),
             head_dim=ANY_HEAD_DIM,
@@ -219,9 +278,10 @@ HF_FAMILIES = (
     HFFamily(
         name="arcee",
         cls="ArceeForCausalLM",
+        activations=GELU | RELU2,
         eps="rms_norm_eps",
         config=_rope_config,
-        switches=switches("rope", "rmsnorm", "relu2", head_dim=ANY_HEAD_DIM) | {"mlp": ("gelu", "relu2")},
+        switches=switches("rope", "rmsnorm", *(GELU | RELU2), head_dim=ANY_HEAD_DIM),
         layout=LLAMA_LAYOUT,
     ),
 )

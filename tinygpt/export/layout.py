@@ -1,41 +1,29 @@
-"""tinygpt's tensors in the layout of another program.
+"""tinygpt's tensors in the layout of another program, and back.
 
-Every step moves numbers, copies them or adds neutral ones, and changes none. H query heads, G key/value heads,
-D head_dim, C n_embd.
+On the way there every step moves numbers, copies them or adds neutral ones, and changes none. On the way back each is
+undone, in reverse order: what was copied must be equal, and what was added must be neutral, else the tensors are of
+another model. H query heads, G key/value heads, D head_dim, C n_embd.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from tinygpt.errors import UserError
+from tinygpt.export.family import QKV, Layout
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import TIED
+from tinygpt.model.weights import misshapen, model_tensors, unset_model
 
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
 
-QKV = ("q_proj", "k_proj", "v_proj")
-NO_SINK = -1e30  # a logit beside those of the keys that takes no probability
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How one program wants the tensors: what differs from tinygpt's own state dict."""
-
-    names: Mapping[str, str]  # our module to theirs, {i} stands for the block
-    zero_bias: Mapping[str, tuple[str, ...]]  # model.bias -> modules with a bias there: zeros where we have none
-    untied: bool = False  # a tied head is written once more
-    fused_qkv: bool = False  # q_proj, k_proj and v_proj are one matrix, rows in this order, named like q_proj
-    adjacent_rope: bool = False  # rotation pairs stand side by side in a head, not half a head apart
-    repeated_kv: bool = False  # knows no GQA: each key/value head is written once per query head that reads it
-    transposed: tuple[str, ...] = ()  # modules whose weight is (in, out)
-    head_norms: Literal["shared", "stacked", "listed"] = "shared"  # of qk_norm: one, a row a head, a tensor a head
-    sinks: bool = False  # attention sinks, which must not be there: as good as none
+NO_SINK = -1e30  # a logit next to those of the keys that takes no probability
+KINDS = ("weight", "bias")
+MOST_NAMED = 6  # tensors that an error names
 
 
 def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int) -> Tensors:
@@ -53,15 +41,14 @@ def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int
         tensors = {name: pair_rope(name, tensor, config) for name, tensor in tensors.items()}
     if layout.fused_qkv:
         tensors = _fuse_qkv(tensors)
-    renamed = {
-        rename(name, layout): (tensor.T if _is_transposed(name, layout) else tensor).contiguous()
-        for name, tensor in _cut_positions(tensors, n_ctx).items()
-    }
-    return HEAD_NORMS[layout.head_norms](renamed, config, layout)
+    theirs: Tensors = {}
+    for name, tensor in _cut_positions(tensors, n_ctx).items():
+        theirs |= _for_each_head(name, _transposed(name, tensor, layout).contiguous(), config, layout)
+    return theirs
 
 
 def _add_zero_biases(tensors: Tensors, modules: tuple[str, ...]) -> Tensors:
-    """Give each of these modules a bias, behind its weight; one that has a bias keeps it."""
+    """Give each of these modules a bias, after its weight; one that has a bias keeps it."""
     biased: Tensors = {}
     for name, tensor in tensors.items():
         biased[name] = tensor
@@ -104,44 +91,19 @@ def _fuse_qkv(tensors: Tensors) -> Tensors:
     return fused
 
 
-def _stacked(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
-    """The norm of queries and keys once for each head, as rows of one tensor.  (D,) -> (H, D) or (G, D)"""
-    n_heads = _head_norm_names(config, layout)
-    return {
-        name: tensor.expand(n_heads[name], -1).contiguous() if name in n_heads else tensor
-        for name, tensor in tensors.items()
-    }
+def _for_each_head(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensors:
+    """A tensor by their name: the norm of queries and keys, (D,), once for each head, the others as they are.
 
-
-def _listed(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
-    """The norm of queries and keys once for each head: "….q_layernorm.norms.0.weight" and so on."""
-    n_heads = _head_norm_names(config, layout)
-    listed: Tensors = {}
-    for name, tensor in tensors.items():
-        base = name.removesuffix(".weight")
-        copies = [f"{base}.norms.{head}.weight" for head in range(n_heads[name])] if name in n_heads else [name]
-        listed |= {copy: tensor.clone() for copy in copies}
-    return listed
-
-
-def _head_norm_names(config: GPTConfig, layout: Layout) -> dict[str, int]:
-    """Their name for each norm of queries and keys -> the number of its heads."""
-    return {
-        rename(f"blocks.{i}.attn.{norm}.weight", layout): n_head
-        for i in range(config.n_layer)
-        for norm, n_head in (("q_norm", config.n_head), ("k_norm", config.n_kv_head))
-    }
-
-
-HEAD_NORMS = {
-    "shared": lambda tensors, config, layout: tensors,
-    "stacked": _stacked,
-    "listed": _listed,
-}
-
-
-def _is_transposed(name: str, layout: Layout) -> bool:
-    return name.endswith(".weight") and leaf(name) in layout.transposed
+    They are rows of one tensor, (H, D) or (G, D), or tensors: "….q_layernorm.norms.0.weight" and so on.
+    """
+    theirs = rename(name, layout)
+    n_head = {"q_norm": config.n_head, "k_norm": config.n_kv_head}.get(leaf(name))
+    if n_head is None or layout.head_norms == "shared":
+        return {theirs: tensor}
+    if layout.head_norms == "stacked":
+        return {theirs: tensor.expand(n_head, -1).contiguous()}
+    base = theirs.removesuffix(".weight")
+    return {f"{base}.norms.{head}.weight": tensor.clone() for head in range(n_head)}
 
 
 def rename(name: str, layout: Layout) -> str:
@@ -157,3 +119,101 @@ def rename(name: str, layout: Layout) -> str:
 def leaf(name: str) -> str:
     """The module's own name: "blocks.0.attn.q_proj.weight" -> "q_proj"."""
     return name.split(".")[-2:][0]  # a tensor of another program may have no module
+
+
+class Misfit(UserError):
+    """Tensors that are not those of a config; `problems` has all that is missing, too much or of another shape."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = sorted(problems)
+        more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+        super().__init__(f"the tensors do not fit their config: {'; '.join(self.problems[:MOST_NAMED])}{more}")
+
+
+def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
+    """Tensors in a layout, by our names and in our shapes.  Raises Misfit, or UserError where heads differ."""
+    expected = model_tensors(unset_model(config))  # of which nothing but the shapes is read
+    tensors = _renamed(_shared_norms(tensors), config, layout)
+    tensors = {name: _transposed(name, tensor, layout) for name, tensor in tensors.items()}
+    tensors = _split_qkv(tensors, config) if layout.fused_qkv else tensors
+    if layout.adjacent_rope:
+        tensors = {name: _unpair_rope(name, tensor, config) for name, tensor in tensors.items()}
+    if layout.repeated_kv:
+        tensors = {name: _unrepeat_kv(name, tensor, config) for name, tensor in tensors.items()}
+    tensors = _without_neutral(tensors, expected.keys())
+    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is too much" for name in tensors.keys() - expected.keys()]
+    problems += misshapen(tensors, expected)
+    if problems:
+        raise Misfit(problems)
+    return tensors
+
+
+def _shared_norms(tensors: Tensors) -> Tensors:
+    """One norm of queries or keys where each head has its own and all are equal."""
+    shared: Tensors = {}
+    for name, tensor in tensors.items():
+        base = re.sub(r"\.norms\.\d+\.", ".", name)
+        stacked = tensor.ndim == 2 and name.endswith("_norm.weight")
+        one = tensor[0] if stacked else tensor
+        first = shared.setdefault(base, one)
+        if (stacked and not (tensor == one).all()) or not (first is one or torch.equal(first, one)):
+            raise UserError(f"{name}: the heads have norms of their own, here they share one")
+    return shared
+
+
+def _renamed(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
+    modules = {
+        module.format(i=i) if "{i}" in module else module for module in layout.names for i in range(config.n_layer)
+    }
+    ours = {rename(f"{module}.{kind}", layout): f"{module}.{kind}" for module in modules for kind in KINDS}
+    return {ours.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def _transposed(name: str, tensor: Tensor, layout: Layout) -> Tensor:
+    return tensor.T.contiguous() if name.endswith(".weight") and leaf(name) in layout.transposed else tensor
+
+
+def _split_qkv(tensors: Tensors, config: GPTConfig) -> Tensors:
+    split: Tensors = {}
+    for name, tensor in tensors.items():
+        if leaf(name) == "q_proj":
+            n_query = config.n_head * config.head_dim
+            n_rest = (len(tensor) - n_query) // 2
+            parts = tensor.split([n_query, n_rest, len(tensor) - n_query - n_rest])
+            split |= {name.replace("q_proj", qkv): part.contiguous() for qkv, part in zip(QKV, parts, strict=True)}
+        else:
+            split[name] = tensor
+    return split
+
+
+def _unpair_rope(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+    """A head's rows 0 3 1 4 2 5 become 0 1 2 3 4 5 again."""
+    if leaf(name) not in ("q_proj", "k_proj"):
+        return tensor
+    return tensor.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def _unrepeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+    """(H·D, …) -> (G·D, …), of each group the first."""
+    if leaf(name) not in ("k_proj", "v_proj") or config.n_head == config.n_kv_head:
+        return tensor
+    heads = tensor.unflatten(0, (config.n_kv_head, -1, config.head_dim))
+    if not (heads == heads[:, :1]).all():
+        raise UserError(f"{name}: the heads of a group differ, so this is no model of n_kv_head={config.n_kv_head}")
+    return heads[:, 0].flatten(0, 1).contiguous()
+
+
+def _without_neutral(tensors: Tensors, expected: Iterable[str]) -> Tensors:
+    """Without zero biases, sinks that take nothing and a head that is the embedding, where the model has none."""
+    names = set(expected)
+    return {name: tensor for name, tensor in tensors.items() if name in names or not _is_neutral(name, tensors)}
+
+
+def _is_neutral(name: str, tensors: Tensors) -> bool:
+    tensor = tensors[name]
+    if name == TIED:
+        return torch.equal(tensor, tensors.get("tok_emb.weight", tensor[:0]))
+    if leaf(name) == "sinks":
+        return bool((tensor < -1e29).all())
+    return name.endswith(".bias") and not tensor.any()

@@ -1,45 +1,181 @@
-"""Real llama.cpp on a GGUF file: its tokens, its logits, its greedy choices."""
+"""Real llama.cpp, in the shared library of the xllamacpp wheel: nothing to compile. Its tokens, logits, greedy choices.
+
+Struct layouts follow include/llama.h of llama.cpp. They change between builds and the library cannot say so: one
+version is pinned, and the defaults it returns are checked field by field before anything else is called.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import re
+from collections import deque
 from collections.abc import Sequence
-from ctypes import c_float, c_int8, c_int32, c_void_p, create_string_buffer
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
-from tinygpt.export.llama_library import Batch, clear_errors, last_error, open_library
 
-N_BATCH = 512  # tokens a call of llama_decode: bounds the memory for logits
+XLLAMACPP_VERSION = "2026.10.11549"  # llama.cpp build b11549; the structs below were checked with it
+LOG_LEVEL_ERROR, LOG_LEVEL_CONT = 4, 5  # enum ggml_log_level
 F32 = 0  # enum ggml_type
+N_BATCH = 512  # tokens a call of llama_decode: bounds the memory for logits
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class ModelParams(ctypes.Structure):
+    """struct llama_model_params."""
+
+    _fields_ = (
+        *_fields(c_void_p, "devices tensor_buft_overrides"),
+        *_fields(c_int32, "n_gpu_layers split_mode load_mode lazy_mode main_gpu"),
+        *_fields(c_void_p, "tensor_split progress_callback progress_callback_user_data kv_overrides"),
+        *_fields(c_bool, "vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp"),
+    )
+
+
+class ContextParams(ctypes.Structure):
+    """struct llama_context_params."""
+
+    _fields_ = (
+        *_fields(c_uint32, "n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq"),
+        *_fields(c_int32, "n_threads n_threads_batch ctx_type rope_scaling_type pooling_type attention_type"),
+        *_fields(c_int32, "flash_attn_type"),
+        *_fields(c_float, "rope_freq_base rope_freq_scale"),
+        *_fields(c_float * 4, "yarn"),
+        *_fields(c_uint32, "yarn_orig_ctx"),
+        *_fields(c_float, "defrag_thold"),
+        *_fields(c_void_p * 2, "eval_callback"),
+        *_fields(c_int32, "type_k type_v"),
+        *_fields(c_void_p * 3, "callbacks"),
+        *_fields(c_bool, "embeddings offload_kqv no_perf op_offload swa_full kv_unified"),
+        *_fields(c_void_p, "samplers"),
+        *_fields(c_size_t, "n_samplers"),
+        *_fields(c_void_p, "ctx_other"),
+    )
+
+
+class Batch(ctypes.Structure):
+    """struct llama_batch; null positions and sequence ids mean: go on with sequence 0."""
+
+    _fields_ = (
+        *_fields(c_int32, "n_tokens"),
+        *_fields(POINTER(c_int32), "token"),
+        *_fields(c_void_p, "embd pos n_seq_id seq_id"),
+        *_fields(POINTER(c_int8), "logits"),
+    )
+
+
+# What the pinned build returns: a field at another offset would read as something else.
+_MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "main_gpu": 0, "use_extra_bufts": True}
+_CONTEXT_DEFAULTS = {
+    "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_threads": 4, "n_threads_batch": 4,
+    "rope_scaling_type": -1, "flash_attn_type": -1, "yarn_orig_ctx": 0, "defrag_thold": -1.0, "type_k": 1, "type_v": 1,
+    "embeddings": False, "offload_kqv": True, "no_perf": True, "op_offload": True, "swa_full": True, "n_samplers": 0,
+}  # fmt: skip
+
+# function: (result, arguments)
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_model_default_params": (ModelParams, []),
+    "llama_context_default_params": (ContextParams, []),
+    "llama_model_load_from_file": (c_void_p, [c_char_p, ModelParams]),
+    "llama_model_free": (None, [c_void_p]),
+    "llama_model_get_vocab": (c_void_p, [c_void_p]),
+    "llama_model_n_ctx_train": (c_int32, [c_void_p]),
+    "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
+    "llama_free": (None, [c_void_p]),
+    "llama_get_memory": (c_void_p, [c_void_p]),
+    "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_decode": (c_int32, [c_void_p, Batch]),
+    "llama_get_logits": (POINTER(c_float), [c_void_p]),
+    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_bos": (c_int32, [c_void_p]),
+    "llama_vocab_eos": (c_int32, [c_void_p]),
+    "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
+    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
+    "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
+    "llama_backend_init": (None, []),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
+    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
+    "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+}
+
+_errors: deque[str] = deque(maxlen=4)  # llama.cpp's last error lines; its log is silent otherwise
+
+
+def _log(level: int, text: bytes, _: object) -> None:
+    if level == LOG_LEVEL_ERROR:
+        _errors.append(text.decode(errors="replace").strip())
+    elif level == LOG_LEVEL_CONT and _errors and text.strip():
+        _errors[-1] += text.decode(errors="replace").rstrip()
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)(_log)  # llama.cpp keeps the pointer: never collected
+
+
+@functools.cache
+def open_library() -> ctypes.CDLL:
+    """Open llama.cpp once a process.  Raises UserError unless it is the build that the structs were checked with."""
+    install = f"run `pip install xllamacpp=={XLLAMACPP_VERSION}`"
+    try:
+        import xllamacpp
+        import xllamacpp.xllamacpp as extension
+    except ImportError as error:
+        raise UserError(f"GGUF files, as those of export.gguf, need llama.cpp ({error}): {install}") from None
+    if xllamacpp.__version__ != XLLAMACPP_VERSION:
+        raise UserError(f"xllamacpp {xllamacpp.__version__} has another layout of llama.cpp's structs: {install}")
+    library = ctypes.CDLL(extension.__file__, mode=ctypes.RTLD_GLOBAL)
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    _check_defaults(library.llama_model_default_params(), _MODEL_DEFAULTS)
+    _check_defaults(library.llama_context_default_params(), _CONTEXT_DEFAULTS)
+    library.llama_log_set(_LOG, None)
+    library.llama_backend_init()
+    return library
+
+
+def _check_defaults(params: ctypes.Structure, expected: dict[str, Any]) -> None:
+    found = {name: getattr(params, name) for name in expected}
+    if found != expected:
+        raise UserError(
+            f"xllamacpp {XLLAMACPP_VERSION} on this platform reads {type(params).__name__} as {found}, "
+            f"not as {expected}: set export.gguf to [] or export on Linux"
+        )
+
+
+def _last_error() -> str:
+    """Why the last call failed. The first line is the cause; those after it say that loading failed."""
+    return re.sub(r"^\w+: (error loading model: )?(\w+: )?", "", _errors[0]) if _errors else "no reason given"
 
 
 class LlamaCpp:
     """A GGUF file open in llama.cpp on the CPU, with float32 keys and values and without flash attention.
 
-    `n_ctx` is the longest sequence in tokens (None: the model's own). With `vocab_only` no weights are read and only
-    the tokenizer works. Raises UserError with llama.cpp's reason when it cannot load the file. Use it in a `with`.
+    `n_ctx` is the longest sequence in tokens (None: the model's own). Raises UserError with llama.cpp's reason when it
+    cannot load the file. Use it in a `with`.
     """
 
-    def __init__(
-        self, path: str | Path, *, n_ctx: int | None = None, n_threads: int = 1, vocab_only: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, *, n_ctx: int | None = None, n_threads: int = 1) -> None:
         self._lib, self._model, self._context = open_library(), None, None
-        self._model = self._load(Path(path), vocab_only)
+        self._model = self._load(Path(path))
         self._n_token = 0  # of the sequence so far
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
         self.bos_id: int = self._lib.llama_vocab_bos(self._vocab)  # -1 where the file names none
         self.eos_id: int = self._lib.llama_vocab_eos(self._vocab)
         # llama.cpp only warns past the trained context, and learned positions abort the process there
-        n_ctx_train = 0 if vocab_only else self._lib.llama_model_n_ctx_train(self._model)
+        n_ctx_train = self._lib.llama_model_n_ctx_train(self._model)
         self.n_ctx: int = min(n_ctx or n_ctx_train, n_ctx_train)
-        if not vocab_only:
-            self._context = self._open_context(n_threads)
+        self._context = self._open_context(n_threads)
 
     def __enter__(self) -> Self:
         return self
@@ -57,10 +193,10 @@ class LlamaCpp:
 
     def apply_lora(self, path: Path) -> None:
         """Use an adapter from now on.  Raises UserError when it does not fit the model."""
-        clear_errors()
+        _errors.clear()
         adapter = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
         if not adapter:
-            raise UserError(f"llama.cpp cannot apply {path}: {last_error()}")
+            raise UserError(f"llama.cpp cannot apply {path}: {_last_error()}")
         status = self._lib.llama_set_adapters_lora(self._context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
         assert status == 0, f"llama_set_adapters_lora returned {status}"
 
@@ -74,7 +210,7 @@ class LlamaCpp:
     def piece(self, id: int) -> bytes:
         """The bytes that one token stands for; special tokens give their names."""
         size = -self._lib.llama_token_to_piece(self._vocab, id, None, 0, 0, True)  # the size that would have fit
-        buffer = create_string_buffer(max(size, 1))
+        buffer = ctypes.create_string_buffer(max(size, 1))
         n = self._lib.llama_token_to_piece(self._vocab, id, buffer, size, 0, True)
         return buffer.raw[: max(n, 0)]
 
@@ -108,14 +244,14 @@ class LlamaCpp:
         self._must_fit(self._n_token + 1)
         return self._decode([id])[-1]
 
-    def _load(self, path: Path, vocab_only: bool) -> int:
+    def _load(self, path: Path) -> int:
         params = self._lib.llama_model_default_params()
-        params.vocab_only, params.n_gpu_layers = vocab_only, 0
+        params.n_gpu_layers = 0
         params.check_tensors = True  # refuses NaN and infinity in the weights
-        clear_errors()
+        _errors.clear()
         model: int | None = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not model:
-            raise UserError(f"llama.cpp cannot load {path} ({last_error()}): if it is damaged, make it again")
+            raise UserError(f"llama.cpp cannot load {path} ({_last_error()}): if it is damaged, make it again")
         return model
 
     def _open_context(self, n_threads: int) -> int:
@@ -129,7 +265,7 @@ class LlamaCpp:
         context: int | None = self._lib.llama_init_from_model(self._model, params)
         if not context:
             self.close()
-            raise UserError(f"llama.cpp cannot make a context of {self.n_ctx} tokens: {last_error()}")
+            raise UserError(f"llama.cpp cannot make a context of {self.n_ctx} tokens: {_last_error()}")
         return context
 
     def _restart(self, n_token: int) -> None:
@@ -152,5 +288,5 @@ class LlamaCpp:
         batch = Batch(n_tokens=n, token=(c_int32 * n)(*ids), logits=wanted)
         status = self._lib.llama_decode(self._context, batch)
         if status:
-            raise RuntimeError(f"llama_decode returned {status}: {last_error()}")
+            raise RuntimeError(f"llama_decode returned {status}: {_last_error()}")
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n_logits, self.vocab_size)).copy()

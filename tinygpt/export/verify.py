@@ -1,4 +1,4 @@
-"""Run an exported file in real llama.cpp and hold it against the model: tokens, probabilities, perplexity, choices.
+"""Run an exported file in real llama.cpp and compare it with the model: tokens, probabilities, perplexity, choices.
 
 T tokens, V vocab_size. Log-probabilities are natural, ids are (T,) int64.
 """
@@ -9,7 +9,6 @@ import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
+from tinygpt.export.gguf_types import tolerance
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.gpt import GPT
 from tinygpt.report.perplexity import llamacpp_report, scored_nll, token_logprobs
@@ -28,6 +28,7 @@ Floats = NDArray[np.float32]
 
 CHUNK_SIZE = 512  # llama-perplexity's default context
 N_PROMPT, N_NEW = 8, 32  # greedy continuations: how many, and tokens in each
+SMALL = 1e-4  # weights below this, on average, count as so large: scales are float16, which ends at 6e-8
 
 # Text that tokenizers disagree on, whatever the corpus holds.
 SAMPLES = (
@@ -43,35 +44,6 @@ SAMPLES = (
     "🙂 👩‍👩‍👧‍👦 🇩🇪 ☃️ 𝔘𝔫𝔦 𐍈",
     "\u00a0\u2003\u3000\u200b\ufeff\u0085\u2028|\x00\x01\x1c\x1f\x7f|\ufffd",
 )
-
-
-class Tolerance(NamedTuple):
-    """The most that llama.cpp's arithmetic and the rounding of weights explain."""
-
-    logprob: float  # largest difference of a log-probability, over all tokens at all positions
-    ppl: float  # relative difference of perplexity
-    weight: float  # relative error of a tensor, as 2-norms
-
-
-# llama.cpp is held against PyTorch with the weights as they stand in the file, so the first two are about arithmetic:
-# float32 leaves rounding, and for GELU ggml's float16 table of it; with the other types activations are rounded, too,
-# with all quantized ones alike. The most seen with llama.cpp b11549 on a CPU, trained and random models of all
-# families: 3e-4, 3e-3 (gelu), 2e-2 (f16), 0.2 (bf16), 0.8 (quantized); in perplexity 1e-4, 1.3e-3 (quantized). The
-# rest is room for deeper models. A wrong layout is off by whole units, and doubles the perplexity of a trained model.
-EXACT, EXACT_GELU = Tolerance(1e-3, 1e-4, 0.0), Tolerance(3e-2, 1e-3, 0.0)
-F16, BF16 = Tolerance(0.1, 1e-3, 1e-3), Tolerance(0.6, 5e-3, 4e-3)
-QUANTIZED_LOGPROB, QUANTIZED_PPL = 2.0, 2e-2
-# Rounding to so few bits changes Gaussian weights by about half of this share of their length.
-SMALL = 1e-4  # weights below this, on average, count as so large: scales are float16, which ends at 6e-8
-WEIGHT_ERRORS = {"q8": 0.012, "q6": 0.04, "q5": 0.08, "q4": 0.16, "q3": 0.3, "q2": 0.6}
-
-
-def tolerance(mlp: str, weight_type: GGUFType) -> Tolerance:
-    """What is allowed for a kind of MLP and of weights."""
-    floats = {"f32": EXACT_GELU if mlp == "gelu" else EXACT, "f16": F16, "bf16": BF16}
-    if weight_type in floats:
-        return floats[weight_type]
-    return Tolerance(QUANTIZED_LOGPROB, QUANTIZED_PPL, WEIGHT_ERRORS[weight_type[:2]])
 
 
 def check_gguf(

@@ -13,9 +13,8 @@ from test_gguf import IDS, LLAMA, byte_tokenizer, logprobs, random_model
 
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import export_gguf, read_gguf
+from tinygpt.export.gguf_types import FALLBACKS, WEIGHT_TYPES, bits_per_weight, quantized, tensor_types, tolerance
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.export.quantize import K_TYPES, MIXES, bits_per_weight, quantized, tensor_types
-from tinygpt.export.verify import WEIGHT_ERRORS, tolerance
 
 TYPES = typing.get_args(GGUFType)
 
@@ -38,8 +37,8 @@ def types(n_layer: int, weight_type: GGUFType, **kwargs: typing.Any) -> dict[str
     return {name: kind.name for name, kind in tensor_types(shapes(n_layer, **kwargs), config, weight_type).items()}
 
 
-def test_there_is_a_mix_for_every_type_and_vectors_stay_float32():
-    assert set(MIXES) == set(TYPES)
+def test_there_is_an_entry_for_every_type_and_vectors_stay_float32():
+    assert set(WEIGHT_TYPES) == set(TYPES)
     for weight_type in TYPES:
         found = types(2, weight_type)
         small = [name for name in found if name.endswith(("norm.weight", "bias")) or name.startswith("position")]
@@ -103,12 +102,12 @@ def test_rows_that_do_not_fill_the_blocks_get_another_type(weight_type, at_96, a
     assert types(8, weight_type, width=40)["blk.7.ffn_up.weight"] == at_40
 
 
-@pytest.mark.parametrize("kind", [*K_TYPES, Type.Q8_0, Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0])
+@pytest.mark.parametrize("kind", [*FALLBACKS, Type.Q8_0, Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0])
 def test_quantized_weights_are_near_the_weights(kind):
     weights = np.random.default_rng(0).normal(size=(7, 512)).astype(np.float32)
     back = dequantize(quantized(weights, kind), kind)
     error = np.linalg.norm(back - weights) / np.linalg.norm(weights)
-    limit = WEIGHT_ERRORS[kind.name.lower()[:2]]
+    limit = next(entry.tolerance.weight for entry in WEIGHT_TYPES.values() if entry.base == kind)
     assert limit / 4 < error < limit * 0.7
     assert np.array_equal(quantized(weights, kind)[3], quantized(weights[3:4], kind)[0])  # row by row
 

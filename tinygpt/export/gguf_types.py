@@ -1,0 +1,211 @@
+"""The types of a GGUF file: which one each tensor gets, its numbers in that type, and how exact they must be.
+
+The rules are those of llama.cpp's own quantizer (src/llama-quant.cpp of https://github.com/ggml-org/llama.cpp, without
+an importance matrix): more bits for the tensors that need them, and for rows that do not fill the blocks of a type the
+nearest one of smaller blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf.quants import quantize
+from numpy.typing import NDArray
+
+from tinygpt.export.config import GGUFType
+from tinygpt.export.llamacpp import open_library
+from tinygpt.model.config import ModelParams
+
+Type = GGMLQuantizationType
+File = LlamaFileType
+
+# Rows that do not fill the blocks of the first get the second; where that does not fit either, F16.
+FALLBACKS = {
+    Type.Q2_K: Type.Q4_0,
+    Type.Q3_K: Type.Q4_0,
+    Type.Q4_K: Type.Q5_0,
+    Type.Q5_K: Type.Q5_1,
+    Type.Q6_K: Type.Q8_0,
+}
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+class Tolerance(NamedTuple):
+    """The most that llama.cpp's arithmetic and the rounding of weights explain."""
+
+    logprob: float  # largest difference of a log-probability, over all tokens at all positions
+    ppl: float  # relative difference of perplexity
+    weight: float  # relative error of a tensor, as 2-norms
+
+
+# llama.cpp is compared with PyTorch with the weights in the file, so the first two are about arithmetic: float32 leaves
+# rounding, and for GELU ggml's float16 table of it; with the other types activations are rounded, too, with all
+# quantized ones alike. The most seen with llama.cpp b11549 on a CPU, trained and random models of all families: 3e-4,
+# 3e-3 (gelu), 2e-2 (f16), 0.2 (bf16), 0.8 (quantized); in perplexity 1e-4, 1.3e-3 (quantized). The rest is room for
+# deeper models. A wrong layout is off by whole units, and doubles the perplexity of a trained model.
+EXACT, GELU_TABLE = Tolerance(1e-3, 1e-4, 0.0), Tolerance(3e-2, 1e-3, 0.0)
+F16, BF16 = Tolerance(0.1, 1e-3, 1e-3), Tolerance(0.6, 5e-3, 4e-3)
+# Rounding to so few bits changes Gaussian weights by about half of this share of their length.
+Q8, Q6, Q5, Q4, Q3, Q2 = (Tolerance(2.0, 2e-2, weight) for weight in (0.012, 0.04, 0.08, 0.16, 0.3, 0.6))
+
+
+class Place(NamedTuple):
+    """Where a matrix is in a model."""
+
+    layer: int
+    n_layer: int
+    n_head_per_kv: int  # query heads that share a key/value head
+
+
+class Rule(NamedTuple):
+    """A row: matrices of these names get this type where they are in such a place."""
+
+    names: tuple[str, ...]
+    when: Callable[[Place], bool]
+    type: Type
+
+
+class WeightType(NamedTuple):
+    """One kind of file: `base` is the type of its matrices where no rule holds; of rules the first counts."""
+
+    file_type: LlamaFileType
+    base: Type
+    tolerance: Tolerance
+    rules: tuple[Rule, ...] = ()
+
+
+def _needs_more_bits(at: Place) -> bool:
+    """The first and last eighth of the layers, and every third between."""
+    eighth = at.n_layer // 8
+    return at.layer < eighth or at.layer >= 7 * at.n_layer // 8 or (at.layer - eighth) % 3 == 2
+
+
+def _everywhere(at: Place) -> bool:
+    return True
+
+
+VALUES, DOWN = ("attn_v", "attn_qkv"), ("ffn_down",)  # values alone, or fused with queries and keys
+NEEDY = (*VALUES, *DOWN, "attn_output")
+MEDIUM = (Rule((*VALUES, *DOWN), _needs_more_bits, Type.Q6_K),)
+WEIGHT_TYPES: dict[GGUFType, WeightType] = {
+    "f32": WeightType(File.ALL_F32, Type.F32, EXACT),
+    "f16": WeightType(File.MOSTLY_F16, Type.F16, F16),
+    "bf16": WeightType(File.MOSTLY_BF16, Type.BF16, BF16),
+    "q8_0": WeightType(File.MOSTLY_Q8_0, Type.Q8_0, Q8),
+    "q5_1": WeightType(File.MOSTLY_Q5_1, Type.Q5_1, Q5),
+    "q5_0": WeightType(File.MOSTLY_Q5_0, Type.Q5_0, Q5),
+    "q4_1": WeightType(File.MOSTLY_Q4_1, Type.Q4_1, Q4),
+    "q4_0": WeightType(File.MOSTLY_Q4_0, Type.Q4_0, Q4),
+    "q6_k": WeightType(File.MOSTLY_Q6_K, Type.Q6_K, Q6),
+    "q5_k_m": WeightType(File.MOSTLY_Q5_K_M, Type.Q5_K, Q5, MEDIUM),
+    "q5_k_s": WeightType(File.MOSTLY_Q5_K_S, Type.Q5_K, Q5),
+    "q4_k_m": WeightType(File.MOSTLY_Q4_K_M, Type.Q4_K, Q4, MEDIUM),
+    "q4_k_s": WeightType(
+        File.MOSTLY_Q4_K_S,
+        Type.Q4_K,
+        Q4,
+        (
+            Rule(VALUES, lambda at: at.layer < 4, Type.Q5_K),
+            Rule(DOWN, lambda at: at.layer < at.n_layer // 8, Type.Q5_K),
+        ),
+    ),
+    "q3_k_l": WeightType(File.MOSTLY_Q3_K_L, Type.Q3_K, Q3, (Rule(NEEDY, _everywhere, Type.Q5_K),)),
+    "q3_k_m": WeightType(
+        File.MOSTLY_Q3_K_M,
+        Type.Q3_K,
+        Q3,
+        (
+            Rule(VALUES, lambda at: at.layer < 2, Type.Q5_K),
+            Rule(DOWN, lambda at: at.layer < at.n_layer // 16, Type.Q5_K),
+            Rule(NEEDY, _everywhere, Type.Q4_K),
+        ),
+    ),
+    "q3_k_s": WeightType(File.MOSTLY_Q3_K_S, Type.Q3_K, Q3),
+    "q2_k": WeightType(
+        File.MOSTLY_Q2_K,
+        Type.Q2_K,
+        Q2,
+        (Rule(VALUES, lambda at: at.n_head_per_kv >= 4, Type.Q4_K), Rule(NEEDY, _everywhere, Type.Q3_K)),
+    ),
+}
+
+
+def tolerance(mlp: str, weight_type: GGUFType) -> Tolerance:
+    """What is allowed for a kind of MLP and of weights."""
+    floor = GELU_TABLE if mlp == "gelu" else EXACT
+    return Tolerance(*map(max, WEIGHT_TYPES[weight_type].tolerance, floor))
+
+
+def tensor_types(shapes: Mapping[str, tuple[int, ...]], config: ModelParams, weight_type: GGUFType) -> dict[str, Type]:
+    """The type of each tensor of a GGUF file, by its name there."""
+    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+    wanted = WEIGHT_TYPES[weight_type]
+    return {
+        name: _fitting(_wanted(name, shape, config, wanted, is_head=name == head), shape[-1])
+        for name, shape in shapes.items()
+    }
+
+
+def _wanted(name: str, shape: tuple[int, ...], config: ModelParams, file: WeightType, *, is_head: bool) -> Type:
+    if len(shape) == 1 or name.endswith("_norm.weight") or name == "position_embd.weight":
+        return Type.F32  # llama.cpp aborts on a bias or norm of another type
+    if file.base in (Type.F32, Type.F16, Type.BF16):
+        return file.base
+    if is_head:
+        fits = shape[-1] % _block(file.base) == 0
+        return Type.Q6_K if fits and file.base != Type.Q8_0 else Type.Q8_0
+    if found := re.match(r"blk\.(\d+)\.(\w+)\.weight", name):
+        place = Place(int(found[1]), config.n_layer, config.n_head // config.n_kv_head)
+        return next((rule.type for rule in file.rules if found[2] in rule.names and rule.when(place)), file.base)
+    return file.base
+
+
+def _fitting(kind: Type, n_column: int) -> Type:
+    """The type, or the one that takes its place in rows of that length."""
+    for instead in (kind, FALLBACKS.get(kind, kind)):
+        if n_column % _block(instead) == 0:
+            return instead
+    return Type.F16
+
+
+def _block(kind: Type) -> int:
+    return GGML_QUANT_SIZES[kind][0]
+
+
+def bits_per_weight(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Type]) -> float:
+    """Bits of the tensors over the numbers in them."""
+    weights = {name: math.prod(shape) for name, shape in shapes.items()}
+    bits = sum(n * 8 * GGML_QUANT_SIZES[types[name]][1] / _block(types[name]) for name, n in weights.items())
+    return bits / sum(weights.values())
+
+
+def quantized(array: NDArray[np.float32], kind: Type) -> NDArray[Any]:
+    """A matrix or vector in a type: for block types (rows, bytes of a row).
+
+    By the gguf package, or by llama.cpp's kernels where that can only read the type.  Raises FloatingPointError for
+    numbers beyond what the type holds.
+    """
+    try:
+        return quantize(array, kind)
+    except NotImplementedError:
+        return _quantized_by_llama_cpp(array, kind)
+
+
+def _quantized_by_llama_cpp(array: NDArray[np.float32], kind: Type) -> NDArray[np.uint8]:
+    if np.abs(array).max(initial=0) > FLOAT16_MAX:
+        raise FloatingPointError("scales are float16")
+    n_row, n_column = array.shape
+    size, n_bytes = GGML_QUANT_SIZES[kind]
+    data = np.empty((n_row, n_column // size * n_bytes), np.uint8)
+    source = np.ascontiguousarray(array)
+    written = open_library().ggml_quantize_chunk(
+        int(kind), source.ctypes.data_as(ctypes.c_void_p), data.ctypes.data, 0, n_row, n_column, None
+    )
+    assert written == data.nbytes, f"{kind.name}: {written} bytes for {data.nbytes}"
+    return data
