@@ -10,8 +10,8 @@ from typing import Any
 
 from tinygpt.device import open_device
 from tinygpt.errors import UserError, program
-from tinygpt.export.adapter import export_adapters
-from tinygpt.export.card import gguf_entry, model_card, modelfile, read_origin, remarks
+from tinygpt.export.base import export_adapters
+from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
 from tinygpt.export.gguf import export_gguf, gguf_name
 from tinygpt.export.hf import check_hf, export_hf
@@ -19,7 +19,7 @@ from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
 from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params, require
-from tinygpt.paths import EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
+from tinygpt.paths import BASE, EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import load_meta, load_tokens
 
@@ -52,12 +52,12 @@ def run(root: Path) -> None:
             path = folder / "gguf" / gguf_name(weight_type)
             made = export_gguf(model, tokenizer, path, weight_type)
             measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
-            report[weight_type] = gguf_entry(made, path.stat().st_size, measures)
+            report[weight_type] = made.entry(path.stat().st_size, measures)
             write_json(path.with_suffix(".types.json"), made.types)
             failures += problems
             (path.parent / CARD_FILE).write_text(card(made.n_ctx, weight_type), encoding="utf-8")
             (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
-        adapters = export_adapters(folder, root / MODEL, model.config, params)
+        adapters = export_adapters(folder, root / MODEL, root / BASE, model.config, params)
         write_json(root / REPORT, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT} is not written, see {REPORT}"]))

@@ -18,10 +18,9 @@ from test_train import PARAMS, runs_in_tmp, same, tokens, train  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from tinygpt.errors import UserError
-from tinygpt.export.adapter import export_gguf_adapter, export_peft
 from tinygpt.export.base import write_base
-from tinygpt.export.gguf import export_gguf
-from tinygpt.export.hf import export_hf
+from tinygpt.export.gguf import export_gguf, export_gguf_adapter
+from tinygpt.export.hf import export_hf, export_peft
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import LoRALinear, add_lora, merged_tensors, trained_tensors

@@ -1,4 +1,4 @@
-"""The folder data/base: a model and its tokenizer to go on from, and a preset of the params that fit them."""
+"""The folder data/base: a model and its tokenizer to go on from, the params that fit them, and adapters of it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, sha256_file
+from tinygpt.export.card import TRAINING_FILE
+from tinygpt.export.config import ExportParams
+from tinygpt.export.gguf import export_gguf_adapter
+from tinygpt.export.hf import PEFT_FILE, export_peft
+from tinygpt.files import atomic_write, human_bytes, must_exist, read_json, sha256_file
 from tinygpt.model.config import GPTConfig, config_fields
-from tinygpt.model.weights import save_model
+from tinygpt.model.weights import WEIGHTS_FILE, load_tensors, save_model
+from tinygpt.paths import BASE
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
-BASE_DIR = Path("data/base")  # where training looks for it
 PRESET_FILE = "preset.yaml"
+ADAPTER_FILE = "adapter.safetensors"
 
 
 def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
@@ -43,6 +48,37 @@ def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], toke
 
 def use_of(folder: Path) -> str:
     """What a folder that `write_base` has filled can be used for."""
-    if folder == BASE_DIR:
+    if folder == BASE:
         return "`python -m tinygpt preset base` sets params.yaml to go on from them"
     return f"`python -m tinygpt generate --model {folder} --tokenizer {folder}` writes with them"
+
+
+def export_adapters(
+    folder: Path, model_dir: Path, base_dir: Path, config: GPTConfig, params: ExportParams
+) -> list[str]:
+    """Write those of a model that was trained with adapters on their own, for who has the base.
+
+    Returns a line for each file, none for a model without adapters.  Raises UserError when the base is another model.
+    """
+    training = read_json(model_dir / TRAINING_FILE, stage="train")
+    lora = training["lora"]
+    if lora is None:
+        return []
+    base = base_dir / WEIGHTS_FILE
+    if not base.exists() or sha256_file(base) != training.get("base_sha256"):
+        raise UserError(
+            f"{base_dir} is not the model that these adapters were trained on: put that one back, or run `dvc repro "
+            "train` to train adapters of this one"
+        )
+    adapter = load_tensors(must_exist(model_dir / ADAPTER_FILE, stage="train"))
+    files = []
+    if params.hf:
+        export_peft(folder / "peft", adapter, config, lora)
+        files.append(folder / "peft" / PEFT_FILE)
+    if params.gguf:
+        files.append(folder / "gguf" / "tinygpt-lora.gguf")
+        export_gguf_adapter(files[-1], adapter, config, lora)
+    return [
+        f"{file.relative_to(folder)} {human_bytes(file.stat().st_size)}, adapters of rank {lora['rank']} for {BASE}"
+        for file in files
+    ]

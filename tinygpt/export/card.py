@@ -5,13 +5,11 @@ https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfil
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygpt.export.gguf import GGUFFile
 from tinygpt.files import human_bytes, read_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.tokenizer import Tokenizer
@@ -159,18 +157,6 @@ def modelfile(tokenizer: Tokenizer, weight_type: str, n_ctx: int) -> str:
 
 def _rows(values: Mapping[str, Any]) -> str:
     return "\n".join(f"| {key} | {value} |" for key, value in values.items() if value is not None)
-
-
-def gguf_entry(made: GGUFFile, n_bytes: int, measures: Mapping[str, float | None]) -> dict[str, Any]:
-    """The entry of a GGUF file in reports/export.json."""
-    return {
-        "family": made.family,
-        "context": made.n_ctx,
-        "bytes": n_bytes,
-        "bits_per_weight": round(made.bits_per_weight, 3),
-        **measures,
-        "tensors": dict(Counter(made.types.values())),
-    }
 
 
 def remarks(entry: Mapping[str, Any], block_size: int) -> str:

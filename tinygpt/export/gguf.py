@@ -7,6 +7,7 @@ is written that llama.cpp would otherwise guess, as most wrong guesses load with
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from tinygpt.export.config import GGUFType
 from tinygpt.export.family import check_vocabulary, family_of
 from tinygpt.export.gguf_families import LLAMA_CPP, GGUFFamily
 from tinygpt.export.gguf_types import WEIGHT_TYPES, bits_per_weight, quantized, tensor_types
-from tinygpt.export.layout import apply_layout, revert_layout
+from tinygpt.export.layout import adapter_pairs, apply_layout, revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
@@ -49,6 +50,17 @@ class GGUFFile(NamedTuple):
     n_ctx: int  # tokens of context: less than the model's where the architecture knows no window
     bits_per_weight: float
     types: dict[str, str]  # of each tensor
+
+    def entry(self, n_bytes: int, measures: Mapping[str, float | None]) -> dict[str, Any]:
+        """What reports/export.json says of the file."""
+        return {
+            "family": self.family,
+            "context": self.n_ctx,
+            "bytes": n_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 3),
+            **measures,
+            "tensors": dict(Counter(self.types.values())),
+        }
 
 
 def gguf_name(weight_type: GGUFType) -> str:
@@ -75,9 +87,26 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type:
         writer.add_quantization_version(QUANTIZATION_VERSION)
         for name, tensor in tensors.items():
             _add_tensor(writer, name, tensor, types[name], weight_type)
-        write_gguf(writer)
+        _write(writer)
     names = {name: kind.name.lower() for name, kind in types.items()}
     return GGUFFile(family.name, n_ctx, bits_per_weight(shapes, types), names)
+
+
+def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:
+    """Write an adapter on its own, for llama.cpp's --lora; `lora` has the params of training.
+
+    As llama.cpp's convert_lora_to_gguf.py does.
+    """
+    family, _ = family_of(LLAMA_CPP, config)
+    with atomic_write(path, "wb") as file:
+        writer = GGUFWriter(file.name, family.name)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", lora["alpha"])
+        for name, (a, b) in adapter_pairs(adapter, config, family.layout).items():
+            writer.add_tensor(f"{name}.weight.lora_a", a.detach().float().cpu().numpy())
+            writer.add_tensor(f"{name}.weight.lora_b", b.detach().float().cpu().numpy())
+        _write(writer)
 
 
 def read_gguf(path: str | Path, config: GPTConfig) -> GPT:
@@ -153,8 +182,7 @@ def _add_tensor(
     writer.add_tensor(name, data, raw_dtype=kind)
 
 
-def write_gguf(writer: GGUFWriter) -> None:
-    """Write all that was added."""
+def _write(writer: GGUFWriter) -> None:
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

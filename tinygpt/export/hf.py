@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
+from tinygpt.export.card import ADAPTER_CARD
 from tinygpt.export.family import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
 from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
-from tinygpt.export.layout import Misfit, apply_layout, revert_layout
+from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, revert_layout
 from tinygpt.files import atomic_folder, must_exist, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
+from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_tensors, model_tensors, save_tensors
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.tokenizer import Tokenizer
@@ -33,6 +35,8 @@ from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE
 
 OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # of activations, for the same
 DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params
+PEFT_FILE = "adapter_model.safetensors"
+BASE_HF = "data/base-hf"  # the base as a folder of transformers: the card says how to write it
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # not weights; older files have them
 
@@ -103,6 +107,38 @@ def _tokenizer_config(tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
+
+
+def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:
+    """Write a folder for PeftModel.from_pretrained (https://github.com/huggingface/peft).
+
+    `adapter` is by our names, `lora` has the params of training.
+    """
+    family, _ = family_of(TRANSFORMERS, config)
+    pairs = adapter_pairs(adapter, config, family.layout)
+    ranks = {name: len(a) for name, (a, _) in pairs.items()}
+    tensors = {
+        f"base_model.model.{name}.{part}.weight": tensor
+        for name, pair in pairs.items()
+        for part, tensor in zip(ADAPTER, pair, strict=True)
+    }
+    with atomic_folder(folder) as partial:
+        save_tensors(partial / PEFT_FILE, tensors)
+        document = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": BASE_HF,
+            "r": lora["rank"],
+            "lora_alpha": lora["alpha"],
+            "lora_dropout": lora["dropout"],
+            "target_modules": sorted({name.rpartition(".")[2] for name in pairs}),
+            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora["rank"]},
+            "fan_in_fan_out": bool(family.layout.transposed),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        write_json(partial / "adapter_config.json", document)
+        (partial / "README.md").write_text(ADAPTER_CARD, encoding="utf-8")
 
 
 def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ another model. H query heads, G key/value heads, D head_dim, C n_embd.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from tinygpt.errors import UserError
 from tinygpt.export.family import QKV, Layout
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import TIED
+from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import misshapen, model_tensors, unset_model
 
+Pair = tuple[Tensor, Tensor]  # of an adapter: A (rank, in) and B (out, rank)
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
 
 NO_SINK = -1e30  # a logit next to those of the keys that takes no probability
@@ -36,9 +38,9 @@ def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int
             f"blocks.{i}.attn.sinks.weight": torch.full((config.n_head,), NO_SINK) for i in range(config.n_layer)
         }
     if layout.repeated_kv:
-        tensors = {name: repeat_kv(name, tensor, config) for name, tensor in tensors.items()}
+        tensors = {name: _repeat_kv(name, tensor, config) for name, tensor in tensors.items()}
     if layout.adjacent_rope:
-        tensors = {name: pair_rope(name, tensor, config) for name, tensor in tensors.items()}
+        tensors = {name: _pair_rope(name, tensor, config) for name, tensor in tensors.items()}
     if layout.fused_qkv:
         tensors = _fuse_qkv(tensors)
     theirs: Tensors = {}
@@ -52,30 +54,30 @@ def _add_zero_biases(tensors: Tensors, modules: tuple[str, ...]) -> Tensors:
     biased: Tensors = {}
     for name, tensor in tensors.items():
         biased[name] = tensor
-        if name.endswith(".weight") and leaf(name) in modules:
+        if name.endswith(".weight") and _leaf(name) in modules:
             bias = name.removesuffix("weight") + "bias"
             biased[bias] = tensors.get(bias, tensor.new_zeros(tensor.size(0)))
     return biased
 
 
 def _cut_positions(tensors: Tensors, n_ctx: int) -> Tensors:
-    return {name: tensor[:n_ctx] if leaf(name) == "pos_emb" else tensor for name, tensor in tensors.items()}
+    return {name: tensor[:n_ctx] if _leaf(name) == "pos_emb" else tensor for name, tensor in tensors.items()}
 
 
-def repeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+def _repeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """Write each key/value head H/G times in a row, as GQA reads them.  (G·D, …) -> (H·D, …)"""
-    if leaf(name) not in ("k_proj", "v_proj"):
+    if _leaf(name) not in ("k_proj", "v_proj"):
         return tensor
     heads = tensor.unflatten(0, (config.n_kv_head, config.head_dim))
     return heads.repeat_interleave(config.n_head // config.n_kv_head, dim=0).flatten(0, 1)
 
 
-def pair_rope(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+def _pair_rope(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """Reorder the rows of queries and keys: a head's 0 1 2 3 4 5 becomes 0 3 1 4 2 5, pairs (i, i + D/2) adjacent.
 
     llama.cpp loads rows in the wrong order without a word and computes nonsense from them.
     """
-    if leaf(name) not in ("q_proj", "k_proj"):
+    if _leaf(name) not in ("q_proj", "k_proj"):
         return tensor
     return tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
@@ -84,9 +86,9 @@ def _fuse_qkv(tensors: Tensors) -> Tensors:
     """Stack queries, keys and values under the name of the queries.  (H·D, …), 2 × (G·D, …) -> ((H + 2G)·D, …)"""
     fused: Tensors = {}
     for name, tensor in tensors.items():
-        if leaf(name) == "q_proj":
+        if _leaf(name) == "q_proj":
             fused[name] = torch.cat([tensors[name.replace("q_proj", qkv)] for qkv in QKV])
-        elif leaf(name) not in ("k_proj", "v_proj"):
+        elif _leaf(name) not in ("k_proj", "v_proj"):
             fused[name] = tensor
     return fused
 
@@ -96,8 +98,8 @@ def _for_each_head(name: str, tensor: Tensor, config: GPTConfig, layout: Layout)
 
     They are rows of one tensor, (H, D) or (G, D), or tensors: "….q_layernorm.norms.0.weight" and so on.
     """
-    theirs = rename(name, layout)
-    n_head = {"q_norm": config.n_head, "k_norm": config.n_kv_head}.get(leaf(name))
+    theirs = _rename(name, layout)
+    n_head = {"q_norm": config.n_head, "k_norm": config.n_kv_head}.get(_leaf(name))
     if n_head is None or layout.head_norms == "shared":
         return {theirs: tensor}
     if layout.head_norms == "stacked":
@@ -106,7 +108,7 @@ def _for_each_head(name: str, tensor: Tensor, config: GPTConfig, layout: Layout)
     return {f"{base}.norms.{head}.weight": tensor.clone() for head in range(n_head)}
 
 
-def rename(name: str, layout: Layout) -> str:
+def _rename(name: str, layout: Layout) -> str:
     """Their name of one of our tensors."""
     module, _, kind = name.rpartition(".")
     block = re.match(r"blocks\.(\d+)\.", module)
@@ -116,9 +118,56 @@ def rename(name: str, layout: Layout) -> str:
     return f"{template.format(i=block[1])}.{kind}"
 
 
-def leaf(name: str) -> str:
+def _leaf(name: str) -> str:
     """The module's own name: "blocks.0.attn.q_proj.weight" -> "q_proj"."""
     return name.split(".")[-2:][0]  # a tensor of another program may have no module
+
+
+def adapter_pairs(adapter: Mapping[str, Tensor], config: GPTConfig, layout: Layout) -> dict[str, Pair]:
+    """Each adapted module's A and B, by the names and in the row order of a layout.
+
+    Where the program has a fused matrix, its adapters are stacked into one of higher rank.
+    """
+    pairs = {
+        name.removesuffix(f".{ADAPTER[0]}.weight"): (tensor, adapter[name.replace(*ADAPTER)])
+        for name, tensor in adapter.items()
+        if name.endswith(f".{ADAPTER[0]}.weight")
+    }
+    ordered = {name: (a, _ordered(name, b, config, layout)) for name, (a, b) in pairs.items()}
+    if layout.fused_qkv:
+        ordered = _fuse_adapters(ordered, config, layout)
+    return {
+        _rename(f"{name}.weight", layout).removesuffix(".weight"): (a.contiguous(), b.contiguous())
+        for name, (a, b) in ordered.items()
+    }
+
+
+def _ordered(name: str, b: Tensor, config: GPTConfig, layout: Layout) -> Tensor:
+    weight = f"{name}.weight"
+    b = _repeat_kv(weight, b, config) if layout.repeated_kv else b
+    return _pair_rope(weight, b, config) if layout.adjacent_rope else b
+
+
+def _fuse_adapters(pairs: dict[str, Pair], config: GPTConfig, layout: Layout) -> dict[str, Pair]:
+    """Adapters of queries, keys and values as one of the fused matrix: As below each other, Bs in blocks.
+
+    The rank grows, and with it the divisor of alpha, for which B is made larger.
+    """
+    fused: dict[str, Pair] = {}
+    n_kv_head = config.n_head if layout.repeated_kv else config.n_kv_head
+    rows = dict(zip(QKV, (config.n_head, n_kv_head, n_kv_head), strict=True))
+    for name, (a, b) in pairs.items():
+        if _leaf(f"{name}.weight") not in QKV:
+            fused[name] = (a, b)
+            continue
+        owner = name.rpartition(".")[0]
+        parts = [pairs.get(f"{owner}.{part}") for part in QKV]
+        zero = [(a[:0], b.new_zeros(rows[part] * config.head_dim, 0)) for part in QKV]
+        there = [part or none for part, none in zip(parts, zero, strict=True)]
+        all_a = torch.cat([part[0] for part in there])
+        all_b = torch.block_diag(*(part[1] for part in there)) * (len(all_a) / len(a))
+        fused[f"{owner}.{QKV[0]}"] = (all_a, all_b)
+    return fused
 
 
 class Misfit(UserError):
@@ -166,18 +215,18 @@ def _renamed(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
     modules = {
         module.format(i=i) if "{i}" in module else module for module in layout.names for i in range(config.n_layer)
     }
-    ours = {rename(f"{module}.{kind}", layout): f"{module}.{kind}" for module in modules for kind in KINDS}
+    ours = {_rename(f"{module}.{kind}", layout): f"{module}.{kind}" for module in modules for kind in KINDS}
     return {ours.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _transposed(name: str, tensor: Tensor, layout: Layout) -> Tensor:
-    return tensor.T.contiguous() if name.endswith(".weight") and leaf(name) in layout.transposed else tensor
+    return tensor.T.contiguous() if name.endswith(".weight") and _leaf(name) in layout.transposed else tensor
 
 
 def _split_qkv(tensors: Tensors, config: GPTConfig) -> Tensors:
     split: Tensors = {}
     for name, tensor in tensors.items():
-        if leaf(name) == "q_proj":
+        if _leaf(name) == "q_proj":
             n_query = config.n_head * config.head_dim
             n_rest = (len(tensor) - n_query) // 2
             parts = tensor.split([n_query, n_rest, len(tensor) - n_query - n_rest])
@@ -189,14 +238,14 @@ def _split_qkv(tensors: Tensors, config: GPTConfig) -> Tensors:
 
 def _unpair_rope(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """A head's rows 0 3 1 4 2 5 become 0 1 2 3 4 5 again."""
-    if leaf(name) not in ("q_proj", "k_proj"):
+    if _leaf(name) not in ("q_proj", "k_proj"):
         return tensor
     return tensor.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _unrepeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """(H·D, …) -> (G·D, …), of each group the first."""
-    if leaf(name) not in ("k_proj", "v_proj") or config.n_head == config.n_kv_head:
+    if _leaf(name) not in ("k_proj", "v_proj") or config.n_head == config.n_kv_head:
         return tensor
     heads = tensor.unflatten(0, (config.n_kv_head, -1, config.head_dim))
     if not (heads == heads[:, :1]).all():
@@ -214,6 +263,6 @@ def _is_neutral(name: str, tensors: Tensors) -> bool:
     tensor = tensors[name]
     if name == TIED:
         return torch.equal(tensor, tensors.get("tok_emb.weight", tensor[:0]))
-    if leaf(name) == "sinks":
+    if _leaf(name) == "sinks":
         return bool((tensor < -1e29).all())
     return name.endswith(".bias") and not tensor.any()
