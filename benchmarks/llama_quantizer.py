@@ -1,4 +1,4 @@
-"""Our GGUF files beside those of llama.cpp's own quantizer: the type of every tensor, and every byte.
+"""Our GGUF files next to those of llama.cpp's own quantizer: the type of every tensor, and every byte.
 
     python -m benchmarks.llama_quantizer libllama.so
 

@@ -26,8 +26,8 @@ from tinygpt.generate import Sampling, generate
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.serve import worker as serve_worker
+from tinygpt.serve.choices import seen_before
 from tinygpt.serve.limits import Limits
-from tinygpt.serve.scores import seen_before
 from tinygpt.serve.worker import Job, Worker
 
 LONG = {"prompt": "the", "max_tokens": 100_000, "ignore_eos": True}
@@ -307,12 +307,12 @@ def test_bad_requests_are_refused_with_what_is_wrong(document, status, message, 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b"", "is no JSON"),
-        (b"{", "is no JSON"),
-        (b'{"prompt": "\xff"}', "is no UTF-8 from byte 12 on"),
-        (b"[" * 100_000, "is no JSON"),
-        (b'{"top_p": NaN}', "NaN is no number"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "is no JSON"),
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 from byte 12 on"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"top_p": NaN}', "NaN is not a number"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "is not JSON"),
         (b'{"n": ' + b"9" * 400 + b"}", "n=999"),
         (b"[]", "must be a JSON object"),
     ],
@@ -348,6 +348,15 @@ def test_a_request_of_ten_megabytes_is_refused_before_it_is_read(served):
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
     complete(served, prompt="the", max_tokens=2)
+
+
+@pytest.mark.parametrize("length", [b"abc", b"-1", b"9" * 30])
+def test_a_length_that_is_not_a_number_is_refused(length, served):
+    host, port = served[0].removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: " + length + b"\r\n\r\n"
+        connection.sendall(head)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 
 def test_two_hundred_clients_at_once_are_served_or_told_to_come_back(served, tiny_tokenizer):

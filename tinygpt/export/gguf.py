@@ -110,7 +110,7 @@ def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTCo
 
 
 def read_gguf(path: str | Path, config: GPTConfig) -> GPT:
-    """A model with the weights that stand in a file that export_gguf wrote of a model of `config`, in float32.
+    """A model with the weights in a file that export_gguf wrote of a model of `config`, in float32.
 
     Its context is the file's, and its head its own matrix: in the file that may be of another type than the embedding.
     """
@@ -188,7 +188,7 @@ def _write(writer: GGUFWriter) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     except OSError as error:
-        error.errno = error.errno or errno.ENOSPC  # numpy tells of a short write without its reason
+        error.errno = error.errno or errno.ENOSPC  # numpy reports a short write without its reason
         raise
     finally:
         writer.close()

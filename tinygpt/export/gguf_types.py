@@ -45,7 +45,7 @@ class Tolerance(NamedTuple):
 
 
 # llama.cpp is compared with PyTorch with the weights in the file, so the first two are about arithmetic: float32 leaves
-# rounding, and for GELU ggml's float16 table of it; with the other types activations are rounded, too, with all
+# rounding, and for GELU ggml's float16 table of it; with the other types activations are rounded as well, with all
 # quantized ones alike. The most seen with llama.cpp b11549 on a CPU, trained and random models of all families: 3e-4,
 # 3e-3 (gelu), 2e-2 (f16), 0.2 (bf16), 0.8 (quantized); in perplexity 1e-4, 1.3e-3 (quantized). The rest is room for
 # deeper models. A wrong layout is off by whole units, and doubles the perplexity of a trained model.

@@ -249,7 +249,7 @@ def _unrepeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
         return tensor
     heads = tensor.unflatten(0, (config.n_kv_head, -1, config.head_dim))
     if not (heads == heads[:, :1]).all():
-        raise UserError(f"{name}: the heads of a group differ, so this is no model of n_kv_head={config.n_kv_head}")
+        raise UserError(f"{name}: the heads of a group differ, so this is not a model of n_kv_head={config.n_kv_head}")
     return heads[:, 0].flatten(0, 1).contiguous()
 
 

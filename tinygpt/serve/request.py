@@ -20,7 +20,7 @@ from tinygpt.serve.limits import Limits, Refusal
 from tinygpt.tokenizer import Tokenizer
 
 MOST_ITEMS = 1024  # ids of a list in the options
-MOST_STOPS, STOP_SIZE = 16, 256  # texts, and characters of one: each is looked for at each token
+MOST_STOPS, STOP_SIZE = 16, 256  # texts, and characters of one: each is searched for at each token
 Penalty = Annotated[float, Within("[-2, 2]")]
 
 
@@ -36,7 +36,7 @@ class Served:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    """What a stream tells besides its text."""
+    """What a stream sends besides its text."""
 
     include_usage: bool = False
 
@@ -50,7 +50,7 @@ class Body(Sampling):
     n: Annotated[int, Within("[1, 1024]")] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Within("[0, 10]")] | None = None  # alternatives to tell at each token
+    logprobs: Annotated[int, Within("[0, 10]")] | None = None  # alternatives at each token
     echo: bool = False  # the text begins with the prompt
     return_token_ids: bool = False  # of what was read and written
     user: str | None = None  # OpenAI's, who asks: of no use here
@@ -62,20 +62,13 @@ class Body(Sampling):
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
         super().__post_init__()
-        lists = {
-            "stop_ids": self.stop_ids,
-            "banned_ids": self.banned_ids,
-            "logit_bias": self.logit_bias,
-        }
+        lists = {"stop_ids": self.stop_ids, "banned_ids": self.banned_ids, "logit_bias": self.logit_bias}
         require(
-            *(
-                (len(values) <= MOST_ITEMS, f"{name} has more than {MOST_ITEMS} items")
-                for name, values in lists.items()
-            ),
+            *((len(ids) <= MOST_ITEMS, f"{name} has more than {MOST_ITEMS} items") for name, ids in lists.items()),
             (len(self.stop) <= MOST_STOPS, f"stop has more than {MOST_STOPS} texts"),
             (all(len(text) <= STOP_SIZE for text in self.stop), f"stop has a text of more than {STOP_SIZE} characters"),
             (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be within [-100, 100]"),
-            (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: there would be nothing to tell"),
+            (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: there would be nothing to answer"),
             (self.max_tokens > 0 or not self.stream, "max_tokens=0 has nothing to stream"),
             (self.stream or not self.stream_options, "stream_options needs stream"),
         )
@@ -86,12 +79,12 @@ class Body(Sampling):
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What is continued."""
+class Given:
+    """A prompt: what is continued."""
 
     ids: list[int]
     text: str
-    n_added: int  # ids that stand before the text: the one that begins a document, or none
+    n_added: int  # ids before the text: the one that begins a document, or none
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class Completion:
 
     served: Served
     body: Body
-    prompts: list[Prompt]
+    prompts: list[Given]
     answers: list[Answer] = field(repr=False)  # n of each prompt, one prompt after the other
 
 
@@ -111,7 +104,7 @@ def read_completion(raw: bytes, models: Mapping[str, Served], limits: Limits) ->
         given = {name: value for name, value in document.items() if value is not None and name != "prompt"}
         body = from_mapping(Body, defaults() | {"seed": secrets.randbits(32)} | plain(given))
         served = find_model(body.model, models)
-        prompts = read_prompts(document.get("prompt"), served, limits)
+        prompts = read_given(document.get("prompt"), served, limits)
         require(
             (
                 body.max_tokens <= limits.max_tokens,
@@ -138,17 +131,17 @@ def read_object(raw: bytes) -> dict[str, Any]:
     try:
         document = json.loads(raw.decode(), parse_constant=no_constant)
     except UnicodeDecodeError as error:
-        raise Refusal(400, f"the request is no UTF-8 from byte {error.start} on") from None
+        raise Refusal(400, f"the request is not UTF-8 from byte {error.start} on") from None
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the request is no JSON: {error}") from None
+        raise Refusal(400, f"the request is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise Refusal(400, 'the request must be a JSON object of options, such as {"prompt": "The"}')
     return document
 
 
 def no_constant(name: str) -> None:
-    """Refuse what Python's JSON has besides numbers: NaN and Infinity."""
-    raise ValueError(f"{name} is no number")
+    """Refuse NaN and Infinity, which Python's JSON has."""
+    raise ValueError(f"{name} is not a number")
 
 
 def defaults() -> dict[str, Any]:
@@ -178,40 +171,31 @@ def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
     return models[name]
 
 
-def read_prompts(value: Any, served: Served, limits: Limits) -> list[Prompt]:
-    """One or several, as texts or ids; nothing begins a new document.  Raises Refusal or UserError."""
-    is_one = value is None or isinstance(value, str) or (isinstance(value, list) and all_numbers(value))
-    each = [value] if is_one else value
-    if not isinstance(each, list) or not each or not all(is_prompt(one) for one in each):
+def read_given(value: Any, served: Served, limits: Limits) -> list[Given]:
+    """One prompt or several, as texts or ids; nothing begins a new document.  Raises Refusal or UserError."""
+    each = value if isinstance(value, list) and not are_ids(value) else [value]
+    if not each or not all(one is None or isinstance(one, str) or are_ids(one) for one in each):
         raise Refusal(400, "prompt must be a text, a list of texts, or of ids, or of lists of ids", param="prompt")
     if len(each) > limits.max_rows:
         raise Refusal(400, f"prompt has {len(each)} texts, a request may have {limits.max_rows}", param="prompt")
-    return [read_prompt("" if one is None else one, served, limits) for one in each]
+    return [read_one("" if one is None else one, served, limits) for one in each]
 
 
-def is_prompt(value: Any) -> bool:
-    """Whether this is one prompt."""
-    return value is None or isinstance(value, str) or (isinstance(value, list) and bool(value) and all_numbers(value))
+def are_ids(value: Any) -> bool:
+    """Whether this is a list of whole numbers, and not empty."""
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
-def all_numbers(values: list[Any]) -> bool:
-    """Whether these are whole numbers alone, and some."""
-    return bool(values) and all(type(value) is int for value in values)
-
-
-def read_prompt(value: str | list[int], served: Served, limits: Limits) -> Prompt:
+def read_one(value: str | list[int], served: Served, limits: Limits) -> Given:
     """One prompt.  A text begins a document, ids are taken as they are."""
-    size = len(value.encode(errors="replace")) if isinstance(value, str) else len(value)
+    size, unit = (len(value.encode(errors="replace")), "bytes") if isinstance(value, str) else (len(value), "ids")
     if size > limits.max_prompt:
-        message = (
-            f"prompt has {size:,} {'bytes' if isinstance(value, str) else 'ids'}, it may have {limits.max_prompt:,}"
-        )
+        message = f"prompt has {size:,} {unit}, it may have {limits.max_prompt:,}"
         raise Refusal(400, message, param="prompt", code="context_length_exceeded")
     if isinstance(value, str):
-        ids = prompt_ids(served.tokenizer, value)
-        return Prompt(ids, value, 1)
+        return Given(prompt_ids(served.tokenizer, value), value, 1)
     check_ids("prompt", value, served)
-    return Prompt(value, served.tokenizer.decode(value), 0)
+    return Given(value, served.tokenizer.decode(value), 0)
 
 
 def check_ids(name: str, ids: list[int], served: Served) -> None:
@@ -221,7 +205,7 @@ def check_ids(name: str, ids: list[int], served: Served) -> None:
         raise Refusal(400, f"{name} has the id {str(wrong[0])[:20]}, the model's are 0 to {n - 1}", param=name)
 
 
-def begin(served: Served, prompt: Prompt, body: Body, index: int) -> Answer:
+def begin(served: Served, prompt: Given, body: Body, index: int) -> Answer:
     """The answer number `index` to a prompt, which has a seed of its own."""
     sampling = dataclasses.replace(body.sampling(), seed=seed_after(body.seed, index))
     return Answer(

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi.responses import Response, StreamingResponse
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from tinygpt.serve.choices import Choice, usage
-from tinygpt.serve.guard import json_bytes
+from tinygpt.serve.choices import Choice, score, usage
 from tinygpt.serve.limits import Limits, Refusal
 from tinygpt.serve.request import Completion, Served, read_completion
-from tinygpt.serve.scores import score
 from tinygpt.serve.worker import Job, Update, Worker, stopping
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ class Service:
         self._reader = ThreadPoolExecutor(1)  # reads prompts and scores them, while the loop goes on
 
     def stop(self) -> None:
-        """Tell all who wait that the server ends."""
+        """Refuse all who wait: the server ends."""
         self.worker.stop()
         self._reader.shutdown(wait=False, cancel_futures=True)
 
@@ -58,10 +57,7 @@ class Service:
     async def body(self, request: Request) -> bytes:
         """The body of a request.  Raises Refusal when it is too large, or too slow to come."""
         most, raw = self.limits.max_body, bytearray()
-        told = request.headers.get("content-length", "0")
-        if not told.isdecimal() or len(told) > 15:
-            raise Refusal(400, "content-length is no number")
-        if int(told) > most:
+        if int(request.headers.get("content-length", 0)) > most:  # uvicorn has refused what is not a number
             raise too_large(most)
         try:
             async with asyncio.timeout(self.limits.read_seconds):
@@ -77,14 +73,14 @@ class Service:
         """Let the worker do what is asked for; its updates come in the queue."""
         loop, updates = asyncio.get_running_loop(), asyncio.Queue[list[Update] | Refusal]()
 
-        def tell(news: list[Update] | Refusal) -> None:
+        def report(news: list[Update] | Refusal) -> None:
             if not (asked.body.stream or isinstance(news, Refusal)):
                 news = [update for update in news if update.finish_reason]
             if news:
                 with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                     loop.call_soon_threadsafe(updates.put_nowait, news)
 
-        job = Job(asked.served.name, asked.answers, tell)
+        job = Job(asked.served.name, asked.answers, report)
         self.worker.submit(job)
         return job, updates
 
@@ -103,8 +99,11 @@ class Events(StreamingResponse):
             self._on_end()
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response, or the end of its work when the client goes away.  The request must have been read."""
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which ends when the client goes away.  The request must have been read.
+
+    Raises ClientDisconnect then.
+    """
 
     async def left() -> None:
         await request.receive()
@@ -112,7 +111,9 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> 
     working, leaving = asyncio.create_task(work), asyncio.create_task(left())
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else Response(status_code=499)  # which nobody reads
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
     finally:
         working.cancel()
         leaving.cancel()
@@ -133,8 +134,8 @@ async def complete(service: Service, raw: bytes) -> Response:
         "model": asked.served.name,
     }
     if asked.body.max_tokens == 0:  # the prompt alone
-        told = [choice.take("", 0, "length") for choice in choices]
-        return json_response(head | {"choices": told, "usage": usage(asked, 0)})
+        parts = [choice.take("", 0, "length") for choice in choices]
+        return json_response(head | {"choices": parts, "usage": usage(asked, 0)})
     job, updates = service.begin(asked)
     if asked.body.stream:
         return Events(events(head, asked, choices, updates), lambda: service.worker.drop(job))
@@ -144,8 +145,10 @@ async def complete(service: Service, raw: bytes) -> Response:
             n_left -= len(raised(await updates.get()))
     finally:
         service.worker.drop(job)
-    told = [choice.take(each.text, len(each.ids), each.finish_reason) for choice in choices for each in [choice.answer]]
-    return json_response(head | {"choices": told, "usage": usage(asked, sum(len(a.ids) for a in asked.answers))})
+    parts = [
+        choice.take(each.text, len(each.ids), each.finish_reason) for choice in choices for each in [choice.answer]
+    ]
+    return json_response(head | {"choices": parts, "usage": usage(asked, sum(len(a.ids) for a in asked.answers))})
 
 
 async def events(
@@ -161,9 +164,9 @@ async def events(
     try:
         while n_left:
             for update in raised(await updates.get()):
-                told = choices[update.index].take(update.piece, update.n_ids, update.finish_reason)
-                if told:
-                    yield event(head | {"choices": [told]} | empty)
+                part = choices[update.index].take(update.piece, update.n_ids, update.finish_reason)
+                if part:
+                    yield event(head | {"choices": [part]} | empty)
                 if update.finish_reason:
                     n_left -= 1
                     n_written += update.n_ids
@@ -183,9 +186,14 @@ def raised(news: list[Update] | Refusal) -> list[Update]:
     return news
 
 
-def json_response(content: Any) -> Response:
-    """JSON in ASCII, which holds even half a surrogate pair."""
-    return Response(json_bytes(content), media_type="application/json")
+def json_bytes(content: Any) -> bytes:
+    """JSON in ASCII, which holds even half a surrogate pair, without spaces."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """The same as a response."""
+    return Response(json_bytes(content), status, headers, "application/json")
 
 
 def event(content: Any) -> bytes:

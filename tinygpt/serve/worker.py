@@ -28,11 +28,11 @@ class Update:
 
 @dataclass(eq=False, frozen=True)
 class Job:
-    """The answers of a request, which begin together; `tell` is called in the worker's thread."""
+    """The answers of a request, which begin together; `report` is called in the worker's thread."""
 
     model: str
     answers: list[Answer]
-    tell: Callable[[list[Update] | Refusal], None]
+    report: Callable[[list[Update] | Refusal], None]
 
 
 class Worker(threading.Thread):
@@ -69,7 +69,7 @@ class Worker(threading.Thread):
                 self._changed.notify()
 
     def stop(self) -> None:
-        """End the thread after its step; all jobs are told."""
+        """End the thread after its step; all jobs get a refusal."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -90,7 +90,7 @@ class Worker(threading.Thread):
             for lane in self._lanes.values():
                 lane.step()
         for job in [*self._waiting, *(job for lane in self._lanes.values() for job in lane.jobs())]:
-            job.tell(stopping())
+            job.report(stopping())
 
     def _admit(self) -> bool:
         """Let go who went away and take in who fits; wait where there is nothing to do.  False at the end."""
@@ -143,7 +143,7 @@ class Lane:
         self._guarded(lambda: self._running.drop(left))
 
     def step(self) -> None:
-        """Give each answer a token and tell its job."""
+        """Give each answer a token and report it to its job."""
         if self._places:
             self._guarded(self._step)
 
@@ -154,7 +154,7 @@ class Lane:
             update = Update(index, answer.piece, len(answer.ids), answer.finish_reason)
             updates.setdefault(job, []).append(update)
         for job, each in updates.items():
-            job.tell(each)
+            job.report(each)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         """A model that fails, such as one without memory for another row, ends its jobs and not the server."""
@@ -165,9 +165,9 @@ class Lane:
                 traceback.print_exc(file=sys.stderr)
             failed, self._places, self._running = self.jobs(), {}, Running(self._model)
             for job in failed:
-                job.tell(Refusal(500, f"the model failed: {error}", code="model_failed"))
+                job.report(Refusal(500, f"the model failed: {error}", code="model_failed"))
 
 
 def stopping() -> Refusal:
-    """What is told when the server ends."""
+    """The refusal of a server that ends."""
     return Refusal(503, "the server is stopping", code="stopping")
