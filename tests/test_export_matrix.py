@@ -1,6 +1,8 @@
 """Every combination of switches in real llama.cpp and real transformers: the same logits, or a refusal that helps."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -136,6 +138,13 @@ def test_check_params_refuses_what_cannot_be_exported(tmp_path):
     (tmp_path / "params.yaml").write_text(params.replace("  mlp: swiglu ", "  mlp: relu2  "))
     with pytest.raises(ParamsError, match=r"no model of transformers and llama\.cpp has .*model\.mlp=relu2"):
         check_params(tmp_path / "params.yaml")
+
+
+def test_the_rule_needs_neither_torch_nor_gguf():
+    code = (
+        "import sys, tinygpt.export.config; sys.exit(' '.join({'torch', 'gguf', 'numpy'} & set(sys.modules)) or None)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_family_is_one_entry(monkeypatch, tmp_path, tiny_tokenizer):

@@ -85,14 +85,7 @@ def switches(position: str, norm: str, *mlps: str, **others: tuple[Any, ...]) ->
 def switches_of(config: ModelParams) -> dict[str, Any]:
     """What decides the family of a model."""
     windows = {config.window_of(layer) for layer in range(config.n_layer)}
-    return {
-        "position": config.position,
-        "norm": config.norm,
-        "mlp": config.mlp,
-        "parallel_block": config.parallel_block,
-        "qk_norm": config.qk_norm,
-        "bias": config.bias,
-        "tie_weights": config.tie_weights,
+    return {name: getattr(config, name) for name in (*CORE, "bias", "tie_weights")} | {
         "head_dim": "null" if config.head_dim * config.n_head == config.n_embd else "own",
         "window": FULL if windows == {None} else MIXED if None in windows else ALL,
     }

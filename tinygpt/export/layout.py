@@ -37,10 +37,7 @@ def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int
         tensors = tensors | {
             f"blocks.{i}.attn.sinks.weight": torch.full((config.n_head,), NO_SINK) for i in range(config.n_layer)
         }
-    if layout.repeated_kv:
-        tensors = {name: _repeat_kv(name, tensor, config) for name, tensor in tensors.items()}
-    if layout.adjacent_rope:
-        tensors = {name: _pair_rope(name, tensor, config) for name, tensor in tensors.items()}
+    tensors = {name: _ordered(name, tensor, config, layout) for name, tensor in tensors.items()}
     if layout.fused_qkv:
         tensors = _fuse_qkv(tensors)
     theirs: Tensors = {}
@@ -62,6 +59,12 @@ def _add_zero_biases(tensors: Tensors, modules: tuple[str, ...]) -> Tensors:
 
 def _cut_positions(tensors: Tensors, n_ctx: int) -> Tensors:
     return {name: tensor[:n_ctx] if _leaf(name) == "pos_emb" else tensor for name, tensor in tensors.items()}
+
+
+def _ordered(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensor:
+    """The rows of a weight, or of an adapter's B, as the program has them."""
+    tensor = _repeat_kv(name, tensor, config) if layout.repeated_kv else tensor
+    return _pair_rope(name, tensor, config) if layout.adjacent_rope else tensor
 
 
 def _repeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
@@ -133,19 +136,13 @@ def adapter_pairs(adapter: Mapping[str, Tensor], config: GPTConfig, layout: Layo
         for name, tensor in adapter.items()
         if name.endswith(f".{ADAPTER[0]}.weight")
     }
-    ordered = {name: (a, _ordered(name, b, config, layout)) for name, (a, b) in pairs.items()}
+    ordered = {name: (a, _ordered(f"{name}.weight", b, config, layout)) for name, (a, b) in pairs.items()}
     if layout.fused_qkv:
         ordered = _fuse_adapters(ordered, config, layout)
     return {
         _rename(f"{name}.weight", layout).removesuffix(".weight"): (a.contiguous(), b.contiguous())
         for name, (a, b) in ordered.items()
     }
-
-
-def _ordered(name: str, b: Tensor, config: GPTConfig, layout: Layout) -> Tensor:
-    weight = f"{name}.weight"
-    b = _repeat_kv(weight, b, config) if layout.repeated_kv else b
-    return _pair_rope(weight, b, config) if layout.adjacent_rope else b
 
 
 def _fuse_adapters(pairs: dict[str, Pair], config: GPTConfig, layout: Layout) -> dict[str, Pair]:
