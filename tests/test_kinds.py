@@ -58,7 +58,7 @@ def test_the_same_ids_everywhere_and_back_to_the_text(tokenizer, exported, text)
     theirs = tokenizers.Tokenizer.from_file(str(exported / "tokenizer/tokenizer.json"))
     theirs.encode_special_tokens = True  # a special token's name in a text is text, as with us
     assert theirs.encode(text).ids == ids
-    with LlamaCpp(exported / "model.gguf", vocab_only=True) as llama:
+    with LlamaCpp(exported / "model.gguf") as llama:
         assert llama.tokenize(text) == ids
 
 
@@ -70,7 +70,7 @@ def test_roles_of_special_tokens_reach_transformers_and_llama_cpp(tokenizer, exp
     assert theirs.unk_token_id == tokenizer.unk_id
     config = json.loads((exported / "hf/config.json").read_text())
     assert (config["bos_token_id"], config["pad_token_id"]) == (tokenizer.bos_id, tokenizer.pad_id)
-    with LlamaCpp(exported / "model.gguf", vocab_only=True) as llama:
+    with LlamaCpp(exported / "model.gguf") as llama:
         assert llama.eog_ids() == [tokenizer.eos_id]
     assert not set(tokenizer.encode(f"{EOS}{BEGIN}{PAD}{UNKNOWN}")) & set(tokenizer.special_tokens.values())
 
