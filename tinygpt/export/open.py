@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.export.hf_import import read_hf
+from tinygpt.export.hf import read_hf
 from tinygpt.files import must_exist, read_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinygpt.generate.decoder import slide
 from tinygpt.model.gpt import GPT
-from tinygpt.report.attention import attention_maps
+from tinygpt.report.attention_maps import attention_maps
 from tinygpt.serve.request import Completion, Given
 from tinygpt.tokenizer import Tokenizer
 
