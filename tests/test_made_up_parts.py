@@ -7,13 +7,13 @@ from torch import nn
 
 from tinygpt.errors import UserError
 from tinygpt.export.config import ExportParams
-from tinygpt.export.coverage import check_export
 from tinygpt.generate import Sampling, generate
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.config import MLPS, MLPKind
 from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import ACTIVATIONS, MLP, NORMS
+from tinygpt.params import require
 
 
 class LargestNorm(nn.Module):
@@ -89,9 +89,9 @@ def test_made_up_parts_are_compiled_too():
 
 @pytest.mark.parametrize("changes", PARTS.values(), ids=PARTS)
 def test_the_export_of_a_made_up_part_is_refused_in_one_line(changes):
-    export = ExportParams(hf=True, gguf=("f32",), rewrite=False, check_tokens=512)
+    export = ExportParams(hf=True, gguf=("f32",), check_tokens=512)
     with pytest.raises(UserError, match=r"no model of transformers and llama\.cpp has .*: set model\.") as caught:
-        check_export(tiny_config(**changes), export)
+        require(*export.rules_with({"model": tiny_config(**changes)}))
     assert "\n" not in str(caught.value)
 
 

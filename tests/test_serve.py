@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -446,14 +447,13 @@ def test_more_requests_than_may_be_at_work_have_status_503(tiny_tokenizer):
     with running(tiny_tokenizer, max_rows=1, max_waiting=1, max_tokens=100_000) as served:
         host, port = served[0].removeprefix("http://").split(":")
         document = LONG | {"stream": True}
-        with (
-            WEB.stream("POST", f"{served[0]}/v1/completions", json=document) as first,
-            WEB.stream("POST", f"{served[0]}/v1/completions", json=document) as second,
-            socket.create_connection((host, int(port))) as third,
-            socket.create_connection((host, int(port))) as fourth,
-        ):
-            assert (first.status_code, second.status_code) == (200, 200)
-            for connection in (third, fourth):
+        with ExitStack() as stack:
+            for name in ("running", "waiting"):
+                stream = WEB.stream("POST", f"{served[0]}/v1/completions", json=document)
+                assert stack.enter_context(stream).status_code == 200
+                wait_until(lambda name=name: served[1].worker.counts()[name] == 1)
+            for _ in range(2):
+                connection = stack.enter_context(socket.create_connection((host, int(port))))
                 connection.sendall(b"POST /look HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n")
             wait_until(lambda: WEB.get(f"{served[0]}/health").status_code == 503)
             fifth = WEB.get(f"{served[0]}/health")
