@@ -85,7 +85,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(raw: Path, **runtime: object) -> tuple[Report, dict[str, bytes]]:
-    rules = {**ON, "near_duplicates": 0.7, "unlike_prose": True, "split": "hash", "val_fraction": 0.2}
+    rules = {**ON, "near_duplicates": 0.7, "split": "hash", "val_fraction": 0.2}
     folder = raw.parent / "clean"
     report = clean(params(**rules), raw, folder, dataclasses.replace(RUNTIME, **runtime))
     return report, {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -20,7 +20,6 @@ from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, CleanParams, Report
 from tinygpt.corpus.documents import Reader
 from tinygpt.corpus.duplicates import near_duplicates, shingles, signature
 from tinygpt.corpus.jsonl import iter_texts, text_line
-from tinygpt.corpus.quality import RULES
 from tinygpt.corpus.raw import Manifest, RawFile, read_manifest, write_manifest
 from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError
@@ -34,7 +33,6 @@ OFF = {
     "min_bytes": 1,
     "exact_duplicates": False,
     "near_duplicates": None,
-    "unlike_prose": False,
     "split": "tail",
     "val_fraction": 0.0,
     "test_fraction": 0.0,
@@ -341,11 +339,8 @@ def test_near_duplicates_are_the_same_in_every_run(tmp_path: Path) -> None:
 
 def test_the_report_counts_every_rule(tmp_path: Path) -> None:
     files = {"a.txt": b"cafe\xcc\x81 \x00\xff\r\n", "b.txt": b"x", "c.txt": LONG, "d.txt": LONG}
-    result = run(tmp_path, files, **{**ON, "unlike_prose": True, "min_bytes": 3})
-    unlike_prose = {name: n for name, n in result.counts.items() if name.startswith("unlike_prose")}
-    assert unlike_prose["unlike_prose_word_count"] == 1  # a.txt is too short for it, and stays
-    assert unlike_prose.keys() == {f"unlike_prose_{rule}" for rule in RULES}
-    assert result.counts == unlike_prose | {
+    result = run(tmp_path, files, **{**ON, "min_bytes": 3})
+    assert result.counts == {
         "documents_in": 4,
         "bytes_in": 12 + 1 + 2 * len(LONG),  # U+FFFD is three bytes
         "repaired_bytes": 1,

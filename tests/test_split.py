@@ -45,7 +45,6 @@ ON = {
     "min_bytes": 1,
     "exact_duplicates": True,
     "near_duplicates": None,
-    "unlike_prose": False,
     "split": "tail",
     "val_fraction": 0.0,
     "test_fraction": 0.0,
@@ -77,7 +76,7 @@ def split(
     folder: Path, texts: list[str], how: str, shares: Shares, official: list[int] | None = None, *, leaks: bool = False
 ) -> tuple[dict[str, list[str]], int]:
     """The texts of each split, and how many leaks there were."""
-    found = (CleanDocument(text, digest(text), place(text, shares.seed), 0, []) for text in texts)
+    found = (CleanDocument(text, digest(text), place(text, shares.seed), []) for text in texts)
     save_cleaned(folder / "shard", found, {})
     cleaned = Cleaned([folder / "shard"])
     given_splits = np.array(official or [NOWHERE] * len(texts), np.int8)

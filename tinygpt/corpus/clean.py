@@ -19,7 +19,6 @@ from tinygpt.corpus.borders import raw_shards
 from tinygpt.corpus.cleaned import CleanDocument, Cleaned, save_cleaned
 from tinygpt.corpus.documents import Reader
 from tinygpt.corpus.duplicates import came_before, digest, near_duplicates, signature
-from tinygpt.corpus.quality import RULES, broken_rules
 from tinygpt.corpus.raw import Manifest, read_manifest
 from tinygpt.corpus.split import (
     NAMES,
@@ -45,7 +44,6 @@ CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 
 EVALUATION_FIRST = ("test", "val", "train")  # so that what training shares with them is found in training
 BETWEEN_DOCUMENTS = ("exact_duplicates", "split", "val_fraction", "test_fraction")  # params that no shard depends on
-RULE_BIT = {rule: 1 << i for i, rule in enumerate(RULES)}
 
 # Rule that drops documents -> what it is counted as.
 DROPPING = {
@@ -65,7 +63,6 @@ REPORTED = (
     "long_cut",
     *DROPPING.values(),
     "leaked",
-    *(f"unlike_prose_{rule}" for rule in RULES),
     *(f"{split}_{what}" for split in NAMES for what in ("documents", "bytes")),
 )
 
@@ -92,7 +89,6 @@ class CleanParams:
     near_duplicates: (
         Annotated[float, Within("(0, 1]")] | None
     )  # drop one this alike: Jaccard of word 5-grams; null = off
-    unlike_prose: bool  # count the documents that look unlike prose; none is dropped for it
     split: Literal["hash", "tail", "source"]  # by document; by position in the corpus; as the source says
     val_fraction: Fraction  # share of validation text, for hash (of documents) and tail (of characters)
     test_fraction: Fraction  # share of test text, likewise
@@ -171,7 +167,6 @@ def _documents(texts: Iterable[str], params: CleanParams, counts: Counter[str]) 
             text,
             digest(text),
             place(text, params.split_seed),
-            sum(RULE_BIT[rule] for rule in broken_rules(text)) if params.unlike_prose else 0,
             signature(text) if params.near_duplicates else [],
         )
 
@@ -188,8 +183,6 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
         counts["near_duplicates"] = int(alike.sum())
         kept &= ~alike
     facts, documents = facts[kept], np.flatnonzero(kept)
-    for rule, bit in RULE_BIT.items():
-        counts[f"unlike_prose_{rule}"] = int(np.count_nonzero(facts["unlike_prose"] & bit))
     shares = Shares(params.val_fraction, params.test_fraction, params.split_seed)
     splits = SPLITTERS[params.split](facts, official[kept], shares, lambda i: cleaned.text(documents[i]))
     counts["leaked"] = drop_leaks(splits, facts)

@@ -25,7 +25,6 @@ FACTS = np.dtype(
         ("bytes", "<u8"),  # of UTF-8
         ("characters", "<u8"),
         ("line_bytes", "<u8"),  # in texts.jsonl
-        ("unlike_prose", "<u2"),  # a bit for each rule that the text breaks
     ]
 )
 
@@ -38,7 +37,6 @@ class CleanDocument(NamedTuple):
     text: str
     digest: bytes
     place: int
-    unlike_prose: int
     signature: list[int]  # empty where near duplicates are not looked for
 
 
@@ -48,9 +46,9 @@ def save_cleaned(path: Path, documents: Iterable[CleanDocument], counts: Mapping
     signatures: list[list[int]] = []
     with atomic_folder(path) as folder:
         with open(folder / "texts.jsonl", "wb") as file:
-            for text, digest, place, unlike_prose, signature in documents:
+            for text, digest, place, signature in documents:
                 size = file.write(text_line(text).encode())
-                facts.append((digest, place, len(text.encode()), len(text), size, unlike_prose))
+                facts.append((digest, place, len(text.encode()), len(text), size))
                 signatures.append(signature)
         np.save(folder / "facts.npy", np.array(facts, FACTS))
         np.save(folder / "signatures.npy", np.array(signatures, np.uint32))
