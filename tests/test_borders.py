@@ -16,10 +16,9 @@ from test_clean import ON, make_raw, params, words
 
 from tinygpt import shards
 from tinygpt.corpus import clean as clean_module
-from tinygpt.corpus.borders import raw_shards
 from tinygpt.corpus.clean import Report, clean
-from tinygpt.corpus.documents import Reader
-from tinygpt.corpus.raw import read_manifest
+from tinygpt.corpus.documents import Reader, raw_shards
+from tinygpt.corpus.folders import read_manifest
 from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError
 from tinygpt.shards import Shard

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from project import ROOT, set_params, succeed
 from transformers import AutoTokenizer
 
-from tinygpt.corpus.jsonl import text_line
+from tinygpt.corpus.folders import text_line
+from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
@@ -21,11 +22,9 @@ from tinygpt.generate.lean import LeanGPT
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
-from tinygpt.tokenizer.bulk import BulkEncoder
-from tinygpt.tokenizer.config import TokenizerParams
-from tinygpt.tokenizer.counts import count_pretokens
-from tinygpt.tokenizer.kinds import KINDS, learn_tokenizer, take_tokenizer
+from tinygpt.tokenizer.kinds import TOKENIZERS, TokenizerParams, learn_tokenizer, take_tokenizer
 from tinygpt.tokenizer.pretokenize import iter_blocks
+from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import BEGIN, EOS, PAD, UNKNOWN
 
 PARAMS = TokenizerParams(
@@ -34,7 +33,7 @@ PARAMS = TokenizerParams(
 TEXT = prose(400) + " 😀 é "
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=sorted(TOKENIZERS))
 def tokenizer(request) -> Tokenizer:
     return learn_tokenizer(count_pretokens([TEXT]), dataclasses.replace(PARAMS, kind=request.param))
 

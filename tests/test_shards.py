@@ -14,10 +14,10 @@ import pytest
 from conftest import RUNTIME
 
 from tinygpt import shards
-from tinygpt.corpus.jsonl import shard_texts, text_line
+from tinygpt.corpus.folders import cut_lines, shard_texts, text_line, thin
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
-from tinygpt.shards import Shard, Span, cut_lines, join_spans, shard_results, thin
+from tinygpt.shards import Shard, Span, join_spans, shard_results
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"document {i} " + "é\n" * (i % 50) for i in range(500)]
@@ -164,6 +164,7 @@ SLOW = """
 import dataclasses, os, sys, time
 from pathlib import Path
 from tinygpt import shards
+from tinygpt.corpus.folders import cut_lines
 
 def work(shard, path):
     (path.parents[2] / f"pid-{os.getpid()}").touch()
@@ -175,7 +176,7 @@ if __name__ == "__main__":
     shards.SHARD_BYTES = shards.WORTH_A_WORKER = 1000
     runtime = dataclasses.replace(RUNTIME, n_worker=3)
     of = {"name": "slow", "key": "", "code": "tinygpt.shards"}
-    with shards.shard_results(work, shards.cut_lines(Path(sys.argv[1])), **of, runtime=runtime):
+    with shards.shard_results(work, cut_lines(Path(sys.argv[1])), **of, runtime=runtime):
         pass
 """
 

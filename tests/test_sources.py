@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from tinygpt.corpus.download import Downloaded, download
-from tinygpt.corpus.python_docs import iter_python_docs
-from tinygpt.corpus.raw import read_manifest
-from tinygpt.corpus.sources import SOURCES, DownloadParams, gutenberg_text, remote_source
+from tinygpt.corpus.folders import read_manifest
+from tinygpt.corpus.sources import SOURCES, DownloadParams, gutenberg_text, iter_python_docs, remote_source
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
 

@@ -1,4 +1,7 @@
-"""Reading archives that come from outside: regular files only, sane names, no more than a sane size, whole."""
+"""What is in a file that comes from outside: itself, or the files of an archive, or the texts of a Parquet file.
+
+Regular files only, sane names, no more than a sane size, whole.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from tinygpt.corpus.parquet import iter_parquet_lines
+from tinygpt.corpus.folders import text_line
 from tinygpt.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -156,3 +159,32 @@ def _damage(name: str) -> Iterator[None]:
         if error.errno is None:  # bz2: "Invalid data stream"
             raise UserError(f"{name} is damaged ({error}): delete it, get it again") from None
         raise
+
+
+ROWS = 1000  # read at a time, so that memory does not grow with the file
+
+
+def iter_parquet_lines(path: Path, name: str) -> Iterator[bytes]:
+    """The column `text`, some rows at a time; rows without a text are left out.
+
+    Raises UserError where pyarrow is missing, the file is damaged, or has no such column of texts.
+    """
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{name} needs pyarrow: pip install pyarrow") from None
+    try:
+        with ParquetFile(path) as file:
+            kind = {field.name: str(field.type) for field in file.schema_arrow}.get("text")
+            if kind not in ("string", "large_string"):
+                found = "none" if kind is None else f"one of {kind}"
+                raise UserError(f"{name} needs a column `text` of strings and has {found}")
+            for batch in file.iter_batches(ROWS, columns=["text"]):
+                yield "".join(text_line(text) for text in batch.column("text").to_pylist() if text is not None).encode()
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(
+            f"{name} is damaged or cut off ({' '.join(str(error).split())}): delete it, get it again"
+        ) from None

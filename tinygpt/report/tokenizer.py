@@ -12,11 +12,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tinygpt.corpus.jsonl import iter_texts
+from tinygpt.corpus.folders import iter_texts
+from tinygpt.encode import BulkEncoder
 from tinygpt.files import atomic_write
 from tinygpt.report.plots import BLUE, GREEN, NO_DATE, STYLE, VERMILION
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.bulk import BulkEncoder
 from tinygpt.tokenizer.pretokenize import iter_blocks
 
 

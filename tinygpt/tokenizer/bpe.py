@@ -13,10 +13,10 @@ import numpy as np
 
 from tinygpt.errors import UserError
 from tinygpt.progress import progress
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
-from tinygpt.tokenizer.counts import count_pretokens
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 from tinygpt.tokenizer.pairs import ROW_END, Pairs, ids_of
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER
+from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import EOS, Tokenizer
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR, to_bytes
-from tinygpt.tokenizer.json_format import read_tokenizer_json, write_tokenizer_json
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR, read_tokenizer_json, to_bytes, write_tokenizer_json
 from tinygpt.tokenizer.merger import Merger
 from tinygpt.tokenizer.pretokenize import PATTERN, split_chunks, to_utf8
 
