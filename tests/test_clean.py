@@ -18,7 +18,7 @@ from tinygpt.corpus import documents, duplicates
 from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, CleanParams, Report, clean, clean_text
 from tinygpt.corpus.documents import Reader, raw_shards
 from tinygpt.corpus.duplicates import near_duplicates, shingles, signature
-from tinygpt.corpus.folders import Manifest, RawFile, iter_texts, read_manifest, text_line, write_manifest
+from tinygpt.corpus.folders import SPLITS, Manifest, RawFile, iter_texts, read_manifest, text_line, write_manifest
 from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
@@ -52,7 +52,7 @@ def make_raw(folder: Path, files: dict[str, bytes], **changes: object) -> Path:
         path = folder / "raw" / "texts" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        split = path.stem if path.stem in ("train", "val", "test") else None
+        split = path.stem if path.stem in SPLITS else None
         entries.append(RawFile(name=name, url=None, bytes=len(content), sha256="", split=split))
     manifest = {"separator": None, "document_start": None, "python": None, **changes}
     write_manifest(

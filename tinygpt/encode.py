@@ -13,11 +13,12 @@ import numpy as np
 
 from tinygpt.corpus.folders import SPLITS, cut_lines, shard_texts, split_file
 from tinygpt.files import atomic_folder, atomic_write, sha256_file, write_json
+from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.runtime import RuntimeParams
 from tinygpt.shards import Shard, shard_results
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, iter_blocks
 from tinygpt.tokenizer.pretokens import MAX_PRETOKENS, PretokenTable
-from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from tinygpt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokens import META_FILE, PIECE, SplitMeta, TokenIds, TokensMeta
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist, read_json, sha256_file
 from tinygpt.params import ParamsError, from_mapping
-from tinygpt.tokenizer.tokenizer import tokenizer_file
+from tinygpt.paths import TOKENIZER_FILE
 
 META_FILE = "meta.json"
 
@@ -55,7 +55,7 @@ class TokensMeta:
 def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMeta:
     """Read `meta.json`.
 
-    Raises UserError when it is missing, not of this version, or, if `tokenizer` is given, another one made the tokens.
+    Raises UserError when it is missing, not of this version, or not made with the tokenizer of the folder `tokenizer`.
     """
     path = Path(folder) / META_FILE
     try:
@@ -64,7 +64,7 @@ def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMet
         raise UserError(
             f"{path} is not of this version ({'; '.join(error.problems)}): run `dvc repro encode`"
         ) from None
-    if tokenizer is not None and sha256_file(tokenizer_file(tokenizer)) != meta.tokenizer_sha256:
+    if tokenizer is not None and sha256_file(tokenizer / TOKENIZER_FILE) != meta.tokenizer_sha256:
         raise UserError(f"{folder} was not made with the tokenizer in {tokenizer}: run `dvc repro encode`")
     return meta
 

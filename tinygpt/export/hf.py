@@ -22,10 +22,10 @@ from tinygpt.files import atomic_folder, must_exist, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_tensors, model_tensors, save_tensors
+from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> tuple[str, int]:

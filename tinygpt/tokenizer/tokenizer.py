@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer.json_format import BYTE_TO_CHAR, read_tokenizer_json, to_bytes, write_tokenizer_json
 from tinygpt.tokenizer.merger import Merger
 from tinygpt.tokenizer.pretokenize import PATTERN, split_chunks, to_utf8
 
 EOS = "<|endoftext|>"  # stands before each document and after the last; ends a generated text
 BEGIN, PAD, UNKNOWN = "<|begin|>", "<|pad|>", "<|unk|>"  # special tokens whose part is known by their name
-TOKENIZER_FILE = "tokenizer.json"
 MAX_CACHED = 500_000  # chunks remembered, about 100 MB; when full it starts anew
 MAX_CACHED_CHARS = 64  # longer chunks hardly ever come again
 
