@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import unicodedata
@@ -15,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinygpt.corpus import documents, duplicates
-from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, CleanParams, Report, clean, clean_text
+from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, TEXT_RULES, CleanParams, Report, clean, clean_text
 from tinygpt.corpus.documents import Reader, raw_shards
 from tinygpt.corpus.duplicates import near_duplicates, shingles, signature
 from tinygpt.corpus.folders import SPLITS, Manifest, RawFile, iter_texts, read_manifest, text_line, write_manifest
@@ -232,15 +233,41 @@ def cleaned(text: str, **changes: object) -> tuple[str | None, Counter[str]]:
     return clean_text(text, params(**changes), counts), counts
 
 
-def test_control_characters_go_and_line_ends_and_tabs_stay() -> None:
-    text = "\ufeffa\0b\x1b[0m\tc\r\n\x7fd\x85e\x0cf\x9f"
-    assert cleaned(text, control_characters=True) == ("ab[0m\tc\r\ndef", Counter(control_removed=7))
+# Rule for one text -> its value, a text, the text after it (None: dropped), and how many changes are counted.
+ROWS = {
+    "control_characters": (True, "\ufeffa\0b\x1b[0m\tc\r\n\x7fd\x85e\x0cf\x9f", "ab[0m\tc\r\ndef", 7),
+    "unicode_nfc": (True, "cafe\u0301 \u212b", "café Å", 1),
+    "min_bytes": (5, "éé", None, 1),
+}
+
+
+@pytest.mark.parametrize("rule", TEXT_RULES)
+def test_each_rule_changes_its_text_and_counts_that_unless_it_is_off(rule: str) -> None:
+    value, text, expected, n = ROWS[rule]
+    assert cleaned(text, **{rule: value}) == (
+        expected,
+        Counter({TEXT_RULES[rule][0]: n, f"clean.{rule}": int(not expected)}),
+    )
     assert cleaned(text) == (text, Counter())
+    assert cleaned("plain", **{rule: value}) == ("plain", Counter())
 
 
-def test_characters_are_composed() -> None:
-    assert cleaned("cafe\u0301 \u212b", unicode_nfc=True) == ("café Å", Counter(nfc_changed=1))
-    assert cleaned("cafe\u0301") == ("cafe\u0301", Counter())
+def test_a_new_rule_is_a_param_a_function_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class WithQuiet(CleanParams):
+        quiet: int  # drop what shouts more often
+
+    def quieten(text: str, at_most: int) -> tuple[str | None, int]:
+        return (None, 1) if text.count("!") > at_most else (text.replace("!", "."), text.count("!"))
+
+    monkeypatch.setitem(TEXT_RULES, "quiet", ("shouts", quieten))
+    made = from_mapping(WithQuiet, {**OFF, "quiet": 2}, prefix="clean.")
+    raw = make_raw(tmp_path, {"a.txt": b"Oh! No!", "b.txt": b"Oh!!!", "c.txt": LONG})
+    assert clean(made, raw, tmp_path / "clean", RUNTIME).counts["shouts"] == 3
+    assert train_texts(tmp_path) == ["Oh. No.", LONG.decode()]
+    raw = make_raw(tmp_path, {"a.txt": b"!!!" + LONG})
+    with pytest.raises(UserError, match=r"clean\.quiet dropped 1 of 1 documents"):
+        clean(made, raw, tmp_path / "clean", RUNTIME)
 
 
 @given(st.text())
