@@ -9,25 +9,15 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NamedTuple
 
 from tinygpt.corpus.archive import iter_members
-from tinygpt.corpus.fetch import NotThereError, fetch, fetch_bucket
+from tinygpt.corpus.fetch import NotThereError, check_sha256, fetch, fetch_bucket
 from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, text_line, write_manifest
-from tinygpt.corpus.sources import (
-    EMBEDDED,
-    LOCAL,
-    PYTHON_DOCS,
-    DownloadParams,
-    Remote,
-    Source,
-    iter_python_docs,
-    python_version,
-    remote_source,
-    suggestion,
-)
+from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Remote, Source, find_source, iter_python_docs, suggestion
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, sha256_file
 
@@ -38,10 +28,19 @@ MIRROR = "TINYGPT_MIRROR"  # environment: a folder or an http(s) address that is
 
 @dataclasses.dataclass(frozen=True)
 class Downloaded:
-    """What the stage tells about its work."""
+    """What the stage says about its work."""
 
     manifest: Manifest
     skipped: tuple[str, ...]  # files that are no text
+
+
+class SourceFile(NamedTuple):
+    """A file of the source on this disk: `name` is what it is called in data/raw."""
+
+    name: str
+    path: Path
+    url: str | None = None
+    sha256: str | None = None  # where it was downloaded
 
 
 def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> Downloaded:
@@ -49,20 +48,14 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
 
     `root` is the folder that local paths start from; `cache` keeps downloaded files, whole and partial ones.
     """
-    downloads: list[dict[str, str]] = []
+    source = find_source(params.source)
     with atomic_folder(raw) as folder:
         texts = RawFolder(folder, params.max_bytes)
-        source = remote_source(params.source)
-        if params.source == PYTHON_DOCS:
-            source = EMBEDDED
-            _embedded(params, texts)
-        elif source:
-            downloads = _remote(params, source, texts, root, cache)
-        else:
-            source = LOCAL
-            is_address = "://" in params.source
-            files = fetch_bucket(params.source, cache) if is_address else _local_files(params.source, root, raw)
-            _add_files(params, texts, files)
+        files = [] if source is EMBEDDED else _source_files(params, source, root, raw, cache)
+        if source is EMBEDDED:
+            _add_embedded(params, texts)
+        for file in files:
+            _add_members(file, source, texts)
         if not any(file.bytes for file in texts.files):
             skipped = f"; {len(texts.skipped)} of its files are no UTF-8 text" if texts.skipped else ""
             few = f" or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
@@ -72,66 +65,67 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
             licence=source.licence,
             separator=source.separator,
             document_start=source.document_start,
-            python=python_version() if source is EMBEDDED else None,
-            downloads=tuple(downloads),
+            python=platform.python_version() if source is EMBEDDED else None,
+            downloads=tuple({"url": file.url, "sha256": file.sha256} for file in files if file.url and file.sha256),
             files=tuple(texts.files),
         )
         write_manifest(folder, manifest)
     return Downloaded(manifest, tuple(texts.skipped))
 
 
-def _embedded(params: DownloadParams, texts: RawFolder) -> None:
+def _add_embedded(params: DownloadParams, texts: RawFolder) -> None:
     content = "".join(map(text_line, iter_python_docs())).encode()
-    _check_sha256(hashlib.sha256(content).hexdigest(), params.sha256, "python-docs.jsonl")
+    check_sha256(hashlib.sha256(content).hexdigest(), params.sha256, "python-docs.jsonl")
     texts.add("python-docs.jsonl", iter([content]))
 
 
-def _remote(params: DownloadParams, source: Source, texts: RawFolder, root: Path, cache: Path) -> list[dict[str, str]]:
-    """Copy the texts of a source on the web.  -> url and sha256 of each file downloaded"""
-    if params.sha256 and len(source.remotes) > 1:
-        raise UserError(f"download.sha256 must be null: {params.source} has {len(source.remotes)} files, not one")
-    downloads = []
-    for remote in source.remotes:
-        path, sha256 = _obtain(remote, params.sha256 or remote.sha256, root, cache)
-        downloads.append({"url": remote.url, "sha256": sha256})
-        for name, chunks in iter_members(path, remote.name):
-            split = source.splits.get(PurePosixPath(name).name)
-            if split or not source.splits:
-                content = iter([source.extract(b"".join(chunks), name)]) if source.extract else chunks
-                texts.add(name, content, url=remote.url, split=split)
-    return downloads
+def _add_members(file: SourceFile, source: Source, texts: RawFolder) -> None:
+    for name, chunks in iter_members(file.path, file.name):
+        split = source.splits.get(PurePosixPath(name).name)
+        if split or not source.splits:
+            content = iter([source.extract(b"".join(chunks), name)]) if source.extract else chunks
+            texts.add(name, content, url=file.url, split=split)
 
 
-def _obtain(remote: Remote, sha256: str | None, root: Path, cache: Path) -> tuple[Path, str]:
-    """The remote file on this disk, from the mirror where that has it.  -> (path, hex SHA-256)"""
+def _source_files(params: DownloadParams, source: Source, root: Path, raw: Path, cache: Path) -> list[SourceFile]:
+    """The files of a source, checked, those on the web and in buckets after copying them."""
+    found: list[tuple[str, Path]] = []
+    if not source.remotes:
+        is_address = "://" in params.source
+        found = fetch_bucket(params.source, cache) if is_address else _local_files(params.source, root, raw)
+    n_file = len(source.remotes or found)
+    if params.sha256 and n_file > 1:
+        raise UserError(f"download.sha256 must be null: {params.source} holds {n_file} files, not one")
+    if params.sha256:
+        for name, path in found:
+            check_sha256(sha256_file(path), params.sha256, name)
+    remote_files = [
+        SourceFile(remote.name, *_obtain(remote, params.sha256 or remote.sha256, root, cache))
+        for remote in source.remotes
+    ]
+    return remote_files + [SourceFile(name, path) for name, path in found]
+
+
+def _obtain(remote: Remote, sha256: str | None, root: Path, cache: Path) -> tuple[Path, str, str]:
+    """The remote file on this disk, from the mirror where that has it.  -> (path, url, hex SHA-256)"""
     mirror = os.environ.get(MIRROR, "")
     names = list(dict.fromkeys((remote.name, remote.url.rsplit("/", 1)[-1])))
     if mirror and "://" not in mirror:
         folder = root / Path(mirror).expanduser()
         if not folder.is_dir():
-            raise UserError(f"{MIRROR}={mirror} is no folder and no http(s) address: mend or unset it")
+            raise UserError(f"{MIRROR}={mirror} is neither a folder nor an http(s) address: mend or unset it")
         for path in (folder / name for name in names):
             if path.is_file():
-                return path, _check_sha256(sha256_file(path), sha256, str(path))
+                return path, remote.url, check_sha256(sha256_file(path), sha256, str(path))
     # Two sources may use one base name, so the cache tells their addresses apart.
     path = cache / f"{hashlib.sha256(remote.url.encode()).hexdigest()[:8]}-{remote.name}"
     if "://" in mirror:
         for name in names:
             try:
-                return path, fetch(f"{mirror.rstrip('/')}/{name}", path, sha256=sha256)
+                return path, remote.url, fetch(f"{mirror.rstrip('/')}/{name}", path, sha256=sha256)
             except NotThereError:
                 continue
-    return path, fetch(remote.url, path, sha256=sha256)
-
-
-def _add_files(params: DownloadParams, texts: RawFolder, files: list[tuple[str, Path]]) -> None:
-    if params.sha256 and len(files) > 1:
-        raise UserError(f"download.sha256 must be null: {params.source} holds {len(files)} files, not one")
-    for name, path in files:
-        if params.sha256:
-            _check_sha256(sha256_file(path), params.sha256, name)
-        for member, chunks in iter_members(path, name):
-            texts.add(member, chunks)
+    return path, remote.url, fetch(remote.url, path, sha256=sha256)
 
 
 def _local_files(source: str, root: Path, raw: Path) -> list[tuple[str, Path]]:
@@ -149,7 +143,7 @@ def _local_files(source: str, root: Path, raw: Path) -> list[tuple[str, Path]]:
         found = base.glob(str((root / Path(source).expanduser()).relative_to(base)))
     else:
         raise UserError(
-            f"download.source={source} is no known source and no file: looked for {path}{suggestion(source)}"
+            f"download.source={source} is neither a known source nor a file: looked for {path}{suggestion(source)}"
         )
     files = sorted((file.relative_to(base).as_posix(), file) for file in found if file.is_file())
     if not files:
@@ -161,14 +155,6 @@ def _walk(folder: Path) -> Iterator[Path]:
     for here, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         yield from (Path(here, name) for name in files if not name.startswith("."))
-
-
-def _check_sha256(found: str, expected: str | None, name: str) -> str:
-    if expected not in (None, found):
-        raise UserError(
-            f"{name} has sha256 {found}, expected {expected}: its bytes are not the right ones, or have changed"
-        )
-    return found
 
 
 class RawFolder:
@@ -193,7 +179,7 @@ class RawFolder:
         path = self._new_path(name)
         copy = _copy_jsonl if name.lower().endswith(".jsonl") else _copy_text
         with open(path, "wb") as file:
-            taken = copy(file, _chain(head, chunks), limit, name)
+            taken = copy(file, itertools.chain([head], chunks), limit, name)
         self._taken[split] = self._taken.get(split, 0) + taken
         file_bytes = path.stat().st_size
         self.files.append(RawFile(name=name, url=url, bytes=file_bytes, sha256=sha256_file(path), split=split))
@@ -204,11 +190,6 @@ class RawFolder:
             raise UserError(f"download.source holds two files of the name {name}: rename one")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-
-def _chain(head: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield head
-    yield from rest
 
 
 def _is_text(head: bytes) -> bool:

@@ -67,11 +67,18 @@ def fetch(url: str, path: Path, *, sha256: str | None = None, sleep: Callable[[f
     found = sha256_file(partial)
     if sha256 not in (None, found):
         _discard(partial)
-        raise UserError(
-            f"{url} has sha256 {found}, expected {sha256}: its bytes are not the right ones, or have changed"
-        )
+    check_sha256(found, sha256, url)
     os.replace(partial, path)
     _discard(partial)
+    return found
+
+
+def check_sha256(found: str, expected: str | None, name: str) -> str:
+    """Return `found`.  Raises UserError where something else was expected."""
+    if expected not in (None, found):
+        raise UserError(
+            f"{name} has sha256 {found}, expected {expected}: its bytes are not the right ones, or have changed"
+        )
     return found
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast
 import difflib
 import os
-import platform
 import re
 import sysconfig
 import warnings
@@ -20,8 +19,6 @@ from urllib.parse import unquote, urlsplit
 from tinygpt.errors import UserError
 from tinygpt.params import Count, require
 
-PYTHON_DOCS = "python-docs"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadParams:
@@ -29,7 +26,7 @@ class DownloadParams:
 
     group: ClassVar[str] = "download"
 
-    source: str  # python-docs, a name in SOURCES, gutenberg:<id>, a URL, or a local file, folder or glob
+    source: str  # a name in SOURCES, gutenberg:<id>, a URL, or a local file, folder or glob
     sha256: str | None  # expected hash of the one downloaded file; null = the named source's, where it has one
     max_bytes: Count | None  # UTF-8 bytes of text kept of each official split; null = all
 
@@ -54,7 +51,7 @@ class Remote:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A corpus on the web and how its documents are told apart."""
+    """A corpus, and how its documents are told apart."""
 
     remotes: tuple[Remote, ...]
     licence: str
@@ -92,10 +89,11 @@ _TINYSTORIES = (
     "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-{}.txt"
 )
 
-EMBEDDED = Source(remotes=(), licence="PSF-2.0")  # python-docs
+EMBEDDED = Source(remotes=(), licence="PSF-2.0")  # its text comes with Python
 LOCAL = Source(remotes=(), licence="unknown")
 
 SOURCES = {
+    "python-docs": EMBEDDED,
     "tinyshakespeare": Source(
         remotes=(
             Remote(
@@ -119,10 +117,10 @@ SOURCES = {
 }
 
 
-def remote_source(name: str) -> Source | None:
-    """The source that `download.source` names on the web; None where it is a local file or another address.
+def find_source(name: str) -> Source:
+    """The source that `download.source` names: LOCAL where it is a local file or a bucket's address.
 
-    Raises UserError for a Gutenberg number that is none and for an incomplete address.
+    Raises UserError for what is not a Gutenberg number and for an incomplete address.
     """
     if name in SOURCES:
         return SOURCES[name]
@@ -130,7 +128,7 @@ def remote_source(name: str) -> Source | None:
         return _gutenberg(name.removeprefix("gutenberg:"))
     if name.startswith(("http://", "https://")):
         return _url(name)
-    return None
+    return LOCAL
 
 
 def _gutenberg(number: str) -> Source:
@@ -156,7 +154,7 @@ def _url(url: str) -> Source:
 
 def suggestion(name: str) -> str:
     """` (did you mean 'tinystories'?)` where `name` is nearly a source's, else nothing."""
-    near = difflib.get_close_matches(name, [PYTHON_DOCS, *SOURCES, "gutenberg:<id>"], n=1)
+    near = difflib.get_close_matches(name, [*SOURCES, "gutenberg:<id>"], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -166,11 +164,6 @@ SKIPPED |= {"lib2to3", "ensurepip", "pydoc_data", "__pycache__"}
 FEWEST_MODULES = 100  # a standard library in a zip or without sources has next to none
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def python_version() -> str:
-    """The version that decides the text, such as "3.11.7"."""
-    return platform.python_version()
 
 
 def iter_python_docs(stdlib: Path | None = None) -> Iterator[str]:
