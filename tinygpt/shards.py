@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -31,8 +31,6 @@ from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 from tinygpt.threads import n_cpu
 
-SHARD_BYTES = 4_000_000  # at least, and
-MOST_SHARDS = 4096  # about
 WORTH_A_WORKER = 8_000_000  # bytes: with less a worker's start takes longer than its work
 
 
@@ -64,36 +62,6 @@ class Shard:
 
 Work = Callable[[Shard, Path], None]  # fills the path (a file or a folder) with what comes of a shard, or raises
 Jobs = list[tuple[Shard, Path]]
-
-
-def shard_bytes(total: int) -> int:
-    """How many bytes a shard of a corpus of `total` bytes has at least."""
-    return max(SHARD_BYTES, total // MOST_SHARDS)
-
-
-def line_ends(path: Path, n_bytes: int) -> Iterator[int]:
-    """Where lines of a file end, each at least `n_bytes` after the one before; and the end of the file."""
-    size, end = path.stat().st_size, 0
-    with open(path, "rb") as file:
-        while end < size:
-            file.seek(end + n_bytes - 1)
-            file.readline()
-            end = min(file.tell(), size)
-            yield end
-
-
-def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
-    """Small spans together, until a shard has `n_bytes`."""
-    joined: list[Span] = []
-    size = 0
-    for span in spans:
-        joined.append(span)
-        size += span.size
-        if size >= n_bytes:
-            yield Shard(tuple(joined))
-            joined, size = [], 0
-    if joined:
-        yield Shard(tuple(joined))
 
 
 @contextmanager

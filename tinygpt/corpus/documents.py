@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from tinygpt.corpus.folders import TEXTS, Manifest, RawFile
+from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, line_ends, shard_bytes
 from tinygpt.errors import UserError
-from tinygpt.shards import Shard, Span, join_spans, line_ends, shard_bytes
+from tinygpt.shards import Shard, Span
 
 CHUNK_BYTES = 1 << 20
 MOST_CHARACTERS = 16 << 20  # a longer document is cut at line ends into consecutive ones
@@ -156,6 +156,20 @@ def raw_shards(reader: Reader, files: Sequence[RawFile]) -> Iterator[tuple[Shard
     for split, group in groupby(files, lambda file: file.split):
         spans = (span for file in group for span in _cut(reader, reader.folder / file.name, n_bytes))
         yield from ((shard, split) for shard in join_spans(spans, n_bytes))
+
+
+def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
+    """Small spans together, until a shard has `n_bytes`."""
+    joined: list[Span] = []
+    size = 0
+    for span in spans:
+        joined.append(span)
+        size += span.size
+        if size >= n_bytes:
+            yield Shard(tuple(joined))
+            joined, size = [], 0
+    if joined:
+        yield Shard(tuple(joined))
 
 
 def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:

@@ -11,11 +11,14 @@ from pathlib import Path
 
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist, read_json, write_json
-from tinygpt.shards import Shard, Span, line_ends, shard_bytes
+from tinygpt.shards import Shard, Span
 
 MANIFEST = "manifest.json"
 TEXTS = "texts"  # a subfolder of data/raw, so that no text can take the manifest's name
 SPLITS = ("train", "val", "test")  # each is a file of data/clean, and of data/tokens
+
+SHARD_BYTES = 4_000_000  # at least, and
+MOST_SHARDS = 4096  # about
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +88,26 @@ def iter_texts(path: Path, *, begin: int = 0, end: int | None = None) -> Iterato
             begin += len(line)
 
 
+def shard_bytes(total: int) -> int:
+    """How many bytes a shard of a corpus of `total` bytes has at least."""
+    return max(SHARD_BYTES, total // MOST_SHARDS)
+
+
 def cut_lines(path: Path) -> list[Shard]:
     """A file in shards of about the same size, cut where lines end; none for an empty file."""
     bounds = [0, *line_ends(path, shard_bytes(path.stat().st_size))]
     return [Shard((Span(path.absolute(), begin, end),)) for begin, end in pairwise(bounds)]
+
+
+def line_ends(path: Path, n_bytes: int) -> Iterator[int]:
+    """Where lines of a file end, each at least `n_bytes` after the one before; and the end of the file."""
+    size, end = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while end < size:
+            file.seek(end + n_bytes - 1)
+            file.readline()
+            end = min(file.tell(), size)
+            yield end
 
 
 def thin(shards: Sequence[Shard], max_bytes: int) -> list[Shard]:
