@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +30,8 @@ def encode_corpus(
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer_sha256 = sha256_file(tokenizer_folder / TOKENIZER_FILE)
-    work = partial(save_ids, tokenizer=tokenizer_folder.absolute())
-    results = partial(shard_results, code=__name__, runtime=runtime, runs=runs)
+    work = functools.partial(save_ids, tokenizer=tokenizer_folder.absolute())
+    results = functools.partial(shard_results, code=__name__, runtime=runtime, runs=runs)
     with atomic_folder(tokens) as folder:
         splits = {}
         for split in SPLITS:

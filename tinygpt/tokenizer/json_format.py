@@ -1,11 +1,7 @@
-"""Bytes as printable characters, in which tokens are written.
+"""The `tokenizer.json` of the Hugging Face tokenizers library, read and written for byte-level BPE.
 
-GPT-2's byte alphabet (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), which the tokenizers
-library calls `ByteLevel`.
-
-The `tokenizer.json` of the Hugging Face tokenizers library, read and written for byte-level BPE.
-
-Format: https://huggingface.co/docs/tokenizers. What cannot be honoured exactly is refused.
+Format: https://huggingface.co/docs/tokenizers. What cannot be honoured exactly is refused. Tokens are written in GPT-2's
+byte alphabet (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), there called `ByteLevel`.
 """
 
 from __future__ import annotations
@@ -16,6 +12,9 @@ from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, human_bytes, must_exist
+
+MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def byte_alphabet() -> list[str]:
@@ -40,10 +39,6 @@ def to_token(raw: bytes) -> str:
 def to_bytes(token: str) -> bytes:
     """A token's string as its bytes: "Ġthe" -> b" the".  Raises KeyError for a character outside the alphabet."""
     return bytes(CHAR_TO_BYTE[char] for char in token)
-
-
-MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def write_tokenizer_json(

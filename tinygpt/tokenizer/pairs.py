@@ -62,13 +62,13 @@ class Pairs:
             del self.count[pair]
         right, before = self.next[at], self.previous[at]
         # A place stands for the pair that begins there. Two merges side by side share one: it counts once.
-        self._remove(right, before[_differs(before, right)])
+        self._remove(right, before[differs(before, right)])
         after = self.next[right]
         self.ids[at], self.ids[right] = merged, EMPTY
         self._n_id = max(self._n_id, merged + 1)
         self.next[at], self.previous[after] = after, at
         before = self.previous[at]
-        return self._add(at, before[_differs(before, at)])
+        return self._add(at, before[differs(before, at)])
 
     def _places_of(self, pair: int) -> Places:
         """The places where the pair stands now, leftmost first and without overlap: "aaa" has "aa" once."""
@@ -77,7 +77,7 @@ class Pairs:
         at = at[(self.ids[at] == left) & (self.ids[self.next[at]] == right)]
         if left != right:
             return at
-        overlaps = ~_differs(at, self.next[at])
+        overlaps = ~differs(at, self.next[at])
         index = np.arange(len(at))
         run_start = np.maximum.accumulate(np.where(overlaps, 0, index))
         return at[(index - run_start) % 2 == 0]
@@ -124,6 +124,6 @@ class Pairs:
         return at, pairs, np.append(begin, len(at)), totals
 
 
-def _differs(places: Places, of_former: Places) -> NDArray[np.bool_]:
+def differs(places: Places, of_former: Places) -> NDArray[np.bool_]:
     """Where a place is another than the one that belongs to the entry before."""
     return np.concatenate(([True], places[1:] != of_former[:-1]))[: len(places)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,7 +167,7 @@ def count_corpus(
     file = split_file(clean, "train")
     shards = thin(cut_lines(file), max_bytes or file.stat().st_size)
     key = [sha256_file(file), max_bytes]
-    results = partial(shard_results, code=__name__, runtime=runtime, runs=runs)
+    results = functools.partial(shard_results, code=__name__, runtime=runtime, runs=runs)
     with results(save_counts, shards, name="count", key=key) as paths:
         return sum_counts(paths)
 
