@@ -419,7 +419,7 @@ def test_an_empty_result_names_its_cause_and_leaves_nothing(
 
 
 def test_a_separator_that_stands_nowhere_is_told_and_nothing_is_kept_for_another_try(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"clean.separator='---' stands in no text file"):
+    with pytest.raises(UserError, match=r"clean.separator='---' is in none of the text files"):
         run(tmp_path, {"a.txt": LONG}, separator="---")
     assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
 

@@ -343,7 +343,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "x.png").write_bytes(b"\0")
-    with pytest.raises(UserError, match="holds no text; 1 of its files are no UTF-8 text: name another"):
+    with pytest.raises(UserError, match="holds no text; 1 of its files are not UTF-8 text: name another"):
         fill(tmp_path, "own")
 
 

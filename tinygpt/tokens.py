@@ -2,7 +2,7 @@
 
     <|endoftext|> first document <|endoftext|> second document … <|endoftext|>
 
-`meta.json` beside them says how to read them and what they were made from.
+`meta.json` next to them says how to read them and what they were made from.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Report(NamedTuple):
     """What the stage says about its work."""
 
     counts: dict[str, int]  # by rule, for reports/clean.json
-    repaired: dict[str, int]  # bytes that were no UTF-8, by file
+    repaired: dict[str, int]  # bytes that were not UTF-8, by file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ def _check_official_splits(params: CleanParams, manifest: Manifest) -> None:
 
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
-        raise UserError(f"clean.separator={params.separator!r} stands in no text file: mend it or set it to null")
+        raise UserError(f"clean.separator={params.separator!r} is in none of the text files: mend it or set it to null")
     dropped = {param: n for param, n in counts.items() if param.startswith("clean.")}
     worst = max(dropped, key=dropped.__getitem__, default="")
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:

@@ -76,7 +76,7 @@ class Reader:
             return None
 
     def _repaired(self, span: Span, name: str) -> Iterator[str]:
-        """The file as text in chunks, each byte that is no UTF-8 made U+FFFD and counted."""
+        """The file as text in chunks, each byte that is not UTF-8 made U+FFFD and counted."""
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         with open(span.path, "rb") as file:
             file.seek(span.begin)
@@ -189,7 +189,7 @@ def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:
 
 
 def _starts(path: Path, n_bytes: int, start: re.Pattern[str], *, newlines: bool) -> Iterator[int]:
-    """Where a line begins a document, each at least `n_bytes` behind the one before; and the end."""
+    """Where a line begins a document, each at least `n_bytes` after the one before; and the end."""
     last = 0
     with open(path, "rb") as file:
         for end in line_ends(path, n_bytes):
@@ -217,7 +217,7 @@ def _is_blank(path: Path, end: int) -> bool:
 
 
 def _separators(path: Path, n_bytes: int, separator: str, *, newlines: bool) -> Iterator[int]:
-    """Where a separator ends, each at least `n_bytes` behind the one before; and the end."""
+    """Where a separator ends, each at least `n_bytes` after the one before; and the end."""
     sought = separator.encode()
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
         last = end = 0

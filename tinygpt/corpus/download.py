@@ -22,7 +22,7 @@ from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, sha256_file
 
 SNIFF_BYTES = 65_536  # what is looked at to tell a text from a picture
-MOST_INVALID = 0.1  # share of bytes that are no UTF-8; a Latin-1 text of French has about 0.04
+MOST_INVALID = 0.1  # share of bytes that are not UTF-8; a Latin-1 text of French has about 0.04
 MIRROR = "TINYGPT_MIRROR"  # environment: a folder or an http(s) address that is looked at first
 
 
@@ -31,7 +31,7 @@ class Downloaded:
     """What the stage says about its work."""
 
     manifest: Manifest
-    skipped: tuple[str, ...]  # files that are no text
+    skipped: tuple[str, ...]  # files that are not text
 
 
 class SourceFile(NamedTuple):
@@ -57,7 +57,7 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
         for file in files:
             _add_members(file, source, texts)
         if not any(file.bytes for file in texts.files):
-            skipped = f"; {len(texts.skipped)} of its files are no UTF-8 text" if texts.skipped else ""
+            skipped = f"; {len(texts.skipped)} of its files are not UTF-8 text" if texts.skipped else ""
             few = f" or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
             raise UserError(f"download.source={params.source} holds no text{skipped}: name another file or folder{few}")
         manifest = Manifest(
@@ -117,7 +117,7 @@ def _obtain(remote: Remote, sha256: str | None, root: Path, cache: Path) -> tupl
         for path in (folder / name for name in names):
             if path.is_file():
                 return path, remote.url, check_sha256(sha256_file(path), sha256, str(path))
-    # Two sources may use one base name, so the cache tells their addresses apart.
+    # Two sources may use one base name, so the cache keeps their addresses apart.
     path = cache / f"{hashlib.sha256(remote.url.encode()).hexdigest()[:8]}-{remote.name}"
     if "://" in mirror:
         for name in names:
@@ -164,7 +164,7 @@ class RawFolder:
         self.folder = folder
         self.max_bytes = max_bytes
         self.files: list[RawFile] = []
-        self.skipped: list[str] = []  # names of files that are no text
+        self.skipped: list[str] = []  # names of files that are not text
         self._taken: dict[str | None, int] = {}  # split -> UTF-8 bytes of text so far
 
     def add(self, name: str, chunks: Iterator[bytes], *, url: str | None = None, split: str | None = None) -> None:

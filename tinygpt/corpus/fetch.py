@@ -51,7 +51,7 @@ TRANSIENT = (
 def fetch(url: str, path: Path, *, sha256: str | None = None, sleep: Callable[[float], None] = time.sleep) -> str:
     """Download `url` to `path` unless it is there already.  -> hex SHA-256 of the file
 
-    A partial download stays beside `path` and is continued, unless the server's file has changed since.
+    A partial download stays next to `path` and is continued, unless the server's file has changed since.
     Raises UserError where the network fails, the server refuses, or the bytes are not those of `sha256`.
     """
     if path.exists():
@@ -117,7 +117,7 @@ def _transfer(session: requests.Session, url: str, partial: Path) -> None:
         length = response.headers.get("Content-Length", "")
         total = offset + int(length) if length.isdigit() and not encoded else None
         if not offset:
-            partial.unlink(missing_ok=True)  # before its new state is told
+            partial.unlink(missing_ok=True)  # before its new state is written
             _save_state(partial, url, None if encoded else _validator(response), total)
         _check_room(partial, offset, total, url)
         _receive(response, partial, offset, total)
@@ -128,7 +128,7 @@ def _transfer(session: requests.Session, url: str, partial: Path) -> None:
 def _check_answer(response: requests.Response, url: str, partial: Path, offset: int) -> int:
     """Where in the file the body of this answer begins."""
     status = response.status_code
-    if status == 416:  # we asked for bytes behind the end: what we have is not of this file
+    if status == 416:  # we asked for bytes after the end: what we have is not of this file
         _discard(partial)
     if status in BUSY or status == 416 or status >= 500:
         raise _InterruptedError(f"the server answered {status} {response.reason}")
@@ -165,7 +165,7 @@ def _check_room(partial: Path, offset: int, total: int | None, url: str) -> None
 
 
 def _validator(response: requests.Response) -> str | None:
-    """What tells this version of the file from another: a strong ETag, else its date."""
+    """What distinguishes this version of the file from others: a strong ETag, else its date."""
     etag = response.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 

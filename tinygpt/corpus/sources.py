@@ -51,7 +51,7 @@ class Remote:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A corpus, and how its documents are told apart."""
+    """A corpus, and how to find its documents."""
 
     remotes: tuple[Remote, ...]
     licence: str
@@ -238,7 +238,7 @@ def _heading(node: Definition, name: str) -> str:
 
 
 def _topics(path: Path) -> Iterator[str]:
-    """The texts of `help("topics")`, which stand as one dict literal in a module of their own."""
+    """The texts of `help("topics")`, which are one dict literal in a module of their own."""
     tree = _parse(path) if path.exists() else None
     for node in tree.body if tree else []:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":

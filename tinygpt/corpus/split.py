@@ -114,7 +114,7 @@ class Splits(NamedTuple):
 
 
 def place(text: str, seed: int) -> int:
-    """Where a text stands among 2**64 places, the same on every machine."""
+    """The place of a text among 2**64 places, the same on every machine."""
     salt = seed.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "little")
 
@@ -159,7 +159,7 @@ SPLITTERS: dict[str, Callable[[Facts, Assigned, Shares, Callable[[int], str]], S
 
 
 def drop_leaks(splits: Splits, facts: Facts) -> int:
-    """Take what stands in val or test out of train.  -> the number of texts taken out"""
+    """Take what is in val or test out of train.  -> the number of texts taken out"""
     assigned, parts = splits
     digests, whole = facts["digest"], np.ones(len(facts), np.bool_)
     whole[[*parts]] = False

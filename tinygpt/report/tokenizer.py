@@ -75,7 +75,7 @@ def longest_tokens(tokenizer: Tokenizer, n: int) -> list[bytes]:
 
 
 def plot_fit(fits: Mapping[str, tuple[Tokenizer, Fit]], path: Path) -> None:
-    """How often tokens occur, by rank, and how many bytes of the text stand in tokens of which length."""
+    """How often tokens occur, by rank, and how many bytes of the text are in tokens of which length."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)

@@ -1,7 +1,7 @@
 """Train byte-level BPE: merge the most frequent pair of neighbours again and again (Sennrich et al.,
 https://arxiv.org/abs/1508.07909), with the choices of the tokenizers library, so that the merges are the same.
 
-A heap with lazy updates finds the next pair of the different pretokens; `pairs.py` merges it wherever it stands.
+A heap with lazy updates finds the next pair of the different pretokens; `pairs.py` merges it wherever it is.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def learn_chars(
     """A token for each character of the text, as long as there is room the more frequent one.
 
     A character of one byte has its token anyway. Others are put together byte by byte, and each beginning of theirs is
-    a token too; no merge crosses characters, because no byte that begins one stands inside another (RFC 3629).
+    a token too; no merge crosses characters, because no byte that begins one is inside another (RFC 3629).
     """
     characters: Counter[str] = Counter()
     for pretoken, n in counts.items():

@@ -1,6 +1,6 @@
-"""Pairs of neighbouring tokens in many rows: how frequent each is, where it stands, and merging it everywhere at once.
+"""Pairs of neighbouring tokens in many rows: how frequent each is, where it is, and merging it everywhere at once.
 
-All rows stand in one array, each place linked to its neighbours, so a merge touches only the places of its pair.
+All rows are in one array, each place linked to its neighbours, so a merge touches only the places of its pair.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Pairs:
         self._add(np.arange(len(ids), dtype=np.int32))
 
     def again(self, *, at_least: int) -> Pairs:
-        """The pairs as they stand now."""
+        """The pairs as they are now."""
         kept = self.ids != EMPTY
         return Pairs(self.ids[kept], self.row[kept], self.weight, at_least=at_least)
 
     def merge(self, pair: int, merged: int, *, leftmost: bool = False) -> list[int]:
-        """Put the token `merged` where `pair` stands, everywhere or once; return the pairs that have come up."""
+        """Put the token `merged` where `pair` is, everywhere or once; return the pairs that have come up."""
         at = self._places_of(pair)
         if leftmost:
             self._places[pair], at = at, at[:1]
@@ -71,7 +71,7 @@ class Pairs:
         return self._add(at, before[differs(before, at)])
 
     def _places_of(self, pair: int) -> Places:
-        """The places where the pair stands now, leftmost first and without overlap: "aaa" has "aa" once."""
+        """The places where the pair is now, leftmost first and without overlap: "aaa" has "aa" once."""
         at = np.sort(self._places.pop(pair))
         left, right = ids_of(pair)
         at = at[(self.ids[at] == left) & (self.ids[self.next[at]] == right)]
