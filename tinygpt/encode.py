@@ -18,7 +18,9 @@ from tinygpt.shards import Shard, shard_results
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, iter_blocks
 from tinygpt.tokenizer.pretokens import MAX_PRETOKENS, PretokenTable
 from tinygpt.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from tinygpt.tokens import META_FILE, PIECE, SplitMeta, TokenIds, TokensMeta
+from tinygpt.tokens import META_FILE, SplitMeta, TokenIds, TokensMeta
+
+PIECE = 1 << 20  # ids looked up at a time, so that memory does not grow with a part
 
 
 def encode_corpus(

@@ -20,8 +20,6 @@ from tinygpt.paths import TOKENIZER_FILE
 
 META_FILE = "meta.json"
 
-PIECE = 1 << 20  # ids looked at together, so that memory does not grow with a file
-
 TokenIds = NDArray[np.unsignedinteger]
 
 
