@@ -24,7 +24,7 @@ from tinygpt.errors import program
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 

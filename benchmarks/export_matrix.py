@@ -34,7 +34,7 @@ from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 
 EOS = "<|endoftext|>"
 N_TOKENS = 48

@@ -42,7 +42,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import QUANTIZED, quantize
 from tinygpt.model.weights import load_model, load_pair
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 
 CONFIG: dict[str, Any] = TARGET | {"vocab_size": 2048}
 N_PROMPT, N_NEW = 200, 48

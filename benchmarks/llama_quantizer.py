@@ -26,7 +26,7 @@ from tinygpt.export.gguf_types import WEIGHT_TYPES
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 
 # Widths that K types fit in and widths that they do not, more layers than one rule looks at, every kind of MLP.
 PLAIN: dict[str, Any] = SIZES | {

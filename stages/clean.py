@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tinygpt.corpus.clean import CleanParams, clean
+from tinygpt.corpus.folders import SPLITS
 from tinygpt.errors import program
 from tinygpt.files import human_bytes, runs_folder, write_json
 from tinygpt.params import PARAMS_FILE, check_params, load_params
@@ -24,8 +25,7 @@ def run(root: Path) -> None:
     for name, n in list(repaired.items())[:MOST_NAMED]:
         print(f"clean: {n:,} bytes of {name} were no UTF-8 and became U+FFFD", file=sys.stderr)
     splits = ", ".join(
-        f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})"
-        for split in ("train", "val", "test")
+        f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})" for split in SPLITS
     )
     print(f"clean: {report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}")
 

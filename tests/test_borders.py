@@ -16,10 +16,10 @@ from test_clean import ON, make_raw, params, words
 
 from tinygpt import shards
 from tinygpt.corpus import clean as clean_module
-from tinygpt.corpus.borders import raw_shards
+from tinygpt.corpus import folders
 from tinygpt.corpus.clean import Report, clean
-from tinygpt.corpus.documents import Reader
-from tinygpt.corpus.raw import read_manifest
+from tinygpt.corpus.documents import Reader, raw_shards
+from tinygpt.corpus.folders import read_manifest
 from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError
 from tinygpt.shards import Shard
@@ -31,8 +31,8 @@ PIECES = ["a", "é", "\n", "\r\n", "\r", "--", "-", "𝄞", " ", " = T = \n", " 
 def documents(raw: Path, n_bytes: int, *, newlines: bool) -> tuple[list[str], int]:
     """Every text of a raw folder in shards of about n_bytes, and how many shards there were."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_BYTES", n_bytes)
-        patch.setattr(shards, "MOST_SHARDS", 10**9)
+        patch.setattr(folders, "SHARD_BYTES", n_bytes)
+        patch.setattr(folders, "MOST_SHARDS", 10**9)
         manifest = read_manifest(raw)
         reader = Reader(raw, manifest, separator=None, newlines=newlines)
         found = [shard for shard, _ in raw_shards(reader, manifest.files)]
@@ -76,7 +76,7 @@ def test_a_large_file_is_cut(tmp_path: Path, name: str, content: str, rule: dict
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A raw folder with duplicates of all kinds, in files of several shards."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(shards, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 3000)
     monkeypatch.setattr(shards, "WORTH_A_WORKER", 3000)
     texts = [" ".join(words(60, i % 70) + words(i % 9, i)) for i in range(120)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[40:])
@@ -85,7 +85,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(raw: Path, **runtime: object) -> tuple[Report, dict[str, bytes]]:
-    rules = {**ON, "near_duplicates": 0.7, "unlike_prose": True, "split": "hash", "val_fraction": 0.2}
+    rules = {**ON, "near_duplicates": 0.7, "split": "hash", "val_fraction": 0.2}
     folder = raw.parent / "clean"
     report = clean(params(**rules), raw, folder, dataclasses.replace(RUNTIME, **runtime))
     return report, {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -96,7 +96,7 @@ def test_the_result_does_not_depend_on_the_workers(corpus: Path, monkeypatch: py
     counts = alone[0].counts
     assert all(counts[rule] for rule in ("exact_duplicates", "near_duplicates", "repaired_bytes", "control_removed"))
     assert run(corpus, n_worker=3) == alone
-    monkeypatch.setattr(shards, "SHARD_BYTES", 10**9)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 10**9)
     assert run(corpus, n_worker=1) == alone
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import unicodedata
@@ -11,17 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import RUNTIME
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinygpt.corpus import documents, duplicates
-from tinygpt.corpus.borders import raw_shards
-from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, CleanParams, Report, clean, clean_text
-from tinygpt.corpus.documents import Reader
+from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, TEXT_RULES, CleanParams, Report, clean, clean_text
+from tinygpt.corpus.documents import Reader, raw_shards
 from tinygpt.corpus.duplicates import near_duplicates, shingles, signature
-from tinygpt.corpus.jsonl import iter_texts, text_line
-from tinygpt.corpus.quality import RULES
-from tinygpt.corpus.raw import Manifest, RawFile, read_manifest, write_manifest
+from tinygpt.corpus.folders import SPLITS, Manifest, RawFile, iter_texts, read_manifest, text_line, write_manifest
 from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
@@ -34,7 +32,6 @@ OFF = {
     "min_bytes": 1,
     "exact_duplicates": False,
     "near_duplicates": None,
-    "unlike_prose": False,
     "split": "tail",
     "val_fraction": 0.0,
     "test_fraction": 0.0,
@@ -56,7 +53,7 @@ def make_raw(folder: Path, files: dict[str, bytes], **changes: object) -> Path:
         path = folder / "raw" / "texts" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        split = path.stem if path.stem in ("train", "val", "test") else None
+        split = path.stem if path.stem in SPLITS else None
         entries.append(RawFile(name=name, url=None, bytes=len(content), sha256="", split=split))
     manifest = {"separator": None, "document_start": None, "python": None, **changes}
     write_manifest(
@@ -231,25 +228,52 @@ def test_newlines_are_counted_and_can_be_left(tmp_path: Path) -> None:
 # The rules
 
 
-def cleaned(text: str, **changes: object) -> tuple[str, Counter[str]]:
+def cleaned(text: str, **changes: object) -> tuple[str | None, Counter[str]]:
     counts: Counter[str] = Counter()
     return clean_text(text, params(**changes), counts), counts
 
 
-def test_control_characters_go_and_line_ends_and_tabs_stay() -> None:
-    text = "\ufeffa\0b\x1b[0m\tc\r\n\x7fd\x85e\x0cf\x9f"
-    assert cleaned(text, control_characters=True) == ("ab[0m\tc\r\ndef", {"control_removed": 7})
-    assert cleaned(text) == (text, {})
+# Rule for one text -> its value, a text, the text after it (None: dropped), and how many changes are counted.
+ROWS = {
+    "control_characters": (True, "\ufeffa\0b\x1b[0m\tc\r\n\x7fd\x85e\x0cf\x9f", "ab[0m\tc\r\ndef", 7),
+    "unicode_nfc": (True, "cafe\u0301 \u212b", "café Å", 1),
+    "min_bytes": (5, "éé", None, 1),
+}
 
 
-def test_characters_are_composed() -> None:
-    assert cleaned("cafe\u0301 \u212b", unicode_nfc=True) == ("café Å", {"nfc_changed": 1})
-    assert cleaned("cafe\u0301") == ("cafe\u0301", {})
+@pytest.mark.parametrize("rule", TEXT_RULES)
+def test_each_rule_changes_its_text_and_counts_that_unless_it_is_off(rule: str) -> None:
+    value, text, expected, n = ROWS[rule]
+    assert cleaned(text, **{rule: value}) == (
+        expected,
+        Counter({TEXT_RULES[rule][0]: n, f"clean.{rule}": int(not expected)}),
+    )
+    assert cleaned(text) == (text, Counter())
+    assert cleaned("plain", **{rule: value}) == ("plain", Counter())
+
+
+def test_a_new_rule_is_a_param_a_function_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class WithQuiet(CleanParams):
+        quiet: int  # drop what shouts more often
+
+    def quieten(text: str, at_most: int) -> tuple[str | None, int]:
+        return (None, 1) if text.count("!") > at_most else (text.replace("!", "."), text.count("!"))
+
+    monkeypatch.setitem(TEXT_RULES, "quiet", ("shouts", quieten))
+    made = from_mapping(WithQuiet, {**OFF, "quiet": 2}, prefix="clean.")
+    raw = make_raw(tmp_path, {"a.txt": b"Oh! No!", "b.txt": b"Oh!!!", "c.txt": LONG})
+    assert clean(made, raw, tmp_path / "clean", RUNTIME).counts["shouts"] == 3
+    assert train_texts(tmp_path) == ["Oh. No.", LONG.decode()]
+    raw = make_raw(tmp_path, {"a.txt": b"!!!" + LONG})
+    with pytest.raises(UserError, match=r"clean\.quiet dropped 1 of 1 documents"):
+        clean(made, raw, tmp_path / "clean", RUNTIME)
 
 
 @given(st.text())
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     once, _ = cleaned(text, control_characters=True, unicode_nfc=True)
+    assume(once is not None)
     twice, counts = cleaned(once, control_characters=True, unicode_nfc=True)
     assert twice == once
     assert not +counts
@@ -258,6 +282,7 @@ def test_cleaning_twice_is_cleaning_once(text: str) -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_clean_text_is_nfc_without_control_characters(text: str) -> None:
     text, _ = cleaned(text, control_characters=True, unicode_nfc=True)
+    assume(text is not None)
     assert unicodedata.is_normalized("NFC", text)
     assert not CONTROL.search(text)
 
@@ -341,11 +366,8 @@ def test_near_duplicates_are_the_same_in_every_run(tmp_path: Path) -> None:
 
 def test_the_report_counts_every_rule(tmp_path: Path) -> None:
     files = {"a.txt": b"cafe\xcc\x81 \x00\xff\r\n", "b.txt": b"x", "c.txt": LONG, "d.txt": LONG}
-    result = run(tmp_path, files, **{**ON, "unlike_prose": True, "min_bytes": 3})
-    unlike_prose = {name: n for name, n in result.counts.items() if name.startswith("unlike_prose")}
-    assert unlike_prose["unlike_prose_word_count"] == 1  # a.txt is too short for it, and stays
-    assert unlike_prose.keys() == {f"unlike_prose_{rule}" for rule in RULES}
-    assert result.counts == unlike_prose | {
+    result = run(tmp_path, files, **{**ON, "min_bytes": 3})
+    assert result.counts == {
         "documents_in": 4,
         "bytes_in": 12 + 1 + 2 * len(LONG),  # U+FFFD is three bytes
         "repaired_bytes": 1,
@@ -397,7 +419,7 @@ def test_an_empty_result_names_its_cause_and_leaves_nothing(
 
 
 def test_a_separator_that_stands_nowhere_is_told_and_nothing_is_kept_for_another_try(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"clean.separator='---' stands in no text file"):
+    with pytest.raises(UserError, match=r"clean.separator='---' is in none of the text files"):
         run(tmp_path, {"a.txt": LONG}, separator="---")
     assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
 

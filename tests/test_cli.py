@@ -14,7 +14,7 @@ from conftest import prose, tiny_model
 from tinygpt.cli.flags import DeviceOptions, TextOptions
 from tinygpt.cli.generate import FORMATS
 from tinygpt.cli.main import COMMANDS
-from tinygpt.corpus.jsonl import text_line
+from tinygpt.corpus.folders import text_line
 from tinygpt.export.base import write_base
 from tinygpt.export.hf import export_hf
 from tinygpt.generate import Sampling, Search, generate

@@ -13,7 +13,7 @@ from tinygpt.export.gguf import export_gguf, read_gguf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 
 GPT2 = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
 LLAMA = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": False}

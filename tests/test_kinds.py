@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import tokenizers
-from conftest import TRICKY, prose, tiny_config
+from conftest import RUNTIME, TRICKY, prose, tiny_config
 from hypothesis import HealthCheck, given, settings
 from project import ROOT, set_params, succeed
 from transformers import AutoTokenizer
 
-from tinygpt.corpus.jsonl import text_line
+from tinygpt.corpus.folders import text_line
+from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
@@ -21,11 +22,10 @@ from tinygpt.generate.lean import LeanGPT
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
-from tinygpt.tokenizer.bulk import BulkEncoder
-from tinygpt.tokenizer.config import TokenizerParams
-from tinygpt.tokenizer.counts import count_pretokens
-from tinygpt.tokenizer.kinds import KINDS, learn_tokenizer, take_tokenizer
+from tinygpt.tokenizer.json_format import to_token
+from tinygpt.tokenizer.kinds import TOKENIZERS, TokenizerParams, build_tokenizer, learn_tokenizer, take_tokenizer
 from tinygpt.tokenizer.pretokenize import iter_blocks
+from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import BEGIN, EOS, PAD, UNKNOWN
 
 PARAMS = TokenizerParams(
@@ -34,7 +34,7 @@ PARAMS = TokenizerParams(
 TEXT = prose(400) + " 😀 é "
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=sorted(TOKENIZERS))
 def tokenizer(request) -> Tokenizer:
     return learn_tokenizer(count_pretokens([TEXT]), dataclasses.replace(PARAMS, kind=request.param))
 
@@ -101,6 +101,21 @@ def test_bytes_are_a_token_each_and_characters_too():
     assert {len(as_chars.encode(character)) for character in set(TEXT)} == {1}
     assert len(as_chars.encode("the 中文😀é")) == 8
     assert len(as_chars.encode("ű")) == 2  # not in the text: its bytes
+
+
+def test_a_new_kind_is_a_function_and_an_entry(tmp_path, monkeypatch):
+    def learn_words(counts, vocab_size, *, min_frequency, special_tokens):
+        """The most frequent pretoken, and the beginnings of it."""
+        token = to_token(max(counts, key=counts.__getitem__))
+        merges = [(token[:end], token[end]) for end in range(1, len(token))]
+        return Tokenizer.from_merges(merges[: vocab_size - 257], special_tokens)
+
+    monkeypatch.setitem(TOKENIZERS, "words", learn_words)
+    (tmp_path / "train.jsonl").write_text(text_line("to be or not to be, to be"))
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    params = dataclasses.replace(PARAMS, kind="words", special_tokens=())
+    made = build_tokenizer(params, tmp_path, RUNTIME)
+    assert [made.decode([i]) for i in made.encode("to be, be")] == ["t", "o", " be", ",", " be"]
 
 
 def test_where_there_is_no_room_the_rarer_characters_stay_bytes():

@@ -22,7 +22,7 @@ from tinygpt.params import (
 )
 from tinygpt.report.config import EvaluateParams, PlotParams
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.train.config import TrainParams
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 from test_sources import fill, texts
 
-from tinygpt.corpus.jsonl import text_line
+from tinygpt.corpus.folders import text_line
 from tinygpt.errors import UserError
 
 TEXTS = [f"document {i}\n" * (i % 3) for i in range(2500)]

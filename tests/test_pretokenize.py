@@ -10,12 +10,10 @@ from conftest import TRICKY, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt.corpus.jsonl import text_line
-from tinygpt.shards import cut_lines
+from tinygpt.corpus.folders import cut_lines, text_line
 from tinygpt.tokenizer import pretokenize, pretokens
-from tinygpt.tokenizer.counts import count_pretokens, save_counts, sum_counts
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, PATTERN, iter_blocks, pretoken_starts, split_chunks, to_utf8
-from tinygpt.tokenizer.pretokens import PretokenTable
+from tinygpt.tokenizer.pretokens import PretokenTable, count_pretokens, save_counts, sum_counts
 
 LETTERS = list(" \n\t  ''''srtvemldSabZ12½Ⅷ.,!-é中文ß\u00a0\u3000\u2028\u200d😀\u0301\x00\x1c\u0085")
 

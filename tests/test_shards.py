@@ -14,10 +14,12 @@ import pytest
 from conftest import RUNTIME
 
 from tinygpt import shards
-from tinygpt.corpus.jsonl import shard_texts, text_line
+from tinygpt.corpus import folders
+from tinygpt.corpus.documents import join_spans
+from tinygpt.corpus.folders import cut_lines, shard_texts, text_line, thin
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
-from tinygpt.shards import Shard, Span, cut_lines, join_spans, shard_results, thin
+from tinygpt.shards import Shard, Span, shard_results
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"document {i} " + "é\n" * (i % 50) for i in range(500)]
@@ -26,7 +28,7 @@ TEXTS = [f"document {i} " + "é\n" * (i % 50) for i in range(500)]
 @pytest.fixture
 def file(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 1000)
     monkeypatch.setattr(shards, "WORTH_A_WORKER", 1000)
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(map(text_line, TEXTS)))
@@ -42,10 +44,11 @@ def upper(shard: Shard, path: Path) -> None:
 
 
 def die_once(shard: Shard, path: Path, *, parent: int) -> None:
-    """Work during which a worker process is killed, once."""
+    """Work during which a worker process is killed, once, when the first shard is done."""
     mark = path.parents[2] / "killed"
     if os.getpid() != parent and path.name != "000000" and not mark.exists():
         mark.touch()
+        wait_until(path.with_name("000000").exists)
         os.kill(os.getpid(), signal.SIGKILL)
     upper(shard, path)
 
@@ -74,8 +77,8 @@ def log(file: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("n_bytes", [1, 999, 1000, 10**9])
 def test_shards_cover_the_file_and_end_at_lines(file, monkeypatch, n_bytes):
-    monkeypatch.setattr(shards, "SHARD_BYTES", n_bytes)
-    monkeypatch.setattr(shards, "MOST_SHARDS", 10**9)
+    monkeypatch.setattr(folders, "SHARD_BYTES", n_bytes)
+    monkeypatch.setattr(folders, "MOST_SHARDS", 10**9)
     cut = cut_lines(file)
     spans = [span for shard in cut for span in shard.spans]
     assert [spans[0].begin, *(span.end for span in spans)] == [*(span.begin for span in spans), file.stat().st_size]
@@ -164,6 +167,7 @@ SLOW = """
 import dataclasses, os, sys, time
 from pathlib import Path
 from tinygpt import shards
+from tinygpt.corpus import folders
 
 def work(shard, path):
     (path.parents[2] / f"pid-{os.getpid()}").touch()
@@ -172,10 +176,10 @@ def work(shard, path):
 if __name__ == "__main__":
     sys.path.insert(0, "tests")
     from conftest import RUNTIME
-    shards.SHARD_BYTES = shards.WORTH_A_WORKER = 1000
+    folders.SHARD_BYTES = shards.WORTH_A_WORKER = 1000
     runtime = dataclasses.replace(RUNTIME, n_worker=3)
     of = {"name": "slow", "key": "", "code": "tinygpt.shards"}
-    with shards.shard_results(work, shards.cut_lines(Path(sys.argv[1])), **of, runtime=runtime):
+    with shards.shard_results(work, folders.cut_lines(Path(sys.argv[1])), **of, runtime=runtime):
         pass
 """
 

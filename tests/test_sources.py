@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from tinygpt.corpus.download import Downloaded, download
-from tinygpt.corpus.python_docs import iter_python_docs
-from tinygpt.corpus.raw import read_manifest
-from tinygpt.corpus.sources import SOURCES, DownloadParams, gutenberg_text, remote_source
+from tinygpt.corpus.folders import read_manifest
+from tinygpt.corpus.sources import EMBEDDED, SOURCES, DownloadParams, gutenberg_text, iter_python_docs
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
 
@@ -86,7 +85,7 @@ def test_bad_download_params_are_refused(changes: dict[str, object], message: st
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("tinyshakespere", r"no known source and no file.*did you mean 'tinyshakespeare'"),
+        ("tinyshakespere", r"neither a known source nor a file.*did you mean 'tinyshakespeare'"),
         ("wikitext2", "did you mean 'wikitext-2'"),
         ("no/such/file.txt", "looked for .*no/such/file.txt"),
         ("no*such.txt", "names no files"),
@@ -110,14 +109,12 @@ def test_a_source_that_cannot_be_is_one_line(tmp_path: Path, source: str, messag
 def test_named_sources_say_what_the_other_stages_need() -> None:
     for name, source in SOURCES.items():
         assert source.licence, name
-        assert source.remotes, name
+        assert source.remotes or source is EMBEDDED, name
         assert all(remote.url.startswith("https://") for remote in source.remotes), name
         assert set(source.splits.values()) <= {"train", "val", "test"}, name
 
 
 def test_a_mirror_folder_serves_a_named_source_under_either_name(mirror: Path, tmp_path: Path) -> None:
-    source = remote_source("tinyshakespeare")
-    assert source is not None
     content = VERSE.encode()
     for name in ("tinyshakespeare.txt", "input.txt"):
         (mirror / name).write_bytes(content)
@@ -140,7 +137,7 @@ def test_the_manifest_knows_nothing_of_the_mirror(mirror: Path, tmp_path: Path) 
 
 def test_a_mirror_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYGPT_MIRROR", "nowhere")
-    with pytest.raises(UserError, match="TINYGPT_MIRROR=nowhere is no folder"):
+    with pytest.raises(UserError, match="TINYGPT_MIRROR=nowhere is neither a folder"):
         fill(tmp_path, "tinyshakespeare")
 
 
@@ -216,7 +213,7 @@ def test_tinystories_come_with_their_splits_and_take_no_single_hash(mirror: Path
     for part in ("train", "valid"):
         (mirror / f"TinyStoriesV2-GPT4-{part}.txt").write_text(VERSE)
     assert [file.split for file in fill(tmp_path, "tinystories").manifest.files] == ["train", "val"]
-    with pytest.raises(UserError, match=r"download\.sha256 must be null: tinystories has 2 files"):
+    with pytest.raises(UserError, match=r"download\.sha256 must be null: tinystories holds 2 files"):
         fill(tmp_path, "tinystories", sha256="0" * 64)
 
 
@@ -346,7 +343,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "x.png").write_bytes(b"\0")
-    with pytest.raises(UserError, match="holds no text; 1 of its files are no UTF-8 text: name another"):
+    with pytest.raises(UserError, match="holds no text; 1 of its files are not UTF-8 text: name another"):
         fill(tmp_path, "own")
 
 

@@ -15,22 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt.corpus.clean import CleanParams, clean
-from tinygpt.corpus.cleaned import FACTS, CleanDocument, Cleaned, save_cleaned
+from tinygpt.corpus.download import RawFolder
 from tinygpt.corpus.duplicates import digest
-from tinygpt.corpus.jsonl import iter_texts
-from tinygpt.corpus.raw import Manifest, RawFolder, write_manifest
+from tinygpt.corpus.folders import SPLITS, Manifest, iter_texts, write_manifest
 from tinygpt.corpus.split import (
-    NAMES,
+    FACTS,
     NOWHERE,
     SPLITTERS,
     TEST,
     TRAIN,
     VAL,
+    CleanDocument,
+    Cleaned,
     Shares,
     by_hash,
     count_splits,
     drop_leaks,
     place,
+    save_cleaned,
     write_splits,
 )
 from tinygpt.errors import UserError
@@ -45,7 +47,6 @@ ON = {
     "min_bytes": 1,
     "exact_duplicates": True,
     "near_duplicates": None,
-    "unlike_prose": False,
     "split": "tail",
     "val_fraction": 0.0,
     "test_fraction": 0.0,
@@ -67,7 +68,7 @@ def make_raw(folder: Path, files: dict[str, bytes], separator: str | None = None
     raw = RawFolder(folder / "raw", max_bytes=None)
     for name, content in files.items():
         split = Path(name).stem
-        raw.add(name, iter([content]), split=split if split in NAMES else None)
+        raw.add(name, iter([content]), split=split if split in SPLITS else None)
     found = {"source": "own", "licence": "unknown", "document_start": None, "python": None, "downloads": ()}
     write_manifest(raw.folder, Manifest(**found, separator=separator, files=tuple(raw.files)))
     return raw.folder
@@ -77,14 +78,14 @@ def split(
     folder: Path, texts: list[str], how: str, shares: Shares, official: list[int] | None = None, *, leaks: bool = False
 ) -> tuple[dict[str, list[str]], int]:
     """The texts of each split, and how many leaks there were."""
-    found = (CleanDocument(text, digest(text), place(text, shares.seed), 0, []) for text in texts)
+    found = (CleanDocument(text, digest(text), place(text, shares.seed), []) for text in texts)
     save_cleaned(folder / "shard", found, {})
     cleaned = Cleaned([folder / "shard"])
     given_splits = np.array(official or [NOWHERE] * len(texts), np.int8)
     splits = SPLITTERS[how](cleaned.facts, given_splits, shares, cleaned.text)
     n_leaked = 0 if leaks else drop_leaks(splits, cleaned.facts)
     write_splits(splits, enumerate(cleaned.lines()), folder)
-    found_texts = {name: list(iter_texts(folder / f"{name}.jsonl")) for name in NAMES}
+    found_texts = {name: list(iter_texts(folder / f"{name}.jsonl")) for name in SPLITS}
     counts = count_splits(splits, cleaned.facts)
     for name, written in found_texts.items():
         sizes = [len(text.encode()) for text in written]
@@ -103,7 +104,7 @@ def hashed(texts: Iterable[str], shares: Shares) -> dict[str, str]:
     facts = np.zeros(len(texts), FACTS)
     facts["place"] = [place(text, shares.seed) for text in texts]
     assigned, _ = by_hash(facts, np.zeros(0, np.int8), shares, texts.__getitem__)
-    return {text: NAMES[i] for text, i in zip(texts, assigned, strict=True)}
+    return {text: SPLITS[i] for text, i in zip(texts, assigned, strict=True)}
 
 
 def test_tail_cuts_one_text_by_characters(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_hash_keeps_each_text_in_its_split_whatever_joins(
     shares = Shares(val, test, 3)
     alone, joined = hashed(texts, shares), hashed([*more, *reversed(texts)], shares)
     assert alone.items() <= joined.items()
-    assert set(joined.values()) <= set(NAMES)
+    assert set(joined.values()) <= set(SPLITS)
 
 
 def test_hash_meets_the_fractions() -> None:

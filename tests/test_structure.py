@@ -17,7 +17,7 @@ from tinygpt.model import attention, config, layers
 from tinygpt.model.config import ModelParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import kinds
-from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.train import loss, optim, parallel
 from tinygpt.train.config import TrainParams
 
@@ -36,6 +36,7 @@ ROOMS = [
     ["corpus"],
     ["tokenizer"],
     ["tokens"],
+    ["encode"],
     ["model"],
     ["train", "generate"],
     ["run", "report"],
@@ -142,7 +143,7 @@ def test_every_key_of_params_yaml_is_a_field_and_every_field_a_key():
         (TrainParams, "precision", {"auto", *loss.PRECISIONS}),
         (RuntimeParams, "parallel", parallel.PARALLEL),
         (RuntimeParams, "engine", shards.ENGINES),
-        (TokenizerParams, "kind", kinds.KINDS),
+        (TokenizerParams, "kind", kinds.TOKENIZERS),
     ],
 )
 def test_choices_are_the_keys_of_their_registry(cls, field, registry):

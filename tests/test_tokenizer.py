@@ -11,8 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinygpt.errors import UserError
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
-from tinygpt.tokenizer.alphabet import byte_alphabet, to_bytes, to_token
 from tinygpt.tokenizer.bpe import train_bpe
+from tinygpt.tokenizer.json_format import byte_alphabet, to_bytes, to_token
 from tinygpt.tokenizer.tokenizer import EOS
 
 
@@ -164,8 +164,8 @@ def broken(document: dict, path: tuple, value: object) -> dict:
         (("pre_tokenizer",), None, "pre_tokenizer is not ByteLevel"),
         (("model", "ignore_merges"), True, "model.ignore_merges is set"),
         (("added_tokens",), [], "there is no special token"),
-        (("added_tokens",), 7, "is no byte-level BPE tokenizer.json"),
-        (("model", "merges"), ["abc"], "is no byte-level BPE tokenizer.json"),
+        (("added_tokens",), 7, "is not a byte-level BPE tokenizer.json"),
+        (("model", "merges"), ["abc"], "is not a byte-level BPE tokenizer.json"),
     ],
 )
 def test_a_file_that_cannot_be_honoured_is_refused(tiny_tokenizer, tmp_path, path, value, message):
@@ -183,11 +183,11 @@ def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer
     document = json.loads(whole)
     del document["model"]["merges"]
     file.write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"is no byte-level BPE tokenizer.json \(KeyError: 'merges'\)"):
+    with pytest.raises(UserError, match=r"is not a byte-level BPE tokenizer.json \(KeyError: 'merges'\)"):
         load_tokenizer(tmp_path)
     assert whole.count('"vocab": {') == 1
     file.write_text(whole.replace('"vocab": {', '"vocab": {"a": 299,'))
-    with pytest.raises(UserError, match=r"ValueError: 'a' stands twice in it"):
+    with pytest.raises(UserError, match=r"ValueError: 'a' is in it twice"):
         load_tokenizer(tmp_path)
     with open(file, "r+b") as big:
         big.truncate(2_000_000_000)  # a hole, which takes no room
@@ -198,7 +198,7 @@ def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match=r"tokenizer.json is no byte-level BPE"):
+    with pytest.raises(UserError, match=r"tokenizer.json is not a byte-level BPE"):
         load_tokenizer(tmp_path)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]  # of the project
 OURS = ("tinygpt", "stages")  # packages of this project
-# Rooms that change no result: messages, params (their values are tracked themselves), the machine, keeping runs alive.
-DECIDES_NOTHING = ("errors", "params", "progress", "run", "runtime", "threads")
+# Rooms that change no result: messages, params (their values are tracked), paths, the machine, keeping runs alive.
+DECIDES_NOTHING = ("errors", "params", "paths", "progress", "run", "runtime", "threads")
 PINNED = re.compile(r"^([\w.-]+)==", re.MULTILINE)  # in requirements.txt: packages whose version changes results
 
 

@@ -27,7 +27,7 @@ PARAMS_FILE = Path("params.yaml")
 GROUPS = {
     "download": "tinygpt.corpus.sources:DownloadParams",
     "clean": "tinygpt.corpus.clean:CleanParams",
-    "tokenizer": "tinygpt.tokenizer.config:TokenizerParams",
+    "tokenizer": "tinygpt.tokenizer.kinds:TokenizerParams",
     "model": "tinygpt.model.config:ModelParams",
     "train": "tinygpt.train.config:TrainParams",
     "evaluate": "tinygpt.report.config:EvaluateParams",

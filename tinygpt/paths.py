@@ -7,6 +7,7 @@ from pathlib import Path
 RAW = Path("data/raw")
 CLEAN = Path("data/clean")
 TOKENIZER = Path("data/tokenizer")
+TOKENIZER_FILE = "tokenizer.json"  # in that folder, and in one with a model
 TOKENS = Path("data/tokens")
 BASE = Path("data/base")
 MODEL = Path("data/model")

@@ -14,13 +14,11 @@ import signal
 import socket
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,6 @@ from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 from tinygpt.threads import n_cpu
 
-SHARD_BYTES = 4_000_000  # at least, and
-MOST_SHARDS = 4096  # about
 WORTH_A_WORKER = 8_000_000  # bytes: with less a worker's start takes longer than its work
 
 
@@ -66,52 +62,6 @@ class Shard:
 
 Work = Callable[[Shard, Path], None]  # fills the path (a file or a folder) with what comes of a shard, or raises
 Jobs = list[tuple[Shard, Path]]
-Tick = Callable[[int], object]  # told the bytes of each shard that is done
-
-
-def shard_bytes(total: int) -> int:
-    """How many bytes a shard of a corpus of `total` bytes has at least."""
-    return max(SHARD_BYTES, total // MOST_SHARDS)
-
-
-def cut_lines(path: Path) -> list[Shard]:
-    """A file in shards of about the same size, cut where lines end; none for an empty file."""
-    bounds = [0, *line_ends(path, shard_bytes(path.stat().st_size))]
-    return [Shard((Span(path.absolute(), begin, end),)) for begin, end in pairwise(bounds)]
-
-
-def line_ends(path: Path, n_bytes: int) -> Iterator[int]:
-    """Where lines of a file end, each at least `n_bytes` behind the one before; and the end of the file."""
-    size, end = path.stat().st_size, 0
-    with open(path, "rb") as file:
-        while end < size:
-            file.seek(end + n_bytes - 1)
-            file.readline()
-            end = min(file.tell(), size)
-            yield end
-
-
-def thin(shards: Sequence[Shard], max_bytes: int) -> list[Shard]:
-    """The beginning of each span, so that together they have `max_bytes` at most; all of it where that is little."""
-    share = min(1.0, max_bytes / max(1, sum(shard.size for shard in shards)))
-    return [
-        Shard(tuple(Span(span.path, span.begin, span.begin + int(span.size * share)) for span in shard.spans))
-        for shard in shards
-    ]
-
-
-def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
-    """Small spans together, until a shard has `n_bytes`."""
-    joined: list[Span] = []
-    size = 0
-    for span in spans:
-        joined.append(span)
-        size += span.size
-        if size >= n_bytes:
-            yield Shard(tuple(joined))
-            joined, size = [], 0
-    if joined:
-        yield Shard(tuple(joined))
 
 
 @contextmanager
@@ -141,7 +91,8 @@ def shard_results(
         total, todo = sum(shard.size for shard in shards), sum(shard.size for shard, _ in missing)
         n_worker = min(runtime.n_worker or n_cpu(), len(missing), 1 + todo // WORTH_A_WORKER)
         with progress(name, total=total, unit="B", start=total - todo) as bar:
-            ENGINES[runtime.engine](work, missing, n_worker, runtime, bar.update)
+            for n_bytes in ENGINES[runtime.engine](work, missing, n_worker, runtime):
+                bar.update(n_bytes)
         try:
             yield paths
         except UserError:  # nothing that another try with other params would find here
@@ -150,31 +101,30 @@ def shard_results(
         shutil.rmtree(folder)
 
 
-def _run_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams, tick: Tick) -> None:
-    """In processes of this machine, of which this one is one of the workers."""
-    todo = deque(jobs)
-    others: dict[Future[None], tuple[Shard, Path]] = {}  # what other processes do
+def _in_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> Iterator[int]:
+    """In processes of this machine; the bytes of each shard as it is done."""
+    if n_worker <= 1:
+        for shard, path in jobs:
+            work(shard, path)
+            yield shard.size
+        return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork: ready at once
-    with ProcessPoolExecutor(max(1, n_worker - 1), mp_context=context, initializer=_leave_with_parent) as pool:
+    with ProcessPoolExecutor(n_worker, mp_context=context, initializer=_leave_with_parent) as pool:
         try:
-            while todo or others:
-                while todo and len(others) < 2 * (n_worker - 1):  # one at work and one to go on with
-                    job = todo.popleft()
-                    others[pool.submit(work, *job)] = job
-                if todo:
-                    job = todo.popleft()
-                    work(*job)
-                    tick(job[0].size)
-                else:
-                    wait(others, return_when=FIRST_COMPLETED)
-                for future in [future for future in others if future.done()]:
-                    future.result()
-                    tick(others.pop(future)[0].size)
+            yield from _sizes_of_done({pool.submit(work, shard, path): shard.size for shard, path in jobs})
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, perhaps for want of memory: lower runtime.n_worker and run again; "
                 "shards that are done are kept"
             ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _sizes_of_done(sizes: dict[Future[None], int]) -> Iterator[int]:
+    for future in as_completed(sizes):
+        future.result()  # raises what the work raised
+        yield sizes[future]
 
 
 def _leave_with_parent() -> None:
@@ -190,36 +140,31 @@ def _leave_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _do(work: Work, shard: Shard, path: Path) -> None:
-    work(shard, path)
-
-
-def _run_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams, tick: Tick) -> None:
-    """On a Ray cluster, which starts a task again when its worker dies."""
+def _on_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> Iterator[int]:
+    """On a Ray cluster, which starts a task again when its worker dies; the bytes of each shard as it is done."""
     try:
         import ray
         from ray.exceptions import RayTaskError
     except ImportError:
         raise UserError("runtime.engine=ray needs Ray: pip install -r requirements-cluster.txt") from None
     path = os.pathsep.join(map(os.path.abspath, sys.path))  # where workers find our code: the same folders as here
-    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
+    where: dict[str, Any] = {"num_cpus": max(1, n_worker), "include_dashboard": False}
     if runtime.ray_address:
         _must_answer(runtime.ray_address)
-        ray.init(runtime.ray_address, logging_level=logging.ERROR, **options)
-    else:
-        ray.init(num_cpus=max(1, n_worker), include_dashboard=False, logging_level=logging.ERROR, **options)
+        where = {"address": runtime.ray_address}
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     try:
         task = ray.remote(max_retries=3)(_do)
-        pending = {task.remote(work, shard, path): shard for shard, path in jobs}
-        while pending:
-            done, _ = ray.wait([*pending])
-            ray.get(done)
-            for reference in done:
-                tick(pending.pop(reference).size)
+        yield from _sizes_of_done({task.remote(work, shard, path).future(): shard.size for shard, path in jobs})
     except RayTaskError as error:
         raise error.cause from None
     finally:
         ray.shutdown()
+
+
+def _do(work: Work, shard: Shard, path: Path) -> None:
+    work(shard, path)
 
 
 def _must_answer(address: str) -> None:
@@ -231,4 +176,4 @@ def _must_answer(address: str) -> None:
         raise UserError(f"runtime.ray_address={address}: no Ray cluster answers ({error})") from None
 
 
-ENGINES = {"process": _run_processes, "ray": _run_ray}
+ENGINES = {"process": _in_processes, "ray": _on_ray}

@@ -2,13 +2,11 @@
 
     <|endoftext|> first document <|endoftext|> second document … <|endoftext|>
 
-`meta.json` beside them says how to read them and what they were made from.
+`meta.json` next to them says how to read them and what they were made from.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, must_exist, read_json, sha256_file
+from tinygpt.files import must_exist, read_json, sha256_file
 from tinygpt.params import ParamsError, from_mapping
-from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.tokenizer import tokenizer_file
+from tinygpt.paths import TOKENIZER_FILE
 
-SPLITS = ("train", "val", "test")
 META_FILE = "meta.json"
-
-PIECE = 1 << 20  # ids looked up at a time, so that memory does not grow with a part
 
 TokenIds = NDArray[np.unsignedinteger]
 
@@ -56,30 +50,10 @@ class TokensMeta:
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
-def write_tokens(path: Path, parts: Iterable[TokenIds], tokenizer: Tokenizer) -> SplitMeta:
-    """Write parts of ids, `<|endoftext|>` before each document, into one token file."""
-    sizes = np.array(tokenizer.token_bytes, np.uint32)
-    n_documents = n_bytes = n_tokens = 0
-    digest = hashlib.sha256()
-    with atomic_write(path, "wb") as file:
-        for ids in parts:
-            file.write(ids.data)
-            digest.update(ids.data)
-            n_tokens += len(ids)
-            n_bytes += sum(int(sizes[some].sum()) for some in np.array_split(ids, 1 + len(ids) // PIECE))
-            n_documents += int(np.count_nonzero(ids == tokenizer.eos_id))
-        if n_documents:
-            last = np.array([tokenizer.eos_id], tokenizer.dtype)
-            file.write(last.data)
-            digest.update(last.data)
-            n_tokens += 1
-    return SplitMeta(tokens=n_tokens, documents=n_documents, bytes=n_bytes, sha256=digest.hexdigest())
-
-
 def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMeta:
     """Read `meta.json`.
 
-    Raises UserError when it is missing, not of this version, or, if `tokenizer` is given, another one made the tokens.
+    Raises UserError when it is missing, not of this version, or not made with the tokenizer of the folder `tokenizer`.
     """
     path = Path(folder) / META_FILE
     try:
@@ -88,7 +62,7 @@ def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMet
         raise UserError(
             f"{path} is not of this version ({'; '.join(error.problems)}): run `dvc repro encode`"
         ) from None
-    if tokenizer is not None and sha256_file(tokenizer_file(tokenizer)) != meta.tokenizer_sha256:
+    if tokenizer is not None and sha256_file(tokenizer / TOKENIZER_FILE) != meta.tokenizer_sha256:
         raise UserError(f"{folder} was not made with the tokenizer in {tokenizer}: run `dvc repro encode`")
     return meta
 

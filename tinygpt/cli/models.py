@@ -29,7 +29,7 @@ from tinygpt.run.memory import LESS_MEMORY, available_memory, build_trained, fin
 from tinygpt.runtime import RuntimeParams
 from tinygpt.serve.limits import Limits
 from tinygpt.tokenizer import load_tokenizer
-from tinygpt.tokenizer.config import TokenizerParams
+from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner

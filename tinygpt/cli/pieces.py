@@ -7,10 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from tinygpt.errors import UserError
-from tinygpt.files import must_exist
 from tinygpt.tokenizer import load_tokenizer
 
-SPLITS = ("train", "val", "test")
 N_LONGEST = 12
 
 
@@ -38,6 +36,7 @@ def decode(args: Namespace) -> None:
 
 def tokenizer_report(args: Namespace) -> None:
     """Print the table and the longest tokens, write the plot."""
+    from tinygpt.corpus.folders import SPLITS, split_file
     from tinygpt.report.tokenizer import fit_file, fit_table, longest_tokens, plot_fit  # encode is there at once
 
     check_picture(args.plot)
@@ -45,7 +44,7 @@ def tokenizer_report(args: Namespace) -> None:
         raise UserError(f"--against {args.against} not found: give a tokenizer.json or the folder of one")
     paths = [args.tokenizer, *([args.against] if args.against else [])]
     tokenizers = {str(path): load_tokenizer(path) for path in paths}
-    files = {split: must_exist(args.text / f"{split}.jsonl", stage="clean") for split in SPLITS}
+    files = {split: split_file(args.text, split) for split in SPLITS}
     fits = {
         (name, split): fit_file(tokenizer, file)
         for name, tokenizer in tokenizers.items()

@@ -6,30 +6,29 @@ import dataclasses
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from tinygpt.corpus.borders import raw_shards
-from tinygpt.corpus.cleaned import CleanDocument, Cleaned, save_cleaned
-from tinygpt.corpus.documents import Reader
-from tinygpt.corpus.duplicates import came_before, digest, near_duplicates, signature
-from tinygpt.corpus.quality import RULES, broken_rules
-from tinygpt.corpus.raw import Manifest, read_manifest
+from tinygpt.corpus.documents import Reader, raw_shards
+from tinygpt.corpus.duplicates import Mask, came_before, digest, near_duplicates, signature
+from tinygpt.corpus.folders import SPLITS, Manifest, read_manifest
 from tinygpt.corpus.split import (
-    NAMES,
     NOWHERE,
     SPLITTERS,
     Assigned,
+    CleanDocument,
+    Cleaned,
     Shares,
     count_splits,
     drop_leaks,
     place,
+    save_cleaned,
     write_splits,
 )
 from tinygpt.errors import UserError
@@ -45,36 +44,13 @@ CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 
 EVALUATION_FIRST = ("test", "val", "train")  # so that what training shares with them is found in training
 BETWEEN_DOCUMENTS = ("exact_duplicates", "split", "val_fraction", "test_fraction")  # params that no shard depends on
-RULE_BIT = {rule: 1 << i for i, rule in enumerate(RULES)}
-
-# Rule that drops documents -> what it is counted as.
-DROPPING = {
-    "clean.min_bytes": "too_short",
-    "clean.exact_duplicates": "exact_duplicates",
-    "clean.near_duplicates": "near_duplicates",
-}
-
-REPORTED = (
-    "documents_in",
-    "bytes_in",
-    "repaired_bytes",
-    "repaired_files",
-    "newlines_changed",
-    "control_removed",
-    "nfc_changed",
-    "long_cut",
-    *DROPPING.values(),
-    "leaked",
-    *(f"unlike_prose_{rule}" for rule in RULES),
-    *(f"{split}_{what}" for split in NAMES for what in ("documents", "bytes")),
-)
 
 
 class Report(NamedTuple):
-    """What the stage tells about its work."""
+    """What the stage says about its work."""
 
     counts: dict[str, int]  # by rule, for reports/clean.json
-    repaired: dict[str, int]  # bytes that were no UTF-8, by file
+    repaired: dict[str, int]  # bytes that were not UTF-8, by file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +68,6 @@ class CleanParams:
     near_duplicates: (
         Annotated[float, Within("(0, 1]")] | None
     )  # drop one this alike: Jaccard of word 5-grams; null = off
-    unlike_prose: bool  # count the documents that look unlike prose; none is dropped for it
     split: Literal["hash", "tail", "source"]  # by document; by position in the corpus; as the source says
     val_fraction: Fraction  # share of validation text, for hash (of documents) and tail (of characters)
     test_fraction: Fraction  # share of test text, likewise
@@ -107,6 +82,49 @@ class CleanParams:
             ),
             (self.separator != "", "clean.separator is empty: give a text, or null"),
         )
+
+
+def remove_control_characters(text: str, _: bool) -> tuple[str, int]:
+    """The text without them, and how many there were."""
+    return CONTROL.subn("", text)
+
+
+def compose_characters(text: str, _: bool) -> tuple[str, int]:
+    """The text in Unicode's form NFC, and 1 where that is another."""
+    if unicodedata.is_normalized("NFC", text):
+        return text, 0
+    return unicodedata.normalize("NFC", text), 1
+
+
+def drop_short(text: str, min_bytes: int) -> tuple[str | None, int]:
+    """None for a text of fewer bytes, or of white space."""
+    is_short = len(text.encode()) < min_bytes or text.isspace()
+    return (None, 1) if is_short else (text, 0)
+
+
+# Rules for one text alone, in order: param -> what the report calls its changes, and the rule. A rule takes a text and
+# the param's value and returns the new text, or None to drop it, and the number of changes. False and null are off.
+TEXT_RULES: dict[str, tuple[str, Callable[[str, Any], tuple[str | None, int]]]] = {
+    "control_characters": ("control_removed", remove_control_characters),
+    "unicode_nfc": ("nfc_changed", compose_characters),
+    "min_bytes": ("too_short", drop_short),
+}
+# Rules that compare documents, in order: param -> all documents, those kept so far, the param's value -> those to drop.
+CORPUS_RULES: dict[str, Callable[[Cleaned, Mask, Any], Mask]] = {
+    "exact_duplicates": lambda cleaned, kept, _: came_before(cleaned.facts["digest"]),
+    "near_duplicates": lambda cleaned, kept, threshold: near_duplicates(cleaned.signatures, kept, threshold),
+}
+
+
+def reported() -> list[str]:
+    """The keys of reports/clean.json."""
+    return [
+        *("documents_in", "bytes_in", "repaired_bytes", "repaired_files", "newlines_changed", "long_cut"),
+        *(counted for counted, _ in TEXT_RULES.values()),
+        *CORPUS_RULES,
+        "leaked",
+        *(f"{split}_{what}" for split in SPLITS for what in ("documents", "bytes")),
+    ]
 
 
 def clean(
@@ -130,13 +148,13 @@ def clean(
     with shard_results(work, only, name="clean", key=key, code=__name__, runtime=runtime, runs=runs) as paths:
         cleaned = Cleaned(paths)
         counts, repaired = cleaned.counts()
-        official = [NAMES.index(split) if split else NOWHERE for _, split in shards]
+        official = [SPLITS.index(split) if split else NOWHERE for _, split in shards]
         with atomic_folder(clean_folder) as folder:
             _choose(cleaned, np.repeat(np.array(official, np.int8), cleaned.n_documents), params, counts, folder)
             _check_result(params, counts)
     counts["repaired_bytes"] = repaired.total()
     counts["repaired_files"] = len(repaired)
-    return Report({name: counts[name] for name in REPORTED}, dict(repaired))
+    return Report({name: counts[name] for name in reported()}, dict(repaired))
 
 
 def clean_shard(shard: Shard, path: Path, *, params: CleanParams, raw: Path, manifest: Manifest) -> None:
@@ -147,49 +165,39 @@ def clean_shard(shard: Shard, path: Path, *, params: CleanParams, raw: Path, man
     save_cleaned(path, documents, {"rules": counts, "repaired": reader.repaired})
 
 
-def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str:
-    """One document after the rules that change characters; counts what they changed."""
-    if params.control_characters:
-        text, n = CONTROL.subn("", text)
-        counts["control_removed"] += n
-    if params.unicode_nfc and not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)
-        counts["nfc_changed"] += 1
+def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str | None:
+    """One document after the rules for one alone, None where one drops it; counts what they changed."""
+    for param, (counted, rule) in TEXT_RULES.items():
+        if value := getattr(params, param):
+            found, n = rule(text, value)
+            counts[counted] += n
+            if found is None:
+                counts[f"clean.{param}"] += 1
+                return None
+            text = found
     return text
 
 
 def _documents(texts: Iterable[str], params: CleanParams, counts: Counter[str]) -> Iterator[CleanDocument]:
-    """Texts after the rules that look at one alone."""
+    """Texts after the rules for one alone."""
     for raw_text in texts:
         counts["documents_in"] += 1
         counts["bytes_in"] += len(raw_text.encode())
         text = clean_text(raw_text, params, counts)
-        if len(text.encode()) < params.min_bytes or text.isspace():
-            counts["too_short"] += 1
-            continue
-        yield CleanDocument(
-            text,
-            digest(text),
-            place(text, params.split_seed),
-            sum(RULE_BIT[rule] for rule in broken_rules(text)) if params.unlike_prose else 0,
-            signature(text) if params.near_duplicates else [],
-        )
+        if text is not None:
+            signed = signature(text) if params.near_duplicates else []
+            yield CleanDocument(text, digest(text), place(text, params.split_seed), signed)
 
 
 def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: Counter[str], folder: Path) -> None:
     """Write the documents that no other makes superfluous into their splits; of duplicates the first one stays."""
-    facts = cleaned.facts
-    kept = np.ones(len(facts), np.bool_)
-    if params.exact_duplicates:
-        kept = ~came_before(facts["digest"])
-        counts["exact_duplicates"] = len(facts) - int(kept.sum())
-    if params.near_duplicates:
-        alike = near_duplicates(cleaned.signatures, kept, params.near_duplicates)
-        counts["near_duplicates"] = int(alike.sum())
-        kept &= ~alike
-    facts, documents = facts[kept], np.flatnonzero(kept)
-    for rule, bit in RULE_BIT.items():
-        counts[f"unlike_prose_{rule}"] = int(np.count_nonzero(facts["unlike_prose"] & bit))
+    kept = np.ones(len(cleaned.facts), np.bool_)
+    for param, rule in CORPUS_RULES.items():
+        if value := getattr(params, param):
+            dropped = rule(cleaned, kept, value)
+            counts[param] = counts[f"clean.{param}"] = int(np.count_nonzero(dropped & kept))
+            kept &= ~dropped
+    facts, documents = cleaned.facts[kept], np.flatnonzero(kept)
     shares = Shares(params.val_fraction, params.test_fraction, params.split_seed)
     splits = SPLITTERS[params.split](facts, official[kept], shares, lambda i: cleaned.text(documents[i]))
     counts["leaked"] = drop_leaks(splits, facts)
@@ -207,14 +215,14 @@ def _check_official_splits(params: CleanParams, manifest: Manifest) -> None:
 
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
-        raise UserError(f"clean.separator={params.separator!r} stands in no text file: mend it or set it to null")
-    dropped = {key: counts[name] for key, name in DROPPING.items()}
-    worst = max(dropped, key=lambda key: dropped[key])
+        raise UserError(f"clean.separator={params.separator!r} is in none of the text files: mend it or set it to null")
+    dropped = {param: n for param, n in counts.items() if param.startswith("clean.")}
+    worst = max(dropped, key=dropped.__getitem__, default="")
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
         found = (
             f"{human_bytes(counts['train_bytes'])} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed"
         )
-        if dropped[worst]:
+        if worst and dropped[worst]:
             raise UserError(f"{found}: {worst} dropped {dropped[worst]} of {counts['documents_in']} documents")
         raise UserError(
             f"{found}: {counts['documents_in']} documents came in; set clean.separator where a file holds several, "
@@ -223,7 +231,7 @@ def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     wanted = {"val": params.val_fraction, "test": params.test_fraction}
     for split, fraction in wanted.items():
         if params.split != "source" and fraction and not counts[f"{split}_documents"]:
-            n = sum(counts[f"{name}_documents"] for name in NAMES)
+            n = sum(counts[f"{name}_documents"] for name in SPLITS)
             raise UserError(
                 f"clean.{split}_fraction={fraction} of {n} documents is none ({counts['documents_in']} came in): set "
                 "clean.separator where a file holds several, clean.split=tail for one long text, or another "

@@ -1,16 +1,22 @@
-"""HTTP downloads that go on where they broke off, and appear under their name only when they are whole."""
+"""Files from an address, copied to this disk and there under their names only when they are whole.
+
+HTTP downloads go on where they broke off. Other addresses (s3://, gs://, …) are those that fsspec knows
+(https://filesystem-spec.readthedocs.io).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import fsspec
 import requests
 
 from tinygpt.errors import UserError
@@ -45,7 +51,7 @@ TRANSIENT = (
 def fetch(url: str, path: Path, *, sha256: str | None = None, sleep: Callable[[float], None] = time.sleep) -> str:
     """Download `url` to `path` unless it is there already.  -> hex SHA-256 of the file
 
-    A partial download stays beside `path` and is continued, unless the server's file has changed since.
+    A partial download stays next to `path` and is continued, unless the server's file has changed since.
     Raises UserError where the network fails, the server refuses, or the bytes are not those of `sha256`.
     """
     if path.exists():
@@ -61,11 +67,18 @@ def fetch(url: str, path: Path, *, sha256: str | None = None, sleep: Callable[[f
     found = sha256_file(partial)
     if sha256 not in (None, found):
         _discard(partial)
-        raise UserError(
-            f"{url} has sha256 {found}, expected {sha256}: its bytes are not the right ones, or have changed"
-        )
+    check_sha256(found, sha256, url)
     os.replace(partial, path)
     _discard(partial)
+    return found
+
+
+def check_sha256(found: str, expected: str | None, name: str) -> str:
+    """Return `found`.  Raises UserError where something else was expected."""
+    if expected not in (None, found):
+        raise UserError(
+            f"{name} has sha256 {found}, expected {expected}: its bytes are not the right ones, or have changed"
+        )
     return found
 
 
@@ -104,7 +117,7 @@ def _transfer(session: requests.Session, url: str, partial: Path) -> None:
         length = response.headers.get("Content-Length", "")
         total = offset + int(length) if length.isdigit() and not encoded else None
         if not offset:
-            partial.unlink(missing_ok=True)  # before its new state is told
+            partial.unlink(missing_ok=True)  # before its new state is written
             _save_state(partial, url, None if encoded else _validator(response), total)
         _check_room(partial, offset, total, url)
         _receive(response, partial, offset, total)
@@ -115,7 +128,7 @@ def _transfer(session: requests.Session, url: str, partial: Path) -> None:
 def _check_answer(response: requests.Response, url: str, partial: Path, offset: int) -> int:
     """Where in the file the body of this answer begins."""
     status = response.status_code
-    if status == 416:  # we asked for bytes behind the end: what we have is not of this file
+    if status == 416:  # we asked for bytes after the end: what we have is not of this file
         _discard(partial)
     if status in BUSY or status == 416 or status >= 500:
         raise _InterruptedError(f"the server answered {status} {response.reason}")
@@ -152,7 +165,7 @@ def _check_room(partial: Path, offset: int, total: int | None, url: str) -> None
 
 
 def _validator(response: requests.Response) -> str | None:
-    """What tells this version of the file from another: a strong ETag, else its date."""
+    """What distinguishes this version of the file from others: a strong ETag, else its date."""
     etag = response.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 
@@ -191,3 +204,50 @@ def _reason(error: Exception) -> str:
         error = inner
         inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, Exception)), None)
     return " ".join(str(error).rpartition("): ")[2].split())  # without the name of an object before it
+
+
+def fetch_bucket(source: str, cache: Path) -> list[tuple[str, Path]]:
+    """Copy the files of an address, a folder's or a glob's, into `cache`.  -> (name, path) of each, sorted by name
+
+    A file that was copied before and has the same size and checksum there is not copied again. Raises UserError where
+    the address names nothing, is refused, or needs a package that is not installed.
+    """
+    try:
+        files, path = fsspec.core.url_to_fs(source)
+        found = files.glob(path) if fsspec.core.has_magic(path) else files.find(path)
+        base = PurePosixPath(os.path.commonpath([str(PurePosixPath(name).parent) for name in found]) if found else "")
+        copies = []
+        for name in sorted(found):
+            mark = hashlib.sha256(f"{source} {name} {files.ukey(name)}".encode()).hexdigest()[:16]
+            copy = cache / f"{mark}-{PurePosixPath(name).name}"
+            if not copy.exists():
+                _copy(files, name, copy)
+            copies.append((str(PurePosixPath(name).relative_to(base)), copy))
+    except (ImportError, ValueError) as error:  # no such protocol, or a package that is missing for it
+        raise UserError(f"download.source={source}: {error}") from None
+    except FileNotFoundError:
+        copies = []
+    except OSError as error:
+        if error.filename and str(cache) in str(error.filename):
+            raise
+        raise UserError(
+            f"download.source={source} cannot be read ({error}): check the address and your rights"
+        ) from None
+    if not copies:
+        raise UserError(f"download.source={source} names no files")
+    return copies
+
+
+def _copy(files: fsspec.AbstractFileSystem, name: str, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    partial = copy.with_name(copy.name + ".partial")
+    total = files.size(name)
+    with (
+        files.open(name, "rb") as source,
+        open(partial, "wb") as target,
+        progress(PurePosixPath(name).name, total=total, unit="B") as bar,
+    ):
+        while chunk := source.read(CHUNK_BYTES):
+            target.write(chunk)
+            bar.update(len(chunk))
+    os.replace(partial, copy)

@@ -1,19 +1,23 @@
-"""Where text comes from: the named sources, and the `download` group of params.yaml."""
+"""Where text comes from: the `download` group of params.yaml, the sources that it can name, and the corpus that every
+Python carries: docstrings of the standard library and pydoc's topics.
+"""
 
 from __future__ import annotations
 
+import ast
 import difflib
+import os
 import re
-from collections.abc import Callable, Mapping
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
 from tinygpt.errors import UserError
 from tinygpt.params import Count, require
-
-PYTHON_DOCS = "python-docs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,7 @@ class DownloadParams:
 
     group: ClassVar[str] = "download"
 
-    source: str  # python-docs, a name in SOURCES, gutenberg:<id>, a URL, or a local file, folder or glob
+    source: str  # a name in SOURCES, gutenberg:<id>, a URL, or a local file, folder or glob
     sha256: str | None  # expected hash of the one downloaded file; null = the named source's, where it has one
     max_bytes: Count | None  # UTF-8 bytes of text kept of each official split; null = all
 
@@ -47,7 +51,7 @@ class Remote:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A corpus on the web and how its documents are told apart."""
+    """A corpus, and how to find its documents."""
 
     remotes: tuple[Remote, ...]
     licence: str
@@ -85,10 +89,11 @@ _TINYSTORIES = (
     "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-{}.txt"
 )
 
-EMBEDDED = Source(remotes=(), licence="PSF-2.0")  # python-docs
+EMBEDDED = Source(remotes=(), licence="PSF-2.0")  # its text comes with Python
 LOCAL = Source(remotes=(), licence="unknown")
 
 SOURCES = {
+    "python-docs": EMBEDDED,
     "tinyshakespeare": Source(
         remotes=(
             Remote(
@@ -112,10 +117,10 @@ SOURCES = {
 }
 
 
-def remote_source(name: str) -> Source | None:
-    """The source that `download.source` names on the web; None where it is a local file or another address.
+def find_source(name: str) -> Source:
+    """The source that `download.source` names: LOCAL where it is a local file or a bucket's address.
 
-    Raises UserError for a Gutenberg number that is none and for an incomplete address.
+    Raises UserError for what is not a Gutenberg number and for an incomplete address.
     """
     if name in SOURCES:
         return SOURCES[name]
@@ -123,7 +128,7 @@ def remote_source(name: str) -> Source | None:
         return _gutenberg(name.removeprefix("gutenberg:"))
     if name.startswith(("http://", "https://")):
         return _url(name)
-    return None
+    return LOCAL
 
 
 def _gutenberg(number: str) -> Source:
@@ -149,5 +154,94 @@ def _url(url: str) -> Source:
 
 def suggestion(name: str) -> str:
     """` (did you mean 'tinystories'?)` where `name` is nearly a source's, else nothing."""
-    near = difflib.get_close_matches(name, [PYTHON_DOCS, *SOURCES, "gutenberg:<id>"], n=1)
+    near = difflib.get_close_matches(name, [*SOURCES, "gutenberg:<id>"], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+# Left out: what is not the standard library, its tests, and the parts that some installations come without.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo", "distutils"}
+SKIPPED |= {"lib2to3", "ensurepip", "pydoc_data", "__pycache__"}
+FEWEST_MODULES = 100  # a standard library in a zip or without sources has next to none
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def iter_python_docs(stdlib: Path | None = None) -> Iterator[str]:
+    """One document a module, in the order of their names, then one a topic of pydoc.
+
+    Raises UserError when the sources (`*.py`) of the standard library are not installed.
+    """
+    stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
+    paths = dict(_modules(stdlib))
+    if len(paths) < FEWEST_MODULES:
+        raise UserError(
+            f"download.source=python-docs needs the sources of Python's standard library, found {len(paths)} modules "
+            f"in {stdlib}: use a Python that has them, or another source"
+        )
+    for name in sorted(paths):
+        document = _module_document(name, paths[name])
+        if document:
+            yield document
+    yield from _topics(stdlib / "pydoc_data" / "topics.py")
+
+
+def _modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
+    """(dotted name, file) of every module that an import can name, less what is left out."""
+    for folder, subfolders, files in os.walk(stdlib):
+        subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in SKIPPED]
+        parts = Path(folder).relative_to(stdlib).parts
+        for file in files:
+            stem, _, ending = file.partition(".")
+            if ending == "py" and stem.isidentifier():
+                yield ".".join(parts if stem == "__init__" else (*parts, stem)), Path(folder, file)
+
+
+def _module_document(name: str, path: Path) -> str:
+    tree = _parse(path)
+    if tree is None:
+        return ""
+    own = ast.get_docstring(tree)
+    parts = [f"module {name}\n\n{own}"] if own else []
+    for heading, docstring in _definitions(tree, name):
+        parts.append(f"{heading}\n\n{docstring}")
+    return "\n\n\n".join(parts) + "\n" if parts else ""
+
+
+def _parse(path: Path) -> ast.Module | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a stray backslash in somebody's string is not our concern
+        try:
+            return ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # a file for another version of Python
+            return None
+
+
+def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
+    """Every class and function with a docstring as (heading, docstring), in source order, none inside a function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Definition):
+            name = f"{prefix}.{child.name}"
+            docstring = ast.get_docstring(child)
+            if docstring:
+                yield _heading(child, name), docstring
+            if isinstance(child, ast.ClassDef):
+                yield from _definitions(child, name)
+        elif isinstance(child, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+            yield from _definitions(child, prefix)
+
+
+def _heading(node: Definition, name: str) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"class {name}({bases})" if bases else f"class {name}"
+    return f"{name}({ast.unparse(node.args)})"
+
+
+def _topics(path: Path) -> Iterator[str]:
+    """The texts of `help("topics")`, which are one dict literal in a module of their own."""
+    tree = _parse(path) if path.exists() else None
+    for node in tree.body if tree else []:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
+            topics = ast.literal_eval(node.value)
+            for name in sorted(topics):
+                yield topics[name].strip("\n") + "\n"

@@ -1,28 +1,101 @@
-"""Which document trains the model and which ones measure it."""
+"""Which document trains the model and which ones measure it, and what is known of each to decide that."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.corpus.cleaned import Facts
-from tinygpt.corpus.duplicates import digest
-from tinygpt.corpus.jsonl import text_line
+from tinygpt.corpus.duplicates import DIGEST_BYTES, Signatures, digest
+from tinygpt.corpus.folders import SPLITS, text_line
 from tinygpt.errors import UserError
+from tinygpt.files import atomic_folder, write_json
 
-NAMES = ("train", "val", "test")
-TRAIN, VAL, TEST = range(len(NAMES))
+TRAIN, VAL, TEST = range(len(SPLITS))
 NOWHERE = -1
 
+FACTS = np.dtype(
+    [
+        ("digest", f"S{DIGEST_BYTES}"),
+        ("place", "<u8"),  # what the hash split looks at
+        ("bytes", "<u8"),  # of UTF-8
+        ("characters", "<u8"),
+        ("line_bytes", "<u8"),  # in texts.jsonl
+    ]
+)
+
+Facts = NDArray[np.void]
 Assigned = NDArray[np.int8]  # by document: TRAIN, VAL, TEST or NOWHERE
 Parts = dict[int, list[tuple[int, str]]]  # document -> (split, text) of the parts that it is cut into
+
+
+class CleanDocument(NamedTuple):
+    """A clean text and what is known of it."""
+
+    text: str
+    digest: bytes
+    place: int
+    signature: list[int]  # empty where near duplicates are not looked for
+
+
+def save_cleaned(path: Path, documents: Iterable[CleanDocument], counts: Mapping[str, Any]) -> None:
+    """Write the folder of one shard; `counts` is looked at when all documents were."""
+    facts: list[tuple[object, ...]] = []
+    signatures: list[list[int]] = []
+    with atomic_folder(path) as folder:
+        with open(folder / "texts.jsonl", "wb") as file:
+            for text, digest, place, signature in documents:
+                size = file.write(text_line(text).encode())
+                facts.append((digest, place, len(text.encode()), len(text), size))
+                signatures.append(signature)
+        np.save(folder / "facts.npy", np.array(facts, FACTS))
+        np.save(folder / "signatures.npy", np.array(signatures, np.uint32))
+        write_json(folder / "counts.json", counts)
+
+
+class Cleaned:
+    """The documents of all shards in one row."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = folders
+        parts = [np.load(folder / "facts.npy", allow_pickle=False) for folder in folders]
+        self.n_documents = [len(part) for part in parts]  # of each shard
+        self.facts: Facts = np.concatenate([np.empty(0, FACTS), *parts])
+
+    def signatures(self) -> Iterator[Signatures]:
+        """Those of one shard after the other."""
+        return (np.load(folder / "signatures.npy", allow_pickle=False) for folder in self.folders)
+
+    def lines(self) -> Iterator[bytes]:
+        """The line of each document."""
+        for folder in self.folders:
+            with open(folder / "texts.jsonl", "rb") as file:
+                yield from file
+
+    def text(self, document: int) -> str:
+        """One document's text, by its number."""
+        shard = int(np.searchsorted(np.cumsum(self.n_documents), document, side="right"))
+        first = sum(self.n_documents[:shard])
+        with open(self.folders[shard] / "texts.jsonl", "rb") as file:
+            file.seek(int(self.facts["line_bytes"][first:document].sum()))
+            return str(json.loads(file.readline())["text"])
+
+    def counts(self) -> tuple[Counter[str], Counter[str]]:
+        """Counts by rule, and repaired bytes by file, of all shards together."""
+        rules: Counter[str] = Counter()
+        repaired: Counter[str] = Counter()
+        for folder in self.folders:
+            counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+            rules.update(counts["rules"])
+            repaired.update(counts["repaired"])
+        return rules, repaired
 
 
 class Shares(NamedTuple):
@@ -41,7 +114,7 @@ class Splits(NamedTuple):
 
 
 def place(text: str, seed: int) -> int:
-    """Where a text stands among 2**64 places, the same on every machine."""
+    """The place of a text among 2**64 places, the same on every machine."""
     salt = seed.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "little")
 
@@ -66,7 +139,7 @@ def by_tail(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[
     parts: Parts = {}
     for document in np.flatnonzero(np.searchsorted(bounds[1:-1], ends, side="left") > assigned).tolist():
         text, begin = text_of(document), int(begins[document])
-        pieces = [(i, text[max(0, bounds[i] - begin) : max(0, bounds[i + 1] - begin)]) for i in range(len(NAMES))]
+        pieces = [(i, text[max(0, bounds[i] - begin) : max(0, bounds[i + 1] - begin)]) for i in range(len(SPLITS))]
         parts[document] = [(split, piece) for split, piece in pieces if piece]
     return Splits(assigned, parts)
 
@@ -86,7 +159,7 @@ SPLITTERS: dict[str, Callable[[Facts, Assigned, Shares, Callable[[int], str]], S
 
 
 def drop_leaks(splits: Splits, facts: Facts) -> int:
-    """Take what stands in val or test out of train.  -> the number of texts taken out"""
+    """Take what is in val or test out of train.  -> the number of texts taken out"""
     assigned, parts = splits
     digests, whole = facts["digest"], np.ones(len(facts), np.bool_)
     whole[[*parts]] = False
@@ -108,7 +181,7 @@ def count_splits(splits: Splits, facts: Facts) -> Counter[str]:
     counts: Counter[str] = Counter()
     whole = np.ones(len(facts), np.bool_)
     whole[[*splits.parts]] = False
-    for split, name in enumerate(NAMES):
+    for split, name in enumerate(SPLITS):
         sizes = [*facts["bytes"][whole & (splits.assigned == split)].tolist()]
         sizes += [len(text.encode()) for pieces in splits.parts.values() for of, text in pieces if of == split]
         counts[f"{name}_documents"], counts[f"{name}_bytes"] = len(sizes), sum(sizes)
@@ -118,7 +191,7 @@ def count_splits(splits: Splits, facts: Facts) -> Counter[str]:
 def write_splits(splits: Splits, lines: Iterable[tuple[int, bytes]], folder: Path) -> None:
     """Write train.jsonl, val.jsonl and test.jsonl from (document, its line) of all documents."""
     with ExitStack() as stack:
-        files = [stack.enter_context(open(folder / f"{name}.jsonl", "wb")) for name in NAMES]
+        files = [stack.enter_context(open(folder / f"{name}.jsonl", "wb")) for name in SPLITS]
         for document, line in lines:
             if document in splits.parts:
                 for split, text in splits.parts[document]:

@@ -30,8 +30,8 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_tensors, model_tensors, save_tensors
 from tinygpt.params import ParamsError, from_mapping
+from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE
 
 OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # of activations, for the same
 DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params

@@ -12,9 +12,8 @@ from tinygpt.files import must_exist, read_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, fill, load_pair, unset_model
-from tinygpt.paths import MODEL
+from tinygpt.paths import MODEL, TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
-from tinygpt.tokenizer.tokenizer import TOKENIZER_FILE
 
 FOLDER = "a folder with config.json and model.safetensors, of ours or of transformers"
 

@@ -12,11 +12,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tinygpt.corpus.jsonl import iter_texts
+from tinygpt.corpus.folders import iter_texts
+from tinygpt.encode import BulkEncoder
 from tinygpt.files import atomic_write
 from tinygpt.report.plots import BLUE, GREEN, NO_DATE, STYLE, VERMILION
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.bulk import BulkEncoder
 from tinygpt.tokenizer.pretokenize import iter_blocks
 
 
@@ -75,7 +75,7 @@ def longest_tokens(tokenizer: Tokenizer, n: int) -> list[bytes]:
 
 
 def plot_fit(fits: Mapping[str, tuple[Tokenizer, Fit]], path: Path) -> None:
-    """How often tokens occur, by rank, and how many bytes of the text stand in tokens of which length."""
+    """How often tokens occur, by rank, and how many bytes of the text are in tokens of which length."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)

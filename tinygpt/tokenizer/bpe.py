@@ -1,7 +1,7 @@
 """Train byte-level BPE: merge the most frequent pair of neighbours again and again (Sennrich et al.,
 https://arxiv.org/abs/1508.07909), with the choices of the tokenizers library, so that the merges are the same.
 
-A heap with lazy updates finds the next pair of the different pretokens; `pairs.py` merges it wherever it stands.
+A heap with lazy updates finds the next pair of the different pretokens; `pairs.py` merges it wherever it is.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 
 from tinygpt.errors import UserError
 from tinygpt.progress import progress
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR
-from tinygpt.tokenizer.counts import count_pretokens
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 from tinygpt.tokenizer.pairs import ROW_END, Pairs, ids_of
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER
+from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import EOS, Tokenizer
 
 

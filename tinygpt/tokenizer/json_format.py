@@ -1,6 +1,7 @@
 """The `tokenizer.json` of the Hugging Face tokenizers library, read and written for byte-level BPE.
 
-Format: https://huggingface.co/docs/tokenizers. What cannot be honoured exactly is refused.
+Format: https://huggingface.co/docs/tokenizers. What cannot be honoured exactly is refused. Tokens are in GPT-2's byte
+alphabet (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), there called `ByteLevel`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,33 @@ from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, human_bytes, must_exist
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR, CHAR_TO_BYTE
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def byte_alphabet() -> list[str]:
+    """A printable character for each of the 256 bytes: itself where it is one, else the next from U+0100 on.
+
+    32 -> "Ġ", 65 -> "A".
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
+
+
+BYTE_TO_CHAR = byte_alphabet()
+CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
+
+
+def to_token(raw: bytes) -> str:
+    """Bytes as a token's string: b" the" -> "Ġthe"."""
+    return "".join(BYTE_TO_CHAR[byte] for byte in raw)
+
+
+def to_bytes(token: str) -> bytes:
+    """A token's string as its bytes: "Ġthe" -> b" the".  Raises KeyError for a character outside the alphabet."""
+    return bytes(CHAR_TO_BYTE[char] for char in token)
 
 
 def write_tokenizer_json(
@@ -54,14 +78,14 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     Raises UserError with everything that is wrong with the file, such as a missing special token `required`.
     """
     if must_exist(path, stage="train_tokenizer").stat().st_size > MOST_BYTES:
-        raise UserError(f"{path} is larger than {human_bytes(MOST_BYTES)}, as no tokenizer is")
+        raise UserError(f"{path} is larger than {human_bytes(MOST_BYTES)}, too large for a tokenizer")
     try:
         document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
         model = document["model"]
         vocab, merges = dict(model["vocab"]), [_pair(merge) for merge in model["merges"]]
         special = {token["content"]: token["id"] for token in document["added_tokens"] if token["special"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is no byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
     problems = _kind_problems(document) + _vocab_problems(vocab | special, merges, set(special))
     if required not in special:
         problems.append(f"there is no special token {required}")
@@ -74,7 +98,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in it")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is in it twice")
     return found
 
 

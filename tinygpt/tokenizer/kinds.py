@@ -1,24 +1,70 @@
-"""The kinds of tokenizers.  All are bytes and merges: what has no token of its own is written in bytes, never lost.
+"""The kinds of tokenizers, and the `tokenizer` group of params.yaml, which chooses one.
 
-So one encoder, one tokenizer.json and one GGUF layout serve all kinds, with the same ids in llama.cpp and transformers.
+All are bytes and merges: what has no token of its own is written in bytes, never lost. So one encoder, one
+tokenizer.json and one GGUF layout serve all kinds, with the same ids in llama.cpp and transformers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 from tinygpt.errors import UserError
-from tinygpt.tokenizer.alphabet import to_token
+from tinygpt.params import Count, Within, require
+from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer.bpe import learn_bpe
-from tinygpt.tokenizer.config import TokenizerParams
-from tinygpt.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.json_format import to_token
+from tinygpt.tokenizer.pretokens import count_corpus
+from tinygpt.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerParams:
+    """What the tokenizer learns."""
+
+    group: ClassVar[str] = "tokenizer"
+
+    kind: Literal["bpe", "char", "byte"]  # learned byte pairs; the text's characters; nothing but bytes
+    from_file: str | None  # a tokenizer.json to take instead of learning one; null = none
+    vocab_size: Annotated[int, Within("[257, 16777216]")]  # tokens in all: of bpe exactly, of char at most
+    min_frequency: Count  # a pair (or character) that occurs less often in the training text gets no token
+    max_bytes: Count | None  # bytes of data/clean/train.jsonl that it learns from, evenly taken; null = all
+    special_tokens: tuple[str, ...]  # names besides <|endoftext|>, such as <|user|>; text never becomes one of them
+
+    def __post_init__(self) -> None:
+        names = (EOS, *self.special_tokens)
+        require(
+            (len(set(names)) == len(names), f"tokenizer.special_tokens must be different names, none of them {EOS}"),
+            (
+                not any("\ud800" <= char <= "\udfff" for name in names for char in name),
+                "tokenizer.special_tokens must be whole characters, not halves such as \\ud800",
+            ),
+            (all(len(name) > 1 for name in names), "tokenizer.special_tokens must have two or more characters each"),
+            (
+                self.vocab_size >= 256 + len(names),
+                f"tokenizer.vocab_size={self.vocab_size} must hold 256 bytes and {len(names)} special tokens",
+            ),
+        )
+
+
+def build_tokenizer(
+    params: TokenizerParams, clean: Path, runtime: RuntimeParams, *, runs: Path | None = None
+) -> Tokenizer:
+    """The tokenizer that the params describe: a ready one, or one learned from the training texts of data/clean.
+
+    `runs` is as in shard_results.
+    """
+    if params.from_file:
+        return take_tokenizer(params)
+    return learn_tokenizer(count_corpus(clean, params.max_bytes, runtime, runs=runs), params)
 
 
 def learn_tokenizer(counts: Mapping[bytes, int], params: TokenizerParams) -> Tokenizer:
     """Learn a tokenizer of `params.kind` from pretokens and how often each occurs."""
-    learn = KINDS[params.kind]
+    learn = TOKENIZERS[params.kind]
     return learn(counts, params.vocab_size, min_frequency=params.min_frequency, special_tokens=params.special_tokens)
 
 
@@ -42,7 +88,7 @@ def learn_chars(
     """A token for each character of the text, as long as there is room the more frequent one.
 
     A character of one byte has its token anyway. Others are put together byte by byte, and each beginning of theirs is
-    a token too; no merge crosses characters, because no byte that begins one stands inside another (RFC 3629).
+    a token too; no merge crosses characters, because no byte that begins one is inside another (RFC 3629).
     """
     characters: Counter[str] = Counter()
     for pretoken, n in counts.items():
@@ -65,4 +111,5 @@ def learn_bytes(
     return Tokenizer.from_merges([], special_tokens)
 
 
-KINDS = {"bpe": learn_bpe, "char": learn_chars, "byte": learn_bytes}
+# By tokenizer.kind: counts of pretokens, vocab_size, min_frequency and special_tokens -> a tokenizer.
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {"bpe": learn_bpe, "char": learn_chars, "byte": learn_bytes}

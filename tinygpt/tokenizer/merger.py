@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.tokenizer.pairs import EMPTY, ROW_END, SHIFT, Pairs, Places, pair_of
+from tinygpt.tokenizer.pairs import EMPTY, ROW_END, SHIFT, Pairs, Places, differs, pair_of
 
 Ids = NDArray[np.int32]
 Ranks = Mapping[tuple[int, int], tuple[int, int]]  # a pair of ids -> its rank and the id that it becomes
@@ -107,7 +107,7 @@ class Merger:
         within = np.flatnonzero(row[1:] == row[:-1])
         rank[within] = self._byte_ranks[raw[within].astype(np.int32) << 8 | raw[within + 1]]
         while len(ids):
-            begin = np.flatnonzero(_differs(row))
+            begin = np.flatnonzero(differs(row, row))
             if len(begin) <= FEW:
                 yield from self._merge_each(ids, row)
                 return
@@ -116,7 +116,7 @@ class Merger:
             kept = lowest != NO_RANK
             yield ids[~kept], row[~kept]
             at = np.flatnonzero(kept & (rank == lowest))
-            at = at[_differs(row[at])]  # the leftmost in each row
+            at = at[differs(row[at], row[at])]  # the leftmost in each row
             ids[at] = self._merged[rank[at]]
             kept[at + 1] = False
             changed = np.zeros(len(ids), bool)
@@ -141,8 +141,3 @@ class Merger:
     def _find(self, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
         found = np.searchsorted(self._pairs, pairs)
         return np.where(self._pairs[found] == pairs, self._ranks[found], NO_RANK)
-
-
-def _differs(rows: Places) -> NDArray[np.bool_]:
-    """Where a row is another than the one before."""
-    return np.concatenate(([True], rows[1:] != rows[:-1]))[: len(rows)]

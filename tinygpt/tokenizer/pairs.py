@@ -1,6 +1,6 @@
-"""Pairs of neighbouring tokens in many rows: how frequent each is, where it stands, and merging it everywhere at once.
+"""Pairs of neighbouring tokens in many rows: how frequent each is, where it is, and merging it everywhere at once.
 
-All rows stand in one array, each place linked to its neighbours, so a merge touches only the places of its pair.
+All rows are in one array, each place linked to its neighbours, so a merge touches only the places of its pair.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Pairs:
         self._add(np.arange(len(ids), dtype=np.int32))
 
     def again(self, *, at_least: int) -> Pairs:
-        """The pairs as they stand now."""
+        """The pairs as they are now."""
         kept = self.ids != EMPTY
         return Pairs(self.ids[kept], self.row[kept], self.weight, at_least=at_least)
 
     def merge(self, pair: int, merged: int, *, leftmost: bool = False) -> list[int]:
-        """Put the token `merged` where `pair` stands, everywhere or once; return the pairs that have come up."""
+        """Put the token `merged` where `pair` is, everywhere or once; return the pairs that have come up."""
         at = self._places_of(pair)
         if leftmost:
             self._places[pair], at = at, at[:1]
@@ -62,22 +62,22 @@ class Pairs:
             del self.count[pair]
         right, before = self.next[at], self.previous[at]
         # A place stands for the pair that begins there. Two merges side by side share one: it counts once.
-        self._remove(right, before[_differs(before, right)])
+        self._remove(right, before[differs(before, right)])
         after = self.next[right]
         self.ids[at], self.ids[right] = merged, EMPTY
         self._n_id = max(self._n_id, merged + 1)
         self.next[at], self.previous[after] = after, at
         before = self.previous[at]
-        return self._add(at, before[_differs(before, at)])
+        return self._add(at, before[differs(before, at)])
 
     def _places_of(self, pair: int) -> Places:
-        """The places where the pair stands now, leftmost first and without overlap: "aaa" has "aa" once."""
+        """The places where the pair is now, leftmost first and without overlap: "aaa" has "aa" once."""
         at = np.sort(self._places.pop(pair))
         left, right = ids_of(pair)
         at = at[(self.ids[at] == left) & (self.ids[self.next[at]] == right)]
         if left != right:
             return at
-        overlaps = ~_differs(at, self.next[at])
+        overlaps = ~differs(at, self.next[at])
         index = np.arange(len(at))
         run_start = np.maximum.accumulate(np.where(overlaps, 0, index))
         return at[(index - run_start) % 2 == 0]
@@ -124,6 +124,6 @@ class Pairs:
         return at, pairs, np.append(begin, len(at)), totals
 
 
-def _differs(places: Places, of_former: Places) -> NDArray[np.bool_]:
+def differs(places: Places, of_former: Places) -> NDArray[np.bool_]:
     """Where a place is another than the one that belongs to the entry before."""
     return np.concatenate(([True], places[1:] != of_former[:-1]))[: len(places)]

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# A pretoken always begins at a space that stands before a non-space, so text may be cut there. `re` counts U+001C to
+# A pretoken always begins at a space before a non-space, so text may be cut there. `re` counts U+001C to
 # U+001F as white space and `regex` does not: those places are merely not cut.
 CHUNK_BORDER = re.compile(r" (?=\S)")
 
-DOCUMENT_BORDER = b"\xff"  # stands between documents in a block: a byte that UTF-8 never has
+DOCUMENT_BORDER = b"\xff"  # between documents in a block: a byte that UTF-8 never has
 BLOCK_BYTES = 1 << 20  # as much text at a time as a processor's cache holds with what is computed from it
 
 SPACE, LETTER, NUMBER, OTHER, BORDER = range(5)  # classes of characters
@@ -28,9 +28,9 @@ CLASSES = ((SPACE, r"\s+"), (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"))
 
 
 def split_chunks(text: str) -> tuple[str, list[str]]:
-    """Cut before each space that stands before a non-space: "so it is" -> ("so", ["it", "is"]).
+    """Cut before each space before a non-space: "so it is" -> ("so", ["it", "is"]).
 
-    The first chunk is as it stands; each of the others has lost the space that it began with.
+    The first chunk is as it was; each of the others has lost the space that it began with.
     """
     first, *rest = CHUNK_BORDER.split(text)
     return first, rest

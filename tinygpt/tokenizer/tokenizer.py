@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygpt.tokenizer.alphabet import BYTE_TO_CHAR, to_bytes
-from tinygpt.tokenizer.json_format import read_tokenizer_json, write_tokenizer_json
+from tinygpt.paths import TOKENIZER_FILE
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR, read_tokenizer_json, to_bytes, write_tokenizer_json
 from tinygpt.tokenizer.merger import Merger
 from tinygpt.tokenizer.pretokenize import PATTERN, split_chunks, to_utf8
 
-EOS = "<|endoftext|>"  # stands before each document and after the last; ends a generated text
+EOS = "<|endoftext|>"  # before each document and after the last; ends a generated text
 BEGIN, PAD, UNKNOWN = "<|begin|>", "<|pad|>", "<|unk|>"  # special tokens whose part is known by their name
-TOKENIZER_FILE = "tokenizer.json"
 MAX_CACHED = 500_000  # chunks remembered, about 100 MB; when full it starts anew
 MAX_CACHED_CHARS = 64  # longer chunks hardly ever come again
 
@@ -69,7 +68,7 @@ class Tokenizer:
 
     @property
     def border_ids(self) -> list[int]:
-        """What stands before each document of a token file: `<|endoftext|>`, and `<|begin|>` where there is one."""
+        """What is before each document of a token file: `<|endoftext|>`, and `<|begin|>` where there is one."""
         return list(dict.fromkeys([self.eos_id, self.bos_id]))
 
     @property
@@ -119,7 +118,7 @@ class Tokenizer:
         return b"".join(self._bytes[i] for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text; bytes that are no UTF-8 (half a character) become U+FFFD."""
+        """Ids to text; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:

@@ -5,11 +5,11 @@ from conftest import TRICKY, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt.corpus.jsonl import text_line
-from tinygpt.shards import cut_lines
-from tinygpt.tokenizer import Tokenizer, bulk
-from tinygpt.tokenizer.alphabet import byte_alphabet
-from tinygpt.tokenizer.bulk import BulkEncoder, save_ids
+from tinygpt import encode
+from tinygpt.corpus.folders import cut_lines, text_line
+from tinygpt.encode import BulkEncoder, save_ids
+from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer.json_format import byte_alphabet
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokenizer.tokenizer import EOS
 
@@ -28,7 +28,7 @@ def test_bulk_gives_the_ids_of_one_by_one(tiny_tokenizer, texts):
 
 
 def test_a_full_table_starts_anew(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(bulk, "MAX_PRETOKENS", 20)
+    monkeypatch.setattr(encode, "MAX_PRETOKENS", 20)
     texts, encoder = [prose(50, seed=seed) for seed in range(5)], BulkEncoder(tiny_tokenizer)
     ids = [int(i) for text in texts for block in iter_blocks([text]) for i in encoder.encode(block)]
     assert ids == one_by_one(tiny_tokenizer, texts)

@@ -1,0 +1,131 @@
+"""The corpus on disk: data/raw has text files and a manifest, data/clean a file of texts for each split."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from json.encoder import encode_basestring
+from pathlib import Path
+
+from tinygpt.errors import UserError
+from tinygpt.files import must_exist, read_json, write_json
+from tinygpt.shards import Shard, Span
+
+MANIFEST = "manifest.json"
+TEXTS = "texts"  # a subfolder of data/raw, so that no text can take the manifest's name
+SPLITS = ("train", "val", "test")  # each is a file of data/clean, and of data/tokens
+
+SHARD_BYTES = 4_000_000  # at least, and
+MOST_SHARDS = 4096  # about
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RawFile:
+    """One text file, named relative to `data/raw/texts`."""
+
+    name: str
+    url: str | None  # where it, or the archive that it came in, was downloaded; None for a local or embedded file
+    bytes: int
+    sha256: str
+    split: str | None  # train, val or test where the source says so
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What is in data/raw.  No times and no local paths, so the same source gives the same bytes."""
+
+    source: str
+    licence: str
+    separator: str | None  # the text between two documents of a file; None = a file is one document
+    document_start: str | None  # regular expression of the line that begins a document
+    python: str | None  # the version whose documentation this is; None for other sources
+    downloads: tuple[dict[str, str], ...]  # url and sha256 of each downloaded file, before unpacking
+    files: tuple[RawFile, ...]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest` into a raw folder."""
+    write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a raw folder's manifest.  Raises UserError when it is missing, broken or of another version."""
+    document = read_json(folder / MANIFEST, stage="download")
+    try:
+        files = tuple(RawFile(**entry) for entry in document.pop("files"))
+        return Manifest(**{**document, "downloads": tuple(document["downloads"]), "files": files})
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{folder / MANIFEST} is not what download writes: run `dvc repro -f download`") from None
+
+
+def split_file(folder: Path, split: str) -> Path:
+    """The texts of a split in data/clean.  Raises UserError where clean has not written them."""
+    return must_exist(folder / f"{split}.jsonl", stage="clean")
+
+
+def text_line(text: str) -> str:
+    """The line for `text`, as json.dumps(…, ensure_ascii=False) writes it but without its overhead."""
+    return f'{{"text": {encode_basestring(text)}}}\n'
+
+
+def iter_texts(path: Path, *, begin: int = 0, end: int | None = None) -> Iterator[str]:
+    """The texts of a file of data/clean, one at a time: those whose lines begin in bytes [begin, end).
+
+    Raises UserError naming the place where there is no document.
+    """
+    with open(must_exist(path, stage="clean"), "rb") as file:  # bytes: only "\n" ends a line there
+        file.seek(begin)
+        while (end is None or begin < end) and (line := file.readline()):
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise UserError(f'{path} byte {begin:,} begins no {{"text": …}} document: run `dvc repro clean`')
+            yield text
+            begin += len(line)
+
+
+def shard_bytes(total: int) -> int:
+    """How many bytes a shard of a corpus of `total` bytes has at least."""
+    return max(SHARD_BYTES, total // MOST_SHARDS)
+
+
+def cut_lines(path: Path) -> list[Shard]:
+    """A file in shards of about the same size, cut where lines end; none for an empty file."""
+    bounds = [0, *line_ends(path, shard_bytes(path.stat().st_size))]
+    return [Shard((Span(path.absolute(), begin, end),)) for begin, end in pairwise(bounds)]
+
+
+def line_ends(path: Path, n_bytes: int) -> Iterator[int]:
+    """Where lines of a file end, each at least `n_bytes` after the one before; and the end of the file."""
+    size, end = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while end < size:
+            file.seek(end + n_bytes - 1)
+            file.readline()
+            end = min(file.tell(), size)
+            yield end
+
+
+def thin(shards: Sequence[Shard], max_bytes: int) -> list[Shard]:
+    """The beginning of each span, so that together they have `max_bytes` at most; all of it where that is little."""
+    share = min(1.0, max_bytes / max(1, sum(shard.size for shard in shards)))
+    return [
+        Shard(tuple(Span(span.path, span.begin, span.begin + int(span.size * share)) for span in shard.spans))
+        for shard in shards
+    ]
+
+
+def shard_texts(shard: Shard) -> Iterator[str]:
+    """The texts of a shard of such a file, no more characters of them than the shard has bytes.
+
+    That cuts a text only where `thin` has cut the shard.
+    """
+    for span in shard.spans:
+        room = span.size
+        for text in iter_texts(span.path, begin=span.begin, end=span.end):
+            yield text[:room]
+            room = max(0, room - len(text))
