@@ -3,6 +3,7 @@
 Reads data/clean/train.jsonl, writes data/tokenizer/tokenizer.json.
 """
 
+import dataclasses
 from pathlib import Path
 
 from tinygpt.errors import program
@@ -22,7 +23,7 @@ def run(root: Path) -> None:
     """Run the stage in the project's folder."""
     params, runtime = load_params(TokenizerParams, RuntimeParams, path=root / PARAMS_FILE)
     if params.from_file:
-        tokenizer = take_tokenizer(params)
+        tokenizer = take_tokenizer(dataclasses.replace(params, from_file=str(root / params.from_file)))
     else:
         file = must_exist(root / CLEAN / "train.jsonl", stage="clean")
         shards = thin(cut_lines(file), params.max_bytes or file.stat().st_size)
