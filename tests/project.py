@@ -87,7 +87,9 @@ def succeed(command: str, folder: Path, **env: str) -> str:
 def dvc(folder: Path, *commands: str) -> list[str]:
     """What DVC prints for each of several commands, in one process, which imports it once.  All must succeed."""
     code = "import sys\nfrom dvc.cli import main\n"
-    code += "".join(f"if main({command.split()}): sys.exit('{command}')\nprint('\\f', flush=True)\n" for command in commands)
+    code += "".join(
+        f"if main({command.split()}): sys.exit('{command}')\nprint('\\f', flush=True)\n" for command in commands
+    )
     (folder.parent / "commands.py").write_text(code)
     return succeed(f"python {folder.parent / 'commands.py'}", folder).split("\f\n")[:-1]
 
@@ -102,18 +104,17 @@ def run_stages(names: str, folder: Path) -> str:
 
 
 def refused(name: str, folder: Path) -> str:
-    """The one line with which a stage refuses to run, in this process."""
+    """What a stage says that refuses to run, in this process, with paths from the project's folder on."""
     with pytest.raises(UserError) as caught:
         run_stages(name, folder)
-    (line,) = str(caught.value).splitlines()
-    return line
+    return str(caught.value).replace(f"{folder}/", "")
 
 
 @cache
 def workers() -> ForkServerContext:
     """Processes that need not import torch: forked from one that has, which itself has done nothing yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stages.train"])
+    context.set_forkserver_preload(["stages.train", "torch._dynamo"])  # torch imports that for any optimizer
     with contextlib.chdir(ROOT):  # from where it imports
         forkserver.ensure_running()
     return context

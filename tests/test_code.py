@@ -11,6 +11,12 @@ from tinygpt.files import read_json
 from tinygpt.paths import CODE
 
 
+def forget() -> None:
+    """Read the sources again."""
+    for cached in (code.code_of, code._tree, code._imports, code._meaning):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A copy of the sources, which the hash is taken of; a function that gives the hashes of some modules."""
@@ -20,15 +26,13 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setattr(code, "ROOT", tmp_path)
 
     def hashes() -> dict[str, str]:
-        for cached in (code.code_of, code._tree, code._imports, code._meaning):
-            cached.cache_clear()
+        forget()
         names = [f"stages.{path.stem}" for path in sorted((tmp_path / "stages").glob("[a-z]*.py"))]
         return {name: code.code_of(name) for name in [*names, "tinygpt.train.trainer"]}
 
     yield tmp_path, hashes
     monkeypatch.undo()
-    for cached in (code.code_of, code._tree, code._imports, code._meaning):
-        cached.cache_clear()
+    forget()
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
