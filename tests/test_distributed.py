@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import resource
 import shutil
@@ -33,6 +34,7 @@ from safetensors.torch import load_file, save_file
 
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, load_params
+from tinygpt.run import processes
 from tinygpt.run.checkpoint import check_split, load_split
 from tinygpt.run.processes import open_devices
 from tinygpt.run.run import Run
@@ -289,14 +291,35 @@ def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number,
     assert "going on after step" in run_stages("train", project)
 
 
+@pytest.mark.parametrize(
+    ("work", "status"),
+    [("sys.exit(int(os.environ['RANK']) and 3)", 3), ("print()", 0), ("os.kill(os.getpid(), 9)", None)],
+)
+def test_the_starter_leaves_with_the_status_of_its_processes_and_gives_up_on_killed_ones(work, status, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", f"import os, sys; {work}"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if status is None:
+            with pytest.raises(UserError, match="given up after 3 new starts: run it again"):
+                processes.start(train, dataclasses.replace(RUNTIME, n_process=2))
+        else:
+            with pytest.raises(SystemExit) as left:
+                processes.start(train, dataclasses.replace(RUNTIME, n_process=2))
+            assert left.value.code == status
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
     set_params(project, {"runtime.parallel": "fsdp"})
-    starter = start(project)
+    pair = start_pair(project)
     wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
     # A limit on the size of files stands for the end of the disk: in one process, and the other must hear of it.
-    resource.prlimit(group_of(starter)[-1].pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    assert starter.wait(200) == 1
+    resource.prlimit(pair[-1].pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    assert [status_of(process) for process in pair] == [1, 1]
     log = (project / "train.log").read_text()
     assert log.count("error: no room to write runs/") == 1 and "Traceback" not in log
     assert not list(project.glob("runs/*/*.partial"))
