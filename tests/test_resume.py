@@ -32,7 +32,7 @@ from test_code import forget
 
 from tinygpt import code
 from tinygpt.errors import Stopped
-from tinygpt.run.interrupts import Interrupts
+from tinygpt.run.processes import Interrupts
 
 pytestmark = pytest.mark.slow
 
@@ -190,7 +190,7 @@ def test_an_interrupted_run_goes_on_after_a_change_of_code_but_of_what_decides_i
 
     try:
         assert stopped_after() == 5
-        assert stopped_after("run/loggers.py", "run/interrupts.py", "report/training.py") == 10
+        assert stopped_after("run/loggers.py", "run/processes.py", "report/training.py") == 10
         assert stopped_after("train/loss.py") == 5
     finally:
         monkeypatch.undo()
