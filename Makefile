@@ -3,7 +3,7 @@ VENV := .venv
 RUNTIME := $(VENV)/requirements.installed
 DEV := $(VENV)/requirements-dev.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-PYTEST := OMP_NUM_THREADS=1 python -m pytest
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup --durations=25
 
 .DEFAULT_GOAL := help
 .PHONY: help install repro test lint typecheck format check coverage sample clean
@@ -20,7 +20,7 @@ repro: $(RUNTIME) ## Run the whole pipeline: text, tokenizer, model, evaluation,
 	dvc repro
 
 test: $(DEV) ## Run the test suite
-	$(PYTEST) -n auto
+	$(PYTEST)
 
 lint: $(DEV) ## Check style with ruff
 	ruff check .
@@ -36,7 +36,7 @@ format: $(DEV) ## Put the code in ruff's format
 check: lint typecheck test ## lint, typecheck and test
 
 coverage: $(DEV) ## Run the tests and tell which lines none of them runs
-	$(PYTEST) -n auto --cov=tinygpt --cov=stages --cov-report=term-missing:skip-covered
+	$(PYTEST) --cov=tinygpt --cov=stages --cov-report=term-missing:skip-covered
 
 sample: $(RUNTIME) ## Let the trained model write
 	python -m tinygpt generate --max-new-tokens 200

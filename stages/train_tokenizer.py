@@ -3,6 +3,7 @@
 Reads data/clean/train.jsonl, writes data/tokenizer/tokenizer.json.
 """
 
+import dataclasses
 from pathlib import Path
 
 from tinygpt.errors import program
@@ -16,6 +17,8 @@ from tinygpt.tokenizer.kinds import TokenizerParams, build_tokenizer
 def run(root: Path) -> None:
     """Run the stage in the project's folder."""
     params, runtime = load_params(TokenizerParams, RuntimeParams, path=root / PARAMS_FILE)
+    if params.from_file:
+        params = dataclasses.replace(params, from_file=str(root / params.from_file))
     tokenizer = build_tokenizer(params, root / CLEAN, runtime, runs=runs_folder(root))
     tokenizer.save(root / TOKENIZER)
     size = sum(file.stat().st_size for file in (root / TOKENIZER).iterdir())

@@ -10,9 +10,10 @@ import tinygpt  # noqa: F401  # likewise: how threads wait
 
 import io
 import random
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from project import commit, made_once, make_project, run_stages, set_params, succeed
 
 from tinygpt.cli.main import main
 from tinygpt.model.config import GPTConfig
@@ -151,6 +153,55 @@ def save_cycle(folder: Path) -> str:
 def tiny_tokenizer() -> Tokenizer:
     """300 tokens learned from `prose`."""
     return train_bpe([prose(2000)], 300, special_tokens=("<|user|>",))
+
+
+STEPS = {"train.max_steps": 300, "train.save_every": 7, "train.eval_every": 60}  # some seconds of training
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory) -> Path:
+    """A project after all stages, as `dvc repro` leaves it, all of it committed."""
+
+    def make(folder: Path) -> None:
+        make_project(folder)
+        run_stages("code download clean train_tokenizer encode train evaluate plot export", folder)
+        succeed("dvc commit -fq", folder)
+        commit(folder, "first run")
+
+    return made_once(tmp_path_factory.getbasetemp(), "done", make)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(done, tmp_path_factory) -> Path:
+    """The same project after a longer training in one go."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(done, folder, symlinks=True)
+        set_params(folder, STEPS)
+        run_stages("train", folder)
+
+    return made_once(tmp_path_factory.getbasetemp(), "undisturbed", make)
+
+
+@pytest.fixture
+def project(done, tmp_path) -> Path:
+    """A copy of the project, cache and all."""
+    return Path(shutil.copytree(done, tmp_path / "project", symlinks=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note which step of a story failed."""
+    report = yield
+    if report.failed and item.get_closest_marker("story"):
+        item.parent.failed_step = item.name
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the steps after it."""
+    if failed := getattr(item.parent, "failed_step", None):
+        pytest.skip(f"the step before failed: {failed}")
 
 
 class Done(NamedTuple):

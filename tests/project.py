@@ -1,20 +1,34 @@
 """A copy of this project with a small corpus and small params, for tests that run whole stages."""
 
+import contextlib
+import hashlib
+import importlib
+import io
+import multiprocessing
 import os
 import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-TRAIN = (sys.executable, "-m", "stages.train")
+from tinygpt.errors import UserError, program
+
 ROOT = Path(__file__).parents[1]
+TRAINED = (
+    *(f"data/model/{name}" for name in ("model.safetensors", "last.safetensors", "config.json")),
+    *(f"reports/{name}" for name in ("train.csv", "train_norms.csv", "train_samples.md")),
+)
 BIN = str(Path(sys.executable).parent)
 
 SMALL = {
@@ -45,7 +59,7 @@ def environment(**changes: str) -> dict[str, str]:
     """Ours, with the tests' Python first and no git identity or settings of this machine."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC", "GIT", "PYTEST"))}
     env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | changes
+    return env | {"OMP_NUM_THREADS": "1"} | changes
 
 
 def run(command: str, folder: Path, *, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
@@ -70,23 +84,80 @@ def succeed(command: str, folder: Path, **env: str) -> str:
     return done.stdout
 
 
+def dvc(folder: Path, *commands: str) -> list[str]:
+    """What DVC prints for each of several commands, in one process, which imports it once.  All must succeed."""
+    code = "import sys\nfrom dvc.cli import main\n"
+    code += "".join(
+        f"if main({command.split()}): sys.exit('{command}')\nprint('\\f', flush=True)\n" for command in commands
+    )
+    (folder.parent / "commands.py").write_text(code)
+    return succeed(f"python {folder.parent / 'commands.py'}", folder).split("\f\n")[:-1]
+
+
 def run_stages(names: str, folder: Path) -> str:
-    """Run stages one after the other in one process, which imports what they share once; return what they printed."""
-    code = "; ".join(f"import stages.{name}; stages.{name}.run(pathlib.Path())" for name in names.split())
-    return succeed(f"python -c '{code}'", folder)
+    """Run stages one after the other in this process; return what they printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        for name in names.split():
+            importlib.import_module(f"stages.{name}").run(folder)
+    return printed.getvalue()
 
 
-def start_trainer(folder: Path, command: Sequence[str] = TRAIN) -> subprocess.Popen[bytes]:
-    """Start a trainer; its output goes to train.log, which nobody need read for it to go on."""
-    with open(folder / "train.log", "w") as log:
-        return subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True)
+def refused(name: str, folder: Path) -> str:
+    """What a stage says that refuses to run, in this process, with paths from the project's folder on."""
+    with pytest.raises(UserError) as caught:
+        run_stages(name, folder)
+    return str(caught.value).replace(f"{folder}/", "")
 
 
-def wait_until(condition: Callable[[], object], folder: Path, *, seconds: float = 120) -> None:
+@cache
+def workers() -> ForkServerContext:
+    """Processes that need not import torch: forked from one that has, which itself has done nothing yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stages.train", "torch._dynamo"])  # torch imports that for any optimizer
+    with contextlib.chdir(ROOT):  # from where it imports
+        forkserver.ensure_running()
+    return context
+
+
+def start_trainer(folder: Path, log: str = "train.log", **env: str) -> ForkServerProcess:
+    """Start `python -m stages.train` but for the interpreter; its output goes to a file, which nobody need read."""
+    process = workers().Process(target=_train, args=(folder, log, environment(**env)), daemon=True)
+    process.start()
+    return process
+
+
+def _train(folder: Path, log: str, env: dict[str, str]) -> None:
+    from stages.train import run
+
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    program(run)(Path())
+
+
+def status_of(process: ForkServerProcess, *, seconds: float = 120) -> int:
+    """Wait for a trainer's end; the status that it leaves with, or minus the signal that killed it."""
+    process.join(seconds)
+    assert process.exitcode is not None, "it goes on"
+    return process.exitcode
+
+
+def wait_until(condition: Callable[[], object], log: Path, *, seconds: float = 120) -> None:
+    """Wait; fail after some seconds with what stands in a log, or in the train.log of a folder."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, (folder / "train.log").read_text()
+        assert time.monotonic() < deadline, (log / "train.log" if log.is_dir() else log).read_text()
         time.sleep(0.002)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of all that a training makes, less the report, which has the time it took."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in TRAINED}
 
 
 def newest_step(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """What counts as the code of a result."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,37 @@ from tinygpt.files import read_json
 from tinygpt.paths import CODE
 
 
-@pytest.fixture
-def tree(tmp_path, monkeypatch):
-    """A copy of the sources, which the hash is taken of; a function that gives the hashes of some modules."""
-    for name in ("tinygpt", "stages"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
-    monkeypatch.setattr(code, "ROOT", tmp_path)
-
-    def hashes() -> dict[str, str]:
-        for cached in (code.code_of, code._tree, code._imports, code._meaning):
-            cached.cache_clear()
-        names = [f"stages.{path.stem}" for path in sorted((tmp_path / "stages").glob("[a-z]*.py"))]
-        return {name: code.code_of(name) for name in [*names, "tinygpt.train.trainer"]}
-
-    yield tmp_path, hashes
-    monkeypatch.undo()
+def forget() -> None:
+    """Read the sources again."""
     for cached in (code.code_of, code._tree, code._imports, code._meaning):
         cached.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Iterator[Path]:
+    """A copy of the sources, which the hashes are taken of."""
+    folder = tmp_path_factory.mktemp("tree")
+    for name in ("tinygpt", "stages"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code, "ROOT", folder)
+        forget()
+        yield folder
+    forget()
+
+
+@pytest.fixture(scope="module")
+def before(tree) -> dict[str, str]:
+    """The hashes of the copy as it is."""
+    return hashes(tree)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The hash of each stage, and of the trainer."""
+    code.code_of.cache_clear()
+    names = [f"stages.{path.stem}" for path in sorted((folder / "stages").glob("[a-z]*.py"))]
+    return {name: code.code_of(name) for name in [*names, "tinygpt.train.trainer"]}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -36,22 +50,18 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {name.removeprefix("stages.") for name in before if before[name] != after[name]}
 
 
-def put(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-
-def test_comments_docstrings_and_layout_do_not_count(tree):
-    folder, hashes = tree
-    before = hashes()
-    for path in folder.rglob("*.py"):
+def test_comments_docstrings_and_layout_do_not_count(tree, before):
+    whole = {path: path.read_text() for path in tree.rglob("*.py")}
+    for path in whole:
         path.write_text(f'"""Another docstring."""\n\n\n# a comment\n{path.read_text()}'.replace("\n\n\n", "\n\n"))
         first = path.read_text().index('"""', 25)
         if path.read_text()[25:first].strip() == "# a comment":  # its own docstring, which is one no more
             text = path.read_text()
             path.write_text(text[:first] + text[text.index('"""', first + 3) + 3 :])
-    assert changed(before, hashes()) == set()
+    forget()
+    assert changed(before, hashes(tree)) == set()
+    for path, text in whole.items():
+        path.write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -66,27 +76,34 @@ def test_comments_docstrings_and_layout_do_not_count(tree):
         ("run/loggers.py", 'PROJECT = "tinygpt"', 'PROJECT = "mine"', set()),
         ("run/processes.py", "signal.SIGTERM", "signal.SIGINT", set()),
         ("progress.py", "10.0", "9.0", set()),
-        ("cli/main.py", "return", "return 0 or", set()),
+        ("cli/main.py", 'action="append"', 'action="store"', set()),
     ],
 )
-def test_a_change_counts_for_those_whose_results_it_decides(tree, file, old, new, stages):
-    folder, hashes = tree
-    before = hashes()
-    put(folder / "tinygpt" / file, old, new)
-    assert {name.removeprefix("tinygpt.train.") for name in changed(before, hashes())} == stages
+def test_a_change_counts_for_those_whose_results_it_decides(tree, before, file, old, new, stages, monkeypatch):
+    path = tree / "tinygpt" / file
+    text = path.read_text()
+    assert old in text
+    for name in ("_tree", "_imports", "_meaning"):  # this file is read again, the others are known
+        known = getattr(code, name)
+        monkeypatch.setattr(
+            code, name, lambda asked, known=known: known.__wrapped__(asked) if asked == path else known(asked)
+        )
+    path.write_text(text.replace(old, new, 1))
+    try:
+        assert {name.removeprefix("tinygpt.train.") for name in changed(before, hashes(tree))} == stages
+    finally:
+        path.write_text(text)
 
 
-def test_versions_of_python_and_of_pinned_packages_count_where_they_are_imported(tree, monkeypatch):
-    _, hashes = tree
-    before = hashes()
+def test_versions_of_python_and_of_pinned_packages_count_where_they_are_imported(tree, before, monkeypatch):
     assert "python=" in before["stages.download"] and "torch=" not in before["stages.download"]
     original = code.version
     monkeypatch.setattr(code, "version", lambda name: "9.9.9" if name == "torch" else original(name))
-    assert changed(before, hashes()) == {"train", "evaluate", "export", "tinygpt.train.trainer"}
+    assert changed(before, hashes(tree)) == {"train", "evaluate", "export", "tinygpt.train.trainer"}
     monkeypatch.setattr(code, "version", lambda name: original(name) + ("+cu130" if name == "torch" else ""))
-    assert changed(before, hashes()) == set()  # another build
+    assert changed(before, hashes(tree)) == set()  # another build
     monkeypatch.setattr(code.platform, "python_version_tuple", lambda: ("3", "99", "0"))
-    assert changed(before, hashes()) == {name.removeprefix("stages.") for name in before}
+    assert changed(before, hashes(tree)) == {name.removeprefix("stages.") for name in before}
 
 
 def test_the_stage_writes_what_dvc_compares(tmp_path):

@@ -1,14 +1,12 @@
-"""Experiments side by side: as DVC gives them, as a table, as a picture."""
+"""Experiments side by side, as a table and as a picture."""
 
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
 import pandas as pd
 import pytest
-from project import ROOT, make_project, run, set_params, succeed
-from test_pipeline import done, project  # noqa: F401  a project after `dvc repro`
+from project import ROOT, make_project, run, set_params
 
-from tinygpt.files import read_json
 from tinygpt.report.compare import as_text, compare_table, experiment_of, plot_curves
 from tinygpt.report.config import PlotParams
 
@@ -82,44 +80,6 @@ def test_the_picture_names_each_curve_and_its_lowest_loss(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     plot_curves({"flat": curve(3, 3)}, tmp_path / "flat.png", PARAMS)
     assert (tmp_path / "flat.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_experiments_of_dvc_are_compared_and_drawn(project, command, monkeypatch):  # noqa: F811
-    monkeypatch.chdir(project)
-    assert "no experiments of this commit yet" in command("compare").stdout
-    succeed("dvc exp run --temp -n wide -S train.lr=1e-2 evaluate", project)
-    succeed("dvc exp run --queue -n later -S model.n_layer=2", project)
-    assert succeed("git status --porcelain", project) == ""  # both leave the folder alone
-    said = command("compare", "--plot", "curves.svg").stdout
-    rows = {line.split()[0]: line.split() for line in said.splitlines()}
-    wide = read_json(project / "reports/train.json", stage="train")["val_loss"]
-    head = rows["experiment"]
-    assert head[:6] == ["experiment", "state", "model.n_layer", "train.lr", "val_loss", "eval_loss"]
-    assert rows["workspace"][1:4] == rows["main"][1:4] == ["1", "0.008", f"{wide:.4f}"]
-    assert rows["later"][1:5] == ["Queued", "2", "0.008", "-"]
-    loss = float(rows["wide"][3])
-    assert rows["wide"][1:3] == ["1", "0.01"] and loss < wide
-    assert said.endswith("curves.svg shows 2 of 2 curves\n")  # the workspace is that of the commit
-    svg = (project / "curves.svg").read_text()
-    assert f"wide: {loss:.3f}" in svg and f"main: {wide:.3f}" in svg
-    named = command("compare", "wide", "workspace").stdout.splitlines()
-    assert [line.split()[0] for line in named] == ["experiment", "wide", "workspace"]
-    assert float(named[1].split()[2]) == loss
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("nowhere", "error: DVC finds no nowhere here (unknown Git revision 'nowhere'): see `git log` and `dvc exp"),
-        ("--plot curves.jpg", "error: --plot curves.jpg: the name must end in .svg or .png"),
-    ],
-)
-def test_a_mistake_is_one_line(project, options, message):  # noqa: F811
-    said = run(f"python -m tinygpt compare {options}", project)
-    assert said.returncode == 1
-    assert said.stdout.startswith(message) and len(said.stdout.splitlines()) == 1
 
 
 def test_before_anything_was_trained_there_is_nothing_to_draw(tmp_path):

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import logging
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +21,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import RUNTIME, tiny_config
 from project import (
-    made_once,
-    make_project,
+    environment,
     newest_step,
-    run,
     run_stages,
     set_params,
     start_trainer,
-    succeed,
+    status_of,
     wait_until,
+    workers,
 )
 from safetensors.torch import load_file, save_file
 
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, load_params
+from tinygpt.run import processes
 from tinygpt.run.checkpoint import check_split, load_split
 from tinygpt.run.processes import open_devices
 from tinygpt.run.run import Run
@@ -104,11 +107,19 @@ def train(name: str, world: World, parallel: str, kind: str) -> dict[str, torch.
     return done.last | {f"best {name}": tensor for name, tensor in done.best.items()} | {"rows": torch.tensor(rows)}
 
 
-def many(rank: int, size: int, folder: Path) -> None:
-    """What one process of a group does: every run in both ways, one of them cut and resumed."""
+def many(rank: int, folder: Path) -> None:
+    """What one process does: two train together, then three, every run in both ways, one of them cut and resumed."""
+    for size in RUNS_OF:
+        if rank < size:
+            together(World(rank, size, rank, size), folder)
+
+
+def together(world: World, folder: Path) -> None:
+    """What one process of a group does."""
+    rank, size = world.rank, world.size
     os.environ["DVC_ROOT"] = str(folder / f"runs{size}")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
-    world, found = World(rank, size, rank, size), {}
+    found = {}
     for parallel in ("ddp", "fsdp"):
         for kind in RUNS_OF[size]:
             found[f"{kind}, {parallel}"] = train(f"{kind} {parallel}", world, parallel, kind)
@@ -135,10 +146,21 @@ def alone(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
         return {kind: train(kind, ALONE, "ddp", kind) for kind in RUNS}
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(size, alone, tmp_path, monkeypatch):
-    mp.spawn(many, (size, tmp_path), nprocs=size)
-    found = load_file(tmp_path / f"{size}.safetensors")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What two and three processes have trained together."""
+    folder = tmp_path_factory.mktemp("together")
+    workers()
+    mp.start_processes(many, (folder,), nprocs=max(RUNS_OF), start_method="forkserver")
+    return folder
+
+
+@pytest.mark.xdist_group("together")
+@pytest.mark.parametrize("size", RUNS_OF)
+def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(
+    size, alone, trained, tmp_path, monkeypatch
+):
+    found = load_file(trained / f"{size}.safetensors")
     for parallel in ("ddp", "fsdp"):
         for kind in RUNS_OF[size]:
             for name, tensor in alone[kind].items():
@@ -148,7 +170,7 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(s
                 assert torch.equal(found[f"resumed {kind}, {parallel}/{name}"], found[f"{kind}, {parallel}/{name}"])
     for name, tensor in alone["muon"].items():
         torch.testing.assert_close(found[f"from a whole checkpoint/{name}"], tensor, atol=2e-3, rtol=1e-3)
-    runs = tmp_path / f"runs{size}/runs"
+    runs = trained / f"runs{size}/runs"
     folder = runs / "muon fsdp/step-0000004/weights"
     shards, tensors = sorted(folder.iterdir()), load_split(folder)
     assert len(shards) == size and all(path.name.startswith(f"shard-0000{n}-") for n, path in enumerate(shards, 1))
@@ -191,26 +213,45 @@ def test_cuda_graphs_are_refused_where_they_cannot_be():
 
 # ---- the stage ----
 
-
-@pytest.fixture(scope="session")
-def ready(tmp_path_factory) -> Path:
-    """A project before training by two processes, for some seconds of it."""
-
-    def make(folder: Path) -> None:
-        make_project(folder)
-        set_params(folder, {"train.max_steps": 60, "train.save_every": 5, "runtime.n_process": 2})
-        run_stages("download clean train_tokenizer encode", folder)
-
-    return made_once(tmp_path_factory.getbasetemp(), "distributed", make)
+LAST = 60  # step
 
 
 @pytest.fixture
-def project(ready, tmp_path) -> Path:
-    shutil.copytree(ready, tmp_path / "project")
-    return tmp_path / "project"
+def project(done, tmp_path) -> Path:
+    """A project before some seconds of training by two processes."""
+    folder = Path(shutil.copytree(done, tmp_path / "project"))
+    shutil.rmtree(folder / "runs")
+    set_params(folder, {"train.max_steps": LAST, "train.save_every": 5, "runtime.n_process": 2})
+    return folder
 
 
-def workers(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def start_pair(folder: Path) -> list[ForkServerProcess]:
+    """Two processes that train together, as torchrun starts them; what the first writes is in train.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "pair"}
+    both |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    logs = ("train.log", "other.log")
+    return [start_trainer(folder, log, RANK=str(i), LOCAL_RANK=str(i), **both) for i, log in enumerate(logs)]
+
+
+def train_in_pair(folder: Path) -> str:
+    """Train in two processes, which must succeed; what is said."""
+    pair = start_pair(folder)
+    assert [status_of(process) for process in pair] == [0, 0], (folder / "train.log").read_text()
+    assert (folder / "other.log").read_text() == ""
+    return (folder / "train.log").read_text()
+
+
+def start(folder: Path, command: str = "") -> subprocess.Popen[bytes]:
+    """The starter of two processes: that of the stage itself, or another."""
+    with open(folder / "train.log", "w") as log:
+        arguments = [sys.executable, *command.split(), "-m", "stages.train"]
+        return subprocess.Popen(arguments, cwd=folder, env=environment(), stdout=log, stderr=log)
+
+
+def group_of(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The training processes."""
     children = psutil.Process(starter.pid).children(recursive=True)
     return [child for child in children if "stages.train" in child.cmdline()]
@@ -218,11 +259,11 @@ def workers(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same(project, tmp_path):
     shutil.copytree(project, tmp_path / "undisturbed")
-    succeed("python -m stages.train", tmp_path / "undisturbed")
-    starter = start_trainer(project)
+    assert train_in_pair(tmp_path / "undisturbed").count("train: lowest validation loss") == 1
+    starter = start(project)
     wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
-    assert len(workers(starter)) == 2
-    workers(starter)[-1].send_signal(signal.SIGKILL)
+    assert len(group_of(starter)) == 2
+    group_of(starter)[-1].send_signal(signal.SIGKILL)
     assert starter.wait(200) == 0, (project / "train.log").read_text()
     log = (project / "train.log").read_text()
     assert "process 1 was killed by signal 9" in log and "going on after step" in log
@@ -232,11 +273,15 @@ def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same
     assert json.loads((project / "reports/train.json").read_text())["environment"]["processes"] == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number, project):
-    starter = start_trainer(project)
+@pytest.mark.parametrize(
+    ("number", "command"),
+    [(signal.SIGINT, ""), (signal.SIGKILL, "-m torch.distributed.run --standalone --nproc-per-node 2")],
+    ids=["the stage, asked to stop", "torchrun, killed"],
+)
+def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number, command, project):
+    starter = start(project, command)
     wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
-    group = workers(starter)
+    group = group_of(starter)
     starter.send_signal(number)
     assert starter.wait(200) == (-number if number == signal.SIGKILL else 128 + number)
     _, alive = psutil.wait_procs(group, timeout=100)
@@ -244,42 +289,54 @@ def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number,
     log = (project / "train.log").read_text()
     assert log.count("train: stopped after step") == 1 and "Traceback" not in log
     set_params(project, {"runtime.n_process": 1})
-    found = run("python -m stages.train", project)
-    assert found.returncode == 0 and "going on after step" in found.stdout
+    assert "going on after step" in run_stages("train", project)
+
+
+@pytest.mark.parametrize(
+    ("work", "status"),
+    [("sys.exit(int(os.environ['RANK']) and 3)", 3), ("print()", 0), ("os.kill(os.getpid(), 9)", None)],
+)
+def test_the_starter_leaves_with_the_status_of_its_processes_and_gives_up_on_killed_ones(work, status, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", f"import os, sys; {work}"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if status is None:
+            with pytest.raises(UserError, match="given up after 3 new starts: run it again"):
+                processes.start(train, dataclasses.replace(RUNTIME, n_process=2))
+        else:
+            with pytest.raises(SystemExit) as left:
+                processes.start(train, dataclasses.replace(RUNTIME, n_process=2))
+            assert left.value.code == status
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
     set_params(project, {"runtime.parallel": "fsdp"})
-    starter = start_trainer(project)
+    pair = start_pair(project)
     wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
     # A limit on the size of files stands for the end of the disk: in one process, and the other must hear of it.
-    resource.prlimit(workers(starter)[-1].pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    assert starter.wait(200) == 1
+    resource.prlimit(pair[-1].pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    assert [status_of(process) for process in pair] == [1, 1]
     log = (project / "train.log").read_text()
     assert log.count("error: no room to write runs/") == 1 and "Traceback" not in log
     assert not list(project.glob("runs/*/*.partial"))
     stopped = newest_step(project)
     shard = max(project.glob(f"runs/*/step-{stopped:07d}/weights/shard-00002-*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    log = succeed("python -m stages.train", project)
+    log = train_in_pair(project)
     assert f"({shard.relative_to(shard.parents[1])} is not what was written): taking the one before" in log
-    assert f"going on after step {stopped - 5} of 60" in log
+    assert f"going on after step {stopped - 5} of {LAST}" in log
 
 
 def test_a_users_mistake_is_one_line_of_all_processes(project):
     set_params(project, {"train.batch_size": 3})
-    found = run("python -m stages.train", project)
-    assert found.returncode == 1
-    assert found.stdout.splitlines() == [
+    assert [status_of(process) for process in start_pair(project)] == [1, 1]
+    assert (project / "train.log").read_text().splitlines() == [
         "error: train.batch_size=3 must be a multiple of the 2 processes that share it: set runtime.n_process"
     ]
+    assert (project / "other.log").read_text() == ""
     assert not list(project.glob("runs/*/run.json"))  # which a finished run has, and keeps
-
-
-def test_torchrun_starts_the_same_stage(project):
-    set_params(project, {"train.max_steps": 20, "runtime.n_process": 1})
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m stages.train"
-    found = run(command, project)
-    assert found.returncode == 0, found.stdout
-    assert found.stdout.count("train: lowest validation loss") == 1

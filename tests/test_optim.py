@@ -23,9 +23,9 @@ from tinygpt.train.optim import (
 )
 
 N_STEPS = 4
-INSTALLED = [
-    name if name != "adamw8bit" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS
-]  # torchao compiles its step
+BYTES = {"n_embd": 64, "n_hidden": 64}  # few shapes: torchao compiles a step for each
+TORCHAO = [pytest.mark.slow, pytest.mark.xdist_group("torchao")]
+INSTALLED = [name if name != "adamw8bit" else pytest.param(name, marks=TORCHAO) for name in OPTIMIZERS]
 
 
 def params_with(**changes):
@@ -143,9 +143,10 @@ def test_two_steps_of_lion_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("torchao")
 def test_adamw_of_bytes_is_near_adamw():
     pytest.importorskip("torchao")
-    model, reference, start = (tiny_model(n_embd=64, n_head=4) for _ in range(3))
+    model, reference, start = (tiny_model(**BYTES) for _ in range(3))
     optimizers = build_optimizers(model, params_with(optimizer="adamw8bit"))
     train_steps(model, optimizers, range(N_STEPS))
     kept = optimizer_tensors(model, optimizers)
@@ -160,7 +161,7 @@ def test_state_survives_as_named_tensors(name, tmp_path):
     if name == "adamw8bit":
         pytest.importorskip("torchao")
     params = params_with(optimizer=name)
-    model, other = tiny_model(n_embd=64, n_head=4), tiny_model(n_embd=64, n_head=4)
+    model, other = tiny_model(**BYTES), tiny_model(**BYTES)
     optimizers, fresh = build_optimizers(model, params), build_optimizers(other, params)
     assert optimizer_tensors(model, optimizers) == {}
     train_steps(model, optimizers, range(2))

@@ -150,9 +150,8 @@ def test_blocks_that_are_computed_again_keep_little():
 def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding(compiler):  # noqa: F811
     params = dataclasses.replace(PARAMS, max_steps=5, precision="fp16")
     runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=True)
-    eager = train("eager", params=params, runtime=runtime)
-    on = {"compile": True, "cuda_graphs": True}  # which change nothing on a CPU, where only the stage refuses them
-    compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, **on))
+    eager = train("eager", params=params, runtime=runtime, n_layer=1)
+    compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True), n_layer=1)
     for name in eager.last:
         torch.testing.assert_close(compiled.last[name], eager.last[name], atol=5e-3, rtol=1e-2)
     for ours, theirs in zip(compiled.state.rows, eager.state.rows, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-START, TOTAL, STEP_S = 100, 260, 0.02
+START, TOTAL, STEP_S = 100, 260, 0.015
 WORK = f"""
 import time
 from tinygpt import progress

@@ -1,31 +1,41 @@
 """Training killed in every way goes on and ends with the same bytes."""
 
-import hashlib
+import itertools
 import json
+import os
+import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from conftest import STEPS
+from filelock import FileLock
 from project import (
-    made_once,
-    make_project,
+    commit,
+    environment,
+    hashes,
     newest_step,
     run,
     run_stages,
     set_params,
     start_trainer,
+    status_of,
     succeed,
     wait_until,
 )
+from test_code import forget
+
+from tinygpt import code
+from tinygpt.errors import Stopped
+from tinygpt.run.processes import Interrupts
 
 pytestmark = pytest.mark.slow
 
-MODEL = ("data/model/model.safetensors", "data/model/last.safetensors", "data/model/config.json")
-REPORTS = ("reports/train.csv", "reports/train_norms.csv", "reports/train_samples.md")
-STEPS = {"train.max_steps": 300, "train.save_every": 7, "train.eval_every": 60}  # some seconds of training
 LIKE_DVC = """
 import os, subprocess, sys
 command = ["sh", "-c", sys.executable + " -m stages.train; exit $?"]
@@ -33,37 +43,19 @@ subprocess.run(command, env=os.environ | {"DVC_STAGE": "train"})
 """
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of all that a training makes, less the report, which tells the time it took."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in MODEL + REPORTS}
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory) -> Path:
-    """A project trained in one go."""
-
-    def make(folder: Path) -> None:
-        make_project(folder)
-        set_params(folder, STEPS)
-        run_stages("download clean train_tokenizer encode train", folder)
-
-    return made_once(tmp_path_factory.getbasetemp(), "undisturbed", make)
-
-
 @pytest.fixture
 def trained(undisturbed, tmp_path) -> Path:
     """A copy of the trained project."""
-    shutil.copytree(undisturbed, tmp_path / "project")
-    return tmp_path / "project"
+    return Path(shutil.copytree(undisturbed, tmp_path / "project", symlinks=True))
 
 
 @pytest.fixture
 def project(trained) -> Path:
     """The same project before training."""
-    for name in ("runs", "data/model"):
-        shutil.rmtree(trained / name)
-    for name in (*REPORTS, "reports/train.json"):
-        (trained / name).unlink()
+    shutil.rmtree(trained / "runs")
+    shutil.rmtree(trained / "data/model")
+    for path in trained.glob("reports/train*"):
+        path.unlink()
     return trained
 
 
@@ -81,9 +73,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(project, undisturbed):
         wait_until(lambda step=step: newest_step(project) >= step, project)
         wait_until(lambda moment=moment: moment(project), project)
         process.kill()
-        process.wait()
+        assert status_of(process) == -signal.SIGKILL
         assert not (project / "data/model").exists()
-    assert "going on after step" in succeed("python -m stages.train", project)
+    assert "going on after step" in run_stages("train", project)
     assert hashes(project) == hashes(undisturbed)
     assert not is_saving(project)  # what a killed trainer left is cleared away
 
@@ -93,19 +85,22 @@ def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed, c
     for number, step in [(signal.SIGINT, 14), (signal.SIGTERM, 60)]:
         process = start_trainer(project)
         wait_until(lambda step=step: newest_step(project) >= step, project)
-        process.send_signal(number)
-        assert process.wait(timeout=60) == 128 + number
+        os.kill(process.pid, number)
+        assert status_of(process) == 128 + number
         assert f"stopped after step {newest_step(project)};" in log(project)
     listed = command("runs").stdout.split()
     assert "interrupted" in listed and "finished" not in listed
-    assert f"going on after step {newest_step(project)} of 300" in succeed("python -m stages.train", project)
+    assert f"going on after step {newest_step(project)} of 300" in run_stages("train", project)
     assert "finished 300 of 300 steps" in " ".join(command("runs").stdout.split())
     assert hashes(project) == hashes(undisturbed)
 
 
 def test_the_death_of_the_dvc_above_it_stops_it_whatever_stands_between(project):
     for ready in (lambda: any(project.glob("runs/*/lock")), lambda: newest_step(project) > 1):
-        dvc = start_trainer(project, [sys.executable, "-c", LIKE_DVC])
+        with open(project / "train.log", "w") as output:
+            dvc = subprocess.Popen(
+                [sys.executable, "-c", LIKE_DVC], cwd=project, env=environment(), stdout=output, stderr=output
+            )
         wait_until(ready, project)
         dvc.kill()
         dvc.wait()
@@ -113,49 +108,38 @@ def test_the_death_of_the_dvc_above_it_stops_it_whatever_stands_between(project)
     assert 1 < newest_step(project) < 300
 
 
+def test_killing_dvc_stops_the_trainer_and_every_way_to_run_goes_on(done, undisturbed, tmp_path):
+    project = Path(shutil.copytree(done, tmp_path / "project", symlinks=True))
+    set_params(project, STEPS)
+    commit(project, "longer")
+    succeed("git config user.name t && git config user.email t@t", project)  # to run experiments in an edited folder
+
+    for command in ("dvc exp run train", "dvc exp run --temp train", "dvc repro train"):
+        before = newest_step(project)
+        with open(project / "train.log", "w") as output:
+            dvc = subprocess.Popen(command.split(), cwd=project, env=environment(), stdout=output, stderr=output)
+        while newest_step(project) <= max(before, 40):  # 40: the steps of the first run, which are there
+            assert dvc.poll() is None, log(project)
+            time.sleep(0.005)
+        dvc.kill()
+        dvc.wait()
+        for lock in project.glob("runs/*/lock"):
+            with FileLock(lock, timeout=60):  # when it is free, the trainer has gone
+                pass
+        assert before < newest_step(project) < STEPS["train.max_steps"]
+        if command == "dvc exp run train":  # what it leaves behind, and the cure
+            assert run("git symbolic-ref -q HEAD", project).returncode == 1
+            succeed("git switch -q main", project)
+    reached = newest_step(project)
+    assert f"going on after step {reached} of {STEPS['train.max_steps']}" in run_stages("train", project)
+    assert hashes(project) == hashes(undisturbed)
+
+
 def test_what_a_person_started_outlives_its_parent(project):
+    set_params(project, {"train.max_steps": 20})
     succeed(f"nohup {sys.executable} -m stages.train >train.log 2>&1 &", project)
     wait_until(lambda: "train: lowest validation loss" in log(project), project)  # its last words
     assert (project / "reports/train.json").exists()
-
-
-def test_a_damaged_checkpoint_makes_way_for_the_one_before(trained, undisturbed):
-    (newest,) = trained.glob("runs/*/step-0000300")
-    with open(newest / "optimizer.safetensors", "r+b") as file:
-        file.truncate(1000)
-    shutil.rmtree(trained / "data/model")
-    output = succeed("python -m stages.train", trained)
-    assert "step-0000300 is damaged (optimizer.safetensors is not what was written): taking the one before" in output
-    assert "going on after step 294 of 300" in output
-    assert hashes(trained) == hashes(undisturbed)
-
-
-def test_a_finished_run_is_published_again_without_training(trained, undisturbed):
-    shutil.rmtree(trained / "data/model")
-    output = succeed("python -m stages.train", trained)
-    assert "going on after step 300 of 300" in output
-    assert "tokens/s" not in output
-    assert hashes(trained) == hashes(undisturbed)
-    report, first = (json.loads((folder / "reports/train.json").read_text()) for folder in (trained, undisturbed))
-    assert report == first  # time and memory are those of the training, too
-
-
-def test_another_model_never_goes_on_from_this_ones_checkpoints(trained):
-    set_params(trained, {"model.n_layer": 2, "train.max_steps": 10})
-    assert "going on" not in succeed("python -m stages.train", trained)
-    assert len({path.parent for path in trained.glob("runs/*/step-*")}) == 2
-
-
-def test_a_second_trainer_of_the_same_run_is_refused_in_one_line(project):
-    first = start_trainer(project)
-    wait_until(lambda: newest_step(project), project)
-    first.send_signal(signal.SIGSTOP)  # else it may end before the second is there
-    second = run("python -m stages.train", project)
-    first.kill()
-    first.wait()
-    assert second.returncode == 1
-    assert second.stdout.startswith("error: another trainer is writing runs/")
-    assert len(second.stdout.splitlines()) == 1
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
@@ -164,9 +148,50 @@ def test_a_disk_that_fills_up_in_a_save_is_one_line_and_the_run_goes_on_afterwar
     wait_until(lambda: newest_step(project) >= 14, project)
     # A limit on the size of files stands for the end of the disk: write() fails there.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    assert process.wait(timeout=60) == 1
+    assert status_of(process) == 1
     assert [line for line in log(project).splitlines() if line.startswith("error: no room to write runs/")]
     assert "Traceback" not in log(project)
     assert not is_saving(project)
-    assert f"going on after step {newest_step(project)} of 300" in succeed("python -m stages.train", project)
+    assert f"going on after step {newest_step(project)} of 300" in run_stages("train", project)
     assert hashes(project) == hashes(undisturbed)
+
+
+def test_a_finished_run_is_published_again_with_the_time_and_memory_of_its_training(trained, undisturbed):
+    shutil.rmtree(trained / "data/model")
+    output = run_stages("train", trained)
+    assert "going on after step 300 of 300" in output
+    assert "tokens/s" not in output
+    assert hashes(trained) == hashes(undisturbed)
+    report, first = (json.loads((folder / "reports/train.json").read_text()) for folder in (trained, undisturbed))
+    assert report == first
+
+
+def test_another_model_never_goes_on_from_this_ones_checkpoints(trained):
+    set_params(trained, {"model.n_layer": 2, "train.max_steps": 10})
+    assert "going on" not in run_stages("train", trained)
+    assert len({path.parent for path in trained.glob("runs/*/step-*")}) == 3  # the first project's, too
+
+
+def test_an_interrupted_run_goes_on_after_a_change_of_code_but_of_what_decides_its_weights(project, monkeypatch):
+    monkeypatch.setattr(code, "ROOT", project)
+    set_params(project, {"train.max_steps": 20, "train.save_every": 100})
+    asked = itertools.cycle([0, 0, 0, 0, signal.SIGTERM])
+    monkeypatch.setattr(Interrupts, "requested", lambda interrupts: next(asked))
+
+    def stopped_after(*changed: str) -> int:
+        """The step after which training stops that goes on for five, after a change of these files."""
+        for name in changed:
+            path = project / "tinygpt" / name
+            path.write_text(path.read_text() + "\nCHANGED = True\n")
+        forget()
+        with pytest.raises(Stopped) as stopped:
+            run_stages("train", project)
+        return int(re.search(r"after step (\d+)", str(stopped.value))[1])
+
+    try:
+        assert stopped_after() == 5
+        assert stopped_after("run/loggers.py", "run/processes.py", "report/training.py") == 10
+        assert stopped_after("train/loss.py") == 5
+    finally:
+        monkeypatch.undo()
+        forget()

@@ -1,19 +1,14 @@
 """A search by Optuna: what is searched, and trials that are DVC's experiments."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-from project import ROOT, environment, run, succeed
-from test_pipeline import done, project  # noqa: F401  a project after `dvc repro`
+from project import ROOT, run
 
+from sweeps import optuna_sweep
 from sweeps.optuna_sweep import SPACE, choices, open_study, read_settings, suggest
 from tinygpt.errors import UserError
-from tinygpt.files import read_json
 
 SWEEP = "python -m sweeps.optuna_sweep"
 
@@ -81,52 +76,15 @@ def test_without_optuna_the_package_is_named(tmp_path, monkeypatch):
         open_study(tmp_path / "study.db", "a", {}, seed=1)
 
 
-@pytest.mark.slow
-def test_trials_are_experiments_and_the_sweep_goes_on_where_it_was(project):  # noqa: F811
-    sweep = f"{SWEEP} -S train.lr=log:1e-3..3e-2 -S train.max_steps=12"
-    assert "sweep-0 has the lowest val_loss of 1" in succeed(f"{sweep} --trials 1", project)
-    said = succeed(f"{sweep} --trials 2", project)
-    assert "sweep-0:" not in said and "sweep-1: train.lr=" in said
-    rows = [line.split() for line in succeed("python -m tinygpt compare", project).splitlines()]
-    losses = {name: float(row[2]) for name, *row in rows if name.startswith("sweep-")}
-    assert sorted(losses) == ["sweep-0", "sweep-1"]
-    best = min(losses, key=losses.__getitem__)
-    assert f"{best} has the lowest val_loss of 2: `dvc exp apply {best}`" in said
-    assert "Running stage" not in succeed(f"{sweep} --trials 2", project)  # nothing is left to do
-    assert succeed("git status --porcelain", project) == ""
-    succeed(f"dvc exp apply {best}", project)
-    assert f"{read_json(project / 'reports/train.json', stage='train')['val_loss']:.4f}" == f"{losses[best]:.4f}"
-
-
-@pytest.mark.slow
-def test_a_trial_that_was_interrupted_goes_on_from_its_checkpoint(project):  # noqa: F811
-    sweep = f"{SWEEP} --trials 1 -S train.lr=1e-3..3e-2 -S train.max_steps=400 -S train.eval_every=100"
-    process = start(sweep, project)
-    before = time.monotonic()
-    while "train loss" not in (project / "sweep.log").read_text():
-        assert time.monotonic() < before + 120, (project / "sweep.log").read_text()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    assert process.wait(timeout=60) == 130
-    (first,) = [line for line in (project / "sweep.log").read_text().splitlines() if line.startswith("sweep-0: ")]
-    said = succeed(sweep, project)
-    assert f"sweep-1: {first.removeprefix('sweep-0: ')}\n" in said
-    assert "going on after step" in said
-
-
-@pytest.mark.slow
-def test_two_failures_in_a_row_stop_it(project):  # noqa: F811
-    said = run(f"{SWEEP} -S train.lr=-2..-1", project)
-    assert said.returncode == 1
-    assert "must be within (0, inf)" in said.stdout
-    assert said.stdout.endswith("error: 2 trials in a row failed, as told above: the sweep goes on when run again\n")
-
-
-def start(command: str, folder: Path) -> subprocess.Popen[bytes]:
-    with open(folder / "sweep.log", "w") as log:
-        return subprocess.Popen(
-            command.split(), cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
-        )
+def test_two_failures_in_a_row_stop_it_and_one_alone_does_not(tmp_path, monkeypatch, capsys):
+    losses = iter([None, 3.0, None, 2.0, None, None])
+    monkeypatch.setattr(optuna_sweep, "run_experiment", lambda name, values: next(losses))
+    settings = {"train.lr": "1e-3..3e-2"}
+    study = open_study(tmp_path / "study.db", "a", settings, seed=1)
+    with pytest.raises(UserError, match=r"2 trials in a row failed, as told above: the sweep goes on when run again"):
+        optuna_sweep.sweep(study, settings, 3)
+    said = capsys.readouterr().out
+    assert "a-1: val_loss 3.0000; lowest 3.0000, a-1\n" in said and "a-3: val_loss 2.0000; lowest 2.0000, a-3\n" in said
 
 
 def test_a_second_sweep_of_a_study_is_refused(tmp_path):

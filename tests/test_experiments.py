@@ -1,0 +1,153 @@
+"""A story of experiments next to the folder: a queue, a sweep, and all of them side by side.
+
+Each step follows the one before: run the file as a whole.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from project import environment, succeed, wait_until
+from test_pipeline import STAGES, ran
+
+from sweeps.optuna_sweep import run_experiment
+from tinygpt.files import read_json
+
+pytestmark = [pytest.mark.slow, pytest.mark.story, pytest.mark.xdist_group("experiments")]
+
+SWEEP = "python -m sweeps.optuna_sweep --trials {} -S train.lr=log:1e-3..3e-2 -S train.max_steps=150"
+
+
+@pytest.fixture(scope="module")
+def project(done, tmp_path_factory) -> Path:
+    """A project after its first run."""
+    return Path(shutil.copytree(done, tmp_path_factory.mktemp("experiments") / "project", symlinks=True))
+
+
+@pytest.fixture
+def here(project, monkeypatch) -> Path:
+    """The project, in which the command line runs as in a shell of a user."""
+    monkeypatch.chdir(project)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    return project
+
+
+def start(command: str, folder: Path, log: str) -> subprocess.Popen[bytes]:
+    with open(folder.parent / log, "w") as file:
+        return subprocess.Popen(
+            command.split(), cwd=folder, env=environment(), stdout=file, stderr=file, start_new_session=True
+        )
+
+
+def rows_of(said: str) -> dict[str, list[str]]:
+    """The lines of a table by their first word."""
+    return {line.split()[0]: line.split() for line in said.splitlines()}
+
+
+def test_without_experiments_that_is_said(here, command):
+    assert "no experiments of this commit yet" in command("compare").stdout
+
+
+def test_a_queue_leaves_the_folder_alone(project):
+    succeed("dvc exp run --queue train -S 'model.n_layer=2,3'", project)
+    assert succeed("git status --porcelain", project) == ""
+
+
+def test_what_waits_has_no_metrics(here, command):
+    rows = rows_of(command("compare").stdout)
+    assert rows["experiment"][:4] == ["experiment", "state", "model.n_layer", "val_loss"]
+    assert sorted(row[1:4] for row in rows.values() if "Queued" in row) == [["Queued", "2", "-"], ["Queued", "3", "-"]]
+
+
+def test_a_sweep_whose_trial_is_interrupted_goes_on_from_its_checkpoint(project):
+    start("dvc queue start --jobs 1", project, "queue.log")  # goes on in a process of its own
+    sweep = start(SWEEP.format(1), project, "sweep.log")
+    log = project.parent / "sweep.log"
+    wait_until(lambda: "train loss" in log.read_text(), log)
+    os.killpg(sweep.pid, signal.SIGINT)  # what a terminal does
+    assert sweep.wait(timeout=60) == 130
+    (first,) = [line for line in log.read_text().splitlines() if line.startswith("sweep-0: ")]
+    said = succeed(SWEEP.format(1), project)
+    assert f"sweep-1: {first.removeprefix('sweep-0: ')}\n" in said
+    assert "going on after step" in said
+    assert "sweep-1 has the lowest val_loss of 1" in said
+
+
+def test_it_goes_on_where_it_was(project):
+    said = succeed(SWEEP.format(2), project)
+    assert "sweep-1:" not in said and "sweep-2: train.lr=" in said
+    assert "Running stage" not in succeed(SWEEP.format(2), project)  # nothing is left to do
+    assert succeed("git status --porcelain", project) == ""
+
+
+def test_what_was_queued_is_done(project):
+    deadline = time.monotonic() + 120
+    while (status := succeed("dvc queue status", project)).count("Success") < 2:
+        assert "Failed" not in status, succeed("cat .dvc/tmp/exps/run/*/*.out", project)
+        assert time.monotonic() < deadline, status
+        time.sleep(1)
+    assert succeed("git status --porcelain", project) == ""
+    assert "n_layer" in succeed("dvc exp show --only-changed --md", project)
+    assert len(list(project.glob("runs/*/lock"))) == 5  # of all of them, in the one folder
+
+
+def test_experiments_are_compared_and_drawn(here, command):
+    said = command("compare", "--plot", "curves.svg").stdout
+    rows = rows_of(said)
+    first = read_json(here / "reports/train.json", stage="train")["val_loss"]
+    columns = rows["experiment"]
+    shown = {name: dict(zip(columns, row, strict=True)) for name, row in rows.items() if len(row) == len(columns)}
+    assert set(columns[:5]) == {"experiment", "model.n_layer", "train.max_steps", "train.lr", "val_loss"}
+    for name in ("workspace", "main"):
+        assert [shown[name][key] for key in ("train.lr", "train.max_steps")] == ["0.008", "40"]
+        assert shown[name]["val_loss"] == f"{first:.4f}"
+    assert sorted(row["model.n_layer"] for row in shown.values()) == ["1", "1", "1", "1", "2", "3", "model.n_layer"]
+    loss = float(shown["sweep-1"]["val_loss"])
+    assert shown["sweep-1"]["train.max_steps"] == "150" and loss < first
+    assert said.endswith("curves.svg shows 5 of 5 curves\n")  # the workspace is that of the commit
+    svg = (here / "curves.svg").read_text()
+    assert f"sweep-1: {loss:.3f}" in svg and f"main: {first:.3f}" in svg
+    named = command("compare", "sweep-1", "workspace").stdout.splitlines()
+    assert [line.split()[0] for line in named] == ["experiment", "sweep-1", "workspace"]
+    assert f"{loss:.4f}" in named[1].split()
+    (here / "curves.svg").unlink()
+
+
+def test_a_mistake_is_one_line(here, command):
+    for options, message in {
+        "nowhere": "error: DVC finds no nowhere here (unknown Git revision 'nowhere'): see `git log` and `dvc exp",
+        "--plot curves.jpg": "error: --plot curves.jpg: the name must end in .svg or .png",
+    }.items():
+        said = command("compare", *options.split())
+        assert said.returncode == 1
+        assert said.stderr.startswith(message) and len(said.stderr.splitlines()) == 1
+
+
+def test_a_trial_that_fails_has_no_loss(here, capfd):
+    assert run_experiment("bad", ["train.lr=-1"]) is None
+    assert "must be within (0, inf)" in "".join(capfd.readouterr())
+
+
+def test_the_best_is_taken_over(project):
+    rows = rows_of(succeed("python -m tinygpt compare", project))
+    column = rows["experiment"].index("val_loss")
+    losses = {name: float(row[column]) for name, row in rows.items() if re.fullmatch(r"sweep-\d", name)}
+    assert sorted(losses) == ["sweep-1", "sweep-2"]
+    best = min(losses, key=losses.__getitem__)
+    assert f"{best} has the lowest val_loss of 2: `dvc exp apply {best}`" in succeed(SWEEP.format(2), project)
+    succeed(f"dvc exp apply {best}", project)
+    assert f"{read_json(project / 'reports/train.json', stage='train')['val_loss']:.4f}" == f"{losses[best]:.4f}"
+
+
+def test_a_worktree_without_an_identity_runs_experiments(project):
+    other = project.parent / "other"
+    succeed(f"git worktree add -q {other}", project)
+    home = str(project.parent)
+    assert ran(succeed("dvc exp run encode -S clean.split_seed=1", other, HOME=home)) == STAGES[:4]
+    assert (other / "data/tokens/meta.json").exists()
