@@ -9,14 +9,14 @@ from tinygpt.errors import program
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import PLOTS, REPORTS
 from tinygpt.report.config import PlotParams
-from tinygpt.report.plots import read_curve, read_norms, write_plots
+from tinygpt.report.plots import read_tables, write_plots
 
 
 def run(root: Path) -> None:
     """Run the stage in the project's folder."""
-    curve, norms = read_curve(root / REPORTS / "train.csv"), read_norms(root / REPORTS / "train_norms.csv")
-    names = write_plots(curve, norms, root / PLOTS, load_params(PlotParams, path=root / PARAMS_FILE))
-    print(f"plot: {', '.join(names)} in {PLOTS}, from {len(curve):,} rows")
+    tables = read_tables(root / REPORTS)
+    names = write_plots(tables, root / PLOTS, load_params(PlotParams, path=root / PARAMS_FILE))
+    print(f"plot: {', '.join(names)} in {PLOTS}, from {len(tables.curve):,} rows")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Plots: the same bytes from the same numbers, and in them what they promise."""
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from tinygpt.errors import UserError
 from tinygpt.report.config import PlotParams
-from tinygpt.report.plots import COLUMNS, read_curve, read_norms, write_plots
+from tinygpt.report.plots import COLUMNS, FIGURES, Tables, read_tables, write_plots
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=3)
 
@@ -25,7 +27,7 @@ NORMS = pd.DataFrame({"step": [5, 10], "tok_emb": [0.5, 0.25], "block_0": [1.0, 
 
 
 def test_plots_are_whole_files_with_labels_and_the_best_step(curve, tmp_path):
-    names = write_plots(curve, NORMS, tmp_path / "plots", PARAMS)
+    names = write_plots(Tables(curve, NORMS), tmp_path / "plots", PARAMS)
     assert names == ["loss.svg", "loss.png", "optimizer.svg", "optimizer.png", "norms.svg", "norms.png"]
     svg = (tmp_path / "plots/loss.svg").read_text()
     ElementTree.fromstring(svg)
@@ -38,26 +40,44 @@ def test_plots_are_whole_files_with_labels_and_the_best_step(curve, tmp_path):
 
 def test_plots_have_the_same_bytes_each_time(curve, tmp_path):
     for name in "ab":
-        write_plots(curve, NORMS, tmp_path / name, PARAMS)
+        write_plots(Tables(curve, NORMS), tmp_path / name, PARAMS)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
-def test_a_curve_is_read_as_it_was_written(curve, tmp_path):
+@pytest.fixture
+def reports(curve, tmp_path) -> Path:
+    """A folder with both tables."""
     curve.to_csv(tmp_path / "train.csv", index=False)
-    pd.testing.assert_frame_equal(read_curve(tmp_path / "train.csv"), curve)
+    NORMS.to_csv(tmp_path / "train_norms.csv", index=False)
+    return tmp_path
+
+
+def test_tables_are_read_as_they_were_written(curve, reports):
+    tables = read_tables(reports)
+    pd.testing.assert_frame_equal(tables.curve, curve)
+    pd.testing.assert_frame_equal(tables.norms, NORMS)
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\n"])
-def test_a_file_that_is_no_curve_is_refused(text, tmp_path):
-    (tmp_path / "train.csv").write_text(text)
+def test_a_file_that_is_not_a_curve_is_refused(text, reports):
+    (reports / "train.csv").write_text(text)
     with pytest.raises(UserError, match="train.csv .*run `dvc repro train`"):
-        read_curve(tmp_path / "train.csv")
+        read_tables(reports)
 
 
-def test_norms_are_read_as_they_were_written_and_others_refused(tmp_path):
-    NORMS.to_csv(tmp_path / "norms.csv", index=False)
-    pd.testing.assert_frame_equal(read_norms(tmp_path / "norms.csv"), NORMS)
-    (tmp_path / "norms.csv").write_text("step\n1\n")
+def test_norms_without_a_part_are_refused(reports):
+    (reports / "train_norms.csv").write_text("step\n1\n")
     with pytest.raises(UserError, match=r"norms.csv must have a column step, one for each part"):
-        read_norms(tmp_path / "norms.csv")
+        read_tables(reports)
+
+
+def test_a_figure_is_a_function_and_an_entry(curve, tmp_path, monkeypatch):
+    def plot_lr(tables: Tables, params: PlotParams) -> Figure:
+        figure = Figure()
+        figure.subplots().plot(tables.curve.step, tables.curve.lr)
+        return figure
+
+    monkeypatch.setitem(FIGURES, "lr", plot_lr)
+    assert "lr.png" in write_plots(Tables(curve, NORMS), tmp_path / "plots", PARAMS)
+    assert (tmp_path / "plots/lr.png").read_bytes().startswith(b"\x89PNG")

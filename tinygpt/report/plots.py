@@ -6,8 +6,9 @@ style as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -21,6 +22,7 @@ from tinygpt.files import atomic_folder, must_exist
 from tinygpt.report.config import PlotParams
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+AGAIN = "run `dvc repro train`"
 COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
 
 STYLE: dict[Any, Any] = {
@@ -35,42 +37,45 @@ STYLE: dict[Any, Any] = {
 NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
 
-def read_curve(path: Path) -> pd.DataFrame:
-    """reports/train.csv as a table.  Raises UserError when it is missing or has other columns."""
-    try:
-        curve = pd.read_csv(must_exist(path, stage="train"))
-    except ValueError as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path} is no CSV ({error}): run `dvc repro train`") from None
+class Tables(NamedTuple):
+    """What training has written down on the way."""
+
+    curve: pd.DataFrame  # COLUMNS, a row for one step or several
+    norms: pd.DataFrame  # the step of each evaluation, and the norm of each part's gradient
+
+
+def read_tables(reports: Path) -> Tables:
+    """train.csv and train_norms.csv.  Raises UserError when one is missing or has other columns."""
+    curve, norms = (_read(reports / name) for name in ("train.csv", "train_norms.csv"))
     if list(curve.columns) != COLUMNS or curve.empty:
-        raise UserError(f"{path} must have the columns {', '.join(COLUMNS)} and a row: run `dvc repro train`")
-    return curve
-
-
-def read_norms(path: Path) -> pd.DataFrame:
-    """reports/train_norms.csv as a table.  Raises UserError when it is missing or no such table."""
-    try:
-        norms = pd.read_csv(must_exist(path, stage="train"))
-    except ValueError as error:
-        raise UserError(f"{path} is no CSV ({error}): run `dvc repro train`") from None
+        raise UserError(f"{reports}/train.csv must have the columns {', '.join(COLUMNS)} and a row: {AGAIN}")
     if norms.columns[:1].tolist() != ["step"] or len(norms.columns) < 2 or norms.empty:
-        raise UserError(f"{path} must have a column step, one for each part, and a row: run `dvc repro train`")
-    return norms
+        raise UserError(f"{reports}/train_norms.csv must have a column step, one for each part, and a row: {AGAIN}")
+    return Tables(curve, norms)
 
 
-def write_plots(curve: pd.DataFrame, norms: pd.DataFrame, folder: Path, params: PlotParams) -> list[str]:
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(must_exist(path, stage="train"))
+    except ValueError as error:  # pandas' parser errors are ValueErrors
+        raise UserError(f"{path} is not a CSV ({error}): {AGAIN}") from None
+
+
+def write_plots(tables: Tables, folder: Path, params: PlotParams) -> list[str]:
     """Write every figure in every format; return the names of the files."""
     names = []
     with mpl.rc_context(STYLE), atomic_folder(folder) as partial:
-        figures = {name: plot(curve, params) for name, plot in FIGURES.items()} | {"norms": plot_norms(norms)}
-        for name, figure in figures.items():
+        for name, plot in FIGURES.items():
+            figure = plot(tables, params)
             for extension in params.formats:
                 names.append(f"{name}.{extension}")
                 figure.savefig(partial / names[-1], dpi=params.dpi, metadata=NO_DATE[extension])
     return names
 
 
-def plot_loss(curve: pd.DataFrame, params: PlotParams) -> Figure:
+def plot_loss(tables: Tables, params: PlotParams) -> Figure:
     """Training and validation loss by step, the best step marked."""
+    curve = tables.curve
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     smooth = curve.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
@@ -85,8 +90,9 @@ def plot_loss(curve: pd.DataFrame, params: PlotParams) -> Figure:
     return figure
 
 
-def plot_optimizer(curve: pd.DataFrame, params: PlotParams) -> Figure:
+def plot_optimizer(tables: Tables, params: PlotParams) -> Figure:
     """Learning rate and gradient norm by step, one above the other."""
+    curve = tables.curve
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot(curve.step, curve.lr, color=GREEN, linewidth=1.5)
@@ -96,8 +102,9 @@ def plot_optimizer(curve: pd.DataFrame, params: PlotParams) -> Figure:
     return figure
 
 
-def plot_norms(norms: pd.DataFrame) -> Figure:
-    """The gradient of each part at each look: a column for a step, a row for a part, the first one below."""
+def plot_norms(tables: Tables, params: PlotParams) -> Figure:
+    """The gradient of each part at each evaluation: a column for a step, a row for a part, the first one below."""
+    norms = tables.norms
     parts = norms.columns[1:]
     figure = Figure(figsize=(7, 1.4 + 0.3 * len(parts)), layout="constrained")
     axes = figure.subplots()
@@ -121,4 +128,8 @@ def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(max(high, low * 1.01))
 
 
-FIGURES = {"loss": plot_loss, "optimizer": plot_optimizer}
+FIGURES: dict[str, Callable[[Tables, PlotParams], Figure]] = {
+    "loss": plot_loss,
+    "optimizer": plot_optimizer,
+    "norms": plot_norms,
+}
