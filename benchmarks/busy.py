@@ -22,6 +22,7 @@ import torch
 from tinygpt.device import open_device
 from tinygpt.errors import program
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer.kinds import TokenizerParams
@@ -61,7 +62,7 @@ def tokens_per_second(seconds: float) -> float:
     groups = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
     model_params, params, runtime, tokenizer = groups
     config = GPTConfig(**config_fields(model_params), vocab_size=tokenizer.vocab_size)
-    learner = Learner(config, params, runtime, device=open_device(runtime))
+    learner = Learner(GPT(config), params, runtime, device=open_device(runtime))
     ids = torch.randint(config.vocab_size, (params.batch_size, config.block_size + 1))
     learner.learn(0, ids)
     n_step, began = 0, time.perf_counter()

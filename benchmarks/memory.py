@@ -21,11 +21,13 @@ import numpy as np
 import torch
 
 from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
 from tinygpt.params import from_mapping, load_params
 from tinygpt.run.memory import memory_of
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
+from tinygpt.train.learner import Learner
 from tinygpt.train.trainer import Trainer, TrainState
 
 MIDDLE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65}
@@ -103,7 +105,8 @@ def measure(sizes: dict[str, Any], optimizer: str, recompute: bool) -> tuple[flo
         before = status("VmRSS")
         with Watched("memory", config, params, runtime) as run:
             cpu = torch.device("cpu")
-            Trainer(config, params, runtime, train_tokens=tokens, val_tokens=tokens, device=cpu).fit(run)
+            learner = Learner(GPT(config), params, runtime, device=cpu)
+            Trainer(learner, train_tokens=tokens, val_tokens=tokens).fit(run)
     own = (memory.weights + memory.gradients + memory.optimizer) / 1e6
     return own, peaks[0] - before, status("VmHWM") - before
 

@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from tinygpt.device import open_device
 from tinygpt.errors import program
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokens import TokenIds, load_meta, load_tokens
 from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import TrainParams
+from tinygpt.train.learner import Learner
 from tinygpt.train.loss import autocast, pick_precision
 from tinygpt.train.trainer import Trainer
 
@@ -124,9 +126,9 @@ def train_by_params(
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = folder
         with Run("benchmark", config, params, runtime) as run:
-            trainer = Trainer(
-                config, params, runtime, train_tokens=train_tokens, val_tokens=val_tokens, device=open_device(runtime)
-            )
+            model = GPT(config, generator=torch.Generator().manual_seed(params.seed))
+            learner = Learner(model, params, runtime, device=open_device(runtime))
+            trainer = Trainer(learner, train_tokens=train_tokens, val_tokens=val_tokens)
             trainer.fit(run)
     return trainer
 
@@ -155,7 +157,7 @@ def main() -> None:
     ]
     for lr in args.lrs:
         batches = Batches(tokens["train"], seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
-        plain, steps = train_plain(config, params, batches, trainer.device, lr=lr, seconds=seconds)
+        plain, steps = train_plain(config, params, batches, trainer.learner.device, lr=lr, seconds=seconds)
         n_params = sum(p.numel() for p in plain.parameters())
         table.append(("plain GPT", lr, n_params, steps, validation_loss(plain, rows)))
     print(f"\n| model | lr | weights | steps in {seconds:.0f} s | validation loss (nats per token) |")

@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.plain_gpt import PlainGPT, loss_of
 from tinygpt.device import open_device
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
 from tinygpt.run.costs import flops_per_token, peak_flops
 from tinygpt.runtime import RuntimeParams
@@ -69,7 +70,7 @@ def ours(case: Case, *, compiled: bool, **changes: Any) -> Step:
     params, runtime = load_params(TrainParams, RuntimeParams)
     params = dataclasses.replace(params, batch_size=case.batch_size, precision=case.precision, **(ADAMW | changes))
     runtime = dataclasses.replace(runtime, compile=compiled, cuda_graphs=compiled and runtime.cuda_graphs)
-    return Learner(case.config, params, runtime, device=case.device).learn
+    return Learner(GPT(case.config), params, runtime, device=case.device).learn
 
 
 def plain(case: Case, *, compiled: bool) -> Step:

@@ -7,9 +7,12 @@ reports/train.csv, train_norms.csv, train.json and train_samples.md.
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from tinygpt.errors import program
 from tinygpt.files import runs_folder, sha256_file
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
+from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import WEIGHTS_FILE, load_base
 from tinygpt.params import PARAMS_FILE, check_params, load_params
 from tinygpt.paths import BASE, MODEL, REPORTS, TOKENIZER, TOKENS
@@ -21,6 +24,7 @@ from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
 from tinygpt.train.config import TrainParams
+from tinygpt.train.learner import Learner
 from tinygpt.train.parallel import World
 from tinygpt.train.trainer import Trainer
 
@@ -37,20 +41,16 @@ def train(root: Path, world: World) -> None:
     tokenizer, meta = load_tokenizer(root / TOKENIZER), load_meta(root / TOKENS, tokenizer=root / TOKENIZER)
     config = GPTConfig(**config_fields(model_params), vocab_size=meta.vocab_size)
     train_tokens, val_tokens = (load_tokens(root / TOKENS, n, at_least=config.block_size + 1) for n in ("train", "val"))
-    base = load_base(root / BASE, config, tokenizer) if params.init_from == "base" else None
-    base_sha256 = sha256_file(root / BASE / WEIGHTS_FILE) if base else None
+    base_sha256 = None
+    if params.init_from == "base":
+        model = load_base(root / BASE, config, tokenizer)
+        base_sha256 = sha256_file(root / BASE / WEIGHTS_FILE)
+    else:
+        model = GPT(config, generator=torch.Generator().manual_seed(params.seed))
     name = fingerprint(config, params, meta, base_sha256)
     with Run(name, config, params, runtime, tokenizer=tokenizer, world=world, runs=runs_folder(root)) as run:
-        trainer = Trainer(
-            config,
-            params,
-            runtime,
-            train_tokens=train_tokens,
-            val_tokens=val_tokens,
-            device=open_devices(runtime, world, params),
-            world=world,
-            base=base,
-        )
+        learner = Learner(model, params, runtime, device=open_devices(runtime, world, params), world=world)
+        trainer = Trainer(learner, train_tokens=train_tokens, val_tokens=val_tokens)
         run.note(finished=False)  # now that nothing is refused any more
         trained, made_from = trainer.fit(run), {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
         report = world.first(lambda: publish(trained, trainer, root / MODEL, root / REPORTS, made_from=made_from))

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import RUNTIME, tiny_config
+from conftest import RUNTIME
 from project import (
     environment,
     newest_step,
@@ -31,6 +31,7 @@ from project import (
     workers,
 )
 from safetensors.torch import load_file, save_file
+from test_train import make_learner
 
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, load_params
@@ -89,20 +90,13 @@ def train(name: str, world: World, parallel: str, kind: str) -> dict[str, torch.
     """One of the RUNS; its last weights."""
     of_train, of_model, of_runtime = RUNS[kind]
     torch.set_num_threads(1)
-    made_of = (
-        tiny_config(**of_model),
+    params, runtime = (
         dataclasses.replace(PARAMS, **of_train),
         dataclasses.replace(RUNTIME, parallel=parallel, **of_runtime),
     )
-    with Run(name, *made_of, world=world) as run:
-        trainer = Trainer(
-            *made_of,
-            train_tokens=tokens(2000),
-            val_tokens=tokens(800),
-            device=torch.device("cpu"),
-            world=world,
-        )
-        done = trainer.fit(run)
+    learner = make_learner(params=params, runtime=runtime, world=world, **of_model)
+    with Run(name, learner.config, params, runtime, world=world) as run:
+        done = Trainer(learner, train_tokens=tokens(2000), val_tokens=tokens(800)).fit(run)
     rows = [row["val_loss"] for row in done.state.rows if row["val_loss"] is not None]
     return done.last | {f"best {name}": tensor for name, tensor in done.best.items()} | {"rows": torch.tensor(rows)}
 

@@ -5,13 +5,12 @@ import time
 
 import pytest
 import torch
-from conftest import RUNTIME, random_ids, tiny_config
-from test_train import PARAMS, fit, make_trainer, runs_in_tmp, same, train  # noqa: F401  runs_in_tmp is used by pytest
+from conftest import RUNTIME, random_ids
+from test_train import PARAMS, fit, make_learner, make_trainer, runs_in_tmp, same, train  # noqa: F401  runs_in_tmp is used by pytest
 
 from tinygpt.device import out_of_memory
 from tinygpt.errors import UserError
 from tinygpt.run.memory import fastest, find_micro_batch_size, halves, largest
-from tinygpt.train.learner import Learner
 
 AUTO = dataclasses.replace(RUNTIME, micro_batch_size="auto")
 
@@ -46,7 +45,7 @@ def test_the_size_of_least_time_a_sequence_is_taken():
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_trying_touches_neither_weights_nor_gradients_nor_random_numbers(precision, capsys):
     params = dataclasses.replace(PARAMS, precision=precision)
-    tried, other = (Learner(tiny_config(dropout=0.2), params, AUTO, device=torch.device("cpu")) for _ in range(2))
+    tried, other = (make_learner(params=params, runtime=AUTO, dropout=0.2) for _ in range(2))
     torch.manual_seed(3)
     before = torch.get_rng_state()
     size = find_micro_batch_size(tried)
@@ -83,6 +82,6 @@ def test_memory_that_cannot_be_had_is_one_line_and_other_errors_are_themselves()
 
 def test_a_batch_that_does_not_fit_into_memory_is_not_tried():
     params = dataclasses.replace(PARAMS, batch_size=2**28)  # of which the smallest part tried has 2^30 tokens
-    one = Learner(tiny_config(n_layer=1), params, AUTO, device=torch.device("cpu"))
+    one = make_learner(params=params, runtime=AUTO, n_layer=1)
     with pytest.raises(UserError, match="not even the smallest micro-batch fits"):
         find_micro_batch_size(one)

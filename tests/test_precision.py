@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import RUNTIME, random_ids, tiny_config
-from test_train import PARAMS, compiler, fit, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
+from conftest import RUNTIME, random_ids
+from test_train import PARAMS, compiler, fit, make_learner, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
 
 from tinygpt.errors import UserError
-from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS, pick_precision
 from tinygpt.train.trainer import MAX_SKIPPED, TrainState
 
@@ -19,7 +18,7 @@ LONG = dataclasses.replace(PARAMS, max_steps=20)
 
 def learner(*, gradient_checkpointing=False, precision="fp32", **config):
     runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=gradient_checkpointing)
-    return Learner(tiny_config(**config), dataclasses.replace(PARAMS, precision=precision), runtime, device=CPU)
+    return make_learner(params=dataclasses.replace(PARAMS, precision=precision), runtime=runtime, **config)
 
 
 def scale_to(one, scale):

@@ -104,7 +104,7 @@ def test_the_bound_of_activations_is_above_what_any_model_keeps(changes, precisi
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_memory_is_counted_exactly_only_where_it_is_close(optimizer, monkeypatch):
     train = dataclasses.replace(PARAMS, optimizer=optimizer, ema=EMAParams(decay=0.9, start=0))
-    learner = Learner(tiny_config(), train, RUNTIME, device=CPU)
+    learner = Learner(GPT(tiny_config()), train, RUNTIME, device=CPU)
     exact = memory(learner.model.config, train)
     needed = exact.training - exact.weights
     for free, expected in ((needed, False), (needed + 1, True)):
@@ -163,7 +163,7 @@ def test_the_state_that_is_counted_is_what_a_step_leaves(optimizer, ema):
 
 
 def test_speeds_are_measured():
-    learner = Learner(tiny_config(), PARAMS, RUNTIME, device=CPU)
+    learner = Learner(GPT(tiny_config()), PARAMS, RUNTIME, device=CPU)
     assert tokens_per_second(learner) > 100
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from project import made_once
 
 from tinygpt.errors import Stopped, UserError
+from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors
 from tinygpt.params import ParamsError
 from tinygpt.report.training import publish
@@ -30,6 +31,7 @@ from tinygpt.train.config import ContextWarmup, EMAParams, TrainParams
 from tinygpt.train.learner import Learner, part_norms
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import OPTIMIZERS, SCHEDULES, OptimizerKind, Schedule, dropout_frac_at, lr_frac_at
+from tinygpt.train.parallel import ALONE
 from tinygpt.train.trainer import Trainer
 
 PARAMS = TrainParams(
@@ -88,16 +90,15 @@ def compiler(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
-def make_trainer(*, params=PARAMS, runtime=RUNTIME, base=None, **config) -> Trainer:
-    return Trainer(
-        tiny_config(**config),
-        params,
-        runtime,
-        train_tokens=tokens(),
-        val_tokens=tokens(800),
-        device=torch.device("cpu"),
-        base=base,
-    )
+def make_learner(*, params=PARAMS, runtime=RUNTIME, base=None, world=ALONE, **config) -> Learner:
+    model = GPT(tiny_config(**config), generator=torch.Generator().manual_seed(params.seed))
+    if base is not None:
+        model.load_state_dict(base, strict=False)
+    return Learner(model, params, runtime, device=torch.device("cpu"), world=world)
+
+
+def make_trainer(**kwargs) -> Trainer:
+    return Trainer(make_learner(**kwargs), train_tokens=tokens(), val_tokens=tokens(800))
 
 
 def fit(trainer: Trainer, name: str = "run", **kwargs):

@@ -140,7 +140,7 @@ def profile(args: Namespace) -> None:
         print(f"profile: measures {steps}, which --no-measure leaves out", file=sys.stderr)
         if runtime.micro_batch_size is not None:
             runtime = dataclasses.replace(runtime, micro_batch_size=micro)
-        learner = Learner(config, train, runtime, device=device)
+        learner = Learner(GPT(config), train, runtime, device=device)
         speed, peak = tokens_per_second(learner), peak_flops(device, learner.precision)
         print(f"speed       {speed:,.0f} tokens a second, so about {_duration(n_tokens / speed)}")
         print(
@@ -160,7 +160,7 @@ def _micro_batch_size(
     smallest = halves(train.batch_size)[-1]
     if memory_of(config, train, runtime, smallest, device).training > available_memory(device):
         return smallest  # the model is not even built
-    return find_micro_batch_size(Learner(config, train, runtime, device=device))
+    return find_micro_batch_size(Learner(GPT(config), train, runtime, device=device))
 
 
 def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:

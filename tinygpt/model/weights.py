@@ -85,8 +85,8 @@ def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer
     return model, found
 
 
-def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """The tensors of a base.  Raises UserError when there is none, or it is of another model or tokenizer."""
+def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
+    """A model with a base's weights.  Raises UserError when there is no base, or its model or tokenizer differs."""
     if not (folder / "config.json").exists():
         raise UserError(
             f"train.init_from=base, but {folder} holds no model: run `python -m tinygpt import-hf FOLDER` or "
@@ -105,7 +105,7 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> dict[str
         raise UserError(
             f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`"
         )
-    return model_tensors(base)
+    return fill(unset_model(config), model_tensors(base)).train()
 
 
 def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:

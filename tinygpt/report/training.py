@@ -73,7 +73,7 @@ def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "device": str(trainer.device),
+            "device": str(trainer.learner.device),
             "processes": trainer.world.size,
             "threads": torch.get_num_threads(),
             "precision": str(trainer.learner.precision),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.params import require
@@ -46,27 +45,25 @@ class Learner:
 
     def __init__(
         self,
-        config: GPTConfig,
+        model: GPT,
         params: TrainParams,
         runtime: RuntimeParams,
         *,
         device: torch.device,
         world: World = ALONE,
-        base: dict[str, Tensor] | None = None,
     ) -> None:
-        """`base` has the weights to start from, by name; without it they come from the seed."""
-        self.config, self.params, self.device, self.world = config, params, device, world
+        """`model` has the weights to start from; it is moved to the device, and frozen where adapters are trained."""
+        self.config, self.params, self.device, self.world = model.config, params, device, world
         self.runtime = runtime
         self.micro_batch_size = None if runtime.micro_batch_size == "auto" else runtime.micro_batch_size
-        self._build = partial(build_model, config, params, base, device)
-        self.model = self._build()
+        self.model = self._prepared(model)
         if runtime.gradient_checkpointing:
             recompute_blocks(self.model)
         self._parallel = PARALLEL[runtime.parallel]() if world.size > 1 else Parallel()
         self._parallel.split(self.model)
         self.optimizers = build_optimizers(self.model, params)
         self.ema = EMA(params.ema) if params.ema else None
-        self.precision = pick_precision(params.precision, device, config.n_embd)
+        self.precision = pick_precision(params.precision, device, self.config.n_embd)
         set_matmul_precision(self.precision, device)
         self.scaler = build_scaler(self.precision, device)
         extra = {"label_smoothing": params.label_smoothing, "z_loss": params.z_loss}
@@ -74,7 +71,7 @@ class Learner:
         if runtime.compile:
             self._compile(loss)
         n_rows = self.micro_batch_size or params.batch_size // world.size
-        example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, config.block_size + 1)
+        example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, self.config.block_size + 1)
         self._train_loss = self._parallel.wrap(loss, example)
         self.part_norms: dict[str, Tensor] = {}  # of the last gradient that they were asked of, before clipping
 
@@ -118,7 +115,7 @@ class Learner:
     def evaluated(self) -> Iterator[GPT]:
         """A context with the model as it evaluates: with the average of its weights where there is one."""
         with self.ema.in_place_of(trained_tensors(self.model)) if self.ema else nullcontext():
-            yield self._parallel.whole_model(self.model, partial(self._build, init=False)).eval()
+            yield self._parallel.whole_model(self.model, self._like).eval()
         self.model.train()
 
     @torch.inference_mode()
@@ -148,6 +145,18 @@ class Learner:
         if self.ema:
             self.ema.average = {name: part_of(tensor, weights[name]) for name, tensor in tensors["ema"].items()}
 
+    def _prepared(self, model: GPT) -> GPT:
+        """The model on the device, with adapters where these are what is trained."""
+        model = model.to(self.device)
+        if self.params.lora is not None:
+            seed = torch.Generator().manual_seed(self.params.seed)
+            add_lora(model, **dataclasses.asdict(self.params.lora), generator=seed)
+        return model
+
+    def _like(self) -> GPT:
+        """Another model of this kind, whose weights are left to be set."""
+        return self._prepared(GPT(self.config, init=False))
+
     def _compile(self, loss: Loss) -> None:
         """Let the loss run by torch.compile.  Raises ParamsError where each step would be compiled anew."""
         require(
@@ -165,25 +174,6 @@ class Learner:
         loss: Tensor = self._train_loss(ids) * share
         self.scaler.scale(loss).backward()
         return loss.detach()
-
-
-def build_model(
-    config: GPTConfig,
-    params: TrainParams,
-    base: dict[str, Tensor] | None,
-    device: torch.device,
-    *,
-    init: bool = True,
-) -> GPT:
-    """The model before its first step; with `init=False` its weights are left to be set."""
-    seed = torch.Generator().manual_seed(params.seed)
-    model = GPT(config, init=init and base is None, generator=seed).to(device)
-    if init and base is not None:
-        model.load_state_dict(base, strict=False)  # a tied head is not in it
-    if params.lora is not None:
-        seed = torch.Generator().manual_seed(params.seed)
-        add_lora(model, **dataclasses.asdict(params.lora), generator=seed)
-    return model
 
 
 def seed_dropout(seed: int, step: int, world: World) -> None:

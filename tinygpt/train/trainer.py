@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import Stopped, UserError
-from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import merged_tensors, trained_tensors
-from tinygpt.runtime import RuntimeParams
 from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import is_scaled
 from tinygpt.train.optim import lr_frac_at
-from tinygpt.train.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from tinygpt.tokens import TokenIds
@@ -35,21 +32,10 @@ Row = dict[str, float | None]  # of the curve: numbers by name
 class Trainer:
     """One run.  `Trainer(…).fit(keeper)` goes on from where the run stopped, to the last step."""
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        params: TrainParams,
-        runtime: RuntimeParams,
-        *,
-        train_tokens: TokenIds,
-        val_tokens: TokenIds,
-        device: torch.device,
-        world: World = ALONE,
-        base: dict[str, Tensor] | None = None,
-    ) -> None:
-        """`base` has the weights to start from, by name; without it they come from the seed."""
-        self.params, self.runtime, self.device, self.world = params, runtime, device, world
-        self.learner = Learner(config, params, runtime, device=device, world=world, base=base)
+    def __init__(self, learner: Learner, *, train_tokens: TokenIds, val_tokens: TokenIds) -> None:
+        self.learner, self.world = learner, learner.world
+        config, params = learner.config, learner.params
+        self.params, self.runtime = params, learner.runtime
         self.batches = Batches(
             train_tokens,
             seq_len=config.block_size,
@@ -58,7 +44,7 @@ class Trainer:
             context_warmup=params.context_warmup,
             shuffle_documents=params.shuffle_documents,
         )
-        self.prefetch = Prefetch(self.batches.batch_at, device)
+        self.prefetch = Prefetch(self.batches.batch_at, learner.device)
         self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
         self.state = TrainState()
         self.best: dict[str, Tensor] = {}
@@ -109,7 +95,7 @@ class Trainer:
         """Measure the validation loss, keep the best weights, write a sample, note the norms of gradients by part."""
         state = self.state
         with self.learner.evaluated() as model:
-            val_loss = self.learner.loss_of(model, torch.from_numpy(self.val_batch).to(self.device))
+            val_loss = self.learner.loss_of(model, torch.from_numpy(self.val_batch).to(self.learner.device))
             if self.params.sample_tokens and self.world.rank == 0:
                 state.samples.append({"step": state.step, "text": keeper.sample(model)})
             if state.best_val_loss is None or val_loss < state.best_val_loss:
