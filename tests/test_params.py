@@ -133,6 +133,15 @@ def test_a_typo_in_the_name_of_a_group_is_told_whatever_is_loaded(tmp_path):
         load_params(ModelParams, path=path)
 
 
+def test_a_missing_group_is_refused_whatever_is_loaded(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    assert "\nplot:\n" in text
+    (tmp_path / "params.yaml").write_text(text[: text.index("\nplot:\n")] + text[text.index("\nexport:\n") :])
+    for cls in (PlotParams, RuntimeParams):
+        with pytest.raises(ParamsError, match=r"^missing key plot$"):
+            load_params(cls, path=tmp_path / "params.yaml")
+
+
 def test_problems_of_several_groups_come_together(tmp_path):
     path = edited(tmp_path, "  n_layer: ", "  n_layer: -")
     path.write_text(path.read_text().replace("  dpi: ", "  dpi: x"))
