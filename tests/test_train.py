@@ -172,6 +172,23 @@ def test_learning_rate_is_never_zero_peaks_after_the_warmup_and_ends_at_the_mini
         assert after[-1] == pytest.approx(params.min_lr_frac)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),  # after 20, 60, 80 and 100 percent of the way from the warmup to the end
+    [
+        ("cosine", [0.9045, 0.3455, 0.0955, 0]),
+        ("linear", [0.8, 0.4, 0.2, 0]),
+        ("wsd", [1, 1, 0.5, 0]),
+        ("constant", [1, 1, 1, 1]),
+    ],
+)
+def test_each_schedule_has_its_shape(schedule, shares):
+    changes = {"schedule": schedule, "min_lr_frac": 0.2, "decay_frac": 0.4}
+    params = dataclasses.replace(PARAMS, max_steps=14, warmup_steps=3, **changes)
+    assert [lr_frac_at(step, params) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+    found = [lr_frac_at(step, params) for step in (5, 9, 11, 13)]
+    assert found == pytest.approx([0.2 + 0.8 * share for share in shares], abs=1e-4)
+
+
 # ---- dropout ----
 
 
