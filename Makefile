@@ -3,7 +3,7 @@ VENV := .venv
 RUNTIME := $(VENV)/requirements.installed
 DEV := $(VENV)/requirements-dev.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadgroup --durations=25
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --durations=25
 
 .DEFAULT_GOAL := help
 .PHONY: help install repro test lint typecheck format check coverage sample clean

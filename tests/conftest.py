@@ -22,6 +22,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from project import commit, made_once, make_project, run_stages, set_params, succeed
+from xdist.scheduler import LoadScopeScheduling
 
 from tinygpt.cli.main import main
 from tinygpt.model.config import GPTConfig
@@ -187,6 +188,26 @@ def undisturbed(done, tmp_path_factory) -> Path:
 def project(done, tmp_path) -> Path:
     """A copy of the project, cache and all."""
     return Path(shutil.copytree(done, tmp_path / "project", symlinks=True))
+
+
+TOGETHER = (  # tests that follow each other, or share what takes long to make: in one worker, and first
+    "tests/test_pipeline.py::TestTheStory",
+    "tests/test_experiments.py",
+    "tests/test_distributed.py::test_processes_train_the_model",
+)
+
+
+class Scheduling(LoadScopeScheduling):
+    """Which tests go to one of xdist's workers together.  (pytest 9.2 drops the marks that xdist 3.8 has for it.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((name for name in TOGETHER if nodeid.startswith(name)), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """Use it for any number of workers."""
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -149,7 +149,6 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("together")
 @pytest.mark.parametrize("size", RUNS_OF)
 def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(
     size, alone, trained, tmp_path, monkeypatch

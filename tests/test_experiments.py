@@ -18,7 +18,7 @@ from test_pipeline import STAGES, ran
 from sweeps.optuna_sweep import run_experiment
 from tinygpt.files import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.story, pytest.mark.xdist_group("experiments")]
+pytestmark = [pytest.mark.slow, pytest.mark.story]
 
 SWEEP = "python -m sweeps.optuna_sweep --trials {} -S train.lr=log:1e-3..3e-2 -S train.max_steps=150"
 

@@ -24,8 +24,7 @@ from tinygpt.train.optim import (
 
 N_STEPS = 4
 BYTES = {"n_embd": 64, "n_hidden": 64}  # few shapes: torchao compiles a step for each
-TORCHAO = [pytest.mark.slow, pytest.mark.xdist_group("torchao")]
-INSTALLED = [name if name != "adamw8bit" else pytest.param(name, marks=TORCHAO) for name in OPTIMIZERS]
+INSTALLED = [name if name != "adamw8bit" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
 
 
 def params_with(**changes):
@@ -143,7 +142,6 @@ def test_two_steps_of_lion_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("torchao")
 def test_adamw_of_bytes_is_near_adamw():
     pytest.importorskip("torchao")
     model, reference, start = (tiny_model(**BYTES) for _ in range(3))

@@ -43,7 +43,7 @@ def replace(path: Path, old: str, new: str) -> None:
 
 # ---- the story: run this file as a whole ----
 
-story = [pytest.mark.slow, pytest.mark.story, pytest.mark.xdist_group("pipeline")]
+story = [pytest.mark.slow, pytest.mark.story]
 
 
 @pytest.fixture(scope="module")
