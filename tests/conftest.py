@@ -29,6 +29,7 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.runtime import RuntimeParams
+from tinygpt.threads import n_cpu
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 
@@ -190,6 +191,11 @@ def project(done, tmp_path) -> Path:
     return Path(shutil.copytree(done, tmp_path / "project", symlinks=True))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Machine code that torch.compile makes is kept for all tests, and for the next time."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.cache.mkdir("inductor"))
+
+
 TOGETHER = (  # tests that follow each other, or share what takes long to make: in one worker, and first
     "tests/test_pipeline.py::TestTheStory",
     "tests/test_experiments.py",
@@ -202,6 +208,12 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return next((name for name in TOGETHER if nodeid.startswith(name)), nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: tests of programs wait for these."""
+    return n_cpu() + 1
 
 
 @pytest.hookimpl(optionalhook=True)

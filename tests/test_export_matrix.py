@@ -19,6 +19,7 @@ from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.model.config import MLPS, MLPKind
 from tinygpt.params import ParamsError, check_params, from_mapping, require
 
 COMBINATIONS = [dict(zip(CORE, values, strict=True)) for values in product(*CORE.values())]
@@ -125,7 +126,8 @@ def test_a_head_width_of_its_own_is_refused_where_a_family_derives_it():
         check(config, BOTH)
 
 
-def test_a_kind_of_mlp_that_no_family_has_is_refused_in_one_line():
+def test_a_kind_of_mlp_that_no_family_has_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(MLPS, "geglu", MLPKind("gelu", gated=True))
     for export in (BOTH, HF, GGUF):
         with pytest.raises(ParamsError, match=r"has .*model\.mlp=geglu.*: set model\.mlp=\w+, or turn") as caught:
             check(tiny_config(mlp="geglu"), export)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import RUNTIME, random_ids
-from test_train import PARAMS, compiler, fit, make_learner, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
+from test_train import PARAMS, fit, make_learner, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
 
 from tinygpt.errors import UserError
 from tinygpt.train.loss import PRECISIONS, pick_precision
@@ -146,13 +146,13 @@ def test_blocks_that_are_computed_again_keep_little():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding(compiler):  # noqa: F811
+def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding():
     params = dataclasses.replace(PARAMS, max_steps=5, precision="fp16")
     runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=True)
     eager = train("eager", params=params, runtime=runtime, n_layer=1)
     compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True), n_layer=1)
     for name in eager.last:
-        torch.testing.assert_close(compiled.last[name], eager.last[name], atol=5e-3, rtol=1e-2)
+        torch.testing.assert_close(compiled.last[name], eager.last[name], atol=1e-2, rtol=1e-2)
     for ours, theirs in zip(compiled.state.rows, eager.state.rows, strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
     for ours, theirs in zip(compiled.state.norms, eager.state.norms, strict=True):

@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch
 from conftest import RUNTIME, random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from project import made_once
+from torch._dynamo.utils import counters
 
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model.gpt import GPT
@@ -81,13 +80,6 @@ def tokens(n: int = 2000) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def runs_in_tmp(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-
-
-@pytest.fixture
-def compiler(tmp_path_factory, monkeypatch):
-    """Compiled steps, whose headers are compiled once in a run of the tests, and nothing before it."""
-    folder = made_once(tmp_path_factory.getbasetemp(), "inductor", Path.mkdir)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def make_learner(*, params=PARAMS, runtime=RUNTIME, base=None, world=ALONE, **config) -> Learner:
@@ -416,15 +408,31 @@ def test_micro_batches_of_any_size_give_the_same_model_up_to_rounding():
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_same_step_up_to_rounding(compiler):
-    warmup = ContextWarmup(start=32, steps=2)
-    params = dataclasses.replace(PARAMS, max_steps=5, batch_size=2, label_smoothing=0.1, context_warmup=warmup)
-    runtime = dataclasses.replace(RUNTIME, micro_batch_size=1)  # two sequences of half the length, then one and one
+def test_a_compiled_step_is_the_same_step_up_to_rounding():
+    params = dataclasses.replace(PARAMS, max_steps=5, batch_size=2, label_smoothing=0.1)
+    runtime = dataclasses.replace(RUNTIME, micro_batch_size=1)
     eager = train("eager", params=params, runtime=runtime, n_layer=1)
     compiled = train("compiled", params=params, runtime=dataclasses.replace(runtime, compile=True), n_layer=1)
     for name in eager.last:
         torch.testing.assert_close(compiled.last[name], eager.last[name], atol=2e-4, rtol=1e-3)
     assert compiled.state.best_val_loss == pytest.approx(eager.state.best_val_loss, abs=1e-4)
+
+
+def test_each_length_of_a_context_warmup_is_compiled_once(monkeypatch):
+    compile_module = torch.nn.Module.compile
+
+    def without_machine_code(module, *, dynamic, mode):  # which takes ten seconds for each length
+        compile_module(module, backend="eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_machine_code)
+    counters.clear()
+    params = dataclasses.replace(PARAMS, context_warmup=ContextWarmup(start=1, steps=9))
+    eager, compiled = (
+        train(name, params=params, runtime=dataclasses.replace(RUNTIME, compile=name == "compiled"))
+        for name in ("eager", "compiled")
+    )
+    assert counters["stats"]["unique_graphs"] == 7  # 1, 2, 4 … 64 tokens
+    assert same(compiled.last, eager.last)
 
 
 @pytest.mark.parametrize(("lr", "grad_clip"), [(1e30, 1e30)])
