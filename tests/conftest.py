@@ -29,7 +29,6 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.runtime import RuntimeParams
-from tinygpt.threads import n_cpu
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 
@@ -194,12 +193,14 @@ def project(done, tmp_path) -> Path:
 def pytest_configure(config: pytest.Config) -> None:
     """Machine code that torch.compile makes is kept for all tests, and for the next time."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.cache.mkdir("inductor"))
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, which take five seconds to start
 
 
 TOGETHER = (  # tests that follow each other, or share what takes long to make: in one worker, and first
     "tests/test_pipeline.py::TestTheStory",
     "tests/test_experiments.py",
     "tests/test_distributed.py::test_processes_train_the_model",
+    "tests/test_compiled.py",
 )
 
 
@@ -208,12 +209,6 @@ class Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return next((name for name in TOGETHER if nodeid.startswith(name)), nodeid)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are processors: tests of programs wait for these."""
-    return n_cpu() + 1
 
 
 @pytest.hookimpl(optionalhook=True)

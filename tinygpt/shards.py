@@ -118,7 +118,7 @@ def _in_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams)
                 "shards that are done are kept"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # and wait: the next call may write the same shards
 
 
 def _sizes_of_done(sizes: dict[Future[None], int]) -> Iterator[int]:
