@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import RUNTIME, random_ids
-from test_train import PARAMS, fit, make_learner, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
+from test_train import PARAMS, compile_by, fit, make_learner, make_trainer, runs_in_tmp, same, train  # noqa: F401  fixtures, too
 
 from tinygpt.errors import UserError
 from tinygpt.train.loss import PRECISIONS, pick_precision
@@ -145,8 +145,8 @@ def test_blocks_that_are_computed_again_keep_little():
     assert kept(learner(n_layer=8)) > 2 * kept(learner(n_layer=8, gradient_checkpointing=True))
 
 
-@pytest.mark.slow
-def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding():
+def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding(monkeypatch):
+    compile_by("aot_eager", monkeypatch)  # which decides what is computed again
     params = dataclasses.replace(PARAMS, max_steps=5, precision="fp16")
     runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=True)
     eager = train("eager", params=params, runtime=runtime, n_layer=1)

@@ -583,7 +583,7 @@ def serve_command(*args: str) -> list[str]:
 def test_a_signal_ends_the_server_and_its_streams(number, folder):
     models = ["--model", "data/model", "--model", "b=other", "--max-tokens", "100000", "--quantize", "int8"]
     process = subprocess.Popen(
-        serve_command(*models, *(["--compile"] if number == signal.SIGINT else [])),
+        serve_command(*models, *(["--compile", "--max-rows", "1"] if number == signal.SIGINT else [])),
         cwd=folder,
         env=environment(PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,

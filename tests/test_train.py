@@ -418,13 +418,16 @@ def test_a_compiled_step_is_the_same_step_up_to_rounding():
     assert compiled.state.best_val_loss == pytest.approx(eager.state.best_val_loss, abs=1e-4)
 
 
+def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let modules be compiled without machine code, which takes ten seconds for each size."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, *, dynamic, mode: compiled(module, backend=backend, dynamic=dynamic)
+    )
+
+
 def test_each_length_of_a_context_warmup_is_compiled_once(monkeypatch):
-    compile_module = torch.nn.Module.compile
-
-    def without_machine_code(module, *, dynamic, mode):  # which takes ten seconds for each length
-        compile_module(module, backend="eager", dynamic=dynamic)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", without_machine_code)
+    compile_by("eager", monkeypatch)
     counters.clear()
     params = dataclasses.replace(PARAMS, context_warmup=ContextWarmup(start=1, steps=9))
     eager, compiled = (
