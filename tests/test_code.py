@@ -14,7 +14,7 @@ from tinygpt.paths import CODE
 
 def forget() -> None:
     """Read the sources again."""
-    for cached in (code.code_of, code._tree, code._imports, code._meaning):
+    for cached in (code.code_of, code._read):
         cached.cache_clear()
 
 
@@ -83,7 +83,7 @@ def test_a_change_counts_for_those_whose_results_it_decides(tree, before, file, 
     path = tree / "tinygpt" / file
     text = path.read_text()
     assert old in text
-    for name in ("_tree", "_imports", "_meaning"):  # this file is read again, the others are known
+    for name in ("_read",):  # this file is read again, the others are known
         known = getattr(code, name)
         monkeypatch.setattr(
             code, name, lambda asked, known=known: known.__wrapped__(asked) if asked == path else known(asked)

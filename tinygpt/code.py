@@ -10,15 +10,17 @@ import ast
 import hashlib
 import platform
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]  # of the project
 OURS = ("tinygpt", "stages")  # packages of this project
 # Rooms that change no result: messages, params (their values are tracked), paths, the machine, keeping runs alive.
 DECIDES_NOTHING = ("errors", "params", "paths", "progress", "run", "runtime", "threads")
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PINNED = re.compile(r"^([\w.-]+)==", re.MULTILINE)  # in requirements.txt: packages whose version changes results
 
 
@@ -29,8 +31,8 @@ def code_of(module: str) -> str:
     -> "3f2a90cc71d4e8b6 python=3.11 numpy=2.4.6"
     """
     files = closure(_file_of(module))
-    digest = hashlib.sha256("\n".join(f"{_name(path)} {_meaning(path)}" for path in sorted(files)).encode())
-    imported = {name for path in files for name in _imports(path)[1]}
+    digest = hashlib.sha256("\n".join(f"{_name(path)} {_read(path).meaning}" for path in sorted(files)).encode())
+    imported = {name for path in files for name in _read(path).others}
     return " ".join([digest.hexdigest()[:16], *_versions(imported)])
 
 
@@ -40,20 +42,23 @@ def closure(path: Path) -> set[Path]:
     while todo:
         file = todo.pop()
         seen.add(file)
-        todo |= {found for found in _imports(file)[0] if _room(found) not in DECIDES_NOTHING} - seen
+        todo |= {found for found in _read(file).ours if _room(found) not in DECIDES_NOTHING} - seen
     return seen
 
 
-@cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+class _File(NamedTuple):
+    """What counts of a file."""
+
+    meaning: str  # its syntax tree without docstrings
+    ours: frozenset[Path]  # files of this project that it imports; for type checking alone does not count
+    others: frozenset[str]  # names of other packages
 
 
 @cache
-def _imports(path: Path) -> tuple[frozenset[Path], frozenset[str]]:
-    """Files of this project and names of other packages that a file imports; for type checking alone does not count."""
+def _read(path: Path) -> _File:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     ours, others = set[Path](), set[str]()
-    for node in _walk_without_type_checking(_tree(path)):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             others |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OURS:
@@ -61,17 +66,20 @@ def _imports(path: Path) -> tuple[frozenset[Path], frozenset[str]]:
             ours |= {file for name in names for file in _files_of(name)}
         elif isinstance(node, ast.ImportFrom) and node.module:
             others.add(node.module.partition(".")[0])
-    return frozenset(ours - {path}), frozenset(others)
+        elif isinstance(node, Documented) and _has_docstring(node):
+            del node.body[0]
+    return _File(ast.dump(tree), frozenset(ours - {path}), frozenset(others))
 
 
-def _walk_without_type_checking(tree: ast.AST) -> list[ast.AST]:
-    todo, found = [tree], []
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """All of them, but those for type checking alone."""
+    todo: list[ast.AST] = [tree]
     while todo:
         node = todo.pop()
-        found.append(node)
-        skipped = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        todo += node.orelse if skipped else ast.iter_child_nodes(node)  # type: ignore[attr-defined]
-    return found
+        yield node
+        is_typing = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for field in ("orelse",) if is_typing else ("body", "orelse", "finalbody", "handlers", "cases"):
+            todo += getattr(node, field, [])
 
 
 def _files_of(module: str) -> set[Path]:
@@ -96,24 +104,7 @@ def _room(path: Path) -> str:
     return parts[1].removesuffix(".py") if parts[0] == "tinygpt" else parts[0]
 
 
-@cache
-def _meaning(path: Path) -> str:
-    return repr(_plain(_tree(path)))
-
-
-def _plain(node: Any) -> Any:
-    """A syntax tree as lists and texts, the same in every version of Python: without docstrings and empty fields."""
-    if isinstance(node, list):
-        return [_plain(each) for each in node]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = dict(ast.iter_fields(node))
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _has_docstring(node):
-        fields["body"] = node.body[1:]
-    return [type(node).__name__, *([key, _plain(value)] for key, value in fields.items() if value not in (None, []))]
-
-
-def _has_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+def _has_docstring(node: Documented) -> bool:
     first = node.body[0] if node.body else None
     return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
 

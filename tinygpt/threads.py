@@ -12,7 +12,7 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-SPIN = "1000"  # turns of a waiting thread before it sleeps; libgomp's own default is 300,000 and more, or minutes
+SPIN = "10000"  # turns of a waiting thread before it sleeps, by docs/performance.md; libgomp's own default is 300,000
 QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))  # cgroup version 2, version 1
 
 
