@@ -486,9 +486,14 @@ def test_a_fingerprint_names_the_params_the_data_and_the_code(monkeypatch):
     ]
     assert base == fingerprint(tiny_config(), PARAMS, meta)
     others.append(fingerprint(tiny_config(), PARAMS, meta, "sha256 of a base"))
+    packed = dataclasses.replace(PARAMS, optimizer="adamw8bit")
+    others.append(fingerprint(tiny_config(), packed, meta))
+    monkeypatch.setattr(checkpoint, "version_of", lambda package: f"another {package}")
+    others.append(fingerprint(tiny_config(), packed, meta))
+    assert base == fingerprint(tiny_config(), PARAMS, meta)  # which needs no such package
     monkeypatch.setattr(checkpoint, "code_of", lambda module: f"other code of {module}")
     others.append(fingerprint(tiny_config(), PARAMS, meta))
-    assert len({base, *others}) == 7
+    assert len({base, *others}) == 9
 
 
 def test_publishing_writes_the_same_bytes_twice(tmp_path, tiny_tokenizer, monkeypatch):

@@ -116,10 +116,11 @@ def _versions(imported: set[str]) -> list[str]:
     """
     python = ".".join(platform.python_version_tuple()[:2])
     pinned = PINNED.findall((ROOT / "requirements.txt").read_text(encoding="utf-8"))
-    return [f"python={python}", *(f"{name}={_version(name)}" for name in sorted(pinned) if name in imported)]
+    return [f"python={python}", *(f"{name}={version_of(name)}" for name in sorted(pinned) if name in imported)]
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Without its build, such as "+cpu"; "none" where it is not installed."""
     try:
         return version(package).partition("+")[0]
     except PackageNotFoundError:

@@ -31,13 +31,14 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tinygpt.code import code_of
+from tinygpt.code import code_of, version_of
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
+from tinygpt.train.optim import OPTIMIZERS
 from tinygpt.train.parallel import ALONE, World, is_split
 from tinygpt.train.trainer import TrainState
 
@@ -61,6 +62,7 @@ def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base
         "train": dataclasses.asdict(params),
         "data": data,
         "code": code_of(CODE),
+        "package": version_of(package) if (package := OPTIMIZERS[params.optimizer].package) else None,
     }
     return sha256_json(inputs)[:16]
 
