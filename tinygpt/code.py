@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]  # of the project
 OURS = ("tinygpt", "stages")  # packages of this project
-# Rooms that change no result: messages, params (their values are tracked), paths, the machine, keeping runs alive.
-DECIDES_NOTHING = ("errors", "params", "paths", "progress", "run", "runtime", "threads")
+# Rooms that change no result: this file, messages, params (their values are tracked), paths, the machine, runs.
+DECIDES_NOTHING = ("code", "errors", "params", "paths", "progress", "run", "runtime", "threads")
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PINNED = re.compile(r"^([\w.-]+)==", re.MULTILINE)  # in requirements.txt: packages whose version changes results
 
@@ -72,7 +72,7 @@ def _read(path: Path) -> _File:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """All of them, but those for type checking alone."""
+    """All statements of a file, but those for type checking alone."""
     todo: list[ast.AST] = [tree]
     while todo:
         node = todo.pop()
@@ -99,7 +99,7 @@ def _name(path: Path) -> str:
 
 
 def _room(path: Path) -> str:
-    """ "run" of tinygpt/run/checkpoint.py, "errors" of tinygpt/errors.py."""
+    """The room of a file: run for tinygpt/run/checkpoint.py, errors for tinygpt/errors.py."""
     parts = path.relative_to(ROOT).parts
     return parts[1].removesuffix(".py") if parts[0] == "tinygpt" else parts[0]
 
@@ -120,7 +120,7 @@ def _versions(imported: set[str]) -> list[str]:
 
 
 def version_of(package: str) -> str:
-    """Without its build, such as "+cpu"; "none" where it is not installed."""
+    """The version of a package without its build, such as "+cpu"; "none" where it is not installed."""
     try:
         return version(package).partition("+")[0]
     except PackageNotFoundError:

@@ -1,8 +1,8 @@
 """How the threads of one product wait for each other: imported before a library that computes.
 
-Threads that have done their share turn in circles until the others have, which saves a little time on a quiet machine.
-Next to other programs, whose turn it then is not, it costs ten times as much as the work itself. A short turn, and then
-sleep, costs nothing in either case. (libgomp, https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html.)
+Threads that have done their share turn in circles until the others have, which saves time on a quiet machine. Next to
+other programs they take the processor from those that they wait for, and most of the time is lost. A short turn, and
+then sleep, costs little in either case (docs/performance.md). (libgomp, https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html.)
 """
 
 from __future__ import annotations
