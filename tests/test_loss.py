@@ -36,7 +36,7 @@ def test_the_loss_of_three_tokens_by_hand():
 )
 @pytest.mark.parametrize("chunk", [1, 33, 100, 10_000])  # logits: a token's 11 and less, 3, 9 and all 14 tokens'
 def test_loss_and_gradient_are_pytorchs_whatever_the_chunk(extra, chunk, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setitem(loss.CHUNK, "cpu", chunk)
     hidden, head, targets = inputs()
     ours, theirs = next_token_loss(hidden, head, targets, **extra), reference(hidden, head, targets, **extra)
     torch.testing.assert_close(ours, theirs)
@@ -47,7 +47,7 @@ def test_loss_and_gradient_are_pytorchs_whatever_the_chunk(extra, chunk, monkeyp
 
 
 def test_the_gradient_is_exact_in_float64_and_given_once(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", 33)
+    monkeypatch.setitem(loss.CHUNK, "cpu", 33)
     hidden, head, targets = inputs(dtype=torch.float64)
     ours, theirs = (f(hidden, head, targets, label_smoothing=0.1, z_loss=0.1) for f in (next_token_loss, reference))
     got, wanted = (torch.autograd.grad(each, (hidden, head), retain_graph=True) for each in (ours, theirs))
@@ -71,7 +71,7 @@ def test_what_is_frozen_has_no_gradient_and_the_other_has_its_own(frozen):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_products_change_the_loss_by_no_more_than_their_rounding(dtype, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", 33)
+    monkeypatch.setitem(loss.CHUNK, "cpu", 33)
     hidden, head, targets = inputs(n=50)
     with torch.autocast("cpu", dtype):
         ours = next_token_loss(hidden, head, targets)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tinygpt.device import repeatable
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.params import require
@@ -80,6 +81,10 @@ class Learner:
 
         -> (2,): the mean loss of this process's share, and the norm of the whole gradient
         """
+        with repeatable(self.device):
+            return self._learn(step, ids, with_part_norms)
+
+    def _learn(self, step: int, ids: Tensor, with_part_norms: bool) -> Tensor:
         set_lr(self.optimizers, lr_frac_at(step, self.params))
         self.model.set_dropout(self.config.dropout * dropout_frac_at(step, self.params))
         seed_dropout(self.params.seed, step, self.world)

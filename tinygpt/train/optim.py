@@ -191,7 +191,8 @@ OPTIMIZERS = {
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's, https://kellerjordan.github.io/posts/muon/
 N_ITERATIONS = 5
-TOGETHER = 2**19  # weights of one shape in one product, at most: 2 MiB; larger ones fill a processor one by one
+# Weights of one shape in one product, at most: 2 MiB fill a processor, a GPU takes as many as there are.
+TOGETHER = {"cpu": 2**19, "mps": 2**19, "cuda": 2**26}
 RMS_OF_ADAMW = 0.2  # root mean square of AdamW's updates; Muon's are scaled to it (https://arxiv.org/abs/2502.16982)
 
 
@@ -243,7 +244,7 @@ def _by_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         if parameter.grad is not None:
             shapes[parameter.shape].append(parameter)
     for shape, same in shapes.items():
-        n = max(1, TOGETHER // shape.numel())
+        n = max(1, TOGETHER[same[0].device.type] // shape.numel())
         yield from (same[start : start + n] for start in range(0, len(same), n))
 
 
