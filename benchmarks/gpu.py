@@ -15,11 +15,13 @@ import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +89,20 @@ class Child:
         if warm or not PARTS[name].timed:  # others compute next to it
             kept |= {"OMP_NUM_THREADS": "4", "TORCHINDUCTOR_COMPILE_THREADS": "6"}
         with log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | kept)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=os.environ | kept, start_new_session=True
+            )
         self.log, self.began = log, time.time()
         print(f"{name}{' (compiling)' if warm else ''}: started", file=sys.stderr, flush=True)
 
     def ended(self) -> bool:
-        """Whether it has; killed where its time is over."""
-        if self.process.poll() is None and time.time() > self.until + MARGIN_S:
-            self.process.kill()
+        """Whether it has, or is killed as its time is over; with all that it started, which would go on computing."""
+        over = self.process.poll() is not None or time.time() > self.until + MARGIN_S
+        if over:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        return self.process.poll() is not None
+        return over
 
     def found(self) -> list[dict[str, Any]]:
         """Its rows, and one more where it did not end well."""

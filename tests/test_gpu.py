@@ -7,7 +7,7 @@ import torch
 from conftest import RUNTIME, random_ids, tiny_config, tiny_model
 from test_train import PARAMS, fit, runs_in_tmp, same, tokens  # noqa: F401  runs_in_tmp is used by pytest
 
-from tinygpt.device import out_of_memory, repeatable
+from tinygpt.device import out_of_memory
 from tinygpt.errors import Stopped, UserError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.gpt import GPT
@@ -15,6 +15,7 @@ from tinygpt.model.quantize import quantize
 from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, memory_of
 from tinygpt.train.batches import Prefetch
 from tinygpt.train.learner import Learner
+from tinygpt.train.loss import repeatable
 from tinygpt.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -76,8 +76,13 @@ def test_a_run_looks_for_its_size_once_and_ends_as_one_that_was_told_it(capsys):
 def test_memory_that_cannot_be_had_is_one_line_and_other_errors_are_themselves():
     with pytest.raises(UserError, match="out of memory: lower it"), out_of_memory("lower it"):
         torch.empty(2**55)
+    for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"):
+        with pytest.raises(UserError, match="out of memory: lower it"), out_of_memory("lower it"):
+            raise RuntimeError(words)
     with pytest.raises(RuntimeError, match="must match the size"), out_of_memory("lower it"):
         torch.empty(2) + torch.empty(3)
+    with pytest.raises(RuntimeError, match="an illegal memory access"), out_of_memory("lower it"):
+        raise torch.AcceleratorError("an illegal memory access")  # a kind of RuntimeError of its own
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_not_tried():

@@ -12,7 +12,6 @@ from tinygpt.errors import UserError
 from tinygpt.params import ParamsError
 from tinygpt.runtime import RuntimeParams
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first product: without it `repeatable` raises
 NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # as allocators say it
 
 
@@ -55,24 +54,6 @@ def out_of_memory(cure: str) -> Iterator[None]:
         if not known and not any(words in str(error) for words in NO_MEMORY):
             raise
         raise UserError(f"out of memory: {cure}") from None
-
-
-@contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """A context in which a GPU computes the same bits each time, as a run that goes on must.
-
-    Else attention and embeddings add up their gradients in any order. Not for the whole process: what draws the next
-    token has no such way on a GPU.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all that is read was written
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def wait_for(device: torch.device) -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinygpt.device import repeatable
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.params import require
@@ -27,6 +26,7 @@ from tinygpt.train.loss import (
     build_scaler,
     load_scaler_tensors,
     pick_precision,
+    repeatable,
     scaler_tensors,
     set_matmul_precision,
 )

@@ -12,7 +12,9 @@ Weights, gradients and optimizer state stay in float32.  B batch, T tokens, N = 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.autograd.function import once_differentiable
 
 from tinygpt.model.gpt import GPT
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first product: without it `repeatable` raises
 
 # Logits worked on together: 64 MiB of float32. All of them in a small model's step; of 50,257 tokens' logits 333 rows,
 # which still make products large enough to run at full speed (333 took no longer than 1,024, 128 a third longer).
@@ -166,6 +170,24 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
     """Let a GPU take float32 products as tf32, or not.  For the whole process: PyTorch has no narrower switch."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if PRECISIONS[precision].tf32 else "highest")
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """A context in which a GPU computes the same bits each time, as a run that goes on must.
+
+    Else attention and embeddings add up their gradients in any order. Not for the whole process: what draws the next
+    token has no such way on a GPU.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all that is read was written
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def build_scaler(precision: str, device: torch.device) -> GradScaler:
