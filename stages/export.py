@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.device import open_device
-from tinygpt.errors import UserError, program
+from tinygpt.errors import UserError
 from tinygpt.export.base import export_adapters
 from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
@@ -21,6 +21,7 @@ from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params, require
 from tinygpt.paths import BASE, EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
+from tinygpt.stage import run_stage
 from tinygpt.tokens import load_meta, load_tokens
 
 CARD_FILE = "README.md"
@@ -36,8 +37,9 @@ def run(root: Path) -> None:
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
     model, tokenizer = load_pair(root / MODEL, root / TOKENIZER)
     require(*params.rules_with({"model": model.config}))
-    split = "test" if load_meta(root / TOKENS, tokenizer=root / TOKENIZER).test.tokens >= CHUNK_SIZE else "val"
-    ids = load_tokens(root / TOKENS, split, at_least=CHUNK_SIZE)[: params.check_tokens]
+    meta, least = load_meta(root / TOKENS, tokenizer=root / TOKENIZER), min(CHUNK_SIZE, model.config.block_size)
+    split = "test" if meta.test.tokens >= least else "val"  # of which training has had that many
+    ids = load_tokens(root / TOKENS, split, at_least=least)[: params.check_tokens]
     origin = read_origin(root / RAW, root / MODEL, root / REPORTS)
     card = partial(model_card, model.config, model.n_params(), origin)
     report, failures = dict[str, dict[str, Any]](), list[str]()
@@ -67,4 +69,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

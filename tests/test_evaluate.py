@@ -108,8 +108,8 @@ def test_a_context_beyond_the_model_and_a_stride_beyond_the_context_are_refused_
     with pytest.raises(ParamsError) as caught:
         evaluate_model(tiny_model(), np.zeros(10, np.uint16), params, n_bytes=1)
     assert caught.value.problems == [
-        "evaluate.context=100 must be at most model.block_size=64",
-        "evaluate.stride=200 must be at most evaluate.context=100",
+        "evaluate.context=100 must be at most model.block_size=64: set it to null",
+        "evaluate.stride=200 must be at most evaluate.context=100: set it to null",
     ]
 
 
@@ -121,6 +121,22 @@ def test_samples_are_written_for_each_prompt_and_the_same_each_time(tiny_tokeniz
     assert text.count("## Prompt: ") == 2
     assert "## Prompt: (none)" in text
     assert "```text\nthe" in text
+
+
+def test_a_prompt_with_markdown_in_it_leaves_the_page_whole(tiny_tokenizer, tmp_path):
+    prompts = ("```python\nx = 1\n```", "````", "*a* `b`", "\x1b[2J")
+    write_samples(tmp_path / "a.md", tiny_model(), tiny_tokenizer, dataclasses.replace(PARAMS, prompts=prompts))
+    lines = (tmp_path / "a.md").read_text().split("\n")
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings == [
+        "## Prompt: \\`\\`\\`python\\\\nx = 1\\\\n\\`\\`\\`",
+        "## Prompt: \\`\\`\\`\\`",
+        "## Prompt: \\*a\\* \\`b\\`",
+        "## Prompt: \\\\x1b\\[2J",
+    ]
+    text = "\n".join(lines)
+    for fence, prompt in zip(("````", "`````", "```", "```"), prompts, strict=True):
+        assert f"\n{fence}text\n{prompt}" in text
 
 
 def test_options_of_the_samples_are_those_of_sampling_in_type_and_value():

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -18,6 +18,7 @@ import numpy as np
 from tinygpt.corpus.documents import Reader, raw_shards
 from tinygpt.corpus.duplicates import Mask, came_before, digest, near_duplicates, signature
 from tinygpt.corpus.folders import SPLITS, Manifest, read_manifest
+from tinygpt.corpus.sources import SOURCES
 from tinygpt.corpus.split import (
     NOWHERE,
     SPLITTERS,
@@ -82,6 +83,16 @@ class CleanParams:
             ),
             (self.separator != "", "clean.separator is empty: give a text, or null"),
         )
+
+    def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
+        """Where official splits are asked for, the source has some."""
+        if "download" in groups and self.split == "source":
+            source = groups["download"].source
+            yield (
+                source in SOURCES and bool(SOURCES[source].splits),
+                f"clean.split=source needs a source with official splits, and download.source={source} has none: "
+                "set clean.split to hash or tail",
+            )
 
 
 def remove_control_characters(text: str, _: bool) -> tuple[str, int]:
