@@ -21,7 +21,7 @@ from typing import IO, Any
 from tinygpt.corpus.folders import text_line
 from tinygpt.errors import UserError
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 17  # not more: one that is cut off cannot be read, and a beginning is to do
 ZST_BYTES = 1 << 12  # compressed bytes read at a time: even the densest become no more than 128 MB
 # An archive may unpack to MOST_RATIO times its size, text compresses to a tenth or so; small ones to SMALL_BYTES.
 MOST_RATIO = 200

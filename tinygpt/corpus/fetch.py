@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -287,5 +288,5 @@ def _reason(error: Exception) -> str:
     while isinstance(inner, Exception):
         error = inner
         inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, Exception)), None)
-    text = str(error).rpartition("): ")[2]  # without the name of an object before it
+    text = re.sub(r"^\w+\(.*?\): ", "", str(error))  # without the name of an object before it
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MOST_REASON]

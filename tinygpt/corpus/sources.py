@@ -20,7 +20,7 @@ from tinygpt.errors import UserError
 from tinygpt.params import Count, require
 
 
-MOST_NAME_BYTES = 245  # of a file's name: file systems take 255, and a packed one may get another ending
+MOST_NAME_BYTES = 255  # of a file's name, as file systems have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,8 @@ def _url(url: str) -> Source:
     if not is_address:
         raise UserError(f"download.source={url} names no host: mend the address")
     name = PurePosixPath(unquote(parts.path)).name
-    is_name = name not in ("", ".", "..") and name.isprintable() and len(name.encode()) <= MOST_NAME_BYTES
+    is_name = name not in ("", ".", "..") and not re.search("[\0-\x1f\x7f]", name)
+    is_name = is_name and len(name.encode("utf-8", "replace")) <= MOST_NAME_BYTES
     require((is_name, f"download.source={url} must end with the name of a file, of {MOST_NAME_BYTES} bytes at most"))
     return Source(remotes=(Remote(url=url, name=name),), licence="unknown")
 
