@@ -95,9 +95,9 @@ def check_sha256(found: str, expected: str | None, name: str) -> str:
     return found
 
 
-def cache_name(address: str, name: str) -> str:
+def cache_name(address: str, name: str, *, n_digit: int = 8) -> str:
     """What a file is called in the cache: two addresses may end with one name, so a hash of them comes first."""
-    mark = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    mark = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()[:n_digit]
     return f"{mark}-{name.encode('utf-8', 'replace')[-NAME_BYTES:].decode('utf-8', 'ignore')}"
 
 

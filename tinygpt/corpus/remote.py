@@ -118,7 +118,9 @@ class _Bucket:
         It is not copied again where that was done before and it has the same size and checksum there.
         """
         with self._refusals(cache):
-            copy = cache / cache_name(f"{self.source} {name} {self.files.ukey(name)}", PurePosixPath(name).name)
+            copy = cache / cache_name(
+                f"{self.source} {name} {self.files.ukey(name)}", PurePosixPath(name).name, n_digit=16
+            )
             total = self.files.size(name)
             if n_bytes is not None and (total is None or n_bytes < total) and not copy.exists():
                 beginning = copy.with_name(copy.name + ".beginning")

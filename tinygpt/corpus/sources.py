@@ -19,7 +19,6 @@ from urllib.parse import unquote, urlsplit
 from tinygpt.errors import UserError
 from tinygpt.params import Count, require
 
-
 MOST_NAME_BYTES = 255  # of a file's name, as file systems have it
 
 
