@@ -1,8 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
-RUNTIME := $(VENV)/requirements.installed
+RUNTIME := $(VENV)/requirements.installed# it says where .venv was made
 DEV := $(VENV)/requirements-dev.installed
 export PATH := $(abspath $(VENV))/bin:$(PATH)
+TORCH :=# cpu, or another build that https://download.pytorch.org/whl has, such as cu126
+TORCH_INDEX := https://download.pytorch.org/whl/$(TORCH)
+PIP := python -m pip install --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --durations=25
 
 .DEFAULT_GOAL := help
@@ -11,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --durations=25
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(RUNTIME) ## Make .venv and install requirements.txt
+install: $(RUNTIME) ## Make .venv and install requirements.txt (TORCH=cpu: PyTorch without CUDA)
 
 repro: $(RUNTIME) ## Run the whole pipeline: text, tokenizer, model, evaluation, plots, exports
 	@git rev-parse --git-dir >/dev/null 2>&1 || { \
@@ -48,13 +51,33 @@ clean: ## Remove .venv, the data, the runs and all that was made (not DVC's cach
 	find data -mindepth 1 ! -path data/README.md ! -path data/base ! -path data/base/README.md -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Programs in .venv/bin know where it is and where its Python is: after a move they do not start.
+ifneq ($(wildcard $(RUNTIME)),)
+ifneq ($(shell $(VENV)/bin/python -c '' && { [ ! -s $(RUNTIME) ] || [ "$$(cat $(RUNTIME))" = "$$(cd $(VENV) && pwd -P)" ]; } && echo here),here)
+MOVED := yes
+.PHONY: $(RUNTIME)
+endif
+endif
+
 $(RUNTIME): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 		echo "error: $(PYTHON) must be Python 3.11 to 3.13: say which with  make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@touch $@
+ifdef MOVED
+	@echo "$(VENV) was made in another folder or by a Python that is gone: it is made again"
+endif
+	$(PYTHON) -m venv $(if $(MOVED),--clear) $(VENV)
+ifneq ($(TORCH),)
+	$(PIP) --retries 1 --timeout 15 --index-url $(TORCH_INDEX) "$$(grep -o '^torch==[0-9.]*' requirements.txt)" || \
+		echo "note: no PyTorch from $(TORCH_INDEX): going on with the one that pip finds" >&2
+else
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null || { \
+		echo "note: there is no NVIDIA driver here, and PyTorch from PyPI brings 5 GB of CUDA for one. Its build for CPUs" >&2; \
+		echo "    (a tenth of that, from pytorch.org) computes the same: press Ctrl-C and run  make repro TORCH=cpu" >&2; }
+endif
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable . || echo "note: the command tinygpt is not installed; python -m tinygpt works here" >&2
+	@(cd $(VENV) && pwd -P) > $@
 
 $(DEV): requirements-dev.txt $(RUNTIME)
-	python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	@touch $@

@@ -65,3 +65,16 @@ def test_a_copy_that_breaks_off_leaves_nothing_under_its_name(bucket, tmp_path, 
     with pytest.raises(UserError, match=r"memory://bucket/a cannot be read .*check the address and your rights"):
         fill(tmp_path, "memory://bucket/a")
     assert not (tmp_path / "raw").exists()
+
+
+def test_no_more_is_copied_than_max_bytes_need(bucket, tmp_path):
+    line = b"a line of text\n"
+    for name, n_line in {"big/a.txt": 60_000, "big/b.txt": 60_000, "big/c.txt": 10}.items():
+        bucket.pipe(f"/bucket/{name}", line * n_line)
+    fill(tmp_path, "memory://bucket/big", max_bytes=1500)
+    assert texts(tmp_path) == {"a.txt": line.decode() * 100}
+    (copied,) = (tmp_path / "cache").iterdir()
+    assert copied.name.endswith("a.txt.beginning")
+    assert copied.stat().st_size < 140_000
+    fill(tmp_path, "memory://bucket/big")
+    assert [len(text) for text in texts(tmp_path).values()] == [900_000, 900_000, 150]

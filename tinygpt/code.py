@@ -12,7 +12,7 @@ import platform
 import re
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +115,9 @@ def _versions(imported: set[str]) -> list[str]:
     A build, such as "+cpu" of PyTorch, does not count: where a run computes is not tracked either.
     """
     python = ".".join(platform.python_version_tuple()[:2])
-    pinned = PINNED.findall((ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    file = ROOT / "requirements.txt"  # of the project; where the library is installed, its metadata has the same
+    text = file.read_text(encoding="utf-8") if file.exists() else "\n".join(requires("tinygpt") or ())
+    pinned = PINNED.findall(text)
     return [f"python={python}", *(f"{name}={version_of(name)}" for name in sorted(pinned) if name in imported)]
 
 

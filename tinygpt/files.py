@@ -140,7 +140,8 @@ def must_exist(path: str | Path, *, stage: str) -> Path:
     """Return `path`, or raise a UserError that names the stage which makes it."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} not found: run `dvc repro {stage}` to make it")
+        place = "" if Path("params.yaml").exists() else " in the project's top folder"
+        raise UserError(f"{path} not found: run `dvc repro {stage}`{place} to make it")
     return path
 
 

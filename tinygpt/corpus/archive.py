@@ -21,14 +21,21 @@ from typing import IO, Any
 from tinygpt.corpus.folders import text_line
 from tinygpt.errors import UserError
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 17  # not more: one that is cut off cannot be read, and a beginning is to do
 ZST_BYTES = 1 << 12  # compressed bytes read at a time: even the densest become no more than 128 MB
 # An archive may unpack to MOST_RATIO times its size, text compresses to a tenth or so; small ones to SMALL_BYTES.
 MOST_RATIO = 200
 SMALL_BYTES = 100_000_000
 PARQUET_ROWS = 1000  # read at a time, so that memory does not grow with the file
 
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+READ_WHOLE = (".zip", ".parquet")  # what is in them stands at their end, so that a beginning says nothing
+
 Member = tuple[str, Iterator[bytes]]  # name as a relative path with slashes, and the content in pieces
+
+
+class UnpackError(UserError):
+    """A packed file is damaged, cut off, or unpacks to an absurd size."""
 
 
 def iter_members(path: Path, name: str | None = None) -> Iterator[Member]:
@@ -54,7 +61,7 @@ class _File:
     def spend(self, n: int) -> None:
         self.left -= n
         if self.left < 0:
-            raise UserError(
+            raise UnpackError(
                 f"{self.name} unpacks to more than {MOST_RATIO} times its size: unpack it by hand if you trust it"
             )
 
@@ -182,8 +189,8 @@ def _damage(name: str) -> Iterator[None]:
         raise
 
 
-def _damaged(name: str, error: Exception) -> UserError:
-    return UserError(f"{name} is damaged or cut off ({' '.join(str(error).split())}): delete it, get it again")
+def _damaged(name: str, error: Exception) -> UnpackError:
+    return UnpackError(f"{name} is damaged or cut off ({' '.join(str(error).split())}): get it again")
 
 
 # By the ending of a file's name; of another file it is the content itself that is read.
@@ -194,5 +201,5 @@ READERS: dict[str, Callable[[_File], Iterator[Member]]] = {
     ".zst": _read_zst,
     ".zip": _read_zip,
     ".parquet": _read_parquet,
-    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"), _read_tar),
+    **dict.fromkeys(TARS, _read_tar),
 }

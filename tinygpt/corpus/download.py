@@ -10,20 +10,20 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO
 
-from tinygpt.corpus.archive import iter_members
-from tinygpt.corpus.fetch import NotThereError, check_sha256, fetch, fetch_bucket
+from tinygpt.corpus.archive import TARS, UnpackError, iter_members
+from tinygpt.corpus.fetch import check_sha256
 from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, text_line, write_manifest
-from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Remote, Source, find_source, iter_python_docs, suggestion
+from tinygpt.corpus.remote import SourceFile, bucket_files, local_file, web_file
+from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Source, find_source, iter_python_docs, suggestion
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, sha256_file
 
 SNIFF_BYTES = 65_536  # what is looked at to tell a text from a picture
 MOST_INVALID = 0.1  # share of bytes that are not UTF-8; a Latin-1 text of French has about 0.04
-MIRROR = "TINYGPT_MIRROR"  # environment: a folder or an http(s) address that is looked at first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +34,35 @@ class Downloaded:
     skipped: tuple[str, ...]  # files that are not text
 
 
-class SourceFile(NamedTuple):
-    """A file of the source on this disk: `name` is what it is called in data/raw."""
-
-    name: str
-    path: Path
-    url: str | None = None
-    sha256: str | None = None  # where it was downloaded
+class _NeedMoreError(Exception):
+    """The beginning of a file does not hold all the text that is asked for."""
 
 
 def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> Downloaded:
     """Fill the folder `raw` from the source.
 
-    `root` is the folder that local paths start from; `cache` keeps downloaded files, whole and partial ones.
+    `root` is the folder that local paths start from; `cache` keeps downloaded files, whole and partial ones. Of a file
+    that can be read from its beginning, no more is transferred than `max_bytes` of text need.
     """
+    beginnings: dict[str, int] = {}  # bytes of the files of which more is needed than at first
+    while True:
+        try:
+            return _fill(params, raw, root, cache, beginnings)
+        except _NeedMoreError:
+            continue
+
+
+def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings: dict[str, int]) -> Downloaded:
     source = find_source(params.source)
     with atomic_folder(raw) as folder:
         texts = RawFolder(folder, params.max_bytes)
         files = [] if source is EMBEDDED else _source_files(params, source, root, raw, cache)
         if source is EMBEDDED:
             _add_embedded(params, texts)
-        for file in files:
-            _add_members(file, source, texts)
+        downloads = [_add_file(file, params, source, texts, beginnings) for file in files]
         if not any(file.bytes for file in texts.files):
+            for file in files:
+                file.forget()
             skipped = f"; {len(texts.skipped)} of its files are not UTF-8 text" if texts.skipped else ""
             few = f" or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
             raise UserError(f"download.source={params.source} holds no text{skipped}: name another file or folder{few}")
@@ -66,7 +72,7 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
             separator=source.separator,
             document_start=source.document_start,
             python=platform.python_version() if source is EMBEDDED else None,
-            downloads=tuple({"url": file.url, "sha256": file.sha256} for file in files if file.url and file.sha256),
+            downloads=tuple(download for download in downloads if download["url"]),
             files=tuple(texts.files),
         )
         write_manifest(folder, manifest)
@@ -79,53 +85,64 @@ def _add_embedded(params: DownloadParams, texts: RawFolder) -> None:
     texts.add("python-docs.jsonl", iter([content]))
 
 
-def _add_members(file: SourceFile, source: Source, texts: RawFolder) -> None:
-    for name, chunks in iter_members(file.path, file.name):
+def _add_file(
+    file: SourceFile, params: DownloadParams, source: Source, texts: RawFolder, beginnings: dict[str, int]
+) -> dict[str, str | None]:
+    """Add the texts of a file, from its beginning where that holds enough.  -> its address, and its hash if it is read
+
+    The hash is left out where the file is longer than its beginning, whether or not more of it is there by chance.
+    """
+    splits = {source.splits[file.name]} if file.name in source.splits else set(source.splits.values())
+    first = None if source.extract else file.first_bytes(params.max_bytes)
+    if texts.is_full(splits):
+        return {"url": file.url, "sha256": None}
+    path, is_whole = file.get(first and max(first, beginnings.get(file.name, 0)))
+    if file.sha256:
+        check_sha256(sha256_file(path), file.sha256, str(path))
+    try:
+        _add_members(file, path, is_whole, source, splits, texts)
+    except (UnpackError, _NeedMoreError):
+        if is_whole:
+            file.forget()
+            raise
+        beginnings[file.name] = 2 * path.stat().st_size
+        raise _NeedMoreError from None
+    is_read = is_whole and (first is None or path.stat().st_size < first)
+    return {"url": file.url, "sha256": sha256_file(path) if file.url and is_read else None}
+
+
+def _add_members(
+    file: SourceFile, path: Path, is_whole: bool, source: Source, splits: set[str], texts: RawFolder
+) -> None:
+    is_cut = not is_whole and not file.name.lower().endswith(TARS)  # a tar says how long its members are
+    for name, chunks in iter_members(path, file.name):
         split = source.splits.get(PurePosixPath(name).name)
+        if texts.is_full(splits):
+            return
         if split or not source.splits:
             content = iter([source.extract(b"".join(chunks), name)]) if source.extract else chunks
-            texts.add(name, content, url=file.url, split=split)
+            texts.add(name, itertools.chain(content, _need_more() if is_cut else ()), url=file.url, split=split)
+    if not (is_whole or is_cut or texts.is_full(splits)):
+        raise _NeedMoreError
+
+
+def _need_more() -> Iterator[bytes]:
+    raise _NeedMoreError
+    yield
 
 
 def _source_files(params: DownloadParams, source: Source, root: Path, raw: Path, cache: Path) -> list[SourceFile]:
-    """The files of a source, checked, those on the web and in buckets after copying them."""
-    found: list[tuple[str, Path]] = []
-    if not source.remotes:
-        is_address = "://" in params.source
-        found = fetch_bucket(params.source, cache) if is_address else _local_files(params.source, root, raw)
-    n_file = len(source.remotes or found)
-    if params.sha256 and n_file > 1:
-        raise UserError(f"download.sha256 must be null: {params.source} holds {n_file} files, not one")
-    if params.sha256:
-        for name, path in found:
-            check_sha256(sha256_file(path), params.sha256, name)
-    remote_files = [
-        SourceFile(remote.name, *_obtain(remote, params.sha256 or remote.sha256, root, cache))
-        for remote in source.remotes
-    ]
-    return remote_files + [SourceFile(name, path) for name, path in found]
-
-
-def _obtain(remote: Remote, sha256: str | None, root: Path, cache: Path) -> tuple[Path, str, str]:
-    """The remote file on this disk, from the mirror where that has it.  -> (path, url, hex SHA-256)"""
-    mirror = os.environ.get(MIRROR, "")
-    names = list(dict.fromkeys((remote.name, remote.url.rsplit("/", 1)[-1])))
-    if mirror and "://" not in mirror:
-        folder = root / Path(mirror).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"{MIRROR}={mirror} is neither a folder nor an http(s) address: mend or unset it")
-        for path in (folder / name for name in names):
-            if path.is_file():
-                return path, remote.url, check_sha256(sha256_file(path), sha256, str(path))
-    # Two sources may use one base name, so the cache keeps their addresses apart.
-    path = cache / f"{hashlib.sha256(remote.url.encode()).hexdigest()[:8]}-{remote.name}"
-    if "://" in mirror:
-        for name in names:
-            try:
-                return path, remote.url, fetch(f"{mirror.rstrip('/')}/{name}", path, sha256=sha256)
-            except NotThereError:
-                continue
-    return path, remote.url, fetch(remote.url, path, sha256=sha256)
+    """The files of a source, of which those on the web and in buckets are still to be copied."""
+    if source.remotes:
+        files = [web_file(remote, params, root, cache) for remote in source.remotes]
+    elif "://" in params.source:
+        files = bucket_files(params, cache)
+    else:
+        found = _local_files(params.source, root, raw)
+        files = [local_file(name, path, params) for name, path in found]
+    if params.sha256 and len(files) > 1:
+        raise UserError(f"download.sha256 must be null: {params.source} holds {len(files)} files, not one")
+    return files
 
 
 def _local_files(source: str, root: Path, raw: Path) -> list[tuple[str, Path]]:
@@ -166,6 +183,11 @@ class RawFolder:
         self.files: list[RawFile] = []
         self.skipped: list[str] = []  # names of files that are not text
         self._taken: dict[str | None, int] = {}  # split -> UTF-8 bytes of text so far
+
+    def is_full(self, splits: Collection[str]) -> bool:
+        """Whether these splits, or the texts without one, have `max_bytes`, so that nothing further is read."""
+        taken = [self._taken.get(split, 0) for split in splits or (None,)]
+        return self.max_bytes is not None and min(taken) >= self.max_bytes
 
     def add(self, name: str, chunks: Iterator[bytes], *, url: str | None = None, split: str | None = None) -> None:
         """Copy one file, cut at the border of a document (.jsonl) or line when `max_bytes` is reached."""

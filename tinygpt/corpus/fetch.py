@@ -1,8 +1,4 @@
-"""Files from an address, copied to this disk and there under their names only when they are whole.
-
-HTTP downloads go on where they broke off. Other addresses (s3://, gs://, …) are those that fsspec knows
-(https://filesystem-spec.readthedocs.io).
-"""
+"""Files from the web, there under their names only when they are whole; downloads go on where they broke off."""
 
 from __future__ import annotations
 
@@ -11,66 +7,83 @@ import json
 import os
 import re
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import requests
+import urllib3.exceptions
 
+from tinygpt.corpus.answer import Answer, BrokenOffError, leave_body
+from tinygpt.corpus.archive import UnpackError, iter_members
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, sha256_file, write_json
 from tinygpt.progress import progress
 
-ATTEMPTS = 6  # failures in a row without a byte of progress before giving up
+ATTEMPTS = 5  # failures in a row without a byte of progress before giving up
 BACKOFF_S = 1.0  # seconds before the second attempt; each further wait is twice as long
-TIMEOUT_S = (10.0, 60.0)  # to connect, and between two pieces of the body
+TIMEOUT_S = (10.0, 20.0)  # to connect, and between two pieces of the body
+SLOW_S = 60.0  # within which a chunk must come: a server that sends a byte a second runs into no timeout
 MOST_REDIRECTS = 10
+MOST_UNTOLD = 10_000_000_000  # bytes of a file whose length the server does not say: it may never end
 CHUNK_BYTES = 1 << 16  # what is lost at most when a transfer breaks off
-BUSY = {408, 425, 429}  # client errors that pass; every 5xx is one too
-
-
-class NotThereError(UserError):
-    """The server answered that it will not serve this address (a 4xx status)."""
-
-
-class _InterruptedError(Exception):
-    """The transfer broke off in a way that may pass."""
-
+NAME_BYTES = 200  # of a name in the cache: file systems take 255, and there are endings
+MOST_REASON = 300  # characters of a library's error: it may quote the server
+GZIP = b"\x1f\x8b"  # how a .gz begins
 
 TRANSIENT = (
-    _InterruptedError,
+    BrokenOffError,
     requests.ConnectionError,
     requests.Timeout,
-    requests.exceptions.ChunkedEncodingError,
-    requests.exceptions.ContentDecodingError,
+    urllib3.exceptions.ProtocolError,
+    urllib3.exceptions.TimeoutError,
+    urllib3.exceptions.SSLError,
 )
 
 
-def fetch(url: str, path: Path, *, sha256: str | None = None, sleep: Callable[[float], None] = time.sleep) -> str:
+def fetch(
+    url: str, path: Path, *, sha256: str | None = None, note: str = "", sleep: Callable[[float], None] = time.sleep
+) -> str:
     """Download `url` to `path` unless it is there already.  -> hex SHA-256 of the file
 
-    A partial download stays next to `path` and is continued, unless the server's file has changed since.
-    Raises UserError where the network fails, the server refuses, or the bytes are not those of `sha256`.
+    A partial download stays next to `path` and is continued, unless the server's file has changed since. `note` is
+    printed with the file's size. Raises UserError where the network fails, the server refuses, or the bytes are not
+    those of `sha256`.
     """
     if path.exists():
         found = sha256_file(path)
         if sha256 in (None, found):
             return found
         path.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with requests.Session() as session:
-        session.max_redirects = MOST_REDIRECTS
-        _persist(session, url, partial, sleep)
-    found = sha256_file(partial)
+    transfer = _Transfer(url, path, note=note)
+    transfer.persist(sleep)
+    found = sha256_file(transfer.partial)
     if sha256 not in (None, found):
-        _discard(partial)
+        transfer.discard()
     check_sha256(found, sha256, url)
-    os.replace(partial, path)
-    _discard(partial)
+    transfer.finish()
     return found
+
+
+def fetch_beginning(
+    url: str, path: Path, n_bytes: int, *, sleep: Callable[[float], None] = time.sleep
+) -> tuple[Path, bool]:
+    """The first `n_bytes` of `url` at least.  -> the file that has them, and whether it is whole
+
+    One that is not whole is a partial download, which is never called `path`, and `fetch` goes on with it.
+    """
+    if path.exists():
+        return path, True
+    transfer = _Transfer(url, path, enough=n_bytes)
+    if not transfer.persist(sleep):
+        return transfer.partial, False
+    transfer.finish()
+    return path, True
 
 
 def check_sha256(found: str, expected: str | None, name: str) -> str:
@@ -82,119 +95,191 @@ def check_sha256(found: str, expected: str | None, name: str) -> str:
     return found
 
 
-def _persist(session: requests.Session, url: str, partial: Path, sleep: Callable[[float], None]) -> None:
-    """Transfer again until the file is whole or ATTEMPTS in a row bring nothing."""
-    failures = furthest = 0
-    while True:
-        try:
-            return _transfer(session, url, partial)
-        except TRANSIENT as error:
-            size = _size(partial)
-            failures = 1 if size > furthest else failures + 1
-            furthest = max(size, furthest)
-            if failures == ATTEMPTS:
-                raise UserError(
-                    f"cannot download {url} ({_reason(error)}): check the network and run again, "
-                    f"it goes on after {human_bytes(size)}"
-                ) from None
-            sleep(BACKOFF_S * 2 ** (failures - 1))
-        except requests.RequestException as error:  # no http address, too many redirects
-            raise UserError(f"cannot download {url} ({_reason(error)})") from None
+def cache_name(address: str, name: str, *, n_digit: int = 8) -> str:
+    """What a file is called in the cache: two addresses may end with one name, so a hash of them comes first."""
+    mark = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()[:n_digit]
+    return f"{mark}-{name.encode('utf-8', 'replace')[-NAME_BYTES:].decode('utf-8', 'ignore')}"
 
 
-def _transfer(session: requests.Session, url: str, partial: Path) -> None:
-    """One request: the whole file, or what is missing of `partial`."""
-    state = _load_state(partial, url)
-    offset = _size(partial) if state["validator"] else 0
-    if offset and offset == state["total"]:
-        return  # killed between the last byte and the renaming
-    headers = {"Accept-Encoding": "identity"}  # so that lengths and offsets count the file's own bytes
-    if offset:
-        headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-        offset = _check_answer(response, url, partial, offset)
-        encoded = response.headers.get("Content-Encoding", "identity") != "identity"
-        length = response.headers.get("Content-Length", "")
-        total = offset + int(length) if length.isdigit() and not encoded else None
-        if not offset:
-            partial.unlink(missing_ok=True)  # before its new state is written
-            _save_state(partial, url, None if encoded else _validator(response), total)
-        _check_room(partial, offset, total, url)
-        _receive(response, partial, offset, total)
-    if total is not None and _size(partial) != total:
-        raise _InterruptedError(f"it ended after {_size(partial)} of {total} bytes")
+def forget(path: Path) -> None:
+    """Remove a download, whole or partial."""
+    path.unlink(missing_ok=True)
+    _Transfer("", path).discard()
 
 
-def _check_answer(response: requests.Response, url: str, partial: Path, offset: int) -> int:
-    """Where in the file the body of this answer begins."""
-    status = response.status_code
-    if status == 416:  # we asked for bytes after the end: what we have is not of this file
-        _discard(partial)
-    if status in BUSY or status == 416 or status >= 500:
-        raise _InterruptedError(f"the server answered {status} {response.reason}")
-    if status not in (200, 206):
-        raise NotThereError(f"cannot download {url}: the server answered {status} {response.reason}")
-    if status == 200:  # it does not know ranges, or the file has changed
-        return 0
-    begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    if not begin or int(begin[1]) != offset:
-        _discard(partial)
-        raise _InterruptedError("the server sent another part than was asked for")
-    return offset
+@dataclass
+class _Transfer:
+    """Of the file at `url` to `path`.partial, all of it or `enough` bytes."""
 
+    url: str
+    path: Path
+    enough: int | None = None
+    note: str = ""
+    given_up: threading.Event = field(default_factory=threading.Event)
 
-def _receive(response: requests.Response, partial: Path, offset: int, total: int | None) -> None:
-    name = partial.name.removesuffix(".partial")
-    with open(partial, "ab" if offset else "wb") as file, progress(name, total=total, unit="B", start=offset) as bar:
-        for chunk in response.iter_content(CHUNK_BYTES):
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
+
+    @property
+    def size(self) -> int:
+        return self.partial.stat().st_size if self.partial.exists() else 0
+
+    @property
+    def _state_path(self) -> Path:
+        return self.partial.with_name(self.partial.name + ".json")
+
+    def finish(self) -> None:
+        """Give the whole file its name."""
+        with open(self.partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.partial, self.path)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what has come."""
+        self.partial.unlink(missing_ok=True)
+        self._state_path.unlink(missing_ok=True)
+
+    def persist(self, sleep: Callable[[float], None]) -> bool:
+        """Transfer again until there is enough, or ATTEMPTS in a row bring nothing.  -> whether the file is whole"""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        failures = furthest = 0
+        with requests.Session() as session:
+            session.max_redirects = MOST_REDIRECTS
+            session.hooks["response"] = [leave_body]
+            while True:
+                try:
+                    return self._watch(session)
+                except TRANSIENT as error:
+                    failures = 1 if self.size > furthest else failures + 1
+                    furthest = max(self.size, furthest)
+                    if failures == ATTEMPTS:
+                        raise self._error(_reason(error), "check the network and run again") from None
+                    sleep(BACKOFF_S * 2 ** (failures - 1))
+                except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+                    raise UserError(f"cannot download {self.url} ({_reason(error)})") from None  # an odd redirect
+
+    def _watch(self, session: requests.Session) -> bool:
+        """One request in a thread, which is left alone where SLOW_S bring nothing, not even an answer."""
+        outcome: Future[bool] = Future()
+
+        def work() -> None:
             try:
-                file.write(chunk)
-                file.flush()
-            except OSError as error:
-                error.filename = str(partial)  # a full disk is reported by write(), which knows no name
-                raise
-            bar.update(len(chunk))
+                outcome.set_result(self._request(session))
+            except BaseException as error:
+                outcome.set_exception(error)
 
+        threading.Thread(target=work, daemon=True).start()
+        size = -1
+        while not wait([outcome], timeout=SLOW_S).done:
+            if size == (size := self.size):
+                self.given_up.set()
+                raise self._error(f"{human_bytes(CHUNK_BYTES)} take more than {SLOW_S:g} s", "run again later")
+        return outcome.result()
 
-def _check_room(partial: Path, offset: int, total: int | None, url: str) -> None:
-    free = shutil.disk_usage(partial.parent).free
-    if total is not None and total - offset > free:
-        raise UserError(
-            f"{url} needs {human_bytes(total - offset)} in {partial.parent}, {human_bytes(free)} are free: make room"
-        )
+    def _request(self, session: requests.Session) -> bool:
+        """Ask for the file, or for what is missing of it.  -> whether it is whole"""
+        state = self._load_state()
+        if self.size and self.size == state["total"]:
+            return True  # killed between the last byte and the renaming
+        if self.enough and state["url"] and self.size >= self.enough:
+            return False
+        offset = self.size if state["validator"] and state["total"] else 0
+        headers = {"Accept-Encoding": "identity"}  # so that lengths and offsets count the file's own bytes
+        if offset:
+            headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}
+        with session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+            answer = Answer(response, self.url, offset)
+            if self.given_up.is_set():
+                return False
+            answer.check(self.path.name)
+            if answer.is_whole:
+                state = {"url": self.url, "validator": answer.validator, "total": answer.length}
+                self._begin(state, answer)
+            elif not answer.continues(state):
+                self.discard()  # what we have is not of the file that is there now
+                raise BrokenOffError("the server sent another part than was asked for")
+            self._receive(response, state["total"], None if answer.is_packed else self.enough)
+            return self._is_whole(answer, state["total"])
 
+    def _begin(self, state: dict[str, Any], answer: Answer) -> None:
+        total = state["total"]
+        needed, free = min(total or 0, self.enough or total or 0), shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            raise UserError(
+                f"{self.url} needs {human_bytes(needed)} in {self.path.parent}, {human_bytes(free)} are free: make room"
+            )
+        self.discard()  # before its new state is written
+        self.partial.touch()
+        if not answer.is_packed:  # else it is not continued
+            write_json(self._state_path, state)
+        if self.note and total:
+            print(f"{self.note}: {human_bytes(total)}", file=sys.stderr)
 
-def _validator(response: requests.Response) -> str | None:
-    """What distinguishes this version of the file from others: a strong ETag, else its date."""
-    etag = response.headers.get("ETag")
-    return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+    def _receive(self, response: requests.Response, total: int | None, enough: int | None) -> None:
+        size = self.size
+        with open(self.partial, "ab") as file, progress(self.path.name, total=total, unit="B", start=size) as bar:
+            for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
+                if self.given_up.is_set():
+                    return
+                try:
+                    file.write(chunk)
+                    file.flush()
+                except OSError as error:
+                    error.filename = str(self.partial)  # a full disk is reported by write(), which knows no name
+                    raise
+                bar.update(len(chunk))
+                size += len(chunk)
+                if size > (total or MOST_UNTOLD) or size >= (enough or size + 1):
+                    return
 
+    def _is_whole(self, answer: Answer, total: int | None) -> bool:
+        if self.size > (total or MOST_UNTOLD):
+            self.discard()
+            raise answer.refuse(f"the server sent more than {human_bytes(total or MOST_UNTOLD)}, as it should not")
+        if not answer.is_packed and self.size != total and self.size >= (self.enough or self.size + 1):
+            return False
+        if total is not None and self.size != total:
+            raise BrokenOffError(f"it ended after {self.size} of {total} bytes")
+        if answer.is_packed:
+            self._unpack()
+        if not self.size:
+            self.discard()
+            raise answer.refuse("the server sent an empty file")
+        return True
 
-def _state_path(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".json")
+    def _unpack(self) -> None:
+        """Take gzip off, but not from a file that is a .gz: many servers call its own packing theirs."""
+        unpacked = self.partial.with_name(self.partial.name + ".unpacked")
+        try:
+            with open(unpacked, "wb") as file:
+                for _, chunks in iter_members(self.partial, "the answer.gz"):
+                    file.writelines(chunks)
+            with open(unpacked, "rb") as file:
+                is_file = not self.path.name.lower().endswith((".gz", ".tgz")) or file.read(2) == GZIP
+            if is_file:
+                os.replace(unpacked, self.partial)
+        except UnpackError as error:
+            self.discard()
+            raise BrokenOffError(str(error)) from None
+        finally:
+            unpacked.unlink(missing_ok=True)
 
+    def _load_state(self) -> dict[str, Any]:
+        """What is known of the partial file; nothing where that is of another address, or not readable."""
+        kinds = {"url": str, "validator": str | None, "total": int | None}
+        try:
+            state = json.loads(self._state_path.read_bytes())
+            if state["url"] == self.url and all(isinstance(state[key], kind) for key, kind in kinds.items()):
+                return state
+        except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
+            pass
+        return dict.fromkeys(kinds)
 
-def _load_state(partial: Path, url: str) -> dict[str, Any]:
-    try:
-        state = json.loads(_state_path(partial).read_bytes())
-    except (FileNotFoundError, ValueError):
-        state = None
-    if isinstance(state, dict) and state.get("url") == url and {"validator", "total"} <= state.keys():
-        return state
-    return {"validator": None, "total": None}
-
-
-def _save_state(partial: Path, url: str, validator: str | None, total: int | None) -> None:
-    write_json(_state_path(partial), {"url": url, "validator": validator, "total": total})
-
-
-def _discard(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    _state_path(partial).unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    def _error(self, reason: str, advice: str) -> UserError:
+        goes_on = f", it goes on after {human_bytes(self.size)}" if self.size else ""
+        return UserError(f"cannot download {self.url} ({reason}): {advice}{goes_on}")
 
 
 def _reason(error: Exception) -> str:
@@ -203,51 +288,5 @@ def _reason(error: Exception) -> str:
     while isinstance(inner, Exception):
         error = inner
         inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, Exception)), None)
-    return " ".join(str(error).rpartition("): ")[2].split())  # without the name of an object before it
-
-
-def fetch_bucket(source: str, cache: Path) -> list[tuple[str, Path]]:
-    """Copy the files of an address, a folder's or a glob's, into `cache`.  -> (name, path) of each, sorted by name
-
-    A file that was copied before and has the same size and checksum there is not copied again. Raises UserError where
-    the address names nothing, is refused, or needs a package that is not installed.
-    """
-    try:
-        files, path = fsspec.core.url_to_fs(source)
-        found = files.glob(path) if fsspec.core.has_magic(path) else files.find(path)
-        base = PurePosixPath(os.path.commonpath([str(PurePosixPath(name).parent) for name in found]) if found else "")
-        copies = []
-        for name in sorted(found):
-            mark = hashlib.sha256(f"{source} {name} {files.ukey(name)}".encode()).hexdigest()[:16]
-            copy = cache / f"{mark}-{PurePosixPath(name).name}"
-            if not copy.exists():
-                _copy(files, name, copy)
-            copies.append((str(PurePosixPath(name).relative_to(base)), copy))
-    except (ImportError, ValueError) as error:  # no such protocol, or a package that is missing for it
-        raise UserError(f"download.source={source}: {error}") from None
-    except FileNotFoundError:
-        copies = []
-    except OSError as error:
-        if error.filename and str(cache) in str(error.filename):
-            raise
-        raise UserError(
-            f"download.source={source} cannot be read ({error}): check the address and your rights"
-        ) from None
-    if not copies:
-        raise UserError(f"download.source={source} names no files")
-    return copies
-
-
-def _copy(files: fsspec.AbstractFileSystem, name: str, copy: Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    partial = copy.with_name(copy.name + ".partial")
-    total = files.size(name)
-    with (
-        files.open(name, "rb") as source,
-        open(partial, "wb") as target,
-        progress(PurePosixPath(name).name, total=total, unit="B") as bar,
-    ):
-        while chunk := source.read(CHUNK_BYTES):
-            target.write(chunk)
-            bar.update(len(chunk))
-    os.replace(partial, copy)
+    text = re.sub(r"^\w+\(.*?\): ", "", str(error))  # without the name of an object before it
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MOST_REASON]

@@ -41,7 +41,7 @@ class Manifest:
     separator: str | None  # the text between two documents of a file; None = a file is one document
     document_start: str | None  # regular expression of the line that begins a document
     python: str | None  # the version whose documentation this is; None for other sources
-    downloads: tuple[dict[str, str], ...]  # url and sha256 of each downloaded file, before unpacking
+    downloads: tuple[dict[str, str | None], ...]  # url and sha256 (None: a beginning) of each file, before unpacking
     files: tuple[RawFile, ...]
 
 

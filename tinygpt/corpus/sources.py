@@ -19,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 from tinygpt.errors import UserError
 from tinygpt.params import Count, require
 
+MOST_NAME_BYTES = 255  # of a file's name, as file systems have it
+
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadParams:
@@ -143,12 +145,17 @@ def _gutenberg(number: str) -> Source:
 
 
 def _url(url: str) -> Source:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        is_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # "http://[::1/x", a port that is not a number
+        is_address = False
+    if not is_address:
+        raise UserError(f"download.source={url} names no host: mend the address")
     name = PurePosixPath(unquote(parts.path)).name
-    require(
-        (bool(parts.hostname), f"download.source={url} names no host"),
-        (bool(name) and name not in (".", ".."), f"download.source={url} must end with the name of a file"),
-    )
+    is_name = name not in ("", ".", "..") and not re.search("[\0-\x1f\x7f]", name)
+    is_name = is_name and len(name.encode("utf-8", "replace")) <= MOST_NAME_BYTES
+    require((is_name, f"download.source={url} must end with the name of a file, of {MOST_NAME_BYTES} bytes at most"))
     return Source(remotes=(Remote(url=url, name=name),), licence="unknown")
 
 
