@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from yaml import YAMLError
 
 from tinygpt.errors import UserError
+from tinygpt.yaml12 import load_yaml
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -182,8 +182,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} not found: run this from the project's top folder")
     try:
-        document = YAML(typ="safe", pure=True).load(path)  # pure: libyaml would read YAML 1.1, where `on` is true
-    except (YAMLError, UnicodeDecodeError) as error:
+        document = load_yaml(path.read_bytes())
+    except (YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold the groups {', '.join(GROUPS)}")

@@ -1,0 +1,104 @@
+"""params.yaml is read as DVC reads it, by another library."""
+
+import datetime
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.utils.serialize import parse_yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from tinygpt.yaml12 import load_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def meaning(value: Any) -> Any:
+    """A value with its type; NaN is equal to itself, and so is a time, whatever its zone is called."""
+    if isinstance(value, dict):
+        return {meaning(key): meaning(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [meaning(item) for item in value]
+    if isinstance(value, datetime.datetime):
+        return value.isoformat()
+    return "NaN" if isinstance(value, float) and math.isnan(value) else (type(value), value)
+
+
+def readings(text: str) -> list[Any]:
+    """What PyYAML, ruamel.yaml and DVC find; "refused" where one finds none."""
+    found = []
+    for read in (lambda: load_yaml(text.encode()), lambda: YAML(typ="safe").load(text), lambda: parse_yaml(text, "")):
+        try:
+            found.append(meaning(read() or {}))  # DVC reads nothing as no groups
+        except Exception:
+            found.append("refused")
+    return found
+
+
+@pytest.mark.parametrize("path", ["params.yaml", "dvc.yaml", *(f"presets/{p.name}" for p in ROOT.glob("presets/*"))])
+def test_our_own_files_mean_the_same_to_all_three(path: str) -> None:
+    ours, *others = readings((ROOT / path).read_text())
+    assert ours != "refused"
+    assert others == [ours, ours]
+
+
+SCALARS = [
+    "1e3",
+    "1e-05",
+    "0x1F",
+    "0o17",
+    "017",
+    "089",
+    "0b11",
+    "1_000",
+    "1:30",
+    "1.",
+    ".5",
+    "-.inf",
+    ".nan",
+    "on",
+    "No",
+]
+SCALARS += [
+    "~",
+    "",
+    "null",
+    "True",
+    "y",
+    "=",
+    "2024-01-02",
+    "2024-13-01",
+    "2001-12-14 21:59:43.1 -5",
+    "+_",
+    "._",
+    "0o8",
+]
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_scalars_that_differ_between_versions_mean_the_same_to_all_three(scalar: str) -> None:
+    ours, *others = readings(f"a: {scalar}\n")
+    assert others == [ours, ours]
+
+
+@settings(max_examples=500, derandomize=True, deadline=None)
+@given(st.text("0123456789+-_.eExXobBaAfFtTrRuUlLsSnNyY~:= ", max_size=9))
+@example("1e400")
+def test_scalars_mean_the_same_to_all_three(scalar: str) -> None:
+    ours, *others = readings(f"a: {scalar}\n")
+    assert others == [ours, ours]
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\na: 2", "a: {b: 1, b: 2}", "1: a\n1.0: b", "a: 1\n---\nb: 2", "%YAML 1.1\n---\na: on"]
+)
+def test_what_could_mean_two_things_is_refused(text: str) -> None:
+    assert readings(text)[0] == "refused"
+
+
+def test_a_mapping_that_is_merged_twice_keeps_its_keys() -> None:
+    ours, *others = readings("x: &x {a: 1}\ny: &y {<<: *x, b: 2}\nz: {<<: *y, a: 3}\n")
+    assert others == [ours, ours]
