@@ -143,3 +143,35 @@ with atomic_folder({str(path)!r}) as folder:
     with atomic_folder(path):
         assert not abandoned.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+NOT_AN_OBJECT = {
+    "deep": b"[" * 100_000,
+    "deep objects": b'{"a":' * 100_000,
+    "digits": b'{"a": ' + b"1" * 5_000 + b"}",
+    "bytes": b'{"a": "\xff"}',
+    "nan": b'{"a": NaN}',
+    "infinity": b'{"a": 1e999}',
+    "a list": b"[1]",
+    "a text": b'"\x1b]0;title\x07"',
+    "nothing": b"",
+    "two": b"{} {}",
+    "cut": b'{"a": [1, 2',
+    "control": b"{\x1b[2J}",
+}
+
+
+@pytest.mark.parametrize("raw", NOT_AN_OBJECT.values(), ids=NOT_AN_OBJECT)
+def test_what_is_not_a_json_object_is_one_line_that_names_the_file(tmp_path, raw):
+    (tmp_path / "a.json").write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.json is not valid JSON .*: run `dvc repro train`") as caught:
+        read_json(tmp_path / "a.json", stage="train")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1100
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "a.json", "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(UserError, match=r"a\.json is not valid JSON \(it has 1\.0 TB, at most 200\.0 MB are read\)"):
+        read_json(tmp_path / "a.json", stage="train")

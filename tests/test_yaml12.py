@@ -2,6 +2,8 @@
 
 import datetime
 import math
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,42 @@ def test_what_could_mean_two_things_is_refused(text: str) -> None:
 def test_a_mapping_that_is_merged_twice_keeps_its_keys() -> None:
     ours, *others = readings("x: &x {a: 1}\ny: &y {<<: *x, b: 2}\nz: {<<: *y, a: 3}\n")
     assert others == [ours, ours]
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+DAMAGED = {
+    "aliases of aliases": LAUGHS,
+    "merges of merges": LAUGHS.replace("[x, x]", "{k: 1}").replace("[", "{<<: [").replace("]", "]}"),
+    "itself": "a: &a [*a]",
+    "deep": "a: " + "[" * 90_000,
+    "digits": "a: " + "1" * 5_000,
+    "hex": "a: 0x" + "f" * 5_000,
+    "many": "a: [" + "1, " * 50_000 + "1]",
+    "large": "a: " + "x" * 10**6,
+    "date": "a: !!timestamp x",
+    "switch": "a: !!bool x",
+    "character": 'a: "\\Uffffffff"',
+    "a class": "a: !!python/object/apply:os.system [ls]",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_what_cannot_be_read_is_one_line_soon_and_in_little_memory(text: str) -> None:
+    tracemalloc.start()
+    began = time.process_time()
+    with pytest.raises(ValueError, match=r"^[ -~]+$"):
+        load_yaml(text.encode())
+    assert time.process_time() - began < 5  # seconds; tracing takes most of them
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+@settings(max_examples=300, derandomize=True, deadline=2000)
+@given(st.text("a1-.:&*!|>?%@'\"[]{},#<~ \n", max_size=60))
+@example("? *a")
+@example("&a")
+def test_any_text_is_read_or_is_one_line(text: str) -> None:
+    try:
+        load_yaml(text.encode())
+    except ValueError as error:
+        assert "\n" not in str(error)

@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
 P = ParamSpec("P")
 
+BREAK = "\n       "  # between two problems of one error
+MOST_PROBLEMS = 20  # that one error tells of
+MOST_CHARACTERS = 1000  # of each
+
+
+def printable(text: object) -> str:
+    r"""A text as one line that a terminal only shows: "a\x1b[2J" -> "a\\x1b[2J".  A long one loses its middle.
+
+    Whatever comes from a file, its name included, is printed through this.
+    """
+    text = str(text)
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[: MOST_CHARACTERS * 2 // 3]} … {text[-MOST_CHARACTERS // 3 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 class UserError(Exception):
     """Something the user can mend: the message names the key, file or stage and says what to do."""
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, as it was found, of one argument or a list."""
+        found = self.args[0] if self.args and isinstance(self.args[0], list) else self.args
+        return [line for problem in found for line in str(problem).split(BREAK)]
+
+    def __str__(self) -> str:
+        more = len(self.problems) - MOST_PROBLEMS
+        shown = [printable(problem) for problem in self.problems[:MOST_PROBLEMS]]
+        return BREAK.join(shown + ([f"and {more:,} more"] if more > 0 else []))
 
 
 class Stopped(Exception):
@@ -24,31 +53,98 @@ class Stopped(Exception):
 
 
 def program(main: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a program's `main`: a user's mistake prints one line on stderr and leaves with status 1."""
+    """Wrap a program's `main`: whatever a user, a file or the machine can cause is one line on stderr and a status."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        is_first = heed_interrupts()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # ASCII and Latin-1, too, can print every name
         try:
             main(*args, **kwargs)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            sys.exit(128 + stopped.signal)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
-        except BrokenPipeError:  # the reader of a pipe went away: `… | head`
-            sys.stderr.close()
-            sys.exit(141)
-        except OSError as error:
-            name, reason = error.filename or "a file", error.strerror
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                sys.exit(f"error: no room to write {name} ({reason}): free some space and run again")
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                sys.exit(f"error: cannot use {name} ({reason}): see to its permissions")
-            if error.filename:
-                sys.exit(f"error: cannot use {name} ({reason})")
-            raise
+            _flush()
+        except (Exception, KeyboardInterrupt) as error:
+            status, line = answer_to(error)
+            _flush(drop=True)
+            print(line, end="", file=sys.stderr)
+            sys.exit(status)
+        finally:
+            if is_first:
+                leave_at_once()
 
     return run
+
+
+def answer_to(error: BaseException) -> tuple[int, str]:
+    """The status and the lines that a program ends with.  What is a fault of this project is raised again."""
+    match error:
+        case UserError():
+            return 1, f"error: {error}\n"
+        case Stopped():
+            return 128 + error.signal, f"{error}\n"
+        case KeyboardInterrupt():
+            return 130, "interrupted\n"
+        case BrokenPipeError():  # the reader of a pipe went away: `… | head`
+            return 141, ""
+        case OSError():
+            problem = _of_the_system(error)
+        case MemoryError():
+            problem = "there is not enough memory: take a smaller model, batch or text, or close other programs"
+        case RecursionError():
+            problem = f"what was read is nested too deep ({_place(error)})"
+        case UnicodeError():
+            problem = f"a text cannot be read or written as it is ({_place(error)}: {error})"
+        case OverflowError():
+            problem = f"a number is too large ({_place(error)}: {error})"
+        case _:
+            raise error
+    return 1, f"error: {printable(problem)}\n"
+
+
+def _of_the_system(error: OSError) -> str:
+    name, reason = error.filename or "a file", error.strerror or str(error) or type(error).__name__
+    name = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else str(name)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no room to write {name} ({reason}): free some space and run again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot use {name} ({reason}): see to its permissions"
+    return f"cannot use {name} ({reason})" if error.filename else reason
+
+
+def _place(error: BaseException) -> str:
+    """Where in the code it came up: all that is known of it."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else "nowhere"
+
+
+def _flush(*, drop: bool = False) -> None:
+    """Write what was printed; with `drop` forget what cannot be, or Python would try and fail again as it ends."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        if not drop:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave_at_once() -> None:
+    """Ctrl-C ends the program, as long as it imports or ends: KeyboardInterrupt would be taken for another failure."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def heed_interrupts() -> bool:
+    """Ctrl-C raises KeyboardInterrupt again; whether it did not."""
+    if signal.getsignal(signal.SIGINT) is not _leave:
+        return False
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return True
+
+
+def _leave(*_: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tinygpt.errors import UserError
+
+MOST_JSON = 200_000_000  # bytes of a file: a manifest of a million texts
 
 
 @contextmanager
@@ -95,12 +98,41 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: str | Path, *, stage: str) -> Any:
-    """Read a JSON file that `stage` makes.  Raises UserError when it is missing or is no JSON."""
+def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:
+    """Read a JSON object that `stage` makes.  Raises UserError when it is missing or is not one."""
+    return read_object(must_exist(path, stage=stage), remedy=f"run `dvc repro {stage}` to make it again")
+
+
+def read_object(path: str | Path, *, remedy: str, most_bytes: int = MOST_JSON) -> dict[str, Any]:
+    """Read a JSON object from anywhere.  Raises UserError, whatever is wrong with it, that ends with the remedy."""
     try:
-        return json.loads(must_exist(path, stage=stage).read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path} is not valid JSON ({error}): run `dvc repro {stage}` to make it again") from None
+        size = Path(path).stat().st_size
+        if size > most_bytes:
+            raise ValueError(f"it has {human_bytes(size)}, at most {human_bytes(most_bytes)} are read")
+        found = parse_json(Path(path).read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a {type(found).__name__}, not an object")
+        return found
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): {remedy}") from None
+
+
+def parse_json(raw: str | bytes, **hooks: Any) -> Any:
+    """The value of a JSON text in UTF-8.  Raises ValueError for whatever is not one, and for what Python cannot hold.
+
+    That is also a number that is not finite, one of thousands of digits, and lists too deep in each other.
+    """
+    try:
+        text = raw if isinstance(raw, str) else raw.decode()
+        return json.loads(text, parse_constant=_finite, parse_float=_finite, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is not a finite number")
+    return float(number)
 
 
 def must_exist(path: str | Path, *, stage: str) -> Path:

@@ -16,8 +16,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
 
-from yaml import YAMLError
-
 from tinygpt.errors import UserError
 from tinygpt.yaml12 import load_yaml
 
@@ -57,8 +55,7 @@ class ParamsError(UserError):
     """What is wrong with the params, one problem a line."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n       ".join(problems))
+        super().__init__(problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +180,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} not found: run this from the project's top folder")
     try:
         document = load_yaml(path.read_bytes())
-    except (YAMLError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold the groups {', '.join(GROUPS)}")
     return document

@@ -6,11 +6,7 @@ The file of a command is imported only once its flags are read: --help and a typ
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Never
 
@@ -25,7 +21,7 @@ from tinygpt.cli.flags import (
     add_path,
     nearest,
 )
-from tinygpt.errors import program
+from tinygpt.errors import heed_interrupts, leave_at_once, program
 from tinygpt.options import DRAWN, PARTS
 from tinygpt.serve.limits import Limits
 
@@ -180,9 +176,10 @@ class Parser(ArgumentParser):
 @program
 def main() -> None:
     """Run one command."""
-    with leaving_at_once():
-        args = build_parser().parse_args()
-        module = importlib.import_module(f"tinygpt.cli.{COMMANDS[args.command][1]}")
+    leave_at_once()
+    args = build_parser().parse_args()
+    module = importlib.import_module(f"tinygpt.cli.{COMMANDS[args.command][1]}")
+    heed_interrupts()
     getattr(module, args.command.replace("-", "_"))(args)
 
 
@@ -193,16 +190,3 @@ def build_parser() -> ArgumentParser:
     for name, (add_own_flags, _, help) in COMMANDS.items():
         add_own_flags(commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}."))
     return parser
-
-
-@contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Ctrl-C ends the program: while it imports PyTorch, that would take the exception for a failure of its own."""
-    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if heeds:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    try:
-        yield
-    finally:
-        if heeds:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
