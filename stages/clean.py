@@ -7,18 +7,17 @@ from pathlib import Path
 
 from tinygpt.corpus.clean import CleanParams, clean
 from tinygpt.corpus.folders import SPLITS
-from tinygpt.errors import program
 from tinygpt.files import human_bytes, runs_folder, write_json
-from tinygpt.params import PARAMS_FILE, check_params, load_params
+from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import CLEAN, RAW, REPORTS
 from tinygpt.runtime import RuntimeParams
+from tinygpt.stage import run_stage
 
 MOST_NAMED = 10  # files whose repairs are told; the report has the sum
 
 
 def run(root: Path) -> None:
     """Read the `clean` group, fill data/clean and write reports/clean.json."""
-    check_params(root / PARAMS_FILE)  # so that a mistake in any group is reported before the work
     params, runtime = load_params(CleanParams, RuntimeParams, path=root / PARAMS_FILE)
     report, repaired = clean(params, root / RAW, root / CLEAN, runtime, runs=runs_folder(root))
     write_json(root / REPORTS / "clean.json", report)
@@ -31,4 +30,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

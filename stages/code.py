@@ -6,16 +6,18 @@ Reads the sources of stages and tinygpt, writes reports/code.json, which every o
 from pathlib import Path
 
 from tinygpt.code import code_of
-from tinygpt.errors import program
 from tinygpt.files import write_json
+from tinygpt.params import PARAMS_FILE, check_params
 from tinygpt.paths import CODE
+from tinygpt.stage import run_stage
 
 
 def run(root: Path) -> None:
-    """Run the stage in the project's folder."""
+    """Run the stage in the project's folder.  It runs before all others, so it checks the params of all."""
+    check_params(root / PARAMS_FILE)
     names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path != Path(__file__))
     write_json(root / CODE, {name: code_of(f"stages.{name}") for name in names})
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tinygpt.corpus.download import download
 from tinygpt.corpus.sources import DownloadParams
-from tinygpt.errors import program
 from tinygpt.files import checkout_of, human_bytes
-from tinygpt.params import PARAMS_FILE, check_params, load_params
+from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import RAW
+from tinygpt.stage import run_stage
 
 MOST_NAMED = 10  # files that are left out
 CACHE = Path("data/.downloads")  # whole and partial downloads, outside of every DVC output
@@ -18,7 +18,6 @@ CACHE = Path("data/.downloads")  # whole and partial downloads, outside of every
 
 def run(root: Path) -> None:
     """Read the `download` group and fill data/raw."""
-    check_params(root / PARAMS_FILE)  # so that a mistake in any group is reported before the work
     params, checkout = load_params(DownloadParams, path=root / PARAMS_FILE), checkout_of(root)
     downloaded = download(params, root / RAW, root=checkout, cache=checkout / CACHE)
     files = downloaded.manifest.files
@@ -30,4 +29,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

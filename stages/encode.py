@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tinygpt.corpus.folders import SPLITS
 from tinygpt.encode import encode_corpus
-from tinygpt.errors import program
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import CLEAN, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
+from tinygpt.stage import run_stage
 
 
 def run(root: Path) -> None:
@@ -25,4 +25,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

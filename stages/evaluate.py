@@ -6,7 +6,6 @@ Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json and r
 from pathlib import Path
 
 from tinygpt.device import open_device
-from tinygpt.errors import program
 from tinygpt.files import write_json
 from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params
@@ -15,6 +14,7 @@ from tinygpt.report.config import EvaluateParams
 from tinygpt.report.perplexity import evaluate_model
 from tinygpt.report.samples import write_samples
 from tinygpt.runtime import RuntimeParams
+from tinygpt.stage import run_stage
 from tinygpt.tokens import load_meta, load_tokens
 
 
@@ -36,4 +36,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

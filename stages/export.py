@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.device import open_device
-from tinygpt.errors import UserError, program
+from tinygpt.errors import UserError
 from tinygpt.export.base import export_adapters
 from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
@@ -21,6 +21,7 @@ from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params, require
 from tinygpt.paths import BASE, EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
+from tinygpt.stage import run_stage
 from tinygpt.tokens import load_meta, load_tokens
 
 CARD_FILE = "README.md"
@@ -67,4 +68,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

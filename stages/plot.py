@@ -5,11 +5,11 @@ Reads reports/train.csv and train_norms.csv, writes reports/plots.
 
 from pathlib import Path
 
-from tinygpt.errors import program
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import PLOTS, REPORTS
 from tinygpt.report.config import PlotParams
 from tinygpt.report.plots import read_tables, write_plots
+from tinygpt.stage import run_stage
 
 
 def run(root: Path) -> None:
@@ -20,4 +20,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from tinygpt.errors import program
 from tinygpt.files import runs_folder, sha256_file
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import WEIGHTS_FILE, load_base
-from tinygpt.params import PARAMS_FILE, check_params, load_params
+from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import BASE, MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.training import described, publish
 from tinygpt.run.checkpoint import fingerprint
 from tinygpt.run.processes import open_devices, start
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
+from tinygpt.stage import run_stage
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
 from tinygpt.train.config import TrainParams
@@ -31,7 +31,6 @@ from tinygpt.train.trainer import Trainer
 
 def run(root: Path) -> None:
     """Run the stage in the project's folder, in one process or several."""
-    check_params(root / PARAMS_FILE)  # of every stage that follows, before the long one
     start(partial(train, root), load_params(RuntimeParams, path=root / PARAMS_FILE))
 
 
@@ -60,4 +59,4 @@ def train(root: Path, world: World) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

@@ -6,11 +6,11 @@ Reads data/clean/train.jsonl, writes data/tokenizer/tokenizer.json.
 import dataclasses
 from pathlib import Path
 
-from tinygpt.errors import program
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import CLEAN, TOKENIZER
 from tinygpt.runtime import RuntimeParams
+from tinygpt.stage import run_stage
 from tinygpt.tokenizer.kinds import TokenizerParams, build_tokenizer
 
 
@@ -26,4 +26,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

@@ -38,6 +38,7 @@ ROOMS = [
     ["tokens"],
     ["encode"],
     ["model"],
+    ["stage"],
     ["train", "generate"],
     ["run", "report"],
     ["export"],

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 P = ParamSpec("P")
@@ -32,16 +33,11 @@ def printable(text: object) -> str:
 class UserError(Exception):
     """Something the user can mend: the message names the key, file or stage and says what to do."""
 
-    @property
-    def problems(self) -> list[str]:
-        """What is wrong, as it was found, of one argument or a list."""
-        found = self.args[0] if self.args and isinstance(self.args[0], list) else self.args
-        return [line for problem in found for line in str(problem).split(BREAK)]
-
     def __str__(self) -> str:
-        more = len(self.problems) - MOST_PROBLEMS
-        shown = [printable(problem) for problem in self.problems[:MOST_PROBLEMS]]
-        return BREAK.join(shown + ([f"and {more:,} more"] if more > 0 else []))
+        problems = self.args[0] if self.args and isinstance(self.args[0], list) else self.args
+        lines = [line for problem in problems for line in str(problem).split(BREAK)]
+        more = [f"and {len(lines) - MOST_PROBLEMS:,} more"] if len(lines) > MOST_PROBLEMS else []
+        return BREAK.join([*map(printable, lines[:MOST_PROBLEMS]), *more])
 
 
 class Stopped(Exception):
@@ -117,7 +113,7 @@ def _place(error: BaseException) -> str:
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else "nowhere"
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "nowhere"
 
 
 def _flush(*, drop: bool = False) -> None:

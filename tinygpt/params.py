@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import re
 import sys
 import types
 import typing
@@ -55,6 +56,7 @@ class ParamsError(UserError):
     """What is wrong with the params, one problem a line."""
 
     def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
         super().__init__(problems)
 
 
@@ -71,6 +73,7 @@ class Within:
         return above and below
 
 
+HALVES = re.compile("[\ud800-\udfff]")  # of characters, which UTF-8 cannot hold
 DERIVED = object()  # marks a field that may be null in the file; `__post_init__` then derives its value
 
 Count = Annotated[int, Within("[1, inf)")]  # a whole number of things, at least one
@@ -96,33 +99,37 @@ def load_params(a: type[A], b: type[B], c: type[C], d: type[D], /, *, path: Path
 def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
     """Read the groups of these dataclasses: `model, train = load_params(ModelParams, TrainParams)`.
 
-    Raises ParamsError with every problem found in them, each naming its key, and the nearest name for a typo.
+    Raises ParamsError with every problem of all groups, each naming its key, and the nearest name for a typo.
+    """
+    groups = check_params(path)
+    found = tuple(groups[cls.group] for cls in classes)
+    return found[0] if len(found) == 1 else found
+
+
+def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
+    """All groups by name, each checked, and each with the others: what params decide is told before any work.
+
+    A mistake in `evaluate` would else come to light after an hour of training.
     """
     document = _read(path)
-    groups, problems = [], _name_problems(document)
-    for cls in classes:
+    groups, problems = dict[str, Any](), _name_problems(document)
+    for name in GROUPS:
         try:
-            if cls.group in document:  # else _name_problems has told of it
-                groups.append(from_mapping(cls, document[cls.group], prefix=cls.group + "."))
+            if name in document:  # else _name_problems has told of it
+                groups[name] = from_mapping(find_class(name), document[name], prefix=f"{name}.")
         except ParamsError as error:
             problems += error.problems
-    loaded = {group.group: group for group in groups}
-    for group in groups:
-        rules = group.rules_with(loaded) if hasattr(group, "rules_with") else ()
+    for group in groups.values():
+        rules = group.rules_with(groups) if hasattr(group, "rules_with") else ()
         problems += [message for holds, message in rules if not holds]
     if problems:
         raise ParamsError(problems)
-    return groups[0] if len(groups) == 1 else tuple(groups)
-
-
-def check_params(path: Path = PARAMS_FILE) -> None:
-    """Check every group, so that a typo in `evaluate` is told before an hour of training and not after it."""
-    load_params(*_classes(), path=path)
+    return groups
 
 
 def check_names(names: Iterable[str]) -> None:
     """Raises ParamsError with every name that is no "group.key", and the nearest one."""
-    fields = {cls.group: sorted(_field_names(cls)) for cls in _classes()}
+    fields = {group: sorted(_field_names(find_class(group))) for group in GROUPS}
     problems = []
     for name in names:
         group, field, *_ = [*name.split("."), ""]
@@ -134,9 +141,10 @@ def check_names(names: Iterable[str]) -> None:
         raise ParamsError(problems)
 
 
-def _classes() -> list[type[Group]]:
-    targets = (target.split(":") for target in GROUPS.values())
-    return [getattr(importlib.import_module(module), name) for module, name in targets]
+def find_class(group: str) -> Any:
+    """The dataclass of a group."""
+    module, name = GROUPS[group].split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _unknown(key: str, known: Sequence[str], prefix: str) -> str:
@@ -175,9 +183,15 @@ def yaml_text(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_text(path: Path) -> str:
+    """The text of a params file, for people.  Raises UserError where there is none."""
     if not path.exists():
         raise UserError(f"{path} not found: run this from the project's top folder")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    read_text(path)
     try:
         document = load_yaml(path.read_bytes())
     except ValueError as error:
@@ -248,10 +262,14 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_number = is_number and abs(value) <= sys.float_info.max  # no infinity, no NaN, nothing that overflows
     if kind is int and is_number and float(value).is_integer():
+        require((abs(value) < 2**63, f"{key}={int(value)} must be below 2^63"))
         return int(value)
     if kind is float and is_number:
         return float(value)
-    if kind in (str, bool) and isinstance(value, kind):
+    if kind is str and isinstance(value, str):
+        require((not HALVES.search(value), f"{key}={value!r} must be whole characters, not halves such as \\ud800"))
+        return value
+    if kind is bool and isinstance(value, bool):
         return value
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
     raise ParamsError([f"{key}={value!r} must be {names[kind]}"])

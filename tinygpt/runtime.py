@@ -16,7 +16,7 @@ class RuntimeParams:
 
     device: Literal["auto", "cpu", "cuda", "mps"]  # auto = the first of cuda, mps and cpu that is there
     n_thread: Annotated[int, Within("[0, 1024]")]  # CPU threads for PyTorch and llama.cpp: 0 = all cores
-    n_process: Count  # processes that train together, a GPU each where there are: 1 = just this one
+    n_process: Annotated[int, Within("[1, 1024]")]  # that train together, a GPU each where there are: 1 = just this one
     parallel: Literal["ddp", "fsdp"]  # each of them has all weights, or a part of each weight and its state
     n_worker: Annotated[int, Within("[0, 1024]")]  # processes that clean, count and encode text: 0 = one a core
     engine: Literal["process", "ray"]  # who runs them: this machine, or a Ray cluster
@@ -35,5 +35,17 @@ class RuntimeParams:
             (
                 not self.cuda_graphs or (self.compile and alone),
                 "runtime.cuda_graphs=true needs compile=true, n_process=1 and micro_batch_size=null",
+            ),
+            (
+                not self.cuda_graphs or self.device in ("auto", "cuda"),
+                f"runtime.cuda_graphs=true is of a GPU, not of runtime.device={self.device}: set it to false",
+            ),
+            (
+                self.n_process == 1 or self.device != "mps",
+                "runtime.device=mps works for one process alone: set runtime.n_process=1",
+            ),
+            (
+                self.n_process == 1 or self.micro_batch_size != "auto",
+                "runtime.micro_batch_size=auto is found in one process: name a size",
             ),
         )

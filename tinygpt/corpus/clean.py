@@ -6,7 +6,7 @@ import dataclasses
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -18,6 +18,7 @@ import numpy as np
 from tinygpt.corpus.documents import Reader, raw_shards
 from tinygpt.corpus.duplicates import Mask, came_before, digest, near_duplicates, signature
 from tinygpt.corpus.folders import SPLITS, Manifest, read_manifest
+from tinygpt.corpus.sources import SOURCES
 from tinygpt.corpus.split import (
     NOWHERE,
     SPLITTERS,
@@ -81,6 +82,15 @@ class CleanParams:
                 "less than 1",
             ),
             (self.separator != "", "clean.separator is empty: give a text, or null"),
+        )
+
+    def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
+        """Official splits are there, where the name of the source says so already."""
+        source = groups["download"].source if "download" in groups else ""
+        yield (
+            self.split != "source" or source not in SOURCES or bool(SOURCES[source].splits),
+            f"clean.split=source needs a source with official splits, and download.source={source} has none: "
+            "set clean.split to hash or tail",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from tinygpt.params import Count, CountOrDerived, Fraction, Within, require
+from tinygpt.params import DERIVED, Count, CountOrDerived, Fraction, Within, require
 
 
 class MLPKind(NamedTuple):
@@ -33,15 +33,17 @@ class ModelParams:
 
     group: ClassVar[str] = "model"
 
-    n_layer: Count  # transformer blocks
-    n_head: Count  # query heads in each block
+    n_layer: Annotated[int, Within("[1, 1000]")]  # transformer blocks
+    n_head: Annotated[int, Within("[1, 4096]")]  # query heads in each block
     n_kv_head: CountOrDerived  # key/value heads: null = n_head (MHA), 1 = MQA, a divisor of n_head between = GQA
-    n_embd: Count  # width of the residual stream
-    head_dim: CountOrDerived  # width of one attention head: null = n_embd / n_head
-    n_hidden: CountOrDerived  # width inside the MLP: null = 4·n_embd, or about 8/3·n_embd (gated)
-    block_size: Count  # tokens of context, at most
+    n_embd: Annotated[int, Within("[1, 131072]")]  # width of the residual stream
+    head_dim: Annotated[int, Within("[1, 65536]"), DERIVED]  # width of one attention head: null = n_embd / n_head
+    n_hidden: Annotated[
+        int, Within("[1, 1048576]"), DERIVED
+    ]  # width inside the MLP: null = 4·n_embd, 8/3·n_embd if gated
+    block_size: Annotated[int, Within("[1, 1073741824]")]  # tokens of context, at most
     position: Literal["learned", "rope"]  # a learned vector per position, or rotated queries and keys
-    rope_theta: Annotated[float, Within("(0, inf)")]  # base of the rotation's wavelengths; used by rope only
+    rope_theta: Annotated[float, Within("[1, 1000000000000]")]  # base of the rotation's wavelengths; used by rope only
     norm: Literal["layernorm", "rmsnorm"]
     norm_eps: Annotated[float, Within("(0, 1)")]  # added to the variance
     mlp: Literal["gelu", "swiglu", "relu2"]  # gelu is the tanh approximation, relu2 the square of relu
@@ -89,6 +91,13 @@ class ModelParams:
             ),
             (self.full_every != 1, "model.full_every=1 leaves no layer with a window: set model.window to null"),
         )
+
+    def n_weights(self, vocab_size: int) -> int:
+        """How many weights the matrices have, counted without building them."""
+        attention = 2 * self.head_dim * (self.n_head + self.n_kv_head)
+        mlp = self.n_hidden * (3 if MLPS[self.mlp].gated else 2)
+        rows = vocab_size * (1 if self.tie_weights else 2) + (self.block_size if self.position == "learned" else 0)
+        return self.n_embd * (rows + self.n_layer * (attention + mlp))
 
     def window_of(self, layer: int) -> int | None:
         """The window of one layer, counted from 0; None where it sees everything before."""

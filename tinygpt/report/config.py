@@ -5,9 +5,11 @@ How the plots look: the `plot` group of params.yaml.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from tinygpt.corpus.sources import SOURCES
 from tinygpt.params import Count, CountOrDerived, Within, require
 
 
@@ -26,6 +28,33 @@ class EvaluateParams:
     top_k: Annotated[int, Within("[0, inf)")]  # only the k likeliest tokens; 0 = all
     top_p: Annotated[float, Within("(0, 1]")]  # only the likeliest tokens that together reach this probability
     seed: Annotated[int, Within("[0, 4294967295]")]  # of the samples
+
+    def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
+        """What must hold between this and other groups of params.yaml, by name, where they are loaded too."""
+        if "model" in groups:
+            block_size = groups["model"].block_size
+            context = self.context or block_size
+            yield (
+                context <= block_size,
+                f"evaluate.context={context} must be at most model.block_size={block_size}: set it to null",
+            )
+            yield (
+                (self.stride or 1) <= context,
+                f"evaluate.stride={self.stride} must be at most evaluate.context={context}: set it to null",
+            )
+        if "clean" in groups and groups["clean"].split != "source":
+            yield (
+                self.split == "val" or groups["clean"].test_fraction > 0,
+                "evaluate.split=test, but clean.test_fraction=0 leaves no test text: set evaluate.split=val",
+            )
+        elif {"clean", "download"} <= groups.keys():
+            source = groups["download"].source
+            official = SOURCES[source].splits.values() if source in SOURCES else (self.split,)
+            yield (
+                self.split in official or not official,
+                f"evaluate.split={self.split}, but download.source={source} has no such split of its own: "
+                f"set evaluate.split to {' or '.join(split for split in official if split != 'train')}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,13 +104,7 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
     """
     context = params.context or model.config.block_size
     stride = params.stride or context
-    require(
-        (
-            context <= model.config.block_size,
-            f"evaluate.context={context} must be at most model.block_size={model.config.block_size}",
-        ),
-        (stride <= context, f"evaluate.stride={stride} must be at most evaluate.context={context}"),
-    )
+    require(*params.rules_with({"model": model.config}))
     nll = token_nll(model, tokens, context=context, stride=stride)
     loss = estimate(nll)
     bpb = bits_per_byte(loss, len(nll), n_bytes)

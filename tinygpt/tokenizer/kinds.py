@@ -16,7 +16,8 @@ from tinygpt.errors import UserError
 from tinygpt.params import Count, Within, require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer.bpe import learn_bpe
-from tinygpt.tokenizer.json_format import to_token
+from tinygpt.tokenizer.json_format import to_bytes, to_token
+from tinygpt.tokenizer.pretokenize import PATTERN
 from tinygpt.tokenizer.pretokens import count_corpus
 from tinygpt.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer
 
@@ -38,16 +39,30 @@ class TokenizerParams:
         names = (EOS, *self.special_tokens)
         require(
             (len(set(names)) == len(names), f"tokenizer.special_tokens must be different names, none of them {EOS}"),
-            (
-                not any("\ud800" <= char <= "\udfff" for name in names for char in name),
-                "tokenizer.special_tokens must be whole characters, not halves such as \\ud800",
-            ),
             (all(len(name) > 1 for name in names), "tokenizer.special_tokens must have two or more characters each"),
             (
                 self.vocab_size >= 256 + len(names),
                 f"tokenizer.vocab_size={self.vocab_size} must hold 256 bytes and {len(names)} special tokens",
             ),
+            *(
+                (
+                    self.from_file is not None or self.kind == "byte" or not can_be_learned(name),
+                    f"tokenizer.special_tokens names {name!r}, which the text may teach as a token of its own: "
+                    f"name it {f'<|{name}|>'!r}, say",
+                )
+                for name in self.special_tokens
+            ),
         )
+
+
+def can_be_learned(token: str) -> bool:
+    """Whether a token learned from some text may have that string: its bytes are within one pretoken, or may be."""
+    try:
+        return len(PATTERN.findall(to_bytes(token).decode())) == 1
+    except KeyError:  # no learned token has such a character
+        return False
+    except UnicodeDecodeError:  # part of characters
+        return True
 
 
 def build_tokenizer(

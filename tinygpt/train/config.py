@@ -6,16 +6,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+from tinygpt.model.config import MLPS
 from tinygpt.params import Count, Fraction, Within, require
 
 Positive = Annotated[float, Within("(0, inf)")]
+Rate = Annotated[float, Within("(0, 100]")]  # of learning
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAParams:
     """Adapters that are trained instead of the weights."""
 
-    rank: Count  # of the product of two matrices that is added to a weight
+    rank: Annotated[int, Within("[1, 65536]")]  # of the product of two matrices that is added to a weight
     alpha: Positive  # the product counts alpha / rank times
     dropout: Fraction  # share of an adapter's input set to zero in training
     targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...]
@@ -63,10 +65,10 @@ class TrainParams:
     context_warmup: ContextWarmup | None  # the same tokens in shorter sequences at first; null = block_size always
     shuffle_documents: bool  # documents in another order each epoch; false = always in that of the file
     optimizer: Literal["adamw", "adamw8bit", "lion", "muon"]
-    lr: Positive  # learning rate at its peak
-    embedding_lr: Positive | None  # that of the embeddings; null = lr
-    head_lr: Positive | None  # that of an untied head; null = lr
-    vector_lr: Positive | None  # that of norms and biases; null = lr
+    lr: Rate  # learning rate at its peak
+    embedding_lr: Rate | None  # that of the embeddings; null = lr
+    head_lr: Rate | None  # that of an untied head; null = lr
+    vector_lr: Rate | None  # that of norms and biases; null = lr
     min_lr_frac: Annotated[float, Within("[0, 1]")]  # learning rate at the last step, as a share of the peak
     warmup_steps: Annotated[int, Within("[0, inf)")]  # steps over which the learning rate rises to its peak
     schedule: Literal["cosine", "linear", "wsd", "constant"]  # how it goes on after that
@@ -91,11 +93,12 @@ class TrainParams:
         require(
             (
                 self.warmup_steps < self.max_steps,
-                f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}",
+                f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}: "
+                f"set train.warmup_steps={self.max_steps // 10}, say",
             ),
             (
                 self.ema is None or self.ema.start < self.max_steps,
-                f"train.ema.start must be below train.max_steps={self.max_steps}, or there is no average",
+                f"train.ema.start must be below train.max_steps={self.max_steps}, or there is no average: lower it",
             ),
             (
                 self.lora is None or self.init_from == "base",
@@ -105,9 +108,31 @@ class TrainParams:
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
         """What must hold between this and other groups of params.yaml, by name, where they are loaded too."""
-        if "model" not in groups or self.context_warmup is None:
+        if "model" in groups:
+            yield from self._rules_with_model(groups["model"])
+        if "runtime" in groups:
+            yield from self._rules_with_runtime(groups["runtime"])
+        if {"model", "runtime"} <= groups.keys():
+            yield (
+                not (groups["runtime"].compile and self.anneal_dropout and groups["model"].dropout),
+                "runtime.compile=true would compile each step's dropout of train.anneal_dropout=true: "
+                "set one of them to false",
+            )
+        if "clean" in groups:
+            yield (
+                groups["clean"].val_fraction > 0 or groups["clean"].split == "source",
+                "clean.val_fraction=0 leaves no validation text, which train looks at: set it to 0.05, say",
+            )
+
+    def _rules_with_model(self, model: Any) -> Iterable[tuple[bool, str]]:
+        targets = self.lora.targets if self.lora else ()
+        yield (
+            "gate_proj" not in targets or MLPS[model.mlp].gated,
+            f"train.lora.targets names gate_proj, which model.mlp={model.mlp} does not have: take it off the list",
+        )
+        if self.context_warmup is None:
             return
-        full, start, steps = groups["model"].block_size, self.context_warmup.start, self.context_warmup.steps
+        full, start, steps = model.block_size, self.context_warmup.start, self.context_warmup.steps
         halves = [full // 2**i for i in range(1, full.bit_length()) if full % 2**i == 0]
         choices = f"one of {', '.join(map(str, halves))}" if halves else "it is odd: set train.context_warmup to null"
         yield (
@@ -116,5 +141,22 @@ class TrainParams:
         )
         yield (
             steps < self.max_steps,
-            f"train.context_warmup.steps={steps} must be below train.max_steps={self.max_steps}",
+            f"train.context_warmup.steps={steps} must be below train.max_steps={self.max_steps}: lower it",
+        )
+
+    def _rules_with_runtime(self, runtime: Any) -> Iterable[tuple[bool, str]]:
+        splits = runtime.n_process > 1 and runtime.parallel == "fsdp"
+        yield (
+            self.batch_size % runtime.n_process == 0,
+            f"train.batch_size={self.batch_size} must be a multiple of the {runtime.n_process} processes that share "
+            "it: set runtime.n_process",
+        )
+        yield (
+            not (splits and self.optimizer == "adamw8bit"),
+            f"train.optimizer={self.optimizer} cannot be split: set runtime.parallel=ddp",
+        )
+        yield (
+            not (splits and self.precision == "fp16"),
+            f"train.precision={self.precision} cannot be split, for each process would scale its part: "
+            "set runtime.parallel=ddp",
         )

@@ -1,0 +1,73 @@
+"""A stage as a program, `python -m stages.<name>`: it takes no arguments, params.yaml says all that it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tinygpt.errors import printable, program
+from tinygpt.files import human_bytes
+from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_text, require
+
+
+@program
+def run_stage(run: Callable[[Path], None]) -> None:
+    """Run a stage in this folder, or print its help.  Leaves with status 2 where it is given anything else."""
+    module, arguments = sys.modules[run.__module__], sys.argv[1:]
+    groups = [group for group in GROUPS if find_class(group) in vars(module).values()]  # those that it imports
+    if not arguments:
+        check_memory(check_params())
+        run(Path())
+    elif arguments in (["--help"], ["-h"]):
+        print(f"{module.__doc__}\n{described(groups)}")
+    else:
+        print(f"error: {refusal(arguments, groups)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_memory(groups: Mapping[str, Any]) -> None:
+    """Raise ParamsError where not even the weights, their gradients and the tokens of a step can be held."""
+    model, train, tokenizer = groups["model"], groups["train"], groups["tokenizer"]
+    learned = tokenizer.kind == "bpe" and tokenizer.from_file is None
+    n_weights = model.n_weights(tokenizer.vocab_size if learned else 257)
+    needed = n_weights * (4 if train.lora else 8) + 8 * train.batch_size * (model.block_size + 1)
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    require(
+        (
+            needed <= there,
+            f"model: {n_weights:,} weights and the {train.batch_size:,} sequences of a step take {human_bytes(needed)} "
+            f"at least, this machine has {human_bytes(there)}: lower model.n_layer, model.n_embd, model.block_size, "
+            "tokenizer.vocab_size or train.batch_size",
+        )
+    )
+
+
+def described(groups: Sequence[str]) -> str:
+    """The lines of params.yaml that a stage reads."""
+    text = read_text(PARAMS_FILE)
+    blocks = [re.search(rf"^{group}:.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE) for group in groups]
+    lines = [printable(line) for block in blocks if block for line in (*block[0].rstrip().split("\n"), "")]
+    how = f"It takes no arguments: set keys in {PARAMS_FILE}, or for one run by `dvc exp run -S group.key=value`."
+    return "\n".join([how, *(["It reads, with the values that they have now:", "", *lines] if lines else [])])
+
+
+def refusal(arguments: Sequence[str], groups: Sequence[str]) -> str:
+    """What is said of arguments, with the nearest key, one of the stage's own groups if there is one."""
+    name, _, value = arguments[0].lstrip("-").partition("=")
+    keys = {
+        known: f"{group}.{field.name}"
+        for group in sorted(GROUPS, key=groups.__contains__)  # its own come last and win
+        for field in dataclasses.fields(find_class(group))
+        for known in (field.name, f"{group}.{field.name}")
+    }
+    near = difflib.get_close_matches(name.replace("-", "_"), keys, n=1)
+    set_it = f"-S {keys[near[0]]}={value or ''.join(arguments[1:2]) or 'VALUE'}" if near else "-S group.key=VALUE"
+    found = printable(arguments[0])
+    return f"a stage takes no arguments, found {found}: set params by `dvc exp run {printable(set_it)}`, see --help"
