@@ -200,8 +200,8 @@ def test_cuda_graphs_are_refused_where_they_cannot_be():
     for changed in {"compile": False}, {"n_process": 2}, {"micro_batch_size": 4}, {"micro_batch_size": "auto"}:
         with pytest.raises(ParamsError, match="needs compile=true, n_process=1 and micro_batch_size=null"):
             dataclasses.replace(RUNTIME, **(graphs | changed))
-    with pytest.raises(ParamsError, match="cuda_graphs=true is for one process on a GPU: set it to false"):
-        open_devices(dataclasses.replace(RUNTIME, device="cpu", **graphs), ALONE, PARAMS)
+    with pytest.raises(ParamsError, match="cuda_graphs=true is of a GPU, not of runtime.device=cpu: set it to false"):
+        dataclasses.replace(RUNTIME, device="cpu", **graphs)
 
 
 # ---- the stage ----

@@ -27,4 +27,4 @@ def test_a_message_is_never_long_and_keeps_what_to_do_at_its_end():
 def test_an_error_is_the_same_after_it_came_from_another_process():
     for error in (UserError("one"), ParamsError(["one", "two"]), UserError(f"one{BREAK}two")):
         again = pickle.loads(pickle.dumps(error))
-        assert (str(again), again.problems) == (str(error), error.problems)
+        assert (type(again), str(again)) == (type(error), str(error))

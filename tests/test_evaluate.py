@@ -108,8 +108,8 @@ def test_a_context_beyond_the_model_and_a_stride_beyond_the_context_are_refused_
     with pytest.raises(ParamsError) as caught:
         evaluate_model(tiny_model(), np.zeros(10, np.uint16), params, n_bytes=1)
     assert caught.value.problems == [
-        "evaluate.context=100 must be at most model.block_size=64",
-        "evaluate.stride=200 must be at most evaluate.context=100",
+        "evaluate.context=100 must be at most model.block_size=64: set it to null",
+        "evaluate.stride=200 must be at most evaluate.context=100: set it to null",
     ]
 
 

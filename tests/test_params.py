@@ -1,14 +1,20 @@
 """params.yaml: strict, typed, all problems at once."""
 
+import copy
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from project import set_params
 
+from tinygpt.errors import BREAK, UserError
 from tinygpt.model.config import ModelParams
 from tinygpt.params import (
     Count,
@@ -24,6 +30,7 @@ from tinygpt.report.config import EvaluateParams, PlotParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.train.config import TrainParams
+from tinygpt.yaml12 import load_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -178,35 +185,159 @@ def test_require_collects_every_broken_rule():
     assert caught.value.problems == ["one", "three"]
 
 
-@pytest.mark.parametrize(
-    ("start", "steps", "block_size", "message"),
-    [
-        (256, 9, 128, "train.context_warmup.start=256 must be model.block_size=128 halved once or more: one of 64, 32"),
-        (128, 9, 128, "train.context_warmup.start=128 must be"),
-        (24, 9, 128, "train.context_warmup.start=24 must be"),
-        (1, 9, 129, "train.context_warmup.start=1 must be model.block_size=129 halved once or more: it is odd: set"),
-        (64, 10**6, 128, "train.context_warmup.steps=1000000 must be below train.max_steps=1600"),
-    ],
-)
-def test_a_rule_between_two_groups_is_told_where_both_are_loaded(tmp_path, start, steps, block_size, message):
+def params_with(tmp_path: Path, changes: dict[str, Any]) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
-    warmup = {"start": start, "steps": steps}
-    set_params(tmp_path, {"train.context_warmup": warmup, "model.block_size": block_size})
-    load_params(TrainParams, path=tmp_path / "params.yaml")
-    for load in (check_params, lambda path: load_params(TrainParams, ModelParams, path=path)):
+    set_params(tmp_path, changes)
+    return tmp_path / "params.yaml"
+
+
+LORA = {"rank": 2, "alpha": 4, "dropout": 0, "targets": ["q_proj", "gate_proj"]}
+# What two keys say together that no stage can do: changes that are right alone, and what is said.
+PAIRS: list[tuple[dict[str, Any], str]] = [
+    ({"evaluate.context": 129}, "evaluate.context=129 must be at most model.block_size=128: set it to null"),
+    ({"evaluate.stride": 129}, "evaluate.stride=129 must be at most evaluate.context=128: set it to null"),
+    ({"evaluate.context": 64, "evaluate.stride": 65}, "evaluate.stride=65 must be at most evaluate.context=64: set"),
+    ({"clean.test_fraction": 0}, "evaluate.split=test, but clean.test_fraction=0 leaves no test text: set evaluate"),
+    ({"clean.split": "tail", "clean.test_fraction": 0}, "evaluate.split=test, but clean.test_fraction=0 leaves no"),
+    ({"clean.val_fraction": 0}, "clean.val_fraction=0 leaves no validation text, which train looks at: set it to"),
+    (
+        {"clean.split": "source", "download.source": "tinystories"},
+        "evaluate.split=test, but download.source=tinystories has no such split of its own: set evaluate.split to val",
+    ),
+    (
+        {"clean.split": "source"},
+        "clean.split=source needs a source with official splits, and download.source=python-docs has none: set clean",
+    ),
+    (
+        {"model.block_size": 128, "train.context_warmup": {"start": 256, "steps": 9}},
+        "train.context_warmup.start=256 must be model.block_size=128 halved once or more: one of 64, 32",
+    ),
+    ({"train.context_warmup": {"start": 128, "steps": 9}}, "train.context_warmup.start=128 must be model.block_size"),
+    ({"train.context_warmup": {"start": 24, "steps": 9}}, "train.context_warmup.start=24 must be model.block_size=128"),
+    (
+        {"model.block_size": 129, "train.context_warmup": {"start": 1, "steps": 9}},
+        "train.context_warmup.start=1 must be model.block_size=129 halved once or more: it is odd: set",
+    ),
+    (
+        {"train.context_warmup": {"start": 64, "steps": 10**6}},
+        "train.context_warmup.steps=1000000 must be below train.max_steps=1600: lower it",
+    ),
+    ({"train.max_steps": 20}, "train.warmup_steps=20 must be below train.max_steps=20: set train.warmup_steps=2, say"),
+    ({"train.ema": {"decay": 0.9, "start": 1600}}, "train.ema.start must be below train.max_steps=1600, or there is"),
+    (
+        {"model.mlp": "gelu", "train.init_from": "base", "train.lora": LORA, "export.hf": False, "export.gguf": []},
+        "train.lora.targets names gate_proj, which model.mlp=gelu does not have: take it off the list",
+    ),
+    ({"train.lora": LORA}, "train.lora trains adapters of a base: set train.init_from=base, or train.lora=null"),
+    (
+        {"runtime.compile": True, "train.anneal_dropout": True, "model.dropout": 0.1},
+        "runtime.compile=true would compile each step's dropout of train.anneal_dropout=true: set one of them to false",
+    ),
+    ({"runtime.n_process": 3}, "train.batch_size=8 must be a multiple of the 3 processes that share it: set runtime"),
+    (
+        {"runtime.n_process": 2, "runtime.parallel": "fsdp", "train.optimizer": "adamw8bit"},
+        "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
+    ),
+    (
+        {"runtime.n_process": 2, "runtime.parallel": "fsdp", "train.precision": "fp16"},
+        "train.precision=fp16 cannot be split, for each process would scale its part: set runtime.parallel=ddp",
+    ),
+    (
+        {"runtime.n_process": 2, "runtime.micro_batch_size": "auto"},
+        "runtime.micro_batch_size=auto is found in one process: name a size",
+    ),
+    ({"runtime.n_process": 2, "runtime.device": "mps"}, "runtime.device=mps works for one process alone: set runtime"),
+    (
+        {"runtime.cuda_graphs": True, "runtime.compile": True, "runtime.device": "cpu"},
+        "runtime.cuda_graphs=true is of a GPU, not of runtime.device=cpu: set it to false",
+    ),
+    ({"model.position": "learned"}, "no model of transformers and llama.cpp has model.position=learned, "),
+    ({"model.block_size": 3}, "model.block_size=3 is too short to check export.gguf: at least 4"),
+    ({"tokenizer.special_tokens": ["the"]}, "tokenizer.special_tokens names 'the', which the text may teach as a"),
+    ({"tokenizer.special_tokens": ["Ã©"], "tokenizer.kind": "char"}, "tokenizer.special_tokens names 'Ã©', which the"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), PAIRS, ids=[" ".join(changes) for changes, _ in PAIRS])
+def test_what_params_decide_together_is_told_whatever_is_loaded(tmp_path, changes, message):
+    path = params_with(tmp_path, changes)
+    for load in (check_params, lambda path: load_params(PlotParams, path=path)):
         with pytest.raises(ParamsError) as caught:
-            load(tmp_path / "params.yaml")
+            load(path)
         (problem,) = caught.value.problems
         assert problem.startswith(message)
-    set_params(tmp_path, {"train.context_warmup": {"start": 32, "steps": 400}, "model.block_size": 128})
-    check_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.context_warmup": {"start": 32, "steps": 400}, "model.block_size": 128},
+        {"clean.test_fraction": 0, "evaluate.split": "val"},
+        {"clean.split": "source", "download.source": "tinystories", "evaluate.split": "val"},
+        {"clean.split": "source", "download.source": "wikitext-2", "clean.test_fraction": 0, "clean.val_fraction": 0},
+        {"clean.split": "source", "download.source": "texts/"},
+        {"tokenizer.special_tokens": ["<|user|>", "</s>", "<unk>", "[INST]", "日本"]},
+        {"tokenizer.special_tokens": ["the"], "tokenizer.kind": "byte"},
+    ],
+    ids=str,
+)
+def test_pairs_that_work_are_taken(tmp_path, changes):
+    check_params(params_with(tmp_path, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.n_layer": 10**7}, r"model\.n_layer=10000000 must be within \[1, 1000\]"),
+        ({"model.n_embd": 2**40}, r"model\.n_embd=1099511627776 must be within \[1, 131072\]"),
+        ({"train.max_steps": 2**63}, r"train\.max_steps=9223372036854775808 must be below 2\^63"),
+        ({"train.eval_every": 1e300}, r"train\.eval_every=1.* must be below 2\^63"),
+        ({"runtime.n_process": 10**6}, r"runtime\.n_process=1000000 must be within"),
+        ({"train.lr": 1e30}, r"train\.lr=1e\+30 must be within \(0, 100\]"),
+        ({"train.head_lr": 1e30}, r"train\.head_lr=1e\+30 must be within"),
+        ({"model.rope_theta": 1e-300}, r"model\.rope_theta=1e-300 must be within"),
+    ],
+)
+def test_a_size_or_rate_that_no_machine_can_do_is_refused(tmp_path, changes, message):
+    with pytest.raises(ParamsError, match=message):
+        check_params(params_with(tmp_path, changes))
+
+
+def test_half_a_character_is_refused_in_every_text(tmp_path):
+    path = edited(tmp_path, r'    - "Return a new "', r'    - "\\ud800"')
+    with pytest.raises(ParamsError, match=r"evaluate\.prompts\[1\]=.* must be whole characters") as caught:
+        check_params(path)
+    assert str(caught.value).isprintable()
+
+
+# What may stand in a params.yaml: any tree, in the whole file or in place of a value.
+LEAVES = st.none() | st.booleans() | st.integers() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9)
+TREES = st.recursive(
+    LEAVES, lambda tree: st.lists(tree, max_size=4) | st.dictionaries(st.text(max_size=5), tree, max_size=4)
+)
+DOCUMENT = load_yaml((ROOT / "params.yaml").read_bytes())
+KEYS = [(group, key) for group, keys in DOCUMENT.items() for key in keys]
+
+
+@settings(max_examples=300, derandomize=True)
+@given(changes=st.dictionaries(st.sampled_from(KEYS), TREES, min_size=1, max_size=3), whole=st.none() | TREES)
+def test_any_tree_is_params_or_is_told_within_a_second(tmp_path_factory, changes, whole):
+    document = copy.deepcopy(DOCUMENT) if whole is None else whole
+    for (group, key), value in changes.items() if whole is None else ():
+        document[group][key] = value
+    path = tmp_path_factory.getbasetemp() / "params.yaml"
+    path.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    began = time.process_time()
+    try:
+        check_params(path)
+    except UserError as error:
+        assert str(error).replace(BREAK, "").isprintable()
+        assert len(str(error)) < 25_000
+    assert time.process_time() - began < 1
 
 
 def load_edited(cls: type, **changes: Any) -> Any:
-    from ruamel.yaml import YAML
-
-    values = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")[cls.group]
-    return from_mapping(cls, {**values, **changes}, prefix=f"{cls.group}.")
+    return from_mapping(cls, {**DOCUMENT[cls.group], **changes}, prefix=f"{cls.group}.")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from torch._dynamo.utils import counters
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors
-from tinygpt.params import ParamsError
 from tinygpt.report.training import publish
 from tinygpt.run import checkpoint
 from tinygpt.run.checkpoint import Checkpoints, fingerprint
@@ -109,12 +108,6 @@ def same(a, b) -> bool:
 def test_a_step_that_will_not_fit_into_memory_is_told_before_the_first():
     with pytest.raises(UserError, match=r"a step will not fit into the memory: lower runtime\.micro_batch_size"):
         train(params=dataclasses.replace(PARAMS, batch_size=2**32))
-
-
-def test_a_dropout_of_each_step_is_not_compiled():
-    changed = dataclasses.replace(PARAMS, anneal_dropout=True)
-    with pytest.raises(ParamsError, match=r"runtime\.compile=true .* train\.anneal_dropout=true: set one of them"):
-        train(params=changed, runtime=dataclasses.replace(RUNTIME, compile=True), dropout=0.1)
 
 
 # ---- batches ----

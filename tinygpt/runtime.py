@@ -44,8 +44,4 @@ class RuntimeParams:
                 self.n_process == 1 or self.device != "mps",
                 "runtime.device=mps works for one process alone: set runtime.n_process=1",
             ),
-            (
-                self.n_process == 1 or self.micro_batch_size != "auto",
-                "runtime.micro_batch_size=auto is found in one process: name a size",
-            ),
         )

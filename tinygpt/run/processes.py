@@ -8,6 +8,7 @@ One that is killed takes the others with it, and all start again from the newest
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -28,9 +29,7 @@ from tinygpt.errors import UserError
 from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
-from tinygpt.train.loss import is_scaled
-from tinygpt.train.optim import OPTIMIZERS
-from tinygpt.train.parallel import ALONE, PARALLEL, World
+from tinygpt.train.parallel import ALONE, World
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -52,27 +51,7 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
 
 def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
     """The device of this process.  Raises ParamsError where the processes cannot share the work."""
-    splits = world.size > 1 and PARALLEL[runtime.parallel].splits
-    require(
-        (
-            params.batch_size % world.size == 0,
-            f"train.batch_size={params.batch_size} must be a multiple of the {world.size} processes that share it: "
-            "set runtime.n_process",
-        ),
-        (
-            not splits or OPTIMIZERS[params.optimizer].can_split,
-            f"train.optimizer={params.optimizer} cannot be split: set runtime.parallel=ddp",
-        ),
-        (
-            not (splits and is_scaled(params.precision)),
-            f"train.precision={params.precision} cannot be split, for each process would scale its part: "
-            "set runtime.parallel=ddp",
-        ),
-        (
-            world.size == 1 or runtime.micro_batch_size != "auto",
-            "runtime.micro_batch_size=auto is found in one process: name a size",
-        ),
-    )
+    require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)}))
     device = open_device(runtime, number=world.local_rank, of=world.local_size)
     require(
         (

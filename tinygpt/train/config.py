@@ -11,6 +11,7 @@ from tinygpt.params import Count, Fraction, Within, require
 
 Positive = Annotated[float, Within("(0, inf)")]
 Rate = Annotated[float, Within("(0, 100]")]  # of learning
+UNSPLIT = ("adamw8bit",)  # optimizers of which each process must have all of a weight (not runtime.parallel=fsdp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +153,15 @@ class TrainParams:
             "it: set runtime.n_process",
         )
         yield (
-            not (splits and self.optimizer == "adamw8bit"),
+            not (splits and self.optimizer in UNSPLIT),
             f"train.optimizer={self.optimizer} cannot be split: set runtime.parallel=ddp",
         )
         yield (
             not (splits and self.precision == "fp16"),
             f"train.precision={self.precision} cannot be split, for each process would scale its part: "
             "set runtime.parallel=ddp",
+        )
+        yield (
+            runtime.n_process == 1 or runtime.micro_batch_size != "auto",
+            "runtime.micro_batch_size=auto is found in one process: name a size",
         )

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import EMAParams, TrainParams
 from tinygpt.train.loss import (
@@ -163,14 +162,7 @@ class Learner:
         return self._prepared(GPT(self.config, init=False))
 
     def _compile(self, loss: Loss) -> None:
-        """Let the loss run by torch.compile.  Raises ParamsError where each step would be compiled anew."""
-        require(
-            (
-                not (self.params.anneal_dropout and self.config.dropout),
-                "runtime.compile=true would compile each step's dropout of train.anneal_dropout=true: "
-                "set one of them to false",
-            )
-        )
+        """Let the loss run by torch.compile."""
         torch._dynamo.config.recompile_limit = 64  # for every length of a context warmup, not only the first 8
         loss.compile(dynamic=False, mode="reduce-overhead" if self.runtime.cuda_graphs else None)
 

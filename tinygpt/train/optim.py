@@ -152,7 +152,6 @@ class OptimizerKind:
 
     build: Callable[[list[WeightGroup], TrainParams], list[Optimizer]]
     state_bytes: tuple[int, int]  # kept for a weight: of a matrix in a block, and of another
-    can_split: bool = True  # each of several processes may have a part of every weight (runtime.parallel=fsdp)
     package: str | None = None  # that it needs besides PyTorch, by its name in Python and for pip
 
 
@@ -181,7 +180,7 @@ def _muon(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
 
 OPTIMIZERS = {
     "adamw": OptimizerKind(_adamw, (8, 8)),
-    "adamw8bit": OptimizerKind(_adamw8bit, (2, 2), can_split=False, package="torchao"),
+    "adamw8bit": OptimizerKind(_adamw8bit, (2, 2), package="torchao"),
     "lion": OptimizerKind(_lion, (4, 4)),
     "muon": OptimizerKind(_muon, (4, 8)),
 }

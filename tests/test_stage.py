@@ -1,0 +1,103 @@
+"""A stage as a program: its help, and what it says to arguments."""
+
+import importlib
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from project import ROOT, set_params
+
+from tinygpt.stage import run_stage
+
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where stages find params, and nothing that they could work on."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(name: str, *arguments: str, monkeypatch) -> int:
+    """The status that a stage leaves with."""
+    monkeypatch.setattr(sys, "argv", [f"stages/{name}.py", *arguments])
+    try:
+        run_stage(importlib.import_module(f"stages.{name}").run)
+    except SystemExit as left:
+        return left.code
+    return 0
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_refuses_arguments_and_does_nothing(name, folder, monkeypatch, capsys):
+    for arguments in (["--split", "val"], ["--n-layer=8"], ["val"], ["--help", "--force"], ["-f"], ["\x1b[2J"]):
+        assert start(name, *arguments, monkeypatch=monkeypatch) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith("error: a stage takes no arguments, found ")
+        assert err.strip().isprintable()
+    assert [path.name for path in folder.iterdir()] == ["params.yaml"]
+
+
+def test_the_nearest_key_is_named_with_its_value(folder, monkeypatch, capsys):
+    for name, arguments, meant in (
+        ("evaluate", ["--split", "val"], "evaluate.split=val"),
+        ("clean", ["--split", "tail"], "clean.split=tail"),
+        ("train", ["--n-layers=8"], "model.n_layer=8"),
+        ("encode", ["--train.lr", "1e-3"], "train.lr=1e-3"),
+        ("train", ["--seed"], "train.seed=VALUE"),
+        ("plot", ["--xyz"], "group.key=VALUE"),
+    ):
+        start(name, *arguments, monkeypatch=monkeypatch)
+        assert f"`dvc exp run -S {meant}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_says_what_a_stage_does_and_its_keys_with_their_comments(name, folder, monkeypatch, capsys):
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_bytes(text.replace("\n", "\r\n").encode())
+    assert start(name, "--help", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(importlib.import_module(f"stages.{name}").__doc__)
+    source = (ROOT / f"stages/{name}.py").read_text()
+    for block in text.rstrip().split("\n\n")[1:]:
+        group = block.partition(":")[0]
+        assert (f"\n{block}\n" in said) == (f"{group.capitalize()}Params" in source), group
+        assert (f"\n{group}:" in said) == (f"{group.capitalize()}Params" in source), group
+    assert [path.name for path in folder.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_a_later_stage_would_refuse_is_refused_by_every_stage(name, folder, monkeypatch, capsys):
+    set_params(folder, {"evaluate.context": 10**6})
+    assert start(name, monkeypatch=monkeypatch) == 1
+    assert "evaluate.context=1000000 must be at most model.block_size" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.n_layer": 1000, "model.n_embd": 16384},
+        {"train.batch_size": 2**40},
+        {"model.block_size": 2**30, "model.position": "learned", "export.hf": False, "export.gguf": []},
+    ],
+    ids=str,
+)
+def test_a_model_that_this_machine_cannot_hold_is_told_before_any_work(changes, folder, monkeypatch, capsys):
+    set_params(folder, changes)
+    assert start("download", monkeypatch=monkeypatch) == 1
+    assert re.match(r"error: model: [\d,]+ weights and .* this machine has .*: lower model\.", capsys.readouterr().err)
+    assert [path.name for path in folder.iterdir()] == ["params.yaml"]
+
+
+def test_a_stage_outside_of_the_project_says_where_to_go(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--help"]):
+        assert start("plot", *arguments, monkeypatch=monkeypatch) == 1
+        assert capsys.readouterr().err == "error: params.yaml not found: run this from the project's top folder\n"
+    assert not [*Path().iterdir()]
