@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinygpt.corpus.clean import CleanParams, clean
 from tinygpt.corpus.folders import SPLITS
+from tinygpt.errors import printable
 from tinygpt.files import human_bytes, runs_folder, write_json
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import CLEAN, RAW, REPORTS
@@ -22,7 +23,7 @@ def run(root: Path) -> None:
     report, repaired = clean(params, root / RAW, root / CLEAN, runtime, runs=runs_folder(root))
     write_json(root / REPORTS / "clean.json", report)
     for name, n in list(repaired.items())[:MOST_NAMED]:
-        print(f"clean: {n:,} bytes of {name} were no UTF-8 and became U+FFFD", file=sys.stderr)
+        print(f"clean: {n:,} bytes of {printable(name)} were no UTF-8 and became U+FFFD", file=sys.stderr)
     splits = ", ".join(
         f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})" for split in SPLITS
     )

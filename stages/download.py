@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinygpt.corpus.download import download
 from tinygpt.corpus.sources import DownloadParams
+from tinygpt.errors import printable
 from tinygpt.files import checkout_of, human_bytes
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import RAW
@@ -22,10 +23,12 @@ def run(root: Path) -> None:
     downloaded = download(params, root / RAW, root=checkout, cache=checkout / CACHE)
     files = downloaded.manifest.files
     size = human_bytes(sum(file.bytes for file in files))
-    print(f"download: {params.source}, {size} of text, files: {len(files):,}")
+    print(f"download: {printable(params.source)}, {size} of text, files: {len(files):,}")
     if skipped := downloaded.skipped:
         more = f" and {len(skipped) - MOST_NAMED:,} more" if len(skipped) > MOST_NAMED else ""
-        print(f"download: no text and left out: {', '.join(skipped[:MOST_NAMED])}{more}", file=sys.stderr)
+        print(
+            f"download: no text and left out: {', '.join(map(printable, skipped[:MOST_NAMED]))}{more}", file=sys.stderr
+        )
 
 
 if __name__ == "__main__":

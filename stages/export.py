@@ -37,8 +37,9 @@ def run(root: Path) -> None:
     open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
     model, tokenizer = load_pair(root / MODEL, root / TOKENIZER)
     require(*params.rules_with({"model": model.config}))
-    split = "test" if load_meta(root / TOKENS, tokenizer=root / TOKENIZER).test.tokens >= CHUNK_SIZE else "val"
-    ids = load_tokens(root / TOKENS, split, at_least=CHUNK_SIZE)[: params.check_tokens]
+    meta, least = load_meta(root / TOKENS, tokenizer=root / TOKENIZER), min(CHUNK_SIZE, model.config.block_size)
+    split = "test" if meta.test.tokens >= least else "val"  # of which training has had that many
+    ids = load_tokens(root / TOKENS, split, at_least=least)[: params.check_tokens]
     origin = read_origin(root / RAW, root / MODEL, root / REPORTS)
     card = partial(model_card, model.config, model.n_params(), origin)
     report, failures = dict[str, dict[str, Any]](), list[str]()

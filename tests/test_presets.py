@@ -1,13 +1,16 @@
 """Presets: each fits params.yaml, and nothing but their values changes there."""
 
+import re
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
 from project import ROOT, run, succeed
 from ruamel.yaml import YAML
 
-from tinygpt.cli.presets import apply_values
+from tinygpt.cli.presets import apply_values, preset
+from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import ParamsError, check_params, load_params
@@ -79,3 +82,46 @@ def test_a_preset_that_does_not_fit_leaves_params_as_they_are(params):
         apply_values(params, {"model": {"n_head": 3}})
     assert params.read_bytes() == before
     assert sorted(path.name for path in params.parent.iterdir()) == ["params.yaml", "presets"]
+
+
+def test_line_ends_of_windows_stay(params):
+    before = params.read_text()
+    params.write_bytes(before.replace("\n", "\r\n").encode())
+    assert apply_values(params, {"model": {"n_layer": 3}})
+    after = params.read_bytes().decode()
+    assert after == re.sub("n_layer: 4", "n_layer: 3", before).replace("\n", "\r\n")
+
+
+DAMAGED = {
+    "empty": ("", r"params\.yaml must hold the groups download, clean"),
+    "a list": ("- model", r"params\.yaml must hold the groups"),
+    "flat": ("n_layer: 4\nmodel: 3\n", r"unknown key n_layer\n.*missing key download"),
+    "misspelled": ("modle:", r"unknown key modle \(did you mean model\?\)"),
+    "a key is missing": ("", r"missing key model\.n_layer"),
+    "not YAML": ("a: [", r"params\.yaml is not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_params_file_is_told_by_name_and_left_alone(name, params):
+    text, message = DAMAGED[name]
+    if name == "misspelled":
+        text = params.read_text().replace("model:\n", "modle:\n")
+    if name == "a key is missing":
+        text = re.sub("  n_layer: .*\n", "", params.read_text())
+    params.write_text(text)
+    with pytest.raises(UserError, match=message):
+        apply_values(params, {"model": {"n_layer": 3}})
+    assert params.read_text() == text
+
+
+def test_a_damaged_preset_is_told_and_presets_are_listed(params, monkeypatch, capsys):
+    before = params.read_bytes()
+    for text in ("", "- a", "model: 3", "model: {n_leyer: 3}", "model: [", "modle: {n_layer: 3}"):
+        (params.parent / "presets/toy.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"toy\.yaml|unknown key mod"):
+            preset(Namespace(name="toy"))
+        assert params.read_bytes() == before
+    (params.parent / "presets/toy.yaml").write_bytes(b"# \x1b[2J\xff\n")
+    preset(Namespace(name=None))
+    assert "toy          \\x1b[2J\ufffd\n" in capsys.readouterr().out

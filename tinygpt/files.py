@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +142,12 @@ def must_exist(path: str | Path, *, stage: str) -> Path:
     if not path.exists():
         raise UserError(f"{path} not found: run `dvc repro {stage}` to make it")
     return path
+
+
+def fenced(text: str) -> str:
+    """A text as a block of Markdown, between longer rows of backticks than it has itself."""
+    fence = "`" * max([3, *(len(row) + 1 for row in re.findall("`+", text))])
+    return f"{fence}text\n{text}\n{fence}\n"
 
 
 def human_bytes(n: int) -> str:

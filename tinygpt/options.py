@@ -13,8 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from tinygpt.errors import UserError
+from tinygpt.files import human_bytes
 from tinygpt.params import Count, ParamsError, Within, from_mapping, require
 
+MOST_BYTES = 20_000_000  # of a prompt or a file of them: no model reads so much at a time
 NotNegative = Annotated[int, Within("[0, inf)")]
 AnyNumber = Annotated[float, Within("(-inf, inf)")]
 
@@ -194,6 +197,16 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
     return found
 
 
+def checked(prompt: str) -> str:
+    """The same text.  Raises UserError where it is too long, or has half of a character, which UTF-8 cannot hold."""
+    try:
+        if len(prompt.encode()) > MOST_BYTES:
+            raise UserError(f"prompt has more than {human_bytes(MOST_BYTES)}: shorten it")
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt is not UTF-8 from character {error.start} on: give it as UTF-8") from None
+    return prompt
+
+
 def seed_after(seed: int, n: int) -> int:
     """The n-th seed after one, of 32 bits."""
     return (seed + n) % 2**32
@@ -250,7 +263,9 @@ def type_rules(options: Any) -> list[tuple[bool, str]]:
     rules: list[tuple[bool, str]] = []
     for option in options_of(type(options)):
         value = of(options, option.name)
-        if option.interval and value is not None:
+        if option.type is int and value is not None and abs(value) >= 2**63:
+            rules.append((False, f"{option.name}={value} must be below 2^63"))
+        elif option.interval and value is not None:
             rules.append((value in option.interval, f"{option.name}={value} must be within {option.interval.interval}"))
         if option.choices and value is not None:
             names = ", ".join(map(repr, option.choices))

@@ -111,7 +111,7 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
 
     A mistake in `evaluate` would else come to light after an hour of training.
     """
-    document = _read(path)
+    document = read_groups(path)
     groups, problems = dict[str, Any](), _name_problems(document)
     for name in GROUPS:
         try:
@@ -190,7 +190,8 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_groups(path: Path) -> dict[str, Any]:
+    """The groups of a params file, or of a preset, as they stand there.  Raises UserError where there are none."""
     read_text(path)
     try:
         document = load_yaml(path.read_bytes())

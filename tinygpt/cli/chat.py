@@ -17,7 +17,7 @@ from tinygpt.cli.engine import Engine, open_engine, read_engine
 from tinygpt.cli.flags import given, named_as_flags, nearest, read_settings
 from tinygpt.cli.generate import open_output, say
 from tinygpt.cli.input import lines_of_chat, raise_some
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, answer_to, printable
 from tinygpt.files import atomic_write
 from tinygpt.generate import Search
 from tinygpt.options import Settings, make_settings, seed_after, setting_options, together
@@ -61,7 +61,7 @@ def follow(line: str, conversation: Conversation) -> None:
     except OSError as error:
         if error.filename is None:  # the output itself is gone
             raise
-        print(f"error: cannot use {error.filename} ({error.strerror})", file=sys.stderr)
+        print(answer_to(error)[1], end="", file=sys.stderr)
 
 
 class Conversation:
@@ -166,7 +166,7 @@ def show(conversation: Conversation, rest: str) -> None:
     """Print the settings and how much was said."""
     values = conversation.settings.values()
     for name in setting_options():
-        print(f"{name}={json.dumps(values[name], ensure_ascii=False)}")
+        print(f"{name}={printable(json.dumps(values[name], ensure_ascii=False))}")
     n = len(conversation.engine.vocabulary.encode(conversation.text()))
     print(f"{answers(conversation)}, {n} tokens; the model reads {conversation.engine.block_size} at most")
 
@@ -192,7 +192,7 @@ def save(conversation: Conversation, rest: str) -> None:
         raise UserError(f"{path} exists already: give another name")
     with atomic_write(path) as file:
         file.writelines(f"> {line}\n{answer}\n" for line, answer in conversation.turns)
-    print(f"{path}: {answers(conversation)}")
+    print(f"{printable(path)}: {answers(conversation)}")
 
 
 def answers(conversation: Conversation) -> str:

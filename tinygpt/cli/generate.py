@@ -17,7 +17,7 @@ from typing import Any
 from tinygpt.cli.engine import Engine, open_engine, read_engine, read_proposals
 from tinygpt.cli.flags import EngineOptions, ProposalOptions, TextOptions, named_as_flags, read, read_settings
 from tinygpt.cli.input import MOST_SHOWN, NamedPrompt, check_prompts, collect_prompts, raise_some
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, printable
 from tinygpt.generate import Answer, Search
 from tinygpt.generate.answer import Vocabulary
 from tinygpt.options import Settings, seed_after, together
@@ -39,7 +39,7 @@ def generate(args: Namespace) -> None:
         answers = begin_all(engine, prompts, settings, n=texts.n, n_logprobs=texts.logprobs)
     n_tokens = [len(answer.prompt) for answer in answers[:: texts.n]]
     for warning in prompt_warnings(prompts, n_tokens, engine)[:MOST_SHOWN]:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     began = time.monotonic()
     output = FORMATS[texts.format](engine.vocabulary, with_logprobs=texts.logprobs is not None)
     try:
@@ -267,4 +267,4 @@ def uninterrupted() -> Iterator[None]:
 def open_output() -> None:
     """Print UTF-8 whatever the language of the machine."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -6,7 +6,6 @@ import atexit
 import codecs
 import contextlib
 import io
-import json
 import os
 import sys
 from argparse import Namespace
@@ -17,7 +16,8 @@ from typing import BinaryIO
 
 from tinygpt.cli.flags import STDIN
 from tinygpt.errors import UserError
-from tinygpt.generate.answer import checked
+from tinygpt.files import human_bytes, parse_json
+from tinygpt.options import MOST_BYTES, checked
 from tinygpt.params import ParamsError, require
 
 MOST_SHOWN = 10  # problems in one error
@@ -54,11 +54,12 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
         return [NamedPrompt(checked(text), name) for text, name in zip(read, names, strict=True)]
     name = "standard input" if args.prompts == STDIN else args.prompts
     if args.prompts == STDIN:
-        raw = standard_input().read()
+        raw = read_some(standard_input(), name)
     elif not Path(args.prompts).exists():
         raise UserError(f"--prompts {args.prompts} not found: name a file with a prompt on each line")
     else:
-        raw = Path(args.prompts).read_bytes()
+        with open(args.prompts, "rb") as file:
+            raw = read_some(file, name)
     lines = decode_utf8(raw, name).removesuffix("\n").split("\n")
     if lines == [""]:
         raise UserError(f'{name} has no prompts: write one a line, or {{"prompt": …}} in a .jsonl')
@@ -66,7 +67,20 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
 
 
 def _read_stdin() -> str:
-    return decode_utf8(standard_input().read(), "standard input").removesuffix("\n")  # that of `echo`
+    return read_input().removesuffix("\n")  # that of `echo`
+
+
+def read_input() -> str:
+    """All of the standard input.  Raises UserError where it is not UTF-8."""
+    return decode_utf8(read_some(standard_input(), "standard input"), "standard input")
+
+
+def read_some(file: BinaryIO, name: str, *, line: bool = False) -> bytes:
+    """All of a file, or a line.  Raises UserError where that is too much to be prompts."""
+    raw = (file.readline if line else file.read)(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise UserError(f"{name} has more than {human_bytes(MOST_BYTES)}: give it in parts")
+    return raw
 
 
 def standard_input() -> BinaryIO:
@@ -81,7 +95,7 @@ def prompts_of(lines: list[str], name: str) -> list[NamedPrompt]:
     for number, line in enumerate(lines, start=1):
         place = f"{name}:{number}"
         try:
-            text = _prompt_of(line) if name.endswith(".jsonl") else line.removesuffix("\r")
+            text = _prompt_of(line) if name.lower().endswith(".jsonl") else line.removesuffix("\r")
             found.append(NamedPrompt(checked(text), place))
         except UserError as error:
             problems.append(f"{place}: {error}")
@@ -109,8 +123,8 @@ def decode_utf8(raw: bytes, name: str, *, line: int = 1) -> str:
 
 def _prompt_of(line: str) -> str:
     try:
-        text = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        text = parse_json(line)["prompt"]
+    except (ValueError, LookupError, TypeError):
         text = None
     if not isinstance(text, str):
         shown = line if len(line) <= 40 else f"{line[:40]}…"
@@ -126,7 +140,8 @@ def lines_of_chat() -> Iterator[str]:
     if sys.stdin and sys.stdin.isatty():
         yield from _typed_lines()
         return
-    for number, raw in enumerate(standard_input(), start=1):
+    lines = iter(lambda: read_some(standard_input(), "a line of the standard input", line=True), b"")
+    for number, raw in enumerate(lines, start=1):
         yield decode_utf8(raw.rstrip(b"\r\n"), "standard input", line=number)
 
 

@@ -21,7 +21,7 @@ from tinygpt.cli.flags import (
     add_path,
     nearest,
 )
-from tinygpt.errors import heed_interrupts, leave_at_once, program
+from tinygpt.errors import heed_interrupts, leave_at_once, printable, program
 from tinygpt.options import DRAWN, PARTS
 from tinygpt.serve.limits import Limits
 
@@ -170,7 +170,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> Never:
         """Leave with status 2."""
-        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+        self.exit(2, f"error: {printable(message)}: see {self.prog} --help\n")
 
 
 @program

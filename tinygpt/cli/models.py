@@ -22,6 +22,7 @@ from tinygpt.files import human_bytes
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_pair, model_tensors
+from tinygpt.options import checked
 from tinygpt.params import load_params
 from tinygpt.report.attention_maps import attention_maps, attention_page, plot_attention
 from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second, weights_by_part
@@ -80,7 +81,7 @@ def attention(args: Namespace) -> None:
     """Draw where each head of the model attends to, as a picture and a page."""
     check_picture(args.plot)
     model, tokenizer = load_pair(args.model, args.tokenizer)
-    ids = [*tokenizer.border_ids, *tokenizer.encode(args.prompt)]
+    ids = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))]
     if len(ids) > model.config.block_size:
         raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")
     tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]

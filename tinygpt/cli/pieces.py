@@ -6,7 +6,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from tinygpt.errors import UserError
+from tinygpt.cli.input import read_input
+from tinygpt.errors import UserError, printable
+from tinygpt.options import checked
 from tinygpt.tokenizer import load_tokenizer
 
 N_LONGEST = 12
@@ -15,7 +17,7 @@ N_LONGEST = 12
 def encode(args: Namespace) -> None:
     """Print ids, and pieces between bars: a space is a middle dot, a byte that is not a character its number."""
     tokenizer = load_tokenizer(args.tokenizer)
-    ids = tokenizer.encode(sys.stdin.read() if args.text is None else args.text)
+    ids = tokenizer.encode(read_input() if args.text is None else checked(args.text))
     print(*ids)
     if not args.ids:
         print("".join(f"|{visible(tokenizer.decode_bytes([i]))}" for i in ids) + "|")
@@ -24,8 +26,8 @@ def encode(args: Namespace) -> None:
 
 def decode(args: Namespace) -> None:
     """Print the text of ids, byte for byte."""
-    words = [word for arg in args.ids or [sys.stdin.read()] for word in arg.replace(",", " ").split()]
-    if odd := [word for word in words if not word.isdecimal()]:
+    words = [word for arg in args.ids or [read_input()] for word in arg.replace(",", " ").split()]
+    if odd := [word for word in words if not word.isdecimal() or len(word) > 18]:
         raise UserError(f"{odd[0]!r} is not an id: give whole numbers, such as `decode 72 101`")
     try:
         raw = load_tokenizer(args.tokenizer).decode_bytes(map(int, words))
@@ -62,8 +64,7 @@ def tokenizer_report(args: Namespace) -> None:
 
 def visible(raw: bytes) -> str:
     r"""Bytes as something to look at: b" a\n\xe4" -> "·a\\n\\xe4"."""
-    text = raw.decode("utf-8", errors="backslashreplace").replace(" ", "·")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return printable(raw.decode("utf-8", errors="backslashreplace").replace(" ", "·"))
 
 
 def check_picture(path: Path) -> None:

@@ -11,9 +11,9 @@ from ruamel.yaml import YAML
 
 from tinygpt import paths
 from tinygpt.cli.flags import nearest
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_write
-from tinygpt.params import PARAMS_FILE, check_params, yaml_text
+from tinygpt.params import PARAMS_FILE, check_names, check_params, read_groups, read_text, yaml_text
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
@@ -28,7 +28,7 @@ def preset(args: Namespace) -> None:
     if args.name is None:
         width = max(map(len, files), default=0)
         for name, path in files.items():
-            print(f"{name:{width}}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+            print(f"{name:{width}}  {printable(read_text(path).partition(chr(10))[0].removeprefix('# '))}")
         return
     if args.name == "base" and not BASE.exists():
         raise UserError(
@@ -37,9 +37,9 @@ def preset(args: Namespace) -> None:
     if args.name not in files:
         hint = nearest(args.name, files) or f": {', '.join(files)}"
         raise UserError(f"there is no preset {args.name}{hint}")
-    changed = apply_values(PARAMS_FILE, YAML(typ="safe", pure=True).load(files[args.name]))
+    changed = apply_values(PARAMS_FILE, read_groups(files[args.name]))
     for change in changed:
-        print(change)
+        print(printable(change))
     print(
         f"{args.name}: {len(changed)} values changed in {PARAMS_FILE}" + ("; `dvc repro` uses them" if changed else "")
     )
@@ -48,21 +48,29 @@ def preset(args: Namespace) -> None:
 def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     """Set values by group and key in a params file, whole or not at all; return a line for each that was another.
 
-    Raises ParamsError when the file would not be right with them.
+    Raises ParamsError when the file lacks one, or would not be right with them.
     """
-    yaml = _as_written()
-    document = yaml.load(path)
+    check_names(
+        f"{group}.{key}" for group, keys in values.items() for key in (keys if isinstance(keys, dict) else [""])
+    )
+    there = read_groups(path)
+    if not all(
+        isinstance(there.get(group), dict) and keys.keys() <= there[group].keys() for group, keys in values.items()
+    ):
+        check_params(path)  # which says what is missing
+    yaml, written = _as_written(), path.read_bytes().decode()
+    document = yaml.load(written.replace("\r\n", "\n"))
     changed = []
     for group, keys in values.items():
         for key, value in keys.items():
             if document[group][key] != value:
                 changed.append(f"{group}.{key}: {yaml_text(document[group][key])} -> {yaml_text(value)}")
                 document[group][key] = value
-    text = io.StringIO()
+    text = io.StringIO(newline="\r\n" if "\r\n" in written else "\n")
     yaml.dump(document, text)
     trial = path.with_name(path.name + ".trial")
     try:
-        trial.write_text(text.getvalue(), encoding="utf-8")
+        trial.write_bytes(text.getvalue().encode())
         check_params(trial)
     finally:
         trial.unlink(missing_ok=True)

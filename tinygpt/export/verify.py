@@ -49,7 +49,7 @@ SAMPLES = (
 def check_gguf(
     model: GPT, tokenizer: Tokenizer, path: Path, weight_type: GGUFType, ids: Ids
 ) -> tuple[dict[str, float | None], list[str]]:
-    """Compare one file with the model on held-out `ids`, at least CHUNK_SIZE of them, and on SAMPLES.
+    """Compare one file with the model on held-out `ids`, a context or CHUNK_SIZE of them at least, and SAMPLES.
 
     Returns the measures for the report, and a message for each that is out of tolerance, naming the file.
     Raises UserError when llama.cpp does not load the file.

@@ -15,7 +15,6 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.sampling import Past, as_double, choose
 from tinygpt.model.gpt import GPT
@@ -39,15 +38,6 @@ class Vocabulary(Protocol):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the bytes they stand for."""
-
-
-def checked(prompt: str) -> str:
-    """The same text.  Raises UserError where it has half of a surrogate pair, which UTF-8 cannot hold."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"prompt is not UTF-8 from character {error.start} on: give it as UTF-8") from None
-    return prompt
 
 
 class TextStream:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Required, TypedDict, Unpack
 
-from tinygpt.generate.answer import Answer, checked, extend
+from tinygpt.generate.answer import Answer, extend
 from tinygpt.generate.beam import beam_search
 from tinygpt.generate.speculative import Speculation, speculate
 from tinygpt.model.gpt import GPT
-from tinygpt.options import Sampling, Search, seed_after
+from tinygpt.options import Sampling, Search, checked, seed_after
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
-from tinygpt.files import atomic_write
+from tinygpt.errors import printable
+from tinygpt.files import atomic_write, fenced
 from tinygpt.generate import Sampling, generate
 from tinygpt.model.gpt import GPT
 from tinygpt.report.config import EvaluateParams
@@ -19,7 +21,8 @@ def write_samples(path: Path, model: GPT, tokenizer: Tokenizer, params: Evaluate
         file.write("# Samples\n")
         for prompt in params.prompts:
             text = generate(model, tokenizer, prompt, max_new_tokens=params.max_new_tokens, sampling=sampling)
-            file.write(f"\n## Prompt: {prompt or '(none)'}\n\n```text\n{prompt}{text}\n```\n")
+            heading = re.sub(r"([\\`*_<\[])", r"\\\1", printable(prompt)) or "(none)"  # of one line, and only text
+            file.write(f"\n## Prompt: {heading}\n\n{fenced(f'{prompt}{text}')}")
 
 
 def sampling_of(params: EvaluateParams) -> Sampling:

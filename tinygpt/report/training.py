@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tinygpt.files import atomic_folder, atomic_write, human_bytes, write_json
+from tinygpt.files import atomic_folder, atomic_write, fenced, human_bytes, write_json
 from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
 from tinygpt.train.trainer import Trained, Trainer
 
@@ -40,7 +40,7 @@ def publish(
     with atomic_write(reports_dir / "train_samples.md") as file:
         file.write("# Samples written while training\n")
         for sample in state.samples:
-            file.write(f"\n## Step {sample['step']}\n\n```text\n{sample['text']}\n```\n")
+            file.write(f"\n## Step {sample['step']}\n\n{fenced(sample['text'])}")
     report = _summary(trained, trainer)
     write_json(reports_dir / "train.json", report)
     return report

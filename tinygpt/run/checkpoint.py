@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tinygpt.code import code_of, version_of
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
@@ -133,7 +133,7 @@ class Checkpoints:
                         raise UserError(f"{name} is not what was written")
                 return TrainState(**document["state"]), {part: _read_part(folder / part) for part in PARTS}
             except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-                print(f"checkpoint {folder} is damaged ({error}): taking the one before")
+                print(f"checkpoint {folder} is damaged ({printable(error)}): taking the one before")
         if self._all():
             print(f"no checkpoint of {self.folder} is whole: beginning with the first step")
         return None

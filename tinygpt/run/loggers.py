@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, printable
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
 from tinygpt.train.config import TrainParams
@@ -77,7 +77,7 @@ class Loggers:
             action(*args)
         except Exception as error:  # of any kind: it is the library's, and the training is worth more
             reason = (str(error) or repr(error)).splitlines()[0]
-            tqdm.write(f"warning: {name} failed, training goes on without it ({reason})", file=sys.stderr)
+            tqdm.write(f"warning: {name} failed, training goes on without it ({printable(reason)})", file=sys.stderr)
             self._loggers.pop(name, None)
 
 
