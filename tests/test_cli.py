@@ -50,6 +50,23 @@ def test_generate_prints_the_prompt_and_goes_on_and_a_seed_repeats_it(folders, c
     assert first.stdout == second.stdout
 
 
+@pytest.mark.parametrize(
+    ("args", "stdin", "message"),
+    [
+        (["encode"], b"a\n\na\xefve", "error: standard input:3: byte 2 is 0xef, which is not UTF-8: give it as UTF-8"),
+        (["encode", "a\udcff"], b"", "error: prompt is not UTF-8 from character 1 on: give it as UTF-8"),
+        (["encode"], b"a" * 20_000_001, "error: standard input has more than 20.0 MB: give it in parts"),
+        (["decode"], b"72 \xff", "error: standard input:1: byte 4 is 0xff, which is not UTF-8"),
+        (["decode", "9" * 5000], b"", "is not an id: give whole numbers"),
+        (["decode", str(2**63)], b"", "is not an id: give whole numbers"),
+    ],
+)
+def test_a_text_or_ids_that_cannot_be_are_told_in_a_line(args, stdin, message, folders, command):
+    done = command(*args, *folders[2:], stdin=stdin)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_every_way_to_choose_has_its_option(folders, tiny_tokenizer, command):
     told = command("generate", "--help").stdout
     for cls in (Sampling, Search):

@@ -11,6 +11,7 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinygpt.errors import UserError
 from tinygpt.generate import Sampling
 from tinygpt.params import ParamsError
 from tinygpt.report.config import EvaluateParams
@@ -21,6 +22,7 @@ from tinygpt.report.perplexity import (
     evaluate_model,
     iter_windows,
     llamacpp_report,
+    perplexity,
     token_nll,
 )
 from tinygpt.report.samples import sampling_of, write_samples
@@ -121,6 +123,29 @@ def test_samples_are_written_for_each_prompt_and_the_same_each_time(tiny_tokeniz
     assert text.count("## Prompt: ") == 2
     assert "## Prompt: (none)" in text
     assert "```text\nthe" in text
+
+
+def test_a_prompt_with_markdown_in_it_leaves_the_page_whole(tiny_tokenizer, tmp_path):
+    prompts = ("```python\nx = 1\n```", "````", "*a* `b`", "\x1b[2J")
+    write_samples(tmp_path / "a.md", tiny_model(), tiny_tokenizer, dataclasses.replace(PARAMS, prompts=prompts))
+    lines = (tmp_path / "a.md").read_text().split("\n")
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings == [
+        "## Prompt: \\`\\`\\`python\\\\nx = 1\\\\n\\`\\`\\`",
+        "## Prompt: \\`\\`\\`\\`",
+        "## Prompt: \\*a\\* \\`b\\`",
+        "## Prompt: \\\\x1b\\[2J",
+    ]
+    text = "\n".join(lines)
+    for fence, prompt in zip(("````", "`````", "```", "```"), prompts, strict=True):
+        assert f"\n{fence}text\n{prompt}" in text
+
+
+@pytest.mark.parametrize("loss", [float("nan"), 710.0, float("inf")])
+def test_a_loss_beyond_all_numbers_is_told_and_never_written(loss):
+    with pytest.raises(UserError, match=r"the model's loss is .* training has diverged, lower train\.lr"):
+        perplexity(loss)
+    assert perplexity(700.0) == math.exp(700)
 
 
 def test_options_of_the_samples_are_those_of_sampling_in_type_and_value():

@@ -76,11 +76,14 @@ def test_json_has_what_the_library_gives(generate, folder, tiny_tokenizer):
 def test_prompts_come_from_files_and_the_standard_input(generate, tmp_path):
     prompts = ["the file", "", "über 中文", "a"]
     (tmp_path / "p.txt").write_bytes("\ufeffthe file\r\n\nüber 中文\na\n".encode())
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p, "id": 7}) + "\n" for p in prompts))
+    lines = "".join(json.dumps({"prompt": p, "id": 7}) + "\n" for p in prompts)
+    for name in ("p.jsonl", "P.JSONL"):
+        (tmp_path / name).write_text(lines)
     found = rows(generate("--prompts", tmp_path / "p.txt", "--format", "jsonl").stdout)
     assert [row["prompt"] for row in found] == prompts
     for other in (
         generate("--prompts", tmp_path / "p.jsonl", "--format", "jsonl", "--batch-size", "2"),
+        generate("--prompts", tmp_path / "P.JSONL", "--format", "jsonl"),
         generate("--prompts", "-", "--format", "jsonl", stdin="the file\n\nüber 中文\na".encode()),
     ):
         assert rows(other.stdout) == found
@@ -121,6 +124,9 @@ def test_a_search_writes_its_best_and_its_log_probabilities_where_it_has_them(ge
         ("p.jsonl", b'\n5\n{"prompt": 5}\n[[[', ["p.jsonl:1: '' is", "p.jsonl:2", "p.jsonl:3", "p.jsonl:4"]),
         ("p.jsonl", b'{"prompt": "a\\ud800"}', ["p.jsonl:1: prompt is not UTF-8 from character 1 on"]),
         ("p.jsonl", b"x\n" * 99, ["p.jsonl:10", "and 89 more"]),
+        ("p.jsonl", b'{"prompt": ' + b"[" * 10**5, ["p.jsonl:1: '{\"prompt"]),
+        ("p.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", ["p.jsonl:1: '{\"prompt"]),
+        ("p.txt", b"a" * 20_000_001, ["p.txt has more than 20.0 MB: give it in parts"]),
         ("p.txt", b"ok\n" + b"the " * 99, ["p.txt:2: prompt has", "leaves no room in a context of 64"]),
     ],
 )
@@ -379,4 +385,4 @@ def test_ctrl_c_ends_the_program_at_once_while_it_imports(start, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert (process.returncode, told) == (130, b"")
+    assert (process.returncode, told) == (130, b"interrupted\n")

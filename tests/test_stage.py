@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from project import ROOT, set_params
+from project import ROOT, SMALL, corpus, make_project, run_stages, set_params
 
 from tinygpt.stage import run_stage
 
@@ -101,3 +101,12 @@ def test_a_stage_outside_of_the_project_says_where_to_go(tmp_path, monkeypatch, 
         assert start("plot", *arguments, monkeypatch=monkeypatch) == 1
         assert capsys.readouterr().err == "error: params.yaml not found: run this from the project's top folder\n"
     assert not [*Path().iterdir()]
+
+
+def test_a_small_book_goes_through_all_stages_also_the_last(tmp_path):
+    make_project(tmp_path, SMALL | {"clean.separator": None, "clean.split": "tail", "tokenizer.vocab_size": 290})
+    (tmp_path / "corpus.txt").write_text(corpus()[:9000], encoding="utf-8")
+    said = run_stages("download clean train_tokenizer encode train evaluate export", tmp_path)
+    (n_test,) = re.findall(r"encode: test (\d+) tokens", said)
+    assert int(n_test) < 512
+    assert "export: q8_0" in said

@@ -50,13 +50,10 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
 
     Raises ParamsError when the file lacks one, or would not be right with them.
     """
-    check_names(
-        f"{group}.{key}" for group, keys in values.items() for key in (keys if isinstance(keys, dict) else [""])
-    )
+    names = [(group, key) for group, keys in values.items() for key in (keys if isinstance(keys, dict) else [""])]
+    check_names(f"{group}.{key}" for group, key in names)
     there = read_groups(path)
-    if not all(
-        isinstance(there.get(group), dict) and keys.keys() <= there[group].keys() for group, keys in values.items()
-    ):
+    if not all(isinstance(there.get(group), dict) and key in there[group] for group, key in names):
         check_params(path)  # which says what is missing
     yaml, written = _as_written(), path.read_bytes().decode()
     document = yaml.load(written.replace("\r\n", "\n"))
