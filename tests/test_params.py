@@ -208,6 +208,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
         {"clean.split": "source"},
         "clean.split=source needs a source with official splits, and download.source=python-docs has none: set clean",
     ),
+    ({"clean.split": "source", "download.source": "texts/"}, "clean.split=source needs a source with official splits"),
     (
         {"model.block_size": 128, "train.context_warmup": {"start": 256, "steps": 9}},
         "train.context_warmup.start=256 must be model.block_size=128 halved once or more: one of 64, 32",
@@ -275,7 +276,6 @@ def test_what_params_decide_together_is_told_whatever_is_loaded(tmp_path, change
         {"clean.test_fraction": 0, "evaluate.split": "val"},
         {"clean.split": "source", "download.source": "tinystories", "evaluate.split": "val"},
         {"clean.split": "source", "download.source": "wikitext-2", "clean.test_fraction": 0, "clean.val_fraction": 0},
-        {"clean.split": "source", "download.source": "texts/"},
         {"tokenizer.special_tokens": ["<|user|>", "</s>", "<unk>", "[INST]", "日本"]},
         {"tokenizer.special_tokens": ["the"], "tokenizer.kind": "byte"},
     ],

@@ -95,6 +95,7 @@ def test_every_stage_is_a_script_of_its_name_and_has_a_description():
         assert stage["desc"]
         assert len((ROOT / f"stages/{name}.py").read_text().splitlines()) <= 80
     assert "${" not in (ROOT / "dvc.yaml").read_text()
+    assert PIPELINE["stages"]["code"]["outs"] == [{str(paths.CODE): {"cache": False, "persist": True}}]  # it may refuse
 
 
 def test_stages_track_every_group_that_they_read_but_runtime():

@@ -85,13 +85,14 @@ class CleanParams:
         )
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
-        """Official splits are there, where the name of the source says so already."""
-        source = groups["download"].source if "download" in groups else ""
-        yield (
-            self.split != "source" or source not in SOURCES or bool(SOURCES[source].splits),
-            f"clean.split=source needs a source with official splits, and download.source={source} has none: "
-            "set clean.split to hash or tail",
-        )
+        """Where official splits are asked for, the source has some."""
+        if "download" in groups and self.split == "source":
+            source = groups["download"].source
+            yield (
+                source in SOURCES and bool(SOURCES[source].splits),
+                f"clean.split=source needs a source with official splits, and download.source={source} has none: "
+                "set clean.split to hash or tail",
+            )
 
 
 def remove_control_characters(text: str, _: bool) -> tuple[str, int]:

@@ -49,9 +49,9 @@ class EvaluateParams:
             )
         elif {"clean", "download"} <= groups.keys():
             source = groups["download"].source
-            official = SOURCES[source].splits.values() if source in SOURCES else (self.split,)
+            official = SOURCES[source].splits.values() if source in SOURCES else ()
             yield (
-                self.split in official or not official,
+                self.split in official or not official,  # clean tells of a source without any
                 f"evaluate.split={self.split}, but download.source={source} has no such split of its own: "
                 f"set evaluate.split to {' or '.join(split for split in official if split != 'train')}",
             )
