@@ -66,6 +66,7 @@ CAUSES: list[tuple[BaseException | type, int, str]] = [
     (Stopped(15, "stopped after step 3"), 143, "stopped after step 3"),
     (KeyboardInterrupt(), 130, "interrupted"),
     (MemoryError(), 1, "error: there is not enough memory: take a smaller model"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "error: there is not enough memory"),
     (RecursionError("maximum recursion depth"), 1, "error: what was read is nested too deep (test_errors.py:"),
     (UnicodeEncodeError("ascii", "±", 0, 1, "no"), 1, "error: a text cannot be read or written as it is (test_errors"),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), 1, "error: a text cannot be read or written as it is (test_"),

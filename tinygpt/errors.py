@@ -30,6 +30,13 @@ def printable(text: object) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "MPS backend out of memory",
+)  # of PyTorch's RuntimeError
+
+
 class UserError(Exception):
     """Something the user can mend: the message names the key, file or stage and says what to do."""
 
@@ -85,7 +92,7 @@ def answer_to(error: BaseException) -> tuple[int, str]:
             return 141, ""
         case OSError():
             problem = _of_the_system(error)
-        case MemoryError():
+        case _ if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
             problem = "there is not enough memory: take a smaller model, batch or text, or close other programs"
         case RecursionError():
             problem = f"what was read is nested too deep ({_place(error)})"

@@ -6,7 +6,6 @@ T tokens, V vocab_size; nll is the negative log-probability of a token, in nats.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
 from tinygpt.params import require
 from tinygpt.progress import progress
@@ -24,7 +22,6 @@ from tinygpt.report.config import EvaluateParams
 from tinygpt.tokens import TokenIds
 
 BATCH_TOKENS = 8192  # tokens of one forward pass
-MOST_NATS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -38,16 +35,6 @@ class Estimate:
 def estimate(nll: NDArray[np.float64]) -> Estimate:
     """Mean nats per token, with standard deviation / √(n - 1)."""
     return Estimate(float(nll.mean()), float(nll.std() / math.sqrt(max(1, len(nll) - 1))))
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss).  Raises UserError where that, or the loss, is beyond all numbers."""
-    if not loss < MOST_NATS:  # NaN, too
-        raise UserError(
-            f"the model's loss is {loss:.4g} nats per token, which is no model of text: training has diverged, lower "
-            "train.lr and run `dvc repro`"
-        )
-    return math.exp(loss)
 
 
 def bits_per_byte(loss: Estimate, n_tokens: int, n_bytes: int) -> Estimate:
@@ -120,7 +107,7 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
     require(*params.rules_with({"model": model.config}))
     nll = token_nll(model, tokens, context=context, stride=stride)
     loss = estimate(nll)
-    ppl, bpb = perplexity(loss.mean), bits_per_byte(loss, len(nll), n_bytes)
+    bpb = bits_per_byte(loss, len(nll), n_bytes)
     return {
         "split": params.split,
         "context": context,
@@ -129,8 +116,8 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
         "bytes": n_bytes,
         "loss": loss.mean,
         "loss_error": loss.error,
-        "ppl": ppl,
-        "ppl_error": ppl * loss.error,
+        "ppl": math.exp(loss.mean),
+        "ppl_error": math.exp(loss.mean) * loss.error,
         "bpb": bpb.mean,
         "bpb_error": bpb.error,
         "llamacpp": llamacpp_report(model, tokens, n_ctx=context),
@@ -147,7 +134,7 @@ def llamacpp_report(model: GPT, tokens: NDArray[np.integer], *, n_ctx: int) -> d
         return {"n_ctx": n_ctx}
     nll = np.concatenate([scored_nll(token_logprobs(model, chunk), chunk) for chunk in chunks]).astype(np.float64)
     loss = estimate(nll)
-    ppl = perplexity(loss.mean)
+    ppl = math.exp(loss.mean)
     return {"n_ctx": n_ctx, "tokens": len(nll), "ppl": ppl, "ppl_error": ppl * loss.error}
 
 
