@@ -7,14 +7,12 @@ from pathlib import Path
 
 from tinygpt.code import code_of
 from tinygpt.files import write_json
-from tinygpt.params import PARAMS_FILE, check_params
 from tinygpt.paths import CODE
 from tinygpt.stage import run_stage
 
 
 def run(root: Path) -> None:
-    """Run the stage in the project's folder.  It runs before all others, so it checks the params of all."""
-    check_params(root / PARAMS_FILE)
+    """Run the stage in the project's folder."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path != Path(__file__))
     write_json(root / CODE, {name: code_of(f"stages.{name}") for name in names})
 
