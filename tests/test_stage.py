@@ -23,12 +23,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def start(name: str, *arguments: str, monkeypatch) -> int:
-    """The status that a stage leaves with."""
+    """The status that a stage leaves with; a text is printed, as Python does it."""
     monkeypatch.setattr(sys, "argv", [f"stages/{name}.py", *arguments])
     try:
         run_stage(importlib.import_module(f"stages.{name}").run)
     except SystemExit as left:
-        return left.code
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+        return 1 if isinstance(left.code, str) else left.code
     return 0
 
 

@@ -70,7 +70,9 @@ def program(main: Callable[P, None]) -> Callable[P, None]:
         except (Exception, KeyboardInterrupt) as error:
             status, line = answer_to(error)
             _flush(drop=True)
-            print(line, end="", file=sys.stderr)
+            if status == 1:
+                sys.exit(line)  # Python prints it
+            print(line, end="\n" if line else "", file=sys.stderr)
             sys.exit(status)
         finally:
             if is_first:
@@ -80,14 +82,14 @@ def program(main: Callable[P, None]) -> Callable[P, None]:
 
 
 def answer_to(error: BaseException) -> tuple[int, str]:
-    """The status and the lines that a program ends with.  What is a fault of this project is raised again."""
+    """The status and the line that a program ends with.  What is a fault of this project is raised again."""
     match error:
         case UserError():
-            return 1, f"error: {error}\n"
+            return 1, f"error: {error}"
         case Stopped():
-            return 128 + error.signal, f"{error}\n"
+            return 128 + error.signal, str(error)
         case KeyboardInterrupt():
-            return 130, "interrupted\n"
+            return 130, "interrupted"
         case BrokenPipeError():  # the reader of a pipe went away: `… | head`
             return 141, ""
         case OSError():
@@ -102,7 +104,7 @@ def answer_to(error: BaseException) -> tuple[int, str]:
             problem = f"a number is too large ({_place(error)}: {error})"
         case _:
             raise error
-    return 1, f"error: {printable(problem)}\n"
+    return 1, f"error: {printable(problem)}"
 
 
 def _of_the_system(error: OSError) -> str:

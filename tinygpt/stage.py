@@ -33,11 +33,11 @@ def run_stage(run: Callable[[Path], None]) -> None:
 
 
 def check_memory(groups: Mapping[str, Any]) -> None:
-    """Raise ParamsError where not even the weights, their gradients and the tokens of a step can be held."""
+    """Raise ParamsError where not even the weights, of four bytes, and the ids of a step, of eight, can be held."""
     model, train, tokenizer = groups["model"], groups["train"], groups["tokenizer"]
     learned = tokenizer.kind == "bpe" and tokenizer.from_file is None
     n_weights = model.n_weights(tokenizer.vocab_size if learned else 257)
-    needed = n_weights * (4 if train.lora else 8) + 8 * train.batch_size * (model.block_size + 1)
+    needed = 4 * n_weights + 8 * train.batch_size * (model.block_size + 1)
     there = psutil.virtual_memory().total + psutil.swap_memory().total
     require(
         (

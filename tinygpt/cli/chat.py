@@ -61,7 +61,7 @@ def follow(line: str, conversation: Conversation) -> None:
     except OSError as error:
         if error.filename is None:  # the output itself is gone
             raise
-        print(answer_to(error)[1], end="", file=sys.stderr)
+        print(answer_to(error)[1], file=sys.stderr)
 
 
 class Conversation:
