@@ -6,9 +6,13 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tinygpt.errors import UserError
 from tinygpt.files import (
@@ -21,6 +25,39 @@ from tinygpt.files import (
     sha256_json,
     write_json,
 )
+from tinygpt.model.weights import load_tensors, save_tensors
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Do it in a process of its own; the status that this ends with, minus the signal that kills it."""
+    child = os.fork()
+    if not child:
+        try:
+            action()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def write_text(path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write("text")
+
+
+def write_arrays(path: Path) -> None:
+    with atomic_write(path, "wb") as file:
+        np.savez(file, a=np.zeros(3))
+
+
+def write_tensors(path: Path) -> None:
+    save_tensors(path, {"a": torch.zeros(3)})
+
+
+def write_folder(path: Path) -> None:
+    with atomic_folder(path.parent) as folder:
+        (folder / path.name).write_text("plainly")
+        write_tensors(folder / "inner" / "a.safetensors")
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
@@ -98,8 +135,10 @@ def test_json_has_the_same_bytes_each_time_and_no_nan(tmp_path):
     write_json(path, {"b": 1, "a": "é"})
     assert path.read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "é"\n}\n'
     assert read_json(path, stage="x") == {"b": 1, "a": "é"}
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, float("nan"))
+    for number in ("nan", "inf"):
+        with pytest.raises(UserError, match=rf"a.json is not written, .* \(ppl is {number}\)"):
+            write_json(path, {"b": [{"ppl": float(number)}]})
+    assert read_json(path, stage="x") == {"b": 1, "a": "é"}
 
 
 def test_errors_name_the_stage_that_makes_the_file(tmp_path):
@@ -175,3 +214,71 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         file.truncate(10**12)
     with pytest.raises(UserError, match=r"a\.json is not valid JSON \(it has 1\.0 TB, at most 200\.0 MB are read\)"):
         read_json(tmp_path / "a.json", stage="train")
+
+
+@pytest.mark.parametrize("write", [write_text, write_arrays, write_tensors, write_folder])
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_what_is_in_place_is_on_the_disk_and_has_the_mode_of_the_umask(write, umask, mode, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: synced.add(os.fstat(number).st_ino) or fsync(number))
+    before, path = os.umask(umask), tmp_path / "folder" / "file"
+    try:
+        write(path)
+    finally:
+        os.umask(before)
+    in_place = list(path.parent.rglob("*"))
+    assert path in in_place
+    assert {oct(each.stat().st_mode & 0o777) for each in in_place if each.is_file()} == {oct(mode)}
+    assert {each.stat().st_ino for each in [path.parent, *in_place]} <= synced
+
+
+@pytest.mark.parametrize("moment", ["between two files", "after the last"])
+def test_a_folder_whose_writer_is_killed_is_the_old_one(moment, tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "folder") as folder:
+        write_json(folder / "old.json", {})
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "folder") as folder:
+            write_json(folder / "a.json", {})
+            if moment == "between two files":
+                os.kill(os.getpid(), signal.SIGKILL)
+            write_json(folder / "b.json", {})
+            monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            monkeypatch.setattr("shutil.rmtree", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+
+    assert in_child(write) == -signal.SIGKILL
+    names = os.listdir(tmp_path / "folder")
+    assert names == ["old.json"] if moment == "between two files" else sorted(names) == ["a.json", "b.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a moment without either")
+def test_a_folder_that_is_replaced_is_there_at_any_moment(tmp_path):
+    folder, missed, done = tmp_path / "folder", [], threading.Event()
+    folder.mkdir()
+
+    def look() -> None:
+        while not done.is_set():
+            missed.extend([] if folder.exists() else [1])
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for i in range(300):
+        with atomic_folder(folder) as partial:
+            (partial / "file").write_text(str(i))
+    done.set()
+    looking.join()
+    assert not missed and (folder / "file").read_text() == "299"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_file_that_may_not_be_read_is_told_so(tmp_path):
+    write_tensors(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").chmod(0)
+
+    def read() -> None:
+        if not os.getuid():
+            os.setuid(65534)  # root may read everything, nobody nothing
+        with pytest.raises(PermissionError, match="a.safetensors"):
+            load_tensors(tmp_path / "a.safetensors")
+
+    assert in_child(read) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -20,17 +21,23 @@ MOST_JSON = 200_000_000  # bytes of a file: a manifest of a million texts
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open `path` for writing (`"w"` UTF-8 text or `"wb"`); it appears under its name only when the block ends well."""
+    """Open `path` for writing (`"w"` UTF-8 text or `"wb"`); it appears under its name only when the block ends well.
+
+    The block may also put another file in place of the one that it gets, as safetensors does: of that one the bytes are
+    on the disk and the mode is what the umask says, too.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
         with open(partial, mode, encoding=encoding, newline=newline) as file:
+            allowed = os.fstat(file.fileno()).st_mode
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+        partial.chmod(allowed)
+        _sync(partial)
         os.replace(partial, path)
+        _sync(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
@@ -48,13 +55,39 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
+        for parent, _, names in os.walk(partial):
+            for each in (*names, ""):  # and the folder itself
+                _sync(Path(parent, each))
+        if not (path.exists() and _exchange(partial, path)):
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+        _sync(path.parent)
+        shutil.rmtree(partial, ignore_errors=True)  # the old one
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def _sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError:
+        if not path.is_dir():  # of a folder not every system can
+            raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change names, so that neither is ever away; False where the system cannot (other than Linux)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <linux/fs.h>
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -93,10 +126,24 @@ def sha256_json(value: Any) -> str:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file whose bytes depend on nothing but `value` (NaN and infinity are refused)."""
+    """Write a JSON file whose bytes depend on nothing but `value`.  Raises UserError for NaN and infinity."""
+    if wrong := [f"{key} is {number}" for key, number in _numbers(value) if not math.isfinite(number)]:
+        raise UserError(
+            f"{path} is not written, for JSON has no such number ({', '.join(wrong[:3])}): where the model's numbers "
+            "overflow, lower train.lr and train again"
+        )
     with atomic_write(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def _numbers(value: Any, key: str = "it") -> Iterator[tuple[str, float]]:
+    """The floats in a JSON value, each with the name that it has there."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict | list | tuple):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(each, str(name))
 
 
 def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:

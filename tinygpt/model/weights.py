@@ -43,9 +43,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file to the CPU.  Raises UserError when it is torn or of another format."""
+    open(path, "rb").close()  # what the system says of a file that may not be read; safetensors says "no such file"
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}): it is damaged, make it again") from None
 
 
@@ -66,7 +67,8 @@ def load_model(folder: str | Path) -> GPT:
     folder = Path(folder)
     config, _ = _read_config(folder)
     model = unset_model(config)
-    return fill(model, _read_weights(must_exist(folder / WEIGHTS_FILE, stage="train"), model))
+    weights = must_exist(folder / WEIGHTS_FILE, stage="train")
+    return fill(model, read_fitting(weights, model_tensors(model), "its config.json"))
 
 
 def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer]:
@@ -148,16 +150,19 @@ def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
     return model.eval()
 
 
-def _read_weights(path: Path, model: GPT) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.  Raises UserError with all that the model has not, or in another shape."""
-    tensors, expected = load_tensors(path), model_tensors(model)
+def read_fitting(path: Path, expected: dict[str, Tensor], fits: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.  Raises UserError where they are others than expected, or of another shape.
+
+    `fits` names what says which they should be.
+    """
+    tensors = load_tensors(path)
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"extra {name}" for name in tensors.keys() - expected.keys()]
     problems += misshapen(tensors, expected)
     if problems:
         shown, more = sorted(problems)[:MOST_SHOWN], len(problems) - MOST_SHOWN
         raise UserError(
-            f"{path} does not fit its config.json: {'; '.join(shown)}{f'; and {more} more' if more > 0 else ''}: "
+            f"{path} does not fit {fits}: {'; '.join(shown)}{f'; and {more} more' if more > 0 else ''}: "
             "take both files from one run"
         )
     return tensors
