@@ -11,6 +11,8 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinygpt.errors import UserError
+from tinygpt.files import write_json
 from tinygpt.generate import Sampling
 from tinygpt.params import ParamsError
 from tinygpt.report.config import EvaluateParams
@@ -21,6 +23,7 @@ from tinygpt.report.perplexity import (
     evaluate_model,
     iter_windows,
     llamacpp_report,
+    perplexity,
     token_nll,
 )
 from tinygpt.report.samples import sampling_of, write_samples
@@ -66,6 +69,23 @@ def test_nll_is_that_of_each_window_alone(context, stride):
             logprobs = model(ids[None, :-1])[0].log_softmax(-1)
         expected = -logprobs.gather(1, ids[1:, None])[:, 0].numpy()[first - start - 1 :]
         np.testing.assert_allclose(nll[first - 1 : end - 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_perplexity_beyond_all_numbers_is_told_and_not_written(tmp_path):
+    model = tiny_model(tie_weights=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    report = evaluate_model(model, np.arange(100, dtype=np.uint16), PARAMS, n_bytes=50)
+    assert 710 < report["loss"] < math.inf and report["ppl"] == math.inf
+    with pytest.raises(UserError, match=r"eval.json is not written, .*\(ppl is inf, .*lower train.lr"):
+        write_json(tmp_path / "eval.json", report)
+    assert not list(tmp_path.iterdir())
+    assert perplexity(709.7) == math.exp(709.7)
+
+
+def test_a_split_without_a_byte_of_text_is_refused():
+    with pytest.raises(ParamsError, match=r"the test split has no text, only 3 tokens"):
+        evaluate_model(tiny_model(), np.zeros(3, np.uint16), PARAMS, n_bytes=0)
 
 
 def test_units_by_hand():

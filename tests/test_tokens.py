@@ -1,7 +1,9 @@
 """Token files: what is written is what is read, and anything else is refused."""
 
 import dataclasses
+import itertools
 import json
+import random
 
 import numpy as np
 import pytest
@@ -96,3 +98,59 @@ def test_missing_and_foreign_files_are_told(tiny_tokenizer, tmp_path):
     write_json(tmp_path / "meta.json", meta)
     with pytest.raises(UserError, match=r"is not of this version \(missing key eos_id; missing key val.bytes\)"):
         load_meta(tmp_path)
+
+
+def test_an_id_that_is_not_in_the_vocabulary_is_refused_wherever_it_is(tiny_tokenizer, tmp_path, monkeypatch):
+    write_folder(tmp_path, tiny_tokenizer)
+    monkeypatch.setattr("tinygpt.tokens.PIECE", 4)
+    ids = np.fromfile(tmp_path / "train.bin", "<u2")
+    for place in (0, 9, len(ids) - 1):
+        wrong = ids.copy()
+        wrong[place] = 300
+        wrong.tofile(tmp_path / "train.bin")
+        with pytest.raises(UserError, match=r"train.bin has the id 300, of 300 tokens: run `dvc repro encode`"):
+            load_tokens(tmp_path, "train")
+        assert len(load_tokens(tmp_path, "val"))
+
+
+def test_a_vocabulary_of_another_size_than_the_tokenizers_is_refused(tiny_tokenizer, tmp_path):
+    meta = write_folder(tmp_path, tiny_tokenizer)
+    tiny_tokenizer.save(tmp_path)
+    sha256 = sha256_file(tmp_path / "tokenizer.json")
+    write_json(tmp_path / "meta.json", dataclasses.asdict(meta) | {"tokenizer_sha256": sha256, "vocab_size": 2**16})
+    with pytest.raises(UserError, match=r"was not made with the tokenizer"):
+        load_meta(tmp_path, tokenizer=tmp_path)
+
+
+ODD = [None, True, -1, 0, 1.5, 2**31, 2**63, 2**70, 1e308, "", "O", ">u2", "<u8", "<f4", "V2", [], [3], {}, {"a": 1}]
+
+
+def test_whatever_meta_json_says_the_tokens_are_right_or_refused(tiny_tokenizer, tmp_path):
+    right = dataclasses.asdict(write_folder(tmp_path, tiny_tokenizer))
+    ids, refused = load_tokens(tmp_path, "train").tolist(), 0
+    places = [(right, key) for key in right] + [(right["train"], key) for key in right["train"]]
+    for (holder, key), value in itertools.product(places, ODD):
+        kept, holder[key] = holder[key], value
+        (tmp_path / "meta.json").write_text(json.dumps(right))
+        try:
+            assert load_tokens(tmp_path, "train").tolist() == ids, (key, value)
+        except UserError as error:
+            assert "run `dvc repro encode`" in str(error) and len(str(error)) < 500
+            refused += 1
+        holder[key] = kept
+    assert refused > 100
+
+
+def test_damaged_files_are_read_as_they_are_or_refused(tiny_tokenizer, tmp_path):
+    write_folder(tmp_path, tiny_tokenizer)
+    rng = random.Random(0)
+    for name in ["meta.json"] * 150 + ["train.bin"] * 50:
+        raw = bytearray((tmp_path / name).read_bytes())
+        for _ in range(rng.randint(1, 3)):
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        (tmp_path / name).write_bytes(raw[: rng.choice([len(raw), rng.randrange(len(raw))])])
+        try:
+            assert max(load_tokens(tmp_path, "train")) < load_meta(tmp_path).vocab_size
+        except UserError as error:
+            assert "encode" in str(error) and "\n" not in str(error).replace("\n       ", "")
+        write_folder(tmp_path, tiny_tokenizer)

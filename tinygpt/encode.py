@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from tinygpt.shards import Shard, shard_results
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, iter_blocks
 from tinygpt.tokenizer.pretokens import MAX_PRETOKENS, PretokenTable
 from tinygpt.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from tinygpt.tokens import META_FILE, SplitMeta, TokenIds, TokensMeta
+from tinygpt.tokens import META_FILE, IdType, SplitMeta, TokenIds, TokensMeta
 
 PIECE = 1 << 20  # ids looked up at a time, so that memory does not grow with a part
 
@@ -43,7 +44,7 @@ def encode_corpus(
                 parts = (np.fromfile(path, tokenizer.dtype) for path in paths)
                 splits[split] = write_tokens(folder / f"{split}.bin", parts, tokenizer)
         meta = TokensMeta(
-            dtype=tokenizer.dtype.str,
+            dtype=cast(IdType, tokenizer.dtype.str),
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
             tokenizer_sha256=tokenizer_sha256,

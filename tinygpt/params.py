@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
 
 from tinygpt.errors import UserError
+from tinygpt.files import read_json
 from tinygpt.yaml12 import load_yaml
 
 PARAMS_FILE = Path("params.yaml")
@@ -176,6 +177,19 @@ def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "") -> T:
     if problems:
         raise ParamsError(problems)
     return cls(**values)
+
+
+def read_record(cls: type[T], path: Path, *, stage: str) -> T:
+    """A dataclass from the keys of its fields in a JSON file that `stage` makes; other keys are left alone.
+
+    Raises UserError that names the file and every key that is missing or of another type.
+    """
+    document = read_json(path, stage=stage)
+    try:
+        return from_mapping(cls, {key: document[key] for key in document if key in _field_names(cls)})
+    except ParamsError as error:
+        problems = "; ".join(error.problems)
+        raise UserError(f"{path} is not of this version ({problems}): run `dvc repro {stage}`") from None
 
 
 def yaml_text(value: Any) -> str:

@@ -9,27 +9,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
-from tinygpt.files import must_exist, read_json, sha256_file
-from tinygpt.params import ParamsError, from_mapping
+from tinygpt.files import must_exist, sha256_file
+from tinygpt.params import Count, Within, read_record
 from tinygpt.paths import TOKENIZER_FILE
+from tinygpt.tokenizer.tokenizer import load_tokenizer
 
 META_FILE = "meta.json"
+PIECE = 1 << 22  # ids looked at together, so that memory does not grow with a file
 
 TokenIds = NDArray[np.unsignedinteger]
+Number = Annotated[int, Within("[0, inf)")]
+IdType = Literal["<u2", "<u4"]  # little-endian
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitMeta:
     """One token file."""
 
-    tokens: int  # ids in the file, <|endoftext|> included
-    documents: int
-    bytes: int  # UTF-8 bytes of the documents' text, the unit of bits per byte
+    tokens: Number  # ids in the file, <|endoftext|> included
+    documents: Number
+    bytes: Number  # UTF-8 bytes of the documents' text, the unit of bits per byte
     sha256: str  # of the file
 
 
@@ -37,9 +42,9 @@ class SplitMeta:
 class TokensMeta:
     """All token files of a folder."""
 
-    dtype: str  # "<u2" or "<u4", little-endian
-    vocab_size: int  # every id is below it
-    eos_id: int  # the id of <|endoftext|>
+    dtype: IdType
+    vocab_size: Count  # every id is below it
+    eos_id: Number  # the id of <|endoftext|>
     tokenizer_sha256: str  # of the tokenizer.json that made them
     train: SplitMeta
     val: SplitMeta
@@ -55,14 +60,11 @@ def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMet
 
     Raises UserError when it is missing, not of this version, or not made with the tokenizer of the folder `tokenizer`.
     """
-    path = Path(folder) / META_FILE
-    try:
-        meta = from_mapping(TokensMeta, read_json(path, stage="encode"))
-    except ParamsError as error:
-        raise UserError(
-            f"{path} is not of this version ({'; '.join(error.problems)}): run `dvc repro encode`"
-        ) from None
-    if tokenizer is not None and sha256_file(tokenizer / TOKENIZER_FILE) != meta.tokenizer_sha256:
+    meta = read_record(TokensMeta, Path(folder) / META_FILE, stage="encode")
+    if tokenizer is not None and (
+        sha256_file(tokenizer / TOKENIZER_FILE) != meta.tokenizer_sha256
+        or load_tokenizer(tokenizer).vocab_size != meta.vocab_size
+    ):
         raise UserError(f"{folder} was not made with the tokenizer in {tokenizer}: run `dvc repro encode`")
     return meta
 
@@ -70,7 +72,8 @@ def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMet
 def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenIds:
     """Map a split's ids for reading.
 
-    Raises UserError when the file is missing, is not as long as meta.json says, or holds fewer than `at_least` ids.
+    Raises UserError when the file is missing, is not as long as meta.json says, holds fewer than `at_least` ids, or one
+    that is not in the vocabulary: whoever reads ids may take them as they are.
     """
     meta, path = load_meta(folder), must_exist(Path(folder) / f"{split}.bin", stage="encode")
     n_tokens, found = meta.split(split).tokens, path.stat().st_size
@@ -82,4 +85,8 @@ def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenId
             f"{path} has {n_tokens} tokens, at least {at_least} are needed: "
             f"take more text{larger} or a smaller model.block_size"
         )
-    return np.memmap(path, dtype=np.dtype(meta.dtype), mode="r", shape=(n_tokens,))
+    ids = np.memmap(path, dtype=np.dtype(meta.dtype), mode="r", shape=(n_tokens,))
+    highest = max(int(ids[start : start + PIECE].max()) for start in range(0, n_tokens, PIECE))
+    if highest >= meta.vocab_size:
+        raise UserError(f"{path} has the id {highest}, of {meta.vocab_size} tokens: run `dvc repro encode`")
+    return ids

@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
 from tinygpt.export.gguf_types import tolerance
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.gpt import GPT
-from tinygpt.report.perplexity import llamacpp_report, scored_nll, token_logprobs
+from tinygpt.report.perplexity import llamacpp_report, perplexity, scored_nll, token_logprobs
 from tinygpt.tokenizer import Tokenizer
 
 Ids = NDArray[np.integer]
@@ -66,6 +67,8 @@ def check_gguf(
             **compare_greedy(written, llama, chunks),
         }
     measures["ppl_pytorch"] = llamacpp_report(model, chunks.reshape(-1), n_ctx=size)["ppl"]
+    if not math.isfinite(measures["ppl_pytorch"]):
+        raise UserError("the perplexity of the model is beyond all numbers: lower train.lr and train again")
     measures["ppl_increase"] = measures["ppl"] / measures["ppl_pytorch"] - 1
     allowed = {
         "wrong_tokens": 0,
@@ -114,7 +117,7 @@ def compare_logprobs(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, floa
     ours_loss, theirs_loss = (float(np.mean(nll, dtype=np.float64)) for nll in (ours_nll, theirs_nll))
     return {
         "max_logprob_diff": largest,
-        "ppl": float(np.exp(theirs_loss)),
+        "ppl": perplexity(theirs_loss),
         "ppl_rel_diff": abs(float(np.expm1(theirs_loss - ours_loss))),
     }
 

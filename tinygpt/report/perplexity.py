@@ -6,6 +6,7 @@ T tokens, V vocab_size; nll is the negative log-probability of a token, in nats.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,11 @@ class Estimate:
 def estimate(nll: NDArray[np.float64]) -> Estimate:
     """Mean nats per token, with standard deviation / √(n - 1)."""
     return Estimate(float(nll.mean()), float(nll.std() / math.sqrt(max(1, len(nll) - 1))))
+
+
+def perplexity(loss: float) -> float:
+    """e to the mean nats per token; infinite where that is more than a float holds."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
 def bits_per_byte(loss: Estimate, n_tokens: int, n_bytes: int) -> Estimate:
@@ -105,6 +111,8 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
     context = params.context or model.config.block_size
     stride = params.stride or context
     require(*params.rules_with({"model": model.config}))
+    no_text = f"the {params.split} split has no text, only {len(tokens)} tokens: take another evaluate.split"
+    require((n_bytes > 0, no_text))
     nll = token_nll(model, tokens, context=context, stride=stride)
     loss = estimate(nll)
     bpb = bits_per_byte(loss, len(nll), n_bytes)
@@ -116,8 +124,8 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
         "bytes": n_bytes,
         "loss": loss.mean,
         "loss_error": loss.error,
-        "ppl": math.exp(loss.mean),
-        "ppl_error": math.exp(loss.mean) * loss.error,
+        "ppl": perplexity(loss.mean),
+        "ppl_error": perplexity(loss.mean) * loss.error,
         "bpb": bpb.mean,
         "bpb_error": bpb.error,
         "llamacpp": llamacpp_report(model, tokens, n_ctx=context),
@@ -134,7 +142,7 @@ def llamacpp_report(model: GPT, tokens: NDArray[np.integer], *, n_ctx: int) -> d
         return {"n_ctx": n_ctx}
     nll = np.concatenate([scored_nll(token_logprobs(model, chunk), chunk) for chunk in chunks]).astype(np.float64)
     loss = estimate(nll)
-    ppl = math.exp(loss.mean)
+    ppl = perplexity(loss.mean)
     return {"n_ctx": n_ctx, "tokens": len(nll), "ppl": ppl, "ppl_error": ppl * loss.error}
 
 
