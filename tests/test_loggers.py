@@ -179,7 +179,7 @@ def test_each_start_is_an_offline_run_of_wandb_with_the_whole_curve(folder):
     first, second = (wandb_run(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")))
     for (run, rows), n_steps in ((first, 8), (second, PARAMS.max_steps)):
         for number in NUMBERS:
-            assert wandb_curve(rows, number) == curve(trained.state.rows[:n_steps], number)
+            assert wandb_curve(rows, number) == curve(trained.state.rows[: 1 + n_steps], number)
         config = {item.key: item.value_json for item in run.config.update}
         assert (run.project, run.run_group) == ("tinygpt", RUN)
         assert (config["model.n_layer"], config["train.schedule"]) == ("2", '"cosine"')

@@ -49,9 +49,10 @@ def publish(
 def described(report: dict[str, Any], model_dir: Path) -> str:
     """The summary in two lines."""
     size = human_bytes((model_dir / WEIGHTS_FILE).stat().st_size)
+    unchanged = "" if report["best_step"] else ": before the first, so the weights that it started from are published"
     return (
         f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s\n"
-        f"train: lowest validation loss {report['val_loss']:.4f}, at step {report['best_step']:,}"
+        f"train: lowest validation loss {report['val_loss']:.4f}, at step {report['best_step']:,}{unchanged}"
     )
 
 
@@ -60,7 +61,8 @@ def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
     tokens = state.step * trainer.params.batch_size * trainer.batches.seq_len
     return {
         "val_loss": state.best_val_loss,
-        "best_step": state.best_step,
+        "best_step": state.best_step,  # 0: the weights that it started from, which no step made better
+        "first_val_loss": state.rows[0]["val_loss"],  # theirs
         "last_val_loss": state.rows[-1]["val_loss"],
         "last_train_loss": state.rows[-1]["train_loss"],
         "n_params": sum(tensor.numel() for tensor in trained.best.values()),

@@ -63,7 +63,7 @@ class Loggers:
         if self._since is not None and not rows:
             return
         speed, tokens = {}, state.step * self._tokens_per_step
-        if self._since is not None:
+        if self._since is not None and tokens > self._since[0]:
             speed = {"tokens_per_s": (tokens - self._since[0]) / (state.seconds - self._since[1])}
         self._since = tokens, state.seconds
         for name, logger in list(self._loggers.items()):
@@ -99,7 +99,7 @@ def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
 class Logger(Protocol):
     """A log that takes numbers; made from the run's folder, named by its fingerprint, and its params."""
 
-    last_step: int  # the newest that the log has from an earlier start, 0 for none
+    last_step: int  # the newest that the log has from an earlier start, -1 for none
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None: ...
 
@@ -128,7 +128,7 @@ class TensorBoard:
         path = folder / f"events.out.tfevents.{time.time_ns()}"  # TensorBoard reads them in this order
         self._writer = RecordWriter(open(path, "wb", buffering=0))  # noqa: SIM115, close() does
         self._add(file_version="brain.Event:2")
-        if not self.last_step:
+        if self.last_step < 0:
             self._add(summary=hparams_pb(params, trial_id=folder.parent.name))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
@@ -153,7 +153,7 @@ class TensorBoard:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         log = EventAccumulator(str(folder)).Reload()
-        return log.Scalars("train_loss")[-1].step if "train_loss" in log.Tags()["scalars"] else 0
+        return max((log.Scalars(name)[-1].step for name in log.Tags()["scalars"]), default=-1)
 
 
 class WandB:
@@ -162,7 +162,7 @@ class WandB:
     WANDB_MODE=online sends. An offline log cannot be appended to, so each start is a run that has the whole curve.
     """
 
-    last_step = 0
+    last_step = -1
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None:
         import wandb
@@ -208,8 +208,9 @@ class MLflow:
             run = self._client.create_run(in_it, tags={"fingerprint": folder.name}, run_name=folder.name)
             self._id = run.info.run_id
             self._client.log_batch(self._id, params=[Param(key, str(value)) for key, value in params.items()])
-        history = self._client.get_metric_history(self._id, "train_loss")
-        self.last_step = max((metric.step for metric in history), default=0)
+        names = ("train_loss", "val_loss")  # one of which a row has
+        steps = [metric.step for name in names for metric in self._client.get_metric_history(self._id, name)]
+        self.last_step = max(steps, default=-1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Write the row to the files, or send it."""

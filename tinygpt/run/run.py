@@ -97,7 +97,7 @@ class Run:
         done = state.step
         if evaluated or done % self.runtime.log_every == 0 or done == self.params.max_steps:
             self._bar.write(self._log_line(state))
-        self._bar.update(1)
+        self._bar.update(min(done, 1))  # not before the first step
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write a checkpoint."""
@@ -118,14 +118,19 @@ class Run:
         best = tensors.pop("best")
         learner.load(tensors)
         print(f"going on after step {state.step} of {self.params.max_steps} ({self.checkpoints.folder})")
+        if state.is_over(self.params):
+            print(f"it is over, its results are written again: to train afresh, rm -r {self.checkpoints.folder}")
         return state, best
 
     def _log_line(self, state: TrainState) -> str:
         row = state.latest(self.params)
-        tokens_per_s = state.step * self.params.batch_size * self.config.block_size / state.seconds
-        val = "" if row["val_loss"] is None else f"  val loss {row['val_loss']:.4f}"
-        norm = "overflowed, no step" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-        return (
-            f"step {state.step:>6,} of {self.params.max_steps:,}  train loss {row['train_loss']:.4f}{val}"
-            f"  lr {row['lr']:.2e}  grad norm {norm}  {tokens_per_s:,.0f} tokens/s"
-        )
+        shown = [f"step {state.step:>6,} of {self.params.max_steps:,}"]
+        if row["train_loss"] is not None:
+            shown.append(f"train loss {row['train_loss']:.4f}")
+        if row["val_loss"] is not None:
+            shown.append(f"val loss {row['val_loss']:.4f}")
+        if state.step:
+            norm = "overflowed, no step" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+            tokens_per_s = state.step * self.params.batch_size * self.config.block_size / state.seconds
+            shown += [f"lr {row['lr']:.2e}", f"grad norm {norm}", f"{tokens_per_s:,.0f} tokens/s"]
+        return "  ".join(shown)

@@ -51,14 +51,19 @@ class Trainer:
         self._uncounted: list[Tensor] = []  # numbers of the last steps, still on the device
 
     def fit(self, keeper: Keeper) -> Trained:
-        """Train to the last step.  Raises Stopped on request, UserError when the loss is not a number any more."""
-        max_steps = self.params.max_steps
+        """Train to the last step.  Raises Stopped on request, UserError when the loss is not a number any more.
+
+        The weights that it starts from count like those of any step: a base is never made worse.
+        """
         with keeper.resumed(self.learner) as (self.state, self.best), self.prefetch:
-            for step in range(self.state.step, max_steps):
-                if self._out_of_patience():
-                    break
+            if not self.state.step:
                 began = time.perf_counter()
-                done = step + 1
+                self._evaluate(keeper)
+                self.state.seconds += time.perf_counter() - began
+                keeper.report(self.state, evaluated=True)
+            while not self.state.is_over(self.params):
+                began = time.perf_counter()
+                step, done = self.state.step, self.state.step + 1
                 evaluate, log = self._due(done, self.params.eval_every), self._due(done, self.runtime.log_every)
                 self._train_step(step, with_part_norms=evaluate)
                 self.state.step = done
@@ -70,7 +75,7 @@ class Trainer:
                     self._evaluate(keeper)
                 self.state.seconds += time.perf_counter() - began
                 keeper.report(self.state, evaluated=evaluate)
-                finished = done == max_steps or self._out_of_patience()
+                finished = self.state.is_over(self.params)
                 if save or finished:
                     keeper.save(self.state, self.learner.tensors() | {"best": self.best})
                 if asked and not finished:
@@ -96,17 +101,16 @@ class Trainer:
         state = self.state
         with self.learner.evaluated() as model:
             val_loss = self.learner.loss_of(model, torch.from_numpy(self.val_batch).to(self.learner.device))
+            if not math.isfinite(val_loss):
+                raise _diverged(f"validation loss {val_loss}", state.step)
             if self.params.sample_tokens and self.world.rank == 0:
                 state.samples.append({"step": state.step, "text": keeper.sample(model)})
             if state.best_val_loss is None or val_loss < state.best_val_loss:
                 state.best_val_loss, state.best_step = val_loss, state.step
                 self.best = _copied(trained_tensors(model))
-        state.norms.append({"step": state.step, **{k: norm.item() for k, norm in self.learner.part_norms.items()}})
+        if norms := {name: _finite(norm.item()) for name, norm in self.learner.part_norms.items()}:
+            state.norms.append({"step": state.step, **norms})
         state.evaluated(val_loss, self.params)
-
-    def _out_of_patience(self) -> bool:
-        waited = self.state.step - self.state.best_step
-        return self.params.patience is not None and waited >= self.params.patience * self.params.eval_every
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.params.max_steps
@@ -132,7 +136,7 @@ class Keeper(Protocol):
         """A text that the model writes."""
 
     def report(self, state: TrainState, *, evaluated: bool) -> None:
-        """Show how far the run has come; called after each step."""
+        """Show how far the run has come; called before the first step and after each."""
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Keep all that the run needs to go on from here."""
@@ -154,7 +158,7 @@ class TrainState:
 
     step: int = 0  # optimizer steps done
     rows: list[Row] = field(default_factory=list)  # the curve
-    norms: list[dict[str, float]] = field(default_factory=list)  # of gradients by part, at each evaluation
+    norms: list[Row] = field(default_factory=list)  # of gradients by part, at each evaluation
     samples: list[dict[str, Any]] = field(default_factory=list)  # texts written on the way
     best_step: int = 0
     best_val_loss: float | None = None
@@ -166,6 +170,13 @@ class TrainState:
     n_skipped: int = 0  # the last steps, whose gradients overflowed in fp16: they changed no weight
     n_skipped_summed: int = 0  # such steps since the last row of the curve
     micro_batch_size: int | None = None  # that was found for runtime.micro_batch_size=auto
+
+    def is_over(self, params: TrainParams) -> bool:
+        """Whether that was the last step, or there is no patience for more."""
+        waited = self.step - self.best_step
+        return self.step >= params.max_steps or (
+            params.patience is not None and waited >= params.patience * params.eval_every
+        )
 
     def count(self, step: int, loss: float, grad_norm: float, params: TrainParams) -> None:
         """Take in the numbers of one step, the next after those before it; some steps make a row.
@@ -180,10 +191,7 @@ class TrainState:
                 "loss is scaled by: set train.precision=bf16 or fp32, or lower train.lr (the last checkpoint is kept)"
             )
         if not (math.isfinite(loss) and (skipped or math.isfinite(grad_norm))):
-            raise UserError(
-                f"loss {loss} and gradient norm {grad_norm} at step {step}: lower train.lr or train.grad_clip, or "
-                "lengthen train.warmup_steps (the last good checkpoint is kept)"
-            )
+            raise _diverged(f"loss {loss} and gradient norm {grad_norm}", step)
         self.loss_sum += loss
         self.grad_norm_sum += 0.0 if skipped else grad_norm
         self.n_summed += 1
@@ -192,8 +200,8 @@ class TrainState:
             self._add_row(step, params)
 
     def evaluated(self, val_loss: float, params: TrainParams) -> None:
-        """Note the validation loss after the last step counted."""
-        if self.n_summed:
+        """Note the validation loss after the last step counted, or before the first."""
+        if self.n_summed or not self.rows:
             self._add_row(self.step, params)
         self.rows[-1]["val_loss"] = val_loss
 
@@ -205,15 +213,29 @@ class TrainState:
         n_stepped = self.n_summed - self.n_skipped_summed
         return {
             "step": step,
-            "train_loss": self.loss_sum / self.n_summed,
+            "train_loss": self.loss_sum / self.n_summed if self.n_summed else None,
             "val_loss": None,
-            "lr": params.lr * lr_frac_at(step - 1, params),
+            "lr": params.lr * lr_frac_at(step - 1, params) if step else None,
             "grad_norm": self.grad_norm_sum / n_stepped if n_stepped else None,
         }
 
     def _add_row(self, step: int, params: TrainParams) -> None:
         self.rows.append(self._row(step, params))
         self.loss_sum, self.grad_norm_sum, self.n_summed, self.n_skipped_summed = 0.0, 0.0, 0, 0
+
+
+def _finite(number: float) -> float | None:
+    """The number; None for one that overflowed, as a gradient may in fp16."""
+    return number if math.isfinite(number) else None
+
+
+def _diverged(numbers: str, step: int) -> UserError:
+    if not step:
+        return UserError(f"{numbers} before the first step: take another base, or set train.init_from=scratch")
+    return UserError(
+        f"{numbers} at step {step}: lower train.lr or train.grad_clip, or lengthen train.warmup_steps (the last good "
+        "checkpoint is kept)"
+    )
 
 
 def row_every(params: TrainParams) -> int:
