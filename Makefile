@@ -48,7 +48,7 @@ clean: ## Remove .venv, the data, the runs and all that was made (not DVC's cach
 	rm -rf $(VENV) runs reports/plots reports/samples.md reports/train_samples.md \
 		reports/attention.* reports/tokenizer.png dvc_plots htmlcov .coverage
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find data -mindepth 1 ! -path data/README.md ! -path data/base ! -path data/base/README.md -delete
+	find data -mindepth 1 ! -path data/README.md -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Programs in .venv/bin know where it is and where its Python is: after a move they do not start.

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from project import environment, succeed, wait_until
+from project import commit, environment, run, succeed, wait_until
 from test_pipeline import STAGES, ran
 
 from sweeps.optuna_sweep import run_experiment
-from tinygpt.files import read_json
+from tinygpt.files import read_json, sha256_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.story]
 
@@ -151,3 +151,45 @@ def test_a_worktree_without_an_identity_runs_experiments(project):
     home = str(project.parent)
     assert ran(succeed("dvc exp run encode -S clean.split_seed=1", other, HOME=home)) == STAGES[:4]
     assert (other / "data/tokens/meta.json").exists()
+
+
+# ---- a base, which is an input as raw text is ----
+
+
+def weights(folder: Path) -> str:
+    return sha256_file(folder / "data/base/model.safetensors")
+
+
+def test_a_base_goes_along_with_experiments(here, command):
+    assert (here / "data/base/README.md").exists()
+    assert command("promote").returncode == 0
+    assert weights(here) == sha256_file(here / "data/model/model.safetensors")
+    assert command("preset", "base").returncode == 0
+    said = succeed("dvc exp run --temp train -S train.max_steps=6 -S train.warmup_steps=1 -S train.lr=5", here)
+    assert "at step 0: before the first, so the weights that it started from are published" in said
+    assert "Stage 'base' didn't change" in said
+    succeed("dvc exp run --queue train -n waited -S train.max_steps=7", here)
+    succeed("dvc queue start", here)
+    wait_until(lambda: "Success" in run("dvc queue status | grep waited", here).stdout, here / "dvc.yaml")
+
+
+def test_a_base_comes_back_to_its_folder_and_to_a_clone(here):
+    before = weights(here)
+    shutil.rmtree(here / "data")
+    said = succeed("dvc repro train_tokenizer", here)
+    assert ran(said) == [] and "Running stage 'base'" in said  # which brings it from the cache
+    assert weights(here) == before
+    succeed("dvc repro -f base", here)
+    assert weights(here) == before
+    succeed("dvc remote add -d store ../store && dvc push base", here)
+    commit(here, "a base")
+    clone = here.parent / "clone"
+    succeed(f"git clone -q {here} {clone} && cd {clone} && dvc pull base", here)
+    assert weights(clone) == before
+    shutil.rmtree(clone / "data")
+    shutil.rmtree(clone / ".dvc/cache")
+    shutil.move(here.parent / "store", here.parent / "away")
+    said = run("dvc repro base", clone).stdout
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: data/base is not there, and DVC cannot bring the one of dvc.lock (")
+    assert "Traceback" not in said

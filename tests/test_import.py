@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,12 +14,14 @@ import transformers
 from conftest import tiny_model
 from project import refused, run_stages, set_params
 from safetensors.torch import load_file, save_file
+from test_files import in_child
 
 from tinygpt.errors import UserError
+from tinygpt.export import base
 from tinygpt.export.base import write_base
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import load_model, model_tensors
+from tinygpt.model.weights import load_model, load_pair, model_tensors
 from tinygpt.tokenizer import load_tokenizer
 
 IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -249,6 +252,28 @@ def test_a_vocabulary_that_was_filled_up_is_refused(tmp_path, tiny_tokenizer):
     with pytest.raises(UserError, match=r"the model has 320 tokens and its tokenizer.json 300"):
         write_base(tmp_path / "base", model.config, model_tensors(model), tiny_tokenizer)
     assert not (tmp_path / "base").exists()
+
+
+def test_a_base_whose_writer_is_killed_between_two_files_is_the_old_one(tmp_path, tiny_tokenizer, monkeypatch):
+    folder, (old, new) = tmp_path / "base", (tiny_model(seed=seed) for seed in range(2))
+    write_base(folder, old.config, model_tensors(old), tiny_tokenizer)
+    for file in ("save_model", "_preset"):
+        with monkeypatch.context() as patch:
+            patch.setattr(base, file, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            status = in_child(lambda: write_base(folder, new.config, model_tensors(new), tiny_tokenizer))
+        assert status == -signal.SIGKILL
+        assert torch.equal(load_pair(folder, folder)[0].norm.weight, old.norm.weight)
+    write_base(folder, new.config, model_tensors(new), tiny_tokenizer)
+    assert torch.equal(load_pair(folder, folder)[0].norm.weight, new.norm.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_folder_with_something_else_in_it_does_not_become_a_base(tmp_path, tiny_tokenizer):
+    (tmp_path / "mine.txt").touch()
+    model = tiny_model()
+    with pytest.raises(UserError, match=r"holds mine.txt, which is not of a base: name another folder"):
+        write_base(tmp_path, model.config, model_tensors(model), tiny_tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_training_goes_on_from_an_imported_and_a_promoted_model(project, command, monkeypatch):

@@ -82,7 +82,7 @@ class TestTheStory:
             assert (clone / name).stat().st_size > 0
         tracked = succeed("git ls-files", clone).split()
         made = {name for name in tracked if name.startswith(("data/", "reports/", "runs/")) or name.endswith(".lock")}
-        assert made == {"data/README.md", "data/base/README.md", "dvc.lock", "reports/code.json", *METRICS}
+        assert made == {"data/README.md", "dvc.lock", "reports/code.json", *METRICS}
         assert [name for name in tracked if name.endswith(".gitignore")] == [".dvc/.gitignore", ".gitignore"]
         assert succeed("git status --porcelain", clone) == ""
         report = json.loads((clone / "reports/export.json").read_text())

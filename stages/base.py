@@ -1,0 +1,52 @@
+"""Bring the model that training can start from: what is in data/base, or else what dvc.lock says was there.
+
+`python -m tinygpt import-hf` and `promote` fill data/base and run this stage, by which DVC takes it. Where there was
+never a base, data/base has only a page that says so.
+"""
+
+from pathlib import Path
+
+from tinygpt.errors import UserError
+from tinygpt.files import atomic_folder
+from tinygpt.paths import BASE
+from tinygpt.stage import run_stage
+
+NO_BASE = """\
+# data/base
+
+The model that training starts from with `train.init_from: base`: there is none yet. `python -m tinygpt import-hf
+FOLDER` fills this folder from a folder of transformers, `python -m tinygpt promote` from `data/model`; then `python -m
+tinygpt preset base` sets params.yaml to go on from it.
+"""
+
+
+def run(root: Path) -> None:
+    """Run the stage in the project's folder."""
+    if (root / BASE).exists():
+        return
+    with atomic_folder(root / BASE) as folder:
+        if not fetched(root, folder):
+            (folder / "README.md").write_text(NO_BASE, encoding="utf-8")
+
+
+def fetched(root: Path, folder: Path) -> bool:
+    """Fill the folder with the base of dvc.lock, from DVC's cache or remote; False where it names none."""
+    from dvc.api import DVCFileSystem
+    from dvc.repo import Repo
+
+    try:
+        with Repo(root) as repo:
+            (out,) = repo.find_outs_by_path(str((root / BASE).absolute()))
+            if not out.hash_info or out.meta.nfiles == 1:  # but for the page
+                return False
+            DVCFileSystem(repo).get(f"{BASE}/", str(folder), recursive=True)  # what is in it
+            return True
+    except Exception as error:  # of any kind: it may be that of a remote's library
+        raise UserError(
+            f"{BASE} is not there, and DVC cannot bring the one of dvc.lock ({error}): run `python -m tinygpt "
+            f"import-hf FOLDER` or `promote` again, or `mkdir -p {BASE}` to go on without"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_stage(run)
