@@ -5,8 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
+import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +19,18 @@ from test_gguf import GPT2, IDS, LLAMA, QWEN3, STABLELM, byte_tokenizer, logprob
 from test_train import PARAMS, runs_in_tmp, same, tokens, train  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+from tinygpt import paths
 from tinygpt.errors import UserError
-from tinygpt.export.base import write_base
+from tinygpt.export.base import export_adapters, write_base
+from tinygpt.export.card import read_training
+from tinygpt.export.config import ExportParams
 from tinygpt.export.gguf import export_gguf, export_gguf_adapter
 from tinygpt.export.hf import export_hf, export_peft
 from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.files import sha256_file, write_json
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import LoRALinear, add_lora, merged_tensors, trained_tensors
-from tinygpt.model.weights import model_tensors
+from tinygpt.model.weights import WEIGHTS_FILE, load_tensors, model_tensors, save_tensors
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.trainer import Trainer
@@ -174,6 +180,56 @@ def test_the_readme_of_the_adapters_tells_how_to_load_them(tmp_path, monkeypatch
         with torch.inference_mode():
             ids = torch.from_numpy(IDS)[None]
             torch.testing.assert_close(scope["model"].eval()(ids).logits, model(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def trained_folder(tmp_path, monkeypatch) -> Path:
+    """A project's folder with a base, and a model trained with adapters of it."""
+    base = random_model(**LLAMA, vocab_size=257)
+    monkeypatch.chdir(tmp_path)
+    write_base(paths.BASE, base.config, model_tensors(base), byte_tokenizer())
+    params = dataclasses.asdict(dataclasses.replace(PARAMS, init_from="base", lora=LoRAParams(**LORA)))
+    write_json(paths.MODEL / "training.json", params | {"base_sha256": sha256_file(paths.BASE / WEIGHTS_FILE)})
+    save_tensors(paths.MODEL / "adapter.safetensors", trained_tensors(adapted(base)))
+    return tmp_path
+
+
+def exported() -> list[str]:
+    config = random_model(**LLAMA, vocab_size=257).config
+    params = ExportParams(hf=True, gguf=("f32",), check_tokens=512)
+    return export_adapters(Path("out"), paths.MODEL, paths.BASE, config, params)
+
+
+@pytest.mark.parametrize("key", ["init_from", "lora", "base_sha256", *LORA])
+@pytest.mark.parametrize("value", ["gone", [{"a": 1}], {}, -1, True, "x"])
+def test_a_training_json_that_was_not_written_so_is_told_with_its_key(trained_folder, key, value):
+    training = json.loads((paths.MODEL / "training.json").read_text())
+    holder = training["lora"] if key in LORA else training
+    holder[key] = value
+    if value == "gone":
+        del holder[key]
+    (paths.MODEL / "training.json").write_text(json.dumps(training))
+    if key in ("init_from", "base_sha256") and value == "x":  # a text may be any
+        assert read_training(paths.MODEL)
+        return
+    with pytest.raises(UserError, match=rf"data/model/training.json is not of this version \(.*{key}"):
+        exported()
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen", "renamed"])
+def test_adapters_of_another_shape_are_told_with_their_names(trained_folder, damage):
+    tensors = load_tensors(paths.MODEL / "adapter.safetensors")
+    assert len(exported()) == 2
+    name = sorted(tensors)[3]
+    changed = {
+        "missing": {key: tensor for key, tensor in tensors.items() if key != name},
+        "extra": tensors | {"extra": torch.zeros(2)},
+        "misshapen": tensors | {name: torch.zeros(2, 2)},
+        "renamed": {key.replace("lora_A", "lora_C"): tensor for key, tensor in tensors.items()},
+    }
+    save_tensors(paths.MODEL / "adapter.safetensors", changed[damage])
+    with pytest.raises(UserError, match=r"adapter.safetensors does not fit training.json: "):
+        exported()
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):

@@ -66,9 +66,47 @@ def test_a_file_that_is_not_a_curve_is_refused(text, reports):
         read_tables(reports)
 
 
+def test_a_curve_cut_anywhere_is_refused_or_drawn_as_far_as_it_goes(reports, tmp_path):
+    whole = (reports / "train.csv").read_bytes()
+    ends = [0, *(i + 1 for i, byte in enumerate(whole) if byte == ord("\n"))]
+    drawn = 0
+    for n in range(len(whole)):
+        (reports / "train.csv").write_bytes(whole[:n])
+        try:
+            tables = read_tables(reports)
+        except UserError as error:
+            assert "train.csv" in str(error) and "run `dvc repro train`" in str(error)
+        else:
+            assert n in ends and len(tables.curve) == ends.index(n) - 1 >= 5  # a row with a validation loss is there
+            drawn += 1
+    assert drawn == len(ends) - 7
+    write_plots(tables, tmp_path / "plots", PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [(3, "2,2.9,,0.001"), (3, "2,x,,0.001,0.5"), (4, "2,2.85,,0.001,0.5"), (9, "8,inf,,0.001,0.5"), (5, ",,,,")],
+)
+def test_a_damaged_row_is_told_with_its_line(line, text, reports):
+    lines = (reports / "train.csv").read_text().splitlines()
+    lines[line - 1] = text
+    (reports / "train.csv").write_text("\n".join(lines) + "\n")
+    if text == "2,2.9,,0.001":  # only what a gradient that overflowed lacks, too
+        assert read_tables(reports)
+        return
+    with pytest.raises(UserError, match=rf"train.csv is cut or damaged in line {line}: run `dvc repro train`"):
+        read_tables(reports)
+
+
+def test_a_curve_without_a_validation_loss_is_refused(curve, reports):
+    curve.assign(val_loss=None).to_csv(reports / "train.csv", index=False)
+    with pytest.raises(UserError, match=r"train.csv has no validation loss: run `dvc repro train`"):
+        read_tables(reports)
+
+
 def test_norms_without_a_part_are_refused(reports):
     (reports / "train_norms.csv").write_text("step\n1\n")
-    with pytest.raises(UserError, match=r"norms.csv must have a column step, one for each part"):
+    with pytest.raises(UserError, match=r"norms.csv must have the columns step, one for each part"):
         read_tables(reports)
 
 

@@ -140,14 +140,14 @@ def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path):
     assert "removed 1 of 1" in command(folder, "--prune --all")
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": 3}'])
-def test_a_damaged_checkpoint_leaves_the_one_before_to_tell(folder, damage):
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": 3}', '{"max_steps": "20", "finished": true}'])
+@pytest.mark.parametrize(("file", "done"), [("step-0000025/state.json", "20 of 40 steps"), ("run.json", "25 steps")])
+def test_a_damaged_checkpoint_leaves_the_one_before_to_tell(folder, file, done, damage):
     training(NAMES[0], step=20, age=0)
     training(NAMES[0], step=25, age=0)
-    (folder / NAMES[0] / "step-0000025/state.json").write_text(damage)
-    (folder / NAMES[0] / "run.json").write_text(damage)
+    (folder / NAMES[0] / file).write_text(damage)
     (found,) = runs.find_runs(folder)
-    assert (found.state, found.done, found.best) == ("interrupted", "20 steps", 3.5)
+    assert (found.state, found.done, found.best) == ("damaged", done, 3.5)
 
 
 def test_a_program_killed_while_it_noted_does_not_stop_the_next(folder):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import random
 import shutil
 import threading
 from collections import Counter
@@ -13,19 +15,21 @@ import torch
 from conftest import RUNTIME, random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_files import in_child
 from torch._dynamo.utils import counters
 
+from tinygpt.cli.runs import find_runs
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors
-from tinygpt.report.training import publish
+from tinygpt.report.training import described, publish
 from tinygpt.run import checkpoint
 from tinygpt.run.checkpoint import Checkpoints, fingerprint
 from tinygpt.run.processes import Interrupts
 from tinygpt.run.run import Run
 from tinygpt.train import trainer as trainer_module
 from tinygpt.train.batches import Batches, validation_sequences
-from tinygpt.train.config import ContextWarmup, EMAParams, TrainParams
+from tinygpt.train.config import ContextWarmup, EMAParams, LoRAParams, TrainParams
 from tinygpt.train.learner import Learner, part_norms
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import OPTIMIZERS, SCHEDULES, OptimizerKind, Schedule, dropout_frac_at, lr_frac_at
@@ -194,12 +198,54 @@ def test_dropout_falls_to_zero_over_the_run_where_asked():
 def test_training_lowers_the_loss_and_keeps_the_best_and_the_last_weights():
     trained = train(params=dataclasses.replace(PARAMS, max_steps=40))
     rows = trained.state.rows
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 0.3
+    assert rows[-1]["train_loss"] < rows[1]["train_loss"] - 0.3
     assert trained.state.best_val_loss == min(row["val_loss"] for row in rows if row["val_loss"] is not None)
-    assert [row["step"] for row in rows] == list(range(1, 41))
-    assert [row["step"] for row in rows if row["val_loss"] is not None] == list(range(4, 41, 4))
+    assert [row["step"] for row in rows] == list(range(41))
+    assert [row["step"] for row in rows if row["val_loss"] is not None] == list(range(0, 41, 4))
     assert trained.state.best_step == 40
     assert same(trained.best, trained.last)
+
+
+GROWING = {"lr": 0.5, "optimizer": "lion", "warmup_steps": 0, "schedule": "constant"}  # makes good weights bad
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ema": EMAParams(decay=0.5, start=2)},
+        {"lora": LoRAParams(rank=2, alpha=8.0, dropout=0.0, targets=("q_proj",))},
+    ],
+    ids=["all", "ema", "lora"],
+)
+def test_going_on_never_gives_worse_weights_than_the_base(changes, tmp_path):
+    base = train("base", params=dataclasses.replace(PARAMS, max_steps=40)).best
+    params = dataclasses.replace(PARAMS, init_from="base", **GROWING, **changes)
+    trainer = make_trainer(params=params, base=base)
+    trained = fit(trainer)
+    evaluated = [row["val_loss"] for row in trained.state.rows if row["val_loss"] is not None]
+    assert trained.state.best_step == 0 and evaluated[0] == min(evaluated) < evaluated[-1]
+    assert same(trained.best, base) and not same(trained.last, base)
+    made_from = {"tokenizer": "0", "base": None}
+    report = publish(trained, trainer, tmp_path / "model", tmp_path / "reports", made_from=made_from)
+    assert (report["best_step"], report["first_val_loss"]) == (0, report["val_loss"])
+    assert "at step 0: before the first, so the weights that it started from" in described(report, tmp_path / "model")
+    assert (tmp_path / "reports/train.csv").read_text().splitlines()[1] == f"0,,{report['val_loss']:.8g},,"
+
+
+def test_patience_counts_from_a_base_that_is_the_best():
+    base = train("base", params=dataclasses.replace(PARAMS, max_steps=40)).best
+    params = dataclasses.replace(PARAMS, **GROWING, init_from="base", max_steps=60, eval_every=2, patience=3)
+    assert fit(make_trainer(params=params, base=base)).state.step == 6
+
+
+def test_a_validation_loss_that_is_not_a_number_is_told_with_its_step():
+    wild = {"lr": 1e30, "max_steps": 1, "eval_every": 1, "warmup_steps": 0, "sample_tokens": 5}
+    with pytest.raises(UserError, match=r"validation loss nan at step 1: lower train\.lr"):
+        train(params=dataclasses.replace(PARAMS, **wild), tie_weights=False)
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in make_learner().model.state_dict().items()}
+    with pytest.raises(UserError, match=r"validation loss nan before the first step: take another base"):
+        train("broken", base=broken)
 
 
 def test_norms_of_parts_make_up_the_norm_of_the_whole():
@@ -362,6 +408,48 @@ def test_where_no_checkpoint_is_whole_that_is_told_and_the_run_begins_again(tmp_
     assert same(resumed.last, undisturbed.last)
 
 
+def test_whatever_became_of_a_checkpoint_it_is_passed_over_or_as_it_was(tmp_path, capsys):
+    train("a" * 16)
+    with Checkpoints("a" * 16) as checkpoints:
+        checkpoints.note(max_steps=10, finished=False)
+    runs_folder, rng = tmp_path / "runs", random.Random(0)
+    newest = sorted(checkpoints.folder.glob("step-*"))[-1]
+    for file in [newest / "state.json"] * 60 + [newest.parent / "run.json"] * 30 + [newest / "best.safetensors"] * 10:
+        sound = file.read_bytes()
+        raw = bytearray(sound)
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        odd = rng.choice(
+            [b"", b"{}", b'{"state": {}}', b'{"max_steps": "9", "finished": 1}', raw[: rng.randrange(len(raw))]]
+        )
+        file.write_bytes(rng.choice([raw, odd]))
+        (listed,) = find_runs(runs_folder)
+        with Checkpoints("a" * 16) as checkpoints:
+            state, _ = checkpoints.load_latest()
+        told = capsys.readouterr().out.count("is damaged")
+        assert (state.step, told) == ((10, 0) if file.name == "run.json" else (9, 1))
+        assert listed.state == ("interrupted" if file.name == "best.safetensors" else "damaged")
+        file.write_bytes(sound)
+    assert find_runs(runs_folder)[0].state == "interrupted"
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path):
+    train()
+    newest = sorted((tmp_path / "runs/run").glob("step-*"))[-1]
+    (newest / "state.json").chmod(0)
+    (newest / "weights.safetensors").chmod(0)
+
+    def go_on() -> None:
+        if not os.getuid():
+            for folder in (tmp_path, *tmp_path.parents[:2]):
+                folder.chmod(0o755)
+            (tmp_path / "runs/run/lock").chmod(0o666)
+            os.setuid(65534)  # root may read everything
+        with Checkpoints("run") as checkpoints, pytest.raises(PermissionError, match=r"state\.json"):
+            checkpoints.load_latest()
+
+    assert in_child(go_on) == 0
+
+
 def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path):
     train()
     folder = tmp_path / "runs/run"
@@ -375,9 +463,9 @@ def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "MAX_ROWS", 3)  # a row every fourth step, as of a run of thousands
         train(params=params, runtime=runtime)
-    losses = [row["train_loss"] for row in train("every", params=params).state.rows]
+    losses = [row["train_loss"] for row in train("every", params=params).state.rows[1:]]
     expected = {3: losses[:3], 6: losses[4:6], 9: losses[8:9], 10: losses[8:]}
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][: len(expected)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][1 : 1 + len(expected)]
     for (step, part), line in zip(expected.items(), lines, strict=True):
         assert line.startswith(f"step {step:>6} of 10  train loss {np.mean(part):.4f}")
 
@@ -516,8 +604,8 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path, tiny_tokenizer, monkey
     ]
     header, *rows = files[0]["reports/train.csv"].decode().splitlines()
     assert header == "step,train_loss,val_loss,lr,grad_norm"
-    assert len(rows) == PARAMS.max_steps
-    assert files[0]["reports/train_samples.md"].decode().count("a sample") == 3
+    assert len(rows) == 1 + PARAMS.max_steps
+    assert files[0]["reports/train_samples.md"].decode().count("a sample") == 4
     assert json.loads((tmp_path / "a/reports/train.json").read_text())["tokens"] == 10 * 4 * 64
     assert json.loads(files[0]["model/config.json"])["tokenizer_sha256"] == "0"
     assert report["epochs"] == pytest.approx(10 * 4 * 64 / 1999)

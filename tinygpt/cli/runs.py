@@ -24,10 +24,11 @@ from filelock import FileLock, Timeout
 
 from tinygpt.cli.pieces import check_picture
 from tinygpt.errors import UserError
-from tinygpt.files import human_bytes, read_json, runs_folder
+from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
 from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, plot_curves, read_curves
 from tinygpt.report.config import PlotParams
+from tinygpt.run.state import STATE_FILE, read_plan, read_state
 
 NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
 SHORT = 8  # letters of a fingerprint that are shown
@@ -38,7 +39,7 @@ class Run:
     """One folder of runs/."""
 
     folder: Path
-    state: str  # finished, interrupted or running
+    state: str  # finished, interrupted, running or damaged
     done: str  # steps or shards
     best: float | None  # lowest validation loss, nats per token
     last: float | None  # newest validation loss
@@ -60,7 +61,7 @@ def runs(args: Namespace) -> None:
     folder = runs_folder()
     there = find_runs(folder)
     if args.prune:
-        states = ("finished", "interrupted") if args.all else ("finished",)
+        states = ("finished", "interrupted", "damaged") if args.all else ("finished",)
         chosen = [found for found in there if found.state in states][args.keep or 0 :]
         removed = [found for found in chosen if remove(found)]
         for found in removed:
@@ -94,12 +95,17 @@ def read_run(folder: Path) -> Run:
         n = sum(path.name.isdigit() for path in folder.glob("*"))
         done = f"{n:,} shard{'s' * (n != 1)}"
         return Run(folder, "running" if running else "interrupted", done, None, None, size, changed)
-    progress, plan = _newest_progress(folder), _json(folder / "run.json")
-    of = f" of {plan['max_steps']:,}" if "max_steps" in plan else ""  # a trainer of an older version left no plan
+    try:
+        plan, damaged = read_plan(folder), False
+    except UserError:
+        plan, damaged = None, True
+    progress, unread = _newest_progress(folder)
+    of = f" of {plan.max_steps:,}" if plan else ""  # a trainer of an older version left no plan
     losses = [row["val_loss"] for row in progress.get("rows", []) if row["val_loss"] is not None]
-    state = "running" if running else "finished" if plan.get("finished") else "interrupted"
+    state = "damaged" if damaged or unread else "finished" if plan and plan.finished else "interrupted"
     steps = f"{progress.get('step', 0):,}{of} steps"
-    return Run(folder, state, steps, progress.get("best_val_loss"), losses[-1] if losses else None, size, changed)
+    best, last = progress.get("best_val_loss"), losses[-1] if losses else None
+    return Run(folder, "running" if running else state, steps, best, last, size, changed)
 
 
 def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
@@ -157,22 +163,13 @@ def _work(folder: Path) -> str | None:
     return match["work"] if match else None
 
 
-def _newest_progress(folder: Path) -> dict[str, Any]:
-    """That of the newest checkpoint that can be read."""
-    for path in sorted(folder.glob("step-*/state.json"), reverse=True):
-        progress = _json(path).get("state")
-        if isinstance(progress, dict):
-            return progress
-    return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The mapping in a file, an empty one if there is none."""
-    try:
-        value = read_json(path, stage="train")
-    except (UserError, OSError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _newest_progress(folder: Path) -> tuple[dict[str, Any], int]:
+    """That of the newest checkpoint that can be read, and how many newer ones cannot."""
+    checkpoints = sorted(folder.glob(f"step-*/{STATE_FILE}"), reverse=True)
+    for damaged, path in enumerate(checkpoints):
+        with contextlib.suppress(UserError):
+            return read_state(path.parent)[0], damaged
+    return {}, len(checkpoints)
 
 
 def _loss(value: float | None) -> str:

@@ -6,13 +6,15 @@ https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfil
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tinygpt.files import human_bytes, read_json
 from tinygpt.model.config import GPTConfig, config_fields
+from tinygpt.params import read_record
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.train.config import LoRAParams
 
 TRAINING_FILE = "training.json"
 
@@ -109,6 +111,35 @@ PARAMETER stop "{eos}"
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Of the text: what is told of data/raw/manifest.json."""
+
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What has to be known of data/model/training.json, which has all params of the training."""
+
+    init_from: str
+    lora: LoRAParams | None
+    base_sha256: str | None  # of the weights that it started from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is told of reports/eval.json."""
+
+    split: str
+    tokens: int
+    context: int
+    loss: float
+    ppl: float
+    bpb: float
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a model was made from, as the stages wrote it."""
@@ -119,12 +150,18 @@ class Origin:
 
 
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
-    """Read it from the stages' folders.  Raises UserError that names the stage of a file that is missing."""
+    """Read it from the stages' folders.  Raises UserError that names the file, its key, and the stage to run."""
+    read_training(model)
     return Origin(
-        manifest=read_json(raw / "manifest.json", stage="download"),
+        manifest=asdict(read_record(Source, raw / "manifest.json", stage="download")),
         training=read_json(model / TRAINING_FILE, stage="train"),
-        evaluation=read_json(reports / "eval.json", stage="evaluate"),
+        evaluation=asdict(read_record(Evaluation, reports / "eval.json", stage="evaluate")),
     )
+
+
+def read_training(model: Path) -> Training:
+    """How the model of a folder was trained.  Raises UserError where its training.json does not say."""
+    return read_record(Training, model / TRAINING_FILE, stage="train")
 
 
 def model_card(config: GPTConfig, n_params: int, origin: Origin, n_ctx: int, weight_type: str | None = None) -> str:

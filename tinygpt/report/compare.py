@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
 from tinygpt.params import GROUPS
 from tinygpt.report.config import PlotParams
-from tinygpt.report.plots import NO_DATE, STYLE
+from tinygpt.report.plots import NO_DATE, STYLE, parse_curve
 
 CURVE = "reports/train.csv"
 METRICS = {  # column -> the report, the key in it, and how it is shown
@@ -113,13 +112,7 @@ def read_curves(experiments: Sequence[Experiment]) -> dict[str, pd.DataFrame]:
             names[dvc.api.read(CURVE, rev=one.rev)] = one.name
         except (DvcException, FileNotFoundError):  # a commit without one
             continue
-    curves = {}
-    for text, name in names.items():
-        try:
-            curves[name] = pd.read_csv(io.StringIO(text))[["step", "train_loss", "val_loss"]]
-        except (ValueError, KeyError) as error:  # pandas' parser errors are ValueErrors
-            raise UserError(f"{CURVE} of {name} is no curve ({error}): run it again, or name others") from None
-    return curves
+    return {name: parse_curve(text.encode(), f"{CURVE} of {name}") for text, name in names.items()}
 
 
 def plot_curves(curves: dict[str, pd.DataFrame], path: Path, params: PlotParams) -> None:
@@ -130,11 +123,12 @@ def plot_curves(curves: dict[str, pd.DataFrame], path: Path, params: PlotParams)
         styles = zip(cycle(COLOURS), cycle(DASHES), strict=True)  # 7 and 2: fourteen before they repeat
         for (name, curve), (colour, dash) in zip(curves.items(), styles, strict=False):
             val = curve.dropna(subset="val_loss")
-            smooth = curve.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
-            left.plot(curve.step, smooth, dash, color=colour, linewidth=1.2)
+            train = curve.dropna(subset="train_loss")
+            smooth = train.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
+            left.plot(train.step, smooth, dash, color=colour, linewidth=1.2)
             label = f"{name}: {val.val_loss.min():.3f}"
             right.plot(val.step, val.val_loss, f"{dash}o", color=colour, markersize=3.5, label=label)
-        left.set_ylim(*_limits([curve[["train_loss", "val_loss"]] for curve in curves.values()]))
+        left.set_ylim(*_limits([*curves.values()]))
         left.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
         right.set(xlabel="step", title="Validation loss")
         figure.legend(loc="outside right upper", title="lowest validation loss", frameon=False)
@@ -142,9 +136,10 @@ def plot_curves(curves: dict[str, pd.DataFrame], path: Path, params: PlotParams)
         figure.savefig(file, format=suffix, dpi=params.dpi, metadata=NO_DATE[suffix])
 
 
-def _limits(losses: list[pd.DataFrame]) -> tuple[float, float]:
-    """Of the axis: the first training losses, high above all that differs, are left out."""
-    low, high = min(loss.min().min() for loss in losses), max(loss.val_loss.max() for loss in losses)
+def _limits(curves: list[pd.DataFrame]) -> tuple[float, float]:
+    """Of the axis: the first losses, high above all that differs, are left out."""
+    low = min(curve[["train_loss", "val_loss"]].min().min() for curve in curves)
+    high = max(curve.val_loss[curve.step > 0].max() for curve in curves)
     margin = 0.05 * (high - low) or 0.05
     return low - margin, high + margin
 

@@ -6,7 +6,8 @@ style as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,20 +46,36 @@ class Tables(NamedTuple):
 
 
 def read_tables(reports: Path) -> Tables:
-    """train.csv and train_norms.csv.  Raises UserError when one is missing or has other columns."""
-    curve, norms = (_read(reports / name) for name in ("train.csv", "train_norms.csv"))
-    if list(curve.columns) != COLUMNS or curve.empty:
-        raise UserError(f"{reports}/train.csv must have the columns {', '.join(COLUMNS)} and a row: {AGAIN}")
-    if norms.columns[:1].tolist() != ["step"] or len(norms.columns) < 2 or norms.empty:
-        raise UserError(f"{reports}/train_norms.csv must have a column step, one for each part, and a row: {AGAIN}")
-    return Tables(curve, norms)
+    """train.csv and train_norms.csv.  Raises UserError when one is missing, has other columns, or a row that is cut."""
+    curve, norms = (must_exist(reports / name, stage="train") for name in ("train.csv", "train_norms.csv"))
+    return Tables(parse_curve(curve.read_bytes(), str(curve)), _parse(norms.read_bytes(), str(norms)))
 
 
-def _read(path: Path) -> pd.DataFrame:
+def parse_curve(raw: bytes, name: str) -> pd.DataFrame:
+    """The numbers of a train.csv, with a validation loss at least.  Raises UserError that names it, and the line."""
+    curve = _parse(raw, name, COLUMNS, ["train_loss", "lr"])
+    if curve.val_loss.isna().all():
+        raise UserError(f"{name} has no validation loss: {AGAIN}")
+    return curve
+
+
+def _parse(raw: bytes, name: str, columns: list[str] | None = None, needed: Sequence[str] = ()) -> pd.DataFrame:
+    """A table of numbers, of which some are needed in each row after step 0."""
     try:
-        return pd.read_csv(must_exist(path, stage="train"))
+        table = pd.read_csv(io.BytesIO(raw), index_col=False)
     except ValueError as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path} is not a CSV ({error}): {AGAIN}") from None
+        raise UserError(f"{name} is not a CSV ({error}): {AGAIN}") from None
+    shown = ", ".join(columns) if columns else "step, one for each part"
+    if table.empty or list(table.columns) != (columns or ["step", *table.columns[1:]]) or len(table.columns) < 2:
+        raise UserError(f"{name} must have the columns {shown}, and a row: {AGAIN}")
+    numbers = table.apply(pd.to_numeric, errors="coerce").astype(float)
+    wrong = (numbers.isna() & table.notna() | np.isinf(numbers)).any(axis=1)  # a text, or beyond all numbers
+    wrong |= numbers.step.isna() | (numbers.step.diff() <= 0)
+    wrong |= numbers[[*needed]].isna().any(axis=1) & (numbers.step > 0)
+    wrong.iloc[-1] |= not raw.endswith(b"\n")
+    if wrong.any():
+        raise UserError(f"{name} is cut or damaged in line {wrong.argmax() + 2}: {AGAIN}")
+    return table
 
 
 def write_plots(tables: Tables, folder: Path, params: PlotParams) -> list[str]:
@@ -78,8 +95,9 @@ def plot_loss(tables: Tables, params: PlotParams) -> Figure:
     curve = tables.curve
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    smooth = curve.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
-    axes.plot(curve.step, smooth, color=BLUE, linewidth=1.2, label="train")
+    train = curve.dropna(subset="train_loss")
+    smooth = train.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
+    axes.plot(train.step, smooth, color=BLUE, linewidth=1.2, label="train")
     val = curve.dropna(subset="val_loss")
     axes.plot(val.step, val.val_loss, "--o", color=VERMILION, markersize=3.5, label="validation")
     best = val.sort_values("val_loss", kind="stable").iloc[0]

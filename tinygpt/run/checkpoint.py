@@ -19,7 +19,6 @@ The folder is not a DVC output: DVC deletes outputs before it runs a stage, and 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import warnings
 from contextlib import ExitStack
@@ -33,9 +32,10 @@ from torch import Tensor
 
 from tinygpt.code import code_of, version_of
 from tinygpt.errors import UserError, printable
-from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json, write_json
+from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
+from tinygpt.run.state import Plan, read_state, write_plan, write_state
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.optim import OPTIMIZERS
@@ -87,8 +87,8 @@ class Checkpoints:
 
     def note(self, *, max_steps: int, finished: bool) -> None:
         """Say where the run ends, and whether it has and its results were published: for `python -m tinygpt runs`."""
-        numbers = {"max_steps": max_steps, "finished": finished}
-        self.world.first(lambda: write_json(self.folder / "run.json", numbers))
+        plan = Plan(max_steps=max_steps, finished=finished)
+        self.world.first(lambda: write_plan(self.folder, plan))
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write one checkpoint of the PARTS, and drop the oldest."""
@@ -97,7 +97,7 @@ class Checkpoints:
             folder = self.world.first(lambda: writing.enter_context(place))
             for part in PARTS:
                 self._write_part(folder / part, tensors[part])
-            self.world.first(lambda: _write_state(folder, state))
+            self.world.first(lambda: write_state(folder, dataclasses.asdict(state), SUFFIX))
             self.world.first(writing.close)
         self.world.first(self._drop_old)
 
@@ -122,17 +122,17 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def load_latest(self) -> tuple[TrainState, dict[str, dict[str, Tensor]]] | None:
-        """The newest checkpoint that is whole, or None; reports each that is not."""
+        """The newest checkpoint that is whole, or None; reports each that is not, but not one that may not be read."""
         for folder in reversed(self._all()):
             try:
-                document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                if sha256_json({key: document[key] for key in ("checksums", "state")}) != document["checksum"]:
-                    raise UserError("state.json is not what was written")
-                for name, checksum in document["checksums"].items():
+                state, checksums = read_state(folder)
+                for name, checksum in checksums.items():
                     if sha256_file(folder / name) != checksum:
                         raise UserError(f"{name} is not what was written")
-                return TrainState(**document["state"]), {part: _read_part(folder / part) for part in PARTS}
-            except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+                return TrainState(**state), {part: _read_part(folder / part) for part in PARTS}
+            except PermissionError:
+                raise
+            except (UserError, OSError) as error:
                 print(f"checkpoint {folder} is damaged ({printable(error)}): taking the one before")
         if self._all():
             print(f"no checkpoint of {self.folder} is whole: beginning with the first step")
@@ -140,13 +140,6 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
-
-
-def _write_state(folder: Path, state: TrainState) -> None:
-    files = sorted(folder.rglob(f"*{SUFFIX}"))
-    checksums = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
-    document = {"checksums": checksums, "state": dataclasses.asdict(state)}
-    write_json(folder / "state.json", document | {"checksum": sha256_json(document)})
 
 
 def _read_part(path: Path) -> dict[str, Tensor]:
