@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tinygpt.corpus.download import Downloaded, download
-from tinygpt.corpus.folders import read_manifest
+from tinygpt.corpus.folders import RawDownload, read_manifest
 from tinygpt.corpus.sources import EMBEDDED, SOURCES, DownloadParams, gutenberg_text, iter_python_docs
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
@@ -167,7 +167,7 @@ def test_a_url_is_downloaded_and_kept_for_the_next_time(site: tuple[str, Path], 
     (folder / "verse.txt").unlink()
     manifest = fill(tmp_path, f"{address}/verse.txt", max_bytes=20).manifest
     assert manifest.downloads == (
-        {"url": f"{address}/verse.txt", "sha256": hashlib.sha256(VERSE.encode()).hexdigest()},
+        RawDownload(url=f"{address}/verse.txt", sha256=hashlib.sha256(VERSE.encode()).hexdigest()),
     )
     assert texts(tmp_path) == {"verse.txt": VERSE[:20]}
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from tinygpt.corpus.archive import READERS, TARS, UnpackError, iter_members
 from tinygpt.corpus.fetch import check_sha256
-from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, text_line, write_manifest
+from tinygpt.corpus.folders import TEXTS, Manifest, RawDownload, RawFile, text_line, write_manifest
 from tinygpt.corpus.jsonl import MOST_LINE, bad_line, line_text, lines
 from tinygpt.corpus.local import local_files
 from tinygpt.corpus.notes import LEFT_OUT, READ, Notes, Tell, plain_name
@@ -78,7 +78,7 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
             separator=source.separator,
             document_start=source.document_start,
             python=platform.python_version() if source is EMBEDDED else None,
-            downloads=tuple(download for download in downloads if download["url"]),
+            downloads=tuple(download for download in downloads if download),
             files=tuple(texts.files),
         )
         write_manifest(folder, manifest)
@@ -93,7 +93,7 @@ def _add_embedded(params: DownloadParams, texts: RawFolder) -> None:
 
 def _add_file(
     file: SourceFile, params: DownloadParams, source: Source, texts: RawFolder, beginnings: dict[str, int]
-) -> dict[str, str | None]:
+) -> RawDownload | None:
     """Add the texts of a file, from its beginning where that holds enough.  -> its address, and its hash if it is read
 
     The hash is left out where the file is longer than its beginning, whether or not more of it is there by chance.
@@ -101,7 +101,7 @@ def _add_file(
     splits = {source.splits[file.name]} if file.name in source.splits else set(source.splits.values())
     first = None if source.extract else file.first_bytes(params.max_bytes)
     if texts.is_full(splits):
-        return {"url": file.url, "sha256": None}
+        return RawDownload(url=file.url, sha256=None) if file.url else None
     path, is_whole = file.get(first and max(first, beginnings.get(file.name, 0)))
     if file.sha256:
         check_sha256(sha256_file(path), file.sha256, str(path))
@@ -114,7 +114,7 @@ def _add_file(
         beginnings[file.name] = 2 * path.stat().st_size
         raise _NeedMoreError from None
     is_read = is_whole and (first is None or path.stat().st_size < first)
-    return {"url": file.url, "sha256": sha256_file(path) if file.url and is_read else None}
+    return RawDownload(url=file.url, sha256=sha256_file(path) if is_read else None) if file.url else None
 
 
 def _add_members(
