@@ -24,6 +24,7 @@ from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
 
 CHUNK_BYTES = 1 << 17  # not more: one that is cut off cannot be read, and a beginning is to do
+# A file may unpack to MOST_RATIO times its size, text compresses to a tenth or so; a small one to SMALL_BYTES.
 MOST_RATIO = 200
 SMALL_BYTES = 100_000_000
 MOST_WINDOW = 128 << 20  # bytes of memory that .xz and .zst may ask for: `xz -9` asks for 65 MB

@@ -19,11 +19,7 @@ from urllib.parse import unquote, urlsplit
 from tinygpt.errors import UserError
 from tinygpt.params import Count, require
 
-<<<<<<< HEAD
 MOST_NAME_BYTES = 255  # of a file's name, as file systems have it
-=======
-MOST_NAME_BYTES = 245  # of a file's name: file systems take 255, and a packed one may get another ending
->>>>>>> 234ac32 (Texts that people bring: one rule, one budget, told in one line)
 
 
 @dataclass(frozen=True, kw_only=True)
