@@ -6,6 +6,7 @@ Regular files only, sane names, no more than a sane size, whole.
 from __future__ import annotations
 
 import bz2
+import errno
 import io
 import lzma
 import stat
@@ -65,16 +66,12 @@ class _File:
     def spend(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """The same pieces, counted."""
         for piece in pieces:
-            self.afford(len(piece))
             self.left -= len(piece)
+            if self.left < 0:
+                raise UnpackError(
+                    f"{self.name} unpacks to more than {MOST_RATIO} times its size: unpack it by hand if you trust it"
+                )
             yield piece
-
-    def afford(self, n: int) -> None:
-        """Raise UnpackError where `n` bytes more are too many."""
-        if n > self.left:
-            raise UnpackError(
-                f"{self.name} unpacks to more than {MOST_RATIO} times its size: unpack it by hand if you trust it"
-            )
 
     def takes(self, name: str, mode: int) -> bool:
         """Whether a member is taken, by its name and kind.  Raises UserError where it leads out of the archive."""
@@ -230,8 +227,7 @@ def _read_tar(source: _File) -> Iterator[Member]:
 
 
 def _read_parquet(source: _File) -> Iterator[Member]:
-    lines = source.spend(parquet_lines(source.path, source.name, source.afford))
-    yield source.stem + ".jsonl", source.checked(lines)
+    yield source.stem + ".jsonl", source.checked(source.spend(parquet_lines(source.path, source.name)))
 
 
 @contextmanager
@@ -242,7 +238,7 @@ def _damage(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk; bz2 and pyarrow have no number
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of what it says
             raise
         reason = " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
         # zipfile: a password, an unknown method; the others: more memory than we allow
