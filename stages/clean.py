@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinygpt.corpus.clean import CleanParams, clean
 from tinygpt.corpus.folders import SPLITS
+from tinygpt.corpus.split import little_held_out
 from tinygpt.errors import printable
 from tinygpt.files import human_bytes, runs_folder, write_json
 from tinygpt.params import PARAMS_FILE, load_params
@@ -20,14 +21,18 @@ MOST_NAMED = 10  # files whose repairs are told; the report has the sum
 def run(root: Path) -> None:
     """Read the `clean` group, fill data/clean and write reports/clean.json."""
     params, runtime = load_params(CleanParams, RuntimeParams, path=root / PARAMS_FILE)
-    report, repaired = clean(params, root / RAW, root / CLEAN, runtime, runs=runs_folder(root))
+    report, repaired, how = clean(params, root / RAW, root / CLEAN, runtime, runs=runs_folder(root))
     write_json(root / REPORTS / "clean.json", report)
     for name, n in list(repaired.items())[:MOST_NAMED]:
-        print(f"clean: {n:,} bytes of {printable(name)} were no UTF-8 and became U+FFFD", file=sys.stderr)
+        print(f"clean: {n:,} bytes of {printable(name)} were not UTF-8 and became U+FFFD: see download.encoding", file=sys.stderr)
     splits = ", ".join(
         f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})" for split in SPLITS
     )
-    print(f"clean: {report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}")
+    print(
+        f"clean: {report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}; split by {how}"
+    )
+    if little := little_held_out(report, how):
+        print(f"clean: {' and '.join(little)}: what is measured on so little says little", file=sys.stderr)
 
 
 if __name__ == "__main__":

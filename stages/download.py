@@ -13,7 +13,6 @@ from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import RAW
 from tinygpt.stage import run_stage
 
-MOST_NAMED = 10  # files that are left out
 CACHE = Path("data/.downloads")  # whole and partial downloads, outside of every DVC output
 
 
@@ -24,11 +23,8 @@ def run(root: Path) -> None:
     files = downloaded.manifest.files
     size = human_bytes(sum(file.bytes for file in files))
     print(f"download: {printable(params.source)}, {size} of text, files: {len(files):,}")
-    if skipped := downloaded.skipped:
-        more = f" and {len(skipped) - MOST_NAMED:,} more" if len(skipped) > MOST_NAMED else ""
-        print(
-            f"download: no text and left out: {', '.join(map(printable, skipped[:MOST_NAMED]))}{more}", file=sys.stderr
-        )
+    if downloaded.notes.names:
+        print(f"download: {downloaded.notes}", file=sys.stderr)
 
 
 if __name__ == "__main__":

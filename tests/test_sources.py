@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from tinygpt.corpus.download import Downloaded, download
-from tinygpt.corpus.folders import read_manifest
+from tinygpt.corpus.folders import RawDownload, read_manifest
 from tinygpt.corpus.sources import EMBEDDED, SOURCES, DownloadParams, gutenberg_text, iter_python_docs
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
 
 VERSE = "To be, or not to be: that is the question.\n"
-GOOD = {"source": "python-docs", "sha256": None, "max_bytes": None}
+GOOD = {"source": "python-docs", "sha256": None, "max_bytes": None, "encoding": None}
 
 
 def params(source: str, **changes: object) -> DownloadParams:
@@ -167,7 +167,7 @@ def test_a_url_is_downloaded_and_kept_for_the_next_time(site: tuple[str, Path], 
     (folder / "verse.txt").unlink()
     manifest = fill(tmp_path, f"{address}/verse.txt", max_bytes=20).manifest
     assert manifest.downloads == (
-        {"url": f"{address}/verse.txt", "sha256": hashlib.sha256(VERSE.encode()).hexdigest()},
+        RawDownload(url=f"{address}/verse.txt", sha256=hashlib.sha256(VERSE.encode()).hexdigest()),
     )
     assert texts(tmp_path) == {"verse.txt": VERSE[:20]}
 
@@ -310,7 +310,7 @@ def test_a_folder_is_taken_whole_but_for_hidden_and_binary_files(tmp_path: Path)
         (own / name).write_bytes(content)
     downloaded = fill(tmp_path, "own")
     assert texts(tmp_path) == {"a/deep.rst": "one\n", "b.md": "two\n", "manifest.json": "{}\n"}
-    assert downloaded.skipped == ("noise.dat", "picture.png")
+    assert str(downloaded.notes) == "left out: 1 hidden (.git), 2 binary (noise.dat, picture.png)"
     assert [file.name for file in downloaded.manifest.files] == ["a/deep.rst", "b.md", "manifest.json"]
 
 
@@ -343,7 +343,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "x.png").write_bytes(b"\0")
-    with pytest.raises(UserError, match="holds no text; 1 of its files are not UTF-8 text: name another"):
+    with pytest.raises(UserError, match="holds no text .left out: 1 binary .x.png..: name another"):
         fill(tmp_path, "own")
 
 

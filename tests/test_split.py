@@ -197,7 +197,7 @@ def test_source_refuses_a_document_in_no_split(tmp_path: Path) -> None:
 
 
 def test_the_choices_of_the_params_are_the_splitters() -> None:
-    assert set(SPLITTERS) == set(get_args(get_type_hints(CleanParams)["split"]))
+    assert {"auto", *SPLITTERS} == set(get_args(get_type_hints(CleanParams)["split"]))
 
 
 # Leaks

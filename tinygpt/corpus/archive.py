@@ -6,7 +6,8 @@ Regular files only, sane names, no more than a sane size, whole.
 from __future__ import annotations
 
 import bz2
-import gzip
+import errno
+import io
 import lzma
 import stat
 import tarfile
@@ -15,20 +16,23 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
 
-from tinygpt.corpus.folders import text_line
+from tinygpt.corpus.notes import LEFT_OUT, Notes, Tell
+from tinygpt.corpus.parquet import parquet_lines
 from tinygpt.errors import UserError
+from tinygpt.files import human_bytes
 
 CHUNK_BYTES = 1 << 17  # not more: one that is cut off cannot be read, and a beginning is to do
-ZST_BYTES = 1 << 12  # compressed bytes read at a time: even the densest become no more than 128 MB
-# An archive may unpack to MOST_RATIO times its size, text compresses to a tenth or so; small ones to SMALL_BYTES.
+# A file may unpack to MOST_RATIO times its size, text compresses to a tenth or so; a small one to SMALL_BYTES.
 MOST_RATIO = 200
 SMALL_BYTES = 100_000_000
-PARQUET_ROWS = 1000  # read at a time, so that memory does not grow with the file
+MOST_WINDOW = 128 << 20  # bytes of memory that .xz and .zst may ask for: `xz -9` asks for 65 MB
+MOST_HEADER = 1 << 20  # bytes before a member of a tar: its name and what else is known of it
+MOST_SHOWN = 200  # characters of an error
 
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 READ_WHOLE = (".zip", ".parquet")  # what is in them stands at their end, so that a beginning says nothing
 
 Member = tuple[str, Iterator[bytes]]  # name as a relative path with slashes, and the content in pieces
@@ -38,168 +42,215 @@ class UnpackError(UserError):
     """A packed file is damaged, cut off, or unpacks to an absurd size."""
 
 
-def iter_members(path: Path, name: str | None = None) -> Iterator[Member]:
+def iter_members(path: Path, name: str | None = None, tell: Tell | None = None) -> Iterator[Member]:
     """The files of an archive, named `<archive>/<file>`; any other file itself.  Use each before the next.
 
-    `name` is what to call `path` itself. Raises UserError for a damaged archive, one that would write outside its
-    folder, one that holds links or devices, and one that unpacks to an absurd size.
+    `name` is what to call `path` itself. Hidden files, links, devices and the like are left out and told. Raises
+    UserError for a damaged archive, one that would write outside its folder, and one that unpacks to an absurd size.
     """
-    name = name or path.name
-    endings = [ending for ending in READERS if name.lower().endswith(ending) and name.lower() != ending]
+    name, tell = name or path.name, tell or Notes().add
+    last = PurePosixPath(name).name.lower()
+    endings = [ending for ending in READERS if last.endswith(ending) and last.removesuffix(ending).strip(".")]
     ending = max(endings, key=len, default="")  # ".tar.gz" rather than ".gz"
     with _damage(name):
-        yield from READERS.get(ending, _read_plain)(_File(path, name, name[: len(name) - len(ending)]))
+        yield from READERS.get(ending, _read_plain)(_File(path, name, name[: len(name) - len(ending)], tell))
 
 
 class _File:
     """A file, `stem` its name without the ending, and how many bytes more it may unpack to."""
 
-    def __init__(self, path: Path, name: str, stem: str) -> None:
-        self.path, self.name, self.stem = path, name, stem
+    def __init__(self, path: Path, name: str, stem: str, tell: Tell) -> None:
+        self.path, self.name, self.stem, self.tell = path, name, stem, tell
         self.left = max(SMALL_BYTES, MOST_RATIO * path.stat().st_size)
 
-    def spend(self, n: int) -> None:
-        self.left -= n
-        if self.left < 0:
-            raise UnpackError(
-                f"{self.name} unpacks to more than {MOST_RATIO} times its size: unpack it by hand if you trust it"
-            )
+    def spend(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The same pieces, counted."""
+        for piece in pieces:
+            self.left -= len(piece)
+            if self.left < 0:
+                raise UnpackError(
+                    f"{self.name} unpacks to more than {MOST_RATIO} times its size: unpack it by hand if you trust it"
+                )
+            yield piece
 
-    def chunks(self, file: IO[bytes], declared: int | None = None) -> Iterator[bytes]:
-        """The content of one member, which must be `declared` bytes long."""
+    def takes(self, name: str, mode: int) -> bool:
+        """Whether a member is taken, by its name and kind.  Raises UserError where it leads out of the archive."""
+        path = PureWindowsPath(name)  # which splits at both kinds of slashes
+        if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
+            raise UserError(f"{self.name} holds a file of the unsafe name {name[:MOST_SHOWN]!r}: it is not unpacked")
+        if any(part.startswith(".") for part in PurePosixPath(name).parts):
+            self.tell(LEFT_OUT, "hidden", f"{self.stem}/{name}")
+        elif not stat.S_ISREG(mode):
+            self.tell(LEFT_OUT, "links" if stat.S_ISLNK(mode) else "special files", f"{self.stem}/{name}")
+        else:
+            return True
+        return False
+
+    def member(self, name: str, pieces: Iterator[bytes], declared: int) -> Member:
+        """A member of an archive."""
+        return str(PurePosixPath(self.stem) / name), self.checked(pieces, declared)
+
+    def checked(self, pieces: Iterator[bytes], declared: int | None = None) -> Iterator[bytes]:
+        """The same pieces, which must have `declared` bytes together.  Raises UnpackError for whatever is wrong."""
         size = 0
         with _damage(self.name):
-            while chunk := file.read(CHUNK_BYTES):
-                size += len(chunk)
-                self.spend(len(chunk))
-                yield chunk
-            if declared is not None and size != declared:
+            for piece in pieces:
+                size += len(piece)
+                yield piece
+            if declared not in (None, size):
                 raise EOFError(f"{size} of {declared} bytes")
 
-    def member(self, name: str, file: IO[bytes], declared: int) -> Member:
-        """A member of an archive.  Raises UserError where its name would lead out of the archive's folder."""
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or any(c in name for c in "\\:\0"):
-            raise UserError(f"{self.name} holds a file of the unsafe name {name!r}: it is not unpacked")
-        return str(PurePosixPath(self.stem) / path), self.chunks(file, declared)
 
-    def refuse(self, name: str) -> UserError:
-        """The error for a link, a device or the like."""
-        return UserError(f"{self.name} holds {name!r}, which is not a regular file: unpack it by hand")
+class Packing(NamedTuple):
+    """A way to compress a file."""
+
+    begins: tuple[bytes, ...]  # how such a file does
+    feed: int  # compressed bytes unpacked at a time: even the densest become no more than SMALL_BYTES
+    open: Callable[[], Any]  # one frame; a file may have several
+
+
+def _open_zst() -> Any:
+    try:
+        from zstandard import ZstdDecompressor
+    except ImportError:
+        raise UserError("a .zst file needs zstandard: pip install zstandard") from None
+    return ZstdDecompressor(max_window_size=MOST_WINDOW).decompressobj()
+
+
+PACKINGS = (
+    Packing((b"\x1f\x8b",), 1 << 10, partial(zlib.decompressobj, 31)),
+    Packing((b"BZh",), 1 << 6, bz2.BZ2Decompressor),  # 64 bytes can be two blocks of 47 MB
+    Packing((b"\xfd7zXZ\0",), 1 << 10, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, MOST_WINDOW)),
+    Packing((b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"), 1 << 10, _open_zst),
+)
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes that a compressed file holds, or a plain one, which can only be read on and on."""
+
+    def __init__(self, source: _File) -> None:
+        with open(source.path, "rb") as file:
+            begin = file.read(8)
+        self.packing = next((packing for packing in PACKINGS if begin.startswith(packing.begins)), None)
+        self._pieces = source.spend(self._unpack(source.path))
+        self._piece = io.BytesIO()
+        self._at = 0
+        self.header = 0  # bytes that may still be read of one, or nothing while there is none
+        self.last = b""  # what was read last
+
+    def _unpack(self, path: Path) -> Iterator[bytes]:
+        with open(path, "rb") as file:
+            if self.packing is None:
+                yield from iter(partial(file.read, CHUNK_BYTES), b"")
+                return
+            frame, is_new = self.packing.open(), True
+            while packed := file.read(self.packing.feed):
+                while packed := (packed.lstrip(b"\0") if is_new else packed):  # zeros may fill up the end
+                    if piece := frame.decompress(packed):
+                        yield piece
+                    is_new, packed = frame.eof, frame.unused_data
+                    if is_new:
+                        frame = self.packing.open()
+            if not is_new:
+                raise EOFError("it ends too early")
+
+    def read(self, n: int = -1) -> bytes:
+        """The next `n` bytes, fewer at the end."""
+        if self.header:
+            self.header -= n
+            if n < 0 or self.header <= 0:
+                raise tarfile.ReadError(f"a name or header of more than {human_bytes(MOST_HEADER)}")
+        found = bytearray(self._piece.read(n))
+        while len(found) < n and (piece := next(self._pieces, None)) is not None:
+            self._piece = io.BytesIO(piece)
+            found += self._piece.read(n - len(found))
+        self._at += len(found)
+        self.last = bytes(found)
+        return self.last
+
+    def tell(self) -> int:
+        """How many bytes were read."""
+        return self._at
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        """Read on up to there, or to the end.  tarfile counts from the beginning, always."""
+        if position < self._at:
+            raise tarfile.ReadError("it leads backwards")
+        header, self.header = self.header, 0
+        while self._at < position and self.read(min(CHUNK_BYTES, position - self._at)):
+            pass
+        self.header = header
+        return self._at
 
 
 def _read_plain(source: _File) -> Iterator[Member]:
     with open(source.path, "rb") as file:
-        yield source.name, iter(lambda: file.read(CHUNK_BYTES), b"")
+        yield source.name, iter(partial(file.read, CHUNK_BYTES), b"")
 
 
-def _read_compressed(source: _File, *, opener: Callable[..., Any]) -> Iterator[Member]:
-    with opener(source.path, "rb") as file:
-        yield source.stem, source.chunks(file)
+def _read_compressed(source: _File) -> Iterator[Member]:
+    file = _Unpacked(source)
+    if file.packing is None:
+        raise EOFError("it is not compressed")
+    yield source.stem, source.checked(iter(partial(file.read, CHUNK_BYTES), b""))
 
 
 def _read_zip(source: _File) -> Iterator[Member]:
     with zipfile.ZipFile(source.path) as archive:
         for member in archive.infolist():
-            if member.is_dir():
+            kind = stat.S_IFMT(member.external_attr >> 16) or stat.S_IFREG  # 0: made where files have no kind
+            if member.filename.endswith("/") or not source.takes(member.filename, kind):
                 continue
-            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):  # 0: made where files have no kind
-                raise source.refuse(member.filename)
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile bounds no others
+                raise NotImplementedError(f"compression method {member.compress_type}")
             with archive.open(member) as file:
-                yield source.member(member.filename, file, member.file_size)
+                pieces = source.spend(iter(partial(file.read, CHUNK_BYTES), b""))
+                yield source.member(member.filename, pieces, member.file_size)
 
 
 def _read_tar(source: _File) -> Iterator[Member]:
-    with tarfile.open(source.path, "r:*") as archive:
-        for member in archive:
-            if member.isdir():
-                continue
-            file = archive.extractfile(member) if member.isreg() else None
-            if file is None:
-                raise source.refuse(member.name)
-            yield source.member(member.name, file, member.size)
-
-
-def _read_zst(source: _File) -> Iterator[Member]:
-    yield source.stem, _zst_chunks(source)
-
-
-def _zst_chunks(source: _File) -> Iterator[bytes]:
-    try:
-        from zstandard import ZstdDecompressor, ZstdError
-    except ImportError:
-        raise UserError(f"{source.name} needs zstandard: pip install zstandard") from None
-    frame, is_whole = ZstdDecompressor().decompressobj(), True
-    with open(source.path, "rb") as file, _damage(source.name):
-        while compressed := file.read(ZST_BYTES):
-            while compressed:
-                try:
-                    chunk = frame.decompress(compressed)
-                except ZstdError as error:
-                    raise EOFError(str(error)) from None
-                compressed, is_whole = frame.unused_data, frame.eof
-                if frame.eof:  # others may follow it
-                    frame = ZstdDecompressor().decompressobj()
-                source.spend(len(chunk))
-                if chunk:
-                    yield chunk
-        if not is_whole:
-            raise EOFError("it ends inside a frame")
+    file = _Unpacked(source)
+    file.header = MOST_HEADER
+    with tarfile.TarFile(fileobj=file, encoding="utf-8") as archive:
+        while member := archive.next():
+            file.header = 0
+            is_plain = member.isreg() and not member.issparse()
+            kind = stat.S_IFREG if is_plain else stat.S_IFLNK if member.issym() or member.islnk() else 0
+            if not member.isdir() and source.takes(member.name, kind):
+                content = archive.extractfile(member)
+                assert content is not None
+                yield source.member(member.name, iter(partial(content.read, CHUNK_BYTES), b""), member.size)
+            vars(archive).update(members=[], pax_headers={})  # which would grow with the archive, names and all
+            file.header = MOST_HEADER
+    if not file.last or file.last.strip(b"\0"):  # tarfile takes whatever is not a header for the end
+        raise tarfile.ReadError("no end mark")
 
 
 def _read_parquet(source: _File) -> Iterator[Member]:
-    yield source.stem + ".jsonl", _parquet_lines(source.path, source.name)
-
-
-def _parquet_lines(path: Path, name: str) -> Iterator[bytes]:
-    """The column `text` as lines of {"text": …}, some rows at a time; rows without a text are left out.
-
-    Raises UserError where pyarrow is missing, the file is damaged, or has no such column of texts.
-    Format: https://parquet.apache.org/docs/file-format/
-    """
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise UserError(f"{name} needs pyarrow: pip install pyarrow") from None
-    try:
-        with _damage(name), ParquetFile(path) as file:
-            kind = {field.name: str(field.type) for field in file.schema_arrow}.get("text")
-            if kind not in ("string", "large_string"):
-                found = "none" if kind is None else f"one of {kind}"
-                raise UserError(f"{name} needs a column `text` of strings and has {found}")
-            for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
-                yield "".join(text_line(text) for text in batch.column("text").to_pylist() if text is not None).encode()
-    except ArrowException as error:
-        raise _damaged(name, error) from None
+    yield source.stem + ".jsonl", source.checked(source.spend(parquet_lines(source.path, source.name)))
 
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Report any kind of broken archive in one way."""
+    """Report any kind of broken archive in one way: the libraries raise whatever comes up when they read nonsense."""
     try:
         yield
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise _damaged(name, error) from None
-    except (NotImplementedError, RuntimeError) as error:  # zipfile: a password, an unknown method
-        raise UserError(f"{name} cannot be unpacked ({error}): unpack it by hand") from None
-    except OSError as error:
-        if error.errno is None:  # bz2: "Invalid data stream"
-            raise _damaged(name, error) from None
+    except UserError:
         raise
-
-
-def _damaged(name: str, error: Exception) -> UnpackError:
-    return UnpackError(f"{name} is damaged or cut off ({' '.join(str(error).split())}): get it again")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of what it says
+            raise
+        reason = " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
+        # zipfile: a password, an unknown method; the others: more memory than we allow
+        if isinstance(error, NotImplementedError | RuntimeError | MemoryError) or "memory" in reason.lower():
+            raise UserError(f"{name} cannot be unpacked ({reason}): unpack it by hand") from None
+        raise UnpackError(f"{name} is damaged or cut off ({reason}): get it again") from None
 
 
 # By the ending of a file's name; of another file it is the content itself that is read.
 READERS: dict[str, Callable[[_File], Iterator[Member]]] = {
-    ".gz": partial(_read_compressed, opener=gzip.open),
-    ".bz2": partial(_read_compressed, opener=bz2.open),
-    ".xz": partial(_read_compressed, opener=lzma.open),
-    ".zst": _read_zst,
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), _read_compressed),
+    **dict.fromkeys(TARS, _read_tar),
     ".zip": _read_zip,
     ".parquet": _read_parquet,
-    **dict.fromkeys(TARS, _read_tar),
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import regex
 
 from tinygpt.corpus.documents import Reader, raw_shards
 from tinygpt.corpus.duplicates import Mask, came_before, digest, near_duplicates, signature
@@ -26,6 +27,8 @@ from tinygpt.corpus.split import (
     CleanDocument,
     Cleaned,
     Shares,
+    check_held_out,
+    choose_splitter,
     count_splits,
     drop_leaks,
     place,
@@ -42,6 +45,7 @@ LEAST_TRAIN_BYTES = 1000  # less text than this teaches no tokenizer and no mode
 
 # C0 and C1 control characters and the byte order mark; "\r" is the `newlines` rule's business.
 CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+ACCENTS = regex.compile(r"\p{M}{100}")  # Python takes the square of their number to sort them
 
 EVALUATION_FIRST = ("test", "val", "train")  # so that what training shares with them is found in training
 BETWEEN_DOCUMENTS = ("exact_duplicates", "split", "val_fraction", "test_fraction")  # params that no shard depends on
@@ -52,6 +56,7 @@ class Report(NamedTuple):
 
     counts: dict[str, int]  # by rule, for reports/clean.json
     repaired: dict[str, int]  # bytes that were not UTF-8, by file
+    split: str  # how it was split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ class CleanParams:
     near_duplicates: (
         Annotated[float, Within("(0, 1]")] | None
     )  # drop one this alike: Jaccard of word 5-grams; null = off
-    split: Literal["hash", "tail", "source"]  # by document; by position in the corpus; as the source says
+    split: Literal["auto", "hash", "tail", "source"]  # hash by document, tail by position in the corpus, auto as fits
     val_fraction: Fraction  # share of validation text, for hash (of documents) and tail (of characters)
     test_fraction: Fraction  # share of test text, likewise
     split_seed: Annotated[int, Within("[0, 9007199254740992)")]  # another seed chooses other documents, for hash
@@ -101,8 +106,8 @@ def remove_control_characters(text: str, _: bool) -> tuple[str, int]:
 
 
 def compose_characters(text: str, _: bool) -> tuple[str, int]:
-    """The text in Unicode's form NFC, and 1 where that is another."""
-    if unicodedata.is_normalized("NFC", text):
+    """The text in Unicode's form NFC, and 1 where that is another; one with a row of many accents stays as it is."""
+    if unicodedata.is_normalized("NFC", text) or ACCENTS.search(text):
         return text, 0
     return unicodedata.normalize("NFC", text), 1
 
@@ -139,11 +144,18 @@ def reported() -> list[str]:
 
 
 def clean(
-    params: CleanParams, raw: Path, clean_folder: Path, runtime: RuntimeParams, *, runs: Path | None = None
+    params: CleanParams,
+    raw: Path,
+    clean_folder: Path,
+    runtime: RuntimeParams,
+    *,
+    evaluated: str | None = None,
+    runs: Path | None = None,
 ) -> Report:
     """Fill `clean_folder` with train.jsonl, val.jsonl and test.jsonl; `runs` keeps work that was stopped half-way.
 
-    Raises UserError where nothing or next to nothing is left, naming the param that took most.
+    Raises UserError where nothing or next to nothing is left, naming the param that took most, and where the stages
+    after it would find no text to validate on, or in the split that is `evaluated`.
     """
     manifest = read_manifest(raw)
     _check_official_splits(params, manifest)
@@ -161,11 +173,14 @@ def clean(
         counts, repaired = cleaned.counts()
         official = [SPLITS.index(split) if split else NOWHERE for _, split in shards]
         with atomic_folder(clean_folder) as folder:
-            _choose(cleaned, np.repeat(np.array(official, np.int8), cleaned.n_documents), params, counts, folder)
+            by_document = np.repeat(np.array(official, np.int8), cleaned.n_documents)
+            how = _choose(cleaned, by_document, params, counts, folder)
             _check_result(params, counts)
+            if evaluated:
+                check_held_out({split: counts[f"{split}_documents"] for split in SPLITS}, evaluated)
     counts["repaired_bytes"] = repaired.total()
     counts["repaired_files"] = len(repaired)
-    return Report({name: counts[name] for name in reported()}, dict(repaired))
+    return Report({name: counts[name] for name in reported()}, dict(repaired), how)
 
 
 def clean_shard(shard: Shard, path: Path, *, params: CleanParams, raw: Path, manifest: Manifest) -> None:
@@ -200,8 +215,11 @@ def _documents(texts: Iterable[str], params: CleanParams, counts: Counter[str]) 
             yield CleanDocument(text, digest(text), place(text, params.split_seed), signed)
 
 
-def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: Counter[str], folder: Path) -> None:
-    """Write the documents that no other makes superfluous into their splits; of duplicates the first one stays."""
+def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: Counter[str], folder: Path) -> str:
+    """Write the documents that no other makes superfluous into their splits; of duplicates the first one stays.
+
+    Returns how it was split.
+    """
     kept = np.ones(len(cleaned.facts), np.bool_)
     for param, rule in CORPUS_RULES.items():
         if value := getattr(params, param):
@@ -210,17 +228,19 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
             kept &= ~dropped
     facts, documents = cleaned.facts[kept], np.flatnonzero(kept)
     shares = Shares(params.val_fraction, params.test_fraction, params.split_seed)
-    splits = SPLITTERS[params.split](facts, official[kept], shares, lambda i: cleaned.text(documents[i]))
+    how = choose_splitter(params.split, facts, shares)
+    splits = SPLITTERS[how](facts, official[kept], shares, lambda i: cleaned.text(documents[i]))
     counts["leaked"] = drop_leaks(splits, facts)
     counts.update(count_splits(splits, facts))
     write_splits(splits, enumerate(compress(cleaned.lines(), kept)), folder)
+    return how
 
 
 def _check_official_splits(params: CleanParams, manifest: Manifest) -> None:
     if params.split == "source" and not any(file.split == "train" for file in manifest.files):
         raise UserError(
             f"clean.split=source needs a source with official splits, and download.source={manifest.source} has none: "
-            "set clean.split to hash or tail"
+            "set clean.split to auto"
         )
 
 
@@ -237,7 +257,7 @@ def _check_result(params: CleanParams, counts: Counter[str]) -> None:
             raise UserError(f"{found}: {worst} dropped {dropped[worst]} of {counts['documents_in']} documents")
         raise UserError(
             f"{found}: {counts['documents_in']} documents came in; set clean.separator where a file holds several, "
-            "clean.split=tail for one long text, smaller clean.val_fraction and clean.test_fraction, or get more text"
+            "clean.split=auto for one long text, smaller clean.val_fraction and clean.test_fraction, or get more text"
         )
     wanted = {"val": params.val_fraction, "test": params.test_fraction}
     for split, fraction in wanted.items():
@@ -245,6 +265,6 @@ def _check_result(params: CleanParams, counts: Counter[str]) -> None:
             n = sum(counts[f"{name}_documents"] for name in SPLITS)
             raise UserError(
                 f"clean.{split}_fraction={fraction} of {n} documents is none ({counts['documents_in']} came in): set "
-                "clean.separator where a file holds several, clean.split=tail for one long text, or another "
+                "clean.separator where a file holds several, clean.split=auto, or another "
                 "clean.split_seed"
             )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import mmap
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, line_ends, shard_bytes
-from tinygpt.errors import UserError
+from tinygpt.corpus.jsonl import MOST_LINE, bad_line, line_text, lines
 from tinygpt.shards import Shard, Span
 
 CHUNK_BYTES = 1 << 20
@@ -56,24 +55,13 @@ class Reader:
         with open(span.path, "rb") as file:
             file.seek(begin)
             while begin < span.end:
-                line = file.readline()
-                text_of = line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
-                if text_of.strip():
-                    text = self._json_text(text_of, name)
-                    if text is None:
-                        raise UserError(
-                            f'{name} line {_line_number(span.path, begin)} is not a JSON object with a "text": '
-                            "mend the source or rename it"
-                        )
+                line = file.readline(MOST_LINE + 1)
+                if line.strip():
+                    if len(line) > MOST_LINE or (found := line_text(line)) is None:
+                        raise bad_line(name, _line_number(span.path, begin), line)
+                    text = self._repair(found, name)  # "\ud800" in JSON is half a character
                     yield from self._split_at(self._with_newlines([text]) if self.newlines else [text], None)
                 begin += len(line)
-
-    def _json_text(self, line: bytes, name: str) -> str | None:
-        try:
-            text = json.loads(self._repair(line.decode("utf-8", "surrogateescape"), name))["text"]
-            return self._repair(text, name)  # "\ud800" in JSON is half a character
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
 
     def _repaired(self, span: Span, name: str) -> Iterator[str]:
         """The file as text in chunks, each byte that is not UTF-8 made U+FFFD and counted."""
@@ -118,7 +106,7 @@ class Reader:
         """Documents that begin with a line like `start`; white space before the first one belongs to it."""
         document: list[str] = []
         size = 0
-        for line in _lines(chunks):
+        for line in lines(chunks, "\n", MOST_CHARACTERS):
             if (start.match(line) and any(map(str.strip, document))) or size > MOST_CHARACTERS:
                 self.counts["long_cut"] += not start.match(line)
                 yield "".join(document)
@@ -131,16 +119,6 @@ class Reader:
         self.counts["long_cut"] += 1
         end = text.rfind("\n", 0, MOST_CHARACTERS) + 1 or MOST_CHARACTERS
         return text[:end], text[end:]
-
-
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    r"""Lines with their "\n", which alone ends one here."""
-    rest = ""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split("\n")
-        yield from (line + "\n" for line in lines)
-    if rest:
-        yield rest
 
 
 def _line_number(path: Path, position: int) -> int:

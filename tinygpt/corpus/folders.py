@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from json.encoder import encode_basestring
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist, read_json, write_json
+from tinygpt.params import ParamsError, from_mapping, require
 from tinygpt.shards import Shard, Span
 
 MANIFEST = "manifest.json"
@@ -33,6 +35,14 @@ class RawFile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RawDownload:
+    """A file that was downloaded, as it was before it was unpacked."""
+
+    url: str
+    sha256: str | None  # None where only its beginning was read
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What is in data/raw.  No times and no local paths, so the same source gives the same bytes."""
 
@@ -41,7 +51,7 @@ class Manifest:
     separator: str | None  # the text between two documents of a file; None = a file is one document
     document_start: str | None  # regular expression of the line that begins a document
     python: str | None  # the version whose documentation this is; None for other sources
-    downloads: tuple[dict[str, str | None], ...]  # url and sha256 (None: a beginning) of each file, before unpacking
+    downloads: tuple[RawDownload, ...]
     files: tuple[RawFile, ...]
 
 
@@ -52,12 +62,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read a raw folder's manifest.  Raises UserError when it is missing, broken or of another version."""
-    document = read_json(folder / MANIFEST, stage="download")
     try:
-        files = tuple(RawFile(**entry) for entry in document.pop("files"))
-        return Manifest(**{**document, "downloads": tuple(document["downloads"]), "files": files})
-    except (TypeError, KeyError, AttributeError):
-        raise UserError(f"{folder / MANIFEST} is not what download writes: run `dvc repro -f download`") from None
+        manifest = from_mapping(Manifest, read_json(folder / MANIFEST, stage="download"))
+        re.compile(manifest.document_start or "")
+        paths = [PurePosixPath(file.name) for file in manifest.files]
+        require(*((not path.is_absolute() and ".." not in path.parts, f"{path} leads elsewhere") for path in paths))
+        return manifest
+    except (ParamsError, re.error) as error:
+        raise UserError(
+            f"{folder / MANIFEST} is not what download writes ({error}): run `dvc repro -f download`"
+        ) from None
 
 
 def split_file(folder: Path, split: str) -> Path:
@@ -80,7 +94,7 @@ def iter_texts(path: Path, *, begin: int = 0, end: int | None = None) -> Iterato
         while (end is None or begin < end) and (line := file.readline()):
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise UserError(f'{path} byte {begin:,} begins no {{"text": …}} document: run `dvc repro clean`')

@@ -31,6 +31,7 @@ class DownloadParams:
     source: str  # a name in SOURCES, gutenberg:<id>, a URL, or a local file, folder or glob
     sha256: str | None  # expected hash of the one downloaded file; null = the named source's, where it has one
     max_bytes: Count | None  # UTF-8 bytes of text kept of each official split; null = all
+    encoding: str | None  # of the files that are not UTF-8; null = those are left out
 
     def __post_init__(self) -> None:
         require(
@@ -39,7 +40,19 @@ class DownloadParams:
                 self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256) is not None,
                 f"download.sha256={self.sha256!r} must be 64 characters of 0-9 and a-f",
             ),
+            ("\0" not in self.source, f"download.source={self.source!r} must not have zero bytes"),
+            (
+                self.encoding is None or _is_encoding(self.encoding),
+                f"download.encoding={self.encoding!r} is not one of Python's text encodings, such as cp1252 or utf-16",
+            ),
         )
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        return b"".decode(name) == ""
+    except (LookupError, ValueError):  # none, one of bytes such as hex, or one that always fails
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

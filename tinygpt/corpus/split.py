@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 from tinygpt.corpus.duplicates import DIGEST_BYTES, Signatures, digest
 from tinygpt.corpus.folders import SPLITS, text_line
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_folder, write_json
+from tinygpt.files import atomic_folder, human_bytes, write_json
 
 TRAIN, VAL, TEST = range(len(SPLITS))
 NOWHERE = -1
+FEW_DOCUMENTS = 5  # of which a measure depends on the choice of documents more than on the model
+FEW_BYTES = 10_000
 
 FACTS = np.dtype(
     [
@@ -55,9 +58,16 @@ def save_cleaned(path: Path, documents: Iterable[CleanDocument], counts: Mapping
                 size = file.write(text_line(text).encode())
                 facts.append((digest, place, len(text.encode()), len(text), size))
                 signatures.append(signature)
-        np.save(folder / "facts.npy", np.array(facts, FACTS))
-        np.save(folder / "signatures.npy", np.array(signatures, np.uint32))
+        _save(folder / "facts.npy", np.array(facts, FACTS))
+        _save(folder / "signatures.npy", np.array(signatures, np.uint32))
         write_json(folder / "counts.json", counts)
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    """As np.save does, which on a full disk raises an error without a number."""
+    content = io.BytesIO()
+    np.save(content, array)
+    path.write_bytes(content.getbuffer())
 
 
 class Cleaned:
@@ -147,7 +157,7 @@ def by_tail(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[
 def by_source(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[[int], str]) -> Splits:
     """Keep the official splits.  Raises UserError for a document that is in none."""
     if (official == NOWHERE).any():
-        raise UserError("clean.split=source needs a source with official splits: set it to hash or tail")
+        raise UserError("clean.split=source needs a source with official splits: set it to auto")
     return Splits(official, {})
 
 
@@ -156,6 +166,43 @@ SPLITTERS: dict[str, Callable[[Facts, Assigned, Shares, Callable[[int], str]], S
     "tail": by_tail,
     "source": by_source,
 }
+
+
+def choose_splitter(how: str, facts: Facts, shares: Shares) -> str:
+    """The splitter to use; for "auto" by document where that gives val and test FEW_DOCUMENTS, else by position.
+
+    So one long text, or a few, are cut: val and test are its end.
+    """
+    if how != "auto":
+        return how
+    assigned = by_hash(facts, np.empty(0, np.int8), shares, str).assigned
+    wanted = [split for split, share in ((VAL, shares.val), (TEST, shares.test)) if share]
+    return "hash" if all(np.count_nonzero(assigned == split) >= FEW_DOCUMENTS for split in wanted) else "tail"
+
+
+def check_held_out(n_documents: Mapping[str, int], split: str) -> None:
+    """Raise UserError where there is nothing to validate on in training, or to evaluate on afterwards in `split`.
+
+    `n_documents` has the documents of each split, as do reports/clean.json and data/tokens/meta.json.
+    """
+    for name, reader in (("val", "train"), (split, f"evaluate.split={split}")):
+        if not n_documents[name]:
+            others = [other for other in SPLITS[1:] if n_documents[other]]
+            other = f"set evaluate.split to {others[0]}, or " if others and name == split != "val" else ""
+            raise UserError(
+                f"{reader} needs {name} documents and there are none: {other}set clean.{name}_fraction above 0, and "
+                "clean.split to auto"
+            )
+
+
+def little_held_out(counts: Mapping[str, int], how: str) -> list[str]:
+    """What to say of val and test where they are so small that what is measured on them says little."""
+    found = []
+    for name in SPLITS[1:]:
+        n_document, n_bytes = counts[f"{name}_documents"], counts[f"{name}_bytes"]
+        if n_document and (n_bytes < FEW_BYTES or (n_document < FEW_DOCUMENTS and how != "tail")):
+            found.append(f"{name} has {n_document:,} documents with {human_bytes(n_bytes)}")
+    return found
 
 
 def drop_leaks(splits: Splits, facts: Facts) -> int:

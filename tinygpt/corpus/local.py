@@ -1,0 +1,113 @@
+"""Which files a folder or a glob names: one rule for both, and archive.py keeps to it as well.
+
+Hidden files are left out, and folders; so is what may not be read and what is no regular file. A link is taken for what
+it leads to, unless that is nowhere or a folder that was read already.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections import deque
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from tinygpt.corpus.notes import LEFT_OUT, READ, Tell, plain_name
+from tinygpt.corpus.sources import suggestion
+from tinygpt.errors import UserError
+
+ALL: Sequence[str] = ("**",)  # the pattern of a folder
+
+
+def local_files(source: str, root: Path, raw: Path, tell: Tell) -> list[tuple[str, Path]]:
+    """(name, path) of each file, sorted by name; the name is relative to the folder or to the glob's fixed part."""
+    try:
+        named = Path(source).expanduser()
+    except RuntimeError:  # there is no such user
+        named = Path(source)
+    path = root / named
+    if path.is_file():
+        return [(plain_name(path.name), path)]
+    base, pattern = path, ALL
+    if not path.is_dir():
+        if not glob.has_magic(source):
+            raise UserError(
+                f"download.source={source} is neither a known source nor a file: looked for {path}{suggestion(source)}"
+            )
+        base = root.joinpath(*itertools.takewhile(lambda part: not glob.has_magic(part), named.parts))
+        pattern = path.relative_to(base).parts
+    within, real = raw.resolve(), base.resolve()
+    if within.is_relative_to(real) and _fits(within.relative_to(real).parts, pattern, whole=False):
+        raise UserError(f"download.source={source} holds {raw} itself: put the texts into a folder of their own")
+    names = sorted(_walk(base, pattern, {within}, tell))
+    for name in names:
+        if not name.isprintable():
+            tell(READ, "under this name", name)
+    return [(plain_name(name), base / name) for name in names]
+
+
+def _walk(base: Path, pattern: Sequence[str], read: set[Path], tell: Tell) -> list[str]:
+    """Names relative to `base` of the files that fit; `read` are the folders that are not read again."""
+    found: list[str] = []
+    todo: deque[tuple[str, ...]] = deque([()])  # folders, links to some at its left end: after all others
+    while todo:
+        parts = todo.pop()
+        here = base.joinpath(*parts)
+        try:
+            real = here.resolve()
+            if real in read or (parts and base.resolve().is_relative_to(real)):
+                tell(LEFT_OUT, "links", str(Path(*parts)))
+                continue
+            read.add(real)
+            names = sorted(os.listdir(here))
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+            if parts:
+                tell(LEFT_OUT, "unreadable", str(Path(*parts)))
+            elif isinstance(error, PermissionError):
+                raise
+            continue
+        for name in names:
+            inner = (*parts, name)
+            leads_on, fits = (_fits(inner, pattern, whole=whole) for whole in (False, True))
+            kind = _kind(here / name) if leads_on or fits else ""
+            is_inside = kind == "folders" and leads_on
+            if not is_inside and not fits:
+                continue
+            if name.startswith("."):
+                tell(LEFT_OUT, "hidden", str(Path(*inner)))
+                continue
+            if not is_inside and kind != "files":
+                tell(LEFT_OUT, kind, str(Path(*inner)))
+                continue
+            if is_link := (here / name).is_symlink():
+                tell(READ, "through links", str(Path(*inner)))
+            if is_inside:
+                (todo.appendleft if is_link else todo.append)(inner)
+            else:
+                found.append(str(Path(*inner)))
+    return found
+
+
+def _kind(path: Path) -> str:
+    try:
+        if path.is_dir():
+            return "folders"
+        if not path.is_file():
+            return "links" if path.is_symlink() else "special files"
+        with open(path, "rb"):
+            return "files"
+    except OSError:
+        return "unreadable"
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str], *, whole: bool) -> bool:
+    """Whether a file of these parts is named by the pattern, or a folder (not `whole`) may hold one that is."""
+    if not parts:
+        return all(part == "**" for part in pattern) if whole else bool(pattern)
+    if not pattern:
+        return False
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:], whole=whole) or _fits(parts[1:], pattern, whole=whole)
+    return fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:], whole=whole)
