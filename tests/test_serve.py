@@ -400,7 +400,7 @@ def test_a_client_that_goes_away_frees_its_rows(served):
 
 
 def test_too_many_requests_and_slow_ones_are_refused(tiny_tokenizer):
-    with running(tiny_tokenizer, max_rows=1, max_waiting=1, read_seconds=1, max_tokens=100_000) as served:
+    with running(tiny_tokenizer, max_rows=1, max_waiting=1, client_seconds=1, max_tokens=100_000) as served:
         document = LONG | {"stream": True}
         with (
             WEB.stream("POST", f"{served[0]}/v1/completions", json=document) as first,
@@ -425,7 +425,7 @@ def test_too_many_requests_and_slow_ones_are_refused(tiny_tokenizer):
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET / HT"])
 def test_a_connection_without_a_whole_head_is_closed(sent, tiny_tokenizer):
-    with running(tiny_tokenizer, read_seconds=1) as served:
+    with running(tiny_tokenizer, client_seconds=1) as served:
         host, port = served[0].removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             connection.sendall(sent)

@@ -9,24 +9,26 @@ import logging
 import signal
 import socket
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinygpt.errors import Stopped, UserError
+from tinygpt.serve.chat import read_chat
 from tinygpt.serve.choices import candidates, seen_before, token_text
-from tinygpt.serve.limits import Limits, Refusal
-from tinygpt.serve.request import Served, check_ids, find_model, read_object
-from tinygpt.serve.service import Service, complete, json_response, unless_gone
+from tinygpt.serve.limits import PIECE, Limits, Refusal
+from tinygpt.serve.request import Served, check_ids, find_model, read_completion, read_object
+from tinygpt.serve.service import Service, complete, json_bytes, json_response, unless_gone
 
 PAGE = Path(__file__).with_name("page")
 FILES = {
@@ -47,6 +49,7 @@ HEADERS = [
     ("cross-origin-opener-policy", "same-origin"),
 ]
 N_ALTERNATIVES = 20
+READ = ["GET", "HEAD"]
 
 
 def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
@@ -59,7 +62,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        return refusal_response(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        return refusal_response(refusal, error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -71,19 +75,22 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        raw = await service.body(request)
-        return await unless_gone(request, complete(service, raw))
+        return await unless_gone(request, complete(service, await service.body(request), read_completion))
 
-    @app.get("/v1/models")
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await unless_gone(request, complete(service, await service.body(request), read_chat))
+
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
         listed = [describe(served, service) for served in service.models.values()]
         return json_response({"object": "list", "data": listed})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def model(name: str) -> Response:
         return json_response(describe(find_model(name, service.models), service))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         return json_response({"status": "ok"} | service.worker.counts())
 
@@ -92,8 +99,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
         raw = await service.body(request)
         return json_response(await unless_gone(request, service.aside(explain, raw, service)))
 
-    @app.get("/")
-    @app.get("/{name}")
+    @app.api_route("/", methods=READ)
+    @app.api_route("/{name}", methods=READ)
     async def page(name: str = "") -> Response:
         if name not in FILES:
             raise HTTPException(404, "Not Found")
@@ -150,9 +157,16 @@ class Guard:
         """One request."""
         if refusal := self._refusal(Headers(scope=scope)):
             return await refusal_response(refusal)(scope, receive, send)
+
+        async def send_pieces(message: Message) -> None:
+            body = message.get("body", b"")
+            for at in range(PIECE, len(body), PIECE):  # a client must take each in time; the last is below
+                await send(message | {"body": body[at - PIECE : at], "more_body": True})
+            await send(message | {"body": body[max(0, len(body) - 1) // PIECE * PIECE :]} if body else message)
+
         self._n_running += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_pieces)
         finally:
             self._n_running -= 1
 
@@ -177,9 +191,10 @@ def is_known(host: str, names: set[str]) -> bool:
     return True
 
 
-def refusal_response(refusal: Refusal) -> Response:
+def refusal_response(refusal: Refusal, more: Mapping[str, str] | None = None) -> Response:
     """A refusal; the connection is closed where the request may not have been read whole."""
-    headers = {"retry-after": "1"} if refusal.status in (429, 503) else {}
+    headers = dict(more or {})
+    headers |= {"retry-after": "1"} if refusal.status in (429, 503) else {}
     headers |= {"connection": "close"} if refusal.status in (403, 408, 413, 503) else {}
     return json_response(refusal.body(), refusal.status, headers)
 
@@ -200,21 +215,26 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when the head of its next request does not come in time.
+    """A connection that is closed when the head of its next request does not come in time, or what it sends is not read.
 
     uvicorn's timer begins after an answer and ends with the next byte: a connection that never sends a whole head
-    would stay.
+    would stay. It has none for a client that does not read, and no longer sees one go that has sent its next request.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # pause_writing comes as soon as anything has to wait
+        self._unread: asyncio.TimerHandle | None = None
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, without an end of the timer."""
+        """Read on, without an end of the timer; what comes before an answer is whole waits, up to a piece."""
         self.conn.receive_data(data)
-        self.handle_events()
+        if self.conn.their_state not in (h11.DONE, h11.MUST_CLOSE):
+            self.handle_events()
+        elif len(self.conn.trailing_data[0]) > PIECE:
+            self.transport.abort()
 
     def handle_events(self) -> None:
         """End the timer with a whole head."""
@@ -222,6 +242,33 @@ class Connection(H11Protocol):
         super().handle_events()
         if self.cycle is not last:
             self._unset_keepalive_if_required()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP, or has a head of more than 16 kB, is told as all errors are."""
+        body = json_bytes(Refusal(400, msg).body())
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        for part in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client must read what waits for it, or it is let go with all that it holds."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read all."""
+        self._stop_unread()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._stop_unread()
+        super().connection_lost(exc)
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
 
 
 class Server(uvicorn.Server):
@@ -241,7 +288,7 @@ class Server(uvicorn.Server):
             server_header=False,
             headers=HEADERS,
             limit_concurrency=2 * service.limits.max_requests,  # connections, also those that ask nothing
-            timeout_keep_alive=service.limits.read_seconds,  # uvicorn's 5 s are also httpx's: it lost requests by it
+            timeout_keep_alive=service.limits.client_seconds,  # uvicorn's 5 s are also httpx's: it lost requests by it
             timeout_graceful_shutdown=5,
         )
         super().__init__(config)
