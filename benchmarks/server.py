@@ -53,8 +53,8 @@ CONFIG: dict[str, Any] = {
 }
 N_CLIENT, N_NEW = 200, 32
 SMALL = {"prompt": "the file returns an error", "max_tokens": N_NEW, "ignore_eos": True, "top_p": 0.95}
-LARGE = {"prompt": [7] * 1000, "n": 32, "echo": True, "logprobs": 5, "max_tokens": 2}
-UNREAD = {"prompt": [[7] * 16000] * 4, "n": 8, "echo": True, "logprobs": 5, "max_tokens": 2, "user": "x" * 50_000}
+LARGE = json.dumps({"prompt": [7] * 1000, "n": 32, "echo": True, "logprobs": 5, "max_tokens": 2}).encode()
+UNREAD = json.dumps({"prompt": [[7] * 16000] * 5, "n": 6, "echo": True, "logprobs": 5, "max_tokens": 2}).encode()
 N_UNREAD = 120
 MEASURES = {
     "tokens a second, 200 clients": "tokens",
@@ -75,17 +75,16 @@ class Client:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    async def send(self, path: str, document: Any = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def send(self, path: str, body: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Send a request."""
-        body = b"" if document is None else json.dumps(document).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"{'GET' if document is None else 'POST'} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         return reader, writer
 
-    async def ask(self, path: str, document: Any = None) -> int:
+    async def ask(self, path: str, body: bytes = b"") -> int:
         """The status of an answer that is read to its end."""
-        reader, writer = await self.send(path, document)
+        reader, writer = await self.send(path, body)
         raw = await reader.read()
         writer.close()
         return int(raw[9:12])
@@ -95,15 +94,17 @@ async def write_small(client: Client, seconds: float, seed: int) -> int:
     """Ask for one text after the other -> tokens of those that came."""
     n, ends = 0, time.monotonic() + seconds
     while time.monotonic() < ends:
-        status = await client.ask("/v1/completions", SMALL | {"seed": seed, "stream": seed % 2 == 0})
+        status = await client.ask(
+            "/v1/completions", json.dumps(SMALL | {"seed": seed, "stream": seed % 2 == 0}).encode()
+        )
         n += N_NEW * (status == 200)
         await asyncio.sleep(1 if status == 429 else 0)
     return n
 
 
-async def never_read(client: Client, seconds: float, document: Any) -> None:
+async def never_read(client: Client, seconds: float, body: bytes) -> None:
     """Send a request and leave its answer where it is."""
-    _, writer = await client.send("/v1/completions", document)
+    _, writer = await client.send("/v1/completions", body)
     await asyncio.sleep(seconds)
     writer.close()
 
@@ -127,7 +128,7 @@ def percentile(values: list[float], percent: int) -> float:
 async def measure(port: int, process: psutil.Process, seconds: float) -> dict[str, float]:
     """What MEASURES names, of one server."""
     client = Client(port)
-    await client.ask("/v1/completions", SMALL)
+    await client.ask("/v1/completions", json.dumps(SMALL).encode())
     found = {"memory": process.memory_info().rss / 1e6}
 
     def cpu() -> float:

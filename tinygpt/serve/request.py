@@ -34,7 +34,6 @@ NEUTRAL: dict[str, Any] = {
     "suffix": "",
     "response_format": {"type": "text"},
     "tools": [],
-    "functions": [],
 }
 
 
