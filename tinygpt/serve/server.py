@@ -218,6 +218,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)  # Linux would take megabytes that nobody reads
         listener.bind(address)
         listener.listen(1024)  # bound alone, a second server could bind it too
     except OSError as error:
@@ -257,9 +258,15 @@ class Connection(H11Protocol):
             self._unset_keepalive_if_required()
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP, or has a head of more than 16 kB, is told as all errors are."""
+        """What is not HTTP, or has a head of more than 16 kB, is told as all errors are, in place of any answer."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return self.transport.abort()
         body = json_bytes(Refusal(400, msg).body())
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers += [(b"connection", b"close")]
         for part in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(part) or b"")
         self.transport.close()
