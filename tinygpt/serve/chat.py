@@ -23,7 +23,7 @@ def read_chat(raw: bytes, models: Mapping[str, Served], limits: Limits) -> Compl
         prompt = read_messages(document.get("messages"), served, body.n, limits)
         template = served.template
         stop_ids = (*body.stop_ids, *template.stop_ids(served.tokenizer))
-        body = dataclasses.replace(body, stop=(*body.stop, *template.stop), stop_ids=stop_ids)
+        body = dataclasses.replace(body, stop=(*body.stop, *template.stop()), stop_ids=stop_ids)
         return begin(served, body, [prompt], limits, is_chat=True)
 
 

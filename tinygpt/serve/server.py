@@ -263,7 +263,8 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            return self.transport.abort()
+            self.transport.abort()
+            return
         body = json_bytes(Refusal(400, msg).body())
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         headers += [(b"connection", b"close")]

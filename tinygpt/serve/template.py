@@ -1,55 +1,36 @@
-"""Messages to a prompt: by the chat template of a tokenizer, or a plain one.  Templates come from elsewhere: Jinja's
-sandbox runs them, as in transformers, and an end is set to their time and their text.
-"""
+"""Messages to a prompt: by the chat template that comes with a tokenizer, or by a plain one."""
 
 from __future__ import annotations
 
-import functools
 import json
 import re
+import subprocess
 import sys
-import time
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
-from jinja2.utils import Namespace
+from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist, read_json
 from tinygpt.generate.answer import checked
+from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 MOST_SOURCE = 2**20  # characters of a template
-MOST_SECONDS = 2
-PLAIN_SOURCE = """\
-{{ bos_token }}
-{%- for message in messages %}
-{{- {"user": "User: ", "assistant": "Assistant: "}[message.role] }}{{ message.content | trim }}
-{% endfor %}
-{{- "Assistant:" if add_generation_prompt }}"""
+MOST_SECONDS = 5.0  # for a template, which takes a thousandth of it; the first one also starts Python
+PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
 
 
 @dataclass(frozen=True)
 class Template:
     """How messages become a prompt, and what ends an answer besides `<|endoftext|>`."""
 
-    source: str
-    tokens: Mapping[str, str]  # special tokens by the names that the template has for them
-    stop: tuple[str, ...] = ()
+    source: str | None = None  # None = plain
+    tokens: Mapping[str, str] = field(default_factory=dict)  # special ones, by the names that the template has for them
 
     def prompt(self, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, most: int) -> tuple[str, list[int]]:
         """The text of messages up to the answer, and its ids.
@@ -72,28 +53,25 @@ class Template:
         ]
         return "".join(parts).replace(mark, ""), ids
 
+    def stop(self) -> tuple[str, ...]:
+        """The text that ends an answer: a plain one has no token for it."""
+        return ("\nUser:",) if self.source is None else ()
+
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The token with which the template ends a message."""
         name = self.tokens.get("eos_token")
         return (tokenizer.special_tokens[name],) if name in tokenizer.special_tokens else ()
 
     def _render(self, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, most: int) -> str:
-        names = {"bos_token": tokenizer.tokens[tokenizer.bos_id], "eos_token": tokenizer.tokens[tokenizer.eos_id]}
-        text = ""
-        try:
-            with deadline(MOST_SECONDS):
-                for part in compiled(self.source).generate(
-                    messages=messages, add_generation_prompt=True, **names | dict(self.tokens)
-                ):
-                    text += part
-                    if len(text) > most:
-                        raise SecurityError(f"it writes more than {most:,} characters")
-        except Exception as error:  # of any kind: the template is a program
-            raise UserError(f"the chat template refuses these messages: {error}") from None
-        return text
+        begin = tokenizer.tokens[tokenizer.bos_id]
+        if self.source is None:
+            lines = [PLAIN_NAMES.get(each["role"], "") + each["content"].strip() for each in messages]
+            return "\n".join([begin + lines[0], *lines[1:], PLAIN_NAMES["assistant"].strip()])
+        tokens = {"bos_token": begin, "eos_token": tokenizer.tokens[tokenizer.eos_id], **self.tokens}
+        return RENDERER.render(self.source, {"messages": messages, "add_generation_prompt": True, **tokens}, most)
 
 
-PLAIN = Template(PLAIN_SOURCE, {}, ("\nUser:",))
+PLAIN = Template()
 
 
 def load_template(folder: Path) -> Template:
@@ -103,120 +81,79 @@ def load_template(folder: Path) -> Template:
     """
     config = read_json(folder / CONFIG_FILE, stage="train") if (folder / CONFIG_FILE).exists() else {}
     path = folder / (TEMPLATE_FILE if (folder / TEMPLATE_FILE).exists() else CONFIG_FILE)
-    source = read_text(path) if path.name == TEMPLATE_FILE else config.get("chat_template")
-    if isinstance(source, list):  # several by name
-        source = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}.get("default")
+    try:
+        source = read_text(path) if path.name == TEMPLATE_FILE else config.get("chat_template")
+        if isinstance(source, list):  # several by name
+            source = {each["name"]: each["template"] for each in source}.get("default")
+        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        named = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path} is not the file that transformers writes: mend it, or take it away") from None
     if source is None:
         return PLAIN
+    if not isinstance(source, str) or len(source) > MOST_SOURCE:
+        raise UserError(f"{path}: its chat template is not a text of at most {MOST_SOURCE:,} characters: take it out")
     try:
-        if not isinstance(source, str) or len(source) > MOST_SOURCE:
-            raise ValueError(f"not a text of at most {MOST_SOURCE:,} characters")
-        compiled(source)
-    except (TemplateError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its chat template cannot be read ({error}): mend it, or take it out") from None
-    tokens = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in config.items()
-        if re.fullmatch("(bos|eos|pad|unk)_token", name)
-    }
-    return Template(source, {name: value for name, value in tokens.items() if isinstance(value, str)})
+        RENDERER.render(source, None, 0)
+    except UserError as error:
+        raise UserError(f"{path}: {error}: mend it, or take it out") from None
+    return Template(source, {name: value for name, value in named.items() if isinstance(value, str)})
 
 
 def read_text(path: Path) -> str:
     """A file in UTF-8."""
     try:
         return must_exist(path, stage="train").read_text(encoding="utf-8")
-    except ValueError as error:
-        raise UserError(f"{path} is not UTF-8 ({error})") from None
+    except ValueError:
+        raise UserError(f"{path} is not UTF-8: save it so, or take it away") from None
 
 
-# ---- the sandbox ----
+class Renderer:
+    """`sandbox.py` as a process, which is started for the first template, and again when one was its end."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, source: str, values: Mapping[str, Any] | None, most: int) -> str:
+        """A template's text of at most so many characters; without values it is only read.  Raises UserError."""
+        line = json.dumps({"source": source, "values": values, "most": most})
+        with self._lock:
+            answer = json.loads(self._ask(line) or '{"error": "it takes too long, or too much memory"}')
+        if "error" in answer:
+            raise UserError(f"the chat template fails: {answer['error'][:500]}")
+        return str(answer["text"])
+
+    def _ask(self, line: str) -> str:
+        """The line that answers; nothing where the process died of it."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", sandbox.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C is not for it; it ends with its input
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(MOST_SECONDS, process.kill)
+        timer.start()
+        answer = ""
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:  # it is gone
+            pass
+        timer.cancel()
+        if not answer:
+            self._process = None
+            process.kill()
+            with suppress(OSError):
+                process.communicate()
+        return answer
 
 
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's, in which a text cannot be multiplied."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """A product or power of small numbers."""
-        if not all(isinstance(value, int | float) and abs(value) < 2**20 for value in (left, right)):
-            raise SecurityError(f"{operator} is of small numbers alone")
-        if operator == "**" and abs(right) > 20:
-            raise SecurityError("** has an exponent above 20")
-        return super().call_binop(context, operator, left, right)
-
-
-class Names(Namespace):
-    """A namespace without names such as `__class__`, with which it could pass for another object."""
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__()
-        for name, value in values.items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace may not have the name {name[:100]!r}")
-        super().__setitem__(name, value)
-
-
-class Generation(Extension):
-    """`{% generation %}`, with which templates mark answers for training: its content."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[Node]:
-        """What is between the two tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def raise_exception(message: str) -> NoReturn:
-    """With which templates refuse messages."""
-    raise TemplateError(message)
-
-
-def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """As transformers has it: Jinja's own is for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def make_sandbox() -> Sandbox:
-    """With what templates of transformers may use."""
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    sandbox.filters["tojson"] = to_json
-    sandbox.globals = {
-        "range": safe_range,
-        "namespace": Names,
-        "dict": lambda **values: values,
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    return sandbox
-
-
-@functools.cache  # a millisecond each
-def compiled(source: str) -> jinja2.Template:
-    """A template that can run."""
-    return SANDBOX.from_string(source)
-
-
-SANDBOX = make_sandbox()
-
-
-@contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block, in this thread, at the first line of Python after some seconds."""
-    ends, before = time.monotonic() + seconds, sys.gettrace()
-
-    def look(frame: types.FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > ends:
-            raise TimeoutError(f"it takes more than {seconds} seconds")
-        return look
-
-    sys.settrace(look)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+RENDERER = Renderer()
