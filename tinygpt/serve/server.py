@@ -33,12 +33,8 @@ from tinygpt.serve.request import Served, check_ids, find_model, read_completion
 from tinygpt.serve.service import Service, complete, json_bytes, json_response, unless_gone
 
 PAGE = Path(__file__).with_name("page")
-FILES = {
-    "": ("index.html", "text/html"),
-    "page.css": ("page.css", "text/css"),
-    "page.js": ("page.js", "text/javascript"),
-    "icon.svg": ("icon.svg", "image/svg+xml"),
-}
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FILES = {path.name.replace("index.html", ""): path for path in PAGE.iterdir() if path.suffix in KINDS}
 HEADERS = [
     (
         "content-security-policy",
@@ -107,8 +103,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     async def page(name: str = "") -> Response:
         if name not in FILES:
             raise HTTPException(404, "Not Found")
-        file, kind = FILES[name]
-        return Response((PAGE / file).read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
+        path = FILES[name]
+        return Response(path.read_bytes(), media_type=KINDS[path.suffix], headers={"cache-control": "no-cache"})
 
     return Guard(app, service.limits, hosts)
 
