@@ -6,6 +6,8 @@ import random
 import socket
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from tinygpt.serve.limits import PIECE, Limits
 from tinygpt.serve.request import Served
 from tinygpt.serve.server import REST_SECONDS, build_app
 from tinygpt.serve.service import Service
+from tinygpt.tokenizer import Tokenizer
 
 N_MALFORMED = 1800
 VALID: dict[str, dict[str, Any]] = {
@@ -82,14 +85,23 @@ def malformed(random: random.Random) -> tuple[str, bytes]:
     return path, raw if random.random() < 0.6 else random.choice(damages)
 
 
+@contextmanager
+def in_process(tokenizer: Tokenizer, **limits: int) -> Iterator[httpx.AsyncClient]:
+    """A client of a server in the event loop that uses it.  What the server does not catch is raised."""
+    service = Service([Served("first", FIRST, tokenizer, 1)], Limits(**limits))
+    service.worker.start()
+    try:
+        yield httpx.AsyncClient(transport=httpx.ASGITransport(build_app(service, [])), base_url="http://localhost")
+    finally:
+        service.close()
+
+
 def test_malformed_requests_have_an_error_in_openais_form(tiny_tokenizer):
-    service = Service([Served("first", FIRST, tiny_tokenizer, 1)], Limits(max_tokens=8))
     chance, found = random.Random(1), dict[int, int]()
     kinds = ["application/json", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a"]
 
     async def ask() -> None:
-        transport = httpx.ASGITransport(build_app(service, []))  # what is not caught is raised here
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as web:
+        with in_process(tiny_tokenizer, max_tokens=8) as web:
             for _ in range(N_MALFORMED):
                 path, raw = malformed(chance)
                 headers = {"content-type": chance.choice(kinds)}
@@ -101,11 +113,7 @@ def test_malformed_requests_have_an_error_in_openais_form(tiny_tokenizer):
                 if response.status_code != 200:
                     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
-    service.worker.start()
-    try:
-        asyncio.run(ask())
-    finally:
-        service.close()
+    asyncio.run(ask())
     assert found[400] > N_MALFORMED / 2
 
 
@@ -158,6 +166,18 @@ def test_what_is_not_quite_http_is_told_and_ends(name, tiny_tokenizer, caplog):
 
 
 LARGE = {"prompt": [7] * 400, "n": 16, "echo": True, "logprobs": 5}
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_what_is_long_is_not_made_in_the_event_loop(is_stream, tiny_tokenizer):
+    async def ask() -> float:
+        with in_process(tiny_tokenizer) as web:
+            began, loop_began = time.process_time(), time.thread_time()
+            asked = LARGE | {"prompt": [7] * 1000, "n": 32, "max_tokens": 1, "stream": is_stream}
+            assert (await web.post("/v1/completions", json=asked, timeout=60)).status_code == 200
+            return (time.thread_time() - loop_began) / (time.process_time() - began)
+
+    assert asyncio.run(ask()) < 0.35
 
 
 def test_prompts_and_answers_are_bounded_together(tiny_tokenizer):
