@@ -150,7 +150,7 @@ async def measure(port: int, process: psutil.Process, seconds: float) -> dict[st
 
     async def watched() -> None:
         nonlocal peak
-        unread = asyncio.gather(*(never_read(client, seconds, (UNREAD, LARGE)[i % 2]) for i in range(N_UNREAD)))
+        unread = asyncio.gather(*(never_read(client, 2 * seconds, UNREAD) for _ in range(N_UNREAD)))
         while not unread.done():
             peak = max(peak, process.memory_info().rss)
             await asyncio.sleep(0.1)
