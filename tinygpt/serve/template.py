@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import must_exist, read_json
+from tinygpt.files import human_bytes
 from tinygpt.generate.answer import checked
 from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
-MOST_SOURCE = 2**20  # characters of a template
+MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
 MOST_SECONDS = 5.0  # for a template, which takes a thousandth of it; the first one also starts Python
 PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
 
@@ -79,7 +79,7 @@ def load_template(folder: Path) -> Template:
 
     Raises UserError where it is none.
     """
-    config = read_json(folder / CONFIG_FILE, stage="train") if (folder / CONFIG_FILE).exists() else {}
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
     path = folder / (TEMPLATE_FILE if (folder / TEMPLATE_FILE).exists() else CONFIG_FILE)
     try:
         source = read_text(path) if path.name == TEMPLATE_FILE else config.get("chat_template")
@@ -101,11 +101,21 @@ def load_template(folder: Path) -> Template:
 
 
 def read_text(path: Path) -> str:
-    """A file in UTF-8."""
+    """A small file in UTF-8."""
+    if path.stat().st_size > MOST_FILE:
+        raise UserError(f"{path} has more than {human_bytes(MOST_FILE)}: take it away")
     try:
-        return must_exist(path, stage="train").read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except ValueError:
         raise UserError(f"{path} is not UTF-8: save it so, or take it away") from None
+
+
+def read_json(path: Path) -> Any:
+    """What such a file holds."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): mend it, or take it away") from None
 
 
 class Renderer:
