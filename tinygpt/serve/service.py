@@ -149,7 +149,15 @@ async def complete(service: Service, raw: bytes, read: Read) -> Response:
                 n_left -= len(raised(await updates.get()))
         finally:
             service.worker.drop(job)
-    return StreamingResponse(whole(service, asked, choices), media_type="application/json")
+    parts = whole(service, asked, choices)
+    if is_long(asked):
+        return StreamingResponse(parts, media_type="application/json")
+    return Response(b"".join([part async for part in parts]), media_type="application/json")
+
+
+def is_long(asked: Completion) -> bool:
+    """Whether an answer has more than its text, and takes time to make: a line for each token, or the prompt."""
+    return asked.body.logprobs is not None or asked.body.echo
 
 
 def head_of(asked: Completion) -> dict[str, Any]:
@@ -163,9 +171,14 @@ async def whole(service: Service, asked: Completion, choices: list[Choice]) -> A
     """The answers as one object: only the JSON of one of them is there at a time."""
     yield json_bytes(head_of(asked))[:-1] + b',"choices":['
     for choice in choices:
-        made = await service.written(lambda: json_bytes(choice.whole()))  # noqa: B023
-        yield (b"," if choice.index else b"") + made
+        make = partial(json_of, choice)
+        yield (b"," if choice.index else b"") + (await service.written(make) if is_long(asked) else make())
     yield b'],"usage":' + json_bytes(usage(asked, sum(len(answer.ids) for answer in asked.answers))) + b"}"
+
+
+def json_of(choice: Choice) -> bytes:
+    """An answer at its end."""
+    return json_bytes(choice.whole())
 
 
 async def events(
@@ -183,8 +196,8 @@ async def events(
     try:
         while n_left:
             for update in raised(await updates.get()):
-                is_long = asked.body.echo and not choices[update.index].has_begun
-                part = await service.written(partial(made, update)) if is_long else made(update)
+                echoes = asked.body.echo and not choices[update.index].has_begun
+                part = await service.written(partial(made, update)) if echoes else made(update)
                 if part:
                     yield part
                 if update.finish_reason:
