@@ -159,10 +159,11 @@ class Guard:
             return await refusal_response(refusal)(scope, receive, send)
 
         async def send_pieces(message: Message) -> None:
-            body = message.get("body", b"")
-            for at in range(PIECE, len(body), PIECE):  # a client must take each in time; the last is below
-                await send(dict(message) | {"body": body[at - PIECE : at], "more_body": True})
-            await send(dict(message) | {"body": body[max(0, len(body) - 1) // PIECE * PIECE :]} if body else message)
+            body = memoryview(message.get("body", b""))
+            while len(body) > PIECE:  # a client must take each in time
+                await send(dict(message) | {"body": bytes(body[:PIECE]), "more_body": True})
+                body = body[PIECE:]
+            await send(dict(message) | {"body": bytes(body)} if body.nbytes else message)
 
         self._n_running += 1
         try:
