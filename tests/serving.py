@@ -15,6 +15,7 @@ from tinygpt.serve.limits import Limits
 from tinygpt.serve.request import Served
 from tinygpt.serve.server import Server, listen
 from tinygpt.serve.service import Service
+from tinygpt.serve.template import PLAIN, Template
 from tinygpt.tokenizer import Tokenizer
 
 FIRST = tiny_model(block_size=32)
@@ -38,11 +39,12 @@ def trained(tokenizer: Tokenizer, n_step: int, **changes: Any) -> GPT:
 
 
 @contextmanager
-def running(tokenizer: Tokenizer, models: Mapping[str, GPT] = MODELS, **limits: int) -> Iterator[tuple[str, Service]]:
+def running(
+    tokenizer: Tokenizer, models: Mapping[str, GPT] = MODELS, template: Template = PLAIN, **limits: int
+) -> Iterator[tuple[str, Service]]:
     """The address of a server of some models, and its service."""
-    service = Service(
-        [Served(name, model, tokenizer, model.n_params()) for name, model in models.items()], Limits(**limits)
-    )
+    served = [Served(name, model, tokenizer, model.n_params(), template) for name, model in models.items()]
+    service = Service(served, Limits(**limits))
     listener = listen("127.0.0.1", 0)
     server = Server(service, ["known.example"])
     thread = threading.Thread(target=server.run, args=([listener],))

@@ -14,7 +14,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 pytestmark = pytest.mark.skipif(not BROWSER, reason="needs chromium: apt-get install chromium")
-SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)  # what the page begins with
+SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)  # what the page begins with, but for the seed
 TOKEN = ".pane .token"
 WRITTEN = f"{TOKEN}:not(.read)"
 
@@ -45,6 +45,7 @@ def page(served, browser):
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: problems.append(request.url) if not request.url.startswith(served[0]) else None)
     page.goto(served[0])
+    page.fill("#seed", "1")
     yield page
     page.close()
     assert problems == []
@@ -172,12 +173,137 @@ def test_what_looks_like_html_stays_text(page):
     assert page.locator("main img, main b").count() == 0
 
 
-def test_what_the_server_refuses_is_told(served, browser):
+def test_what_the_server_refuses_is_told_and_leaves_what_was_written(served, browser):
     page = browser.new_page()
     page.goto(served[0])
+    page.uncheck("#compare")
+    write(page, "the file")
+    before = texts(page)
     page.fill("#top_p", "2")
     page.click("#write")
-    page.get_by_text("top_p=2.0 must be within (0, 1]").first.wait_for()
+    page.get_by_text("top_p=2.0 must be within [0, 1]").first.wait_for()
+    assert texts(page) == before
+    page.locator(TOKEN).nth(3).click()  # and it can be looked at
+    page.locator("#look").wait_for()
+    page.route("**/v1/completions", lambda route: route.fulfill(status=502, body="<h1>no</h1>"))
+    page.click("#write")
+    page.get_by_text("the server says 502").first.wait_for()
+    page.route("**/v1/completions", lambda route: route.abort())
+    page.click("#onward")
+    page.get_by_text("Failed to fetch").first.wait_for()
+    assert texts(page) == before
+    page.close()
+
+
+def test_each_text_has_a_seed_of_its_own_until_it_is_kept(page):
+    page.uncheck("#compare")
+    page.uncheck("#keep")
+    found = []
+    for _ in range(2):
+        write(page, "the file")
+        found.append((page.input_value("#seed"), texts(page)))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+    page.check("#keep")
+    write(page, "the file")
+    assert (page.input_value("#seed"), texts(page)) == found[1]
+    page.fill("#seed", found[0][0])
+    write(page, "the file")
+    assert texts(page) == found[0][1]
+
+
+def test_a_text_ends_before_a_stop_text(page, served, tiny_tokenizer):
+    page.uncheck("#compare")
+    page.fill("#stops", "e \n\\n")
+    write(page, "the file")
+    model = served[1].models["small"].model
+    sampling = Sampling(temperature=0.8, top_p=0.95, seed=1, stop=("e ", "\n"))
+    expected = generate(model, tiny_tokenizer, "the file", max_new_tokens=120, sampling=sampling)
+    assert texts(page) == ["the file" + expected]
+    page.get_by_text("at its end").wait_for()
+
+
+@pytest.mark.parametrize("has_clipboard", [True, False])
+def test_a_text_is_copied(has_clipboard, served, browser):
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    if not has_clipboard:  # as on another machine without https
+        page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.goto(served[0])
+    page.uncheck("#compare")
+    write(page, "naïve\n中")
+    page.locator(".copy:visible").click()
+    page.get_by_text("Copied").wait_for()
+    page.fill("#prompt", "")
+    page.focus("#prompt")
+    page.keyboard.press("Control+v")
+    assert page.input_value("#prompt") == texts(page)[0]
+    context.close()
+
+
+def said(page) -> list[str]:
+    return page.locator("#talk li p").all_text_contents()
+
+
+def test_a_chat_has_answers_stops_and_keeps_what_was_said(page, served, tiny_tokenizer):
+    page.click("text=Chat")
+    page.fill("#system", "Be good.")
+    page.fill("#line", "<b>hi</b>")
+    page.keyboard.press("Enter")
+    page.get_by_text("tokens after").wait_for()
+    prompt = "Be good.\nUser: <b>hi</b>\nAssistant:"
+    sampling = Sampling(temperature=0.8, top_p=0.95, seed=1, stop=("\nUser:",))
+    model = served[1].models["small"].model
+    answer = generate(model, tiny_tokenizer, prompt, max_new_tokens=120, sampling=sampling).lstrip()
+    assert said(page) == ["<b>hi</b>", answer]
+    page.fill("#seed", "2")
+    page.click("#again")
+    page.locator("#send:enabled").wait_for()
+    page.get_by_text("tokens after").wait_for()
+    assert len(said(page)) == 2
+    assert said(page)[1] != answer
+    page.fill("#max_tokens", "4000")
+    page.fill("#line", "and?")
+    page.click("#send")
+    wait_until(lambda: len(said(page)) == 4 and len(said(page)[3]) > 20)
+    page.click("#silence")
+    page.get_by_text("stopped").wait_for()
+    wait_until(lambda: served[1].worker.counts()["running"] == 0)
+    assert len(said(page)) == 4
+    page.click("#fresh")
+    assert said(page) == []
+    page.click("text=Write")
+    assert page.locator("#prompt").is_visible()
+
+
+def test_an_error_leaves_what_was_said_in_a_chat(served, browser):
+    page = browser.new_page()
+    page.goto(served[0] + "#chat")
+    page.fill("#line", "hi")
+    page.click("#sampling summary")
+    page.click("#sampling summary")
+    page.fill("#top_p", "2")
+    page.click("#send")
+    page.get_by_text("top_p=2.0 must be within").wait_for()
+    assert said(page) == ["hi"]
+    page.fill("#top_p", "1")
+    page.click("#again")
+    page.get_by_text("tokens after").wait_for()
+    assert said(page)[0] == "hi"
+    assert len(said(page)) == 2
+    page.close()
+
+
+def test_on_a_telephone_what_is_written_is_seen_at_once(served, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(served[0])
+    assert not page.locator("#options").is_visible()
+    assert page.locator("#panes").bounding_box()["y"] < 500
+    page.locator("#sampling summary").click()
+    assert page.locator("#stops").is_visible()
+    page.goto(served[0] + "#chat")
+    page.locator("#line").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
 
 

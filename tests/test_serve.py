@@ -253,8 +253,7 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
     [
         ({"promt": "a"}, 400, r"unknown key promt \(did you mean prompt\?\)|unknown key promt"),
         ({"temperature": -1}, 400, r"temperature=-1.0 must be within \[0, inf\)"),
-        ({"top_p": 0}, 400, r"top_p=0.0 must be within \(0, 1\]"),
-        ({"top_p": 2}, 400, r"top_p=2.0 must be within \(0, 1\]"),
+        ({"top_p": 2}, 400, r"top_p=2.0 must be within \[0, 1\]"),
         ({"top_p": "0.5"}, 400, "top_p='0.5' must be a finite number"),
         ({"n_beam": 0}, 400, "unknown key n_beam"),
         ({"n": 0}, 400, r"n=0 must be within \[1, 1024\]"),
@@ -265,7 +264,7 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"max_tokens": -1}, 400, "max_tokens=-1 must be within"),
         ({"max_tokens": 100_001}, 400, "max_tokens=100001 must be at most 100000"),
         ({"max_tokens": 5, "min_new_tokens": 9}, 400, "min_new_tokens=9 is more than max_tokens=5"),
-        ({"logprobs": 99}, 400, r"logprobs=99 must be within \[0, 10\]"),
+        ({"logprobs": 99}, 400, r"logprobs=99 must be within \[0, 20\]"),
         ({"max_tokens": 0, "echo": True, "stream": True}, 400, "max_tokens=0 has nothing to stream"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options needs stream"),
         ({"stop": [""]}, 400, "has an empty text"),
@@ -279,7 +278,7 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"logit_bias": {"9": 101}}, 400, "logit_bias must be within"),
         ({"frequency_penalty": 1e300}, 400, r"must be within \[-2, 2\]"),
         ({"repetition_penalty": 1e-300}, 400, r"must be within \[0.01, 100\]"),
-        ({"seed": -1}, 400, r"seed=-1 must be within \[0, 4294967295\]"),
+        ({"seed": 2**64}, 400, r"seed=18446744073709551616 must be within"),
         ({"model": "third"}, 404, "model 'third' is not served here"),
         ({"prompt": 5}, 400, "prompt must be a text"),
         ({"prompt": []}, 400, "prompt must be a text"),
@@ -400,7 +399,7 @@ def test_a_client_that_goes_away_frees_its_rows(served):
 
 
 def test_too_many_requests_and_slow_ones_are_refused(tiny_tokenizer):
-    with running(tiny_tokenizer, max_rows=1, max_waiting=1, read_seconds=1, max_tokens=100_000) as served:
+    with running(tiny_tokenizer, max_rows=1, max_waiting=1, client_seconds=1, max_tokens=100_000) as served:
         document = LONG | {"stream": True}
         with (
             WEB.stream("POST", f"{served[0]}/v1/completions", json=document) as first,
@@ -425,7 +424,7 @@ def test_too_many_requests_and_slow_ones_are_refused(tiny_tokenizer):
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET / HT"])
 def test_a_connection_without_a_whole_head_is_closed(sent, tiny_tokenizer):
-    with running(tiny_tokenizer, read_seconds=1) as served:
+    with running(tiny_tokenizer, client_seconds=1) as served:
         host, port = served[0].removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             connection.sendall(sent)

@@ -17,7 +17,7 @@ from tinygpt.cli.pieces import check_picture, visible
 from tinygpt.device import find_device, open_device
 from tinygpt.errors import UserError
 from tinygpt.export.base import use_of, write_base
-from tinygpt.export.open import open_model, read_hf_pair
+from tinygpt.export.open import open_model, read_hf_pair, tokenizer_of
 from tinygpt.files import human_bytes
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
@@ -38,12 +38,13 @@ from tinygpt.train.learner import Learner
 
 def serve(args: Namespace) -> None:
     """Serve models by OpenAI's API until Ctrl-C."""
-    for package in ("fastapi", "uvicorn"):
+    for package in ("fastapi", "uvicorn", "jinja2"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"serve needs {package}: run  pip install -r requirements-serve.txt")
     from tinygpt.serve.request import Served
     from tinygpt.serve.server import listen, serve
     from tinygpt.serve.service import Service
+    from tinygpt.serve.template import load_template
 
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} must be within 0 and 65535")
@@ -58,7 +59,7 @@ def serve(args: Namespace) -> None:
         n_weight = model.n_params()  # quantized ones are not counted
         place(model, options)
         compile_if_asked(model, options, n_row=limits.max_rows)
-        models.append(Served(name, model, tokenizer, n_weight))
+        models.append(Served(name, model, tokenizer, n_weight, load_template(args.tokenizer or tokenizer_of(folder))))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)
     serve(Service(models, limits), listener, [args.host, *args.allow_host])

@@ -38,8 +38,12 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
     must_be_there(folder / WEIGHTS_FILE, stage="train")
     if tokenizer is not None:
         must_be_there(Path(tokenizer), stage="train_tokenizer", wanted="a folder with tokenizer.json")
-    own = folder if (folder / TOKENIZER_FILE).exists() else folder.parent / "tokenizer"
-    return load_pair(folder, tokenizer or own)
+    return load_pair(folder, tokenizer or tokenizer_of(folder))
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """Where a model has its tokenizer: in its folder, or in `tokenizer` next to it."""
+    return folder if (folder / TOKENIZER_FILE).exists() else folder.parent / "tokenizer"
 
 
 def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:

@@ -22,10 +22,11 @@ from tinygpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Scores:
-    """For each id, in nats, by what is before it; None where that is nothing, or more than the context."""
+    """Of the last n of some ids, in nats, by what is before them; the others have nothing there, or too much."""
 
-    logprobs: list[float | None]
-    best: list[list[tuple[int, float]] | None]  # the likeliest ids at its place
+    logprobs: NDArray[np.float32]  # (n,)
+    best: NDArray[np.int32]  # (n, k), the likeliest ids at its place
+    best_logprobs: NDArray[np.float32]  # (n, k)
 
 
 class Choice:
@@ -39,42 +40,71 @@ class Choice:
         self.answer, self.body, self.tokenizer = asked.answers[index], asked.body, asked.served.tokenizer
         self.index, self.prompt, self._scores = index, asked.prompts[index // asked.body.n], scores
         self._offsets = Offsets(self.tokenizer)
-        self._n_char, self._n_sent, self._has_begun = 0, 0, False
+        self._n_char, self._n_sent, self.has_begun = 0, 0, False
 
     def take(self, piece: str, n_ids: int, finish_reason: str | None) -> dict[str, Any] | None:
         """What a piece and the ids of the answer so far add to what was sent; None when that is nothing."""
-        begins = not self._has_begun
+        begins, self.has_begun = not self.has_begun, True
         self._n_char += len(piece)
-        offsets = self._offsets.of(self.answer.ids, n_ids)
-        last = bisect_left(offsets, self._n_char) if self.body.stop else n_ids
-        new, self._n_sent = range(self._n_sent, last), last
+        new, offsets = range(0), list[int]()
+        if self.body.logprobs is not None or self.body.return_token_ids:
+            offsets = self._offsets.of(self.answer.ids, n_ids)
+            last = bisect_left(offsets, self._n_char) if self.body.stop else n_ids
+            new, self._n_sent = range(self._n_sent, last), last
         if not (piece or new or finish_reason or begins):
             return None
-        self._has_begun = True
-        choice: dict[str, Any] = {"index": self.index, "text": piece, "logprobs": None, "finish_reason": finish_reason}
-        tokens = self._tokens(new, offsets)
-        if begins and self.body.echo:
-            choice["text"] = self.prompt.text + piece
-            tokens = joined(prompt_tokens(self.prompt, self._scores, self.tokenizer), tokens)
-        if self.body.logprobs is not None:
-            choice["logprobs"] = tokens
+        choice = {"index": self.index, **self._told(piece, new, offsets, begins), "finish_reason": finish_reason}
         if self.body.return_token_ids:
             choice["token_ids"] = [self.answer.ids[i] for i in new]
             choice["prompt_token_ids"] = self.prompt.ids if begins else None
         return choice
 
+    def whole(self) -> dict[str, Any] | None:
+        """The answer at its end, or none of it where only the prompt is told."""
+        answer = self.answer
+        return self.take(answer.text, len(answer.ids), answer.finish_reason or "length")
+
+    def _told(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
+        """The text and its tokens."""
+        echoes = begins and self.body.echo
+        told: dict[str, Any] = {"text": self.prompt.text + piece if echoes else piece, "logprobs": None}
+        if self.body.logprobs is not None:
+            told["logprobs"] = self._tokens(new, offsets)
+            if echoes and self._scores:
+                before = prompt_tokens(self.prompt, self._scores, self.tokenizer)
+                told["logprobs"] = {name: before[name] + values for name, values in told["logprobs"].items()}
+        return told
+
     def _tokens(self, new: Sequence[int], offsets: list[int]) -> dict[str, list[Any]]:
-        answer, has_scores = self.answer, self.body.logprobs is not None
+        answer = self.answer
         return {
             "tokens": [token_text(self.tokenizer, answer.ids[i]) for i in new],
-            "token_logprobs": [finite(answer.logprobs[i]) for i in new] if has_scores else [],
+            "token_logprobs": [finite(answer.logprobs[i]) for i in new],
             "top_logprobs": [
                 by_text(self.tokenizer, [*answer.top_logprobs[i], (answer.ids[i], answer.logprobs[i])]) for i in new
-            ]
-            if has_scores
-            else [],
+            ],
             "text_offset": [len(self.prompt.text) + offsets[i] for i in new],
         }
+
+
+class ChatChoice(Choice):
+    """The same as a message, or as what is added to one."""
+
+    def _told(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
+        content = {"content": piece} if piece or begins else {}
+        role = {"role": "assistant", "refusal": None} if begins else {}
+        told: dict[str, Any] = {"delta" if self.body.stream else "message": role | content, "logprobs": None}
+        if self.body.logprobs is not None:
+            told["logprobs"] = {"content": [self._token(i) for i in new], "refusal": None}
+        return told
+
+    def _token(self, i: int) -> dict[str, Any]:
+        best = [self._scored(*pair) for pair in self.answer.top_logprobs[i]]
+        return self._scored(self.answer.ids[i], self.answer.logprobs[i]) | {"top_logprobs": best}
+
+    def _scored(self, token_id: int, logprob: float) -> dict[str, Any]:
+        raw = self.tokenizer.decode_bytes([token_id])
+        return {"token": token_text(self.tokenizer, token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
 
 class Offsets:
@@ -93,26 +123,25 @@ class Offsets:
         return self._found
 
 
-def prompt_tokens(prompt: Given, scores: Scores | None, tokenizer: Tokenizer) -> dict[str, list[Any]]:
+def prompt_tokens(prompt: Given, scores: Scores, tokenizer: Tokenizer) -> dict[str, list[Any]]:
     """The tokens of a prompt's text, as an answer's.  What has nothing before it, or too much, has no score."""
     ids = prompt.ids[prompt.n_added :]
     found: dict[str, list[Any]] = {
         "tokens": [token_text(tokenizer, i) for i in ids],
         "text_offset": Offsets(tokenizer).of(ids, len(ids)),
     }
-    if scores is None:
-        return found | {"token_logprobs": [], "top_logprobs": []}
-    logprobs, best = scores.logprobs[prompt.n_added :], scores.best[prompt.n_added :]
+    logprobs, unknown = scores.logprobs[-len(ids) :].tolist(), [None] * max(0, len(ids) - len(scores.logprobs))
     each = [
-        None if logprob is None or top is None else by_text(tokenizer, [*top, (i, logprob)])
-        for i, logprob, top in zip(ids, logprobs, best, strict=True)
+        by_text(tokenizer, [*zip(best.tolist(), tops.tolist(), strict=True), (i, logprob)])
+        for i, logprob, best, tops in zip(
+            ids[len(unknown) :],
+            logprobs,
+            scores.best[-len(ids) :],
+            scores.best_logprobs[-len(ids) :],
+            strict=True,
+        )
     ]
-    return found | {"token_logprobs": [None if p is None else finite(p) for p in logprobs], "top_logprobs": each}
-
-
-def joined(first: dict[str, list[Any]], second: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Both, one after the other."""
-    return {name: values + second[name] for name, values in first.items()}
+    return found | {"token_logprobs": unknown + [finite(p) for p in logprobs], "top_logprobs": unknown + each}
 
 
 def by_text(tokenizer: Tokenizer, pairs: Sequence[tuple[int, float]]) -> dict[str, float]:
@@ -148,11 +177,9 @@ def score(model: GPT, ids: Sequence[int], n_best: int) -> Scores:
     """Score ids by one reading of the last block_size of them."""
     seen = list(ids[-model.config.block_size :])
     logprobs = model(torch.tensor([seen], device=model.tok_emb.weight.device))[0, :-1].float().log_softmax(-1)  # (T, V)
-    chosen = logprobs.gather(1, torch.tensor(seen[1:], device=logprobs.device)[:, None])[:, 0].tolist()
+    chosen = logprobs.gather(1, torch.tensor(seen[1:], device=logprobs.device)[:, None])[:, 0]
     best = logprobs.topk(min(n_best, logprobs.size(1)))
-    pairs = [list(zip(*each, strict=True)) for each in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-    unknown = [None] * (len(ids) - len(chosen))
-    return Scores([*unknown, *chosen], [*unknown, *pairs])
+    return Scores(chosen.cpu().numpy(), best.indices.int().cpu().numpy(), best.values.cpu().numpy())
 
 
 @torch.inference_mode()

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from tinygpt.options import type_rules
 from tinygpt.params import Count, Within, require
 
+PIECE = 2**16  # most bytes of an answer that wait to be sent
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -21,7 +23,8 @@ class Limits:
     max_waiting: Annotated[Count, "requests that wait; one more is told to come back later"] = 128  # by status 429
     max_body: Annotated[Count, "bytes of a request"] = 2**18  # a larger one has status 413
     max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt
-    read_seconds: Count = 30  # within which a request's head must have come, and then its body
+    max_prompts: Count = 2**15  # the same of all prompts of a request, each as often as it has answers
+    client_seconds: Count = 30  # for a client to send a head, then a body, and to read each PIECE of an answer
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""

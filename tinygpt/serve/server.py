@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import ipaddress
 import logging
 import signal
 import socket
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +21,19 @@ from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinygpt.errors import Stopped, UserError
+from tinygpt.serve.chat import read_chat
 from tinygpt.serve.choices import candidates, seen_before, token_text
-from tinygpt.serve.limits import Limits, Refusal
-from tinygpt.serve.request import Served, check_ids, find_model, read_object
+from tinygpt.serve.connection import Connection
+from tinygpt.serve.limits import PIECE, Limits, Refusal
+from tinygpt.serve.request import Served, check_ids, find_model, read_completion, read_object
 from tinygpt.serve.service import Service, complete, json_response, unless_gone
 
 PAGE = Path(__file__).with_name("page")
-FILES = {
-    "": ("index.html", "text/html"),
-    "page.css": ("page.css", "text/css"),
-    "page.js": ("page.js", "text/javascript"),
-    "icon.svg": ("icon.svg", "image/svg+xml"),
-}
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FILES = {path.name.replace("index.html", ""): path for path in PAGE.iterdir() if path.suffix in KINDS}
 HEADERS = [
     (
         "content-security-policy",
@@ -47,6 +46,8 @@ HEADERS = [
     ("cross-origin-opener-policy", "same-origin"),
 ]
 N_ALTERNATIVES = 20
+REST_SECONDS = 3  # without a request, after which memory is given back
+READ = ["GET", "HEAD"]
 
 
 def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
@@ -59,7 +60,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        return refusal_response(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        return refusal_response(refusal, error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -71,19 +73,22 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        raw = await service.body(request)
-        return await unless_gone(request, complete(service, raw))
+        return await unless_gone(request, complete(service, await service.body(request), read_completion))
 
-    @app.get("/v1/models")
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await unless_gone(request, complete(service, await service.body(request), read_chat))
+
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
         listed = [describe(served, service) for served in service.models.values()]
         return json_response({"object": "list", "data": listed})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def model(name: str) -> Response:
         return json_response(describe(find_model(name, service.models), service))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         return json_response({"status": "ok"} | service.worker.counts())
 
@@ -92,13 +97,13 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
         raw = await service.body(request)
         return json_response(await unless_gone(request, service.aside(explain, raw, service)))
 
-    @app.get("/")
-    @app.get("/{name}")
+    @app.api_route("/", methods=READ)
+    @app.api_route("/{name}", methods=READ)
     async def page(name: str = "") -> Response:
         if name not in FILES:
             raise HTTPException(404, "Not Found")
-        file, kind = FILES[name]
-        return Response((PAGE / file).read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
+        path = FILES[name]
+        return Response(path.read_bytes(), media_type=KINDS[path.suffix], headers={"cache-control": "no-cache"})
 
     return Guard(app, service.limits, hosts)
 
@@ -144,17 +149,35 @@ class Guard:
 
     def __init__(self, app: ASGIApp, limits: Limits, hosts: Sequence[str]) -> None:
         self._app, self._most, self._n_running = app, limits.max_requests, 0
+        self._resting: asyncio.TimerHandle | None = None
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if refusal := self._refusal(Headers(scope=scope)):
             return await refusal_response(refusal)(scope, receive, send)
+
+        async def send_pieces(message: Message) -> None:
+            body = memoryview(message.get("body", b""))
+            while len(body) > PIECE:  # a client must take each in time
+                await send(dict(message) | {"body": bytes(body[:PIECE]), "more_body": True})
+                body = body[PIECE:]
+            await send(dict(message) | {"body": bytes(body)} if body.nbytes else message)
+
         self._n_running += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_pieces)
         finally:
             self._n_running -= 1
+            if not (self._n_running or self._resting):
+                self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
+
+    def _rest(self) -> None:
+        """Give memory back to the system that was freed, which glibc keeps, where nothing is at work."""
+        self._resting = None
+        if not self._n_running:
+            with suppress(AttributeError, OSError, TypeError):  # another C library, or system
+                ctypes.CDLL(None).malloc_trim(0)
 
     def _refusal(self, headers: Headers) -> Refusal | None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -177,9 +200,10 @@ def is_known(host: str, names: set[str]) -> bool:
     return True
 
 
-def refusal_response(refusal: Refusal) -> Response:
+def refusal_response(refusal: Refusal, more: Mapping[str, str] | None = None) -> Response:
     """A refusal; the connection is closed where the request may not have been read whole."""
-    headers = {"retry-after": "1"} if refusal.status in (429, 503) else {}
+    headers = dict(more or {})
+    headers |= {"retry-after": "1"} if refusal.status in (429, 503) else {}
     headers |= {"connection": "close"} if refusal.status in (403, 408, 413, 503) else {}
     return json_response(refusal.body(), refusal.status, headers)
 
@@ -190,6 +214,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)  # Linux would take megabytes that nobody reads
         listener.bind(address)
         listener.listen(1024)  # bound alone, a second server could bind it too
     except OSError as error:
@@ -197,31 +222,6 @@ def listen(host: str, port: int) -> socket.socket:
             raise UserError(f"port {port} of {host} is in use: stop that program, or choose another --port") from None
         raise UserError(f"cannot listen at {host}, port {port} ({error.strerror})") from None
     return listener
-
-
-class Connection(H11Protocol):
-    """A connection that is closed when the head of its next request does not come in time.
-
-    uvicorn's timer begins after an answer and ends with the next byte: a connection that never sends a whole head
-    would stay.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request."""
-        super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-
-    def data_received(self, data: bytes) -> None:
-        """Read on, without an end of the timer."""
-        self.conn.receive_data(data)
-        self.handle_events()
-
-    def handle_events(self) -> None:
-        """End the timer with a whole head."""
-        last = self.cycle
-        super().handle_events()
-        if self.cycle is not last:
-            self._unset_keepalive_if_required()
 
 
 class Server(uvicorn.Server):
@@ -241,7 +241,7 @@ class Server(uvicorn.Server):
             server_header=False,
             headers=HEADERS,
             limit_concurrency=2 * service.limits.max_requests,  # connections, also those that ask nothing
-            timeout_keep_alive=service.limits.read_seconds,  # uvicorn's 5 s are also httpx's: it lost requests by it
+            timeout_keep_alive=service.limits.client_seconds,  # uvicorn's 5 s are also httpx's: it lost requests by it
             timeout_graceful_shutdown=5,
         )
         super().__init__(config)

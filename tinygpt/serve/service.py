@@ -9,15 +9,16 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from tinygpt.serve.choices import Choice, score, usage
+from tinygpt.serve.choices import ChatChoice, Choice, Scores, score, usage
 from tinygpt.serve.limits import Limits, Refusal
-from tinygpt.serve.request import Completion, Served, read_completion
+from tinygpt.serve.request import Completion, Served
 from tinygpt.serve.worker import Job, Update, Worker, stopping
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Service:
         self.limits, self.worker = limits, Worker({s.name: s.model for s in models}, limits)
         self.created = int(time.time())
         self._reader = ThreadPoolExecutor(1)  # reads prompts and scores them, while the loop goes on
+        self._writer = ThreadPoolExecutor(1)  # makes JSON of long answers
 
     def stop(self) -> None:
         """Refuse all who wait: the server ends."""
@@ -42,6 +44,7 @@ class Service:
         self.stop()
         self.worker.join()
         self._reader.shutdown()
+        self._writer.shutdown(cancel_futures=True)
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
         """Do some work in the reader's thread, unless who waits for it is gone when its turn comes."""
@@ -54,19 +57,23 @@ class Service:
                 raise stopping() from None
             raise
 
+    async def written(self, make: Callable[[], T]) -> T:
+        """Make a long part of an answer in the writer's thread."""
+        return await asyncio.wrap_future(self._writer.submit(make))
+
     async def body(self, request: Request) -> bytes:
         """The body of a request.  Raises Refusal when it is too large, or too slow to come."""
         most, raw = self.limits.max_body, bytearray()
         if int(request.headers.get("content-length", 0)) > most:  # uvicorn has refused what is not a number
             raise too_large(most)
         try:
-            async with asyncio.timeout(self.limits.read_seconds):
+            async with asyncio.timeout(self.limits.client_seconds):
                 async for part in request.stream():
                     raw += part
                     if len(raw) > most:
                         raise too_large(most)
         except TimeoutError:
-            raise Refusal(408, f"the request did not come within {self.limits.read_seconds} seconds") from None
+            raise Refusal(408, f"the request did not come within {self.limits.client_seconds} seconds") from None
         return bytes(raw)
 
     def begin(self, asked: Completion) -> tuple[Job, asyncio.Queue[list[Update] | Refusal]]:
@@ -119,54 +126,80 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         leaving.cancel()
 
 
-async def complete(service: Service, raw: bytes) -> Response:
-    """Answer a completion, whole or as a stream."""
-    asked = await service.aside(read_completion, raw, service.models, service.limits)
-    scores = {}
+Read = Callable[[bytes, Mapping[str, Served], Limits], Completion]
+
+
+async def complete(service: Service, raw: bytes, read: Read) -> Response:
+    """Answer a completion or a chat, whole or as a stream."""
+    asked = await service.aside(read, raw, service.models, service.limits)
+    del raw  # up to max_body, for as long as the answer takes
+    scores: list[Scores | None] = [None] * len(asked.prompts)
     if asked.body.echo and asked.body.logprobs is not None:
         for i, prompt in enumerate(asked.prompts):
             scores[i] = await service.aside(score, asked.served.model, prompt.ids, asked.body.logprobs)
-    choices = [Choice(i, asked, scores.get(i // asked.body.n)) for i in range(len(asked.answers))]
-    head = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": asked.served.name,
-    }
-    if asked.body.max_tokens == 0:  # the prompt alone
-        parts = [choice.take("", 0, "length") for choice in choices]
-        return json_response(head | {"choices": parts, "usage": usage(asked, 0)})
-    job, updates = service.begin(asked)
-    if asked.body.stream:
-        return Events(events(head, asked, choices, updates), lambda: service.worker.drop(job))
-    try:
-        n_left = len(choices)
-        while n_left:
-            n_left -= len(raised(await updates.get()))
-    finally:
-        service.worker.drop(job)
-    parts = [
-        choice.take(each.text, len(each.ids), each.finish_reason) for choice in choices for each in [choice.answer]
-    ]
-    return json_response(head | {"choices": parts, "usage": usage(asked, sum(len(a.ids) for a in asked.answers))})
+    make = ChatChoice if asked.is_chat else Choice
+    choices = [make(i, asked, scores[i // asked.body.n]) for i in range(len(asked.answers))]
+    if asked.body.max_tokens > 0:
+        job, updates = service.begin(asked)
+        if asked.body.stream:
+            return Events(events(service, asked, choices, updates), lambda: service.worker.drop(job))
+        try:
+            n_left = len(choices)
+            while n_left:
+                n_left -= len(raised(await updates.get()))
+        finally:
+            service.worker.drop(job)
+    parts = whole(service, asked, choices)
+    if is_long(asked):
+        return StreamingResponse(parts, media_type="application/json")
+    return Response(b"".join([part async for part in parts]), media_type="application/json")
+
+
+def is_long(asked: Completion) -> bool:
+    """Whether an answer has more than its text, and takes time to make: a line for each token, or the prompt."""
+    return asked.body.logprobs is not None or asked.body.echo
+
+
+def head_of(asked: Completion) -> dict[str, Any]:
+    """What each object of an answer begins with."""
+    kind = f"chat.completion{'.chunk' if asked.body.stream else ''}" if asked.is_chat else "text_completion"
+    name = f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+    return {"id": name, "object": kind, "created": int(time.time()), "model": asked.served.name}
+
+
+async def whole(service: Service, asked: Completion, choices: list[Choice]) -> AsyncIterator[bytes]:
+    """The answers as one object: only the JSON of one of them is there at a time."""
+    yield json_bytes(head_of(asked))[:-1] + b',"choices":['
+    for choice in choices:
+        make = partial(json_of, choice)
+        yield (b"," if choice.index else b"") + (await service.written(make) if is_long(asked) else make())
+    yield b'],"usage":' + json_bytes(usage(asked, sum(len(answer.ids) for answer in asked.answers))) + b"}"
+
+
+def json_of(choice: Choice) -> bytes:
+    """An answer at its end."""
+    return json_bytes(choice.whole())
 
 
 async def events(
-    head: dict[str, Any],
-    asked: Completion,
-    choices: list[Choice],
-    updates: asyncio.Queue[list[Update] | Refusal],
+    service: Service, asked: Completion, choices: list[Choice], updates: asyncio.Queue[list[Update] | Refusal]
 ) -> AsyncIterator[bytes]:
     """The answers as they come, one event for what a step gives to one of them."""
-    n_left, n_written = len(choices), 0
+    head, n_left, n_written = head_of(asked), len(choices), 0
     has_usage = asked.body.stream_options is not None and asked.body.stream_options.include_usage
     empty = {"usage": None} if has_usage else {}
+
+    def made(update: Update) -> bytes | None:
+        part = choices[update.index].take(update.piece, update.n_ids, update.finish_reason)
+        return event(head | {"choices": [part]} | empty) if part else None
+
     try:
         while n_left:
             for update in raised(await updates.get()):
-                part = choices[update.index].take(update.piece, update.n_ids, update.finish_reason)
+                echoes = asked.body.echo and not choices[update.index].has_begun
+                part = await service.written(partial(made, update)) if echoes else made(update)
                 if part:
-                    yield event(head | {"choices": [part]} | empty)
+                    yield part
                 if update.finish_reason:
                     n_left -= 1
                     n_written += update.n_ids

@@ -1,50 +1,12 @@
 // The playground: asks the server's completions, shows tokens as they come, and what was behind each.
 // What comes from a model is put in as text, never as HTML.
 
-const pick = (id) => document.getElementById(id);
-const OPTIONS = [
-  // name, least, most, step of the slider, start
-  ["temperature", 0, 2, 0.05, 0.8],
-  ["top_p", 0.05, 1, 0.05, 0.95],
-  ["top_k", 0, 200, 1, 0],
-  ["min_p", 0, 1, 0.01, 0],
-  ["repetition_penalty", 0.5, 2, 0.05, 1],
-  ["frequency_penalty", -2, 2, 0.1, 0],
-  ["max_tokens", 1, 500, 1, 120],
-  ["seed", null, null, 1, 1],
-];
+import { startChat } from "./chat.js";
+import { copyOn, drawSeed, element, events, pick, post, sampling, startOptions } from "./common.js";
+
 const panes = [];
 let models = [];
 let looking = null; // what is shown of a token: its pane, its place, and the server's answer
-
-function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-// ---- options ----
-
-function addOption([name, least, most, step, start]) {
-  const label = element("label", least === null ? "option wide" : "option");
-  const number = element("input");
-  Object.assign(number, { type: "number", id: name, value: start, step });
-  number.setAttribute("aria-label", name);
-  label.append(element("span", "", name.replaceAll("_", " ")));
-  if (least !== null) {
-    const range = element("input");
-    Object.assign(range, { type: "range", min: least, max: most, step, value: start, tabIndex: -1 });
-    range.setAttribute("aria-hidden", "true");
-    range.oninput = () => { number.value = range.value; };
-    number.oninput = () => { range.value = number.value; };
-    label.append(range);
-  }
-  label.append(number);
-  pick("options").append(label);
-}
-
-const sampling = () => Object.fromEntries(OPTIONS.map(([name]) => [name, Number(pick(name).value)]));
 
 // ---- tokens as text ----
 
@@ -78,6 +40,7 @@ function addPane() {
   for (const model of models) pane.model.add(new Option(model.id));
   pane.model.selectedIndex = Math.min(panes.length, models.length - 1);
   pane.model.onchange = () => describe(pane);
+  copyOn(root.querySelector(".copy"), () => pane.text);
   pane.tokens.onclick = (event) => choose(pane, Number(event.target.dataset.place));
   pane.tokens.onkeydown = (event) => walk(pane, event);
   panes.push(pane);
@@ -97,7 +60,7 @@ function tell(pane, text, isWrong = false) {
 }
 
 function clear(pane) {
-  Object.assign(pane, { ids: [], nPrompt: 0, nHidden: 0, spans: [], decoder: new TextDecoder(), name: null });
+  Object.assign(pane, { ids: [], nPrompt: 0, nHidden: 0, spans: [], text: "", decoder: new TextDecoder(), name: null });
   pane.tokens.replaceChildren();
   if (looking?.pane === pane) {
     looking.stopper.abort();
@@ -111,19 +74,25 @@ async function write(pane, prompt, nHidden) {
   pane.stopper?.abort();
   const stopper = new AbortController();
   const isOld = () => pane.stopper !== stopper; // another run has the pane: this one must leave it alone
-  clear(pane);
-  Object.assign(pane, { stopper, nHidden, name: pane.model.value });
-  pane.root.classList.add("writing");
+  const name = pane.model.value;
+  pane.stopper = stopper;
   pane.root.ariaBusy = "true"; // a screen reader is told the end, not each token
   tell(pane, "waiting");
   showState();
   const begun = performance.now();
   let reason = "stopped";
+  let isBegun = false;
   try {
-    const asked = { model: pane.name, prompt, ...sampling(), stream: true, echo: true, logprobs: 0, return_token_ids: true };
+    const asked = { model: name, prompt, ...sampling(), stream: true, echo: true, logprobs: 0, return_token_ids: true };
     const response = await post("/v1/completions", asked, stopper.signal);
     for await (const event of events(response)) {
       if (isOld()) return;
+      if (!isBegun) { // what was there stays until there is something new
+        isBegun = true;
+        clear(pane);
+        Object.assign(pane, { nHidden, name });
+        pane.root.classList.add("writing");
+      }
       const [choice] = event.choices;
       receive(pane, choice);
       reason = choice.finish_reason ?? reason;
@@ -134,7 +103,7 @@ async function write(pane, prompt, nHidden) {
     tell(pane, `${pane.status.textContent}, ${reason === "length" ? "as long as asked" : "at its end"}`);
   } catch (error) {
     if (isOld()) return;
-    if (error.name === "AbortError") tell(pane, `${pane.ids.length - pane.nPrompt} tokens, stopped`);
+    if (error.name === "AbortError") tell(pane, `${isBegun ? pane.ids.length - pane.nPrompt : 0} tokens, stopped`);
     else tell(pane, error.message, true);
   }
   pane.stopper = null;
@@ -170,6 +139,7 @@ function addToken(pane, span, place, logprob) {
     span.tabIndex = pane.spans.length ? -1 : 0; // one stop of the Tab key for all; arrow keys go on
     pane.spans.push(span);
   }
+  pane.text += span.textContent;
   pane.tokens.append(span);
 }
 
@@ -189,32 +159,6 @@ function showState() {
   pick("stop").disabled = !isWriting;
   pick("onward").disabled = isWriting || !panes.some((pane) => pane.ids.length);
   for (const pane of panes) pane.tokens.classList.toggle("shaded", pick("shade").checked);
-}
-
-// ---- the server ----
-
-async function post(path, document, signal) {
-  const headers = { "content-type": "application/json" };
-  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(document), signal });
-  if (!response.ok) throw new Error((await response.json()).error.message);
-  return response;
-}
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ; ) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("the server went away");
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part.replace("data: ", "");
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
-      yield event;
-    }
-  }
 }
 
 // ---- a token looked at ----
@@ -283,6 +227,7 @@ function alternative(pane, place, { id, token, p }) {
   button.append(bar, element("span", "name", visible(token)), element("span", "share", percent(p)));
   button.onclick = () => {
     pane.tokens.focus();
+    drawSeed();
     write(pane, [...pane.ids.slice(0, place), id], pane.nHidden);
   };
   item.append(button);
@@ -317,6 +262,20 @@ function showAttention() {
 
 // ---- start ----
 
+const isChat = () => location.hash === "#chat";
+
+// The tab that the address names.  Both have the options.
+function showTab() {
+  for (const tab of document.querySelectorAll("nav a")) {
+    const isOpen = (tab.hash === "#chat") === isChat();
+    tab.ariaCurrent = isOpen ? "page" : null;
+    pick(tab.dataset.shows).hidden = !isOpen;
+  }
+  pick(isChat() ? "chat-options" : "write-options").append(pick("sampling"));
+  pick(isChat() ? "line" : "prompt").focus({ preventScroll: true });
+}
+onhashchange = showTab;
+
 function showPanes() {
   if (panes.length < 2 && pick("compare").checked) addPane();
   panes.forEach((pane, i) => { pane.root.hidden = i > 0 && !pick("compare").checked; });
@@ -327,25 +286,30 @@ const shown = () => panes.filter((pane) => !pane.root.hidden);
 const stop = () => panes.forEach((pane) => pane.stopper?.abort());
 
 async function start() {
-  OPTIONS.forEach(addOption);
+  startOptions();
   models = (await (await fetch("/v1/models")).json()).data;
   addPane();
   pick("compare").checked = models.length > 1;
   showPanes();
   pick("ask").onsubmit = (event) => {
     event.preventDefault();
+    drawSeed();
     shown().forEach((pane) => write(pane, pick("prompt").value, 0));
   };
   pick("stop").onclick = stop;
-  pick("onward").onclick = () => shown().forEach((pane) => pane.ids.length && write(pane, pane.ids, pane.nHidden));
+  pick("onward").onclick = () => {
+    drawSeed();
+    shown().forEach((pane) => pane.ids.length && write(pane, pane.ids, pane.nHidden));
+  };
   pick("compare").onchange = showPanes;
   pick("shade").onchange = showState;
   pick("layer").onchange = pick("head").onchange = showAttention;
   document.onkeydown = (event) => {
-    if (event.key === "Escape") stop();
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) pick("ask").requestSubmit();
+    if (event.key === "Escape") isChat() ? pick("silence").click() : stop();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) pick(isChat() ? "say" : "ask").requestSubmit();
   };
-  pick("prompt").focus();
+  startChat(models);
+  showTab();
 }
 
 start().catch((error) => {

@@ -1,0 +1,105 @@
+// The tab for chats: messages go to /v1/chat/completions, and the answer comes as it is written.
+
+import { copyOn, drawSeed, element, events, pick, post, sampling } from "./common.js";
+
+let models = [];
+let talk = []; // {role, content} of what was said
+let stopper = null; // of the answer that is being written
+
+export function startChat(found) {
+  models = found;
+  for (const model of models) pick("chat-model").add(new Option(model.id));
+  pick("say").onsubmit = (event) => {
+    event.preventDefault();
+    if (stopper || !pick("line").value) return;
+    say("user", pick("line").value);
+    pick("line").value = "";
+    answer();
+  };
+  pick("line").onkeydown = (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    pick("say").requestSubmit();
+  };
+  pick("silence").onclick = () => stopper?.abort();
+  pick("again").onclick = () => {
+    if (talk.at(-1)?.role === "assistant") {
+      talk.pop();
+      pick("talk").lastElementChild.remove();
+    }
+    answer();
+  };
+  pick("fresh").onclick = () => {
+    stopper?.abort();
+    talk = [];
+    pick("talk").replaceChildren();
+    tell("");
+    showButtons();
+  };
+  copyOn(pick("chat-copy"), () => talk.map(({ role, content }) => `${role}: ${content}`).join("\n\n"));
+  showButtons();
+}
+
+function say(role, content) {
+  const message = { role, content };
+  const body = element("p", "", content);
+  const item = element("li", role);
+  item.append(element("span", "who", role === "user" ? "you" : "model"), body);
+  talk.push(message);
+  pick("talk").append(item);
+  const showLast = () => { pick("talk").scrollTop = pick("talk").scrollHeight; };
+  showLast();
+  return (piece) => {
+    message.content += piece;
+    body.append(piece);
+    showLast();
+  };
+}
+
+async function answer() {
+  const mine = new AbortController();
+  stopper = mine;
+  drawSeed();
+  const system = pick("system").value;
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...talk];
+  const model = models[pick("chat-model").selectedIndex];
+  tell("waiting");
+  showButtons();
+  let add = null;
+  let end = "";
+  try {
+    const asked = { model: model.id, messages, ...sampling(), stream: true, stream_options: { include_usage: true } };
+    const response = await post("/v1/chat/completions", asked, mine.signal);
+    for await (const { choices: [choice], usage } of events(response)) {
+      if (stopper !== mine) return;
+      if (choice) {
+        add ??= say("assistant", "");
+        add(choice.delta.content ?? "");
+        end = choice.finish_reason === "length" ? ", as long as asked" : end;
+      }
+      if (usage) {
+        const lost = usage.prompt_tokens > model.block_size ? `, of which the model reads the last ${model.block_size}` : "";
+        end = `${usage.completion_tokens} tokens after ${usage.prompt_tokens}${lost}${end}`;
+      }
+    }
+    tell(end);
+  } catch (error) {
+    if (stopper !== mine) return;
+    if (error.name === "AbortError") tell("stopped");
+    else tell(error.message, true); // what was said stays: Again asks once more
+  }
+  stopper = null;
+  showButtons();
+}
+
+function tell(text, isWrong = false) {
+  pick("chat-status").textContent = text;
+  pick("chat-status").classList.toggle("wrong", isWrong);
+}
+
+function showButtons() {
+  pick("send").disabled = Boolean(stopper);
+  pick("silence").disabled = !stopper;
+  pick("again").disabled = Boolean(stopper) || !talk.length;
+  pick("fresh").disabled = pick("chat-copy").disabled = !talk.length;
+}

@@ -1,0 +1,169 @@
+"""Messages to a prompt: by the chat template that comes with a tokenizer, or by a plain one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinygpt.errors import UserError
+from tinygpt.files import human_bytes
+from tinygpt.generate.answer import checked
+from tinygpt.serve import sandbox
+from tinygpt.tokenizer import Tokenizer
+
+CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
+MOST_SECONDS = 5.0  # for a template, which takes a thousandth of it; the first one also starts Python
+PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
+
+
+@dataclass(frozen=True)
+class Template:
+    """How messages become a prompt, and what ends an answer besides `<|endoftext|>`."""
+
+    source: str | None = None  # None = plain
+    tokens: Mapping[str, str] = field(default_factory=dict)  # special ones, by the names that the template has for them
+
+    def prompt(self, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, most: int) -> tuple[str, list[int]]:
+        """The text of messages up to the answer, and its ids.
+
+        The special tokens of the template become ids; what looks like one in a message stays text. Raises UserError
+        where the template fails, takes too long or writes more than `most` characters, or where there is no text.
+        """
+        names = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
+        said = {char for message in messages for text in message.values() for char in text}
+        mark = next(chr(i) for i in range(0xE000, 0x10FFFF) if chr(i) not in said)
+        marked = [
+            {key: re.sub(names, lambda found: found[0][0] + mark + found[0][1:], text) for key, text in each.items()}
+            for each in messages
+        ]
+        parts = re.split(f"({names})", checked(self._render(marked, tokenizer, most)))
+        ids = [
+            i
+            for place, part in enumerate(parts)
+            for i in ([tokenizer.special_tokens[part]] if place % 2 else tokenizer.encode(part.replace(mark, "")))
+        ]
+        return "".join(parts).replace(mark, ""), ids
+
+    def stop(self) -> tuple[str, ...]:
+        """The text that ends an answer: a plain one has no token for it."""
+        return ("\nUser:",) if self.source is None else ()
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The token with which the template ends a message."""
+        name = self.tokens.get("eos_token")
+        return (tokenizer.special_tokens[name],) if name in tokenizer.special_tokens else ()
+
+    def _render(self, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, most: int) -> str:
+        begin = tokenizer.tokens[tokenizer.bos_id]
+        if self.source is None:
+            lines = [PLAIN_NAMES.get(each["role"], "") + each["content"].strip() for each in messages]
+            return "\n".join([begin + lines[0], *lines[1:], PLAIN_NAMES["assistant"].strip()])
+        tokens = {"bos_token": begin, "eos_token": tokenizer.tokens[tokenizer.eos_id], **self.tokens}
+        return RENDERER.render(self.source, {"messages": messages, "add_generation_prompt": True, **tokens}, most)
+
+
+PLAIN = Template()
+
+
+def load_template(folder: Path) -> Template:
+    """The chat template of a tokenizer's folder, as transformers saves it, or the plain one.
+
+    Raises UserError where it is none.
+    """
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
+    path = folder / (TEMPLATE_FILE if (folder / TEMPLATE_FILE).exists() else CONFIG_FILE)
+    try:
+        source = read_text(path) if path.name == TEMPLATE_FILE else config.get("chat_template")
+        if isinstance(source, list):  # several by name
+            source = {each["name"]: each["template"] for each in source}.get("default")
+        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        named = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path} is not the file that transformers writes: mend it, or take it away") from None
+    if source is None:
+        return PLAIN
+    if not isinstance(source, str) or len(source) > MOST_SOURCE:
+        raise UserError(f"{path}: its chat template is not a text of at most {MOST_SOURCE:,} characters: take it out")
+    try:
+        RENDERER.render(source, None, 0)
+    except UserError as error:
+        raise UserError(f"{path}: {error}: mend it, or take it out") from None
+    return Template(source, {name: value for name, value in named.items() if isinstance(value, str)})
+
+
+def read_text(path: Path) -> str:
+    """A small file in UTF-8."""
+    if path.stat().st_size > MOST_FILE:
+        raise UserError(f"{path} has more than {human_bytes(MOST_FILE)}: take it away")
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError:
+        raise UserError(f"{path} is not UTF-8: save it so, or take it away") from None
+
+
+def read_json(path: Path) -> Any:
+    """What such a file holds."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): mend it, or take it away") from None
+
+
+class Renderer:
+    """`sandbox.py` as a process, which is started for the first template, and again when one was its end."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, source: str, values: Mapping[str, Any] | None, most: int) -> str:
+        """A template's text of at most so many characters; without values it is only read.  Raises UserError."""
+        line = json.dumps({"source": source, "values": values, "most": most})
+        with self._lock:
+            answer = json.loads(self._ask(line) or '{"error": "it takes too long, or too much memory"}')
+        if "error" in answer:
+            raise UserError(f"the chat template fails: {answer['error'][:500]}")
+        return str(answer["text"])
+
+    def _ask(self, line: str) -> str:
+        """The line that answers; nothing where the process died of it."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", sandbox.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C is not for it; it ends with its input
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(MOST_SECONDS, process.kill)
+        timer.start()
+        answer = ""
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:  # it is gone
+            pass
+        timer.cancel()
+        if not answer:
+            self._process = None
+            process.kill()
+            with suppress(OSError):
+                process.communicate()
+        return answer
+
+
+RENDERER = Renderer()
