@@ -24,7 +24,8 @@ def run(root: Path) -> None:
     report, repaired, how = clean(params, root / RAW, root / CLEAN, runtime, runs=runs_folder(root))
     write_json(root / REPORTS / "clean.json", report)
     for name, n in list(repaired.items())[:MOST_NAMED]:
-        print(f"clean: {n:,} bytes of {printable(name)} were not UTF-8 and became U+FFFD: see download.encoding", file=sys.stderr)
+        told = f"clean: {n:,} bytes of {printable(name)} were not UTF-8 and became U+FFFD: see download.encoding"
+        print(told, file=sys.stderr)
     splits = ", ".join(
         f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})" for split in SPLITS
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
-from tinygpt.generate.answer import checked
+from tinygpt.options import checked
 from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
 
