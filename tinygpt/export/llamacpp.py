@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
@@ -19,11 +22,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, program
 
 XLLAMACPP_VERSION = "2026.10.11549"  # llama.cpp build b11549; the structs below were checked with it
 LOG_LEVEL_ERROR, LOG_LEVEL_CONT = 4, 5  # enum ggml_log_level
 F32 = 0  # enum ggml_type
+MOST_SECONDS = 600  # to try a file out
+TRY_OUT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from tinygpt.export import llamacpp as l; l.try_out(*sys.argv[2:])"
+)
 N_BATCH = 512  # tokens a call of llama_decode: bounds the memory for logits
 
 
@@ -138,6 +145,7 @@ def open_library() -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     _check_defaults(library.llama_model_default_params(), _MODEL_DEFAULTS)
     _check_defaults(library.llama_context_default_params(), _CONTEXT_DEFAULTS)
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # where it aborts, no debugger prints hundreds of lines
     library.llama_log_set(_LOG, None)
     library.llama_backend_init()
     return library
@@ -157,6 +165,38 @@ def _last_error() -> str:
     return re.sub(r"^\w+: (error loading model: )?(\w+: )?", "", _errors[0]) if _errors else "no reason given"
 
 
+def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> LlamaCpp:
+    """A file from anywhere, tried first in a process of its own: of one that contradicts itself llama.cpp aborts.
+
+    Raises UserError with the reason, as LlamaCpp does.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file: name a .gguf file")
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", TRY_OUT, root, str(path), str(n_ctx or "")]
+    try:
+        tried = subprocess.run(command, capture_output=True, timeout=MOST_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"llama.cpp does not get done with {path} in {MOST_SECONDS} s: it may be damaged") from None
+    if tried.returncode:
+        reason = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"][0]
+        if reason.startswith("error: "):
+            raise UserError(reason.removeprefix("error: "))
+        reason = re.sub(r"^\S*/", "", reason)  # the path of the source file
+        raise UserError(f"llama.cpp aborts at {path} ({reason}): it is damaged or contradicts itself, make it again")
+    return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
+
+
+@program
+def try_out(path: str, n_ctx: str) -> None:
+    """Do with a file all that may abort."""
+    with LlamaCpp(path, n_ctx=int(n_ctx) if n_ctx else None) as llama:
+        llama.tokenize("A text, 1\n")
+        llama.greedy([0], min(2, llama.n_ctx))
+        for id in {*llama.eog_ids(), *range(llama.vocab_size)}:
+            llama.piece(id)
+
+
 class LlamaCpp:
     """A GGUF file open in llama.cpp on the CPU, with float32 keys and values and without flash attention.
 
@@ -165,8 +205,8 @@ class LlamaCpp:
     """
 
     def __init__(self, path: str | Path, *, n_ctx: int | None = None, n_threads: int = 1) -> None:
-        self._lib, self._model, self._context = open_library(), None, None
-        self._model = self._load(Path(path))
+        self._lib, self._model, self._context, self._path = open_library(), None, None, Path(path)
+        self._model = self._load()
         self._n_token = 0  # of the sequence so far
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
@@ -175,6 +215,9 @@ class LlamaCpp:
         # llama.cpp only warns past the trained context, and learned positions abort the process there
         n_ctx_train = self._lib.llama_model_n_ctx_train(self._model)
         self.n_ctx: int = min(n_ctx or n_ctx_train, n_ctx_train)
+        if self.n_ctx < 1:
+            self.close()
+            raise UserError(f"{path} has a context of {n_ctx_train} tokens: it is damaged, make it again")
         self._context = self._open_context(n_threads)
 
     def __enter__(self) -> Self:
@@ -194,7 +237,7 @@ class LlamaCpp:
     def apply_lora(self, path: Path) -> None:
         """Use an adapter from now on.  Raises UserError when it does not fit the model."""
         _errors.clear()
-        adapter = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
+        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
             raise UserError(f"llama.cpp cannot apply {path}: {_last_error()}")
         status = self._lib.llama_set_adapters_lora(self._context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
@@ -244,14 +287,14 @@ class LlamaCpp:
         self._must_fit(self._n_token + 1)
         return self._decode([id])[-1]
 
-    def _load(self, path: Path) -> int:
+    def _load(self) -> int:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
         params.check_tensors = True  # refuses NaN and infinity in the weights
         _errors.clear()
-        model: int | None = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        model: int | None = self._lib.llama_model_load_from_file(os.fsencode(self._path), params)
         if not model:
-            raise UserError(f"llama.cpp cannot load {path} ({_last_error()}): if it is damaged, make it again")
+            raise UserError(f"llama.cpp cannot load {self._path} ({_last_error()}): if it is damaged, make it again")
         return model
 
     def _open_context(self, n_threads: int) -> int:
@@ -265,7 +308,7 @@ class LlamaCpp:
         context: int | None = self._lib.llama_init_from_model(self._model, params)
         if not context:
             self.close()
-            raise UserError(f"llama.cpp cannot make a context of {self.n_ctx} tokens: {_last_error()}")
+            raise UserError(f"llama.cpp cannot make a context of {self.n_ctx} tokens for {self._path}: {_last_error()}")
         return context
 
     def _restart(self, n_token: int) -> None:
@@ -288,5 +331,5 @@ class LlamaCpp:
         batch = Batch(n_tokens=n, token=(c_int32 * n)(*ids), logits=wanted)
         status = self._lib.llama_decode(self._context, batch)
         if status:
-            raise RuntimeError(f"llama_decode returned {status}: {_last_error()}")
+            raise UserError(f"llama.cpp cannot read a text with {self._path} (status {status}: {_last_error()})")
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n_logits, self.vocab_size)).copy()
