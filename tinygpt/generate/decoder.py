@@ -282,7 +282,7 @@ class Decoder:
         last = self._tensor(sizes).cumsum(0) - 1
         return self._logits(ids, positions, self._cache.fill(rows, sizes), last)
 
-    def _logits(self, ids: list[int], at: list[int], attend: Attend, wanted: Tensor | None = None) -> Tensor:
+    def _logits(self, ids: Sequence[int], at: Sequence[int], attend: Attend, wanted: Tensor | None = None) -> Tensor:
         turns = self._model.turns(max(at) + 1)
         return self._model.logits(self._tensor(ids), self._tensor(at), turns, attend, wanted)
 

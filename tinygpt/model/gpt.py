@@ -55,7 +55,7 @@ class GPT(nn.Module):
         self.rope = None if learned else Rope(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.windows = {config.window_of(layer) for layer in range(config.n_layer)}
+        self.windows = config.windows
         self.norm = NORMS[config.norm](config.n_embd, config, bias=config.bias == "all")
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if init:
