@@ -179,10 +179,10 @@ def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> Ll
     except subprocess.TimeoutExpired:
         raise UserError(f"llama.cpp does not get done with {path} in {MOST_SECONDS} s: it may be damaged") from None
     if tried.returncode:
-        reason = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"][0]
-        if reason.startswith("error: "):
-            raise UserError(reason.removeprefix("error: "))
-        reason = re.sub(r"^\S*/", "", reason)  # the path of the source file
+        said = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"]
+        if told := [line for line in said if line.startswith("error: ")]:
+            raise UserError(told[0].removeprefix("error: "))
+        reason = re.sub(r"^\S*/", "", said[0])  # without the path of the source file
         raise UserError(f"llama.cpp aborts at {path} ({reason}): it is damaged or contradicts itself, make it again")
     return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
 
