@@ -36,6 +36,7 @@ from tinygpt.model.weights import (
     Shapes,
     load_tensors,
     model_tensors,
+    not_weights,
     read_shapes,
     save_tensors,
 )
@@ -47,7 +48,6 @@ OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"
 DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params
 PEFT_FILE = "adapter_model.safetensors"
 BASE_HF = "data/base-hf"  # the base as a folder of transformers: the card says how to write it
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # not weights; older files have them
 
 
@@ -152,10 +152,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
 
 
 def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the tensors, float32 and by our names, of a folder.
-
-    Raises UserError with all that is wrong with it.
-    """
+    """The config and the tensors, float32 and by our names, of a folder.  Raises UserError with all that is wrong."""
     path = folder / CONFIG_FILE
     document = _read_json(path)
     families = {family.name: family for family in TRANSFORMERS.families}
@@ -285,7 +282,8 @@ def _read_tensors(shapes: Mapping[Path, Shapes], config: GPTConfig, family: HFFa
     names = {name: prefix + name for name in found if not name.endswith(BUFFERS)}
     check_layout({theirs: found[name] for name, theirs in names.items()}, config, family.layout)
     tensors = {name: tensor for path in shapes for name, tensor in load_tensors(path).items() if name in names}
-    _must_be_weights(tensors)
+    if problems := not_weights(tensors):
+        raise UserError("; ".join(problems))
     return {names[name]: tensor.float() for name, tensor in tensors.items()}
 
 
@@ -299,13 +297,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if outside := sorted(name for name in files.values() if Path(name).name != name):
         raise UserError(f"{index} names {outside[0]!r}, which is not a file of its folder")
     return [folder / name for name in sorted(set(files.values()))]
-
-
-def _must_be_weights(tensors: Mapping[str, Tensor]) -> None:
-    """Raises UserError where tensors are quantized, or not finite: both would load and compute nonsense."""
-    for reason, odd in (
-        ("quantized or of another type than float", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
-        ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
-    ):
-        if odd:
-            raise UserError(f"{len(odd)} tensors are {reason}, such as {min(odd)}")

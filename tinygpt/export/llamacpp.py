@@ -10,8 +10,6 @@ import ctypes
 import functools
 import os
 import re
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
@@ -22,15 +20,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.errors import UserError, program
+from tinygpt.errors import UserError
 
 XLLAMACPP_VERSION = "2026.10.11549"  # llama.cpp build b11549; the structs below were checked with it
 LOG_LEVEL_ERROR, LOG_LEVEL_CONT = 4, 5  # enum ggml_log_level
 F32 = 0  # enum ggml_type
-MOST_SECONDS = 600  # to try a file out
-TRY_OUT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from tinygpt.export import llamacpp as l; l.try_out(*sys.argv[2:])"
-)
 N_BATCH = 512  # tokens a call of llama_decode: bounds the memory for logits
 
 
@@ -163,38 +157,6 @@ def _check_defaults(params: ctypes.Structure, expected: dict[str, Any]) -> None:
 def _last_error() -> str:
     """Why the last call failed. The first line is the cause; those after it say that loading failed."""
     return re.sub(r"^\w+: (error loading model: )?(\w+: )?", "", _errors[0]) if _errors else "no reason given"
-
-
-def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> LlamaCpp:
-    """A file from anywhere, tried first in a process of its own: of one that contradicts itself llama.cpp aborts.
-
-    Raises UserError with the reason, as LlamaCpp does.
-    """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file: name a .gguf file")
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", TRY_OUT, root, str(path), str(n_ctx or "")]
-    try:
-        tried = subprocess.run(command, capture_output=True, timeout=MOST_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"llama.cpp does not get done with {path} in {MOST_SECONDS} s: it may be damaged") from None
-    if tried.returncode:
-        said = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"]
-        if told := [line for line in said if line.startswith("error: ")]:
-            raise UserError(told[0].removeprefix("error: "))
-        reason = re.sub(r"^\S*/", "", said[0])  # without the path of the source file
-        raise UserError(f"llama.cpp aborts at {path} ({reason}): it is damaged or contradicts itself, make it again")
-    return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
-
-
-@program
-def try_out(path: str, n_ctx: str) -> None:
-    """Do with a file all that may abort."""
-    with LlamaCpp(path, n_ctx=int(n_ctx) if n_ctx else None) as llama:
-        llama.tokenize("A text, 1\n")
-        llama.greedy([0], min(2, llama.n_ctx))
-        for id in {*llama.eog_ids(), *range(llama.vocab_size)}:
-            llama.piece(id)
 
 
 class LlamaCpp:

@@ -27,6 +27,7 @@ WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_KEY = "tokenizer_sha256"  # of config.json: the tokenizer.json that the model was trained with
 FREE = ("dropout", "attention")  # fields in which a run may differ from the base that it starts from
 FIRST = "blocks.0."  # what the names of a block's tensors begin with
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MOST_SHOWN = 6  # tensors that are wrong
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
@@ -168,6 +169,15 @@ def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
     return tensors
 
 
+def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is quantized, or not finite: both would load and compute nonsense."""
+    kinds = (
+        ("quantized or of another type than float", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
+        ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
+    )
+    return [f"{len(odd)} tensors are {reason}, such as {min(odd)}" for reason, odd in kinds if odd]
+
+
 def misfits(found: Shapes, expected: Shapes) -> list[str]:
     """What is missing, too much or of another shape."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
@@ -217,7 +227,7 @@ def read_fitting(path: Path, expected: dict[str, Tensor], fits: str) -> dict[str
     problems = misfits(read_shapes(path), shapes_of(expected))
     if not problems:
         tensors = load_tensors(path)
-        problems = [f"{name} is of {t.dtype}, not floats" for name, t in tensors.items() if not t.is_floating_point()]
+        problems = not_weights(tensors)
     if problems:
         raise UserError(f"{path} does not fit {fits}: {some_of(problems)}: take both files from one run")
     return tensors
