@@ -1,6 +1,7 @@
 """Each field of a tokenizer.json gives the ids that the tokenizers library gives, or is refused by its name."""
 
 import contextlib
+import copy
 import functools
 import json
 import random
@@ -134,7 +135,7 @@ def test_several_fields_at_once_and_damaged_bytes(tiny_tokenizer, tmp_path):
         document = json.loads(sound)
         for path in rng.sample(paths, 3):
             with contextlib.suppress(KeyError, IndexError, TypeError):  # it lost its holder
-                broken(document, path, rng.choice([*ODD, *whole.get(str(path[-1]), [])]))
+                broken(document, path, copy.deepcopy(rng.choice([*ODD, *whole.get(str(path[-1]), [])])))
         taken(file, document)
         damaged = bytearray(sound.encode())
         for _ in range(rng.choice([1, 30])):
