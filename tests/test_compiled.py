@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import STEPS, Decoder
+from tinygpt.model import layers
 from tinygpt.model.quantize import quantize
 
 # Few, and of one row or up to several, since each takes seconds to compile; together they have every branch.
@@ -106,3 +107,17 @@ def test_weights_of_a_byte():
             decoder.step([3] * len(prompts))
         # a last bit of float32 that differs may be one of bfloat16 before the next product
         torch.testing.assert_close(decoders[1].logits, decoders[0].logits, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("n_row", [1, 3])
+def test_a_long_context_takes_room_as_it_fills_and_is_compiled_once(n_row, monkeypatch):
+    monkeypatch.setattr(layers, "FIRST_ROOM", 16)
+    model = tiny_model(block_size=10**7, window=40, full_every=2)
+    compile_step(model, n_row=n_row)
+    n_graph = counters["stats"]["unique_graphs"]
+    decoder = Decoder(model, [[1]] * n_row)
+    for _ in range(69):
+        decoder.step([3] * n_row)
+    assert counters["stats"]["unique_graphs"] == n_graph
+    torch.testing.assert_close(decoder.logits[:1], expected_after(model, [1] + [3] * 69), atol=2e-5, rtol=2e-5)
+    assert [keys.size(2) for keys, _ in decoder._cache.layers] == [40, 128]

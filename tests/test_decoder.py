@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder, slot_mask
+from tinygpt.model import layers
 
 MODEL = tiny_model(block_size=16)
 WINDOWED = {"window": {"window": 5}, "window_and_full": {"window": 5, "full_every": 2}}
@@ -132,3 +133,36 @@ def test_any_sequence_of_tokens_added_and_taken_back_is_that_of_reading_what_is_
             decoder.advance([new])
         longest = max(longest, len(ids))
         torch.testing.assert_close(decoder.logits[0], read_whole(model, ids), atol=1e-4, rtol=1e-4)
+
+
+def all_ways(changes: dict) -> list[torch.Tensor]:
+    """The logits of rows that are read, extended, taken back, joined and left out, and those of the whole model."""
+    model = tiny_model(**changes)
+    decoder = Decoder(model, [[5], list(range(20))], room=3)
+    found = [decoder.logits]
+    for step in range(12):
+        decoder.step([step, 7])
+        found += [decoder.logits, *decoder.advance([[step, 2, 9], [8]])]
+        decoder.back([2, 1])
+    decoder.join([list(range(50)), [3]])
+    decoder.keep([3, 0, 2])
+    for step in range(30):
+        decoder.step([step, 2, step])
+        found.append(decoder.logits)
+    with torch.inference_mode():
+        return [*found, model(random_ids(2, 9)), model(random_ids(2, 61))]
+
+
+@pytest.mark.parametrize("changes", [*FAMILIES.values(), *WINDOWED.values()], ids=[*FAMILIES, *WINDOWED])
+def test_room_that_grows_with_the_positions_in_use_changes_no_bit(changes, monkeypatch):
+    at_once = all_ways(changes)
+    monkeypatch.setattr(layers, "FIRST_ROOM", 4)
+    assert all(map(torch.equal, all_ways(changes), at_once))
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 10**7}, {"window": 3, "full_every": 2}])
+def test_a_context_of_fifty_million_tokens_takes_memory_for_those_in_use(changes):
+    model = tiny_model(block_size=5 * 10**7, **changes)
+    decoder = Decoder(model, [random_ids(5000).tolist()])
+    assert sum(slots.nbytes for layer in decoder._cache.layers for slots in layer) <= 2 * 2 * 8192 * 32 * 4
+    assert sum(table.nbytes for table in model.buffers()) <= 2 * 8192 * 8 * 4

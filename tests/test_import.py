@@ -139,6 +139,11 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
         ({"num_hidden_layers": 5}, r"blocks.4.attn.k_proj.weight is missing"),
         ({"intermediate_size": 40}, r"gate_proj.weight is \(48, 32\), expected \(40, 32\)"),
         ({"intermediate_size": 10**12}, r"model.n_hidden=1000000000000 must be within"),
+        ({"intermediate_size": 10**6}, "the sizes in its config.json make 384,031,776 numbers, and there are 50,208"),
+        ({"num_hidden_layers": 900}, "the sizes in its config.json make"),
+        ({"vocab_size": 10**300}, "the sizes in its config.json are beyond all that"),
+        ({"layer_types": ["chunked_attention"] * 4}, "layer_types that are not one for each layer"),
+        ({"layer_types": ["full_attention"], "sliding_window": 8}, "layer_types that are not one for each layer"),
     ],
 )
 def test_what_cannot_be_taken_is_refused(changes, message, tmp_path):

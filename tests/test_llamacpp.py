@@ -1,15 +1,19 @@
 """Real llama.cpp through its C API."""
 
 import ctypes
+import os
+import random
+import struct
 
 import numpy as np
 import pytest
 import xllamacpp
-from conftest import tiny_model
+from conftest import FAMILIES, FUZZ, tiny_model
 
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.llamacpp import N_BATCH, ContextParams, LlamaCpp, _check_defaults, open_library
+from tinygpt.export.trial import open_gguf
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +95,61 @@ def test_a_shifted_struct_is_noticed():
     with pytest.raises(UserError, match=r"reads ContextParams as \{'n_ctx': 0, 'n_batch': 512"):
         _check_defaults(shifted, {"n_ctx": 512, "n_batch": 2048})
     assert ctypes.sizeof(ContextParams) == 168
+
+
+def with_value(data: bytes, key: str, value: int) -> bytes:
+    """Another whole number under a key, in four bytes."""
+    at = data.index(key.encode()) + len(key) + 4
+    return data[:at] + struct.pack("<I", value) + data[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("family", "damage", "reason"),
+    [
+        ("llama", lambda data: with_value(data, "llama.block_count", 0), "aborts at .*n_layer_all > 0"),
+        ("qwen3", lambda data: with_value(data, "qwen3.rope.dimension_count", 2), "aborts at .*n_embd_head == n_rot"),
+        ("gpt2", lambda data: with_value(data, "gpt2.attention.head_count", 5), "aborts at "),
+        (
+            "llama",
+            lambda data: data.replace(b"\x01" + bytes(7) + b"a", b"\x01" + bytes(7) + b"b", 1),
+            r"aborts at .*token_to_id",
+        ),
+        ("llama", lambda data: with_value(data, "llama.context_length", 2**31), "has a context of -2147483648 tokens"),
+        ("llama", lambda data: data[:1000], "cannot load"),
+    ],
+)
+def test_a_file_of_which_llama_cpp_aborts_is_a_user_error(family, damage, reason, tmp_path, tiny_tokenizer, capfd):
+    path = tmp_path / "x.gguf"
+    export_gguf(tiny_model(vocab_size=300, **FAMILIES[family]), tiny_tokenizer, path, "f32")
+    data = path.read_bytes()
+    assert damage(data) != data
+    path.write_bytes(damage(data))
+    with pytest.raises(UserError, match=reason) as caught:
+        open_gguf(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_any_damage_is_a_user_error(gguf, tmp_path):
+    path, whole, rng = tmp_path / "x.gguf", gguf.read_bytes(), random.Random(0)
+    for _ in range(round(12 * FUZZ)):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice([1, 2, 30])):
+            size, value = rng.choice([1, 2, 4, 8]), rng.choice([0, 1, 255, 2**31, 2**63, 2**64 - 1])
+            at = rng.randrange(rng.choice([2500, 9000, len(whole) - 8]))
+            damaged[at : at + size] = (value % 256**size).to_bytes(size, "little")
+        path.write_bytes(damaged[: rng.choice([len(whole), len(whole), rng.randrange(len(whole))])])
+        try:
+            open_gguf(path).close()
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+def test_what_is_not_a_plain_file_is_refused(tmp_path, gguf):
+    os.mkfifo(tmp_path / "x.gguf")
+    for path in (tmp_path, tmp_path / "x.gguf"):
+        with pytest.raises(UserError, match="is not a file"):
+            open_gguf(path)
+    with open_gguf(gguf, n_ctx=1) as llama:
+        assert llama.n_ctx == 1

@@ -153,18 +153,28 @@ def broken(document: dict, path: tuple, value: object) -> dict:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("model", "type"), "Unigram", "model.type is 'Unigram'"),
+        (
+            ("model", "type"),
+            "Unigram",
+            """is not a byte-level BPE tokenizer.json as GPT-2's is .model.type is "Unigram".$""",
+        ),
         (("model", "merges"), [["a", "zzz"]], "1 merges have unknown parts"),
         (("model", "vocab", "a"), 5_000, "are not 0 to"),
         (("model", "vocab", "a"), True, "are not 0 to"),
         (("model", "vocab"), {}, "of the 256 bytes have no token"),
         (("model", "vocab", "⚠"), 300, "not byte-level, such as '⚠'"),
-        (("normalizer",), {"type": "NFC"}, "it has a normalizer"),
-        (("pre_tokenizer", "add_prefix_space"), True, "pre_tokenizer is not ByteLevel"),
-        (("pre_tokenizer",), None, "pre_tokenizer is not ByteLevel"),
-        (("model", "ignore_merges"), True, "model.ignore_merges is set"),
+        (("normalizer",), {"type": "NFC"}, """normalizer is {"type": "NFC"}"""),
+        (("pre_tokenizer", "add_prefix_space"), True, "pre_tokenizer.add_prefix_space is true"),
+        (("pre_tokenizer",), None, "pre_tokenizer is null"),
+        (("pre_tokenizer",), "ByteLevel", 'pre_tokenizer is "ByteLevel"'),
+        (("model", "ignore_merges"), True, "model.ignore_merges is true"),
         (("added_tokens",), [], "there is no special token"),
-        (("added_tokens",), 7, "is not a byte-level BPE tokenizer.json"),
+        (("added_tokens",), 7, "added_tokens is 7"),
+        (("added_tokens", 0, "special"), False, r"added_tokens\[0\].special is false"),
+        (("added_tokens", 1, "content"), "a", "added_tokens has a byte"),
+        (("added_tokens", 1, "content"), "\ud800x", "added_tokens has half a character"),
+        (("model", "vocab", "<|endoftext|>"), 300, "added_tokens has another id than model.vocab"),
+        (("future",), {}, "future is {}"),
         (("model", "merges"), ["abc"], "is not a byte-level BPE tokenizer.json"),
     ],
 )
@@ -183,7 +193,7 @@ def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer
     document = json.loads(whole)
     del document["model"]["merges"]
     file.write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"is not a byte-level BPE tokenizer.json \(KeyError: 'merges'\)"):
+    with pytest.raises(UserError, match=r"is not a byte-level BPE tokenizer.json .*model.merges is missing"):
         load_tokenizer(tmp_path)
     assert whole.count('"vocab": {') == 1
     file.write_text(whole.replace('"vocab": {', '"vocab": {"a": 299,'))

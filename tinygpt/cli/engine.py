@@ -19,6 +19,7 @@ from tinygpt.device import find_device
 from tinygpt.errors import UserError
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.export.open import must_be_there, open_model
+from tinygpt.export.trial import open_gguf
 from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.answer import choose_rows, keep_logprobs
 from tinygpt.generate.compiled import compile_step
@@ -119,7 +120,7 @@ class LlamaEngine(Engine):
 
     def __init__(self, path: Path) -> None:
         """Raises UserError with llama.cpp's reason when it cannot load the file, or where no token ends a text."""
-        self._llama = LlamaCpp(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
+        self._llama = open_gguf(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
         if self._llama.eos_id < 0:
             self._llama.close()
             raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")

@@ -84,10 +84,9 @@ def switches(position: str, norm: str, *mlps: str, **others: tuple[Any, ...]) ->
 
 def switches_of(config: ModelParams) -> dict[str, Any]:
     """What decides the family of a model."""
-    windows = {config.window_of(layer) for layer in range(config.n_layer)}
     return {name: getattr(config, name) for name in (*CORE, "bias", "tie_weights")} | {
         "head_dim": "null" if config.head_dim * config.n_head == config.n_embd else "own",
-        "window": FULL if windows == {None} else MIXED if None in windows else ALL,
+        "window": FULL if config.windows == {None} else MIXED if None in config.windows else ALL,
     }
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,21 @@ from tinygpt.errors import UserError
 from tinygpt.export.card import ADAPTER_CARD
 from tinygpt.export.family import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
 from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
-from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, revert_layout
+from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, check_layout, revert_layout
 from tinygpt.files import atomic_folder, must_exist, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import ADAPTER
-from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_tensors, model_tensors, save_tensors
+from tinygpt.model.weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Shapes,
+    load_tensors,
+    model_tensors,
+    not_weights,
+    read_shapes,
+    save_tensors,
+)
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer
@@ -37,7 +48,6 @@ OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"
 DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params
 PEFT_FILE = "adapter_model.safetensors"
 BASE_HF = "data/base-hf"  # the base as a folder of transformers: the card says how to write it
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # not weights; older files have them
 
 
@@ -142,10 +152,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
 
 
 def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the tensors, float32 and by our names, of a folder.
-
-    Raises UserError with all that is wrong with it.
-    """
+    """The config and the tensors, float32 and by our names, of a folder.  Raises UserError with all that is wrong."""
     path = folder / CONFIG_FILE
     document = _read_json(path)
     families = {family.name: family for family in TRANSFORMERS.families}
@@ -153,16 +160,17 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     if family is None:
         raise UserError(f"{path} is of model_type {document.get('model_type')}, covered are {', '.join(families)}")
     config = _read_config(path, document, family)
-    tensors = _read_tensors(folder, family)
+    shapes = {path: read_shapes(path) for path in _weight_files(folder)}
     misfits: list[Misfit] = []
     try:
+        tensors = _read_tensors(shapes, config, family)
         for bias in (bias for bias in ANY_BIAS if bias in family.switches["bias"]):
             try:  # the first that holds what is not zero
                 biased = replace(config, bias=bias)
                 return biased, revert_layout(tensors, biased, family.layout)
             except Misfit as misfit:
                 misfits.append(misfit)
-        raise min(reversed(misfits), key=lambda misfit: len(misfit.problems))  # of equals that with most biases
+        raise min(reversed(misfits), key=lambda misfit: misfit.n_problem)  # of equals that with most biases
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -209,6 +217,7 @@ def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
         for ours, theirs in family.sizes.items()
     }
     window = document.get("sliding_window") if document.get("use_sliding_window", True) else None
+    full_every = _full_every(document.get("layer_types"), sizes["n_layer"])
     window = window if window and window < sizes["block_size"] else None
     return {
         "n_kv_head": None,
@@ -221,7 +230,7 @@ def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
         "mlp": _mlp(document[family.activation_key], family),
         "parallel_block": document.get("use_parallel_residual", family.switches["parallel_block"][0]),
         "window": window,
-        "full_every": _full_every(document.get("layer_types"), sizes["n_layer"]) if window else None,
+        "full_every": full_every if window else None,
         "bias": "none",
         "qk_norm": document.get("qk_layernorm", family.switches["qk_norm"][0]),
         "tie_weights": found.get("tie_word_embeddings", False),
@@ -235,17 +244,19 @@ def _mlp(activation: str, family: HFFamily) -> str:
     mlps = {theirs: ours for ours, theirs in family.activations.items()}
     name = OTHER_NAMES.get(activation, activation)
     if name not in mlps:
-        raise UserError(f"config.json has the activation {activation}, covered are {', '.join(mlps)}")
+        raise ParamsError([f"it has the activation {activation}, covered are {', '.join(mlps)}"])
     return mlps[name]
 
 
 def _full_every(layer_types: list[str] | None, n_layer: int) -> int | None:
     """The period of layers that see everything; None where none does."""
+    if layer_types and (len(layer_types) != n_layer or not {*layer_types} <= {"full_attention", "sliding_attention"}):
+        raise ParamsError(["it has layer_types that are not one for each layer, full_ or sliding_attention"])
     full = [i + 1 for i, kind in enumerate(layer_types or []) if kind == "full_attention"]
     if not full:
         return None
     if full != [*range(full[0], n_layer + 1, full[0])]:
-        raise UserError("config.json has layer_types of full attention that are not every n-th")
+        raise ParamsError(["it has layer_types of full attention that are not every n-th"])
     return full[0]
 
 
@@ -254,41 +265,35 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} not found: give a folder that transformers saved")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} is not a JSON object")
     return document
 
 
-def _read_tensors(folder: Path, family: HFFamily) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name in _weight_files(folder):
-        path = folder / Path(name).name  # no path that leaves the folder
-        if not path.exists():
-            raise UserError(f"{path} not found: weights are read from safetensors alone")
-        tensors |= load_tensors(path)
-    _must_be_weights(folder, tensors)
+def _read_tensors(shapes: Mapping[Path, Shapes], config: GPTConfig, family: HFFamily) -> dict[str, Tensor]:
+    """All of these files; their shapes must fit the config before anything else of them is read."""
+    if twice := [name for name, n in Counter(chain.from_iterable(shapes.values())).items() if n > 1]:
+        raise UserError(f"{len(twice)} tensors are in two files, such as {twice[0]}")
+    found = {name: shape for each in shapes.values() for name, shape in each.items()}
     whole = family.layout.names["tok_emb"] + ".weight"  # the first files lack the name of the whole, transformer.
-    prefix = whole.partition(".")[0] + "." if whole.partition(".")[2] in tensors else ""
-    return {prefix + name: tensor.float() for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
+    prefix = whole.partition(".")[0] + "." if whole.partition(".")[2] in found else ""
+    names = {name: prefix + name for name in found if not name.endswith(BUFFERS)}
+    check_layout({theirs: found[name] for name, theirs in names.items()}, config, family.layout)
+    tensors = {name: tensor for path in shapes for name, tensor in load_tensors(path).items() if name in names}
+    if problems := not_weights(tensors):
+        raise UserError("; ".join(problems))
+    return {names[name]: tensor.float() for name, tensor in tensors.items()}
 
 
-def _weight_files(folder: Path) -> list[str]:
+def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS_FILE}.index.json"
     if not index.exists():
-        return [WEIGHTS_FILE]
+        return [folder / WEIGHTS_FILE]
     files = _read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index} has no weight_map of tensors to files")
-    return sorted(set(files.values()))
-
-
-def _must_be_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises UserError where tensors are quantized, or not finite: both would load and compute nonsense."""
-    for reason, odd in (
-        ("quantized or of another type than float", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
-        ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
-    ):
-        if odd := sorted(name for name in odd if not name.endswith(BUFFERS)):
-            raise UserError(f"{folder}: {len(odd)} tensors are {reason}, such as {odd[0]}")
+    if outside := sorted(name for name in files.values() if Path(name).name != name):
+        raise UserError(f"{index} names {outside[0]!r}, which is not a file of its folder")
+    return [folder / name for name in sorted(set(files.values()))]

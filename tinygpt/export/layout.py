@@ -18,14 +18,13 @@ from tinygpt.export.family import QKV, Layout
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import TIED
 from tinygpt.model.lora import ADAPTER
-from tinygpt.model.weights import misshapen, model_tensors, unset_model
+from tinygpt.model.weights import Shapes, expected_tensors, misfits, misshapen, shapes_of, some_of
 
 Pair = tuple[Tensor, Tensor]  # of an adapter: A (rank, in) and B (out, rank)
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
 
 NO_SINK = -1e30  # a logit next to those of the keys that takes no probability
 KINDS = ("weight", "bias")
-MOST_NAMED = 6  # tensors that an error names
 
 
 def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int) -> Tensors:
@@ -168,31 +167,44 @@ def _fuse_adapters(pairs: dict[str, Pair], config: GPTConfig, layout: Layout) ->
 
 
 class Misfit(UserError):
-    """Tensors that are not those of a config; `problems` has all that is missing, too much or of another shape."""
+    """Tensors that are not those of a config: some are missing, too much or of another shape, `n_problem` in all."""
 
     def __init__(self, problems: list[str]) -> None:
-        self.problems = sorted(problems)
-        more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
-        super().__init__(f"the tensors do not fit their config: {'; '.join(self.problems[:MOST_NAMED])}{more}")
+        self.n_problem = len(problems)
+        super().__init__(f"the tensors do not fit their config: {some_of(problems)}")
+
+
+def check_layout(found: Shapes, config: GPTConfig, layout: Layout) -> tuple[Tensors, Tensors]:
+    """The tensors of a model, by our names and by theirs, without data.
+
+    Raises Misfit where one of these names was found with another shape, UserError as expected_tensors.
+    """
+    ours = expected_tensors(config, found)
+    theirs = apply_layout(ours, config, layout, config.block_size)
+    if problems := misshapen(found, shapes_of(theirs)):
+        raise Misfit(problems)
+    return ours, theirs
 
 
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
     """Tensors in a layout, by our names and in our shapes.  Raises Misfit, or UserError where heads differ."""
-    expected = model_tensors(unset_model(config))  # of which nothing but the shapes is read
-    tensors = _renamed(_shared_norms(tensors), config, layout)
-    tensors = {name: _transposed(name, tensor, layout) for name, tensor in tensors.items()}
-    tensors = _split_qkv(tensors, config) if layout.fused_qkv else tensors
+    expected, theirs = check_layout(shapes_of(tensors), config, layout)
+    names = _our_names(config, layout)
+    shared = _shared_norms({name: tensor for name, tensor in tensors.items() if name in theirs})
+    ours = {names[name]: _transposed(names[name], tensor, layout) for name, tensor in shared.items()}
+    ours = _split_qkv(ours, config) if layout.fused_qkv else ours
     if layout.adjacent_rope:
-        tensors = {name: _unpair_rope(name, tensor, config) for name, tensor in tensors.items()}
+        ours = {name: _unpair_rope(name, tensor, config) for name, tensor in ours.items()}
     if layout.repeated_kv:
-        tensors = {name: _unrepeat_kv(name, tensor, config) for name, tensor in tensors.items()}
-    tensors = _without_neutral(tensors, expected.keys())
-    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
-    problems += [f"{name} is too much" for name in tensors.keys() - expected.keys()]
-    problems += misshapen(tensors, expected)
+        ours = {name: _unrepeat_kv(name, tensor, config) for name, tensor in ours.items()}
+    others = {name: tensor for name, tensor in tensors.items() if name not in theirs}
+    known = {names[name]: t for name, t in others.items() if name in names and names[name] not in ours}
+    ours = _without_neutral(known | ours, expected.keys())
+    problems = misfits(shapes_of(ours), shapes_of(expected))
+    problems += [f"{name} is too much" for name in others if names.get(name) not in known]
     if problems:
         raise Misfit(problems)
-    return tensors
+    return ours
 
 
 def _shared_norms(tensors: Tensors) -> Tensors:
@@ -208,12 +220,12 @@ def _shared_norms(tensors: Tensors) -> Tensors:
     return shared
 
 
-def _renamed(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
+def _our_names(config: GPTConfig, layout: Layout) -> dict[str, str]:
+    """Our names of tensors, by theirs."""
     modules = {
         module.format(i=i) if "{i}" in module else module for module in layout.names for i in range(config.n_layer)
     }
-    ours = {_rename(f"{module}.{kind}", layout): f"{module}.{kind}" for module in modules for kind in KINDS}
-    return {ours.get(name, name): tensor for name, tensor in tensors.items()}
+    return {_rename(f"{module}.{kind}", layout): f"{module}.{kind}" for module in modules for kind in KINDS}
 
 
 def _transposed(name: str, tensor: Tensor, layout: Layout) -> Tensor:

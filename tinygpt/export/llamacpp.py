@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -138,6 +139,7 @@ def open_library() -> ctypes.CDLL:
         function.restype, function.argtypes = result, arguments
     _check_defaults(library.llama_model_default_params(), _MODEL_DEFAULTS)
     _check_defaults(library.llama_context_default_params(), _CONTEXT_DEFAULTS)
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # where it aborts, no debugger prints hundreds of lines
     library.llama_log_set(_LOG, None)
     library.llama_backend_init()
     return library
@@ -165,8 +167,8 @@ class LlamaCpp:
     """
 
     def __init__(self, path: str | Path, *, n_ctx: int | None = None, n_threads: int = 1) -> None:
-        self._lib, self._model, self._context = open_library(), None, None
-        self._model = self._load(Path(path))
+        self._lib, self._model, self._context, self._path = open_library(), None, None, Path(path)
+        self._model = self._load()
         self._n_token = 0  # of the sequence so far
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
@@ -175,6 +177,9 @@ class LlamaCpp:
         # llama.cpp only warns past the trained context, and learned positions abort the process there
         n_ctx_train = self._lib.llama_model_n_ctx_train(self._model)
         self.n_ctx: int = min(n_ctx or n_ctx_train, n_ctx_train)
+        if self.n_ctx < 1:
+            self.close()
+            raise UserError(f"{path} has a context of {n_ctx_train} tokens: it is damaged, make it again")
         self._context = self._open_context(n_threads)
 
     def __enter__(self) -> Self:
@@ -194,7 +199,7 @@ class LlamaCpp:
     def apply_lora(self, path: Path) -> None:
         """Use an adapter from now on.  Raises UserError when it does not fit the model."""
         _errors.clear()
-        adapter = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
+        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
         if not adapter:
             raise UserError(f"llama.cpp cannot apply {path}: {_last_error()}")
         status = self._lib.llama_set_adapters_lora(self._context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
@@ -244,14 +249,14 @@ class LlamaCpp:
         self._must_fit(self._n_token + 1)
         return self._decode([id])[-1]
 
-    def _load(self, path: Path) -> int:
+    def _load(self) -> int:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
         params.check_tensors = True  # refuses NaN and infinity in the weights
         _errors.clear()
-        model: int | None = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        model: int | None = self._lib.llama_model_load_from_file(os.fsencode(self._path), params)
         if not model:
-            raise UserError(f"llama.cpp cannot load {path} ({_last_error()}): if it is damaged, make it again")
+            raise UserError(f"llama.cpp cannot load {self._path} ({_last_error()}): if it is damaged, make it again")
         return model
 
     def _open_context(self, n_threads: int) -> int:
@@ -265,7 +270,7 @@ class LlamaCpp:
         context: int | None = self._lib.llama_init_from_model(self._model, params)
         if not context:
             self.close()
-            raise UserError(f"llama.cpp cannot make a context of {self.n_ctx} tokens: {_last_error()}")
+            raise UserError(f"llama.cpp cannot make a context of {self.n_ctx} tokens for {self._path}: {_last_error()}")
         return context
 
     def _restart(self, n_token: int) -> None:
@@ -288,5 +293,5 @@ class LlamaCpp:
         batch = Batch(n_tokens=n, token=(c_int32 * n)(*ids), logits=wanted)
         status = self._lib.llama_decode(self._context, batch)
         if status:
-            raise RuntimeError(f"llama_decode returned {status}: {_last_error()}")
+            raise UserError(f"llama.cpp cannot read a text with {self._path} (status {status}: {_last_error()})")
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n_logits, self.vocab_size)).copy()

@@ -20,6 +20,7 @@ from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
 from tinygpt.export.gguf_types import tolerance
 from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.export.trial import open_gguf
 from tinygpt.model.gpt import GPT
 from tinygpt.report.perplexity import llamacpp_report, perplexity, scored_nll, token_logprobs
 from tinygpt.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ def check_gguf(
     written = read_gguf(path, model.config)
     size = min(CHUNK_SIZE, written.config.block_size)
     chunks = ids[: len(ids) // size * size].reshape(-1, size).astype(np.int64)
-    with LlamaCpp(path, n_ctx=size, n_threads=torch.get_num_threads()) as llama:
+    with open_gguf(path, n_ctx=size, n_threads=torch.get_num_threads()) as llama:
         measures = {
             "wrong_tokens": count_wrong_tokens(tokenizer, llama, _texts(tokenizer, ids)),
             "max_weight_error": compare_weights(model, written),

@@ -21,6 +21,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate.decoder import STEPS, KVCache, slot_mask
 from tinygpt.generate.lean import FEW, LeanBlock, LeanGPT
 from tinygpt.model.gpt import GPT
+from tinygpt.model.layers import first_room
 
 # Buffers are written once and not computed again where they are read: a quarter less time for a step.  The sizes of
 # what it made itself are not checked at each call.
@@ -34,7 +35,8 @@ class CompiledStep(LeanGPT):
         super().__init__(model)
         config, self.n_row = model.config, n_row
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
-        self.places = torch.arange(config.block_size, device=self.embedding.device)
+        self.block_size, self.room = config.block_size, first_room(config.block_size)
+        self.places = torch.arange(self.room, device=self.embedding.device)
         self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
             self._logits,
             fullgraph=True,
@@ -47,20 +49,45 @@ class CompiledStep(LeanGPT):
         """Write a token of each row at its position, 1 or later, into the cache -> (B, V) float32, of the tokens that
         follow; None for more rows than `n_row`, or at the last position of all, which would be compiled anew.
         """
-        if len(at) > self.n_row or max(at) > len(self.places) - 2:
+        n = max(at) + 1
+        if len(at) > self.n_row or n > self.block_size - 1:
             return None
-        filled = self.places[: max(at) + 1]
+        cache.reserve(n + 1)  # all would be compiled anew
+        if n >= len(self.places):
+            with torch.inference_mode(mode=False):  # as the first were made: others would be compiled anew
+                self.places = torch.arange(cache.room, device=self.places.device)
+        turns, filled = self.turns(n + 1), self.places[:n]
         tokens = [torch.tensor(values, device=filled.device) for values in (ids, at)]
         changing = [filled] if len(ids) == 1 else [filled, *tokens, *chain.from_iterable(cache.layers)]
         for tensor in changing:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one piece of code for all lengths, and numbers of rows
-        logits: Tensor = self._compiled(*tokens, filled, cache.layers)
+        if self.room < self.block_size:
+            self._mark_growing(turns, cache)
+        logits: Tensor = self._compiled(*tokens, filled, turns, cache.layers)
         return logits
 
-    def _logits(self, ids: Tensor, at: Tensor, filled: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def _mark_growing(self, turns: Tensor | None, cache: KVCache) -> None:
+        """One piece of code for all rooms."""
+        growing = [layer for layer, w in zip(cache.layers, self.windows, strict=True) if cache.n_slots[w] > self.room]
+        for tensor in chain.from_iterable(growing):
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        if turns is not None:
+            torch._dynamo.maybe_mark_dynamic(turns, 0)
+
+    def _logits(
+        self,
+        ids: Tensor,
+        at: Tensor,
+        filled: Tensor,
+        turns: Tensor | None,
+        layers: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
         rows = torch.arange(ids.size(0), device=ids.device)
         n_slots = {window: keys.size(2) for window, (keys, _) in zip(self.windows, layers, strict=True)}
-        read = {window: filled if window is None else self.places[:n_slot] for window, n_slot in n_slots.items()}
+        read = {
+            window: filled if window is None else torch.arange(n_slot, device=at.device)
+            for window, n_slot in n_slots.items()
+        }
         masks = {window: self._mask(at, read[window], n_slot, window) for window, n_slot in n_slots.items()}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,7 +99,7 @@ class CompiledStep(LeanGPT):
             attention = F.scaled_dot_product_attention if q.size(0) > 1 else attention_of_one
             return attention(q, keys[:, :, :n], values[:, :, :n], masks[window]).reshape(q.size(0), -1)
 
-        return self.logits(ids, at, attend)
+        return self.logits(ids, at, turns, attend)
 
     def _mask(self, at: Tensor, slots: Tensor, n_slot: int, window: int | None) -> Tensor | None:
         """What each row sees of the slots that are read.  -> (B, 1, 1, n), or None where it sees all"""
@@ -119,7 +146,7 @@ def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     no compiler.
     """
     step, dtype, device = CompiledStep(model, n_row), model.tok_emb.weight.dtype, model.tok_emb.weight.device
-    late = model.config.block_size - 2  # the last position that fits: only long loops are shared by the threads
+    late = first_room(model.config.block_size) - 2  # of the positions: only long loops are shared by the threads
     if late < 1:
         return
     try:

@@ -1,8 +1,8 @@
 """Sequences that are continued together, one token at a time, and the keys and values of what they have read.
 
 A token's keys and values are in the slot of its position, modulo the number of slots of the layer: block_size, or the
-window where it has one and `room` more. Slots are read in any order, since positions are part of the keys. Tokens that
-were taken back stay in their slots until others come; nobody sees them.
+window where it has one and `room` more; of many, those are made that are in use. Slots are read in any order, since
+positions are part of the keys. Tokens that were taken back stay in their slots until others come; nobody sees them.
 
 B rows, T tokens of one row, M of all, S slots, H query heads, G key/value heads, D head_dim, V vocab_size.
 """
@@ -21,6 +21,7 @@ from tinygpt.generate.lean import Attend, LeanGPT
 from tinygpt.model.attention import attention_mask
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
+from tinygpt.model.layers import first_room, more_room
 
 
 class KVCache:
@@ -31,8 +32,9 @@ class KVCache:
     ) -> None:
         self.n_kv_head, self.dtype, self.device = config.n_kv_head, dtype, device
         self.windows = [config.window_of(layer) for layer in range(config.n_layer)]
+        self.block_size, self.room = config.block_size, first_room(config.block_size)  # the latter grows
         self.n_slots = {w: min(w + room, config.block_size) if w else config.block_size for w in self.windows}
-        shapes = [(n_row, self.n_kv_head, self.n_slots[window], config.head_dim) for window in self.windows]
+        shapes = [(n_row, self.n_kv_head, min(self.n_slots[w], self.room), config.head_dim) for w in self.windows]
         # Keys and values, (B, G, S, D) each; zeros because what is in an unread slot is still multiplied by a weight
         # of 0.
         self.layers = [
@@ -47,8 +49,16 @@ class KVCache:
         """So many rows more, after the others."""
         self.layers = [(_with_more(keys, n_row), _with_more(values, n_row)) for keys, values in self.layers]
 
+    def reserve(self, n: int) -> None:
+        """Have room for the first n positions."""
+        if n > self.room:
+            self.room = more_room(n, self.block_size)
+            sizes = [min(self.n_slots[window], self.room) for window in self.windows]
+            self.layers = [(_longer(k, n), _longer(v, n)) for (k, v), n in zip(self.layers, sizes, strict=True)]
+
     def append(self, at: Sequence[int]) -> Attend:
         """For one more token in each row, at these positions: each sees its row up to itself."""
+        self.reserve(max(at) + 1)
         first, last, rows = min(at), max(at), torch.arange(len(at), device=self.device)
         positions = torch.tensor(at, device=self.device)
         column = positions[:, None, None, None]
@@ -69,6 +79,7 @@ class KVCache:
 
     def extend(self, at: Sequence[int], sizes: Sequence[int]) -> Attend:
         """For some more tokens in each row, at most room + 1, the first of them at these positions; row after row."""
+        self.reserve(max(i + n for i, n in zip(at, sizes, strict=True)))
         new = [torch.arange(i, i + n, device=self.device) for i, n in zip(at, sizes, strict=True)]
         seen = [slice(0, i + n) for i, n in zip(at, sizes, strict=True)]
         places = {window: [positions % n_slot for positions in new] for window, n_slot in self.n_slots.items()}
@@ -103,6 +114,7 @@ class KVCache:
         """For whole sequences, one after the other, in the place of what these rows held; in the last layer only the
         last token of each reads.
         """
+        self.reserve(max(sizes))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             (keys, values), window, read = self.layers[layer], self.windows[layer], []
@@ -139,6 +151,11 @@ def _with_more(slots: Tensor, n_row: int) -> Tensor:
     """(B, …) -> (B + n_row, …), the new ones zeros"""
     new = slots.new_zeros(n_row, *slots.shape[1:])
     return torch.cat((slots, new)) if len(slots) else new
+
+
+def _longer(slots: Tensor, n: int) -> Tensor:
+    """(B, G, S, D) -> (B, G, n, D), the new ones zeros"""
+    return slots if slots.size(2) == n else F.pad(slots, (0, 0, 0, n - slots.size(2)))
 
 
 def _by_row(sizes: Sequence[int], *heads: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -219,7 +236,7 @@ class Decoder:
         at = [len(seen) - 1 for seen in self._seen]
         logits = self._step(ids, at, self._cache) if self._step else None
         if logits is None:
-            logits = self._model.logits(self._tensor(ids), self._tensor(at), self._cache.append(at))
+            logits = self._logits(ids, at, self._cache.append(at))
         self.logits = logits
         if full:  # what they got just now is overwritten
             self.logits[full] = self._read(full)
@@ -234,7 +251,7 @@ class Decoder:
         at, sizes = [len(seen) for seen in self._seen], [len(new) for new in ids]
         positions = [begin + i for begin, size in zip(at, sizes, strict=True) for i in range(size)]
         attend = self._cache.extend(at, sizes)
-        logits = self._model.logits(self._tensor([i for new in ids for i in new]), self._tensor(positions), attend)
+        logits = self._logits([i for new in ids for i in new], positions, attend)
         for seen, new in zip(self._seen, ids, strict=True):
             seen += new
         self.logits = logits[self._tensor(sizes).cumsum(0) - 1]
@@ -260,10 +277,14 @@ class Decoder:
     def _read(self, rows: Sequence[int]) -> Tensor:
         """Read some rows from their beginning, in one pass over the tokens of all.  -> logits (B, V)"""
         sizes = [len(self._seen[row]) for row in rows]
-        ids = self._tensor([i for row in rows for i in self._seen[row]])
-        positions = self._tensor([position for size in sizes for position in range(size)])
+        ids = [i for row in rows for i in self._seen[row]]
+        positions = [position for size in sizes for position in range(size)]
         last = self._tensor(sizes).cumsum(0) - 1
-        return self._model.logits(ids, positions, self._cache.fill(rows, sizes), last)
+        return self._logits(ids, positions, self._cache.fill(rows, sizes), last)
+
+    def _logits(self, ids: Sequence[int], at: Sequence[int], attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        turns = self._model.turns(max(at) + 1)
+        return self._model.logits(self._tensor(ids), self._tensor(at), turns, attend, wanted)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

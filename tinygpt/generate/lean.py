@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT, Block
-from tinygpt.model.layers import MLP, GatedMLP, RMSNorm
+from tinygpt.model.layers import MLP, GatedMLP, RMSNorm, first_room, more_room
 from tinygpt.model.quantize import Int8Linear
 
 FEW = 64  # rows: above it the weights are read seldom enough for the plain product
@@ -54,20 +54,30 @@ class LeanGPT:
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.embedding = model.tok_emb.weight.detach()
         self.positions = None if model.pos_emb is None else model.pos_emb.weight.detach()
-        first, second = model.rope_sin.chunk(2, -1)
-        self.rope = torch.stack((model.rope_cos, torch.cat((-first, second), -1)))  # (2, block_size, D)
+        self._rope, self._block_size = model.rope, config.block_size
+        self._turns = self.embedding.new_empty(0, 2 * self.head_dim)
         self.blocks = [lean_block(cast(Block, block), config) for block in model.blocks]
         self.norm = lean_norm(model.norm)
         self.lm_head = product(model.lm_head)
 
-    def logits(self, ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+    def turns(self, n: int) -> Tensor | None:
+        """How rope turns at each of the first n positions, or more: (S, 2·D); None where positions are learned."""
+        if self._rope is not None and n > len(self._turns):
+            cos, sin = self._rope(max(first_room(self._block_size), more_room(n, self._block_size)))
+            first, second = sin.chunk(2, -1)
+            self._turns = torch.cat((cos, -first, second), -1)
+        return None if self._rope is None else self._turns
+
+    def logits(
+        self, ids: Tensor, positions: Tensor, turns: Tensor | None, attend: Attend, wanted: Tensor | None = None
+    ) -> Tensor:
         """What follows each of the M tokens, or those `wanted` by their indices: only they pass the last layer's
-        `attend`, which returns what they read alone.  (M,), (M,) int64 -> (M, V) float32
+        `attend`, which returns what they read alone.  (M,), (M,) int64 and `turns` of as many -> (M, V) float32
         """
         x = F.embedding(ids, self.embedding)
         if self.positions is not None:
             x = x + F.embedding(positions, self.positions)
-        rope = None if self.positions is not None else self.rope[:, positions, None].unbind()
+        rope = None if turns is None else F.embedding(positions, turns).view(-1, 2, 1, self.head_dim).unbind(1)
         for layer, block in enumerate(self.blocks):
             normed = block.attn_norm(x)
             q, k, v = self._heads(block, normed, rope)

@@ -99,6 +99,11 @@ class ModelParams:
         rows = vocab_size * (1 if self.tie_weights else 2) + (self.block_size if self.position == "learned" else 0)
         return self.n_embd * (rows + self.n_layer * (attention + mlp))
 
+    @property
+    def windows(self) -> set[int | None]:
+        """Those of all layers."""
+        return {self.window_of(0), self.window_of((self.full_every or 1) - 1)}
+
     def window_of(self, layer: int) -> int | None:
         """The window of one layer, counted from 0; None where it sees everything before."""
         return None if self.full_every and (layer + 1) % self.full_every == 0 else self.window

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinygpt.model.attention import Attention, Masks, attention_mask
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.layers import NORMS, Embedding, Linear, build_mlp, rope_tables
+from tinygpt.model.layers import NORMS, Embedding, Linear, Rope, build_mlp
 
 INIT_STD = 0.02
 TIED = "lm_head.weight"  # the token embedding under another name where model.tie_weights is on
@@ -46,21 +46,16 @@ class GPT(nn.Module):
     With `init=False` its weights are left unset, for a file to fill: drawing them takes longer than reading them.
     """
 
-    rope_cos: Tensor
-    rope_sin: Tensor
-
     def __init__(self, config: GPTConfig, *, init: bool = True, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.tok_emb = Embedding(config.vocab_size, config.n_embd)
         learned = config.position == "learned"
         self.pos_emb = Embedding(config.block_size, config.n_embd) if learned else None
-        cos, sin = rope_tables(0 if learned else config.block_size, config.head_dim, config.rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.rope = None if learned else Rope(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.windows = {config.window_of(layer) for layer in range(config.n_layer)}
+        self.windows = config.windows
         self.norm = NORMS[config.norm](config.n_embd, config, bias=config.bias == "all")
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if init:
@@ -78,10 +73,8 @@ class GPT(nn.Module):
         t = ids.size(1)
         assert t <= self.config.block_size, f"{t} tokens, but block_size is {self.config.block_size}"
         x = self.tok_emb(ids)
-        rope = None
-        if self.pos_emb is None:
-            rope = (self.rope_cos[:t], self.rope_sin[:t])
-        else:
+        rope = None if self.rope is None else self.rope(t)
+        if self.pos_emb is not None:
             x = x + self.pos_emb.weight[:t]
         masks = {window: attention_mask(t, window, ids.device) for window in self.windows}
         x = self.dropout(x)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tinygpt.model.config import MLPS, GPTConfig
 
+FIRST_ROOM = 4096  # positions that rope's tables and caches have room for at first
+
 Activation = Callable[[Tensor], Tensor]  # of any shape, element by element
 
 
@@ -132,14 +134,51 @@ def build_mlp(config: GPTConfig) -> nn.Module:
     return (GatedMLP if kind.gated else MLP)(config, ACTIVATIONS[kind.activation])
 
 
-def rope_tables(block_size: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position's angles, each (block_size, D), computed in float64.
+class Rope(nn.Module):
+    """Cosines and sines of the positions in use: tables are as long as was asked for, not as the context may become."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        cos, sin = rope_tables(first_room(config.block_size), config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, n: int) -> tuple[Tensor, Tensor]:
+        """Those of the first n positions, each (n, D)."""
+        if n > len(self.cos):
+            self._make(more_room(n, self.config.block_size))
+        return self.cos[:n], self.sin[:n]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _make(self, n: int) -> None:
+        made = rope_tables(n, self.config.head_dim, self.config.rope_theta, device="cpu")  # elsewhere bits may differ
+        self.cos, self.sin = (table.to(self.cos) for table in made)
+
+
+def first_room(block_size: int) -> int:
+    """Positions that there is room for at first: of an ordinary model all."""
+    return min(block_size, FIRST_ROOM)
+
+
+def more_room(n: int, block_size: int) -> int:
+    """Positions that there is room for from now on, where n are needed: a power of two, so that it seldom grows."""
+    return min(block_size, 1 << (n - 1).bit_length())
+
+
+def rope_tables(
+    n: int, head_dim: int, theta: float, *, device: str | torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the first n positions' angles, each (n, D), computed in float64.
 
     Pair i of the D/2 pairs turns by theta^(-2i/D) radians a position (Su et al., https://arxiv.org/abs/2104.09864).
     """
-    wavelengths = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(block_size, dtype=torch.float64), wavelengths).repeat(1, 2)
-    return angles.cos().float(), angles.sin().float()
+    wavelengths = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    angles = torch.outer(torch.arange(n, dtype=torch.float64, device=device), wavelengths)
+    return angles.cos().float().repeat(1, 2), angles.sin().float().repeat(1, 2)
 
 
 def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +26,11 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_KEY = "tokenizer_sha256"  # of config.json: the tokenizer.json that the model was trained with
 FREE = ("dropout", "attention")  # fields in which a run may differ from the base that it starts from
+FIRST = "blocks.0."  # what the names of a block's tensors begin with
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MOST_SHOWN = 6  # tensors that are wrong
+
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:
@@ -66,9 +74,13 @@ def load_model(folder: str | Path) -> GPT:
     """
     folder = Path(folder)
     config, _ = _read_config(folder)
-    model = unset_model(config)
     weights = must_exist(folder / WEIGHTS_FILE, stage="train")
-    return fill(model, read_fitting(weights, model_tensors(model), "its config.json"))
+    found = read_shapes(weights)
+    try:
+        expected = expected_tensors(config, found)
+    except UserError as error:
+        raise UserError(f"{weights}: {error}") from None
+    return fill(unset_model(config), read_fitting(weights, expected, "its config.json"))
 
 
 def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer]:
@@ -124,13 +136,71 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:
         ) from None
 
 
-def misshapen(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+def read_shapes(path: Path) -> Shapes:
+    """The shapes of a safetensors file's tensors, from its header alone.  Raises UserError when that is damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: weights are read from safetensors alone")
+    open(path, "rb").close()  # what the system says of a file that may not be read
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}): it is damaged, make it again") from None
+
+
+def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
+    """What a file of such a model holds, on no device, and without building the model.
+
+    Raises UserError where its sizes make far more numbers than were found, or more than can be.
+    """
+    try:
+        with torch.device("meta"):
+            tensors = model_tensors(GPT(replace(config, n_layer=1, full_every=None), init=False))
+    except (RuntimeError, TypeError, OverflowError):  # PyTorch has all three for sizes that are too large
+        raise UserError("the sizes in its config.json are beyond all that can be built") from None
+    block = {name: tensor for name, tensor in tensors.items() if name.startswith(FIRST)}
+    n_found = sum(map(math.prod, found.values()))
+    n = sum(t.numel() for t in tensors.values()) + (config.n_layer - 1) * sum(t.numel() for t in block.values())
+    if n > 2 * n_found:
+        raise UserError(
+            f"the sizes in its config.json make {n:,} numbers, and there are {n_found:,}: take both from one model"
+        )
+    for i in range(1, config.n_layer):
+        tensors |= {name.replace(FIRST, f"blocks.{i}.", 1): tensor for name, tensor in block.items()}
+    return tensors
+
+
+def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is quantized, or not finite: both would load and compute nonsense."""
+    kinds = (
+        ("quantized or of another type than float", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
+        ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
+    )
+    return [f"{len(odd)} tensors are {reason}, such as {min(odd)}" for reason, odd in kinds if odd]
+
+
+def misfits(found: Shapes, expected: Shapes) -> list[str]:
+    """What is missing, too much or of another shape."""
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is too much" for name in found.keys() - expected.keys()]
+    return sorted(problems + misshapen(found, expected))
+
+
+def misshapen(found: Shapes, expected: Shapes) -> list[str]:
     """What is wrong with the shapes of the tensors that both have."""
-    return [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected.keys() & tensors.keys()
-        if tensors[name].shape != expected[name].shape
-    ]
+    both = sorted(expected.keys() & found.keys())
+    return [f"{name} is {found[name]}, expected {expected[name]}" for name in both if found[name] != expected[name]]
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """The shape of each."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def some_of(problems: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(problems) - MOST_SHOWN
+    return "; ".join(problems[:MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def unset_model(config: GPTConfig) -> GPT:
@@ -155,14 +225,10 @@ def read_fitting(path: Path, expected: dict[str, Tensor], fits: str) -> dict[str
 
     `fits` names what says which they should be.
     """
-    tensors = load_tensors(path)
-    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
-    problems += [f"extra {name}" for name in tensors.keys() - expected.keys()]
-    problems += misshapen(tensors, expected)
+    problems = misfits(read_shapes(path), shapes_of(expected))
+    if not problems:
+        tensors = load_tensors(path)
+        problems = not_weights(tensors)
     if problems:
-        shown, more = sorted(problems)[:MOST_SHOWN], len(problems) - MOST_SHOWN
-        raise UserError(
-            f"{path} does not fit {fits}: {'; '.join(shown)}{f'; and {more} more' if more > 0 else ''}: "
-            "take both files from one run"
-        )
+        raise UserError(f"{path} does not fit {fits}: {some_of(problems)}: take both files from one run")
     return tensors

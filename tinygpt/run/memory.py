@@ -68,7 +68,7 @@ def memory_of(
         activations = _loss_bytes(model, ids[:, 1:].numel())
         if runtime.gradient_checkpointing:
             x = torch.zeros(micro_batch_size, config.block_size, config.n_embd)
-            rope = (model.rope_cos, model.rope_sin) if model.pos_emb is None else None
+            rope = None if model.rope is None else model.rope(config.block_size)
             masks = {window: attention_mask(len(x[0]), window, device) for window in model.windows}
             activations += _kept_bytes(model, lambda: model.blocks[0](x, rope, masks))
             recompute_blocks(model)  # of which the next count has the inputs

@@ -7,6 +7,7 @@ alphabet (Radford et al. 2019, "Language Models are Unsupervised Multitask Learn
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,52 @@ from tinygpt.files import atomic_write, human_bytes, must_exist
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+MOST_SHOWN, MOST_PROBLEMS = 60, 10  # characters of a value, problems of a file
+
+# All that the library writes, and which values are done here exactly: a value, a type, an object, a list of objects.
+# In a vocabulary with all bytes no text is unknown, so what happens to that is free; a post_processor or decoder of
+# ByteLevel changes no id. A key that is not here may change ids one day, and is refused.
+LEFT_OUT = object()  # the key is not there
+FLAG = (False, True)
+NOTHING = (None, LEFT_OUT)
+LEVEL: dict[str, Any] = {
+    "type": ("ByteLevel",),
+    "add_prefix_space": FLAG,
+    "trim_offsets": FLAG,
+    "use_regex": (*FLAG, LEFT_OUT),
+}
+ADDED: dict[str, Any] = {  # text never becomes a special token, nor loses what is next to its name
+    "id": (int,),
+    "content": (str,),
+    "single_word": (False,),
+    "lstrip": (False,),
+    "rstrip": (False,),
+    "normalized": FLAG,  # there is no normalizer
+    "special": (True,),
+}
+MODEL: dict[str, Any] = {
+    "type": ("BPE", LEFT_OUT),  # GPT-2's has none
+    "dropout": (*NOTHING, 0, 0.0),
+    "unk_token": (*NOTHING, str),
+    "continuing_subword_prefix": (*NOTHING, ""),
+    "end_of_word_suffix": (*NOTHING, ""),
+    "fuse_unk": (*NOTHING, *FLAG),
+    "byte_fallback": (*NOTHING, *FLAG),
+    "ignore_merges": (*NOTHING, False),
+    "vocab": (dict,),
+    "merges": (list,),
+}
+FILE: dict[str, Any] = {
+    "version": ("1.0", LEFT_OUT),
+    "truncation": NOTHING,
+    "padding": NOTHING,
+    "added_tokens": ([ADDED],),
+    "normalizer": NOTHING,
+    "pre_tokenizer": (LEVEL | {"add_prefix_space": (False,), "use_regex": (True, LEFT_OUT)},),
+    "post_processor": (*NOTHING, LEVEL),
+    "decoder": (LEVEL,),
+    "model": (MODEL,),
+}
 
 
 def byte_alphabet() -> list[str]:
@@ -80,25 +127,28 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     if must_exist(path, stage="train_tokenizer").stat().st_size > MOST_BYTES:
         raise UserError(f"{path} is larger than {human_bytes(MOST_BYTES)}, too large for a tokenizer")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
-        model = document["model"]
-        vocab, merges = dict(model["vocab"]), [_pair(merge) for merge in model["merges"]]
-        special = {token["content"]: token["id"] for token in document["added_tokens"] if token["special"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        document = json.loads(path.read_bytes().decode(), object_pairs_hook=_each_once)
+        problems = _problems("", document, FILE)
+        merges = [] if problems else _pairs(document["model"]["merges"])
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
-    problems = _kind_problems(document) + _vocab_problems(vocab | special, merges, set(special))
+    if problems:
+        raise UserError(f"{path} is not a byte-level BPE tokenizer.json as GPT-2's is ({_some(problems)})")
+    vocab, added = document["model"]["vocab"], document["added_tokens"]
+    special = {token["content"]: token["id"] for token in added}
+    problems = _vocab_problems(vocab | special, merges, set(special)) + _special_problems(added, vocab)
     if required not in special:
         problems.append(f"there is no special token {required}")
     if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}")
+        raise UserError(f"{path}: {_some(problems)}")
     return sorted(vocab | special, key=(vocab | special).__getitem__), merges, special
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is in it twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} is in it twice")
     return found
 
 
@@ -107,22 +157,56 @@ def _added_token(name: str, i: int) -> dict[str, Any]:
     return {"id": i, "content": name, **flags}
 
 
-def _pair(merge: Any) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge  # both spellings are in use
-    return str(left), str(right)
+def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
+    """Merges in one of the two spellings in use, "a b" or ["a", "b"].  Raises ValueError for others."""
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for merge, pair in zip(merges, pairs, strict=True):
+        is_pair = isinstance(pair, list) and [type(part) for part in pair] == [str, str]
+        if not is_pair or type(merge) is not type(merges[0]) or pair[0].startswith("#version"):
+            raise ValueError(f"model.merges has {_shown(merge)} in it")
+    return [(left, right) for left, right in pairs]
 
 
-def _kind_problems(document: dict[str, Any]) -> list[str]:
-    """What in the file would make its ids differ from ours."""
-    model, pre = document["model"], document.get("pre_tokenizer") or {}
+def _problems(name: str, value: Any, *allowed: Any) -> list[str]:
+    """What of a value, and of all that is in it, is none of the values, types and objects that are allowed."""
+    fields = next((each for each in allowed if isinstance(each, dict)), None)
+    if fields is not None and isinstance(value, dict):
+        inner = {key: f"{name}.{key}".lstrip(".") for key in (*fields, *value)}
+        return [
+            p for key, place in inner.items() for p in _problems(place, value.get(key, LEFT_OUT), *fields.get(key, ()))
+        ]
+    if isinstance(value, list) and (items := [each[0] for each in allowed if isinstance(each, list)]):
+        return [p for i, item in enumerate(value) for p in _problems(f"{name}[{i}]", item, items[0])]
+    if any(type(value) is each or (type(value) is type(each) and value == each) for each in allowed):
+        return []
+    return [f"{name} is {_shown(value)}" if name else "it is not an object"]
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value as the file has it."""
+    text = "missing" if value is LEFT_OUT else json.dumps(value)
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
+
+
+def _some(problems: list[str]) -> str:
+    more = len(problems) - MOST_PROBLEMS
+    return "; ".join(problems[:MOST_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _special_problems(added: list[dict[str, Any]], vocab: dict[str, Any]) -> list[str]:
+    """What of the special tokens the library would number or name otherwise, or take for text."""
+    names = [token["content"] for token in added]
+    both = [(token["id"], vocab[token["content"]]) for token in added if token["content"] in vocab]
+    own = [token["id"] for token in added if token["content"] not in vocab]
     rules = (
-        (model.get("type", "BPE") == "BPE", f"model.type is {model.get('type')!r}, not 'BPE'"),  # GPT-2's has none
-        (document.get("normalizer") is None, "it has a normalizer"),
+        (len(set(names)) == len(names), "added_tokens has one twice"),
+        (all(type(i) is int and i == id for id, i in both), "added_tokens has another id than model.vocab"),
+        (own == [*range(len(vocab), len(vocab) + len(own))], "added_tokens are not numbered on from model.vocab"),
+        (not any(not name or name in CHAR_TO_BYTE for name in names), "added_tokens has a byte, or an empty text"),
         (
-            pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True),
-            "pre_tokenizer is not ByteLevel with add_prefix_space false and use_regex true",
+            not any("\ud800" <= char <= "\udfff" for name in names for char in name),
+            "added_tokens has half a character, such as \\ud800",
         ),
-        *((not model.get(key), f"model.{key} is set") for key in ("dropout", "ignore_merges", "byte_fallback")),
     )
     return [problem for holds, problem in rules if not holds]
 
