@@ -10,7 +10,7 @@ from tinygpt.corpus.folders import SPLITS
 from tinygpt.corpus.split import little_held_out
 from tinygpt.errors import printable
 from tinygpt.files import human_bytes, runs_folder, write_json
-from tinygpt.params import PARAMS_FILE, load_params
+from tinygpt.params import PARAMS_FILE, check_params, load_params
 from tinygpt.paths import CLEAN, RAW, REPORTS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
@@ -21,11 +21,14 @@ MOST_NAMED = 10  # files whose repairs are told; the report has the sum
 def run(root: Path) -> None:
     """Read the `clean` group, fill data/clean and write reports/clean.json."""
     params, runtime = load_params(CleanParams, RuntimeParams, path=root / PARAMS_FILE)
-    report, repaired, how = clean(params, root / RAW, root / CLEAN, runtime, runs=runs_folder(root))
+    evaluated = check_params(root / PARAMS_FILE)["evaluate"].split  # an empty one would come to light after training
+    report, repaired, how = clean(
+        params, root / RAW, root / CLEAN, runtime, evaluated=evaluated, runs=runs_folder(root)
+    )
     write_json(root / REPORTS / "clean.json", report)
     for name, n in list(repaired.items())[:MOST_NAMED]:
-        told = f"clean: {n:,} bytes of {printable(name)} were not UTF-8 and became U+FFFD: see download.encoding"
-        print(told, file=sys.stderr)
+        found = f"{n:,} bytes of {printable(name)} were not UTF-8 and became U+FFFD"
+        print(f"clean: {found}: set download.encoding if they are text", file=sys.stderr)
     splits = ", ".join(
         f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})" for split in SPLITS
     )

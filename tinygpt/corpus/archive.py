@@ -79,16 +79,16 @@ class _File:
         if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
             raise UserError(f"{self.name} holds a file of the unsafe name {name[:MOST_SHOWN]!r}: it is not unpacked")
         if any(part.startswith(".") for part in PurePosixPath(name).parts):
-            self.tell(LEFT_OUT, "hidden", f"{self.stem}/{name}")
+            self.tell(LEFT_OUT, "hidden", self.inner(name))
         elif not stat.S_ISREG(mode):
-            self.tell(LEFT_OUT, "links" if stat.S_ISLNK(mode) else "special files", f"{self.stem}/{name}")
+            self.tell(LEFT_OUT, "links" if stat.S_ISLNK(mode) else "special files", self.inner(name))
         else:
             return True
         return False
 
-    def member(self, name: str, pieces: Iterator[bytes], declared: int) -> Member:
-        """A member of an archive."""
-        return str(PurePosixPath(self.stem) / name), self.checked(pieces, declared)
+    def inner(self, name: str) -> str:
+        """What a member is called."""
+        return str(PurePosixPath(self.stem) / name)
 
     def checked(self, pieces: Iterator[bytes], declared: int | None = None) -> Iterator[bytes]:
         """The same pieces, which must have `declared` bytes together.  Raises UnpackError for whatever is wrong."""
@@ -205,7 +205,7 @@ def _read_zip(source: _File) -> Iterator[Member]:
                 raise NotImplementedError(f"compression method {member.compress_type}")
             with archive.open(member) as file:
                 pieces = source.spend(iter(partial(file.read, CHUNK_BYTES), b""))
-                yield source.member(member.filename, pieces, member.file_size)
+                yield source.inner(member.filename), source.checked(pieces, member.file_size)
 
 
 def _read_tar(source: _File) -> Iterator[Member]:
@@ -219,7 +219,8 @@ def _read_tar(source: _File) -> Iterator[Member]:
             if not member.isdir() and source.takes(member.name, kind):
                 content = archive.extractfile(member)
                 assert content is not None
-                yield source.member(member.name, iter(partial(content.read, CHUNK_BYTES), b""), member.size)
+                pieces = iter(partial(content.read, CHUNK_BYTES), b"")
+                yield source.inner(member.name), source.checked(pieces, member.size)
             vars(archive).update(members=[], pax_headers={})  # which would grow with the archive, names and all
             file.header = MOST_HEADER
     if not file.last or file.last.strip(b"\0"):  # tarfile takes whatever is not a header for the end
@@ -240,7 +241,7 @@ def _damage(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of what it says
             raise
-        reason = " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
+        reason = str(error)[:MOST_SHOWN] or type(error).__name__
         # zipfile: a password, an unknown method; the others: more memory than we allow
         if isinstance(error, NotImplementedError | RuntimeError | MemoryError) or "memory" in reason.lower():
             raise UserError(f"{name} cannot be unpacked ({reason}): unpack it by hand") from None

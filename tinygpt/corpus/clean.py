@@ -96,7 +96,7 @@ class CleanParams:
             yield (
                 source in SOURCES and bool(SOURCES[source].splits),
                 f"clean.split=source needs a source with official splits, and download.source={source} has none: "
-                "set clean.split to hash or tail",
+                "set clean.split to auto",
             )
 
 

@@ -16,14 +16,14 @@ from tinygpt.corpus.fetch import check_sha256
 from tinygpt.corpus.folders import TEXTS, Manifest, RawDownload, RawFile, text_line, write_manifest
 from tinygpt.corpus.jsonl import MOST_LINE, bad_line, line_text, lines
 from tinygpt.corpus.local import local_files
-from tinygpt.corpus.notes import LEFT_OUT, READ, Notes, Tell, plain_name
+from tinygpt.corpus.notes import LEFT_OUT, READ, Notes, Tell
 from tinygpt.corpus.remote import SourceFile, bucket_files, local_file, web_file
 from tinygpt.corpus.sniff import encoding_of, json_kind, likely_encoding
 from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Source, find_source, iter_python_docs
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_folder, sha256_file
 
-MOST_NAME = 255  # bytes between two slashes of a path: file systems take no more
+MOST_NAME, MOST_PATH = 255, 1000  # bytes between two slashes of a path, as file systems take them; and of it all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +63,10 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
         if not any(file.bytes for file in texts.files):
             for file in files:
                 file.forget()
-            notes = (
-                f"holds no text ({texts.notes})"
-                if texts.notes.names
-                else "holds no text"
-                if files
-                else "names no files"
-            )
+            found = "holds no text" if files or texts.notes.names else "names no files"
+            why = f" ({texts.notes})" if texts.notes.names else ""
             few = f" or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
-            raise UserError(f"download.source={params.source} {notes}: name another file or folder{few}")
+            raise UserError(f"download.source={params.source} {found}{why}: name another file or folder{few}")
         manifest = Manifest(
             source=params.source,
             licence=source.licence,
@@ -185,7 +180,7 @@ class RawFolder:
             return
         if not name.isprintable():
             self.notes.add(READ, "under this name", name)
-        name = plain_name(name)
+        name = printable(name)
         encoding = encoding_of(head, self.encoding)
         if encoding is None or not head:
             self._leave_unread(name, head)
@@ -222,7 +217,7 @@ class RawFolder:
 
     def _create(self, name: str) -> IO[bytes]:
         path = self.folder / TEXTS / PurePosixPath(name)
-        if max(len(part.encode()) for part in path.parts) > MOST_NAME or len(name) > 4 * MOST_NAME:
+        if max(len(part.encode()) for part in path.parts) > MOST_NAME or len(name.encode()) > MOST_PATH:
             raise UserError(f"{name[:MOST_NAME]}… is too long a name for a file: rename it")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

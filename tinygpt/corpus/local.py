@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tinygpt.corpus.notes import LEFT_OUT, READ, Tell, plain_name
+from tinygpt.corpus.notes import LEFT_OUT, READ, Tell
 from tinygpt.corpus.sources import suggestion
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, printable
 
 ALL: Sequence[str] = ("**",)  # the pattern of a folder
 
@@ -29,7 +29,7 @@ def local_files(source: str, root: Path, raw: Path, tell: Tell) -> list[tuple[st
         named = Path(source)
     path = root / named
     if path.is_file():
-        return [(plain_name(path.name), path)]
+        return [(printable(path.name), path)]
     base, pattern = path, ALL
     if not path.is_dir():
         if not glob.has_magic(source):
@@ -45,7 +45,7 @@ def local_files(source: str, root: Path, raw: Path, tell: Tell) -> list[tuple[st
     for name in names:
         if not name.isprintable():
             tell(READ, "under this name", name)
-    return [(plain_name(name), base / name) for name in names]
+    return [(printable(name), base / name) for name in names]
 
 
 def _walk(base: Path, pattern: Sequence[str], read: set[Path], tell: Tell) -> list[str]:

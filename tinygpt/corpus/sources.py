@@ -50,7 +50,7 @@ class DownloadParams:
 
 def _is_encoding(name: str) -> bool:
     try:
-        return b"".decode(name) == ""
+        return bool("a".encode(name))
     except (LookupError, ValueError):  # none, one of bytes such as hex, or one that always fails
         return False
 

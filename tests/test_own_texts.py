@@ -1,0 +1,312 @@
+"""Texts that people bring: one rule for a folder, a glob and an archive, and whatever is not taken is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from test_sources import fill, params, texts
+
+from tinygpt.corpus import download as download_module
+from tinygpt.corpus import jsonl
+from tinygpt.corpus.jsonl import lines
+from tinygpt.corpus.local import _fits
+from tinygpt.corpus.sniff import json_kind, likely_encoding
+from tinygpt.errors import UserError
+from tinygpt.params import ParamsError
+
+FRENCH = "Le café est servi à côté de la fenêtre où l'été s'achève, déjà là.\n" * 5
+FILES = {
+    "a.txt": b"one\n",
+    "sub/b.txt": b"two\n",
+    ".hidden.txt": b"no",
+    "sub/.git/config.txt": b"no",
+    "picture.txt": b"\x89PNG\0\0",
+    "latin.txt": FRENCH.encode("cp1252"),
+    "data.json.txt": b'{"text": "three"}\n{"text": "four", "id": 1}\n',
+    "log.txt": b'{"a": 1}\n{"a": 2}\n',
+    "empty.txt": b"",
+}
+TAKEN = {
+    "a.txt": "one\n",
+    "sub/b.txt": "two\n",
+    "data.json.txt.jsonl": FILES["data.json.txt"].decode(),
+    "log.txt": FILES["log.txt"].decode(),
+}
+NOTES = {
+    "2 hidden (": ".hidden.txt",
+    "1 binary (": "picture.txt",
+    "1 empty (": "empty.txt",
+    "1 not UTF-8 (": "latin.txt looks like cp1252: set download.encoding=cp1252",
+    "1 as JSON lines (": "data.json.txt",
+    "1 as plain text, though JSON (": "log.txt",
+}
+
+
+def make_own(folder: Path) -> Path:
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def make_zip(own: Path) -> None:
+    with zipfile.ZipFile(own.with_suffix(".zip"), "w") as archive:
+        for name in FILES:
+            archive.write(own / name, name)
+
+
+def make_tar(own: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.add(own, ".")
+    own.with_suffix(".tar.zst").write_bytes(zstandard.compress(packed.getvalue()))
+
+
+@pytest.mark.parametrize("source", ["own", "own/**/*.txt", "own.zip", "own.tar.zst"])
+def test_a_folder_a_glob_and_archives_follow_one_rule_and_tell_it(tmp_path: Path, source: str) -> None:
+    own = make_own(tmp_path / "own")
+    make_zip(own)
+    make_tar(own)
+    notes = str(fill(tmp_path, source).notes)
+    base = "own/" if source.startswith("own.") else ""
+    assert texts(tmp_path) == {base + name: text for name, text in TAKEN.items()}
+    for counted, name in NOTES.items():
+        assert counted in notes and base + name in notes, notes
+    assert "\n" not in notes
+
+
+def test_links_are_followed_once_and_never_in_a_circle(tmp_path: Path) -> None:
+    for name in ("own/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for link, target in {
+        "own/more": "../elsewhere",
+        "own/again": "../elsewhere/deep",
+        "own/up": "..",
+        "own/self": "self",
+        "own/dead": "nowhere",
+        "own/file.txt": "../elsewhere/b.txt",
+        "elsewhere/deep/back": "../../own",
+    }.items():
+        (tmp_path / link).symlink_to(target)
+    for source in ("own", "own/**/*"):
+        notes = str(fill(tmp_path, source).notes)
+        found = {text for name, text in texts(tmp_path).items()}
+        assert found == {"own/a.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt"}
+        assert "left out: 5 links (dead, self, " in notes
+        assert "through links (" in notes
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder that everybody may read, while the tests run as somebody who may not read everything."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield folder
+    if is_root:
+        os.seteuid(0)
+    for path in folder.rglob("*"):
+        path.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_read_is_told(as_nobody: Path) -> None:
+    for name in ("own/a.txt", "own/b.txt", "own/sub/c.txt"):
+        (as_nobody / name).parent.mkdir(parents=True, exist_ok=True)
+        (as_nobody / name).write_text(name)
+    (as_nobody / "own/b.txt").chmod(0)
+    (as_nobody / "own/sub").chmod(0)
+    os.mkfifo(as_nobody / "own/pipe.txt")
+    for source in ("own", "own/**/*.txt"):
+        notes = str(fill(as_nobody, source).notes)
+        assert texts(as_nobody) == {"a.txt": "own/a.txt"}
+        assert notes == "left out: 1 special files (pipe.txt), 2 unreadable (b.txt, sub)" or notes == (
+            "left out: 2 unreadable (b.txt, sub), 1 special files (pipe.txt)"
+        )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("**", "a/b/c", True),
+        ("*.txt", "a.txt", True),
+        ("*.txt", "a/b.txt", False),
+        ("**/*.txt", "a.txt", True),
+        ("**/*.txt", "a/b/c.txt", True),
+        ("a/*/c", "a/b/c", True),
+        ("a/*/c", "a/b/d/c", False),
+        ("a/**/c", "a/c", True),
+        ("[ab]?", "bc", True),
+    ],
+)
+def test_what_a_pattern_names(pattern: str, name: str, fits: bool) -> None:
+    parts, names = name.split("/"), pattern.split("/")
+    assert _fits(parts, names, whole=True) == fits
+    if fits:
+        assert all(_fits(parts[:i], names, whole=False) for i in range(len(parts)))
+
+
+def test_a_glob_tells_of_folders_that_it_names_but_does_not_enter(tmp_path: Path) -> None:
+    make_own(tmp_path / "own")
+    assert "1 folders (sub)" in str(fill(tmp_path, "own/*").notes)
+
+
+# Names
+
+
+@pytest.mark.parametrize("pack", [None, make_tar])
+def test_odd_names_are_taken_in_characters_that_can_be_shown(
+    tmp_path: Path, pack: Callable[[Path], None] | None
+) -> None:
+    (tmp_path / "own").mkdir()
+    for name in (b"caf\xe9.txt", b"a\x1b]0;title\x07\n.txt"):
+        Path(os.fsdecode(bytes(tmp_path / "own") + b"/" + name)).write_text("text\n")
+    if pack:
+        pack(tmp_path / "own")
+    notes = str(fill(tmp_path, "own.tar.zst" if pack else "own").notes)
+    assert [Path(name).name for name in texts(tmp_path)] == ["a\\x1b]0;title\\x07\\n.txt", "caf\\udce9.txt"]
+    assert notes.isprintable()
+    assert "2 under this name" in notes
+
+
+def test_a_file_and_an_archive_of_one_name_are_refused_in_words(tmp_path: Path) -> None:
+    own = make_own(tmp_path / "own")
+    make_zip(own)
+    (own / "notes").write_text("text")
+    shutil.move(own.with_suffix(".zip"), own / "notes.zip")
+    with pytest.raises(UserError, match="two files of the name notes/a.txt, or one and an archive: rename one"):
+        fill(tmp_path, "own")
+    (own / "notes").unlink()
+    (own / "notes").mkdir()
+    (own / "notes/a.txt").write_text("text")
+    with pytest.raises(UserError, match="two files of the name notes/a.txt"):
+        fill(tmp_path, "own")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "deep/" * 300 + "x", "../x", "/x", "a\0b", "C:\\x", "."])
+def test_names_that_no_file_can_have_are_one_line(tmp_path: Path, name: str) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo(name)
+        member.size = 5
+        archive.addfile(member, io.BytesIO(b"text\n"))
+    (tmp_path / "x.tar").write_bytes(packed.getvalue())
+    try:
+        fill(tmp_path, "x.tar")
+    except UserError as error:
+        assert len(str(error)) < 500 and str(error).isprintable()
+
+
+# Encodings
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "looks_like"),
+    [
+        (FRENCH, "latin-1", "cp1252"),
+        ("Über den grünen Hügeln möchte ich schöne Mädchen grüßen.\n" * 5, "cp1252", "cp1252"),
+        ("It\u2019s a \u201cgood\u201d day \u2014 she said no more.\n" * 9, "cp1252", "cp1252"),
+        ("Привет, мир! Это обычный русский текст о том, как живут люди.\n" * 9, "cp1251", "cp1251"),
+        ("これは日本語の文章です。今日は天気がいいですね。\n" * 9, "shift_jis", "shift_jis"),
+        ("Plain text in wide characters.\n" * 9, "utf-16", "utf_16"),
+        ("Plain text in wide characters.\n" * 9, "utf-16-le", "utf_16_le"),
+    ],
+)
+def test_another_encoding_is_guessed_and_taken_when_it_is_named(
+    tmp_path: Path, text: str, encoding: str, looks_like: str
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/x.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "own/y.txt").write_text("naïve é", encoding="utf-8")
+    assert likely_encoding(text.encode(encoding)) == looks_like
+    notes = str(fill(tmp_path, "own").notes)
+    assert notes == f"left out: 1 not UTF-8 (x.txt looks like {looks_like}: set download.encoding={looks_like})"
+    notes = str(fill(tmp_path, "own", encoding=looks_like).notes)
+    assert texts(tmp_path) == {"x.txt": text.encode(encoding).decode(looks_like), "y.txt": "naïve é"}
+    assert notes == f"read: 1 as {looks_like} (x.txt)"
+
+
+def test_an_encoding_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(FRENCH.encode("cp1252") * 10_000 + b"\x81")
+    with pytest.raises(UserError, match="download.encoding=cp1252 does not read x.txt"):
+        fill(tmp_path, "x.txt", encoding="cp1252")
+    for name in ("utf9", "hex", "undefined"):
+        with pytest.raises(ParamsError, match=f"download.encoding='{name}' is not one of Python's text encodings"):
+            params("x", encoding=name)
+
+
+def test_a_few_bad_bytes_do_not_make_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("naïve é ".encode() * 1000 + b"\xff\xff")
+    assert str(fill(tmp_path, "x.txt").notes) == ""
+
+
+# JSON lines
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b'{"text": "a"}', "lines"),
+        (b'{"text": "a"}\r\n\r\n{"id": 1, "text": "b"}\r\n{"text": "cut o', "lines"),
+        (b'\xef\xbb\xbf{"text": "a"}\n', "lines"),
+        (b'{"id": 1, "text": "a longer line than the begin', "lines"),
+        (b'{"text": 1}\n{"text": 2}\n', "other"),
+        (b'[\n {"text": "a"},\n {"text": "b"}]', "other"),
+        (b'{"a": 1}', None),
+        (b'{\n "text": "a"\n}', None),
+        (b'{"text": "a"}\nand so on\n', None),
+        (b"1\n2\n", None),
+        (b"[" * 100_000, None),
+        (b"", None),
+    ],
+)
+def test_json_lines_are_known_by_their_beginning(head: bytes, kind: str | None) -> None:
+    assert json_kind(head) == kind
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "\xff", "id": 1}\n'.encode("latin-1"),
+        b'{"id": ' + b"9" * 5000 + b', "text": "a"}\n',
+        b'{"id": -1e999, "text": "\\ud800"}\n',
+    ],
+)
+def test_odd_json_is_taken_with_a_limit_and_without(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "x.jsonl").write_bytes(line)
+    for max_bytes in (None, 1000):
+        fill(tmp_path, "x.jsonl", max_bytes=max_bytes)
+        assert (tmp_path / "raw/texts/x.jsonl").read_bytes() == line
+
+
+def test_a_line_too_long_is_refused_by_its_number_before_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "MOST_LINE", 100)
+    monkeypatch.setattr(download_module, "MOST_LINE", 100)
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "a" * 1000}))
+    with pytest.raises(UserError, match=r"x.jsonl line 2 has more than 100 B: cut its text"):
+        fill(tmp_path, "x.jsonl")
+
+
+@given(chunks=st.lists(st.binary(max_size=9).map(lambda b: b.replace(b"a", b"\n")), max_size=9), most=st.integers(1, 9))
+def test_lines_lose_nothing_and_end_where_they_should(chunks: list[bytes], most: int) -> None:
+    found = list(lines(chunks, b"\n", most))
+    assert b"".join(found) == b"".join(chunks)
+    assert all(b"\n" not in line[:-1] and line for line in found)
+    assert list(lines(chunks, b"\n", 1000)) == io.BytesIO(b"".join(chunks)).readlines()
