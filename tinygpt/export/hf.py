@@ -9,7 +9,6 @@ rotary positions, is refused when a folder is read: it would load and compute so
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from tinygpt.export.card import ADAPTER_CARD
 from tinygpt.export.family import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
 from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
 from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, check_layout, revert_layout
-from tinygpt.files import atomic_folder, must_exist, write_json
+from tinygpt.files import atomic_folder, must_exist, read_object, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import ADAPTER
@@ -263,13 +262,7 @@ def _full_every(layer_types: list[str] | None, n_layer: int) -> int | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} not found: give a folder that transformers saved")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return document
+    return read_object(path, remedy="give a folder that transformers saved")
 
 
 def _read_tensors(shapes: Mapping[Path, Shapes], config: GPTConfig, family: HFFamily) -> dict[str, Tensor]:
