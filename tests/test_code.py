@@ -110,6 +110,7 @@ def test_versions_of_python_and_of_pinned_packages_count_where_they_are_imported
 def test_the_stage_writes_what_dvc_compares(tmp_path):
     import stages.code
 
+    shutil.copy(ROOT / "params.yaml", tmp_path)  # which it checks
     stages.code.run(tmp_path)
     written = read_json(tmp_path / CODE, stage="code")
     stages = "base clean download encode evaluate export plot train train_tokenizer"

@@ -104,8 +104,9 @@ def test_a_curve_without_a_validation_loss_is_refused(curve, reports):
         read_tables(reports)
 
 
-def test_norms_without_a_part_are_refused(reports):
-    (reports / "train_norms.csv").write_text("step\n1\n")
+@pytest.mark.parametrize("text", ["step\n1\n", "step,a\x0cb\n1,1\n", "step,a,a\n1,1,1\n", "a,step\n1,1\n"])
+def test_norms_without_a_part_are_refused(text, reports):
+    (reports / "train_norms.csv").write_text(text)
     with pytest.raises(UserError, match=r"norms.csv must have the columns step, one for each part"):
         read_tables(reports)
 

@@ -65,8 +65,9 @@ def _parse(raw: bytes, name: str, columns: list[str] | None = None, needed: Sequ
         table = pd.read_csv(io.BytesIO(raw), index_col=False)
     except ValueError as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{name} is not a CSV ({error}): {AGAIN}") from None
-    shown = ", ".join(columns) if columns else "step, one for each part"
-    if table.empty or list(table.columns) != (columns or ["step", *table.columns[1:]]) or len(table.columns) < 2:
+    named = ["step", *filter(str.isidentifier, table.columns[1:])]  # as parts of a model are
+    if table.empty or list(table.columns) != (columns or named) or len(named) < 2:
+        shown = ", ".join(columns or ["step", "one for each part"])
         raise UserError(f"{name} must have the columns {shown}, and a row: {AGAIN}")
     numbers = table.apply(pd.to_numeric, errors="coerce").astype(float)
     wrong = (numbers.isna() & table.notna() | np.isinf(numbers)).any(axis=1)  # a text, or beyond all numbers
