@@ -34,7 +34,7 @@ import time
 import traceback
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -254,14 +254,13 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 # ---- a child that reads many ----
 
 
-def failures(
-    name: str, *, sound: Path, n: int = 100, first: int = 0, formats: Iterable[tuple[str, Format]] = FORMATS.items()
-) -> list[str]:
+def failures(name: str, kind: Format | None = None, *, sound: Path, n: int = 100, first: int = 0) -> list[str]:
     """What went wrong with n damaged files (times TINYGPT_FUZZ): a line for each kind, with one of its numbers.
 
-    `sound` is a project after all stages, which is only read. Tests with formats of their own give `formats`.
+    `sound` is a folder with sound files, such as a project after all stages; it is only read. `kind` is a format that
+    is not among FORMATS.
     """
-    kind, last = dict(formats)[name], first + max(1, round(n * FACTOR))
+    kind, last = kind or FORMATS[name], first + max(1, round(n * FACTOR))
     examples, counts = dict[str, int](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="tinygpt-fuzz-") as folder:
         files = read_files(sound, kind)
