@@ -20,6 +20,7 @@ repro: $(RUNTIME) ## Run the whole pipeline: text, tokenizer, model, evaluation,
 	@git rev-parse --git-dir >/dev/null 2>&1 || { \
 		echo "error: this folder is no git repository (a ZIP download?), and DVC needs one. Clone it, or run:" >&2; \
 		echo "    git init && git add . && git commit -m 'Start'" >&2; exit 1; }
+	@python -m tinygpt mend
 	dvc repro
 
 test: $(DEV) ## Run the test suite
