@@ -97,7 +97,7 @@ def start_repro(folder: Path) -> subprocess.Popen[bytes]:
         wait_for_the_end_of_all_in(folder)
         succeed("python -m tinygpt mend", folder)
     with open(folder / "log", "w") as log:
-        return subprocess.Popen(["dvc", "repro", BY_DVC[-1]], cwd=folder, env=environment(), stdout=log, stderr=log)
+        return subprocess.Popen(["dvc", "repro", *BY_DVC], cwd=folder, env=environment(), stdout=log, stderr=log)
 
 
 def kill_somewhere(dvc: subprocess.Popen[bytes], rng: random.Random, folder: Path) -> None:

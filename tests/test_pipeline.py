@@ -227,5 +227,5 @@ def test_a_folder_without_git_is_told_what_to_do(tmp_path):
     (venv / "requirements.installed").touch()
     failed = run("make repro", tmp_path / "zip", GIT_CEILING_DIRECTORIES=str(tmp_path))
     assert failed.returncode != 0
-    assert "no git repository (a ZIP download?)" in failed.stdout
-    assert "git init && git add . && git commit" in failed.stdout
+    assert "DVC needs a git repository, and git says here: fatal: not a git repository" in failed.stdout
+    assert "A ZIP download? Clone it, or run:  git init && git add . && git commit" in failed.stdout

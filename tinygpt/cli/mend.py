@@ -75,14 +75,17 @@ def is_json(path: Path) -> bool:
 
 
 def is_lockfile(path: Path) -> bool:
-    """Whether DVC can read it, or another than DVC must have written it: git, which could not merge two branches."""
+    """Whether DVC can read it, or it is not cut off: a DVC of another version wrote it, or git could not merge it."""
     from dvc.exceptions import DvcException
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from dvc.utils.serialize import load_yaml
     from voluptuous import Invalid
 
     try:
-        COMPILED_LOCKFILE_SCHEMA(load_yaml(str(path)))
+        document = load_yaml(str(path))
+        if isinstance(document, dict) and document.get("schema", "2.0") != "2.0":
+            return True
+        COMPILED_LOCKFILE_SCHEMA(document)
     except (DvcException, Invalid):
         return b"<<<<<<<" in path.read_bytes()
     return True

@@ -14,6 +14,7 @@ import matplotlib as mpl
 import pandas as pd
 from dvc.exceptions import DvcException
 from matplotlib.figure import Figure
+from pygit2 import GitError
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
@@ -154,7 +155,7 @@ def _revision(rev: str) -> Experiment:
 def _show(rev: str | None) -> list[dict[str, Any]]:
     try:
         return dvc.api.exp_show(revs=rev)
-    except DvcException as error:
+    except (DvcException, GitError) as error:
         raise UserError(f"DVC finds no {rev or 'project'} here ({error}): see `git log` and `dvc exp list`") from None
 
 
