@@ -13,12 +13,14 @@ In a test: `assert failures("tokens", sound=done, n=100) == []`, with the fixtur
 from __future__ import annotations
 
 import bz2
+import contextlib
 import faulthandler
 import gzip
 import importlib
 import io
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -65,8 +67,17 @@ class Format(NamedTuple):
     damaged: tuple[str, ...]  # globs: one of these files is damaged
     read: tuple[Read, ...]  # one of them reads: a stage, a command of `python -m tinygpt`, a function of a module
     sound: tuple[str, ...] = ()  # globs: what the programs read as well
+    project: str = ""  # the folder, of those next to each other, that all of it is in
 
 
+SLOW = (
+    "base",
+    "adapters",
+    "checkpoints",
+    "reports",
+    "curves",
+    "tokens",
+)  # a fifth of the files: their readers train, or draw
 PAIR = ("data/model/*", "data/tokenizer/*")
 DATA = ("params.yaml", "data/tokens/*", *PAIR)
 REPORTED = ("data/raw/manifest.json", "reports/*.json")
@@ -89,6 +100,8 @@ FORMATS = {
     "checkpoints": Format(("runs/*/step-*/*", "runs/*/run.json"), ("runs", "runs --prune", "stages.train"), DATA),
     "curves": Format(("reports/*.csv",), ("stages.plot",), ("params.yaml",)),
     "reports": Format((*REPORTED, "data/model/training.json"), ("stages.export",), DATA),
+    "base": Format(("data/base/*",), ("preset base", f"{GENERATE} --model data/base", "stages.train"), DATA, "lora"),
+    "adapters": Format(("data/model/*",), ("stages.export",), (*DATA, *REPORTED, "data/base/*"), "lora"),
     "prompts": Format(("prompts.jsonl",), (f"{GENERATE} --prompts prompts.jsonl",), PAIR),
     "lines": Format(("prompts.txt",), (f"{GENERATE} --prompts prompts.txt",), PAIR),
 }
@@ -96,7 +109,10 @@ FORMATS = {
 
 # ---- damage ----
 
-NUMBERS = [*"-1 0 1 1.5 1e400 -1e308 1e-320 NaN Infinity 65536 2147483648 18446744073709551616".split(), "9" * 5000]
+NUMBERS = [
+    *"-1 0 1 1.5 1e400 -1e308 1e-320 NaN Infinity 65536 10000000 2147483648 18446744073709551616".split(),
+    "9" * 5000,
+]
 SIZES = [
     0,
     1,
@@ -204,7 +220,24 @@ def retyped(data: bytes, rng: random.Random) -> bytes:
         return flipped(data, rng)
     holder, key = rng.choice(list(places(document)))
     depth = rng.choice([10, 100_000])
-    odd = [None, True, [], {}, [None], {"a": 1}, 1.5, -1, 0, 1 << 31, 1 << 63, 1 << 70, 1e308, *TEXTS, float("nan")]
+    odd = [
+        None,
+        True,
+        [],
+        {},
+        [None],
+        {"a": 1},
+        1.5,
+        -1,
+        0,
+        10**7,
+        1 << 31,
+        1 << 63,
+        1 << 70,
+        1e308,
+        *TEXTS,
+        float("nan"),
+    ]
     odd += [holder[key], [holder[key]] * 2, {"x": holder[key]}, str(holder[key])[:100]]
     action = rng.random()
     if action < 0.15 and holder is not document:
@@ -275,7 +308,7 @@ def failures(name: str, kind: Format | None = None, *, sound: Path, n: int = 100
 
 def read_files(sound: Path, kind: Format) -> dict[str, bytes]:
     """The files of a format, by their paths in the project."""
-    globs = dict.fromkeys((*kind.damaged, *kind.sound))
+    sound, globs = sound / kind.project, dict.fromkeys((*kind.damaged, *kind.sound))
     return {str(p.relative_to(sound)): p.read_bytes() for g in globs for p in sorted(sound.glob(g)) if p.is_file()}
 
 
@@ -420,7 +453,13 @@ def make_sound(folder: Path) -> Path:
 
 
 def add_foreign(folder: Path) -> Path:
-    """Texts, archives and prompts."""
+    """Texts, archives and prompts, and in `lora` a project that trains adapters of this one's model."""
+    lora, adapters = folder / "lora", {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+    shutil.copytree(folder, lora, ignore=shutil.ignore_patterns(".git", ".dvc", "runs"))
+    with contextlib.chdir(lora):
+        assert run_program("promote")[0] == ""
+    set_params(lora, {"train.init_from": "base", "train.lora": adapters, "train.max_steps": 10})
+    run_stages("train evaluate", lora)
     lines = [
         f"A line of text, number {i}, with a naïve word in it, and some more to make it long enough." for i in range(40)
     ]
@@ -461,6 +500,7 @@ def main(arguments: list[str]) -> None:
     """See the top of this file."""
     n, names = next((int(a) for a in arguments if a.isdigit()), 1000), [a for a in arguments if not a.isdigit()]
     chosen = {name.partition(":")[0]: name.partition(":")[2] for name in names} or dict.fromkeys(FORMATS, "")
+    weights = {name: 0.2 if name in SLOW else 1.0 for name in chosen}
     bad = 0
     with tempfile.TemporaryDirectory(prefix="tinygpt-sound-") as folder:
         sound = made_before() or make_sound(Path(folder) / "project")
@@ -468,7 +508,7 @@ def main(arguments: list[str]) -> None:
             if number:
                 show(name, int(number), sound)
                 continue
-            began, share = time.monotonic(), -(-n // len(chosen))
+            began, share = time.monotonic(), math.ceil(n * weights[name] / sum(weights.values()))
             found = failures(name, sound=sound, n=share)
             bad += len(found)
             print(
