@@ -24,14 +24,14 @@ from tinygpt.report.plots import NO_DATE, STYLE, parse_curve
 
 CURVE = "reports/train.csv"
 METRICS = {  # column -> the report, the key in it, and how it is shown
-    "val_loss": ("reports/train.json", "val_loss", ".4f"),
-    "eval_loss": ("reports/eval.json", "loss", ".4f"),  # of the split evaluate.split
-    "ppl": ("reports/eval.json", "ppl", ",.2f"),
-    "bpb": ("reports/eval.json", "bpb", ".4f"),
-    "n_params": ("reports/train.json", "n_params", ",.0f"),
-    "seconds": ("reports/train.json", "seconds", ",.0f"),
-    "tokens_per_s": ("reports/train.json", "tokens_per_s", ",.0f"),
-    "peak_mem_gib": ("reports/train.json", "peak_mem_gib", ".2f"),
+    "val_loss": ("reports/metrics/train.json", "val_loss", ".4f"),
+    "eval_loss": ("reports/metrics/eval.json", "eval_loss", ".4f"),  # of the split evaluate.split
+    "ppl": ("reports/metrics/eval.json", "ppl", ",.2f"),
+    "bpb": ("reports/metrics/eval.json", "bpb", ".4f"),
+    "n_params": ("reports/metrics/train.json", "n_params", ",.0f"),
+    "seconds": ("reports/metrics/train.json", "seconds", ",.0f"),
+    "tokens_per_s": ("reports/metrics/train.json", "tokens_per_s", ",.0f"),
+    "peak_mem_gib": ("reports/metrics/train.json", "peak_mem_gib", ".2f"),
 }
 WORDS = {"None": "null", "True": "true", "False": "false"}  # DVC's spelling -> that of params.yaml
 WORKSPACE = "workspace"
