@@ -6,10 +6,11 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 TORCH :=# cpu, or another build that https://download.pytorch.org/whl has, such as cu126
 TORCH_INDEX := https://download.pytorch.org/whl/$(TORCH)
 PIP := python -m pip install --disable-pip-version-check
+N := 50000
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --durations=25
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test lint typecheck format check coverage sample clean
+.PHONY: help install repro test fuzz lint typecheck format check coverage sample clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,13 +18,19 @@ help: ## Show this list
 install: $(RUNTIME) ## Make .venv and install requirements.txt (TORCH=cpu: PyTorch without CUDA)
 
 repro: $(RUNTIME) ## Run the whole pipeline: text, tokenizer, model, evaluation, plots, exports
-	@git rev-parse --git-dir >/dev/null 2>&1 || { \
-		echo "error: this folder is no git repository (a ZIP download?), and DVC needs one. Clone it, or run:" >&2; \
-		echo "    git init && git add . && git commit -m 'Start'" >&2; exit 1; }
+	@said=$$(LC_ALL=C git rev-parse --git-dir 2>&1) || { \
+		echo "error: DVC needs a git repository, and git says here: $$said" >&2; \
+		case "$$said" in *"not a git repository"*) \
+		echo "A ZIP download? Clone it, or run:  git init && git add . && git commit -m 'Start'" >&2;; esac; exit 1; }
+	@python -m tinygpt mend
 	dvc repro
 
 test: $(DEV) ## Run the test suite
 	$(PYTEST)
+
+fuzz: $(DEV) ## Damage N=50000 files, kill stages and DVC 200 times, fill disks: an hour or so
+	PYTHONPATH=. OMP_NUM_THREADS=1 python tests/fuzz.py $(N)
+	TINYGPT_FUZZ=20 OMP_NUM_THREADS=1 python -m pytest --timeout 7200 tests/test_kills.py tests/test_full_disk.py
 
 lint: $(DEV) ## Check style with ruff
 	ruff check .

@@ -1,12 +1,16 @@
 """Write down what code each stage's results depend on: a change of it, but not of a comment, runs the stage again.
 
-Reads the sources of stages and tinygpt, writes reports/code.json, which every other stage names under `params`.
+Reads the sources of stages and tinygpt, writes reports/code.json, which every other stage names under `params`. It
+always runs, so it also warns of experiments that DVC would lose without a word.
 """
 
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from tinygpt.code import code_of
-from tinygpt.files import write_json
+from tinygpt.files import checkout_of, write_json
 from tinygpt.params import PARAMS_FILE, check_params
 from tinygpt.paths import CODE
 from tinygpt.stage import run_stage
@@ -17,6 +21,23 @@ def run(root: Path) -> None:
     check_params(root / PARAMS_FILE)
     names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path != Path(__file__))
     write_json(root / CODE, {name: code_of(f"stages.{name}") for name in names})
+    checkout = checkout_of(root).resolve()
+    for warning in lost_experiments(checkout, is_copy=checkout != root.resolve()):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def lost_experiments(checkout: Path, *, is_copy: bool) -> list[str]:
+    """What keeps DVC from bringing an experiment from a copy back to the checkout; `is_copy`: this is one."""
+    found = []
+    if not str(checkout).isascii() or unquote(urlsplit(f"file://{checkout}").path) != str(checkout):  # DVC makes a URL
+        found.append(
+            f"`dvc exp run --temp` and queues fail in a folder of this name, {str(checkout)!r}: rename it to ASCII "
+            "letters without # ? %, or run experiments without them"
+        )
+    shallow = ["git", "rev-parse", "--is-shallow-repository"]
+    if is_copy and subprocess.run(shallow, cwd=checkout, capture_output=True, check=False).stdout == b"true\n":
+        found.append("DVC does not keep this experiment: the clone is shallow. `git fetch --unshallow`, run it again")
+    return found
 
 
 if __name__ == "__main__":

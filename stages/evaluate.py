@@ -27,6 +27,8 @@ def run(root: Path) -> None:
     tokens = load_tokens(root / TOKENS, params.split, at_least=2)
     report = evaluate_model(model, tokens, params, n_bytes=meta.split(params.split).bytes)
     write_json(root / REPORTS / "eval.json", report)
+    decisive = {"eval_loss": report["loss"], **{name: report[name] for name in ("ppl", "bpb", "bpb_error")}}
+    write_json(root / REPORTS / "metrics/eval.json", decisive)  # DVC's metrics
     write_samples(root / REPORTS / "samples.md", model, tokenizer, params)
     print(
         f"evaluate: {params.split} split, {report['tokens']:,} tokens, context {report['context']}: "

@@ -122,14 +122,17 @@ def workers() -> ForkServerContext:
 
 def start_trainer(folder: Path, log: str = "train.log", **env: str) -> ForkServerProcess:
     """Start `python -m stages.train` but for the interpreter; its output goes to a file, which nobody need read."""
-    process = workers().Process(target=_train, args=(folder, log, environment(**env)), daemon=True)
+    return start_stage("train", folder, log, **env)
+
+
+def start_stage(name: str, folder: Path, log: str, **env: str) -> ForkServerProcess:
+    """The same with any stage."""
+    process = workers().Process(target=_stage, args=(name, folder, log, environment(**env)), daemon=True)
     process.start()
     return process
 
 
-def _train(folder: Path, log: str, env: dict[str, str]) -> None:
-    from stages.train import run
-
+def _stage(name: str, folder: Path, log: str, env: dict[str, str]) -> None:
     os.setsid()
     os.environ.clear()
     os.environ.update(env)
@@ -137,7 +140,7 @@ def _train(folder: Path, log: str, env: dict[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    program(run)(Path())
+    program(importlib.import_module(f"stages.{name}").run)(Path())
 
 
 def status_of(process: ForkServerProcess, *, seconds: float = 120) -> int:

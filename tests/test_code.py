@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from project import ROOT
+from project import ROOT, succeed
 
+from stages.code import lost_experiments
 from tinygpt import code
 from tinygpt.files import read_json
 from tinygpt.paths import CODE
@@ -117,3 +118,20 @@ def test_the_stage_writes_what_dvc_compares(tmp_path):
     assert sorted(written) == stages.split()
     assert written["train"] == code.code_of("stages.train")
     assert len(set(written.values())) == 9
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "für"])
+def test_it_is_told_where_dvc_makes_an_address_of_the_path_and_loses_experiments(name):
+    (warning,) = lost_experiments(Path("/texts") / name, is_copy=False)
+    assert f"fail in a folder of this name, '/texts/{name}': rename it" in warning
+
+
+def test_it_is_told_that_dvc_keeps_no_experiment_of_a_shallow_clone(tmp_path):
+    whole, shallow = tmp_path / "it's (a) whole, [one] & more", tmp_path / "shallow"
+    git = "git -c user.name=t -c user.email=t@t"
+    succeed(f'{git} init -q "{whole}" && cd "{whole}" && {git} commit -q --allow-empty -m a', tmp_path)
+    succeed(f'cd "{whole}" && {git} commit -q --allow-empty -m b', tmp_path)
+    succeed(f'git clone -q --depth 1 "file://{whole}" shallow', tmp_path)
+    (warning,) = lost_experiments(shallow, is_copy=True)
+    assert "the clone is shallow. `git fetch --unshallow`" in warning
+    assert lost_experiments(shallow, is_copy=False) == lost_experiments(whole, is_copy=True) == []

@@ -49,7 +49,17 @@ def test_a_table_wider_than_the_terminal_is_told_in_blocks_with_the_name_in_each
 
 
 def test_metrics_are_found_alone_and_beside_others_of_their_name():
-    shown = table(row(), row("a", **{"reports/eval.json:loss": 3.125, "reports/train.json:loss": 9.0, "ppl": 1234.5}))
+    shown = table(
+        row(),
+        row(
+            "a",
+            **{
+                "reports/metrics/eval.json:eval_loss": 3.125,
+                "reports/metrics/train.json:eval_loss": 9.0,
+                "ppl": 1234.5,
+            },
+        ),
+    )
     assert shown.eval_loss.tolist() == ["-", "3.1250"]
     assert shown.ppl.tolist() == ["-", "1,234.50"]
 

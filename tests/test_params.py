@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import set_params
@@ -416,3 +417,19 @@ def load_edited(cls: type, **changes: Any) -> Any:
 def test_every_rule_of_a_group_names_its_key(cls, changes, message):
     with pytest.raises(ParamsError, match=message):
         load_edited(cls, **changes)
+
+
+def test_dvc_sets_a_value_and_leaves_every_other_byte_of_the_file(tmp_path):
+    path, text = tmp_path / "params.yaml", (ROOT / "params.yaml").read_text()
+    numbers = list(re.finditer(r"^  (\w+): +(\d\S*)", text, re.MULTILINE))
+    for number in numbers[::5]:  # some of each group
+        path.write_text(text)
+        group = re.findall(r"^(\w+):", text[: number.start()], re.MULTILINE)[-1]
+        apply_overrides(path, [f"{group}.{number[1]}=7"])
+        width = len(number[2])  # a comment keeps its column
+        changed = path.read_text()
+        assert (changed[: number.start(2)], changed[number.end(2) :]) == (
+            text[: number.start(2)],
+            text[number.end(2) :],
+        )
+        assert changed[number.start(2) : number.end(2)] == "7".ljust(width)

@@ -10,9 +10,9 @@ from project import BIN, ROOT, commit, dvc, hashes, refused, run, run_stages, se
 from ruamel.yaml import YAML
 
 STAGES = ["download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export"]
-METRICS = {
-    f"reports/{name}"
-    for name in ("clean.json", "train.json", "train.csv", "train_norms.csv", "eval.json", "export.json")
+REPORTS = {
+    *(f"reports/{name}.json" for name in "clean train eval export metrics/train metrics/eval".split()),
+    *(f"reports/{name}.csv" for name in ("train", "train_norms")),
 }
 
 
@@ -31,7 +31,7 @@ def outs(folder: Path) -> dict[str, str]:
     """Checksums of what every stage makes, from dvc.lock; reports/train.json has times."""
     stages = YAML(typ="safe").load(folder / "dvc.lock")["stages"]
     found = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
-    del found["reports/train.json"]
+    del found["reports/train.json"], found["reports/metrics/train.json"]
     return found
 
 
@@ -82,7 +82,7 @@ class TestTheStory:
             assert (clone / name).stat().st_size > 0
         tracked = succeed("git ls-files", clone).split()
         made = {name for name in tracked if name.startswith(("data/", "reports/", "runs/")) or name.endswith(".lock")}
-        assert made == {"data/README.md", "dvc.lock", "reports/code.json", *METRICS}
+        assert made == {"data/README.md", "dvc.lock", "reports/code.json", *REPORTS}
         assert [name for name in tracked if name.endswith(".gitignore")] == [".dvc/.gitignore", ".gitignore"]
         assert succeed("git status --porcelain", clone) == ""
         report = json.loads((clone / "reports/export.json").read_text())
@@ -115,16 +115,19 @@ class TestTheStory:
         )
         changed = json.loads(params)["params.yaml"]
         assert {key: change["new"] for key, change in changed.items()} == {"model.n_layer": 2, "train.lr": 1e-5}
-        assert json.loads(metrics)["reports/eval.json"]["bpb"]["diff"] != 0
+        assert json.loads(metrics)["reports/metrics/eval.json"]["bpb"]["diff"] != 0
+        assert sum(map(len, json.loads(metrics).values())) <= 10
         assert "bpb" in table
         assert "n_layer" in table
         loss = json.loads(plots)["data"]["Loss"][0]
         assert set(loss["revisions"]) == {"HEAD", "workspace"}
         drawn = {(row["field"], row["rev"]) for row in loss["content"]["data"]["values"]}
         assert drawn == {(field, rev) for field in ("train_loss", "val_loss") for rev in ("HEAD", "workspace")}
-        assert "val_loss" in (clone / "dvc_plots/index.html").read_text()
+        page = (clone / "dvc_plots/index.html").read_text()
+        assert "datum['dvc_inferred_y_value'] !== ''" in page  # else a step without a validation loss is drawn as 0
+        assert "reports_plots_loss.svg" in page and "gradient norm" in page
         changed_files = {line[3:] for line in succeed("git status --porcelain", clone).splitlines()}
-        assert changed_files <= {"dvc.lock", "params.yaml", *METRICS}
+        assert changed_files <= {"dvc.lock", "params.yaml", *REPORTS}
 
     def test_back_at_the_old_params_all_of_it_is_known(self, clone):
         succeed("git checkout -q params.yaml", clone)
@@ -227,5 +230,5 @@ def test_a_folder_without_git_is_told_what_to_do(tmp_path):
     (venv / "requirements.installed").touch()
     failed = run("make repro", tmp_path / "zip", GIT_CEILING_DIRECTORIES=str(tmp_path))
     assert failed.returncode != 0
-    assert "no git repository (a ZIP download?)" in failed.stdout
-    assert "git init && git add . && git commit" in failed.stdout
+    assert "DVC needs a git repository, and git says here: fatal: not a git repository" in failed.stdout
+    assert "A ZIP download? Clone it, or run:  git init && git add . && git commit" in failed.stdout

@@ -125,6 +125,10 @@ def runs_flags(command: ArgumentParser) -> None:
     command.add_argument("--keep", type=int, metavar="N", help="with --prune: not the newest N of them")
 
 
+def mend_flags(command: ArgumentParser) -> None:
+    """None."""
+
+
 def compare_flags(command: ArgumentParser) -> None:
     """Which experiments."""
     command.add_argument(
@@ -148,6 +152,7 @@ COMMANDS = {
     "profile": (profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
     "preset": (preset_flags, "presets", "put the values of a preset into params.yaml, or list the presets"),
     "runs": (runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
+    "mend": (mend_flags, "mend", "put right what a DVC that was killed has left: `make repro` does this, too"),
     "compare": (compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
     "tokenizer-report": (
         tokenizer_report_flags,

@@ -17,7 +17,6 @@ from tinygpt.params import PARAMS_FILE, check_names, check_params, read_groups, 
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
-NULL = "tag:yaml.org,2002:null"
 
 
 def preset(args: Namespace) -> None:
@@ -55,7 +54,7 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     there = read_groups(path)
     if not all(isinstance(there.get(group), dict) and key in there[group] for group, key in names):
         check_params(path)  # which says what is missing
-    yaml, written = _as_written(), path.read_bytes().decode()
+    yaml, written = YAML(), path.read_bytes().decode()
     document = yaml.load(written.replace("\r\n", "\n"))
     changed = []
     for group, keys in values.items():
@@ -74,12 +73,3 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     with atomic_write(path) as file:
         file.write(text.getvalue())
     return changed
-
-
-def _as_written() -> YAML:
-    """A reader and writer that leaves our params.yaml as it is."""
-    yaml = YAML()
-    yaml.preserve_quotes, yaml.width = True, 200
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar(NULL, "null"))
-    return yaml

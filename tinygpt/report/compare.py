@@ -14,6 +14,7 @@ import matplotlib as mpl
 import pandas as pd
 from dvc.exceptions import DvcException
 from matplotlib.figure import Figure
+from pygit2 import GitError
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
@@ -23,14 +24,14 @@ from tinygpt.report.plots import NO_DATE, STYLE, parse_curve
 
 CURVE = "reports/train.csv"
 METRICS = {  # column -> the report, the key in it, and how it is shown
-    "val_loss": ("reports/train.json", "val_loss", ".4f"),
-    "eval_loss": ("reports/eval.json", "loss", ".4f"),  # of the split evaluate.split
-    "ppl": ("reports/eval.json", "ppl", ",.2f"),
-    "bpb": ("reports/eval.json", "bpb", ".4f"),
-    "n_params": ("reports/train.json", "n_params", ",.0f"),
-    "seconds": ("reports/train.json", "seconds", ",.0f"),
-    "tokens_per_s": ("reports/train.json", "tokens_per_s", ",.0f"),
-    "peak_mem_gib": ("reports/train.json", "peak_mem_gib", ".2f"),
+    "val_loss": ("reports/metrics/train.json", "val_loss", ".4f"),
+    "eval_loss": ("reports/metrics/eval.json", "eval_loss", ".4f"),  # of the split evaluate.split
+    "ppl": ("reports/metrics/eval.json", "ppl", ",.2f"),
+    "bpb": ("reports/metrics/eval.json", "bpb", ".4f"),
+    "n_params": ("reports/metrics/train.json", "n_params", ",.0f"),
+    "seconds": ("reports/metrics/train.json", "seconds", ",.0f"),
+    "tokens_per_s": ("reports/metrics/train.json", "tokens_per_s", ",.0f"),
+    "peak_mem_gib": ("reports/metrics/train.json", "peak_mem_gib", ".2f"),
 }
 WORDS = {"None": "null", "True": "true", "False": "false"}  # DVC's spelling -> that of params.yaml
 WORKSPACE = "workspace"
@@ -154,7 +155,7 @@ def _revision(rev: str) -> Experiment:
 def _show(rev: str | None) -> list[dict[str, Any]]:
     try:
         return dvc.api.exp_show(revs=rev)
-    except DvcException as error:
+    except (DvcException, GitError) as error:
         raise UserError(f"DVC finds no {rev or 'project'} here ({error}): see `git log` and `dvc exp list`") from None
 
 

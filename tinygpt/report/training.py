@@ -14,6 +14,8 @@ from tinygpt.files import atomic_folder, atomic_write, fenced, human_bytes, writ
 from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
 from tinygpt.train.trainer import Trained, Trainer
 
+METRICS = ("val_loss", "n_params", "tokens", "seconds", "tokens_per_s", "peak_mem_gib")  # that DVC shows
+
 
 def publish(
     trained: Trained,
@@ -43,6 +45,7 @@ def publish(
             file.write(f"\n## Step {sample['step']}\n\n{fenced(sample['text'])}")
     report = _summary(trained, trainer)
     write_json(reports_dir / "train.json", report)
+    write_json(reports_dir / "metrics/train.json", {name: report[name] for name in METRICS})
     return report
 
 

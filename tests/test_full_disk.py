@@ -1,0 +1,124 @@
+"""On a full disk every program that writes says so in one line, and leaves what was there and nothing half-written.
+
+The disk is a tmpfs in a mount namespace of its own, which Linux lets anybody have on most machines.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fuzz import FACTOR, run_program, wrong_words
+from project import ROOT, environment
+from test_pipeline import STAGES
+
+pytestmark = pytest.mark.slow
+
+COMMANDS = ("promote", "import-hf data/export/hf", "preset tiny", "attention --prompt The", "tokenizer-report")
+PROGRAMS = [*(f"stages.{name}" for name in ("code", *STAGES)), *COMMANDS]
+NEW = ["unshare", "--user", "--map-root-user", "--mount"]  # namespaces
+PAGE = 4096
+
+
+def test_every_stage_and_command(done, tmp_path):
+    if not shutil.which("unshare") or subprocess.run([*NEW, "true"], capture_output=True).returncode:
+        pytest.skip("this machine gives nobody a mount namespace")
+    n = round(FACTOR)
+    command = [*NEW, sys.executable, __file__, str(done), str(tmp_path), str(n)]
+    said = subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["faults"] == []
+    assert found["full"] >= n * len(PROGRAMS) / 2
+
+
+class Disk:
+    """A small one, with a project on it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", folder], check=True)
+        self.folder, self.project, self.log = folder, folder / "project", folder.parent / "log"
+
+    def copy(self, source: Path) -> None:
+        """Put a copy of a project on it."""
+        self.resize("1g")
+        shutil.rmtree(self.project, ignore_errors=True)
+        shutil.copytree(source, self.project, symlinks=True, ignore=shutil.ignore_patterns(".git", "cache", "runs"))
+
+    def resize(self, size: str) -> None:
+        """Make it larger or smaller, with all that is on it."""
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
+
+    def leave(self, n_bytes: int) -> None:
+        """Make it so small that no more than this much can be written."""
+        found = os.statvfs(self.folder)
+        self.resize(str((found.f_blocks - found.f_bfree) * found.f_frsize + n_bytes // PAGE * PAGE))
+
+    def run(self, program: str) -> tuple[str, str]:
+        """Run it in a process of its own.  -> its last words where it failed, and what is wrong with how it ended"""
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            os.chdir(self.project)
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for fd in (1, 2):
+                os.dup2(log, fd)
+            os.write(writer, json.dumps(run_program(program)).encode())
+            os._exit(0)
+        os.close(writer)
+        _, status = os.waitpid(child, 0)
+        with open(reader) as answer:
+            said, fault = json.loads(answer.read() or '["", "dies"]')
+        return said, fault or wrong_words(said + self.log.read_text()) or ("dies" if status else "")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but checkpoints and the one with times."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "train.json")
+    found = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {name: digest for name, digest in found.items() if not name.startswith("runs/") or ".partial" in name}
+
+
+def written(folder: Path, since: float) -> int:
+    """Bytes of the files that are newer."""
+    files = (file.stat() for file in folder.rglob("*") if file.is_file())
+    return sum(-(-file.st_size // PAGE) * PAGE for file in files if file.st_mtime > since)
+
+
+def main(source: Path, folder: Path, n: int) -> None:
+    """Run each program on disks with n sizes of room, write down what is wrong with it, and how many were full."""
+    for name in STAGES:
+        importlib.import_module(f"stages.{name}")  # once, for all that are forked
+    disk, rng, faults, full = Disk(folder / "disk"), random.Random(0), list[str](), 0
+    for program in PROGRAMS:
+        disk.copy(source)
+        before, began = tree(disk.project), time.time()
+        assert disk.run(program) == ("", ""), (program, disk.run(program), disk.log.read_text())
+        after, need = tree(disk.project), written(disk.project, began)
+        for room in (rng.randrange(need // 2) for _ in range(n)):
+            disk.copy(source)
+            disk.leave(room)
+            said, fault = disk.run(program)
+            full += said != ""
+            if not fault and said and (not said.startswith("error: no room to write") or said.count("\n") > 1):
+                fault = said
+            if not fault and tree(disk.project) != (before if said else after):
+                found = tree(disk.project)
+                fault = f"leaves {sorted(name for name in found | before if found.get(name) != before.get(name))}"
+            disk.resize("1g")
+            if not fault and (disk.run(program) != ("", "") or tree(disk.project) != after):
+                fault = "does not make the same afterwards"
+            if fault:
+                faults.append(f"{program} with room for {room} of {need} bytes: {fault}")
+    (folder / "found.json").write_text(json.dumps({"faults": faults, "full": full}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

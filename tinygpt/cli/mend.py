@@ -1,0 +1,105 @@
+"""`python -m tinygpt mend`: put right what a killed DVC has left.
+
+DVC (3.67) writes two files in place, so that one that is killed may leave them empty or cut off; every later command
+then fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tinygpt.errors import UserError
+
+TEMPORARY = Path(".dvc/tmp")
+
+
+def mend(args: Namespace) -> None:
+    """Put git's version in the place of each file that was cut off, or nothing where git has none, and say so.
+
+    Raises UserError where a DVC is at work, which may just be writing it.
+    """
+    if cut_off():
+        with no_dvc():
+            for path in cut_off():
+                print(replace(path))
+
+
+def cut_off() -> list[Path]:
+    """Those of DVC's files that it can no longer read."""
+    return [path for path, is_whole in IS_WHOLE.items() if path.exists() and not is_whole(path)]
+
+
+@contextmanager
+def no_dvc() -> Iterator[None]:
+    """Keep every DVC out of the project.  Raises UserError where one is in it.
+
+    DVC holds its lock but for the time in which a stage runs; then its process can be seen, or that of the stage.
+    """
+    from dvc.config import Config
+    from dvc.lock import LockError, make_lock
+
+    hardlink = Config(".dvc")["core"].get("hardlink_lock", False)
+    try:
+        with make_lock(str(TEMPORARY / "lock"), tmp_dir=str(TEMPORARY), hardlink_lock=hardlink):
+            if found := [process.pid for process in psutil.process_iter() if is_dvc(process)]:
+                raise UserError(f"DVC is at work in this folder (process {found[0]}): wait for it, or stop it first")
+            yield
+    except LockError:
+        raise UserError("DVC is at work in this folder: wait for it, or stop it first") from None
+
+
+def is_dvc(process: psutil.Process) -> bool:
+    """Whether it is a DVC that works in this project, or a stage of one."""
+    here = Path.cwd()
+    try:
+        is_named = any(Path(argument).name == "dvc" for argument in process.cmdline()[:3])
+        return (is_named and Path(process.cwd()).is_relative_to(here)) or process.environ().get("DVC_ROOT") == str(here)
+    except (psutil.Error, OSError):  # it has ended, or is somebody else's
+        return False
+
+
+def is_json(path: Path) -> bool:
+    """Whether it is whole: no part of an object is one."""
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
+def is_lockfile(path: Path) -> bool:
+    """Whether DVC can read it, or it is not cut off: a DVC of another version wrote it, or git could not merge it."""
+    from dvc.exceptions import DvcException
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from dvc.utils.serialize import load_yaml
+    from voluptuous import Invalid
+
+    try:
+        document = load_yaml(str(path))
+        if isinstance(document, dict) and document.get("schema", "2.0") != "2.0":
+            return True
+        COMPILED_LOCKFILE_SCHEMA(document)
+    except (DvcException, Invalid):
+        return b"<<<<<<<" in path.read_bytes()
+    return True
+
+
+def replace(path: Path) -> str:
+    """Put git's version in its place.  -> what was done"""
+    kept = TEMPORARY / f"{path.name}.cut"
+    os.replace(path, kept)
+    subprocess.run(["git", "checkout", "--quiet", "--", path], stderr=subprocess.DEVNULL, check=False)
+    if path.exists() and not IS_WHOLE[path](path):
+        path.unlink()
+    done = "git's version is in its place" if path.exists() else "it is removed"
+    return f"{path} was cut off when DVC was killed: {done}, what was left of it is {kept}"
+
+
+IS_WHOLE = {TEMPORARY / "rwlock": is_json, Path("dvc.lock"): is_lockfile}
