@@ -13,12 +13,15 @@ import pytest
 import torch
 from conftest import tiny_model
 from project import commit, refused, run_stages, set_params, succeed
+from test_compare import made
 from test_evaluate import PARAMS
 from test_playground import BROWSER, browser  # noqa: F401  a fixture
 
+from tinygpt.report.charts import comparison_chart
+from tinygpt.report.comparison import comparison_view, curve_rows
 from tinygpt.report.history import find_earlier
 from tinygpt.report.look import look
-from tinygpt.report.page import verdict
+from tinygpt.report.page import render, verdict
 from tinygpt.report.samples import held_out, make_samples, score
 from tinygpt.tokens import SplitMeta, TokensMeta
 
@@ -81,7 +84,7 @@ def opened(browser, path: Path, problems: list[str], **options):  # noqa: F811
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: problems.append(request.url) if request.url != path.as_uri() else None)
     page.goto(path.as_uri())
-    page.locator("[data-chart=lengths] svg").wait_for(state="attached")
+    page.locator("[data-chart] svg").last.wait_for(state="attached")
     return page
 
 
@@ -225,6 +228,25 @@ def test_it_fits_the_screen_in_light_and_dark(done, browser, width, scheme):  # 
     ink, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
     bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
     assert (bright[0] < bright[1]) == (scheme == "light") and abs(bright[0] - bright[1]) > 450
+    page.close()
+    assert problems == []
+
+
+@in_chromium
+def test_the_page_of_several_draws_each_and_a_name_picks_one_out(browser, tmp_path):  # noqa: F811
+    names = [HOSTILE, *"bcdefgh"]
+    found = [made(name, 3 + at / 10, 0.01) for at, name in enumerate(names)]
+    data = {"charts": {"loss": comparison_chart(names)}, "curve": curve_rows(found)}
+    (tmp_path / "page.html").write_text(render("compare.html", data, **comparison_view(found)))
+    problems: list[str] = []
+    page = opened(browser, tmp_path / "page.html", problems, viewport={"width": 390, "height": 800})
+    lines = page.locator("[data-chart=loss] .mark-line path")
+    assert lines.count() == 2 * len(names)
+    page.locator("#names button").nth(2).press("Enter")
+    page.locator(".mark-line path[opacity='1'] >> nth=1").wait_for(state="attached")
+    page.locator(".mark-line path[opacity='1'] >> nth=2").wait_for(state="detached")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.title() == "tinygpt: 8 experiments"
     page.close()
     assert problems == []
 

@@ -133,6 +133,10 @@ def compare_flags(command: ArgumentParser) -> None:
         help="an experiment, branch, tag, commit or `workspace`; without it the workspace, HEAD and its experiments",
     )
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves, too: a .png or .svg")
+    command.add_argument("--page", type=Path, metavar="FILE", help="put it on a page, with samples: an .html")
+    command.add_argument(
+        "--open", action="store_true", help="open that page in a browser (default: of reports/compare.html)"
+    )
 
 
 # Name -> its flags, the file that has a function of its name, and what it does.

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+import webbrowser
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from tinygpt.cli.pieces import check_picture
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
+from tinygpt.paths import PAGE
 from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, plot_curves, read_curves
+from tinygpt.report.comparison import write_comparison
 from tinygpt.report.config import PlotParams
 from tinygpt.run.state import STATE_FILE, read_plan, read_state
 
@@ -184,7 +187,7 @@ def _age(seconds: float) -> str:
 
 
 def compare(args: Namespace) -> None:
-    """Print the table, draw the curves."""
+    """Print the table, draw the curves, make the page."""
     if args.plot:
         check_picture(args.plot)
     experiments = find_experiments(args.rev)
@@ -199,3 +202,9 @@ def compare(args: Namespace) -> None:
         shown = dict(list(curves.items())[:MOST_CURVES])
         plot_curves(shown, args.plot, load_params(PlotParams))
         print(f"{args.plot} shows {len(shown)} of {len(curves)} curves")
+    if args.page or args.open:
+        page = args.page or PAGE.with_name("compare.html")
+        n = write_comparison(experiments[:MOST_CURVES], page)
+        print(f"{page} shows {n} of {len(experiments)}")
+        if args.open:
+            webbrowser.open(page.absolute().as_uri())

@@ -6,6 +6,7 @@ or log, colours are those of light or dark pages. Colours are Okabe and Ito's, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Spec = dict[str, Any]
@@ -22,6 +23,13 @@ NEAREST: Spec = {  # the row under the pointer
     "name": "hover",
     "select": {"type": "point", "fields": ["$x"], "nearest": True, "on": "pointerover", "clear": "pointerout"},
 }
+
+POINTED = [
+    ("step", ",", "step"),
+    ("tokens", ",", "tokens"),
+    ("train", ".4f", "train loss"),
+    ("val", ".4f", "validation loss"),
+]
 
 
 def charts(n_parts: int) -> dict[str, Spec]:
@@ -75,6 +83,34 @@ def loss_chart() -> Spec:
         },
         pointer({"train": ".4f", "seen": ".4f", "step": ",", "tokens": ",", "epochs": ".2f"}),
     )
+
+
+def comparison_chart(names: Sequence[str]) -> Spec:
+    """The losses of several runs, validation with points; the page has the names, and says whose curves are dim."""
+    shown = [{"field": field, "format": form, "title": title, "type": "quantitative"} for field, form, title in POINTED]
+    shared: Spec = {
+        "color": {"range": [colour for colour, _ in run_styles(names)]},
+        "strokeDash": {"range": [[1, 0] if style == "solid" else [6, 3] for _, style in run_styles(names)]},
+    }
+    for channel, scale in shared.items():
+        scale = {"domain": list(names), **scale}
+        shared[channel] = {"field": "name", "type": "nominal", "scale": scale, "legend": None}
+
+    def drawn(field: str, mark: Spec) -> Spec:
+        y: Spec = {"field": field, "type": "quantitative", "title": "nats per token"}
+        y["scale"] = {"type": "$yscale", "zero": "$yzero"}
+        encoding = {"x": X, "y": y, **shared, "tooltip": [{"field": "name"}, *shown]}
+        encoding["opacity"] = {"condition": {"test": "datum.dim", "value": 0.1}, "value": 1}
+        return {"transform": [{"filter": f"isValid(datum.{field})"}], "mark": mark, "encoding": encoding}
+
+    validation = {"type": "line", "strokeWidth": 2, "point": {"size": 45}, "tooltip": True}
+    return chart(380, drawn("smooth", {"type": "line", "strokeWidth": 1}), drawn("val", validation))
+
+
+def run_styles(names: Sequence[object]) -> list[tuple[str, str]]:
+    """A colour and a style of line for each run: fourteen before they repeat."""
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "$ink"]
+    return [(colours[at % 7], ("solid", "dashed")[at // 7 % 2]) for at in range(len(names))]
 
 
 def line_chart(field: str, title: str, scale: str, form: str) -> Spec:

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.files import atomic_write
+from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.config import config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.parts import parts_of
-from tinygpt.report.attention_maps import attention_maps
 from tinygpt.report.samples import MOST_LOOKED_AT, Sample, document_spans
-from tinygpt.report.tokenizer import longest_tokens
+from tinygpt.report.vocabulary import paragraph, vocabulary
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds, TokensMeta
 
@@ -30,11 +30,8 @@ MOST_SAMPLES = 8
 MOST_TOKENS = 300  # of each
 MOST_WEIGHTS = 200_000  # of attention, over all layers and heads
 MOST_ATTENDING = 48  # tokens of the text whose attention is shown
-N_LONGEST = 24  # tokens
 N_DOCUMENTS = 3  # longest and shortest ones
-N_PARAGRAPH = 120  # tokens
 BEGINNING = 12  # tokens of a document that name it
-LONGEST_SHOWN = 16  # bytes of a token from where on lengths are counted together
 
 
 def look(
@@ -80,37 +77,6 @@ def documents(tokens: TokenIds, tokenizer: Tokenizer) -> dict[str, Any]:
         "longest": named(order[::-1][:N_DOCUMENTS]),
         "shortest": named(order[:N_DOCUMENTS]),
     }
-
-
-def vocabulary(tokenizer: Tokenizer, tokens: TokenIds) -> dict[str, Any]:
-    """How long tokens are: of the vocabulary the longest, of the text the share that tokens of each length make up."""
-    counts = np.bincount(tokens[:MOST_LOOKED_AT], minlength=tokenizer.vocab_size)
-    sizes = np.array(tokenizer.token_bytes)
-    in_text = np.bincount(np.minimum(sizes, LONGEST_SHOWN), weights=counts * sizes, minlength=LONGEST_SHOWN + 1)
-    of_all = np.bincount(np.minimum(sizes, LONGEST_SHOWN), minlength=LONGEST_SHOWN + 1)
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "used": float((counts[sizes > 0] > 0).mean()),
-        "longest": [raw.decode("utf-8", errors="replace") for raw in longest_tokens(tokenizer, N_LONGEST)],
-        "lengths": [
-            {"bytes": n, "tokens": int(of_all[n]), "share": round(float(in_text[n] / max(1.0, in_text.sum())), 4)}
-            for n in range(1, LONGEST_SHOWN + 1)
-        ],
-    }
-
-
-def paragraph(tokenizer: Tokenizer, tokens: TokenIds) -> list[str]:
-    """The first tokens of a text, as pieces; of a character that several make up the last one has all of it."""
-    pieces, held = list[str](), b""
-    for id in tokens[: N_PARAGRAPH + 1]:
-        if id in tokenizer.border_ids:
-            continue
-        held += tokenizer.decode_bytes([int(id)])
-        text = held.decode("utf-8", errors="replace")
-        if not text.endswith("\ufffd"):
-            pieces.append(text)
-            held = b""
-    return pieces
 
 
 def attention(model: GPT, tokenizer: Tokenizer, samples: Sequence[Sample]) -> dict[str, Any] | None:

@@ -58,25 +58,33 @@ class Reports(NamedTuple):
 def read_reports(root: Path) -> Reports:
     """Read a project's.  Raises UserError that names the stage of one that is missing or damaged."""
     folder = root / REPORTS
-    samples = must_exist(folder / "train_samples.md", stage="train").read_text(encoding="utf-8", errors="replace")
+
+    def text(name: str) -> str:
+        return must_exist(folder / name, stage="train").read_text(encoding="utf-8", errors="replace")
+
     return Reports(
         **{name: read_json(folder / f"{name}.json", stage=stage) for name, stage in JSON_REPORTS.items()},
-        curve=read_rows(folder / "train.csv"),
-        norms=read_rows(folder / "train_norms.csv"),
-        samples=[{"step": int(step.replace(",", "")), "text": text} for step, _, text in LOOK.findall(samples)],
+        curve=parse_rows(text("train.csv"), f"{folder}/train.csv"),
+        norms=parse_rows(text("train_norms.csv"), f"{folder}/train_norms.csv"),
+        samples=[
+            {"step": int(step.replace(",", "")), "text": found}
+            for step, _, found in LOOK.findall(text("train_samples.md"))
+        ],
         params=flat_params((root / PARAMS_FILE).read_bytes()),
     )
 
 
-def read_rows(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a CSV of numbers; None where a field is empty.  (pandas takes longer to import than this page.)"""
+def parse_rows(text: str, name: str) -> list[dict[str, float | None]]:
+    """The rows of a CSV of numbers; None where a field is empty.  (pandas takes longer to import than this page.)
+
+    Raises UserError that names it.
+    """
     try:
-        text = must_exist(path, stage="train").read_text(encoding="utf-8")
         if not text.endswith("\n"):
             raise ValueError("its last line is cut")
         return [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(text.splitlines())]
     except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is no table of numbers ({error}): run `dvc repro train`") from None
+        raise UserError(f"{name} is no table of numbers ({error}): run `dvc repro train`") from None
 
 
 def _number(text: str) -> float | None:

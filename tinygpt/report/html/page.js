@@ -32,7 +32,8 @@ function smoothed(rows, n) {
 }
 
 function datasets(x) {
-  const rows = smoothed(data.curve, Number(pick("smooth").value));
+  const names = [...document.querySelectorAll("#names [aria-pressed='true']")].map((button) => button.textContent);
+  const rows = smoothed(data.curve, Number(pick("smooth").value)).map((row) => ({ ...row, dim: names.length > 0 && !names.includes(row.name) }));
   const curve = checked("logx") ? rows.filter((row) => row[x] > 0) : rows; // zero has no logarithm
   return { curve, norms: data.norms ?? [], lengths: data.lengths ?? [] };
 }
@@ -75,6 +76,12 @@ for (const id of ["x", "smooth", "logx", "logy"]) {
     pick("smoothed").textContent = pick("smooth").value;
     drawAll();
   });
+}
+for (const button of document.querySelectorAll("#names button")) {
+  button.onclick = () => {
+    button.ariaPressed = String(button.ariaPressed !== "true");
+    drawAll();
+  };
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawAll(); drawHeads(); });
 
