@@ -5,10 +5,10 @@ Reads what the stages have written into reports, and params.yaml; writes reports
 
 from pathlib import Path
 
-from tinygpt.errors import program
 from tinygpt.files import human_bytes
 from tinygpt.paths import PAGE
 from tinygpt.report.page import write_page
+from tinygpt.stage import run_stage
 
 
 def run(root: Path) -> None:
@@ -18,4 +18,4 @@ def run(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    program(run)(Path())
+    run_stage(run)

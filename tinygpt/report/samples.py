@@ -56,7 +56,9 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     with atomic_write(path) as file:
         file.write("# Samples\n")
         for sample in samples:
-            heading = re.sub(r"([\\`*_<\[])", r"\\\1", printable(sample.prompt)) or "(none)"  # of one line, and only text
+            heading = (
+                re.sub(r"([\\`*_<\[])", r"\\\1", printable(sample.prompt)) or "(none)"
+            )  # of one line, and only text
             file.write(f"\n## Prompt: {heading}\n\n{fenced(f'{sample.prompt}{sample.text}')}")
 
 
