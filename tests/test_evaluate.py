@@ -147,7 +147,8 @@ def test_samples_are_written_for_each_prompt_and_the_same_each_time(tiny_tokeniz
 
 def test_a_prompt_with_markdown_in_it_leaves_the_page_whole(tiny_tokenizer, tmp_path):
     prompts = ("```python\nx = 1\n```", "````", "*a* `b`", "\x1b[2J")
-    write_samples(tmp_path / "a.md", tiny_model(), tiny_tokenizer, dataclasses.replace(PARAMS, prompts=prompts))
+    params = dataclasses.replace(PARAMS, prompts=prompts)
+    write_samples(tmp_path / "a.md", make_samples(tiny_model(), tiny_tokenizer, np.zeros(2, np.uint16), params))
     lines = (tmp_path / "a.md").read_text().split("\n")
     headings = [line for line in lines if line.startswith("## ")]
     assert headings == [

@@ -9,7 +9,7 @@ import pytest
 from project import BIN, ROOT, commit, dvc, hashes, refused, run, run_stages, set_params, succeed
 from ruamel.yaml import YAML
 
-STAGES = ["download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export"]
+STAGES = ["download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export", "report"]
 METRICS = {
     f"reports/{name}"
     for name in ("clean.json", "train.json", "train.csv", "train_norms.csv", "eval.json", "export.json")

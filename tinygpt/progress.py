@@ -26,10 +26,13 @@ class _Lines:
         self.stream.flush()
 
 
-def progress(description: str, *, total: float | None = None, unit: str, start: int = 0) -> tqdm[Any]:
+def progress(
+    description: str, *, total: float | None = None, unit: str, start: int = 0, lines: bool = True
+) -> tqdm[Any]:
     """A tqdm bar on stderr; use it as a context manager and call `.update(n)`.
 
     `unit` of "B" counts bytes. Work of less than a second shows nothing where the output is no terminal.
+    Without `lines` none does: that is for work that has a log of its own.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -38,6 +41,7 @@ def progress(description: str, *, total: float | None = None, unit: str, start: 
         unit=unit if unit == "B" else f" {unit}",
         unit_scale=unit == "B",
         initial=start,
+        disable=not (terminal or lines),
         file=sys.stderr if terminal else _Lines(sys.stderr),
         mininterval=0.2 if terminal else LINE_EVERY_S,
         delay=0 if terminal else 1.0,

@@ -91,7 +91,7 @@ def read_run(folder: Path) -> Run:
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # of a checkpoint that its trainer has just dropped
                 stats.append(Path(parent, name).stat())
-    size = sum(stat.st_size for stat in stats)
+    size = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())  # a file may have two names
     changed = max((stat.st_mtime for stat in stats), default=0.0)
     running = is_locked(folder)
     if _work(folder):

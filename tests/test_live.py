@@ -1,0 +1,104 @@
+"""A run is seen while it goes on: its curve, its samples, and what its newest checkpoint writes."""
+
+import csv
+import dataclasses
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import RUNTIME, STEPS
+from project import newest_step, set_params, start_trainer, status_of, wait_until
+from test_train import PARAMS, train
+
+from tinygpt.run.run import shortened
+
+SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
+
+
+@pytest.fixture(scope="module")
+def stopped(done, tmp_path_factory) -> Path:
+    """A project whose training was interrupted after its second look, with what it had said until then."""
+    folder = tmp_path_factory.mktemp("live") / "project"
+    shutil.copytree(done, folder, symlinks=True)
+    shutil.rmtree(folder / "runs")
+    set_params(folder, {**STEPS, "train.max_steps": 5000, "runtime.log_every": 30})
+    for name in SEEN:
+        (folder / "reports" / name).unlink()  # as DVC does before it runs the stage
+    trainer = start_trainer(folder)
+    wait_until(lambda: len(looks(folder / "reports")) >= 2, folder)
+    os.kill(trainer.pid, signal.SIGINT)
+    assert status_of(trainer) == 130
+    return folder
+
+
+def looks(folder: Path) -> list[int]:
+    """The steps of the curve that have a validation loss: each file that can be read is whole."""
+    if not (folder / "train.csv").exists():
+        return []
+    text = (folder / "train.csv").read_text()
+    assert text.endswith("\n")
+    return [int(row["step"]) for row in csv.DictReader(text.splitlines()) if row["val_loss"]]
+
+
+def test_the_curve_and_the_samples_of_each_look_are_there_before_the_end_and_after_ctrl_c(stopped):
+    steps = looks(stopped / "reports")
+    assert steps[:2] in ([60, 120], [0, 60])
+    (run,) = (stopped / "runs").iterdir()
+    for name in SEEN:
+        assert (stopped / "reports" / name).read_bytes() == (run / name).read_bytes()
+    written = re.findall(r"## Step (\d+)", (run / "train_samples.md").read_text())
+    assert [int(step) for step in written] == steps
+    assert len((run / "train_norms.csv").read_text().splitlines()) in (len(steps), len(steps) + 1)
+
+
+def test_the_log_has_one_kind_of_line_that_fits_and_a_sample_at_each_look(stopped):
+    log = (stopped / "train.log").read_text()
+    lines = [line for line in log.splitlines() if line.startswith("step ")]
+    assert " gone, " not in log
+    assert all(len(line) <= 80 for line in lines)
+    assert all(re.search(r"  \d+:\d\d(:\d\d)? left$", line) for line in lines[2:])
+    at = log.splitlines().index(next(line for line in lines if "val loss" in line))
+    assert log.splitlines()[at + 1].startswith("    ")
+
+
+def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
+    monkeypatch.chdir(stopped)
+    (run,) = (stopped / "runs").iterdir()
+    said = command("generate", "--run", "newest", "--prompt", "The", "--max-new-tokens", 5, "--seed", 1)
+    assert said.returncode == 0 and said.stdout.startswith("The")
+    assert command("generate", "--run", run.name[:6], "--prompt", "The", "--max-new-tokens", 5, "--seed", 1) == said
+    other = command("generate", "--prompt", "The", "--max-new-tokens", 5, "--seed", 1)
+    assert other.stdout.startswith("The")
+    refused = command("generate", "--run", "xyz", "--prompt", "The").stderr
+    assert refused == f"error: --run=xyz names 0 runs with a checkpoint of all weights: take one of {run.name}\n"
+    assert "give one of them" in command("generate", "--run", "newest", "--model", "data/model").stderr
+    weights, newest = run / "model/model.safetensors", run / f"step-{newest_step(stopped):07d}/weights.safetensors"
+    assert weights.stat().st_ino == newest.stat().st_ino  # no second copy
+
+
+def test_where_a_run_goes_on_the_curve_is_there_at_once(stopped):
+    before = looks(stopped / "reports")
+    for name in SEEN:
+        (stopped / "reports" / name).unlink()
+    trainer = start_trainer(stopped)
+    wait_until(lambda: (stopped / "reports/train_samples.md").exists(), stopped)
+    assert looks(stopped / "reports")[: len(before)] == before
+    os.kill(trainer.pid, signal.SIGINT)
+    assert status_of(trainer) == 130
+
+
+def test_a_sample_in_the_log_is_short_indented_and_only_shown():
+    assert shortened("\nab\x1b[2J\n\ncd") == "    ab\\x1b[2J\n    \n    cd"
+    assert len(shortened("x" * 1000)) == 204
+
+
+def test_the_time_left_does_not_count_how_long_the_first_steps_took(capsys, monkeypatch):
+    clock = iter([0.0, 1000.0, *(1000.0 + n for n in range(1, 100))])
+    monkeypatch.setattr("tinygpt.run.run.time.perf_counter", lambda: next(clock))
+    train("left", params=dataclasses.replace(PARAMS, eval_every=100), runtime=dataclasses.replace(RUNTIME, log_every=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert "left" not in lines[0]
+    assert max(int(re.search(r"(\d+):\d\d left", line)[1]) for line in lines[1:]) <= 2
