@@ -7,13 +7,18 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import RUNTIME, STEPS
 from project import newest_step, set_params, start_trainer, status_of, wait_until
+from test_page import in_chromium, opened
+from test_playground import browser  # noqa: F401  a fixture
 from test_train import PARAMS, train
 
-from tinygpt.run.run import shortened
+from tinygpt.errors import UserError
+from tinygpt.progress import shortened
+from tinygpt.report.live import write_live
 
 SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
 
@@ -79,6 +84,39 @@ def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
     assert weights.stat().st_ino == newest.stat().st_ino  # no second copy
 
 
+def test_a_second_terminal_sees_each_look_and_makes_a_page(stopped, command, monkeypatch):
+    monkeypatch.chdir(stopped)
+    (run,) = (stopped / "runs").iterdir()
+    lines = command("watch").stdout.splitlines()
+    assert lines[0] == f"watching runs/{run.name}; reports/live.html shows it in a browser"
+    assert [int(line.split()[1].replace(",", "")) for line in lines if line.startswith("step ")] == looks(run)
+    assert any(line.startswith("    ") for line in lines)
+    assert lines[-1].startswith(f"nothing trains in runs/{run.name} any more: step ")
+    assert 'http-equiv="refresh"' not in (stopped / "reports/live.html").read_text()
+    assert command("watch", "nothing").stderr == f"error: 0 runs are called nothing: take one of {run.name}\n"
+
+
+def test_the_page_of_a_run_that_goes_on_asks_to_be_loaded_again(stopped, tmp_path):
+    (run,) = (stopped / "runs").iterdir()
+    write_live(run, tmp_path / "live.html", running=True)
+    assert '<meta http-equiv="refresh" content="10">' in (tmp_path / "live.html").read_text()
+    (tmp_path / "train.csv").write_text("step\n1\n")
+    with pytest.raises(UserError, match="is not what this version's training writes"):
+        write_live(tmp_path, tmp_path / "live.html", running=True)
+
+
+@in_chromium
+def test_that_page_draws_the_curve_so_far(stopped, browser, tmp_path):  # noqa: F811
+    (run,) = (stopped / "runs").iterdir()
+    write_live(run, tmp_path / "live.html", running=False)
+    problems: list[str] = []
+    page = opened(browser, tmp_path / "live.html", problems)
+    page.locator("[data-chart=loss] .mark-line path >> nth=1").wait_for(state="attached")
+    assert page.locator("#lookat").text_content().startswith("step ")
+    page.close()
+    assert problems == []
+
+
 def test_where_a_run_goes_on_the_curve_is_there_at_once(stopped):
     before = looks(stopped / "reports")
     for name in SEEN:
@@ -95,9 +133,10 @@ def test_a_sample_in_the_log_is_short_indented_and_only_shown():
     assert len(shortened("x" * 1000)) == 204
 
 
-def test_the_time_left_does_not_count_how_long_the_first_steps_took(capsys, monkeypatch):
+def test_the_time_left_does_not_count_how_long_the_first_steps_took(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     clock = iter([0.0, 1000.0, *(1000.0 + n for n in range(1, 100))])
-    monkeypatch.setattr("tinygpt.run.run.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tinygpt.run.run.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     train("left", params=dataclasses.replace(PARAMS, eval_every=100), runtime=dataclasses.replace(RUNTIME, log_every=1))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert "left" not in lines[0]

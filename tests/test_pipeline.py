@@ -100,7 +100,7 @@ class TestTheStory:
     def test_a_change_of_code_runs_the_stages_that_it_decides(self, clone):
         replace(clone / "tinygpt/report/plots.py", "dpi=", "dpi=1 + ")
         replace(clone / "tinygpt/generate/sampling.py", "/ temperature", "/ temperature / 3")
-        assert ran(succeed("dvc repro", clone)) == ["evaluate", "plot"]
+        assert ran(succeed("dvc repro", clone)) == ["evaluate", "plot", "report"]
         succeed("git checkout -q .", clone)
 
     def test_an_experiment_runs_train_and_what_follows_and_shows_in_every_diff(self, clone):

@@ -7,6 +7,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from tinygpt.errors import printable
+
+MOST_LETTERS = 200  # of a sample between the lines of a log
 LINE_EVERY_S = 10.0  # seconds between two lines where the output is no terminal
 
 
@@ -49,3 +52,8 @@ def progress(
         leave=not terminal,
         bar_format=None if terminal else "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} gone, {remaining} left",
     )
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, indented, as lines that a terminal only shows."""
+    return "\n".join(f"    {printable(line)}" for line in text[:MOST_LETTERS].strip("\n").splitlines())

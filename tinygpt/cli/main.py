@@ -139,6 +139,12 @@ def compare_flags(command: ArgumentParser) -> None:
     )
 
 
+def watch_flags(command: ArgumentParser) -> None:
+    """Which run, and where its page is."""
+    command.add_argument("run", nargs="?", help="how its folder in runs/ begins; without it, the one that wrote last")
+    command.add_argument("--page", type=Path, metavar="FILE", help="the page (default: reports/live.html)")
+
+
 # Name -> its flags, the file that has a function of its name, and what it does.
 COMMANDS = {
     "generate": (generate_flags, "generate", "continue a prompt, or many"),
@@ -152,6 +158,7 @@ COMMANDS = {
     "profile": (profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
     "preset": (preset_flags, "presets", "put the values of a preset into params.yaml, or list the presets"),
     "runs": (runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
+    "watch": (watch_flags, "watch", "follow a training from a second terminal, and on a page"),
     "compare": (compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
     "tokenizer-report": (
         tokenizer_report_flags,

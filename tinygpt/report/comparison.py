@@ -15,7 +15,7 @@ from dvc.exceptions import DvcException
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
 from tinygpt.paths import REPORTS
-from tinygpt.report.charts import comparison_chart, run_styles
+from tinygpt.report.charts import STEPS, comparison_chart, run_styles
 from tinygpt.report.compare import METRICS, Experiment, differing
 from tinygpt.report.page import parse_rows, render
 
@@ -92,6 +92,7 @@ def comparison_view(made: Sequence[Made]) -> dict[str, Any]:
     return {
         "params": (params := differing([found.experiment for found in made])),
         "metrics": names,
+        "axes": STEPS,
         "styles": run_styles(made),
         "rows": [
             {

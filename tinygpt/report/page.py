@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, human_bytes, must_exist, read_json
 from tinygpt.params import PARAMS_FILE, flat_params
 from tinygpt.paths import REPORTS
-from tinygpt.report.charts import charts
+from tinygpt.report.charts import STEPS, charts
 from tinygpt.report.history import Earlier, find_earlier
 
 ASSETS = Path(__file__).with_name("html")
@@ -66,10 +67,7 @@ def read_reports(root: Path) -> Reports:
         **{name: read_json(folder / f"{name}.json", stage=stage) for name, stage in JSON_REPORTS.items()},
         curve=parse_rows(text("train.csv"), f"{folder}/train.csv"),
         norms=parse_rows(text("train_norms.csv"), f"{folder}/train_norms.csv"),
-        samples=[
-            {"step": int(step.replace(",", "")), "text": found}
-            for step, _, found in LOOK.findall(text("train_samples.md"))
-        ],
+        samples=parse_samples(text("train_samples.md")),
         params=flat_params((root / PARAMS_FILE).read_bytes()),
     )
 
@@ -125,10 +123,15 @@ def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
         name: Markup((ASSETS / file).read_text(encoding="utf-8"))
         for name, file in (("style", "page.css"), ("script", "page.js"))
     }
-    library = Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
     return environment.get_template(template).render(
-        **inner, library=library, data=Markup(text.replace("<", "\\u003c")), **view
+        **inner, library=library(), data=Markup(text.replace("<", "\\u003c")), **view
     )
+
+
+@cache
+def library() -> Markup:
+    """Vega, which takes a second to be put together."""
+    return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def visible(token: str) -> str:
@@ -138,16 +141,11 @@ def visible(token: str) -> str:
 
 def run_data(reports: Reports) -> dict[str, Any]:
     """What the script draws."""
-    look, rows = reports.look, reports.look["tokenizer"]["lengths"]
+    look, train, rows = reports.look, reports.train, reports.look["tokenizer"]["lengths"]
     return {
         "charts": charts(len(reports.norms[0]) - 1),
-        "curve": curve_rows(reports),
-        "norms": [
-            {"step": row["step"], "part": part, "norm": norm}
-            for row in reports.norms
-            for part, norm in reversed(row.items())
-            if part != "step"
-        ],
+        "curve": curve_rows(reports.curve, train["best_step"], tokens=train["tokens"], epochs=train["epochs"]),
+        "norms": norm_rows(reports.norms),
         "lengths": [{**row, "label": f"{row['bytes']}{'+' * (row is rows[-1])}"} for row in rows],
         "looks": reports.samples,
         "samples": look["samples"],
@@ -156,22 +154,34 @@ def run_data(reports: Reports) -> dict[str, Any]:
     }
 
 
-def curve_rows(reports: Reports) -> list[dict[str, Any]]:
-    """The curve with each row's tokens and epochs, and the newest validation loss seen at it."""
-    rows, seen = list[dict[str, Any]](), None
-    last = reports.curve[-1]["step"] or 1
-    for row in reports.curve:
+def curve_rows(
+    curve: list[dict[str, float | None]], best_step: float | None, *, tokens: int = 0, epochs: float = 0.0
+) -> list[dict[str, Any]]:
+    """The curve with each row's share of all tokens and epochs, and the newest validation loss seen at it."""
+    rows, seen, last = list[dict[str, Any]](), None, curve[-1]["step"] or 1
+    for row in curve:
         share = (row["step"] or 0) / last
         seen = row["val_loss"] if row["val_loss"] is not None else seen
-        found = {"step": row["step"], "tokens": round(share * reports.train["tokens"])}
-        found |= {
-            "epochs": round(share * reports.train["epochs"], 4),
-            "train": row["train_loss"],
-            "val": row["val_loss"],
-        }
-        best = f"best: {row['val_loss']:.3f}" if row["step"] == reports.train["best_step"] and row["val_loss"] else None
+        best = f"best: {row['val_loss']:.3f}" if row["step"] == best_step and row["val_loss"] is not None else None
+        found = {"step": row["step"], "tokens": round(share * tokens), "epochs": round(share * epochs, 4)}
+        found |= {"train": row["train_loss"], "val": row["val_loss"]}
         rows.append(found | {"seen": seen, "best": best, "lr": row["lr"], "grad_norm": row["grad_norm"]})
     return rows
+
+
+def norm_rows(norms: list[dict[str, float | None]]) -> list[dict[str, Any]]:
+    """A row for each part at each look, the last part first."""
+    return [
+        {"step": row["step"], "part": part, "norm": norm}
+        for row in norms
+        for part, norm in reversed(row.items())
+        if part != "step"
+    ]
+
+
+def parse_samples(text: str) -> list[dict[str, Any]]:
+    """The "step" and the "text" of each sample in a train_samples.md."""
+    return [{"step": int(step.replace(",", "")), "text": found} for step, _, found in LOOK.findall(text)]
 
 
 def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
@@ -186,6 +196,8 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
         "numbers": numbers(reports, earlier),
         "earlier": earlier,
         "looks": reports.samples,
+        "axes": STEPS,
+        "best_step": reports.train["best_step"],
         "val_losses": {row["step"]: row["val_loss"] for row in reports.curve if row["val_loss"] is not None},
         "removed": [(words, reports.clean[key]) for key, words in CLEANED.items() if reports.clean.get(key)],
         "hf": export.pop("hf", None),

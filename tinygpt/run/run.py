@@ -13,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinygpt.device import out_of_memory
-from tinygpt.errors import UserError, printable
+from tinygpt.errors import UserError
 from tinygpt.files import write_json
 from tinygpt.generate import Sampling, generate
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from tinygpt.progress import progress as progress_bar
+from tinygpt.progress import shortened
 from tinygpt.run.checkpoint import Checkpoints
 from tinygpt.run.loggers import Loggers
 from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
@@ -31,7 +32,6 @@ from tinygpt.train.learner import Learner
 from tinygpt.train.parallel import ALONE, World
 from tinygpt.train.trainer import TrainState
 
-SAMPLE_SHOWN = 200  # letters of a sample in the log
 MODEL_FOLDER = "model"  # in that of a run: its newest weights, for those who want to see what it writes
 
 
@@ -177,9 +177,3 @@ class Run:
                 shown.append(f"{self.params.batch_size * self.config.block_size / seconds:,.0f} tokens/s")
             shown.append(f"{tqdm.format_interval(seconds * (self.params.max_steps - state.step))} left")
         return "  ".join(shown)
-
-
-def shortened(text: str) -> str:
-    """The beginning of a sample, indented, as lines that a terminal only shows."""
-    lines = text[:SAMPLE_SHOWN].strip("\n").splitlines()
-    return "\n".join(f"    {printable(line)}" for line in lines)
