@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import RUNTIME, STEPS
@@ -19,6 +19,7 @@ from test_train import PARAMS, train
 from tinygpt.errors import UserError
 from tinygpt.progress import shortened
 from tinygpt.report.live import write_live
+from tinygpt.train.trainer import Trainer
 
 SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
 
@@ -135,9 +136,15 @@ def test_a_sample_in_the_log_is_short_indented_and_only_shown():
 
 def test_the_time_left_does_not_count_how_long_the_first_steps_took(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    clock = iter([0.0, 1000.0, *(1000.0 + n for n in range(1, 100))])
-    monkeypatch.setattr("tinygpt.run.run.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    step_of, slept = Trainer._train_step, 3.0
+
+    def first_is_slow(trainer, step, **options):
+        time.sleep(slept if step == 0 else 0)
+        step_of(trainer, step, **options)
+
+    monkeypatch.setattr(Trainer, "_train_step", first_is_slow)
     train("left", params=dataclasses.replace(PARAMS, eval_every=100), runtime=dataclasses.replace(RUNTIME, log_every=1))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert "left" not in lines[0]
-    assert max(int(re.search(r"(\d+):\d\d left", line)[1]) for line in lines[1:]) <= 2
+    left = [re.search(r"(\d+):(\d\d) left", line) for line in lines]
+    assert len(lines) >= 10 and all(left[2:])
+    assert max(60 * int(found[1]) + int(found[2]) for found in left if found) <= 9  # 10 steps of the first's length: 27

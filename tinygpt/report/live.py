@@ -27,7 +27,8 @@ def write_live(folder: Path, path: Path, *, running: bool) -> None:
     """Write the page of the run in a folder of runs/.  Raises UserError where its files are damaged."""
     try:
         curve, looks = read_curve(folder), read_samples(folder)
-        norms = parse_rows((folder / "train_norms.csv").read_text(encoding="utf-8"), str(folder / "train_norms.csv"))
+        path_of_norms = folder / "train_norms.csv"  # not there before the first step
+        norms = parse_rows(path_of_norms.read_text("utf-8"), str(path_of_norms)) if path_of_norms.exists() else []
         val_losses = {row["step"]: row["val_loss"] for row in curve if row["val_loss"] is not None}
         best = min(val_losses, key=lambda step: val_losses[step] or 0.0)
         data = {"charts": charts(len(norms[0]) - 1 if norms else 1), "curve": curve_rows(curve, best)}
