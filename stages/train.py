@@ -17,6 +17,7 @@ from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import BASE, MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.training import described, publish, write_curve
 from tinygpt.run.checkpoint import fingerprint
+from tinygpt.run.name import name_of
 from tinygpt.run.processes import open_devices, start
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
@@ -53,7 +54,10 @@ def train(root: Path, world: World) -> None:
         for folder in (root / REPORTS, runs / name):  # for DVC, and for `python -m tinygpt watch` of any run
             write_curve(state, folder)
 
-    with Run(name, config, params, runtime, tokenizer=tokenizer, world=world, runs=runs, show=show) as run:
+    called = name_of(root)
+    with Run(
+        name, config, params, runtime, tokenizer=tokenizer, world=world, runs=runs, show=show, called=called
+    ) as run:
         learner = Learner(model, params, runtime, device=open_devices(runtime, world, params), world=world)
         trainer = Trainer(learner, train_tokens=train_tokens, val_tokens=val_tokens)
         run.note(finished=False)  # now that nothing is refused any more

@@ -19,6 +19,7 @@ from test_train import PARAMS, train
 from tinygpt.errors import UserError
 from tinygpt.progress import shortened
 from tinygpt.report.live import write_live
+from tinygpt.run.name import keep_name, name_of, read_name
 from tinygpt.train.trainer import Trainer
 
 SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
@@ -83,6 +84,20 @@ def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
     assert "give one of them" in command("generate", "--run", "newest", "--model", "data/model").stderr
     weights, newest = run / "model/model.safetensors", run / f"step-{newest_step(stopped):07d}/weights.safetensors"
     assert weights.stat().st_ino == newest.stat().st_ino  # no second copy
+
+
+def test_a_run_is_called_by_the_params_that_differ_or_by_its_experiment(stopped, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(stopped)
+    (run,) = (stopped / "runs").iterdir()
+    name = read_name(run)
+    assert name.startswith("max_steps=5000_eval_every=60_") and len(name) <= 60
+    assert command("runs").stdout.splitlines()[1].split()[-1] == name
+    monkeypatch.setenv("DVC_EXP_NAME", "tulip-bird/../..")
+    assert name_of(stopped) == "tulip-bird_.._"[:-4]
+    monkeypatch.delenv("DVC_EXP_NAME")
+    assert name_of(tmp_path) == ""  # no commit, no params
+    keep_name(run, "another")
+    assert read_name(run) == name
 
 
 def test_a_second_terminal_sees_each_look_and_makes_a_page(stopped, command, monkeypatch):

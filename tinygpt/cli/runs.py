@@ -31,6 +31,7 @@ from tinygpt.paths import PAGE
 from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, plot_curves, read_curves
 from tinygpt.report.comparison import write_comparison
 from tinygpt.report.config import PlotParams
+from tinygpt.run.name import read_name
 from tinygpt.run.state import STATE_FILE, read_plan, read_state
 
 NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
@@ -122,6 +123,7 @@ def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
             "last_val_loss": [_loss(found.last) for found in runs],
             "size": [human_bytes(found.size) for found in runs],
             "age": [_age(now - found.changed) for found in runs],
+            "called": [read_name(found.folder) or "-" for found in runs],
         }
     )
 

@@ -17,7 +17,7 @@ X: Spec = {
     "type": "quantitative",
     "title": "$x",
     "scale": {"type": "$xscale", "nice": False, "zero": "$xzero"},
-    "axis": {"format": "~s", "tickCount": 6, "labelOverlap": True},
+    "axis": {"labelExpr": "format(datum.value, datum.value < 1e4 ? ',' : '~s')", "tickCount": 6, "labelOverlap": True},
 }
 NEAREST: Spec = {  # the row under the pointer
     "name": "hover",

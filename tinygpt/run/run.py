@@ -24,6 +24,7 @@ from tinygpt.progress import shortened
 from tinygpt.run.checkpoint import Checkpoints
 from tinygpt.run.loggers import Loggers
 from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
+from tinygpt.run.name import keep_name
 from tinygpt.run.processes import Interrupts
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
@@ -49,10 +50,12 @@ class Run:
         tokenizer: Tokenizer | None = None,
         runs: Path | None = None,
         show: Callable[[TrainState], None] = lambda _: None,
+        called: str = "",
     ) -> None:
         """`name` is the run's fingerprint, `tokenizer` what its samples are written with; `runs` holds all runs.
 
-        `show` publishes what there is of the curve, at each look and where a run goes on.
+        `show` publishes what there is of the curve, at each look and where a run goes on; `called` is what people call
+        the run.
 
         Raises UserError when the package of a logger is missing.
         """
@@ -62,11 +65,13 @@ class Run:
         self._loggers = Loggers(log_to, self.checkpoints.folder, config, params)
         self._show = show if world.rank == 0 else lambda _: None
         self._clock: tuple[float, int] | None = None  # after this start's first step, which may have to compile
+        self._called = called
         self._interrupts = Interrupts()
         self._open = ExitStack()
 
     def __enter__(self) -> Run:
         self._open.enter_context(self.checkpoints)
+        self.world.first(lambda: keep_name(self.checkpoints.folder, self._called))
         self._open.enter_context(self._loggers)
         return self
 
