@@ -1,18 +1,20 @@
 """Measure the model on held-out text and let it write.
 
-Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json and reports/samples.md.
+Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json, samples.md and look.json.
 """
 
 from pathlib import Path
 
+from tinygpt.corpus.folders import SPLITS
 from tinygpt.device import open_device
 from tinygpt.files import write_json
 from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.config import EvaluateParams
+from tinygpt.report.look import look, write_look
 from tinygpt.report.perplexity import evaluate_model
-from tinygpt.report.samples import write_samples
+from tinygpt.report.samples import make_samples, write_samples
 from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
 from tinygpt.tokens import load_meta, load_tokens
@@ -29,7 +31,10 @@ def run(root: Path) -> None:
     write_json(root / REPORTS / "eval.json", report)
     decisive = {"eval_loss": report["loss"], **{name: report[name] for name in ("ppl", "bpb", "bpb_error")}}
     write_json(root / REPORTS / "metrics/eval.json", decisive)  # DVC's metrics
-    write_samples(root / REPORTS / "samples.md", model, tokenizer, params)
+    samples = make_samples(model, tokenizer, tokens, params)
+    write_samples(root / REPORTS / "samples.md", samples)
+    splits = {name: load_tokens(root / TOKENS, name) for name in SPLITS if meta.split(name).tokens}
+    write_look(root / REPORTS / "look.json", look(model, tokenizer, meta, splits, samples))
     print(
         f"evaluate: {params.split} split, {report['tokens']:,} tokens, context {report['context']}: "
         f"loss {report['loss']:.4f} ± {report['loss_error']:.4f} nats per token, perplexity {report['ppl']:.2f}, "

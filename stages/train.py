@@ -15,8 +15,9 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import WEIGHTS_FILE, load_base
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import BASE, MODEL, REPORTS, TOKENIZER, TOKENS
-from tinygpt.report.training import described, publish
+from tinygpt.report.training import described, publish, write_curve
 from tinygpt.run.checkpoint import fingerprint
+from tinygpt.run.name import name_of
 from tinygpt.run.processes import open_devices, start
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
@@ -26,7 +27,7 @@ from tinygpt.tokens import load_meta, load_tokens
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.parallel import World
-from tinygpt.train.trainer import Trainer
+from tinygpt.train.trainer import Trainer, TrainState
 
 
 def run(root: Path) -> None:
@@ -47,7 +48,16 @@ def train(root: Path, world: World) -> None:
     else:
         model = GPT(config, generator=torch.Generator().manual_seed(params.seed))
     name = fingerprint(config, params, meta, base_sha256)
-    with Run(name, config, params, runtime, tokenizer=tokenizer, world=world, runs=runs_folder(root)) as run:
+    runs = runs_folder(root)
+
+    def show(state: TrainState) -> None:
+        for folder in (root / REPORTS, runs / name):  # for DVC, and for `python -m tinygpt watch` of any run
+            write_curve(state, folder)
+
+    called = name_of(root)
+    with Run(
+        name, config, params, runtime, tokenizer=tokenizer, world=world, runs=runs, show=show, called=called
+    ) as run:
         learner = Learner(model, params, runtime, device=open_devices(runtime, world, params), world=world)
         trainer = Trainer(learner, train_tokens=train_tokens, val_tokens=val_tokens)
         run.note(finished=False)  # now that nothing is refused any more

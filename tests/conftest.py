@@ -167,7 +167,7 @@ def done(tmp_path_factory) -> Path:
 
     def make(folder: Path) -> None:
         make_project(folder)
-        run_stages("code download clean base train_tokenizer encode train evaluate plot export", folder)
+        run_stages("code download clean base train_tokenizer encode train evaluate plot export report", folder)
         succeed("dvc commit -fq", folder)
         commit(folder, "first run")
 

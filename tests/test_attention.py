@@ -9,8 +9,9 @@ import torch
 from conftest import random_ids, tiny_model
 
 from tinygpt.cli.main import main
+from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.weights import model_tensors, save_model
-from tinygpt.report.attention_maps import attention_maps, attention_page, plot_attention
+from tinygpt.report.attention_maps import attention_page, plot_attention
 
 IDS = random_ids(1, 12)[0].tolist()
 

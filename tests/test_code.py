@@ -114,10 +114,10 @@ def test_the_stage_writes_what_dvc_compares(tmp_path):
     shutil.copy(ROOT / "params.yaml", tmp_path)  # which it checks
     stages.code.run(tmp_path)
     written = read_json(tmp_path / CODE, stage="code")
-    stages = "base clean download encode evaluate export plot train train_tokenizer"
+    stages = "base clean download encode evaluate export plot report train train_tokenizer"
     assert sorted(written) == stages.split()
     assert written["train"] == code.code_of("stages.train")
-    assert len(set(written.values())) == 9
+    assert len(set(written.values())) == 10
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "für"])

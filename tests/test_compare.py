@@ -8,6 +8,7 @@ import pytest
 from project import ROOT, make_project, run, set_params
 
 from tinygpt.report.compare import as_text, compare_table, experiment_of, plot_curves
+from tinygpt.report.comparison import Made, comparison_view, marked
 from tinygpt.report.config import PlotParams
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=2)
@@ -90,6 +91,36 @@ def test_the_picture_names_each_curve_and_its_lowest_loss(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     plot_curves({"flat": curve(3, 3)}, tmp_path / "flat.png", PARAMS)
     assert (tmp_path / "flat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def made(name: str, loss: float, error: float, **metrics: float) -> Made:
+    """An experiment with its reports."""
+    one = experiment_of(row(name, val_loss=loss, bpb=loss / 2, **{"train.lr": loss}, **metrics))
+    curve = [{"step": 1.0, "train_loss": 5.0, "val_loss": None}, {"step": 2.0, "train_loss": loss, "val_loss": loss}]
+    return Made(one, curve, {"tokens": 200, "epochs": 1.5}, {"loss_error": error, "bpb_error": 0.0}, {"The": " end"})
+
+
+def test_the_best_is_marked_and_what_the_error_may_explain_is_grey():
+    found = [made("a", 3.0, 0.1), made("b", 3.2, 0.1), made("c", 3.5, 0.1, tokens_per_s=7.0)]
+    assert [cell["kind"] for cell in marked("val_loss", found)] == ["best", "greyed", ""]
+    assert [cell["kind"] for cell in marked("bpb", found)] == ["best", "", ""]  # of no error
+    assert [cell["text"] for cell in marked("tokens_per_s", found)] == ["-", "-", "7"]
+    assert [cell["kind"] for cell in marked("n_params", found)] == ["", "", ""]
+    assert comparison_view(found)["params"] == ["train.lr"]
+    assert comparison_view(found)["samples"] == [("The", [("a", " end"), ("b", " end"), ("c", " end")])]
+
+
+def test_experiments_are_read_from_commits_and_workspace_and_equal_ones_are_one(project, command, monkeypatch):
+    monkeypatch.chdir(project)
+    assert "compare.html shows 1 of 2" in command("compare", "--page", "compare.html").stdout
+    (project / "reports/train.csv").write_text("step,train_loss,val_loss,lr,grad_norm\n1,5.5,4.25,0.1,\n")
+    set_params(project, {"train.lr": 0.0125})
+    assert "compare.html shows 2 of 2" in command("compare", "--page", "compare.html").stdout
+    page = (project / "compare.html").read_text()
+    assert ">0.0125<" in page and '"val":4.25' in page and "The beginning of a document" in page
+    (project / "reports/train.csv").write_text("step,train_loss\n1,5.5")
+    said = command("compare", "--page", "compare.html").stderr
+    assert said.startswith("error: reports/train.csv of workspace is no table of numbers (its last line is cut)")
 
 
 def test_before_anything_was_trained_there_is_nothing_to_draw(tmp_path):

@@ -26,13 +26,14 @@ from tinygpt.report.perplexity import (
     perplexity,
     token_nll,
 )
-from tinygpt.report.samples import sampling_of, write_samples
+from tinygpt.report.samples import make_samples, sampling_of, write_samples
 
 PARAMS = EvaluateParams(
     split="test",
     context=None,
     stride=None,
     prompts=("", "the"),
+    held_out_prompts=0,
     max_new_tokens=5,
     temperature=0.0,
     top_k=0,
@@ -135,7 +136,8 @@ def test_a_context_beyond_the_model_and_a_stride_beyond_the_context_are_refused_
 
 def test_samples_are_written_for_each_prompt_and_the_same_each_time(tiny_tokenizer, tmp_path):
     for name in ("a.md", "b.md"):
-        write_samples(tmp_path / name, tiny_model(), tiny_tokenizer, PARAMS)
+        samples = make_samples(tiny_model(), tiny_tokenizer, np.zeros(2, np.uint16), PARAMS)
+        write_samples(tmp_path / name, samples)
     text = (tmp_path / "a.md").read_text()
     assert text == (tmp_path / "b.md").read_text()
     assert text.count("## Prompt: ") == 2
@@ -145,7 +147,8 @@ def test_samples_are_written_for_each_prompt_and_the_same_each_time(tiny_tokeniz
 
 def test_a_prompt_with_markdown_in_it_leaves_the_page_whole(tiny_tokenizer, tmp_path):
     prompts = ("```python\nx = 1\n```", "````", "*a* `b`", "\x1b[2J")
-    write_samples(tmp_path / "a.md", tiny_model(), tiny_tokenizer, dataclasses.replace(PARAMS, prompts=prompts))
+    params = dataclasses.replace(PARAMS, prompts=prompts)
+    write_samples(tmp_path / "a.md", make_samples(tiny_model(), tiny_tokenizer, np.zeros(2, np.uint16), params))
     lines = (tmp_path / "a.md").read_text().split("\n")
     headings = [line for line in lines if line.startswith("## ")]
     assert headings == [

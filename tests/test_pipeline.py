@@ -9,7 +9,7 @@ import pytest
 from project import BIN, ROOT, commit, dvc, hashes, refused, run, run_stages, set_params, succeed
 from ruamel.yaml import YAML
 
-STAGES = ["download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export"]
+STAGES = ["download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export", "report"]
 REPORTS = {
     *(f"reports/{name}.json" for name in "clean train eval export metrics/train metrics/eval".split()),
     *(f"reports/{name}.csv" for name in ("train", "train_norms")),
@@ -100,7 +100,7 @@ class TestTheStory:
     def test_a_change_of_code_runs_the_stages_that_it_decides(self, clone):
         replace(clone / "tinygpt/report/plots.py", "dpi=", "dpi=1 + ")
         replace(clone / "tinygpt/generate/sampling.py", "/ temperature", "/ temperature / 3")
-        assert ran(succeed("dvc repro", clone)) == ["evaluate", "plot"]
+        assert ran(succeed("dvc repro", clone)) == ["evaluate", "plot", "report"]
         succeed("git checkout -q .", clone)
 
     def test_an_experiment_runs_train_and_what_follows_and_shows_in_every_diff(self, clone):

@@ -14,8 +14,9 @@ from test_train import PARAMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygpt.model.gpt import GPT
+from tinygpt.model.parts import parts_of
 from tinygpt.run import memory as memory_module
-from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second, weights_by_part
+from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.run.memory import build_trained, fits, memory_of, most_activations
 from tinygpt.train.config import EMAParams, LoRAParams
 from tinygpt.train.learner import Learner
@@ -28,8 +29,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": False, "position": "learned", "bias": "all", "qk_norm": True}])
 def test_parts_are_all_the_weights(changes):
     model = GPT(tiny_config(**changes))
-    assert sum(weights_by_part(model).values()) == model.n_params()
-    assert weights_by_part(model)["embedding"] == 300 * 32
+    assert sum(part.n_weights for part in parts_of(model).values()) == model.n_params()
+    assert parts_of(model)["embedding"].n_weights == 300 * 32
 
 
 def test_operations_by_hand():

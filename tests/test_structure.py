@@ -80,7 +80,7 @@ def test_every_stage_but_code_names_its_own_code_and_no_file_of_it():
         named = [group for group in stage.get("params", []) if isinstance(group, dict)]
         assert named == ([] if name == "code" else [{str(paths.CODE): [name]}])
         assert not [dep for dep in stage.get("deps", []) if dep.endswith(".py")]
-    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 150
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 170
 
 
 def test_what_decides_weights_does_not_import_what_keeps_a_run_alive():
@@ -106,6 +106,7 @@ def test_stages_track_every_group_that_they_read_but_runtime():
         source = (ROOT / f"stages/{name}.py").read_text()
         calls = re.findall(r"load_params\(([\w, ]+), path=", source)
         read = {classes[cls] for call in calls for cls in re.split(r",\s*", call)}
+        read |= set(params.GROUPS) if name == "report" else set()  # which shows them as they stand in the file
         untracked = {"runtime"}
         assert {group for group in stage.get("params", []) if isinstance(group, str)} == read - untracked, name
 

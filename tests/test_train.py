@@ -468,6 +468,7 @@ def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][1 : 1 + len(expected)]
     for (step, part), line in zip(expected.items(), lines, strict=True):
         assert line.startswith(f"step {step:>6} of 10  train loss {np.mean(part):.4f}")
+        assert len(line) <= 80
 
 
 def test_a_second_trainer_of_the_same_run_is_refused():

@@ -192,6 +192,19 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
         raise UserError(f"{path} is not of this version ({problems}): run `dvc repro {stage}`") from None
 
 
+def flat_params(raw: bytes) -> dict[str, str]:
+    """The values of a params file as they stand there, by "group.key": all that decide a result.
+
+    Raises UserError where it is no such file.
+    """
+    try:
+        document = load_yaml(raw)
+        groups = [(group, document[group]) for group in document if group != "runtime"]
+        return {f"{group}.{key}": yaml_text(value) for group, values in groups for key, value in values.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{PARAMS_FILE} holds no groups of keys ({error})") from None
+
+
 def yaml_text(value: Any) -> str:
     """A plain value as params.yaml has it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -15,3 +15,4 @@ EXPORT = Path("data/export")
 REPORTS = Path("reports")
 PLOTS = REPORTS / "plots"
 CODE = REPORTS / "code.json"
+PAGE = REPORTS / "index.html"

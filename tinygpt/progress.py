@@ -7,6 +7,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from tinygpt.errors import printable
+
+MOST_LETTERS = 200  # of a sample between the lines of a log
 LINE_EVERY_S = 10.0  # seconds between two lines where the output is no terminal
 
 
@@ -26,10 +29,13 @@ class _Lines:
         self.stream.flush()
 
 
-def progress(description: str, *, total: float | None = None, unit: str, start: int = 0) -> tqdm[Any]:
+def progress(
+    description: str, *, total: float | None = None, unit: str, start: int = 0, lines: bool = True
+) -> tqdm[Any]:
     """A tqdm bar on stderr; use it as a context manager and call `.update(n)`.
 
     `unit` of "B" counts bytes. Work of less than a second shows nothing where the output is no terminal.
+    Without `lines` none does: that is for work that has a log of its own.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -38,6 +44,7 @@ def progress(description: str, *, total: float | None = None, unit: str, start: 
         unit=unit if unit == "B" else f" {unit}",
         unit_scale=unit == "B",
         initial=start,
+        disable=not (terminal or lines),
         file=sys.stderr if terminal else _Lines(sys.stderr),
         mininterval=0.2 if terminal else LINE_EVERY_S,
         delay=0 if terminal else 1.0,
@@ -45,3 +52,8 @@ def progress(description: str, *, total: float | None = None, unit: str, start: 
         leave=not terminal,
         bar_format=None if terminal else "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} gone, {remaining} left",
     )
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, indented, as lines that a terminal only shows."""
+    return "\n".join(f"    {printable(line)}" for line in text[:MOST_LETTERS].strip("\n").splitlines())

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from tinygpt import paths
+from tinygpt.errors import UserError
+from tinygpt.files import runs_folder
 from tinygpt.options import (
     Option,
     Proposals,
@@ -59,12 +61,28 @@ class EngineOptions(DeviceOptions):
     tokenizer: Annotated[
         Path | None, "folder, for a model of ours (default: the model's, or `tokenizer` next to it)"
     ] = None
+    run: Annotated[
+        str | None, "instead of --model: the newest checkpoint of a run in runs/, by its name there, or `newest`"
+    ] = None
     engine: Annotated[Literal["auto", "tinygpt", "llama.cpp"], "auto: llama.cpp for a .gguf file"] = "auto"
 
     @property
     def path(self) -> Path:
-        """Where the model is."""
+        """Where the model is.  Raises UserError where the run has none, or there are several of that name."""
+        if self.run is not None:
+            require((self.model is None, f"--run and --model={self.model} both name a model: give one of them"))
+            return run_model(self.run)
         return self.model or (GGUF if self.engine == "llama.cpp" else paths.MODEL)
+
+
+def run_model(name: str) -> Path:
+    """The model folder of the run whose folder's name begins so, or of that which wrote last."""
+    found = sorted(runs_folder().glob("*/model/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    named = found[-1:] if name == "newest" else [path for path in found if path.parts[-3].startswith(name)]
+    if len(named) != 1:
+        there = ", ".join(path.parts[-3] for path in reversed(found)) or "none has a checkpoint"
+        raise UserError(f"--run={name} names {len(named)} runs with a checkpoint of all weights: take one of {there}")
+    return named[0].parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +129,7 @@ def bias(text: str) -> tuple[int, float]:
 
 
 # How values, and the items of a list, are typed.
-VALUES: dict[type, str] = {int: "N", float: "X", Path: "PATH"}
+VALUES: dict[type, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 LISTS: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "ID", "nargs": "+", "action": "extend"},
     str: {"metavar": "TEXT", "action": "append"},

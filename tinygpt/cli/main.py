@@ -137,6 +137,16 @@ def compare_flags(command: ArgumentParser) -> None:
         help="an experiment, branch, tag, commit or `workspace`; without it the workspace, HEAD and its experiments",
     )
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves, too: a .png or .svg")
+    command.add_argument("--page", type=Path, metavar="FILE", help="put it on a page, with samples: an .html")
+    command.add_argument(
+        "--open", action="store_true", help="open that page in a browser (default: of reports/compare.html)"
+    )
+
+
+def watch_flags(command: ArgumentParser) -> None:
+    """Which run, and where its page is."""
+    command.add_argument("run", nargs="?", help="how its folder in runs/ begins; without it, the one that wrote last")
+    command.add_argument("--page", type=Path, metavar="FILE", help="the page (default: reports/live.html)")
 
 
 # Name -> its flags, the file that has a function of its name, and what it does.
@@ -153,6 +163,7 @@ COMMANDS = {
     "preset": (preset_flags, "presets", "put the values of a preset into params.yaml, or list the presets"),
     "runs": (runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
     "mend": (mend_flags, "mend", "put right what a DVC that was killed has left: `make repro` does this, too"),
+    "watch": (watch_flags, "watch", "follow a training from a second terminal, and on a page"),
     "compare": (compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
     "tokenizer-report": (
         tokenizer_report_flags,

@@ -19,13 +19,15 @@ from tinygpt.errors import UserError
 from tinygpt.export.base import use_of, write_base
 from tinygpt.export.open import open_model, read_hf_pair, tokenizer_of
 from tinygpt.files import human_bytes
+from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
+from tinygpt.model.parts import parts_of
 from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.options import checked
 from tinygpt.params import load_params
-from tinygpt.report.attention_maps import attention_maps, attention_page, plot_attention
-from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second, weights_by_part
+from tinygpt.report.attention_maps import attention_page, plot_attention
+from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.run.memory import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams
 from tinygpt.serve.limits import Limits
@@ -168,7 +170,7 @@ def _micro_batch_size(
 def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
     with torch.device("meta"):
         model, adapted = GPT(config), build_trained(config, lora)
-    parts = ", ".join(f"{part} {n:,}" for part, n in weights_by_part(model).items())
+    parts = ", ".join(f"{name} {part.n_weights:,}" for name, part in parts_of(model).items() if part.n_weights)
     print(f"weights     {model.n_params():,}: {parts}")
     if lora is not None:
         print(f"adapters    {adapted.n_params() - model.n_params():,} weights, which alone are trained")

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+import webbrowser
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ from tinygpt.cli.pieces import check_picture
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
+from tinygpt.paths import PAGE
 from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, plot_curves, read_curves
+from tinygpt.report.comparison import write_comparison
 from tinygpt.report.config import PlotParams
+from tinygpt.run.name import read_name
 from tinygpt.run.state import STATE_FILE, read_plan, read_state
 
 NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
@@ -88,7 +92,7 @@ def read_run(folder: Path) -> Run:
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # of a checkpoint that its trainer has just dropped
                 stats.append(Path(parent, name).stat())
-    size = sum(stat.st_size for stat in stats)
+    size = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())  # a file may have two names
     changed = max((stat.st_mtime for stat in stats), default=0.0)
     running = is_locked(folder)
     if _work(folder):
@@ -119,6 +123,7 @@ def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
             "last_val_loss": [_loss(found.last) for found in runs],
             "size": [human_bytes(found.size) for found in runs],
             "age": [_age(now - found.changed) for found in runs],
+            "called": [read_name(found.folder) or "-" for found in runs],
         }
     )
 
@@ -184,7 +189,7 @@ def _age(seconds: float) -> str:
 
 
 def compare(args: Namespace) -> None:
-    """Print the table, draw the curves."""
+    """Print the table, draw the curves, make the page."""
     if args.plot:
         check_picture(args.plot)
     experiments = find_experiments(args.rev)
@@ -199,3 +204,9 @@ def compare(args: Namespace) -> None:
         shown = dict(list(curves.items())[:MOST_CURVES])
         plot_curves(shown, args.plot, load_params(PlotParams))
         print(f"{args.plot} shows {len(shown)} of {len(curves)} curves")
+    if args.page or args.open:
+        page = args.page or PAGE.with_name("compare.html")
+        n = write_comparison(experiments[:MOST_CURVES], page)
+        print(f"{page} shows {n} of {len(experiments)}")
+        if args.open:
+            webbrowser.open(page.absolute().as_uri())

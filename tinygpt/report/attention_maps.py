@@ -1,7 +1,4 @@
-"""Attention maps: how much weight each head of a model gives to each token of a text, computed and shown.
-
-They are shown as a picture of all heads, and as a page with one head at a time.  T tokens.
-"""
+"""Attention maps as a picture of all heads, and as a page with one head at a time.  T tokens."""
 
 from __future__ import annotations
 
@@ -12,44 +9,15 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tinygpt.files import atomic_write
-from tinygpt.model.attention import Attention, attention_weights, repeated
-from tinygpt.model.gpt import GPT
 from tinygpt.report.plots import NO_DATE, STYLE
 
 MOST_LABELS = 16  # tokens that can be read at the axes of a small map
 PAGE = Path(__file__).with_suffix(".html")
-
-
-def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> NDArray[np.float32]:
-    """The weights of every layer and head for one sequence.  (T,) -> (n_layer, n_head, T, T), rows sum to 1
-
-    `rows` are the tokens whose weights are wanted, where not all are.
-    """
-    maps: list[Tensor] = []
-
-    def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        weights = attention_weights(q, k, mask)
-        maps.append(weights[0, :, rows].clone())  # not a view that keeps the other rows
-        return weights @ repeated(v, q)
-
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    attends = [layer.attend for layer in layers]
-    try:
-        for layer in layers:
-            layer.attend = record
-        with torch.inference_mode():
-            model(torch.tensor([ids], device=model.tok_emb.weight.device))
-    finally:
-        for layer, attend in zip(layers, attends, strict=True):
-            layer.attend = attend
-    return torch.stack(maps).float().cpu().numpy()
 
 
 def plot_attention(maps: NDArray[np.float32], tokens: Sequence[str], path: Path) -> None:

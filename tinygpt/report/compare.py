@@ -86,15 +86,20 @@ def compare_table(experiments: Sequence[Experiment]) -> pd.DataFrame:
     columns: dict[str, list[str]] = {"experiment": [one.name for one in experiments]}
     if any(one.state for one in experiments):
         columns["state"] = [one.state for one in experiments]
-    known = [one.params for one in experiments if one.params]
-    for name in dict.fromkeys(name for params in known for name in params):
-        if len({params.get(name) for params in known}) > 1:
-            values = [one.params.get(name, "-") for one in experiments]
-            columns[name] = [value if len(value) <= WIDEST else value[: WIDEST - 1] + "…" for value in values]
+    for name in differing(experiments):
+        values = [one.params.get(name, "-") for one in experiments]
+        columns[name] = [value if len(value) <= WIDEST else value[: WIDEST - 1] + "…" for value in values]
     for name, (_, _, form) in METRICS.items():
         if any(name in one.metrics for one in experiments):
             columns[name] = [format(one.metrics[name], form) if name in one.metrics else "-" for one in experiments]
     return pd.DataFrame(columns)
+
+
+def differing(experiments: Sequence[Experiment]) -> list[str]:
+    """The params, by "group.key", in which those differ that have any."""
+    known = [one.params for one in experiments if one.params]
+    names = dict.fromkeys(name for params in known for name in params)
+    return [name for name in names if len({params.get(name) for params in known}) > 1]
 
 
 def as_text(table: pd.DataFrame, width: int | None) -> str:

@@ -23,6 +23,7 @@ class EvaluateParams:
     context: CountOrDerived  # tokens that a prediction may look back on, at most: null = model.block_size
     stride: CountOrDerived  # tokens scored by each window: null = context (windows side by side, the fastest)
     prompts: tuple[str, ...]  # of the samples; "" begins a document
+    held_out_prompts: Annotated[int, Within("[0, 100]")]  # more of them, from that text, with what really followed
     max_new_tokens: Count  # of each sample
     temperature: Annotated[float, Within("[0, inf)")]  # divides the logits; 0 takes the likeliest token
     top_k: Annotated[int, Within("[0, inf)")]  # only the k likeliest tokens; 0 = all

@@ -67,13 +67,6 @@ def fit_table(fits: Mapping[tuple[str, str], Fit]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def longest_tokens(tokenizer: Tokenizer, n: int) -> list[bytes]:
-    """The n tokens of most bytes, special ones left out."""
-    special = set(tokenizer.special_tokens.values())
-    tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size) if i not in special]
-    return sorted(tokens, key=lambda raw: (-len(raw), raw))[:n]
-
-
 def plot_fit(fits: Mapping[str, tuple[Tokenizer, Fit]], path: Path) -> None:
     """How often tokens occur, by rank, and how many bytes of the text are in tokens of which length."""
     with mpl.rc_context(STYLE):

@@ -12,7 +12,7 @@ import torch
 
 from tinygpt.files import atomic_folder, atomic_write, fenced, human_bytes, write_json
 from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
-from tinygpt.train.trainer import Trained, Trainer
+from tinygpt.train.trainer import Trained, Trainer, TrainState
 
 METRICS = ("val_loss", "n_params", "tokens", "seconds", "tokens_per_s", "peak_mem_gib")  # that DVC shows
 
@@ -35,18 +35,24 @@ def publish(
         if trainer.params.lora is not None:
             save_tensors(folder / "adapter.safetensors", trained.trained)
         write_json(folder / "training.json", dataclasses.asdict(trainer.params) | {"base_sha256": made_from["base"]})
-    state = trained.state
-    for name, rows in (("train.csv", state.rows), ("train_norms.csv", state.norms)):
-        with atomic_write(reports_dir / name) as file:
-            pd.DataFrame(rows).to_csv(file, index=False, lineterminator="\n", float_format="%.8g")
-    with atomic_write(reports_dir / "train_samples.md") as file:
-        file.write("# Samples written while training\n")
-        for sample in state.samples:
-            file.write(f"\n## Step {sample['step']}\n\n{fenced(sample['text'])}")
+    write_curve(trained.state, reports_dir)
     report = _summary(trained, trainer)
     write_json(reports_dir / "train.json", report)
     write_json(reports_dir / "metrics/train.json", {name: report[name] for name in METRICS})
     return report
+
+
+def write_curve(state: TrainState, folder: Path) -> None:
+    """Write the curve and the samples so far, each file whole or not at all."""
+    for name, rows in (("train.csv", state.rows), ("train_norms.csv", state.norms)):
+        if not rows:  # before the first step
+            continue
+        with atomic_write(folder / name) as file:
+            pd.DataFrame(rows).to_csv(file, index=False, lineterminator="\n", float_format="%.8g")
+    with atomic_write(folder / "train_samples.md") as file:
+        file.write("# Samples written while training\n")
+        for sample in state.samples:
+            file.write(f"\n## Step {sample['step']}\n\n{fenced(sample['text'])}")
 
 
 def described(report: dict[str, Any], model_dir: Path) -> str:

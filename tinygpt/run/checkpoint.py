@@ -121,6 +121,11 @@ class Checkpoints:
         for old in self._all()[:-N_KEPT]:
             shutil.rmtree(old)
 
+    def newest_weights(self) -> Path | None:
+        """The file with the weights of the newest checkpoint; None where they are split over several."""
+        path = self._all()[-1] / f"weights{SUFFIX}"
+        return path if path.exists() else None
+
     def load_latest(self) -> tuple[TrainState, dict[str, dict[str, Tensor]]] | None:
         """The newest checkpoint that is whole, or None; reports each that is not, but not one that may not be read."""
         for folder in reversed(self._all()):

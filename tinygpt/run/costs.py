@@ -11,30 +11,14 @@ from torch import nn
 
 from tinygpt.device import wait_for
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.gpt import GPT
+from tinygpt.model.parts import mean_seen
 from tinygpt.run.memory import build_trained
 from tinygpt.train.config import LoRAParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show a device's peak
-PLACES = {  # what the name of a weight contains, and the part of the model that it belongs to
-    "norm": "norms",
-    "tok_emb": "embedding",
-    "pos_emb": "positions",
-    ".attn.": "attention",
-    ".mlp.": "mlp",
-    "lm_head": "head",
-}
 MEASURE_S = 1.0  # seconds that a measurement takes at least
-
-
-def weights_by_part(model: GPT) -> dict[str, int]:
-    """Number of weights of each part; a tied head counts as embedding."""
-    parts = dict.fromkeys(("embedding", "positions", "attention", "mlp", "norms", "head"), 0)
-    for name, parameter in model.named_parameters():
-        parts[next(part for place, part in PLACES.items() if place in name)] += parameter.numel()
-    return {part: n for part, n in parts.items() if n}
 
 
 def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
@@ -48,15 +32,9 @@ def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
         model = build_trained(config, lora)
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     matrices = sum(weight.numel() * (3 if weight.requires_grad else 2) for weight in linear)
-    seen = [_mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
+    seen = [mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
     attention = sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
     return 2 * matrices + 3 * attention
-
-
-def _mean_seen(t: int, window: int | None) -> float:
-    """How many tokens a token attends to on average, itself included."""
-    w = min(t, window or t)
-    return (w * (w + 1) / 2 + (t - w) * w) / t
 
 
 def tokens_per_second(learner: Learner) -> float:

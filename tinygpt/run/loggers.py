@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tinygpt.errors import UserError, printable
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
+from tinygpt.run.name import read_name
 from tinygpt.train.config import TrainParams
 from tinygpt.train.trainer import TrainState
 
@@ -122,14 +123,15 @@ class TensorBoard:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        folder = folder / "tensorboard"
-        folder.mkdir(exist_ok=True)
+        trial = folder.name
+        folder = folder / "tensorboard" / read_name(folder)  # of its folders TensorBoard makes the run's name
+        folder.mkdir(exist_ok=True, parents=True)
         self.last_step = self._find_last_step(folder)
         path = folder / f"events.out.tfevents.{time.time_ns()}"  # TensorBoard reads them in this order
         self._writer = RecordWriter(open(path, "wb", buffering=0))  # noqa: SIM115, close() does
         self._add(file_version="brain.Event:2")
         if self.last_step < 0:
-            self._add(summary=hparams_pb(params, trial_id=folder.parent.name))
+            self._add(summary=hparams_pb(params, trial_id=trial))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """One event for the row: it is in the file whole or not at all."""
@@ -169,6 +171,7 @@ class WandB:
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=read_name(folder) or None,
             group=os.environ.get("WANDB_RUN_GROUP", folder.name),
             dir=os.environ.get("WANDB_DIR", str(folder)),
             mode=os.environ.get("WANDB_MODE", "offline"),
@@ -205,7 +208,9 @@ class MLflow:
             self._id = found[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            run = self._client.create_run(in_it, tags={"fingerprint": folder.name}, run_name=folder.name)
+            run = self._client.create_run(
+                in_it, tags={"fingerprint": folder.name}, run_name=read_name(folder) or folder.name
+            )
             self._id = run.info.run_id
             self._client.log_batch(self._id, params=[Param(key, str(value)) for key, value in params.items()])
         names = ("train_loss", "val_loss")  # one of which a row has

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
 from tinygpt.device import out_of_memory
 from tinygpt.errors import UserError
+from tinygpt.files import write_json
 from tinygpt.generate import Sampling, generate
-from tinygpt.model.config import GPTConfig
+from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
+from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from tinygpt.progress import progress as progress_bar
+from tinygpt.progress import shortened
 from tinygpt.run.checkpoint import Checkpoints
 from tinygpt.run.loggers import Loggers
 from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
+from tinygpt.run.name import keep_name
 from tinygpt.run.processes import Interrupts
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
@@ -24,6 +32,8 @@ from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.parallel import ALONE, World
 from tinygpt.train.trainer import TrainState
+
+MODEL_FOLDER = "model"  # in that of a run: its newest weights, for those who want to see what it writes
 
 
 class Run:
@@ -39,8 +49,13 @@ class Run:
         world: World = ALONE,
         tokenizer: Tokenizer | None = None,
         runs: Path | None = None,
+        show: Callable[[TrainState], None] = lambda _: None,
+        called: str = "",
     ) -> None:
         """`name` is the run's fingerprint, `tokenizer` what its samples are written with; `runs` holds all runs.
+
+        `show` publishes what there is of the curve, at each look and where a run goes on; `called` is what people call
+        the run.
 
         Raises UserError when the package of a logger is missing.
         """
@@ -48,11 +63,15 @@ class Run:
         self.checkpoints, self.tokenizer = Checkpoints(name, world, runs=runs), tokenizer
         log_to = runtime.log_to if world.rank == 0 else ()
         self._loggers = Loggers(log_to, self.checkpoints.folder, config, params)
+        self._show = show if world.rank == 0 else lambda _: None
+        self._clock: tuple[float, int] | None = None  # after this start's first step, which may have to compile
+        self._called = called
         self._interrupts = Interrupts()
         self._open = ExitStack()
 
     def __enter__(self) -> Run:
         self._open.enter_context(self.checkpoints)
+        self.world.first(lambda: keep_name(self.checkpoints.folder, self._called))
         self._open.enter_context(self._loggers)
         return self
 
@@ -73,10 +92,12 @@ class Run:
                 state.micro_batch_size = find_micro_batch_size(learner, known=state.micro_batch_size)
                 learner.micro_batch_size = state.micro_batch_size
             self._loggers(state)
+            if state.rows:
+                self._show(state)
             total, start = self.params.max_steps, state.step
             with (
                 self._interrupts,
-                progress_bar("train", total=total, unit="steps", start=start) as self._bar,
+                progress_bar("train", total=total, unit="steps", start=start, lines=False) as self._bar,
             ):
                 yield state, best
 
@@ -95,14 +116,37 @@ class Run:
         """Move the bar, write a line where one is due, and hand new rows of the curve to the loggers."""
         self._loggers(state)
         done = state.step
+        if done and self._clock is None:
+            self._clock = time.perf_counter(), done
         if evaluated or done % self.runtime.log_every == 0 or done == self.params.max_steps:
             self._bar.write(self._log_line(state))
+        if evaluated:
+            self._show(state)
+            if state.samples and state.samples[-1]["step"] == done:
+                self._bar.write(shortened(state.samples[-1]["text"]))
         self._bar.update(min(done, 1))  # not before the first step
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write a checkpoint."""
         state.peak_mem_gib = max(state.peak_mem_gib, peak_memory() / 2**30)
         self.checkpoints.save(state, tensors)
+        if self.params.lora is None and self.tokenizer is not None:
+            self.world.first(self._offer)
+
+    def _offer(self) -> None:
+        """Make the newest weights a model folder: `generate --run` reads it.  A second name of the file, no copy."""
+        newest, folder = self.checkpoints.newest_weights(), self.checkpoints.folder / MODEL_FOLDER
+        if newest is not None and self.tokenizer is not None:
+            folder.mkdir(exist_ok=True)
+            self.tokenizer.save(folder)
+            write_json(folder / CONFIG_FILE, config_fields(self.config))
+            partial = folder / f"{WEIGHTS_FILE}.partial"
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(newest, partial)
+            except OSError:  # a file system that has no second names
+                shutil.copyfile(newest, partial)
+            os.replace(partial, folder / WEIGHTS_FILE)
 
     def _check_memory(self, learner: Learner) -> None:
         """Raises UserError where a step would not fit.  What each of several processes holds is not counted."""
@@ -123,14 +167,18 @@ class Run:
         return state, best
 
     def _log_line(self, state: TrainState) -> str:
+        """At most 80 columns: what one waits for.  The rest is in the curve."""
         row = state.latest(self.params)
         shown = [f"step {state.step:>6,} of {self.params.max_steps:,}"]
         if row["train_loss"] is not None:
             shown.append(f"train loss {row['train_loss']:.4f}")
         if row["val_loss"] is not None:
             shown.append(f"val loss {row['val_loss']:.4f}")
-        if state.step:
-            norm = "overflowed, no step" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-            tokens_per_s = state.step * self.params.batch_size * self.config.block_size / state.seconds
-            shown += [f"lr {row['lr']:.2e}", f"grad norm {norm}", f"{tokens_per_s:,.0f} tokens/s"]
+        if state.step and row["grad_norm"] is None:
+            shown.append("gradient overflowed")
+        if self._clock is not None and state.step > self._clock[1]:
+            seconds = (time.perf_counter() - self._clock[0]) / (state.step - self._clock[1])
+            if row["val_loss"] is None:
+                shown.append(f"{self.params.batch_size * self.config.block_size / seconds:,.0f} tokens/s")
+            shown.append(f"{tqdm.format_interval(seconds * (self.params.max_steps - state.step))} left")
         return "  ".join(shown)

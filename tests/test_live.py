@@ -1,0 +1,165 @@
+"""A run is seen while it goes on: its curve, its samples, and what its newest checkpoint writes."""
+
+import csv
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RUNTIME, STEPS
+from project import newest_step, set_params, start_trainer, status_of, wait_until
+from test_page import in_chromium, opened
+from test_playground import browser  # noqa: F401  a fixture
+from test_train import PARAMS, train
+
+from tinygpt.errors import UserError
+from tinygpt.progress import shortened
+from tinygpt.report.live import write_live
+from tinygpt.run.name import keep_name, name_of, read_name
+from tinygpt.train.trainer import Trainer
+
+SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
+
+
+@pytest.fixture(scope="module")
+def stopped(done, tmp_path_factory) -> Path:
+    """A project whose training was interrupted after its second look, with what it had said until then."""
+    folder = tmp_path_factory.mktemp("live") / "project"
+    shutil.copytree(done, folder, symlinks=True)
+    shutil.rmtree(folder / "runs")
+    set_params(folder, {**STEPS, "train.max_steps": 5000, "runtime.log_every": 30})
+    for name in SEEN:
+        (folder / "reports" / name).unlink()  # as DVC does before it runs the stage
+    trainer = start_trainer(folder)
+    wait_until(lambda: len(looks(folder / "reports")) >= 2, folder)
+    os.kill(trainer.pid, signal.SIGINT)
+    assert status_of(trainer) == 130
+    return folder
+
+
+def looks(folder: Path) -> list[int]:
+    """The steps of the curve that have a validation loss: each file that can be read is whole."""
+    if not (folder / "train.csv").exists():
+        return []
+    text = (folder / "train.csv").read_text()
+    assert text.endswith("\n")
+    return [int(row["step"]) for row in csv.DictReader(text.splitlines()) if row["val_loss"]]
+
+
+def test_the_curve_and_the_samples_of_each_look_are_there_before_the_end_and_after_ctrl_c(stopped):
+    steps = looks(stopped / "reports")
+    assert steps[:2] in ([60, 120], [0, 60])
+    (run,) = (stopped / "runs").iterdir()
+    for name in SEEN:
+        assert (stopped / "reports" / name).read_bytes() == (run / name).read_bytes()
+    written = re.findall(r"## Step (\d+)", (run / "train_samples.md").read_text())
+    assert [int(step) for step in written] == steps
+    assert len((run / "train_norms.csv").read_text().splitlines()) in (len(steps), len(steps) + 1)
+
+
+def test_the_log_has_one_kind_of_line_that_fits_and_a_sample_at_each_look(stopped):
+    log = (stopped / "train.log").read_text()
+    lines = [line for line in log.splitlines() if line.startswith("step ")]
+    assert " gone, " not in log
+    assert all(len(line) <= 80 for line in lines)
+    assert all(re.search(r"  \d+:\d\d(:\d\d)? left$", line) for line in lines[2:])
+    at = log.splitlines().index(next(line for line in lines if "val loss" in line))
+    assert log.splitlines()[at + 1].startswith("    ")
+
+
+def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
+    monkeypatch.chdir(stopped)
+    (run,) = (stopped / "runs").iterdir()
+    said = command("generate", "--run", "newest", "--prompt", "The", "--max-new-tokens", 5, "--seed", 1)
+    assert said.returncode == 0 and said.stdout.startswith("The")
+    assert command("generate", "--run", run.name[:6], "--prompt", "The", "--max-new-tokens", 5, "--seed", 1) == said
+    other = command("generate", "--prompt", "The", "--max-new-tokens", 5, "--seed", 1)
+    assert other.stdout.startswith("The")
+    refused = command("generate", "--run", "xyz", "--prompt", "The").stderr
+    assert refused == f"error: --run=xyz names 0 runs with a checkpoint of all weights: take one of {run.name}\n"
+    assert "give one of them" in command("generate", "--run", "newest", "--model", "data/model").stderr
+    weights, newest = run / "model/model.safetensors", run / f"step-{newest_step(stopped):07d}/weights.safetensors"
+    assert weights.stat().st_ino == newest.stat().st_ino  # no second copy
+
+
+def test_a_run_is_called_by_the_params_that_differ_or_by_its_experiment(stopped, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(stopped)
+    (run,) = (stopped / "runs").iterdir()
+    name = read_name(run)
+    assert name.startswith("max_steps=5000_eval_every=60_") and len(name) <= 60
+    assert command("runs").stdout.splitlines()[1].split()[-1] == name
+    monkeypatch.setenv("DVC_EXP_NAME", "tulip-bird/../..")
+    assert name_of(stopped) == "tulip-bird_.._"[:-4]
+    monkeypatch.delenv("DVC_EXP_NAME")
+    assert name_of(tmp_path) == ""  # no commit, no params
+    keep_name(run, "another")
+    assert read_name(run) == name
+
+
+def test_a_second_terminal_sees_each_look_and_makes_a_page(stopped, command, monkeypatch):
+    monkeypatch.chdir(stopped)
+    (run,) = (stopped / "runs").iterdir()
+    lines = command("watch").stdout.splitlines()
+    assert lines[0] == f"watching runs/{run.name}; reports/live.html shows it in a browser"
+    assert [int(line.split()[1].replace(",", "")) for line in lines if line.startswith("step ")] == looks(run)
+    assert any(line.startswith("    ") for line in lines)
+    assert lines[-1].startswith(f"nothing trains in runs/{run.name} any more: step ")
+    assert 'http-equiv="refresh"' not in (stopped / "reports/live.html").read_text()
+    assert command("watch", "nothing").stderr == f"error: 0 runs are called nothing: take one of {run.name}\n"
+
+
+def test_the_page_of_a_run_that_goes_on_asks_to_be_loaded_again(stopped, tmp_path):
+    (run,) = (stopped / "runs").iterdir()
+    write_live(run, tmp_path / "live.html", running=True)
+    assert '<meta http-equiv="refresh" content="10">' in (tmp_path / "live.html").read_text()
+    (tmp_path / "train.csv").write_text("step\n1\n")
+    with pytest.raises(UserError, match="is not what this version's training writes"):
+        write_live(tmp_path, tmp_path / "live.html", running=True)
+
+
+@in_chromium
+def test_that_page_draws_the_curve_so_far(stopped, browser, tmp_path):  # noqa: F811
+    (run,) = (stopped / "runs").iterdir()
+    write_live(run, tmp_path / "live.html", running=False)
+    problems: list[str] = []
+    page = opened(browser, tmp_path / "live.html", problems)
+    page.locator("[data-chart=loss] .mark-line path >> nth=1").wait_for(state="attached")
+    assert page.locator("#lookat").text_content().startswith("step ")
+    page.close()
+    assert problems == []
+
+
+def test_where_a_run_goes_on_the_curve_is_there_at_once(stopped):
+    before = looks(stopped / "reports")
+    for name in SEEN:
+        (stopped / "reports" / name).unlink()
+    trainer = start_trainer(stopped)
+    wait_until(lambda: (stopped / "reports/train_samples.md").exists(), stopped)
+    assert looks(stopped / "reports")[: len(before)] == before
+    os.kill(trainer.pid, signal.SIGINT)
+    assert status_of(trainer) == 130
+
+
+def test_a_sample_in_the_log_is_short_indented_and_only_shown():
+    assert shortened("\nab\x1b[2J\n\ncd") == "    ab\\x1b[2J\n    \n    cd"
+    assert len(shortened("x" * 1000)) == 204
+
+
+def test_the_time_left_does_not_count_how_long_the_first_steps_took(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    step_of, slept = Trainer._train_step, 3.0
+
+    def first_is_slow(trainer, step, **options):
+        time.sleep(slept if step == 0 else 0)
+        step_of(trainer, step, **options)
+
+    monkeypatch.setattr(Trainer, "_train_step", first_is_slow)
+    train("left", params=dataclasses.replace(PARAMS, eval_every=100), runtime=dataclasses.replace(RUNTIME, log_every=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    left = [re.search(r"(\d+):(\d\d) left", line) for line in lines]
+    assert len(lines) >= 10 and all(left[2:])
+    assert max(60 * int(found[1]) + int(found[2]) for found in left if found) <= 9  # 10 steps of the first's length: 27

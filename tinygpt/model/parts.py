@@ -1,0 +1,55 @@
+"""The parts of a model: their weights, and the operations in which they take part.  T tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from tinygpt.model.gpt import GPT
+
+PLACES = {  # what the name of a weight contains, and the part of the model that it belongs to
+    "norm": "norms",
+    "tok_emb": "embedding",
+    "pos_emb": "positions",
+    ".attn.": "attention",
+    ".mlp.": "mlp",
+    "lm_head": "head",
+}
+ORDER = ("embedding", "positions", "attention", "mlp", "norms", "head")  # as a token goes through them
+
+
+@dataclass
+class Part:
+    """What all layers have of it together."""
+
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # by name, of the first layer
+    n_weights: int = 0
+    operations: float = 0.0  # floating-point, of a forward pass, for one token of a full context; of matrices alone
+
+
+def parts_of(model: GPT) -> dict[str, Part]:
+    """Each part that has weights, in the order of ORDER; a tied head has operations alone."""
+    parts, config = {name: Part() for name in ORDER}, model.config
+    for name, weight in model.named_parameters():
+        part = parts[part_of(name)]
+        part.n_weights += weight.numel()
+        if "blocks." not in name or name.startswith("blocks.0."):
+            part.shapes[name.removeprefix("blocks.0.")] = list(weight.shape)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            parts[part_of(f"{name}.")].operations += 2 * module.weight.numel()
+    seen = [mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
+    parts["attention"].operations += sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
+    return {name: part for name, part in parts.items() if part.n_weights or part.operations}
+
+
+def part_of(name: str) -> str:
+    """The part to which a weight of this name belongs."""
+    return next(part for place, part in PLACES.items() if place in name)
+
+
+def mean_seen(t: int, window: int | None) -> float:
+    """How many of T tokens a token attends to on average, itself included."""
+    w = min(t, window or t)
+    return (w * (w + 1) / 2 + (t - w) * w) / t
