@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import resource
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -287,6 +289,16 @@ def test_clean_text_is_nfc_without_control_characters(text: str) -> None:
     assert not CONTROL.search(text)
 
 
+def test_rows_of_accents_take_no_longer_than_other_text() -> None:
+    text = "e\u0301" + "\u0301\u0316" * 500_000  # minutes, where they are sorted
+    started = time.process_time()
+    assert cleaned(text, unicode_nfc=True)[0] == text
+    assert cleaned("e" + "\u0316\u0301" * 40, unicode_nfc=True)[0] == unicodedata.normalize(
+        "NFC", "e" + "\u0316\u0301" * 40
+    )
+    assert time.process_time() - started < 5
+
+
 def test_short_documents_are_dropped_by_bytes(tmp_path: Path) -> None:
     files = {"a.txt": "é".encode(), "b.txt": b"ab", "c.txt": b"abc", "d.txt": LONG}
     assert run(tmp_path, files, min_bytes=3).counts["too_short"] == 2
@@ -416,6 +428,38 @@ def test_an_empty_result_names_its_cause_and_leaves_nothing(
     with pytest.raises(UserError, match=message):
         run(tmp_path, {"a.txt": LONG}, **changes)
     assert {path.name for path in tmp_path.iterdir()} - {"runs"} == {"raw"}
+
+
+def test_what_the_next_stages_would_not_find_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path, {"train.txt": LONG, "val.txt": b"val"})
+    for split, message in {
+        "test": r"evaluate\.split=test needs test documents and there are none: set evaluate\.split to val, or",
+        "val": None,
+    }.items():
+        if message:
+            with pytest.raises(UserError, match=message):
+                clean(params(split="source"), raw, tmp_path / "clean", RUNTIME, evaluated=split)
+            assert not (tmp_path / "clean").exists()
+        else:
+            clean(params(split="source"), raw, tmp_path / "clean", RUNTIME, evaluated=split)
+    with pytest.raises(UserError, match=r"train needs val documents and there are none: set clean\.val_fraction"):
+        clean(params(), make_raw(tmp_path, {"a.txt": LONG}), tmp_path / "clean", RUNTIME, evaluated="val")
+
+
+def test_a_full_disk_is_told_by_name_at_each_write(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path, {"x.txt": "\n".join(f"{i} {i * i}" for i in range(300)).encode()})  # small documents, so
+    rules = params(separator="\n", near_duplicates=0.8, split="tail", val_fraction=0.1)  # arrays are larger than texts
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for limit in range(0, 75_000, 3000):  # the signatures take 76.9 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(OSError) as caught:
+                clean(rules, raw, tmp_path / "clean", RUNTIME)
+            assert caught.value.errno and caught.value.strerror and caught.value.filename
+            assert not (tmp_path / "clean").exists()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    clean(rules, raw, tmp_path / "clean", RUNTIME)
 
 
 def test_a_separator_that_stands_nowhere_is_told_and_nothing_is_kept_for_another_try(tmp_path: Path) -> None:

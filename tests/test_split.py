@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -29,8 +30,10 @@ from tinygpt.corpus.split import (
     Cleaned,
     Shares,
     by_hash,
+    choose_splitter,
     count_splits,
     drop_leaks,
+    little_held_out,
     place,
     save_cleaned,
     write_splits,
@@ -198,6 +201,48 @@ def test_source_refuses_a_document_in_no_split(tmp_path: Path) -> None:
 
 def test_the_choices_of_the_params_are_the_splitters() -> None:
     assert {"auto", *SPLITTERS} == set(get_args(get_type_hints(CleanParams)["split"]))
+
+
+# The choice between them
+
+
+@pytest.mark.parametrize(
+    ("n_documents", "shares", "chosen"),
+    [
+        (1, Shares(0.05, 0.05, 0), "tail"),  # one long text
+        (7, Shares(0.1, 0.0, 0), "tail"),  # in pieces of sixteen million characters
+        (60, Shares(0.05, 0.05, 0), "tail"),
+        (500, Shares(0.05, 0.05, 0), "hash"),
+        (60, Shares(0.2, 0.0, 0), "hash"),
+        (1, Shares(0.0, 0.0, 0), "hash"),
+    ],
+)
+def test_auto_cuts_what_has_too_few_documents_for_val_and_test(
+    tmp_path: Path, n_documents: int, shares: Shares, chosen: str
+) -> None:
+    texts = (f"document {i}" for i in range(n_documents))
+    save_cleaned(tmp_path / "x", (CleanDocument(text, digest(text), place(text, 0), []) for text in texts), {})
+    facts = Cleaned([tmp_path / "x"]).facts
+    assert choose_splitter("auto", facts, shares) == chosen
+    assert all(choose_splitter(how, facts, shares) == how for how in SPLITTERS)
+
+
+def test_one_file_is_split_by_default_and_told(tmp_path: Path) -> None:
+    rules = {**ON, "split": "auto", "val_fraction": 0.05, "test_fraction": 0.05}
+    result = clean(from_mapping(CleanParams, rules), make_raw(tmp_path, {"a.txt": LONG}), tmp_path / "clean", RUNTIME)
+    assert result.split == "tail"
+    assert (
+        "".join(text for name in SPLITS for text in iter_texts(tmp_path / "clean" / f"{name}.jsonl")) == LONG.decode()
+    )
+    (told, _) = little_held_out(result.counts, "tail")
+    assert re.fullmatch("val has 1 documents with [0-9]+ B", told)
+
+
+def test_little_held_out_text_is_told() -> None:
+    many = {"val_documents": 100, "val_bytes": 10**6, "test_documents": 4, "test_bytes": 10**6}
+    assert little_held_out(many, "hash") == ["test has 4 documents with 1.0 MB"]
+    assert little_held_out(many, "tail") == []
+    assert little_held_out({**many, "test_documents": 0, "test_bytes": 0}, "hash") == []
 
 
 # Leaks
