@@ -132,8 +132,9 @@ def test_a_ready_tokenizer_keeps_its_ids(tmp_path):
     # GPT-2's own file: bytes first, <|endoftext|> last, merges as strings, neither `version` nor the model's `type`
     ours = learn_tokenizer(count_pretokens([TEXT]), dataclasses.replace(PARAMS, special_tokens=()))
     tokens = [*ours.tokens[1:], EOS]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     document = {
-        "added_tokens": [{"id": len(tokens) - 1, "content": EOS, "special": True}],
+        "added_tokens": [{"id": len(tokens) - 1, "content": EOS, **plain, "special": True}],
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
         "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False},
