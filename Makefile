@@ -53,6 +53,7 @@ sample: $(RUNTIME) ## Let the trained model write
 
 clean: ## Remove .venv, the data, the runs and all that was made (not DVC's cache)
 	rm -rf $(VENV) runs reports/plots reports/*.html reports/look.json reports/samples.md reports/train_samples.md \
+		reports/clean.json reports/train.json reports/eval.json reports/export.json \
 		reports/attention.* reports/tokenizer.png dvc_plots htmlcov .coverage
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find data -mindepth 1 ! -path data/README.md -delete

@@ -31,7 +31,7 @@ SPACE = ("train.lr=log:5e-4..1e-2", "train.warmup_steps=20..200", "train.weight_
 NUMBER = r"([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)"
 RANGE = re.compile(rf"(log:)?{NUMBER}\.\.{NUMBER}")
 TARGET = "evaluate"  # what a trial runs: plots and exports are for the model that one keeps
-REPORT = "reports/train.json"
+REPORT = "reports/metrics/train.json"
 MOST_FAILED = 2  # trials in a row: one may diverge, two mean that something is wrong
 
 

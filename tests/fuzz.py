@@ -448,7 +448,7 @@ def peak() -> int:
 def make_sound(folder: Path) -> Path:
     """A project after all stages, and files of all kinds that people bring."""
     make_project(folder)
-    run_stages("code download clean train_tokenizer encode train evaluate plot export", folder)
+    run_stages("code download clean base train_tokenizer encode train evaluate plot export", folder)
     return add_foreign(folder)
 
 

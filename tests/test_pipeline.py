@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 STAGES = ["download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export", "report"]
 REPORTS = {
-    *(f"reports/{name}.json" for name in "clean train eval export metrics/train metrics/eval".split()),
+    *(f"reports/metrics/{name}.json" for name in ("train", "eval")),
     *(f"reports/{name}.csv" for name in ("train", "train_norms")),
 }
 
