@@ -51,8 +51,7 @@ def train(root: Path, world: World) -> None:
     runs = runs_folder(root)
 
     def show(state: TrainState) -> None:
-        for folder in (root / REPORTS, runs / name):  # for DVC, and for `python -m tinygpt watch` of any run
-            write_curve(state, folder)
+        write_curve(state, root / REPORTS, runs / name)  # for DVC, and for `python -m tinygpt watch` of any run
 
     called = name_of(root)
     with Run(

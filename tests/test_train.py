@@ -612,7 +612,7 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path, tiny_tokenizer, monkey
     assert report["epochs"] == pytest.approx(10 * 4 * 64 / 1999)
 
 
-def test_tokens_are_counted_and_a_warmup_leaves_their_number(tmp_path, monkeypatch, capsys):
+def test_tokens_are_counted_and_a_warmup_leaves_their_number(tmp_path, monkeypatch):
     params = dataclasses.replace(PARAMS, context_warmup=ContextWarmup(start=16, steps=6))
     seen, original = [], Learner.learn
 
@@ -629,8 +629,6 @@ def test_tokens_are_counted_and_a_warmup_leaves_their_number(tmp_path, monkeypat
     assert report["tokens"] == 256 * 10
     assert report["epochs"] == report["tokens"] / 1999
     assert report["tokens_per_s"] == report["tokens"] / report["seconds"]
-    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")][-1]
-    assert int(last.split()[-2].replace(",", "")) == pytest.approx(report["tokens_per_s"], rel=0.01, abs=1)
 
 
 def test_no_thread_is_left_when_a_run_ends_stops_or_fails(monkeypatch):

@@ -118,7 +118,15 @@ def _versions(imported: set[str]) -> list[str]:
     file = ROOT / "requirements.txt"  # of the project; where the library is installed, its metadata has the same
     text = file.read_text(encoding="utf-8") if file.exists() else "\n".join(requires("tinygpt") or ())
     pinned = PINNED.findall(text)
-    return [f"python={python}", *(f"{name}={version_of(name)}" for name in sorted(pinned) if name in imported)]
+    return [
+        f"python={python}",
+        *(f"{name}={version_of(name)}" for name in sorted(pinned) if _module_of(name) in imported),
+    ]
+
+
+def _module_of(package: str) -> str:
+    """How a pinned package is imported: vl_convert of vl-convert-python."""
+    return package.removesuffix("-python").replace("-", "_")
 
 
 def version_of(package: str) -> str:

@@ -193,14 +193,11 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
 
 
 def flat_params(raw: bytes) -> dict[str, str]:
-    """The values of a params file as they stand there, by "group.key": all that decide a result.
-
-    Raises UserError where it is no such file.
-    """
+    """What decides a result in a params file, as it stands there, by "group.key".  Raises UserError for another file."""
     try:
-        document = load_yaml(raw)
-        groups = [(group, document[group]) for group in document if group != "runtime"]
-        return {f"{group}.{key}": yaml_text(value) for group, values in groups for key, value in values.items()}
+        groups = load_yaml(raw).items()
+        rows = [(f"{group}.{key}", value) for group, values in groups for key, value in values.items()]
+        return {name: yaml_text(value) for name, value in rows if not name.startswith("runtime.")}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{PARAMS_FILE} holds no groups of keys ({error})") from None
 

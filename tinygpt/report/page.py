@@ -15,7 +15,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
@@ -131,6 +130,8 @@ def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
 @cache
 def library() -> Markup:
     """Vega, which takes a second to be put together."""
+    import vl_convert  # here, as commands that draw nothing import this file
+
     return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 

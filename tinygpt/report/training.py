@@ -42,17 +42,19 @@ def publish(
     return report
 
 
-def write_curve(state: TrainState, folder: Path) -> None:
-    """Write the curve and the samples so far, each file whole or not at all."""
-    for name, rows in (("train.csv", state.rows), ("train_norms.csv", state.norms)):
-        if not rows:  # before the first step
-            continue
-        with atomic_write(folder / name) as file:
-            pd.DataFrame(rows).to_csv(file, index=False, lineterminator="\n", float_format="%.8g")
-    with atomic_write(folder / "train_samples.md") as file:
-        file.write("# Samples written while training\n")
-        for sample in state.samples:
-            file.write(f"\n## Step {sample['step']}\n\n{fenced(sample['text'])}")
+def write_curve(state: TrainState, *folders: Path) -> None:
+    """Write the curve and the samples so far into each folder, each file whole or not at all."""
+    texts = {
+        name: pd.DataFrame(rows).to_csv(index=False, lineterminator="\n", float_format="%.8g")
+        for name, rows in (("train.csv", state.rows), ("train_norms.csv", state.norms))
+        if rows  # before the first step there are no norms
+    }
+    samples = (f"\n## Step {sample['step']}\n\n{fenced(sample['text'])}" for sample in state.samples)
+    texts["train_samples.md"] = "".join(["# Samples written while training\n", *samples])
+    for folder in folders:
+        for name, text in texts.items():
+            with atomic_write(folder / name) as file:
+                file.write(text)
 
 
 def described(report: dict[str, Any], model_dir: Path) -> str:

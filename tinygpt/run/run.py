@@ -92,13 +92,13 @@ class Run:
                 state.micro_batch_size = find_micro_batch_size(learner, known=state.micro_batch_size)
                 learner.micro_batch_size = state.micro_batch_size
             self._loggers(state)
-            if state.rows:
-                self._show(state)
             total, start = self.params.max_steps, state.step
             with (
                 self._interrupts,
                 progress_bar("train", total=total, unit="steps", start=start, lines=False) as self._bar,
             ):
+                if state.rows:
+                    self._show(state)
                 yield state, best
 
     def stop_requested(self) -> int:
