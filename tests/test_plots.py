@@ -59,7 +59,7 @@ def test_tables_are_read_as_they_were_written(curve, reports):
     pd.testing.assert_frame_equal(tables.norms, NORMS)
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\n"])
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\n", ",".join(COLUMNS) + "\n1,2,3,4,5,6\n"])
 def test_a_file_that_is_not_a_curve_is_refused(text, reports):
     (reports / "train.csv").write_text(text)
     with pytest.raises(UserError, match="train.csv .*run `dvc repro train`"):

@@ -7,6 +7,7 @@ style as well.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,8 +63,9 @@ def parse_curve(raw: bytes, name: str) -> pd.DataFrame:
 def _parse(raw: bytes, name: str, columns: list[str] | None = None, needed: Sequence[str] = ()) -> pd.DataFrame:
     """A table of numbers, of which some are needed in each row after step 0."""
     try:
-        table = pd.read_csv(io.BytesIO(raw), index_col=False)
-    except ValueError as error:  # pandas' parser errors are ValueErrors
+        with warnings.catch_warnings(action="error"):  # of rows longer than the header
+            table = pd.read_csv(io.BytesIO(raw), index_col=False)
+    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' parser errors are ValueErrors
         raise UserError(f"{name} is not a CSV ({error}): {AGAIN}") from None
     named = ["step", *filter(str.isidentifier, table.columns[1:])]  # as parts of a model are
     if table.empty or list(table.columns) != (columns or named) or len(named) < 2:
