@@ -193,7 +193,7 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
 
 
 def flat_params(raw: bytes) -> dict[str, str]:
-    """What decides a result in a params file, as it stands there, by "group.key".  Raises UserError for another file."""
+    """What decides a result in a params file, as it stands there, by "group.key".  Raises UserError for others."""
     try:
         groups = load_yaml(raw).items()
         rows = [(f"{group}.{key}", value) for group, values in groups for key, value in values.items()]
