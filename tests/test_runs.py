@@ -74,7 +74,7 @@ def test_each_is_listed_with_its_state_the_newest_first(folder):
         ["cccccccc", "finished", "40", "of", "40", "steps", "3.5000", "3.7500"],
         ["dddddddd", "interrupted", "0", "of", "40", "steps", "-", "-"],
     ]
-    assert [line[-2:] for line in lines[1:5]] == [[str(n), "h"] for n in (2, 4, 6, 8)]
+    assert [line[-3:] for line in lines[1:5]] == [[str(n), "h", "-"] for n in (2, 4, 6, 8)]
     found = {found.folder.name: found for found in runs.find_runs(folder)}
     on_disk = sum(path.stat().st_size for path in (folder / NAMES[1]).rglob("*") if path.is_file())
     assert size < found[NAMES[1]].size == on_disk
