@@ -10,6 +10,7 @@ import pytest
 from conftest import prose, tiny_model
 from project import ROOT, environment
 
+from docs.params import page
 from tinygpt.generate import Sampling, Search, Speculation
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.serve.limits import Limits
@@ -64,3 +65,7 @@ def test_every_field_and_limit_of_the_server_is_in_its_page():
     for name, value in dataclasses.asdict(Limits()).items():
         (row,) = re.findall(rf"^\| `(?:--)?{re.sub('_', '[-_]', name)}` \| ([\d,]+) ", page, re.MULTILINE)
         assert int(row.replace(",", "")) == value, name
+
+
+def test_the_page_of_params_is_that_of_params_yaml():
+    assert (ROOT / "docs/params.md").read_text() == page(), "run `python -m docs.params`"
