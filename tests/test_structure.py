@@ -205,8 +205,16 @@ def test_nothing_is_pickled_or_executed_from_outside():
                 assert not names & {"pickle", "marshal", "shelve"}, path
 
 
-def test_the_readme_gives_the_size_of_the_library():
-    n_lines = sum(len(path.read_text().splitlines()) for path in LIBRARY)
-    (found,) = re.findall(r"in (\d+) files and ([\d,]+) lines", (ROOT / "README.md").read_text())
-    assert found == (str(len(LIBRARY)), f"{round(n_lines, -2):,}")
-    assert len(LIBRARY) <= 110
+def n_lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_the_readme_is_short_and_gives_the_size_of_the_library_and_of_the_files_to_read():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    total = f"{round(sum(map(n_lines, LIBRARY)), -2):,}"
+    assert re.findall(r"in (\d+) files\s+and ([\d,]+) lines", readme) == [(str(len(LIBRARY)), total)]
+    assert re.findall(r"Python, lines \| ([\d,]+)", readme) == [total]
+    to_read = re.findall(r"^\| `(tinygpt/\S+)` \| (\d+) \|", readme, re.MULTILINE)
+    assert len(to_read) == 10
+    assert to_read == [(path, str(n_lines(ROOT / path))) for path, _ in to_read]
