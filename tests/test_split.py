@@ -235,12 +235,12 @@ def test_one_file_is_split_by_default_and_told(tmp_path: Path) -> None:
         "".join(text for name in SPLITS for text in iter_texts(tmp_path / "clean" / f"{name}.jsonl")) == LONG.decode()
     )
     (told, _) = little_held_out(result.counts, "tail")
-    assert re.fullmatch("val has 1 documents with [0-9]+ B", told)
+    assert re.fullmatch(r"val has [0-9]+ B \(documents: 1\)", told)
 
 
 def test_little_held_out_text_is_told() -> None:
     many = {"val_documents": 100, "val_bytes": 10**6, "test_documents": 4, "test_bytes": 10**6}
-    assert little_held_out(many, "hash") == ["test has 4 documents with 1.0 MB"]
+    assert little_held_out(many, "hash") == ["test has 1.0 MB (documents: 4)"]
     assert little_held_out(many, "tail") == []
     assert little_held_out({**many, "test_documents": 0, "test_bytes": 0}, "hash") == []
 

@@ -201,7 +201,7 @@ def little_held_out(counts: Mapping[str, int], how: str) -> list[str]:
     for name in SPLITS[1:]:
         n_document, n_bytes = counts[f"{name}_documents"], counts[f"{name}_bytes"]
         if n_document and (n_bytes < FEW_BYTES or (n_document < FEW_DOCUMENTS and how != "tail")):
-            found.append(f"{name} has {n_document:,} documents with {human_bytes(n_bytes)}")
+            found.append(f"{name} has {human_bytes(n_bytes)} (documents: {n_document:,})")
     return found
 
 
