@@ -28,7 +28,7 @@ repro: $(RUNTIME) ## Run the whole pipeline: text, tokenizer, model, evaluation,
 test: $(DEV) ## Run the test suite
 	$(PYTEST)
 
-fuzz: $(DEV) ## Damage N=50000 files, kill stages and DVC 200 times, fill disks: an hour or so
+fuzz: $(DEV) ## Damage N=50000 files, kill stages and DVC 200 times, fill disks: some hours
 	PYTHONPATH=. OMP_NUM_THREADS=1 python tests/fuzz.py $(N)
 	TINYGPT_FUZZ=20 OMP_NUM_THREADS=1 python -m pytest --timeout 7200 tests/test_kills.py tests/test_full_disk.py
 

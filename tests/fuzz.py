@@ -50,13 +50,14 @@ from pyarrow import parquet
 from tinygpt.cli.main import main as tinygpt
 from tinygpt.corpus.folders import text_line
 from tinygpt.errors import program
+from tinygpt.stage import run_stage
 
 FACTOR = float(os.environ.get("TINYGPT_FUZZ", "1"))
 MOST_CPU_S = 20
 MOST_WALL_S = 120  # on a machine that does other things, too
 MOST_BYTES = 1_000_000_000  # above what the process had before
 MOST_CHARS = 2000  # of a line that is to be read
-MOST_LINES = 20  # of an error, where there are several problems
+MOST_LINES = 21  # of an error, where there are several problems
 
 Read = str | Callable[[], object]
 
@@ -399,7 +400,8 @@ def run_program(read: Read) -> tuple[str, str | None]:
         if callable(read):
             program(read)()
         elif read.startswith("stages."):
-            program(importlib.import_module(read).run)(Path())
+            sys.argv = [read]
+            run_stage(importlib.import_module(read).run)
         else:
             sys.argv = ["tinygpt", *shlex.split(read)]
             tinygpt()
@@ -414,6 +416,8 @@ def wrong_words(said: str) -> str | None:
     """What a person should not have to read."""
     errors = [line for line in said.splitlines() if line.startswith(("error:", "       "))]
     rest = said.replace("\n", "").replace("\r", "").replace("\t", "").replace("\x1b[K", "")
+    if nowhere := re.search(r"\(\w+\.py:\d+\b", said):
+        return f"names a place in the code {nowhere[0]} and no file"
     if "Traceback (most recent" in said:
         return f"prints a traceback at {last_frame(said)}"
     if odd := next((c for c in rest if not c.isprintable()), None):

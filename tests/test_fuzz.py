@@ -1,10 +1,11 @@
 """Damaged files of every format, a few each: `make fuzz` damages more."""
 
+import ctypes
 import shutil
 from pathlib import Path
 
 import pytest
-from fuzz import FORMATS, add_foreign, failures
+from fuzz import FORMATS, Format, add_foreign, failures
 from project import made_once
 
 
@@ -23,3 +24,28 @@ def sound(done, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_damaged_file_is_taken_or_refused_in_one_line(name, sound):
     assert failures(name, sound=sound, n=20) == []
+
+
+def dies() -> None:
+    ctypes.string_at(0)
+
+
+def fails() -> None:
+    raise IndexError
+
+
+def eats() -> None:
+    bytearray(2_000_000_000)[::4096] = bytes(488_282)
+
+
+def steers() -> None:
+    print("\x1b]0;a title\x07")
+
+
+@pytest.mark.parametrize(
+    "read, fault", [(dies, "SIGSEGV"), (fails, "IndexError"), (eats, "takes 2 GB"), (steers, r"prints '\x1b'")]
+)
+def test_what_must_not_be_is_seen(read, fault, tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    (found,) = failures("any", Format(("a.txt",), (read,)), sound=tmp_path, n=2)
+    assert found.startswith("any:0 and ") and fault in found
