@@ -82,7 +82,8 @@ SLOW = (
 PAIR = ("data/model/*", "data/tokenizer/*")
 DATA = ("params.yaml", "data/tokens/*", *PAIR)
 REPORTED = ("data/raw/manifest.json", "reports/*.json")
-GENERATE = "generate --max-new-tokens 2 --device cpu --n-thread 1"
+WRITE = "generate --max-new-tokens 2 --device cpu"
+GENERATE = f"{WRITE} --prompt The"
 GGUF = "data/export/gguf/tinygpt-q8_0.gguf"
 
 FORMATS = {
@@ -103,8 +104,8 @@ FORMATS = {
     "reports": Format((*REPORTED, "data/model/training.json"), ("stages.export",), DATA),
     "base": Format(("data/base/*",), ("preset base", f"{GENERATE} --model data/base", "stages.train"), DATA, "lora"),
     "adapters": Format(("data/model/*",), ("stages.export",), (*DATA, *REPORTED, "data/base/*"), "lora"),
-    "prompts": Format(("prompts.jsonl",), (f"{GENERATE} --prompts prompts.jsonl",), PAIR),
-    "lines": Format(("prompts.txt",), (f"{GENERATE} --prompts prompts.txt",), PAIR),
+    "prompts": Format(("prompts.jsonl",), (f"{WRITE} --prompts prompts.jsonl --format jsonl",), PAIR),
+    "lines": Format(("prompts.txt",), (f"{WRITE} --prompts prompts.txt --format jsonl",), PAIR),
 }
 
 
@@ -291,10 +292,13 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 def failures(name: str, kind: Format | None = None, *, sound: Path, n: int = 100, first: int = 0) -> list[str]:
     """What went wrong with n damaged files (times TINYGPT_FUZZ): a line for each kind, with one of its numbers.
 
+    First each program reads the sound files, under a number below 0: it must take them, or it tests nothing.
+
     `sound` is a folder with sound files, such as a project after all stages; it is only read. `kind` is a format that
     is not among FORMATS.
     """
     kind, last = kind or FORMATS[name], first + max(1, round(n * FACTOR))
+    first = first or -len(kind.read)
     examples, counts = dict[str, int](), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="tinygpt-fuzz-") as folder:
         files = read_files(sound, kind)
@@ -375,11 +379,12 @@ def trial(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path
     os.truncate(log, 0)
     had = reset_peak()
     signal.setitimer(signal.ITIMER_PROF, MOST_CPU_S)
-    said, fault = run_program(read)
+    said, fault, taken = run_program(read)
     signal.setitimer(signal.ITIMER_PROF, 0)
     said += os.pread(log, 100_000, 0).decode(errors="replace")
     os.chdir("/")
-    return fault or wrong_words(said) or too_much(peak() - had)
+    refused = f"{read} refuses sound files: {said[-300:]!r}" if i < 0 and not taken else None
+    return fault or wrong_words(said) or too_much(peak() - had) or refused
 
 
 def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path) -> Read:
@@ -389,13 +394,13 @@ def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Pa
     chosen = rng.choice([path for path in files if any(fnmatch(path, pattern) for pattern in kind.damaged)])
     for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(damaged(data, path, rng) if path == chosen else data)
+        (folder / path).write_bytes(damaged(data, path, rng) if path == chosen and i >= 0 else data)
     os.chdir(folder)
-    return rng.choice(kind.read)
+    return rng.choice(kind.read) if i >= 0 else kind.read[i]
 
 
-def run_program(read: Read) -> tuple[str, str | None]:
-    """(its last words, what is wrong with how it ended)"""
+def run_program(read: Read) -> tuple[str, str | None, bool]:
+    """(its last words, what is wrong with how it ended, whether it took what it read)"""
     try:
         if callable(read):
             program(read)()
@@ -406,10 +411,10 @@ def run_program(read: Read) -> tuple[str, str | None]:
             sys.argv = ["tinygpt", *shlex.split(read)]
             tinygpt()
     except SystemExit as left:
-        return f"{left.code}\n" if isinstance(left.code, str) else "", None
+        return f"{left.code}\n" if isinstance(left.code, str) else "", None, not left.code
     except BaseException as error:
-        return "", f"{type(error).__name__} at {last_frame(traceback.format_exc())}"
-    return "", None
+        return "", f"{type(error).__name__} at {last_frame(traceback.format_exc())}", False
+    return "", None, True
 
 
 def wrong_words(said: str) -> str | None:

@@ -48,4 +48,10 @@ def steers() -> None:
 def test_what_must_not_be_is_seen(read, fault, tmp_path):
     (tmp_path / "a.txt").write_text("a text")
     (found,) = failures("any", Format(("a.txt",), (read,)), sound=tmp_path, n=2)
-    assert found.startswith("any:0 and ") and fault in found
+    assert found.startswith("any:-1 and ") and fault in found
+
+
+def test_a_program_that_refuses_sound_files_tests_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    (found,) = failures("any", Format(("a.txt",), ("generate --no-such-flag",)), sound=tmp_path, n=2)
+    assert found.startswith("any:-1 and 0 more: generate --no-such-flag refuses sound files: ")
