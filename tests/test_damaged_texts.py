@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from pyarrow import parquet as pq
 from test_sources import fill
 
 from tinygpt.corpus import parquet
+from tinygpt.corpus.archive import iter_members
 from tinygpt.corpus.folders import text_line
 from tinygpt.errors import UserError
 
@@ -161,7 +164,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "x.zip", zipped([("a.txt", spaces)])
     yield "bz2.zip", zipped([("a.txt", spaces)], zipfile.ZIP_BZIP2)
     yield "lzma.zip", zipped([("a.txt", spaces[:1000])], zipfile.ZIP_LZMA)
-    yield "dictionary.parquet", table([row] * 30)
+    yield "dictionary.parquet", table([row] * 150)
     yield "page.parquet", table([row] * 30, use_dictionary=False, compression="zstd")
     encoding = {"text": "DELTA_BYTE_ARRAY", "id": "PLAIN"}
     prefixes = [row + str(i) for i in range(30)]
@@ -205,6 +208,29 @@ def test_small_files_that_hold_gigabytes_are_refused_within_a_budget(tmp_path: P
     assert max(map(int, peaks.split())) < MOST_KB, peaks
     assert [line.split()[0] for line in said] == sorted(os.listdir(tmp_path / "bombs"))
     assert all(len(line) < 500 for line in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("names.tar", 5_000_000), ("pax.tar", 5_000_000), ("header.tar", 5_000_000), ("x.txt.bz2", 60_000_000)],
+)
+def test_memory_does_not_grow_with_what_is_unpacked(tmp_path: Path, name: str, most: int) -> None:
+    contents = {
+        "names.tar": lambda: tarred([(f".{'n' * 100_000}{i}", b"text\n") for i in range(200)]),
+        "pax.tar": lambda: tarred([(f".{'n' * 100_000}{i}", b"text\n") for i in range(200)], tarfile.PAX_FORMAT),
+        "header.tar": lambda: tarred([("n" * 30_000_000, b"text\n")]),
+        "x.txt.bz2": lambda: bz2.compress(b" " * 100_000_000, 1),
+    }
+    (tmp_path / name).write_bytes(contents[name]())
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(UserError):
+            for _, chunks in iter_members(tmp_path / name):
+                for _ in chunks:
+                    pass
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
 
 
 # Parquet
