@@ -306,7 +306,7 @@ def test_a_size_or_rate_that_no_machine_can_do_is_refused(tmp_path, changes, mes
 
 
 def test_half_a_character_is_refused_in_every_text(tmp_path):
-    path = edited(tmp_path, r'    - "Return a new"', r'    - "\\ud800"')
+    path = edited(tmp_path, r"  - Return a new", r'  - "\\ud800"')
     with pytest.raises(ParamsError, match=r"evaluate\.prompts\[1\]=.* must be whole characters") as caught:
         check_params(path)
     assert str(caught.value).isprintable()
