@@ -420,14 +420,15 @@ def run_program(read: Read) -> tuple[str, str | None, bool]:
 def wrong_words(said: str) -> str | None:
     """What a person should not have to read."""
     errors = [line for line in said.splitlines() if line.startswith(("error:", "       "))]
-    rest = said.replace("\n", "").replace("\r", "").replace("\t", "").replace("\x1b[K", "")
+    messages = [line for line in said.splitlines() if re.match(r"\w+: |       ", line)]  # not a prompt and its answer
+    rest = "".join(messages).replace("\r", "").replace("\t", "").replace("\x1b[K", "")
     if nowhere := re.search(r"\(\w+\.py:\d+\b", said):
         return f"names a place in the code {nowhere[0]} and no file"
     if "Traceback (most recent" in said:
         return f"prints a traceback at {last_frame(said)}"
     if odd := next((c for c in rest if not c.isprintable()), None):
         return f"prints {odd!r}"
-    if len(errors) > MOST_LINES or any(len(line) > MOST_CHARS for line in said.splitlines()):
+    if len(errors) > MOST_LINES or any(len(line) > MOST_CHARS for line in messages):
         return f"prints a line too long or too many: {said[:60]!r}"
     return None
 

@@ -39,7 +39,7 @@ def eats() -> None:
 
 
 def steers() -> None:
-    print("\x1b]0;a title\x07")
+    print("error: \x1b]0;a title\x07")
 
 
 @pytest.mark.parametrize(
