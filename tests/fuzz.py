@@ -420,7 +420,7 @@ def run_program(read: Read) -> tuple[str, str | None, bool]:
 def wrong_words(said: str) -> str | None:
     """What a person should not have to read."""
     errors = [line for line in said.splitlines() if line.startswith(("error:", "       "))]
-    messages = [line for line in said.splitlines() if re.match(r"\w+: |       ", line)]  # not a prompt and its answer
+    messages = [line for line in said.split("\n") if re.match(r"\w+: |       ", line)]  # not a prompt and its answer
     rest = "".join(messages).replace("\r", "").replace("\t", "").replace("\x1b[K", "")
     if nowhere := re.search(r"\(\w+\.py:\d+\b", said):
         return f"names a place in the code {nowhere[0]} and no file"
