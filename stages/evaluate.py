@@ -29,7 +29,8 @@ def run(root: Path) -> None:
     tokens = load_tokens(root / TOKENS, params.split, at_least=2)
     report = evaluate_model(model, tokens, params, n_bytes=meta.split(params.split).bytes)
     write_json(root / REPORTS / "eval.json", report)
-    decisive = {"eval_loss": report["loss"], **{name: report[name] for name in ("ppl", "bpb", "bpb_error")}}
+    decisive = {"eval_loss": report["loss"], "eval_tokens": report["tokens"]}
+    decisive |= {name: report[name] for name in ("ppl", "bpb", "bpb_error")}
     write_json(root / REPORTS / "metrics/eval.json", decisive)  # DVC's metrics
     samples = make_samples(model, tokenizer, tokens, params)
     write_samples(root / REPORTS / "samples.md", samples)

@@ -22,7 +22,8 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from tinygpt.errors import UserError, program
+from tinygpt.errors import UserError
+from tinygpt.stage import run_stage
 
 ROOT = Path(__file__).parents[1]
 TRAINED = (
@@ -140,7 +141,8 @@ def _stage(name: str, folder: Path, log: str, env: dict[str, str]) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    program(importlib.import_module(f"stages.{name}").run)(Path())
+    sys.argv = [f"stages/{name}.py"]
+    run_stage(importlib.import_module(f"stages.{name}").run)
 
 
 def status_of(process: ForkServerProcess, *, seconds: float = 120) -> int:

@@ -86,7 +86,7 @@ class Disk:
         os.close(writer)
         _, status = os.waitpid(child, 0)
         with open(reader) as answer:
-            said, fault = json.loads(answer.read() or '["", "dies"]')
+            said, fault, _ = json.loads(answer.read() or '["", "dies", false]')
         return said, fault or wrong_words(said + self.log.read_text()) or ("dies" if status else "")
 
 

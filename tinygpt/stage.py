@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tinygpt.errors import printable, program
+from tinygpt.errors import UserError, printable, program
 from tinygpt.files import human_bytes
 from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_text, require
 
@@ -23,13 +25,25 @@ def run_stage(run: Callable[[Path], None]) -> None:
     module, arguments = sys.modules[run.__module__], sys.argv[1:]
     groups = [group for group in GROUPS if find_class(group) in vars(module).values()]  # those that it imports
     if not arguments:
-        check_memory(check_params())
+        with said_once():
+            check_memory(check_params())
         run(Path())
     elif arguments in (["--help"], ["-h"]):
         print(f"{module.__doc__}\n{described(groups)}")
     else:
         print(f"error: {refusal(arguments, groups)}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """A context whose errors only the first of several processes tells, as `torchrun` starts them."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(1)
+        raise
 
 
 def check_memory(groups: Mapping[str, Any]) -> None:
