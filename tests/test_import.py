@@ -136,7 +136,7 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
         ({"rms_norm_eps": None}, "it has no rms_norm_eps"),
         ({"max_position_embeddings": 0}, r"config.json is not a model that can be taken: model.block_size=0 must be"),
         ({"sliding_window": -3}, r"model.window=-3 must be within \[1, inf\)"),
-        ({"num_hidden_layers": 5}, r"blocks.4.attn.k_proj.weight is missing"),
+        ({"num_hidden_layers": 5}, r"layers.4.input_layernorm.weight is missing"),
         ({"intermediate_size": 40}, r"gate_proj.weight is \(48, 32\), expected \(40, 32\)"),
         ({"intermediate_size": 10**12}, r"model.n_hidden=1000000000000 must be within"),
         ({"intermediate_size": 10**6}, "the sizes in its config.json make 384,031,776 numbers, and there are 50,208"),
@@ -203,7 +203,7 @@ def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"blocks.0.attn.q_proj.bias is too much"):
+    with pytest.raises(UserError, match=r"model.layers.0.self_attn.q_proj.bias is too much"):
         read_hf(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="weights are read from safetensors alone"):

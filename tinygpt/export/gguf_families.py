@@ -6,7 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinygpt.export.family import ALL, ANY_HEAD_DIM, MIXED, NORM_MODULES, QKV, Family, Layout, Target, switches
+from tinygpt.export.family import (
+    ALL,
+    ANY_HEAD_DIM,
+    COHERE2,
+    MIXED,
+    NORM_MODULES,
+    QKV,
+    QWEN3,
+    STABLELM,
+    Family,
+    Layout,
+    Target,
+    switches,
+)
 from tinygpt.model.config import ModelParams
 
 GGUF_NAMES = {
@@ -47,17 +60,13 @@ def _window_keys(config: ModelParams) -> dict[str, Any]:
     }
 
 
-LLAMA_LAYOUT = Layout(names=GGUF_NAMES, zero_bias={}, adjacent_rope=True)
+PLAIN_LAYOUT, LLAMA_LAYOUT = Layout(names=GGUF_NAMES), Layout(names=GGUF_NAMES, adjacent_rope=True)
 
 GGUF_FAMILIES = (
     GGUFFamily(
         name="gpt2",
         switches=switches("learned", "layernorm", "gelu"),
-        layout=Layout(
-            names=FUSED_GGUF_NAMES,
-            zero_bias={"none": (*BIASED, *QKV), "qkv": BIASED},
-            fused_qkv=True,
-        ),
+        layout=Layout(names=FUSED_GGUF_NAMES, zero_bias={"none": (*BIASED, *QKV), "qkv": BIASED}, fused_qkv=True),
     ),
     GGUFFamily(
         name="starcoder2",
@@ -69,57 +78,32 @@ GGUF_FAMILIES = (
         switches=switches("rope", "layernorm", "gelu", parallel_block=(True,)),
         layout=Layout(
             names=GGUF_NAMES,
-            zero_bias={
-                "none": (*BIASED, "lm_head"),
-                "qkv": (*BIASED, "lm_head"),
-                "all": ("lm_head",),
-            },
+            zero_bias=dict.fromkeys(("none", "qkv"), (*BIASED, "lm_head")) | {"all": ("lm_head",)},
             untied=True,
         ),
     ),
     GGUFFamily(
         name="stablelm",
-        switches=switches(
-            "rope", "layernorm", "swiglu", parallel_block=(False, True), qk_norm=(False, True), bias=("none", "qkv")
-        ),
+        switches=STABLELM,
         layout=Layout(
             names=GGUF_NAMES, zero_bias=dict.fromkeys(("none", "qkv"), NORM_MODULES), untied=True, head_norms="stacked"
         ),
     ),
+    GGUFFamily(name="cohere2", switches=COHERE2, layout=LLAMA_LAYOUT, keys=_window_keys),
     GGUFFamily(
-        name="cohere2",  # rotates where a window is, so it must be in all layers
-        switches=switches(
-            "rope",
-            "layernorm",
-            "swiglu",
-            parallel_block=(True,),
-            bias=("none", "qkv"),
-            tie_weights=(True,),
-            window=(ALL,),
-        ),
-        layout=LLAMA_LAYOUT,
-        keys=_window_keys,
-    ),
-    GGUFFamily(
-        name="llama",
-        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM),
-        layout=LLAMA_LAYOUT,
+        name="llama", switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM), layout=LLAMA_LAYOUT
     ),
     GGUFFamily(
         name="granite_swa",
         switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, window=(ALL, MIXED)),
-        layout=Layout(names=GGUF_NAMES, zero_bias={}, adjacent_rope=True, sinks=True),
+        layout=Layout(names=GGUF_NAMES, adjacent_rope=True, sinks=True),
         keys=_window_keys,
     ),
-    GGUFFamily(
-        name="qwen3",
-        switches=switches("rope", "rmsnorm", "swiglu", qk_norm=(True,), bias=("none", "qkv"), head_dim=ANY_HEAD_DIM),
-        layout=Layout(names=GGUF_NAMES, zero_bias={}),
-    ),
+    GGUFFamily(name="qwen3", switches=QWEN3, layout=PLAIN_LAYOUT),
     GGUFFamily(
         name="plamo",
         switches=switches("rope", "rmsnorm", "swiglu", parallel_block=(True,), bias=("none", "qkv")),
-        layout=Layout(names=GGUF_NAMES, zero_bias={}, untied=True),
+        layout=Layout(names=GGUF_NAMES, untied=True),
     ),
     GGUFFamily(
         name="arcee",
