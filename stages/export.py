@@ -10,9 +10,9 @@ from typing import Any
 
 from tinygpt.device import open_device
 from tinygpt.errors import UserError
-from tinygpt.export.base import export_adapters
 from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
+from tinygpt.export.folders import export_adapters
 from tinygpt.export.gguf import export_gguf, gguf_name
 from tinygpt.export.hf import check_hf, export_hf
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_files import in_child
 
 from tinygpt.errors import UserError
-from tinygpt.export import base
-from tinygpt.export.base import write_base
+from tinygpt.export import folders
+from tinygpt.export.folders import write_base
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_model, load_pair, model_tensors
@@ -265,7 +265,7 @@ def test_a_base_whose_writer_is_killed_between_two_files_is_the_old_one(tmp_path
     write_base(folder, old.config, model_tensors(old), tiny_tokenizer)
     for file in ("save_model", "_preset"):
         with monkeypatch.context() as patch:
-            patch.setattr(base, file, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            patch.setattr(folders, file, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             status = in_child(lambda: write_base(folder, new.config, model_tensors(new), tiny_tokenizer))
         assert status == -signal.SIGKILL
         assert torch.equal(load_pair(folder, folder)[0].norm.weight, old.norm.weight)

@@ -16,8 +16,7 @@ from tinygpt.cli.flags import DeviceOptions, read
 from tinygpt.cli.pieces import check_picture, visible
 from tinygpt.device import find_device, open_device
 from tinygpt.errors import UserError
-from tinygpt.export.base import use_of, write_base
-from tinygpt.export.open import open_model, read_hf_pair, tokenizer_of
+from tinygpt.export.folders import open_model, read_hf_pair, tokenizer_of, use_of, write_base
 from tinygpt.files import human_bytes
 from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields

@@ -19,8 +19,7 @@ from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
 from tinygpt.export.gguf_types import tolerance
-from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.export.trial import open_gguf
+from tinygpt.export.llamacpp import LlamaCpp, open_gguf
 from tinygpt.model.gpt import GPT
 from tinygpt.report.perplexity import llamacpp_report, perplexity, scored_nll, token_logprobs
 from tinygpt.tokenizer import Tokenizer
