@@ -17,11 +17,10 @@ from test_compare import made
 from test_evaluate import PARAMS
 from test_playground import BROWSER, browser  # noqa: F401  a fixture
 
-from tinygpt.report.charts import comparison_chart
-from tinygpt.report.comparison import comparison_view, curve_rows
-from tinygpt.report.history import find_earlier
+from tinygpt.report.compare import comparison_data, comparison_view
 from tinygpt.report.look import look
 from tinygpt.report.page import render, verdict
+from tinygpt.report.reports import find_earlier
 from tinygpt.report.samples import held_out, make_samples, score
 from tinygpt.tokens import SplitMeta, TokensMeta
 
@@ -236,8 +235,7 @@ def test_it_fits_the_screen_in_light_and_dark(done, browser, width, scheme):  # 
 def test_the_page_of_several_draws_each_and_a_name_picks_one_out(browser, tmp_path):  # noqa: F811
     names = [HOSTILE, *"bcdefgh"]
     found = [made(name, 3 + at / 10, 0.01) for at, name in enumerate(names)]
-    data = {"charts": {"loss": comparison_chart(names)}, "curve": curve_rows(found)}
-    (tmp_path / "page.html").write_text(render("compare.html", data, **comparison_view(found)))
+    (tmp_path / "page.html").write_text(render("compare.html", comparison_data(found), **comparison_view(found)))
     problems: list[str] = []
     page = opened(browser, tmp_path / "page.html", problems, viewport={"width": 390, "height": 800})
     lines = page.locator("[data-chart=loss] .mark-line path")

@@ -25,7 +25,8 @@ from tinygpt.model.parts import parts_of
 from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.options import checked
 from tinygpt.params import load_params
-from tinygpt.report.attention_maps import attention_page, plot_attention
+from tinygpt.report.page import attention_page
+from tinygpt.report.plots import plot_attention
 from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.run.memory import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams

@@ -22,7 +22,7 @@ from tinygpt.model.config import config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.parts import parts_of
 from tinygpt.report.samples import MOST_LOOKED_AT, Sample, document_spans
-from tinygpt.report.vocabulary import paragraph, vocabulary
+from tinygpt.report.tokenizer import paragraph, vocabulary
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds, TokensMeta
 

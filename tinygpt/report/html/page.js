@@ -71,7 +71,7 @@ function drawAll() {
   });
 }
 
-for (const id of ["x", "smooth", "logx", "logy"]) {
+for (const id of data.charts ? ["x", "smooth", "logx", "logy"] : []) {
   pick(id).addEventListener("input", () => {
     pick("smoothed").textContent = pick("smooth").value;
     drawAll();
@@ -208,8 +208,11 @@ function showHeads() {
   let looking = n - 1;
   const show = (at) => {
     looking = at;
-    spans.forEach((span, to) => span.style.setProperty("--share", to <= at ? attends(headAt, at, to).toFixed(3) : 0));
     const most = spans.map((_, to) => (to <= at ? attends(headAt, at, to) : 0));
+    spans.forEach((span, to) => {
+      span.style.setProperty("--share", most[to].toFixed(3));
+      span.title = percent(most[to]);
+    });
     const to = most.indexOf(Math.max(...most));
     pick("headname").textContent =
       `Layer ${Math.floor(headAt / nHead)}, head ${headAt % nHead}: ${visible(data.attention.tokens[at])} looks at ` +
