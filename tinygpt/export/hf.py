@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.export.card import ADAPTER_CARD
+from tinygpt.export.card import CARDS
 from tinygpt.export.family import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, TRANSFORMERS, HFFamily
 from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, check_layout, revert_layout
@@ -148,7 +148,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
             "inference_mode": True,
         }
         write_json(partial / "adapter_config.json", document)
-        (partial / "README.md").write_text(ADAPTER_CARD, encoding="utf-8")
+        shutil.copyfile(CARDS / "adapters.md", partial / "README.md")
 
 
 def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
