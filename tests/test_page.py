@@ -18,10 +18,9 @@ from test_evaluate import PARAMS
 from test_playground import BROWSER, browser  # noqa: F401  a fixture
 
 from tinygpt.report.compare import comparison_data, comparison_view
-from tinygpt.report.look import look
+from tinygpt.report.look import held_out, look, make_samples, score
 from tinygpt.report.page import render, verdict
 from tinygpt.report.reports import find_earlier
-from tinygpt.report.samples import held_out, make_samples, score
 from tinygpt.tokens import SplitMeta, TokensMeta
 
 PAGE = "reports/index.html"
