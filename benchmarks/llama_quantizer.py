@@ -19,9 +19,8 @@ from gguf import GGUFReader
 
 from benchmarks.export_matrix import EOS, SIZES, random_model
 from tinygpt.export.config import GGUFType
-from tinygpt.export.family import find_family
+from tinygpt.export.families import LLAMA_CPP, find_family
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.gguf_types import WEIGHT_TYPES
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT

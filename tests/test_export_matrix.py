@@ -14,9 +14,8 @@ from project import ROOT
 
 from benchmarks.export_matrix import PLAIN, SLIDING, random_model, run
 from tinygpt.export.config import ExportParams
-from tinygpt.export.family import ANY_BIAS, CORE, FULL, Target, find_family, misfit, switches_of
+from tinygpt.export.families import ANY_BIAS, CORE, FULL, LLAMA_CPP, Target, find_family, misfit, switches_of
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.llamacpp import LlamaCpp

@@ -13,8 +13,8 @@ from test_gguf import GPT2, LLAMA, QWEN3, random_model
 
 from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
+from tinygpt.export.families import LLAMA_CPP
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.gguf_types import Q4, WEIGHT_TYPES, File, Type, WeightType, tolerance
 from tinygpt.export.verify import check_gguf
 from tinygpt.model.config import MLPS

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from tinygpt.export.family import find_family, refusal
-from tinygpt.export.gguf_families import LLAMA_CPP
+from tinygpt.export.families import LLAMA_CPP, find_family, refusal
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.params import Within, require
 

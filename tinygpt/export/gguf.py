@@ -22,8 +22,7 @@ from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
-from tinygpt.export.family import check_vocabulary, family_of
-from tinygpt.export.gguf_families import LLAMA_CPP, GGUFFamily
+from tinygpt.export.families import LLAMA_CPP, GGUFFamily, check_vocabulary, family_of
 from tinygpt.export.gguf_types import WEIGHT_TYPES, bits_per_weight, quantized, tensor_types
 from tinygpt.export.layout import adapter_pairs, apply_layout, revert_layout
 from tinygpt.files import atomic_write

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.export.card import CARDS
-from tinygpt.export.family import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
+from tinygpt.export.families import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, TRANSFORMERS, HFFamily
 from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, check_layout, revert_layout
 from tinygpt.files import atomic_folder, must_exist, read_object, write_json

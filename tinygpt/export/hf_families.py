@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinygpt.export.family import (
+from tinygpt.export.families import (
     ALL,
     ANY_HEAD_DIM,
     COHERE2,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.export.family import QKV, Layout
+from tinygpt.export.families import QKV, Layout
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import TIED
 from tinygpt.model.lora import ADAPTER

@@ -1,4 +1,4 @@
-"""Which models other programs can run: a family is a kind of model that one of them knows.
+"""Which models other programs can run: a family is a kind of model that one of them knows. Here are those of llama.cpp.
 
 Its switches say which models belong to it, its layout how the program wants their tensors. What no family covers is
 refused before training, with the smallest change that would work. A model whose tokens see only a window goes to a
@@ -9,7 +9,7 @@ there the two are the same.
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -155,3 +155,96 @@ def misfit(found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> 
 
 def _settings(changes: Mapping[str, tuple[Any, ...]]) -> str:
     return " and ".join(f"model.{key}={'|'.join(map(yaml_text, allowed))}" for key, allowed in changes.items())
+
+
+# The architectures of llama.cpp (https://github.com/ggml-org/llama.cpp, src/models/)
+GGUF_NAMES = {
+    "tok_emb": "token_embd",
+    "pos_emb": "position_embd",
+    "blocks.{i}.attn_norm": "blk.{i}.attn_norm",
+    "blocks.{i}.attn.q_proj": "blk.{i}.attn_q",
+    "blocks.{i}.attn.k_proj": "blk.{i}.attn_k",
+    "blocks.{i}.attn.v_proj": "blk.{i}.attn_v",
+    "blocks.{i}.attn.o_proj": "blk.{i}.attn_output",
+    "blocks.{i}.attn.q_norm": "blk.{i}.attn_q_norm",
+    "blocks.{i}.attn.k_norm": "blk.{i}.attn_k_norm",
+    "blocks.{i}.attn.sinks": "blk.{i}.attn_sinks",
+    "blocks.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "blocks.{i}.mlp.gate_proj": "blk.{i}.ffn_gate",
+    "blocks.{i}.mlp.up_proj": "blk.{i}.ffn_up",
+    "blocks.{i}.mlp.down_proj": "blk.{i}.ffn_down",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
+FUSED_GGUF_NAMES = GGUF_NAMES | {"blocks.{i}.attn.q_proj": "blk.{i}.attn_qkv"}
+
+BIASED = (*NORM_MODULES, "o_proj", "up_proj", "down_proj")  # by model.bias=all and not by qkv, without a gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFFamily(Family):
+    """`keys` makes the entries, without the architecture's name before them, that not all architectures have."""
+
+    keys: Callable[[ModelParams], Mapping[str, Any]] = lambda config: {}
+
+
+def _window_keys(config: ModelParams) -> dict[str, Any]:
+    return {
+        "logit_scale": 1.0,
+        "attention.sliding_window": config.window,
+        "attention.sliding_window_pattern": [config.window_of(i) is not None for i in range(config.n_layer)],
+    }
+
+
+PLAIN_LAYOUT, LLAMA_LAYOUT = Layout(names=GGUF_NAMES), Layout(names=GGUF_NAMES, adjacent_rope=True)
+
+GGUF_FAMILIES = (
+    GGUFFamily(
+        name="gpt2",
+        switches=switches("learned", "layernorm", "gelu"),
+        layout=Layout(names=FUSED_GGUF_NAMES, zero_bias={"none": (*BIASED, *QKV), "qkv": BIASED}, fused_qkv=True),
+    ),
+    GGUFFamily(
+        name="starcoder2",
+        switches=switches("rope", "layernorm", "gelu"),
+        layout=Layout(names=GGUF_NAMES, zero_bias={"none": BIASED, "qkv": BIASED}),
+    ),
+    GGUFFamily(
+        name="phi2",
+        switches=switches("rope", "layernorm", "gelu", parallel_block=(True,)),
+        layout=Layout(
+            names=GGUF_NAMES,
+            zero_bias=dict.fromkeys(("none", "qkv"), (*BIASED, "lm_head")) | {"all": ("lm_head",)},
+            untied=True,
+        ),
+    ),
+    GGUFFamily(
+        name="stablelm",
+        switches=STABLELM,
+        layout=Layout(
+            names=GGUF_NAMES, zero_bias=dict.fromkeys(("none", "qkv"), NORM_MODULES), untied=True, head_norms="stacked"
+        ),
+    ),
+    GGUFFamily(name="cohere2", switches=COHERE2, layout=LLAMA_LAYOUT, keys=_window_keys),
+    GGUFFamily(
+        name="llama", switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM), layout=LLAMA_LAYOUT
+    ),
+    GGUFFamily(
+        name="granite_swa",
+        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, window=(ALL, MIXED)),
+        layout=Layout(names=GGUF_NAMES, adjacent_rope=True, sinks=True),
+        keys=_window_keys,
+    ),
+    GGUFFamily(name="qwen3", switches=QWEN3, layout=PLAIN_LAYOUT),
+    GGUFFamily(
+        name="plamo",
+        switches=switches("rope", "rmsnorm", "swiglu", parallel_block=(True,), bias=("none", "qkv")),
+        layout=Layout(names=GGUF_NAMES, untied=True),
+    ),
+    GGUFFamily(
+        name="arcee",
+        switches=switches("rope", "rmsnorm", "relu2", bias=("none", "qkv"), head_dim=ANY_HEAD_DIM),
+        layout=LLAMA_LAYOUT,
+    ),
+)
+LLAMA_CPP = Target("llama.cpp", GGUF_FAMILIES, "export.gguf=[]")
