@@ -13,7 +13,7 @@ from tinygpt.errors import UserError
 from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
 from tinygpt.export.folders import export_adapters
-from tinygpt.export.gguf import export_gguf, gguf_name
+from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import check_hf, export_hf
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
@@ -51,7 +51,7 @@ def run(root: Path) -> None:
             (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
             report["hf"] = {"family": family, "context": n_ctx, "bytes": size}
         for weight_type in params.gguf:
-            path = folder / "gguf" / gguf_name(weight_type)
+            path = folder / "gguf" / f"tinygpt-{weight_type}.gguf"
             made = export_gguf(model, tokenizer, path, weight_type)
             measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
             report[weight_type] = made.entry(path.stat().st_size, measures)

@@ -6,7 +6,7 @@ https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfil
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,18 @@ class Evaluation:
 class Origin:
     """What a model was made from, as the stages wrote it."""
 
-    manifest: Mapping[str, Any]  # of data/raw
+    manifest: Source
     training: Mapping[str, Any]  # params
-    evaluation: Mapping[str, Any]  # reports/eval.json
+    evaluation: Evaluation
 
 
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
     """Read it from the stages' folders.  Raises UserError that names the file, its key, and the stage to run."""
     read_training(model)
     return Origin(
-        manifest=asdict(read_record(Source, raw / "manifest.json", stage="download")),
+        manifest=read_record(Source, raw / "manifest.json", stage="download"),
         training=read_json(model / TRAINING_FILE, stage="train"),
-        evaluation=asdict(read_record(Evaluation, reports / "eval.json", stage="evaluate")),
+        evaluation=read_record(Evaluation, reports / "eval.json", stage="evaluate"),
     )
 
 

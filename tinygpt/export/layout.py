@@ -40,8 +40,9 @@ def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int
     if layout.fused_qkv:
         tensors = _fuse_qkv(tensors)
     theirs: Tensors = {}
-    for name, tensor in _cut_positions(tensors, n_ctx).items():
-        theirs |= _for_each_head(name, _transposed(name, tensor, layout).contiguous(), config, layout)
+    for name, tensor in tensors.items():
+        cut = tensor[:n_ctx] if _leaf(name) == "pos_emb" else tensor
+        theirs |= _for_each_head(name, _transposed(name, cut, layout).contiguous(), config, layout)
     return theirs
 
 
@@ -54,10 +55,6 @@ def _add_zero_biases(tensors: Tensors, modules: tuple[str, ...]) -> Tensors:
             bias = name.removesuffix("weight") + "bias"
             biased[bias] = tensors.get(bias, tensor.new_zeros(tensor.size(0)))
     return biased
-
-
-def _cut_positions(tensors: Tensors, n_ctx: int) -> Tensors:
-    return {name: tensor[:n_ctx] if _leaf(name) == "pos_emb" else tensor for name, tensor in tensors.items()}
 
 
 def _ordered(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensor:

@@ -68,7 +68,7 @@ def write_plots(tables: Tables, folder: Path, params: PlotParams) -> list[str]:
             figure = plot(tables, params)
             for extension in params.formats:
                 names.append(f"{name}.{extension}")
-                figure.savefig(partial / names[-1], dpi=params.dpi, metadata=NO_DATE[extension])
+                save(figure, partial / names[-1], dpi=params.dpi)
     return names
 
 

@@ -160,7 +160,6 @@ def _whole(found: dict[str, Any]) -> dict[str, Any]:
     loss, bpb, error, ppl, tokens = (found[name] for name in ("eval_loss", "bpb", "bpb_error", "ppl", "eval_tokens"))
     loss_error = error * loss / bpb
     return {
-        "loss": loss,
         "loss_error": loss_error,
         "ppl": ppl,
         "ppl_error": ppl * loss_error,
