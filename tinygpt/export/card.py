@@ -34,7 +34,7 @@ PARAMETER stop "{eos}"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Of the text: what is told of data/raw/manifest.json."""
+    """What the card says of the text, from data/raw/manifest.json."""
 
     source: str
     licence: str
@@ -42,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What has to be known of data/model/training.json, which has all params of the training."""
+    """What is read of data/model/training.json, which has all params of the training."""
 
     init_from: str
     lora: LoRAParams | None
@@ -51,7 +51,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is told of reports/eval.json."""
+    """What the card says of the evaluation, from reports/eval.json."""
 
     split: str
     tokens: int

@@ -141,14 +141,14 @@ def tolerance(mlp: str, weight_type: GGUFType) -> Tolerance:
 def tensor_types(shapes: Mapping[str, tuple[int, ...]], config: ModelParams, weight_type: GGUFType) -> dict[str, Type]:
     """The type of each tensor of a GGUF file, by its name there."""
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
-    wanted = WEIGHT_TYPES[weight_type]
+    kind = WEIGHT_TYPES[weight_type]
     return {
-        name: _fitting(_wanted(name, shape, config, wanted, is_head=name == head), shape[-1])
+        name: _fitting(_chosen(name, shape, config, kind, is_head=name == head), shape[-1])
         for name, shape in shapes.items()
     }
 
 
-def _wanted(name: str, shape: tuple[int, ...], config: ModelParams, file: WeightType, *, is_head: bool) -> Type:
+def _chosen(name: str, shape: tuple[int, ...], config: ModelParams, file: WeightType, *, is_head: bool) -> Type:
     if len(shape) == 1 or name.endswith("_norm.weight") or name == "position_embd.weight":
         return Type.F32  # llama.cpp aborts on a bias or norm of another type
     if file.base in (Type.F32, Type.F16, Type.BF16):

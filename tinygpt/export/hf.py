@@ -170,7 +170,9 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
                 return biased, revert_layout(tensors, biased, family.layout)
             except Misfit as misfit:
                 misfits.append(misfit)
-        raise min(reversed(misfits), key=lambda misfit: misfit.n_problem)  # of equals that with most biases
+        raise min(
+            reversed(misfits), key=lambda misfit: misfit.n_problem
+        )  # the one with most biases where several have as few
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -204,8 +206,8 @@ def _switch_problems(config: GPTConfig, family: HFFamily) -> list[str]:
 
 def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:
     found = {**family.silent, **document, **(document.get("rope_parameters") or {})}
-    wanted = {**PLAIN_ROPE, **family.fixed}
-    return [f"{key}={found[key]}, not {value}" for key, value in wanted.items() if key in found and found[key] != value]
+    fixed = {**PLAIN_ROPE, **family.fixed}
+    return [f"{key}={found[key]}, not {value}" for key, value in fixed.items() if key in found and found[key] != value]
 
 
 def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:

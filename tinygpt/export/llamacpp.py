@@ -265,8 +265,8 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         self._n_token += n
         if not 0 < self._n_token <= self.n_ctx:
             raise ValueError(f"a sequence of {self._n_token} tokens, but the context is {self.n_ctx}")
-        tokens, wanted = (c_int32 * n)(*ids), (c_int8 * n)(*[0] * (n - n_logits), *[1] * n_logits)
-        batch = Batch(n_tokens=n, token=ctypes.addressof(tokens), logits=ctypes.addressof(wanted))
+        tokens, has_logits = (c_int32 * n)(*ids), (c_int8 * n)(*[0] * (n - n_logits), *[1] * n_logits)
+        batch = Batch(n_tokens=n, token=ctypes.addressof(tokens), logits=ctypes.addressof(has_logits))
         if status := self._lib.llama_decode(self._context, batch):
             raise UserError(f"llama.cpp cannot read a text with {self._path} (status {status}: {_last_error()})")
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n_logits, self.vocab_size)).copy()
@@ -280,11 +280,11 @@ def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> Ll
     try:
         tried = subprocess.run(command, capture_output=True, timeout=MOST_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise UserError(f"llama.cpp does not get done with {path} in {MOST_SECONDS} s: it may be damaged") from None
+        raise UserError(f"llama.cpp did not finish with {path} in {MOST_SECONDS} s: it may be damaged") from None
     if tried.returncode:
         said = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"]
-        if told := [line for line in said if line.startswith("error: ")]:
-            raise UserError(told[0].removeprefix("error: "))
+        if reported := [line for line in said if line.startswith("error: ")]:
+            raise UserError(reported[0].removeprefix("error: "))
         reason = re.sub(r"^\S*/", "", said[0])  # without the path of the source file
         raise UserError(f"llama.cpp aborts at {path} ({reason}): it is damaged or contradicts itself, make it again")
     return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)

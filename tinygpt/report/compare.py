@@ -49,8 +49,8 @@ class Experiment:
     rev: str | None  # None for the workspace
     state: str  # Queued, Running or Failed; empty where it is done
     params: dict[str, str]  # as params.yaml has them, by "group.key"
-    metrics: dict[str, float]  # of METRICS, those that it has
-    is_baseline: bool  # no experiment, but what experiments start from
+    metrics: dict[str, float]  # those of METRICS that it has
+    is_baseline: bool  # what experiments start from, not an experiment
 
 
 def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
@@ -69,7 +69,7 @@ def experiment_of(row: dict[str, Any]) -> Experiment:
     """One of DVC's rows: it names a key alone, or with its file where two files have the same key."""
     state = (row["State"] or "").replace("Success", "")
     found = {name: row.get(key, row.get(f"{file}:{key}")) for name, (file, key, _) in METRICS.items()}
-    if state:  # queued, running or failed: the reports beside it are still those of the commit that it started from
+    if state:  # queued, running or failed: the reports there are still those of the commit that it started from
         found = {}
     return Experiment(
         name=row["Experiment"] or row["rev"],
@@ -132,7 +132,7 @@ class Made:
     """What an experiment has left."""
 
     experiment: Experiment
-    rows: list[dict[str, Any]]  # of its curve, as the page draws it
+    rows: list[dict[str, Any]]  # its curve, as the page draws it
     eval: dict[str, Any]
     samples: dict[str, str]  # what it wrote, by prompt
 

@@ -124,7 +124,7 @@ def document_spans(tokens: TokenIds, tokenizer: Tokenizer) -> tuple[NDArray[np.i
 
 
 def score(model: GPT, tokenizer: Tokenizer, read: Sequence[int], ids: Sequence[int]) -> list[Scored]:
-    """What the model says of each of the ids after those read, by one pass: those that fit into its context."""
+    """What the model says of each of the ids after those read, in one pass; ids beyond its context are left out."""
     ids = list(ids)[: model.config.block_size]
     before = list(read)[-max(1, model.config.block_size + 1 - len(ids)) :]
     if not ids:

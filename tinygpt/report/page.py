@@ -61,7 +61,7 @@ def write_page(root: Path, path: Path) -> None:
 
 
 def write_live(folder: Path, path: Path, *, running: bool) -> None:
-    """Write the page of a run that goes on or was stopped, in a folder of runs/.  Raises UserError as its readers."""
+    """Write the page of a run that is training or was stopped, in a folder of runs/.  Raises UserError as readers do."""
     curve, samples = read_curve(folder), read_samples(folder)
     best_step = min((row for row in curve if row["val_loss"] is not None), key=lambda row: row["val_loss"] or 0.0)[
         "step"
@@ -196,7 +196,7 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
 
 
 def numbers(reports: Reports, earlier: Earlier | None) -> list[dict[str, Any]]:
-    """The three numbers that one decides by, with their error, and what has become of them since."""
+    """The three numbers to decide by, with their errors, and how they differ from those of the run before."""
     now = reports.eval | {"val_loss": reports.train["val_loss"]}
     was = earlier.eval if earlier else {}
     same_text = all(was.get(key) == now[key] for key in ("split", "bytes"))

@@ -22,7 +22,7 @@ COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
 AGAIN = "run `dvc repro train`"
 LOOK = re.compile(r"^## Step ([\d,]+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
 JSON_REPORTS = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "look": "evaluate"}
-MOST_COMMITS = 20  # looked through
+MOST_COMMITS = 20  # that are read
 
 Row = dict[str, float | None]
 
@@ -62,13 +62,13 @@ def read_curve(folder: Path) -> list[Row]:
 
 
 def read_norms(folder: Path) -> list[Row]:
-    """The norm of each part's gradient, by the step of each evaluation; none where there is none yet."""
+    """The norm of each part's gradient, by the step of each evaluation; empty before the first one."""
     path = folder / "train_norms.csv"
     return parse_rows(_text(path), str(path)) if path.exists() else []
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The "step" and the "text" of the sample of each evaluation; none where there is none yet."""
+    """The "step" and the "text" of the sample of each evaluation; empty before the first one."""
     path = folder / "train_samples.md"
     found = LOOK.findall(_text(path)) if path.exists() else []
     return [{"step": int(step.replace(",", "")), "text": text} for step, _, text in found]
@@ -135,8 +135,8 @@ class Earlier:
 def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
     """The run before: the newest commit whose evaluation is another than that of the run at hand.
 
-    So it stays the same when the run at hand is committed. None without one, without git, or where it is not as this
-    version's.
+    So it stays the same when the run at hand is committed. None where no commit has one in this version's form, or
+    without git.
     """
     metrics = f"{REPORTS.as_posix()}/metrics"  # in git, as the whole reports are not
     commits = _git(root, "log", "--format=%H", f"-n{MOST_COMMITS}", "--", f"{metrics}/eval.json")
