@@ -52,7 +52,7 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
         return fill(unset_model(config), tensors), found_tokenizer
     must_be_there(folder / WEIGHTS_FILE, stage="train")
     if tokenizer is not None:
-        must_be_there(Path(tokenizer), stage="train_tokenizer", what="a folder with tokenizer.json")
+        must_be_there(Path(tokenizer), stage="train_tokenizer", wanted="a folder with tokenizer.json")
     return load_pair(folder, tokenizer or tokenizer_of(folder))
 
 
@@ -78,12 +78,12 @@ def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]
     return config, tensors, tokenizer
 
 
-def must_be_there(path: Path, *, stage: str, what: str = FOLDER) -> Path:
+def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
     """The path.  Raises UserError where nothing is there; only what is in data/ is made by a stage."""
     if path.parts[:1] == MODEL.parts[:1]:
         return must_exist(path, stage=stage)
     if not path.exists():
-        raise UserError(f"{path} not found: name {what}")
+        raise UserError(f"{path} not found: name {wanted}")
     return path
 
 

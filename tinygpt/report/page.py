@@ -61,11 +61,10 @@ def write_page(root: Path, path: Path) -> None:
 
 
 def write_live(folder: Path, path: Path, *, running: bool) -> None:
-    """Write the page of a run that is training or was stopped, in a folder of runs/.  Raises UserError as readers do."""
+    """Write the page of a run in a folder of runs/, training or stopped.  Raises UserError as its readers do."""
     curve, samples = read_curve(folder), read_samples(folder)
-    best_step = min((row for row in curve if row["val_loss"] is not None), key=lambda row: row["val_loss"] or 0.0)[
-        "step"
-    ]
+    evaluated = [row for row in curve if row["val_loss"] is not None]
+    best_step = min(evaluated, key=lambda row: row["val_loss"] or 0.0)["step"]
     view = {"name": folder.name, "running": running, "last": curve[-1], "axes": STEPS[:1]}
     data = curve_data(curve, read_norms(folder), samples, best_step)
     page = render("live.html", data, **view, **curve_view(curve, samples, best_step))
