@@ -1,14 +1,14 @@
 """tinygpt's tensors in the layout of another program, and back.
 
 On the way there every step moves numbers, copies them or adds neutral ones, and changes none. So the way back is found
-by sending the places of the numbers along: what was copied must be equal, and what was added must be neutral, else the
+by sending the places of rows along: what was copied must be equal, and what was added must be neutral, else the
 tensors are of another model. H query heads, G key/value heads, D head_dim, C n_embd.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
 
 import torch
@@ -29,7 +29,7 @@ NO_SINK = -1e30  # a logit next to those of the keys that takes no probability
 
 def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int) -> Tensors:
     """A model's tensors by the names and in the shapes of `layout`, with `n_ctx` positions where they are learned."""
-    if layout.untied and TIED not in tensors and "tok_emb.weight" in tensors:
+    if layout.untied and TIED not in tensors:
         tensors = tensors | {TIED: tensors["tok_emb.weight"].clone()}
     tensors = _add_zero_biases(tensors, layout.zero_bias.get(config.bias, ()))
     if layout.sinks:
@@ -190,41 +190,55 @@ def check_layout(found: Shapes, config: GPTConfig, layout: Layout) -> tuple[Tens
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
     """Tensors in a layout, by our names and in our shapes.  Raises Misfit that names theirs."""
     expected, theirs = check_layout(shapes_of(tensors), config, layout)
-    others = [name for name in tensors if name not in theirs and not _is_neutral(name, tensors, layout)]
-    ours, problems = Tensors(), [f"{name} is too much" for name in others]
-    blocks: dict[str, Tensors] = {}  # one by one, as places take twice the memory of their numbers
-    for name, tensor in expected.items():
-        blocks.setdefault(name.split(".")[1] if name.startswith("blocks.") else "", {})[name] = tensor
-    for block in blocks.values():
-        found, wrong = _collected(tensors, block, config, layout)
-        ours |= found
-        problems += wrong
-    if problems:
+    others = [
+        f"{name} is too much" for name in tensors if name not in theirs and not _is_neutral(name, tensors, layout)
+    ]
+    ours, wrong = _collected(tensors, expected, config, layout)
+    if problems := others + wrong:
         raise Misfit(sorted(problems))
     return ours
 
 
 def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: Layout) -> tuple[Tensors, list[str]]:
-    """Some of our tensors out of theirs, and what is wrong with those.
+    """Our tensors out of theirs, and what is wrong with those.
 
-    Each of our numbers has a place, from 1 on. The layout moves places as it moves numbers; what it adds is below 1.
+    Each of our rows has a place, from 1 on. The layout moves places as it moves rows; what it adds is below 1.
     """
-    ends = [*accumulate((tensor.numel() for tensor in expected.values()), initial=1)]
-    places = {
-        name: torch.arange(start, end).view(tensor.shape)
-        for (name, tensor), (start, end) in zip(expected.items(), pairwise(ends), strict=True)
-    }
-    numbers, known = torch.zeros(ends[-1]), torch.arange(ends[-1]) < 1
+    names, ends = [*expected], [*accumulate(map(len, expected.values()), initial=1)]
+    spans = zip(expected.items(), pairwise(ends), strict=True)
+    places = {name: torch.arange(*span).view(-1, *[1] * (tensor.ndim - 1)) for (name, tensor), span in spans}
     moved = apply_layout(places, config, layout, config.block_size)
-    index = {name: place.clamp(min=0).long() for name, place in moved.items()}
-    there = {name: place for name, place in moved.items() if name in tensors}
-    for name in there:
-        numbers[index[name]], known[index[name]] = tensors[name], True
-    wrong = [f"{name} is missing" for name in moved if not known[index[name]].all()]
-    for name, place in there.items():
-        if not torch.allclose(numbers[index[name]].where(place > 0, place), tensors[name], 0, 0, equal_nan=True):
+    ours = {name: torch.zeros(len(tensor), tensor[0].numel()) for name, tensor in expected.items()}
+
+    def pieces(rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each of our tensors that has some of these rows, which ones, and where it has them."""
+        owners = torch.bucketize(rows, torch.tensor(ends), right=True)
+        for owner in owners[owners > 0].unique():
+            here = owners == owner
+            yield ours[names[owner - 1]], here, rows[here].long() - ends[owner - 1]
+
+    known = torch.arange(ends[-1]) < 1
+    rows_of = {name: place.flatten() for name, place in moved.items()}
+    there = {name: (rows, _as_rows(tensors[name], moved[name])) for name, rows in rows_of.items() if name in tensors}
+    for rows, found in there.values():
+        known[rows.clamp(min=0).long()] = True
+        for tensor, here, at in pieces(rows):
+            tensor[at] = found[here]
+    wrong = [f"{name} is missing" for name, rows in rows_of.items() if not known[rows.clamp(min=0).long()].all()]
+    for name, (rows, found) in there.items():
+        same = rows[:, None].to(found.dtype).expand_as(found).clone()
+        for tensor, here, at in pieces(rows):
+            same[here] = tensor[at]
+        if not torch.allclose(same, found, 0, 0, equal_nan=True):
             wrong.append(f"{name} is too much, or its heads differ that share one tensor here")
-    return {name: numbers[place] for name, place in places.items()}, wrong
+    return {name: ours[name].view(tensor.shape) for name, tensor in expected.items()}, wrong
+
+
+def _as_rows(tensor: Tensor, place: Tensor) -> Tensor:
+    """Their tensor with a row for each place."""
+    if tensor.numel() == place.numel():
+        return tensor.reshape(-1, 1)
+    return tensor if len(tensor) == len(place) else tensor.T
 
 
 def _is_neutral(name: str, tensors: Tensors, layout: Layout) -> bool:
