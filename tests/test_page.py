@@ -1,5 +1,6 @@
 """The page of a run: what it says, that it needs nothing, and that it does what it should in a real browser."""
 
+import base64
 import json
 import math
 import re
@@ -202,7 +203,8 @@ def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page, done):
 
 @in_chromium
 def test_heads_can_be_chosen_and_a_token_looks_only_back(page, done):
-    shape = json.loads((done / "reports/look.json").read_text())["attention"]["shape"]
+    found = json.loads((done / "reports/look.json").read_text())["attention"]
+    shape = found["shape"]
     assert page.locator("#heads button").count() == shape[0] * shape[1]
     page.locator("#heads button").nth(1).click()
     page.locator("#attended .token").nth(1).click()
@@ -211,6 +213,13 @@ def test_heads_can_be_chosen_and_a_token_looks_only_back(page, done):
         "(all) => all.map((t) => +t.style.getPropertyValue('--share'))"
     )
     assert sum(shares[:2]) == pytest.approx(1, abs=0.01) and sum(shares[2:]) == 0
+    picture, n = page.locator("#heads canvas").nth(0), shape[3]
+    box = picture.bounding_box()
+    picture.hover(position={"x": box["width"] * 0.5 / n, "y": box["height"] * 1.5 / n})  # the second token at the first
+    text = page.locator("#headname").text_content()
+    maps = np.frombuffer(base64.b64decode(found["maps"]), np.uint8).reshape(shape) / 255
+    assert text.startswith("Layer 0, head 0: ")
+    assert float(text.split()[-2]) == pytest.approx(100 * maps[0, 0, 1, 0], abs=0.06)
 
 
 @in_chromium
