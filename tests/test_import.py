@@ -121,6 +121,17 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
+def test_heads_that_share_a_norm_here_must_have_equal_ones(tmp_path, tiny_tokenizer):
+    model = tiny_model(norm="layernorm", qk_norm=True)
+    tiny_tokenizer.save(tmp_path)
+    export_hf(model, tiny_tokenizer, tmp_path, tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["model.layers.0.self_attn.k_layernorm.norms.1.weight"][2] += 1
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(UserError, match=r"layers.0.self_attn.k_layernorm.norms.\d.weight differs from what it must"):
+        read_hf(tmp_path / "hf")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

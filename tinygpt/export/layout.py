@@ -204,34 +204,34 @@ def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: L
 
     Each of our rows has a place, from 1 on. The layout moves places as it moves rows; what it adds is below 1.
     """
-    names, ends = [*expected], [*accumulate(map(len, expected.values()), initial=1)]
+    ends = [*accumulate(map(len, expected.values()), initial=1)]
     spans = zip(expected.items(), pairwise(ends), strict=True)
     places = {name: torch.arange(*span).view(-1, *[1] * (tensor.ndim - 1)) for (name, tensor), span in spans}
-    moved = apply_layout(places, config, layout, config.block_size)
-    ours = {name: torch.zeros(len(tensor), tensor[0].numel()) for name, tensor in expected.items()}
-
-    def pieces(rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each of our tensors that has some of these rows, which ones, and where it has them."""
-        owners = torch.bucketize(rows, torch.tensor(ends), right=True)
-        for owner in owners[owners > 0].unique():
-            here = owners == owner
-            yield ours[names[owner - 1]], here, rows[here].long() - ends[owner - 1]
-
+    ours = [torch.zeros(len(tensor), tensor[0].numel()) for tensor in expected.values()]
     known = torch.arange(ends[-1]) < 1
+    moved = apply_layout(places, config, layout, config.block_size)
     rows_of = {name: place.flatten() for name, place in moved.items()}
     there = {name: (rows, _as_rows(tensors[name], moved[name])) for name, rows in rows_of.items() if name in tensors}
     for rows, found in there.values():
         known[rows.clamp(min=0).long()] = True
-        for tensor, here, at in pieces(rows):
-            tensor[at] = found[here]
+        for number, here, at in _owners(rows, ends):
+            ours[number][at] = found[here]
     wrong = [f"{name} is missing" for name, rows in rows_of.items() if not known[rows.clamp(min=0).long()].all()]
     for name, (rows, found) in there.items():
         same = rows[:, None].to(found.dtype).expand_as(found).clone()
-        for tensor, here, at in pieces(rows):
-            same[here] = tensor[at]
+        for number, here, at in _owners(rows, ends):
+            same[here] = ours[number][at]
         if not torch.allclose(same, found, 0, 0, equal_nan=True):
-            wrong.append(f"{name} is too much, or its heads differ that share one tensor here")
-    return {name: ours[name].view(tensor.shape) for name, tensor in expected.items()}, wrong
+            wrong.append(f"{name} {'is too much' if (rows < 1).any() else 'differs from what it must repeat'}")
+    return {name: rows.view(tensor.shape) for (name, tensor), rows in zip(expected.items(), ours, strict=True)}, wrong
+
+
+def _owners(rows: Tensor, ends: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The number of each of our tensors that has some of these rows, which ones, and where it has them."""
+    owners = torch.bucketize(rows, torch.tensor(ends), right=True) - 1
+    for owner in owners[owners >= 0].unique().tolist():
+        here = owners == owner
+        yield owner, here, rows[here].long() - ends[owner]
 
 
 def _as_rows(tensor: Tensor, place: Tensor) -> Tensor:
