@@ -25,9 +25,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from tinygpt.export.family import ANY_BIAS, CORE, find_family
+from tinygpt.export.families import ANY_BIAS, CORE, LLAMA_CPP, find_family
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import export_hf
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.llamacpp import LlamaCpp

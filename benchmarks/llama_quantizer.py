@@ -19,10 +19,9 @@ from gguf import GGUFReader
 
 from benchmarks.export_matrix import EOS, SIZES, random_model
 from tinygpt.export.config import GGUFType
-from tinygpt.export.family import find_family
+from tinygpt.export.families import LLAMA_CPP, find_family
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.gguf_families import LLAMA_CPP
-from tinygpt.export.gguf_types import WEIGHT_TYPES
+from tinygpt.export.gguf_types import WEIGHT_TYPES, file_type
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
@@ -66,7 +65,7 @@ class Quantizer:
     def __call__(self, source: Path, target: Path, weight_type: GGUFType) -> None:
         """Quantize a file."""
         params = self._library.llama_model_quantize_default_params()
-        params.nthread, params.ftype = 2, WEIGHT_TYPES[weight_type].file_type
+        params.nthread, params.ftype = 2, file_type(weight_type)
         failed = self._library.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(params))
         assert not failed, f"llama.cpp did not make {weight_type}"
 

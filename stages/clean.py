@@ -15,7 +15,7 @@ from tinygpt.paths import CLEAN, RAW, REPORTS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
 
-MOST_NAMED = 10  # files whose repairs are told; the report has the sum
+MOST_NAMED = 10  # files whose repairs are reported; clean.json has the sum
 
 
 def run(root: Path) -> None:

@@ -12,9 +12,8 @@ from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.config import EvaluateParams
-from tinygpt.report.look import look, write_look
+from tinygpt.report.look import look, make_samples, write_look, write_samples
 from tinygpt.report.perplexity import evaluate_model
-from tinygpt.report.samples import make_samples, write_samples
 from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
 from tinygpt.tokens import load_meta, load_tokens

@@ -10,10 +10,10 @@ from typing import Any
 
 from tinygpt.device import open_device
 from tinygpt.errors import UserError
-from tinygpt.export.base import export_adapters
 from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
-from tinygpt.export.gguf import export_gguf, gguf_name
+from tinygpt.export.folders import export_adapters
+from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import check_hf, export_hf
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
@@ -38,7 +38,7 @@ def run(root: Path) -> None:
     model, tokenizer = load_pair(root / MODEL, root / TOKENIZER)
     require(*params.rules_with({"model": model.config}))
     meta, least = load_meta(root / TOKENS, tokenizer=root / TOKENIZER), min(CHUNK_SIZE, model.config.block_size)
-    split = "test" if meta.test.tokens >= least else "val"  # of which training has had that many
+    split = "test" if meta.test.tokens >= least else "val"  # training needed at least that many of it
     ids = load_tokens(root / TOKENS, split, at_least=least)[: params.check_tokens]
     origin = read_origin(root / RAW, root / MODEL, root / REPORTS)
     card = partial(model_card, model.config, model.n_params(), origin)
@@ -51,7 +51,7 @@ def run(root: Path) -> None:
             (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
             report["hf"] = {"family": family, "context": n_ctx, "bytes": size}
         for weight_type in params.gguf:
-            path = folder / "gguf" / gguf_name(weight_type)
+            path = folder / "gguf" / f"tinygpt-{weight_type}.gguf"
             made = export_gguf(model, tokenizer, path, weight_type)
             measures, problems = check_gguf(model, tokenizer, path, weight_type, ids)
             report[weight_type] = made.entry(path.stat().st_size, measures)

@@ -1,4 +1,4 @@
-"""Train the model; killed in any way and run again, it goes on and ends with the same bytes.
+"""Train the model. Killed in any way and run again, training continues and ends with the same bytes.
 
 Reads data/tokens and data/tokenizer, and data/base where training starts from it. Writes data/model,
 reports/train.csv, train_norms.csv, train.json and train_samples.md.

@@ -1,5 +1,6 @@
 """Attention maps: what the model computes with, and a picture and a page of it."""
 
+import base64
 import json
 import re
 
@@ -11,7 +12,8 @@ from conftest import random_ids, tiny_model
 from tinygpt.cli.main import main
 from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.weights import model_tensors, save_model
-from tinygpt.report.attention_maps import attention_page, plot_attention
+from tinygpt.report.page import attention_page
+from tinygpt.report.plots import plot_attention
 
 IDS = random_ids(1, 12)[0].tolist()
 
@@ -42,10 +44,12 @@ def test_the_page_holds_the_numbers_and_no_token_breaks_it(tmp_path):
     maps = np.tril(np.full((1, 2, 3, 3), 0.25, np.float32))
     attention_page(maps, ["</script>", "a&b", "é"], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("</script>") == 1
+    assert page.count("</script>") == 3
     assert "https://" not in page and "http://" not in page
-    found = json.loads(re.search(r"const data = (.*);", page)[1])
-    assert found == {"tokens": ["</script>", "a&b", "é"], "maps": maps.tolist()}
+    found = json.loads(re.search(r'id="data">(.*)</script>', page)[1])["attention"]
+    assert (found["tokens"], found["shape"]) == (["</script>", "a&b", "é"], [1, 2, 3, 3])
+    shares = np.frombuffer(base64.b64decode(found["maps"]), np.uint8).reshape(1, 2, 3, 3) / 255
+    np.testing.assert_allclose(shares, maps, atol=1 / 500)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -7,12 +7,12 @@ from conftest import tiny_config
 from ruamel.yaml import YAML
 
 from tinygpt.errors import UserError
-from tinygpt.export.card import Origin, model_card, modelfile, read_origin
+from tinygpt.export.card import Evaluation, Origin, Source, model_card, modelfile, read_origin
 
 ORIGIN = Origin(
-    manifest={"source": "python-docs", "licence": "PSF-2.0"},
+    manifest=Source(source="python-docs", licence="PSF-2.0"),
     training={"init_from": "scratch", "max_steps": 1600, "betas": [0.9, 0.95]},
-    evaluation={"split": "test", "tokens": 25013, "context": 128, "loss": 3.12086, "ppl": 22.6657, "bpb": 1.86304},
+    evaluation=Evaluation(split="test", tokens=25013, context=128, loss=3.12086, ppl=22.6657, bpb=1.86304),
 )
 
 
@@ -53,6 +53,6 @@ def test_the_modelfile_names_the_file_its_context_and_its_end(tiny_tokenizer):
 
 
 def test_what_is_missing_is_told_with_its_stage(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps(ORIGIN.manifest))
+    (tmp_path / "manifest.json").write_text(json.dumps(vars(ORIGIN.manifest)))
     with pytest.raises(UserError, match=r"training.json not found: run `dvc repro train`"):
         read_origin(tmp_path, tmp_path, tmp_path)

@@ -15,7 +15,7 @@ from tinygpt.cli.flags import DeviceOptions, TextOptions
 from tinygpt.cli.generate import FORMATS
 from tinygpt.cli.main import COMMANDS
 from tinygpt.corpus.folders import text_line
-from tinygpt.export.base import write_base
+from tinygpt.export.folders import write_base
 from tinygpt.export.hf import export_hf
 from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model.quantize import QUANTIZED

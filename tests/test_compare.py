@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 from project import ROOT, make_project, run, set_params
 
-from tinygpt.report.compare import as_text, compare_table, experiment_of, plot_curves
-from tinygpt.report.comparison import Made, comparison_view, marked
+from tinygpt.report.compare import Made, as_text, compare_table, comparison_view, experiment_of, marked
 from tinygpt.report.config import PlotParams
+from tinygpt.report.page import curve_rows
+from tinygpt.report.plots import plot_curves
+from tinygpt.report.reports import Row
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=2)
 
@@ -76,9 +78,12 @@ def test_what_cannot_be_read_is_no_number():
     assert table(row(val_loss="!")).columns.tolist() == ["experiment"]
 
 
-def curve(*losses: float) -> pd.DataFrame:
-    val = [loss if step % 2 else None for step, loss in enumerate(losses)]
-    return pd.DataFrame({"step": range(1, len(losses) + 1), "train_loss": losses, "val_loss": val})
+def curve(*losses: float) -> list[Row]:
+    rest = {"lr": 0.1, "grad_norm": None}
+    return [
+        {"step": step + 1.0, "train_loss": loss, "val_loss": loss if step % 2 else None, **rest}
+        for step, loss in enumerate(losses)
+    ]
 
 
 def test_the_picture_names_each_curve_and_its_lowest_loss(tmp_path):
@@ -96,8 +101,8 @@ def test_the_picture_names_each_curve_and_its_lowest_loss(tmp_path):
 def made(name: str, loss: float, error: float, **metrics: float) -> Made:
     """An experiment with its reports."""
     one = experiment_of(row(name, val_loss=loss, bpb=loss / 2, **{"train.lr": loss}, **metrics))
-    curve = [{"step": 1.0, "train_loss": 5.0, "val_loss": None}, {"step": 2.0, "train_loss": loss, "val_loss": loss}]
-    return Made(one, curve, {"tokens": 200, "epochs": 1.5}, {"loss_error": error, "bpb_error": 0.0}, {"The": " end"})
+    rows = curve_rows(curve(5.0, loss), tokens=200, epochs=1.5)
+    return Made(one, rows, {"loss_error": error, "bpb_error": 0.0}, {"The": " end"})
 
 
 def test_the_best_is_marked_and_what_the_error_may_explain_is_grey():
@@ -120,7 +125,7 @@ def test_experiments_are_read_from_commits_and_workspace_and_equal_ones_are_one(
     assert ">0.0125<" in page and '"val":4.25' in page and "The beginning of a document" in page
     (project / "reports/train.csv").write_text("step,train_loss\n1,5.5")
     said = command("compare", "--page", "compare.html").stderr
-    assert said.startswith("error: reports/train.csv of workspace is no table of numbers (its last line is cut)")
+    assert said.startswith("error: reports/train.csv of workspace must have the columns step, train_loss, val_loss")
 
 
 def test_before_anything_was_trained_there_is_nothing_to_draw(tmp_path):

@@ -16,6 +16,7 @@ from tinygpt.files import write_json
 from tinygpt.generate import Sampling
 from tinygpt.params import ParamsError
 from tinygpt.report.config import EvaluateParams
+from tinygpt.report.look import make_samples, sampling_of, write_samples
 from tinygpt.report.perplexity import (
     Estimate,
     bits_per_byte,
@@ -26,7 +27,6 @@ from tinygpt.report.perplexity import (
     perplexity,
     token_nll,
 )
-from tinygpt.report.samples import make_samples, sampling_of, write_samples
 
 PARAMS = EvaluateParams(
     split="test",

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,13 @@ from project import ROOT
 
 from benchmarks.export_matrix import PLAIN, SLIDING, random_model, run
 from tinygpt.export.config import ExportParams
-from tinygpt.export.family import ANY_BIAS, CORE, FULL, coverage_table, find_family, switches_of
+from tinygpt.export.families import ANY_BIAS, CORE, FULL, LLAMA_CPP, Target, find_family, misfit, switches_of
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.gguf_families import LLAMA_CPP
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.config import MLPS, MLPKind
-from tinygpt.params import ParamsError, check_params, from_mapping, require
+from tinygpt.params import ParamsError, check_params, from_mapping, require, yaml_text
 
 COMBINATIONS = [dict(zip(CORE, values, strict=True)) for values in product(*CORE.values())]
 BOTH = ExportParams(hf=True, gguf=("f32",), check_tokens=4096)
@@ -147,6 +147,23 @@ def test_the_rule_needs_neither_torch_nor_gguf():
         "import sys, tinygpt.export.config; sys.exit(' '.join({'torch', 'gguf', 'numpy'} & set(sys.modules)) or None)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def coverage_table(*targets: Target) -> str:
+    """The combinations of CORE that can be exported, as a Markdown table."""
+    columns = [f"{target.name} (bias)" for target in targets]
+    rows = [[*(f"`{key}`" for key in CORE), *columns], ["---"] * (len(CORE) + len(targets))]
+    for values in product(*CORE.values()):
+        cells = [cell(target, dict(zip(CORE, values, strict=True))) for target in targets]
+        if any(cells):
+            rows.append([*map(yaml_text, values), *(cell or "–" for cell in cells)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def cell(target: Target, core: dict[str, Any]) -> str:
+    """The families of a combination, with the biases that they allow."""
+    found = [family for family in target.families if not misfit({**core, "window": FULL}, family.switches)]
+    return ", ".join(f"`{family.name}` ({', '.join(family.switches['bias'])})" for family in found)
 
 
 def test_a_family_is_one_entry(monkeypatch, tmp_path, tiny_tokenizer):

@@ -16,8 +16,8 @@ from conftest import FUZZ, tiny_model
 from safetensors.torch import load_file, save_file
 
 from tinygpt.errors import UserError
+from tinygpt.export.folders import open_model
 from tinygpt.export.hf import export_hf
-from tinygpt.export.open import open_model
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.weights import model_tensors, save_model
 

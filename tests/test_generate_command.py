@@ -16,10 +16,10 @@ from conftest import prose, save_cycle, tiny_model
 from project import ROOT
 
 from tinygpt.cli.generate import rows_together
+from tinygpt.export.folders import open_model
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.export.open import open_model
 from tinygpt.generate import Sampling, Search, generate_batch
 from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.tokenizer.bpe import train_bpe

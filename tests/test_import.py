@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_files import in_child
 
 from tinygpt.errors import UserError
-from tinygpt.export import base
-from tinygpt.export.base import write_base
+from tinygpt.export import folders
+from tinygpt.export.folders import write_base
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_model, load_pair, model_tensors
@@ -121,6 +121,17 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
+def test_heads_that_share_a_norm_here_must_have_equal_ones(tmp_path, tiny_tokenizer):
+    model = tiny_model(norm="layernorm", qk_norm=True)
+    tiny_tokenizer.save(tmp_path)
+    export_hf(model, tiny_tokenizer, tmp_path, tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["model.layers.0.self_attn.k_layernorm.norms.1.weight"][2] += 1
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(UserError, match=r"layers.0.self_attn.k_layernorm.norms.\d.weight differs from what it must"):
+        read_hf(tmp_path / "hf")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -136,7 +147,7 @@ def test_what_is_exported_comes_back(changes, tmp_path, tiny_tokenizer):
         ({"rms_norm_eps": None}, "it has no rms_norm_eps"),
         ({"max_position_embeddings": 0}, r"config.json is not a model that can be taken: model.block_size=0 must be"),
         ({"sliding_window": -3}, r"model.window=-3 must be within \[1, inf\)"),
-        ({"num_hidden_layers": 5}, r"blocks.4.attn.k_proj.weight is missing"),
+        ({"num_hidden_layers": 5}, r"layers.4.input_layernorm.weight is missing"),
         ({"intermediate_size": 40}, r"gate_proj.weight is \(48, 32\), expected \(40, 32\)"),
         ({"intermediate_size": 10**12}, r"model.n_hidden=1000000000000 must be within"),
         ({"intermediate_size": 10**6}, "the sizes in its config.json make 384,031,776 numbers, and there are 50,208"),
@@ -203,7 +214,7 @@ def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"blocks.0.attn.q_proj.bias is too much"):
+    with pytest.raises(UserError, match=r"model.layers.0.self_attn.q_proj.bias is too much"):
         read_hf(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="weights are read from safetensors alone"):
@@ -265,7 +276,7 @@ def test_a_base_whose_writer_is_killed_between_two_files_is_the_old_one(tmp_path
     write_base(folder, old.config, model_tensors(old), tiny_tokenizer)
     for file in ("save_model", "_preset"):
         with monkeypatch.context() as patch:
-            patch.setattr(base, file, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            patch.setattr(folders, file, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             status = in_child(lambda: write_base(folder, new.config, model_tensors(new), tiny_tokenizer))
         assert status == -signal.SIGKILL
         assert torch.equal(load_pair(folder, folder)[0].norm.weight, old.norm.weight)

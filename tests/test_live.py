@@ -18,7 +18,7 @@ from test_train import PARAMS, train
 
 from tinygpt.errors import UserError
 from tinygpt.progress import shortened
-from tinygpt.report.live import write_live
+from tinygpt.report.page import write_live
 from tinygpt.run.name import keep_name, name_of, read_name
 from tinygpt.train.trainer import Trainer
 
@@ -117,7 +117,7 @@ def test_the_page_of_a_run_that_goes_on_asks_to_be_loaded_again(stopped, tmp_pat
     write_live(run, tmp_path / "live.html", running=True)
     assert '<meta http-equiv="refresh" content="10">' in (tmp_path / "live.html").read_text()
     (tmp_path / "train.csv").write_text("step\n1\n")
-    with pytest.raises(UserError, match="is not what this version's training writes"):
+    with pytest.raises(UserError, match="train.csv must have the columns step, train_loss"):
         write_live(tmp_path, tmp_path / "live.html", running=True)
 
 

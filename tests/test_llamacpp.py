@@ -12,8 +12,7 @@ from conftest import FAMILIES, FUZZ, tiny_model
 
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.llamacpp import N_BATCH, ContextParams, LlamaCpp, _check_defaults, open_library
-from tinygpt.export.trial import open_gguf
+from tinygpt.export.llamacpp import N_BATCH, ContextParams, LlamaCpp, _check_defaults, open_gguf, open_library
 
 
 @pytest.fixture(scope="module")

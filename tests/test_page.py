@@ -1,5 +1,6 @@
 """The page of a run: what it says, that it needs nothing, and that it does what it should in a real browser."""
 
+import base64
 import json
 import math
 import re
@@ -17,12 +18,10 @@ from test_compare import made
 from test_evaluate import PARAMS
 from test_playground import BROWSER, browser  # noqa: F401  a fixture
 
-from tinygpt.report.charts import comparison_chart
-from tinygpt.report.comparison import comparison_view, curve_rows
-from tinygpt.report.history import find_earlier
-from tinygpt.report.look import look
+from tinygpt.report.compare import comparison_data, comparison_view
+from tinygpt.report.look import held_out, look, make_samples, score
 from tinygpt.report.page import render, verdict
-from tinygpt.report.samples import held_out, make_samples, score
+from tinygpt.report.reports import find_earlier
 from tinygpt.tokens import SplitMeta, TokensMeta
 
 PAGE = "reports/index.html"
@@ -204,7 +203,8 @@ def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page, done):
 
 @in_chromium
 def test_heads_can_be_chosen_and_a_token_looks_only_back(page, done):
-    shape = json.loads((done / "reports/look.json").read_text())["attention"]["shape"]
+    found = json.loads((done / "reports/look.json").read_text())["attention"]
+    shape = found["shape"]
     assert page.locator("#heads button").count() == shape[0] * shape[1]
     page.locator("#heads button").nth(1).click()
     page.locator("#attended .token").nth(1).click()
@@ -213,6 +213,13 @@ def test_heads_can_be_chosen_and_a_token_looks_only_back(page, done):
         "(all) => all.map((t) => +t.style.getPropertyValue('--share'))"
     )
     assert sum(shares[:2]) == pytest.approx(1, abs=0.01) and sum(shares[2:]) == 0
+    picture, n = page.locator("#heads canvas").nth(0), shape[3]
+    box = picture.bounding_box()
+    picture.hover(position={"x": box["width"] * 0.5 / n, "y": box["height"] * 1.5 / n})  # the second token at the first
+    text = page.locator("#headname").text_content()
+    maps = np.frombuffer(base64.b64decode(found["maps"]), np.uint8).reshape(shape) / 255
+    assert text.startswith("Layer 0, head 0: ")
+    assert float(text.split()[-2]) == pytest.approx(100 * maps[0, 0, 1, 0], abs=0.06)
 
 
 @in_chromium
@@ -236,8 +243,7 @@ def test_it_fits_the_screen_in_light_and_dark(done, browser, width, scheme):  # 
 def test_the_page_of_several_draws_each_and_a_name_picks_one_out(browser, tmp_path):  # noqa: F811
     names = [HOSTILE, *"bcdefgh"]
     found = [made(name, 3 + at / 10, 0.01) for at, name in enumerate(names)]
-    data = {"charts": {"loss": comparison_chart(names)}, "curve": curve_rows(found)}
-    (tmp_path / "page.html").write_text(render("compare.html", data, **comparison_view(found)))
+    (tmp_path / "page.html").write_text(render("compare.html", comparison_data(found), **comparison_view(found)))
     problems: list[str] = []
     page = opened(browser, tmp_path / "page.html", problems, viewport={"width": 390, "height": 800})
     lines = page.locator("[data-chart=loss] .mark-line path")

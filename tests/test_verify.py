@@ -13,9 +13,9 @@ from test_gguf import GPT2, LLAMA, QWEN3, random_model
 
 from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
+from tinygpt.export.families import LLAMA_CPP
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.gguf_families import LLAMA_CPP
-from tinygpt.export.gguf_types import Q4, WEIGHT_TYPES, File, Type, WeightType, tolerance
+from tinygpt.export.gguf_types import Q4, WEIGHT_TYPES, Type, WeightType, tolerance
 from tinygpt.export.verify import check_gguf
 from tinygpt.model.config import MLPS
 from tinygpt.model.gpt import GPT
@@ -132,8 +132,8 @@ def test_there_is_a_tolerance_for_every_kind_of_mlp_and_weight_type():
 @pytest.mark.parametrize(
     ("name", "entry"),
     [
-        ("iq4_nl", WeightType(File.MOSTLY_IQ4_NL, Type.IQ4_NL, Q4)),  # llama.cpp's kernel writes it
-        ("mxfp4", WeightType(File.MOSTLY_MXFP4_MOE, Type.MXFP4, Q4)),  # the gguf package does
+        ("iq4_nl", WeightType(Type.IQ4_NL, Q4)),  # llama.cpp's kernel writes it
+        ("mxfp4_moe", WeightType(Type.MXFP4, Q4)),  # the gguf package does
     ],
 )
 def test_a_weight_type_is_one_entry(name, entry, check, model, monkeypatch, tmp_path):

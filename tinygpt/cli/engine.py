@@ -17,9 +17,8 @@ import torch
 from tinygpt.cli.flags import GGUF, DeviceOptions, EngineOptions, ProposalOptions, flag, read
 from tinygpt.device import find_device
 from tinygpt.errors import UserError
-from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.export.open import must_be_there, open_model
-from tinygpt.export.trial import open_gguf
+from tinygpt.export.folders import must_be_there, open_model
+from tinygpt.export.llamacpp import LlamaCpp, open_gguf
 from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.answer import choose_rows, keep_logprobs
 from tinygpt.generate.compiled import compile_step

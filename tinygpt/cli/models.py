@@ -16,8 +16,7 @@ from tinygpt.cli.flags import DeviceOptions, read
 from tinygpt.cli.pieces import check_picture, visible
 from tinygpt.device import find_device, open_device
 from tinygpt.errors import UserError
-from tinygpt.export.base import use_of, write_base
-from tinygpt.export.open import open_model, read_hf_pair, tokenizer_of
+from tinygpt.export.folders import open_model, read_hf_pair, tokenizer_of, use_of, write_base
 from tinygpt.files import human_bytes
 from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
@@ -26,7 +25,8 @@ from tinygpt.model.parts import parts_of
 from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.options import checked
 from tinygpt.params import load_params
-from tinygpt.report.attention_maps import attention_page, plot_attention
+from tinygpt.report.page import attention_page
+from tinygpt.report.plots import plot_attention
 from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.run.memory import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams

@@ -39,8 +39,8 @@ def decode(args: Namespace) -> None:
 def tokenizer_report(args: Namespace) -> None:
     """Print the table and the longest tokens, write the plot."""
     from tinygpt.corpus.folders import SPLITS, split_file
-    from tinygpt.report.tokenizer import fit_file, fit_table, plot_fit  # encode is there at once
-    from tinygpt.report.vocabulary import longest_tokens
+    from tinygpt.report.plots import plot_fit
+    from tinygpt.report.tokenizer import fit_file, fit_table, longest_tokens  # encode is there at once
 
     check_picture(args.plot)
     if args.against and not args.against.exists():

@@ -28,9 +28,16 @@ from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
 from tinygpt.paths import PAGE
-from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, plot_curves, read_curves
-from tinygpt.report.comparison import write_comparison
+from tinygpt.report.compare import (
+    MOST_CURVES,
+    as_text,
+    compare_table,
+    find_experiments,
+    read_curves,
+    write_comparison,
+)
 from tinygpt.report.config import PlotParams
+from tinygpt.report.plots import plot_curves
 from tinygpt.run.name import read_name
 from tinygpt.run.state import STATE_FILE, read_plan, read_state
 

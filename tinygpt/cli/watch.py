@@ -11,7 +11,8 @@ from tinygpt.errors import UserError
 from tinygpt.files import runs_folder
 from tinygpt.paths import REPORTS
 from tinygpt.progress import shortened
-from tinygpt.report.live import read_curve, read_samples, write_live
+from tinygpt.report.page import write_live
+from tinygpt.report.reports import read_curve, read_samples
 
 EVERY_S = 1.0  # seconds between two looks at the files
 BARS = "▁▂▃▄▅▆▇█"

@@ -6,9 +6,11 @@ https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfil
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from tinygpt.files import human_bytes, read_json
 from tinygpt.model.config import GPTConfig, config_fields
@@ -18,88 +20,7 @@ from tinygpt.train.config import LoRAParams
 
 TRAINING_FILE = "training.json"
 
-CARD = """\
----
-{library}pipeline_tag: text-generation
-tags: [tinygpt]
----
-# A small language model
-
-{n_params:,} weights, {n_layer} layers, {n_embd} wide, a context of {n_ctx:,} tokens{shorter}; trained {start} on
-{source} (licence of the text: {licence}) with tinygpt. It continues text like that and knows nothing else.
-
-| measured on held-out text ({split}, {tokens:,} tokens, {context} of context) | |
-|---|---|
-| loss | {loss:.4f} nats per token |
-| perplexity | {ppl:.2f} |
-| bits per byte | {bpb:.4f} |
-
-## How to run it
-
-{run}
-## How it was made
-
-| model | |
-|---|---|
-{model}
-
-| training | |
-|---|---|
-{training}
-"""
-
-TRANSFORMERS = """\
-```python
-from transformers import pipeline
-
-print(pipeline("text-generation", "path/to/this/folder")("Once upon a time")[0]["generated_text"])
-```
-"""
-
-LLAMA_CPP = """\
-With llama.cpp or Ollama, from this folder:
-
-```console
-$ llama-completion -m tinygpt-{weight_type}.gguf -no-cnv -p "Once upon a time" -n 100
-$ ollama create tinygpt -f Modelfile && ollama run tinygpt "Once upon a time"
-```
-"""
-
-ADAPTER_CARD = """\
----
-library_name: peft
-pipeline_tag: text-generation
-tags: [tinygpt]
----
-# Adapters of a small language model
-
-They belong to the model in `data/base`, which the PEFT library needs as a folder of transformers. From the project's
-top folder, this writes it:
-
-```python
-from tinygpt.export.hf import export_hf
-from tinygpt.model.weights import load_pair
-
-export_hf(*load_pair("data/base", "data/base"), "data/base", "data/base-hf")
-```
-
-and this loads both:
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("data/export/peft")
-```
-
-Elsewhere, take both folders along:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("data/base-hf"), "data/export/peft")
-```
-"""
+CARDS = Path(__file__).with_name("cards")
 
 MODELFILE = """\
 FROM ./tinygpt-{weight_type}.gguf
@@ -113,7 +34,7 @@ PARAMETER stop "{eos}"
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Of the text: what is told of data/raw/manifest.json."""
+    """What the card says of the text, from data/raw/manifest.json."""
 
     source: str
     licence: str
@@ -121,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What has to be known of data/model/training.json, which has all params of the training."""
+    """What is read of data/model/training.json, which has all params of the training."""
 
     init_from: str
     lora: LoRAParams | None
@@ -130,7 +51,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is told of reports/eval.json."""
+    """What the card says of the evaluation, from reports/eval.json."""
 
     split: str
     tokens: int
@@ -144,18 +65,18 @@ class Evaluation:
 class Origin:
     """What a model was made from, as the stages wrote it."""
 
-    manifest: Mapping[str, Any]  # of data/raw
+    manifest: Source
     training: Mapping[str, Any]  # params
-    evaluation: Mapping[str, Any]  # reports/eval.json
+    evaluation: Evaluation
 
 
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
     """Read it from the stages' folders.  Raises UserError that names the file, its key, and the stage to run."""
     read_training(model)
     return Origin(
-        manifest=asdict(read_record(Source, raw / "manifest.json", stage="download")),
+        manifest=read_record(Source, raw / "manifest.json", stage="download"),
         training=read_json(model / TRAINING_FILE, stage="train"),
-        evaluation=asdict(read_record(Evaluation, reports / "eval.json", stage="evaluate")),
+        evaluation=read_record(Evaluation, reports / "eval.json", stage="evaluate"),
     )
 
 
@@ -169,20 +90,11 @@ def model_card(config: GPTConfig, n_params: int, origin: Origin, n_ctx: int, wei
 
     `n_ctx` is the context of the file; `weight_type` names the GGUF file to run, None a folder for transformers.
     """
-    return CARD.format(
-        n_params=n_params,
-        n_layer=config.n_layer,
-        n_embd=config.n_embd,
-        n_ctx=n_ctx,
-        shorter="" if n_ctx == config.block_size else f" in this format ({config.block_size:,} in tinygpt)",
-        start="from scratch" if origin.training["init_from"] == "scratch" else "from the weights of another model",
-        source=origin.manifest["source"],
-        licence=origin.manifest["licence"],
-        library="" if weight_type else "library_name: transformers\n",
-        run=LLAMA_CPP.format(weight_type=weight_type) if weight_type else TRANSFORMERS,
-        model=_rows(config_fields(config)),
-        training=_rows(origin.training),
-        **{key: origin.evaluation[key] for key in ("split", "tokens", "context", "loss", "ppl", "bpb")},
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["n"] = lambda value: f"{value:,}"
+    template = environment.from_string((CARDS / "model.md").read_text(encoding="utf-8"))
+    return template.render(
+        config=config_fields(config), n_params=n_params, n_ctx=n_ctx, weight_type=weight_type, **vars(origin)
     )
 
 
@@ -190,10 +102,6 @@ def modelfile(tokenizer: Tokenizer, weight_type: str, n_ctx: int) -> str:
     """How Ollama runs the GGUF file of this type: text as it is, without a chat template."""
     names = {id: name for name, id in tokenizer.special_tokens.items()}
     return MODELFILE.format(weight_type=weight_type, n_ctx=n_ctx, eos=names[tokenizer.eos_id])
-
-
-def _rows(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"| {key} | {value} |" for key, value in values.items() if value is not None)
 
 
 def remarks(entry: Mapping[str, Any], block_size: int) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from tinygpt.export.family import find_family, refusal
-from tinygpt.export.gguf_families import LLAMA_CPP
+from tinygpt.export.families import LLAMA_CPP, find_family, refusal
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.params import Within, require
 
@@ -32,7 +31,7 @@ class ExportParams:
         require((len(set(self.gguf)) == len(self.gguf), f"export.gguf={list(self.gguf)} names a type twice"))
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
-        """The model can be exported as asked: a rule with the `model` group, where that is loaded too."""
+        """The rule that the model can be exported, where the `model` group is loaded too."""
         if "model" not in groups:
             return
         model = groups["model"]

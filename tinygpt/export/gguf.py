@@ -22,9 +22,8 @@ from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
-from tinygpt.export.family import check_vocabulary, family_of
-from tinygpt.export.gguf_families import LLAMA_CPP, GGUFFamily
-from tinygpt.export.gguf_types import WEIGHT_TYPES, bits_per_weight, quantized, tensor_types
+from tinygpt.export.families import LLAMA_CPP, GGUFFamily, check_vocabulary, family_of
+from tinygpt.export.gguf_types import bits_per_weight, file_type, quantized, tensor_types
 from tinygpt.export.layout import adapter_pairs, apply_layout, revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model.config import GPTConfig
@@ -63,11 +62,6 @@ class GGUFFile(NamedTuple):
         }
 
 
-def gguf_name(weight_type: GGUFType) -> str:
-    """The name of a file by its weight type."""
-    return f"tinygpt-{weight_type}.gguf"
-
-
 def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type: GGUFType) -> GGUFFile:
     """Write one file, whole or not at all.
 
@@ -83,7 +77,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type:
         writer = GGUFWriter(file.name, family.name)
         _add_model(writer, model.config, family, n_ctx)
         _add_tokenizer(writer, tokenizer)
-        writer.add_file_type(WEIGHT_TYPES[weight_type].file_type)
+        writer.add_file_type(file_type(weight_type))
         writer.add_quantization_version(QUANTIZATION_VERSION)
         for name, tensor in tensors.items():
             _add_tensor(writer, name, tensor, types[name], weight_type)

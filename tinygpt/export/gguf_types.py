@@ -23,7 +23,6 @@ from tinygpt.export.llamacpp import open_library
 from tinygpt.model.config import ModelParams
 
 Type = GGMLQuantizationType
-File = LlamaFileType
 
 # Rows that do not fill the blocks of the first get the second; where that does not fit either, F16.
 FALLBACKS = {
@@ -74,7 +73,6 @@ class Rule(NamedTuple):
 class WeightType(NamedTuple):
     """One kind of file: `base` is the type of its matrices where no rule holds; of rules the first counts."""
 
-    file_type: LlamaFileType
     base: Type
     tolerance: Tolerance
     rules: tuple[Rule, ...] = ()
@@ -86,28 +84,23 @@ def _needs_more_bits(at: Place) -> bool:
     return at.layer < eighth or at.layer >= 7 * at.n_layer // 8 or (at.layer - eighth) % 3 == 2
 
 
-def _everywhere(at: Place) -> bool:
-    return True
-
-
 VALUES, DOWN = ("attn_v", "attn_qkv"), ("ffn_down",)  # values alone, or fused with queries and keys
 NEEDY = (*VALUES, *DOWN, "attn_output")
 MEDIUM = (Rule((*VALUES, *DOWN), _needs_more_bits, Type.Q6_K),)
 WEIGHT_TYPES: dict[GGUFType, WeightType] = {
-    "f32": WeightType(File.ALL_F32, Type.F32, EXACT),
-    "f16": WeightType(File.MOSTLY_F16, Type.F16, F16),
-    "bf16": WeightType(File.MOSTLY_BF16, Type.BF16, BF16),
-    "q8_0": WeightType(File.MOSTLY_Q8_0, Type.Q8_0, Q8),
-    "q5_1": WeightType(File.MOSTLY_Q5_1, Type.Q5_1, Q5),
-    "q5_0": WeightType(File.MOSTLY_Q5_0, Type.Q5_0, Q5),
-    "q4_1": WeightType(File.MOSTLY_Q4_1, Type.Q4_1, Q4),
-    "q4_0": WeightType(File.MOSTLY_Q4_0, Type.Q4_0, Q4),
-    "q6_k": WeightType(File.MOSTLY_Q6_K, Type.Q6_K, Q6),
-    "q5_k_m": WeightType(File.MOSTLY_Q5_K_M, Type.Q5_K, Q5, MEDIUM),
-    "q5_k_s": WeightType(File.MOSTLY_Q5_K_S, Type.Q5_K, Q5),
-    "q4_k_m": WeightType(File.MOSTLY_Q4_K_M, Type.Q4_K, Q4, MEDIUM),
+    "f32": WeightType(Type.F32, EXACT),
+    "f16": WeightType(Type.F16, F16),
+    "bf16": WeightType(Type.BF16, BF16),
+    "q8_0": WeightType(Type.Q8_0, Q8),
+    "q5_1": WeightType(Type.Q5_1, Q5),
+    "q5_0": WeightType(Type.Q5_0, Q5),
+    "q4_1": WeightType(Type.Q4_1, Q4),
+    "q4_0": WeightType(Type.Q4_0, Q4),
+    "q6_k": WeightType(Type.Q6_K, Q6),
+    "q5_k_m": WeightType(Type.Q5_K, Q5, MEDIUM),
+    "q5_k_s": WeightType(Type.Q5_K, Q5),
+    "q4_k_m": WeightType(Type.Q4_K, Q4, MEDIUM),
     "q4_k_s": WeightType(
-        File.MOSTLY_Q4_K_S,
         Type.Q4_K,
         Q4,
         (
@@ -115,25 +108,28 @@ WEIGHT_TYPES: dict[GGUFType, WeightType] = {
             Rule(DOWN, lambda at: at.layer < at.n_layer // 8, Type.Q5_K),
         ),
     ),
-    "q3_k_l": WeightType(File.MOSTLY_Q3_K_L, Type.Q3_K, Q3, (Rule(NEEDY, _everywhere, Type.Q5_K),)),
+    "q3_k_l": WeightType(Type.Q3_K, Q3, (Rule(NEEDY, lambda at: True, Type.Q5_K),)),
     "q3_k_m": WeightType(
-        File.MOSTLY_Q3_K_M,
         Type.Q3_K,
         Q3,
         (
             Rule(VALUES, lambda at: at.layer < 2, Type.Q5_K),
             Rule(DOWN, lambda at: at.layer < at.n_layer // 16, Type.Q5_K),
-            Rule(NEEDY, _everywhere, Type.Q4_K),
+            Rule(NEEDY, lambda at: True, Type.Q4_K),
         ),
     ),
-    "q3_k_s": WeightType(File.MOSTLY_Q3_K_S, Type.Q3_K, Q3),
+    "q3_k_s": WeightType(Type.Q3_K, Q3),
     "q2_k": WeightType(
-        File.MOSTLY_Q2_K,
         Type.Q2_K,
         Q2,
-        (Rule(VALUES, lambda at: at.n_head_per_kv >= 4, Type.Q4_K), Rule(NEEDY, _everywhere, Type.Q3_K)),
+        (Rule(VALUES, lambda at: at.n_head_per_kv >= 4, Type.Q4_K), Rule(NEEDY, lambda at: True, Type.Q3_K)),
     ),
 }
+
+
+def file_type(weight_type: str) -> LlamaFileType:
+    """llama.cpp's number of this kind of file."""
+    return LlamaFileType[f"{'ALL' if weight_type == 'f32' else 'MOSTLY'}_{weight_type.upper()}"]
 
 
 def tolerance(mlp: str, weight_type: GGUFType) -> Tolerance:
@@ -145,14 +141,14 @@ def tolerance(mlp: str, weight_type: GGUFType) -> Tolerance:
 def tensor_types(shapes: Mapping[str, tuple[int, ...]], config: ModelParams, weight_type: GGUFType) -> dict[str, Type]:
     """The type of each tensor of a GGUF file, by its name there."""
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
-    wanted = WEIGHT_TYPES[weight_type]
+    kind = WEIGHT_TYPES[weight_type]
     return {
-        name: _fitting(_wanted(name, shape, config, wanted, is_head=name == head), shape[-1])
+        name: _fitting(_chosen(name, shape, config, kind, is_head=name == head), shape[-1])
         for name, shape in shapes.items()
     }
 
 
-def _wanted(name: str, shape: tuple[int, ...], config: ModelParams, file: WeightType, *, is_head: bool) -> Type:
+def _chosen(name: str, shape: tuple[int, ...], config: ModelParams, file: WeightType, *, is_head: bool) -> Type:
     if len(shape) == 1 or name.endswith("_norm.weight") or name == "position_embd.weight":
         return Type.F32  # llama.cpp aborts on a bias or norm of another type
     if file.base in (Type.F32, Type.F16, Type.BF16):

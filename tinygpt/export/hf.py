@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.export.card import ADAPTER_CARD
-from tinygpt.export.family import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
-from tinygpt.export.hf_families import TRANSFORMERS, HFFamily
+from tinygpt.export.card import CARDS
+from tinygpt.export.families import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
+from tinygpt.export.hf_families import ACTIVATIONS, TRANSFORMERS, HFFamily
 from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, check_layout, revert_layout
 from tinygpt.files import atomic_folder, must_exist, read_object, write_json
 from tinygpt.model.config import GPTConfig
@@ -45,6 +45,7 @@ from tinygpt.tokenizer import Tokenizer
 
 OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # of activations, for the same
 DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params
+PLAIN_ROPE = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}  # of all models of ours
 PEFT_FILE = "adapter_model.safetensors"
 BASE_HF = "data/base-hf"  # the base as a folder of transformers: the card says how to write it
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # not weights; older files have them
@@ -147,7 +148,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
             "inference_mode": True,
         }
         write_json(partial / "adapter_config.json", document)
-        (partial / "README.md").write_text(ADAPTER_CARD, encoding="utf-8")
+        shutil.copyfile(CARDS / "adapters.md", partial / "README.md")
 
 
 def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -169,7 +170,9 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
                 return biased, revert_layout(tensors, biased, family.layout)
             except Misfit as misfit:
                 misfits.append(misfit)
-        raise min(reversed(misfits), key=lambda misfit: misfit.n_problem)  # of equals that with most biases
+        raise min(
+            reversed(misfits), key=lambda misfit: misfit.n_problem
+        )  # the one with most biases where several have as few
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -203,8 +206,8 @@ def _switch_problems(config: GPTConfig, family: HFFamily) -> list[str]:
 
 def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:
     found = {**family.silent, **document, **(document.get("rope_parameters") or {})}
-    wanted = family.fixed.items()
-    return [f"{key}={found[key]}, not {value}" for key, value in wanted if key in found and found[key] != value]
+    fixed = {**PLAIN_ROPE, **family.fixed}
+    return [f"{key}={found[key]}, not {value}" for key, value in fixed.items() if key in found and found[key] != value]
 
 
 def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
@@ -240,7 +243,7 @@ def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
 
 
 def _mlp(activation: str, family: HFFamily) -> str:
-    mlps = {theirs: ours for ours, theirs in family.activations.items()}
+    mlps = {ACTIVATIONS[mlp]: mlp for mlp in family.switches["mlp"]}
     name = OTHER_NAMES.get(activation, activation)
     if name not in mlps:
         raise ParamsError([f"it has the activation {activation}, covered are {', '.join(mlps)}"])

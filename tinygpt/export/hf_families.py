@@ -6,11 +6,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinygpt.export.family import ALL, ANY_HEAD_DIM, FULL, MIXED, NORM_MODULES, QKV, Family, Layout, Target, switches
+from tinygpt.export.families import (
+    ALL,
+    ANY_HEAD_DIM,
+    COHERE2,
+    FULL,
+    MIXED,
+    NORM_MODULES,
+    QKV,
+    QWEN3,
+    STABLELM,
+    Family,
+    Layout,
+    Target,
+    switches,
+)
 from tinygpt.model.config import ModelParams
 
 BIASED = (*NORM_MODULES, *QKV, "o_proj", "up_proj", "down_proj")  # by model.bias=all, where an MLP has no gate
-GELU, SILU, RELU2 = {"gelu": "gelu_pytorch_tanh"}, {"swiglu": "silu"}, {"relu2": "relu2"}
+ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "swiglu": "silu", "relu2": "relu2"}  # kind of MLP -> its name there
+
+HEAD_NORMS = {"q_norm": "q_layernorm", "k_norm": "k_layernorm"}
 
 GPT2_NAMES = {
     "tok_emb": "transformer.wte",
@@ -61,7 +77,6 @@ ROPE_SIZES = {
     "n_hidden": "intermediate_size",
     "block_size": "max_position_embeddings",
 }
-ROPE_FIXED = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,86 +84,54 @@ class HFFamily(Family):
     """A class of transformers, and what is where in its config.json."""
 
     cls: str
-    activations: Mapping[str, str]  # kind of MLP -> what config.json calls its activation
-    activation_key: str = "hidden_act"  # under which it does
+    activation_key: str = "hidden_act"  # of the activation
     sizes: Mapping[str, str] = field(default_factory=lambda: ROPE_SIZES)  # our field -> their key
-    eps: str  # their key of norm_eps
-    config: Callable[[ModelParams, int, str], dict[str, Any]]  # more entries: of a model, its context, its activation
-    fixed: Mapping[str, Any] = field(default_factory=lambda: ROPE_FIXED)  # what all models of ours have
+    eps: str = "rms_norm_eps"  # their key of norm_eps
+    config: Callable[[ModelParams, int], dict[str, Any]]  # entries of a model with a context of so many tokens
+    copied: Mapping[str, str] = field(default_factory=dict)  # more entries: their key -> our field
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # what all models of ours have
     silent: Mapping[str, Any] = field(default_factory=dict)  # what the class takes where config.json is silent
 
     def document(self, config: ModelParams, n_ctx: int) -> dict[str, Any]:
         """What config.json says of a model with a context of `n_ctx` tokens, without what it says in all classes."""
         sizes = {theirs: getattr(config, ours) for ours, theirs in self.sizes.items()}
-        return sizes | {self.sizes["block_size"]: n_ctx} | self.config(config, n_ctx, self.activations[config.mlp])
+        copied = {theirs: getattr(config, ours) for theirs, ours in self.copied.items()}
+        return {**sizes, self.sizes["block_size"]: n_ctx, **self.config(config, n_ctx), **copied, **self.fixed}
 
 
-def _gpt2_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
+def _gpt2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     return {
         "n_ctx": n_ctx,  # gone from GPT2Config, still read by llama.cpp's converter
-        "activation_function": activation,
-        "scale_attn_weights": True,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
+        "activation_function": ACTIVATIONS[config.mlp],
         "attn_pdrop": 0.0,
     }
 
 
-def _rope_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
+def _rope_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
+    # transformers 5 reads rope_parameters, 4 the others; some classes would rotate a part of each head only
+    rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
     return {
-        # transformers 5 reads the first, 4 the others; some classes would rotate a part of each head only
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rope_theta,
-            "partial_rotary_factor": 1.0,
-        },
-        "rope_theta": config.rope_theta,
-        "partial_rotary_factor": 1.0,
-        "hidden_act": activation,
+        "rope_parameters": {"rope_type": "default", **rope},
+        **rope,
+        "hidden_act": ACTIVATIONS[config.mlp],
         "attention_dropout": 0.0,
         "attention_bias": config.bias != "none",
         "mlp_bias": config.bias == "all",
     }
 
 
-def _window_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
+def _window_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     kinds = {True: "full_attention", False: "sliding_attention"}
-    return _rope_config(config, n_ctx, activation) | {
+    return _rope_config(config, n_ctx) | {
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
         "layer_types": [kinds[config.window_of(layer) is None] for layer in range(config.n_layer)],
     }
 
 
-def _starcoder2_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
+def _starcoder2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     window = config.window if config.window and n_ctx > config.window else None
-    return _rope_config(config, n_ctx, activation) | {
-        "use_bias": config.bias != "none",
-        "sliding_window": window,
-        "embedding_dropout": config.dropout,
-        "residual_dropout": config.dropout,
-    }
-
-
-def _phi_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
-    return _rope_config(config, n_ctx, activation) | {
-        "qk_layernorm": config.qk_norm,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-    }
-
-
-def _stablelm_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
-    return _rope_config(config, n_ctx, activation) | {
-        "use_qkv_bias": config.bias != "none",
-        "qk_layernorm": config.qk_norm,
-        "use_parallel_residual": config.parallel_block,
-        "hidden_dropout": config.dropout,
-    }
-
-
-def _cohere2_config(config: ModelParams, n_ctx: int, activation: str) -> dict[str, Any]:
-    return _window_config(config, n_ctx, activation) | {"logit_scale": 1.0}
+    return _rope_config(config, n_ctx) | {"use_bias": config.bias != "none", "sliding_window": window}
 
 
 LLAMA_LAYOUT = Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)})  # attention has all biases or none
@@ -157,14 +140,14 @@ HF_FAMILIES = (
     HFFamily(
         name="gpt2",
         cls="GPT2LMHeadModel",
-        activations=GELU,
         eps="layer_norm_epsilon",
         config=_gpt2_config,
+        copied={"embd_pdrop": "dropout", "resid_pdrop": "dropout"},
         sizes=GPT2_SIZES,
         activation_key="activation_function",
         fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
         silent={"tie_word_embeddings": True},
-        switches=switches("learned", "layernorm", *GELU),
+        switches=switches("learned", "layernorm", "gelu"),
         layout=Layout(
             names=GPT2_NAMES,
             zero_bias={"none": BIASED, "qkv": BIASED},
@@ -176,32 +159,24 @@ HF_FAMILIES = (
     HFFamily(
         name="starcoder2",
         cls="Starcoder2ForCausalLM",
-        activations=GELU,
         eps="norm_epsilon",
         config=_starcoder2_config,
+        copied={"embedding_dropout": "dropout", "residual_dropout": "dropout"},
         silent={"tie_word_embeddings": True},
-        switches=switches("rope", "layernorm", *GELU, window=(FULL, ALL)),
+        switches=switches("rope", "layernorm", "gelu", window=(FULL, ALL)),
         layout=Layout(
-            names=llama_names(up_proj="c_fc", down_proj="c_proj"),
-            zero_bias={"none": NORM_MODULES, "qkv": BIASED},
+            names=llama_names(up_proj="c_fc", down_proj="c_proj"), zero_bias={"none": NORM_MODULES, "qkv": BIASED}
         ),
     ),
     HFFamily(
         name="phi",
         cls="PhiForCausalLM",
-        activations=GELU,
         eps="layer_norm_eps",
-        config=_phi_config,
-        switches=switches("rope", "layernorm", *GELU, parallel_block=(True,), qk_norm=(False, True)),
+        config=_rope_config,
+        copied={"qk_layernorm": "qk_norm", "embd_pdrop": "dropout", "resid_pdrop": "dropout"},
+        switches=switches("rope", "layernorm", "gelu", parallel_block=(True,), qk_norm=(False, True)),
         layout=Layout(
-            names=llama_names(
-                o_proj="dense",
-                up_proj="fc1",
-                down_proj="fc2",
-                q_norm="q_layernorm",
-                k_norm="k_layernorm",
-                norm="final_layernorm",
-            ),
+            names=llama_names(norm="final_layernorm", o_proj="dense", up_proj="fc1", down_proj="fc2", **HEAD_NORMS),
             zero_bias=dict.fromkeys(("none", "qkv", "all"), (*BIASED, "q_norm", "k_norm", "lm_head")),
             untied=True,
         ),
@@ -209,79 +184,52 @@ HF_FAMILIES = (
     HFFamily(
         name="stablelm",
         cls="StableLmForCausalLM",
-        activations=SILU,
         eps="layer_norm_eps",
-        config=_stablelm_config,
-        switches=switches(
-            "rope", "layernorm", *SILU, parallel_block=(False, True), qk_norm=(False, True), bias=("none", "qkv")
-        ),
+        config=lambda config, n_ctx: _rope_config(config, n_ctx) | {"use_qkv_bias": config.bias != "none"},
+        copied={"qk_layernorm": "qk_norm", "use_parallel_residual": "parallel_block", "hidden_dropout": "dropout"},
+        switches=STABLELM,
         layout=Layout(
-            names=llama_names(q_norm="q_layernorm", k_norm="k_layernorm"),
+            names=llama_names(**HEAD_NORMS),
             zero_bias={"none": NORM_MODULES, "qkv": NORM_MODULES},
             head_norms="listed",
         ),
     ),
     HFFamily(
-        name="cohere2",  # rotates where a window is, so it must be in all layers
+        name="cohere2",
         cls="Cohere2ForCausalLM",
-        activations=SILU,
         eps="layer_norm_eps",
-        config=_cohere2_config,
-        fixed=ROPE_FIXED | {"logit_scale": 1.0},
+        config=_window_config,
+        fixed={"logit_scale": 1.0},
         silent={"logit_scale": 0.0625, "tie_word_embeddings": True},
-        switches=switches(
-            "rope",
-            "layernorm",
-            *SILU,
-            parallel_block=(True,),
-            bias=("none", "qkv"),
-            tie_weights=(True,),
-            window=(ALL,),
-        ),
+        switches=COHERE2,
         layout=Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)}, adjacent_rope=True),
     ),
     HFFamily(
         name="llama",
         cls="LlamaForCausalLM",
-        activations=SILU,
-        eps="rms_norm_eps",
         config=_rope_config,
-        switches=switches("rope", "rmsnorm", *SILU, head_dim=ANY_HEAD_DIM),
+        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM),
         layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="mistral",
         cls="MistralForCausalLM",
-        activations=SILU,
-        eps="rms_norm_eps",
         config=_window_config,
-        switches=switches("rope", "rmsnorm", *SILU, head_dim=ANY_HEAD_DIM, bias=("none",), window=(ALL,)),
+        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, bias=("none",), window=(ALL,)),
         layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="qwen3",
         cls="Qwen3ForCausalLM",
-        activations=SILU,
-        eps="rms_norm_eps",
         config=_window_config,
-        switches=switches(
-            "rope",
-            "rmsnorm",
-            *SILU,
-            qk_norm=(True,),
-            bias=("none", "qkv"),
-            head_dim=ANY_HEAD_DIM,
-            window=(FULL, ALL, MIXED),
-        ),
+        switches=QWEN3 | {"window": (FULL, ALL, MIXED)},
         layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="arcee",
         cls="ArceeForCausalLM",
-        activations=GELU | RELU2,
-        eps="rms_norm_eps",
         config=_rope_config,
-        switches=switches("rope", "rmsnorm", *(GELU | RELU2), head_dim=ANY_HEAD_DIM),
+        switches=switches("rope", "rmsnorm", "gelu", "relu2", head_dim=ANY_HEAD_DIM),
         layout=LLAMA_LAYOUT,
     ),
 )

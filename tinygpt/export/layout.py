@@ -1,30 +1,30 @@
 """tinygpt's tensors in the layout of another program, and back.
 
-On the way there every step moves numbers, copies them or adds neutral ones, and changes none. On the way back each is
-undone, in reverse order: what was copied must be equal, and what was added must be neutral, else the tensors are of
-another model. H query heads, G key/value heads, D head_dim, C n_embd.
+On the way there every step moves numbers, copies them or adds neutral ones, and changes none. So the way back is found
+by sending the places of rows along: what was copied must be equal, and what was added must be neutral, else the
+tensors are of another model. H query heads, G key/value heads, D head_dim, C n_embd.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.export.family import QKV, Layout
+from tinygpt.export.families import QKV, Layout
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import TIED
 from tinygpt.model.lora import ADAPTER
-from tinygpt.model.weights import Shapes, expected_tensors, misfits, misshapen, shapes_of, some_of
+from tinygpt.model.weights import Shapes, expected_tensors, misshapen, shapes_of, some_of
 
 Pair = tuple[Tensor, Tensor]  # of an adapter: A (rank, in) and B (out, rank)
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
 
 NO_SINK = -1e30  # a logit next to those of the keys that takes no probability
-KINDS = ("weight", "bias")
 
 
 def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int) -> Tensors:
@@ -33,15 +33,16 @@ def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int
         tensors = tensors | {TIED: tensors["tok_emb.weight"].clone()}
     tensors = _add_zero_biases(tensors, layout.zero_bias.get(config.bias, ()))
     if layout.sinks:
-        tensors = tensors | {
-            f"blocks.{i}.attn.sinks.weight": torch.full((config.n_head,), NO_SINK) for i in range(config.n_layer)
-        }
+        queries = [name for name in tensors if _leaf(name) == "q_proj" and name.endswith(".weight")]
+        sinks = torch.full((config.n_head,), NO_SINK)
+        tensors = tensors | {name.replace("q_proj", "sinks"): sinks for name in queries}
     tensors = {name: _ordered(name, tensor, config, layout) for name, tensor in tensors.items()}
     if layout.fused_qkv:
         tensors = _fuse_qkv(tensors)
     theirs: Tensors = {}
-    for name, tensor in _cut_positions(tensors, n_ctx).items():
-        theirs |= _for_each_head(name, _transposed(name, tensor, layout).contiguous(), config, layout)
+    for name, tensor in tensors.items():
+        cut = tensor[:n_ctx] if _leaf(name) == "pos_emb" else tensor
+        theirs |= _for_each_head(name, _transposed(name, cut, layout).contiguous(), config, layout)
     return theirs
 
 
@@ -54,10 +55,6 @@ def _add_zero_biases(tensors: Tensors, modules: tuple[str, ...]) -> Tensors:
             bias = name.removesuffix("weight") + "bias"
             biased[bias] = tensors.get(bias, tensor.new_zeros(tensor.size(0)))
     return biased
-
-
-def _cut_positions(tensors: Tensors, n_ctx: int) -> Tensors:
-    return {name: tensor[:n_ctx] if _leaf(name) == "pos_emb" else tensor for name, tensor in tensors.items()}
 
 
 def _ordered(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensor:
@@ -166,6 +163,10 @@ def _fuse_adapters(pairs: dict[str, Pair], config: GPTConfig, layout: Layout) ->
     return fused
 
 
+def _transposed(name: str, tensor: Tensor, layout: Layout) -> Tensor:
+    return tensor.T.contiguous() if name.endswith(".weight") and _leaf(name) in layout.transposed else tensor
+
+
 class Misfit(UserError):
     """Tensors that are not those of a config: some are missing, too much or of another shape, `n_problem` in all."""
 
@@ -187,91 +188,61 @@ def check_layout(found: Shapes, config: GPTConfig, layout: Layout) -> tuple[Tens
 
 
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
-    """Tensors in a layout, by our names and in our shapes.  Raises Misfit, or UserError where heads differ."""
+    """Tensors in a layout, by our names and in our shapes.  Raises Misfit that names theirs."""
     expected, theirs = check_layout(shapes_of(tensors), config, layout)
-    names = _our_names(config, layout)
-    shared = _shared_norms({name: tensor for name, tensor in tensors.items() if name in theirs})
-    ours = {names[name]: _transposed(names[name], tensor, layout) for name, tensor in shared.items()}
-    ours = _split_qkv(ours, config) if layout.fused_qkv else ours
-    if layout.adjacent_rope:
-        ours = {name: _unpair_rope(name, tensor, config) for name, tensor in ours.items()}
-    if layout.repeated_kv:
-        ours = {name: _unrepeat_kv(name, tensor, config) for name, tensor in ours.items()}
-    others = {name: tensor for name, tensor in tensors.items() if name not in theirs}
-    known = {names[name]: t for name, t in others.items() if name in names and names[name] not in ours}
-    ours = _without_neutral(known | ours, expected.keys())
-    problems = misfits(shapes_of(ours), shapes_of(expected))
-    problems += [f"{name} is too much" for name in others if names.get(name) not in known]
-    if problems:
-        raise Misfit(problems)
+    others = [
+        f"{name} is too much" for name in tensors if name not in theirs and not _is_neutral(name, tensors, layout)
+    ]
+    ours, wrong = _collected(tensors, expected, config, layout)
+    if problems := others + wrong:
+        raise Misfit(sorted(problems))
     return ours
 
 
-def _shared_norms(tensors: Tensors) -> Tensors:
-    """One norm of queries or keys where each head has its own and all are equal."""
-    shared: Tensors = {}
-    for name, tensor in tensors.items():
-        base = re.sub(r"\.norms\.\d+\.", ".", name)
-        stacked = tensor.ndim == 2 and name.endswith("_norm.weight")
-        one = tensor[0] if stacked else tensor
-        first = shared.setdefault(base, one)
-        if (stacked and not (tensor == one).all()) or not (first is one or torch.equal(first, one)):
-            raise UserError(f"{name}: the heads have norms of their own, here they share one")
-    return shared
+def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: Layout) -> tuple[Tensors, list[str]]:
+    """Our tensors out of theirs, and what is wrong with those.
+
+    Each of our rows has a place, from 1 on. The layout moves places as it moves rows; what it adds is below 1.
+    """
+    ends = [*accumulate(map(len, expected.values()), initial=1)]
+    spans = zip(expected.items(), pairwise(ends), strict=True)
+    places = {name: torch.arange(*span).view(-1, *[1] * (tensor.ndim - 1)) for (name, tensor), span in spans}
+    ours = [torch.zeros(len(tensor), tensor[0].numel()) for tensor in expected.values()]
+    known = torch.arange(ends[-1]) < 1
+    moved = apply_layout(places, config, layout, config.block_size)
+    rows_of = {name: place.flatten() for name, place in moved.items()}
+    there = {name: (rows, _as_rows(tensors[name], moved[name])) for name, rows in rows_of.items() if name in tensors}
+    for rows, found in there.values():
+        known[rows.clamp(min=0).long()] = True
+        for number, here, at in _owners(rows, ends):
+            ours[number][at] = found[here]
+    wrong = [f"{name} is missing" for name, rows in rows_of.items() if not known[rows.clamp(min=0).long()].all()]
+    for name, (rows, found) in there.items():
+        same = rows[:, None].to(found.dtype).expand_as(found).clone()
+        for number, here, at in _owners(rows, ends):
+            same[here] = ours[number][at]
+        if not torch.allclose(same, found, 0, 0, equal_nan=True):
+            wrong.append(f"{name} {'is too much' if (rows < 1).any() else 'differs from what it must repeat'}")
+    return {name: rows.view(tensor.shape) for (name, tensor), rows in zip(expected.items(), ours, strict=True)}, wrong
 
 
-def _our_names(config: GPTConfig, layout: Layout) -> dict[str, str]:
-    """Our names of tensors, by theirs."""
-    modules = {
-        module.format(i=i) if "{i}" in module else module for module in layout.names for i in range(config.n_layer)
-    }
-    return {_rename(f"{module}.{kind}", layout): f"{module}.{kind}" for module in modules for kind in KINDS}
+def _owners(rows: Tensor, ends: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The number of each of our tensors that has some of these rows, which ones, and where it has them."""
+    owners = torch.bucketize(rows, torch.tensor(ends), right=True) - 1
+    for owner in owners[owners >= 0].unique().tolist():
+        here = owners == owner
+        yield owner, here, rows[here].long() - ends[owner]
 
 
-def _transposed(name: str, tensor: Tensor, layout: Layout) -> Tensor:
-    return tensor.T.contiguous() if name.endswith(".weight") and _leaf(name) in layout.transposed else tensor
+def _as_rows(tensor: Tensor, place: Tensor) -> Tensor:
+    """Their tensor with a row for each place."""
+    if tensor.numel() == place.numel():
+        return tensor.reshape(-1, 1)
+    return tensor if len(tensor) == len(place) else tensor.T
 
 
-def _split_qkv(tensors: Tensors, config: GPTConfig) -> Tensors:
-    split: Tensors = {}
-    for name, tensor in tensors.items():
-        if _leaf(name) == "q_proj":
-            n_query = config.n_head * config.head_dim
-            n_rest = (len(tensor) - n_query) // 2
-            parts = tensor.split([n_query, n_rest, len(tensor) - n_query - n_rest])
-            split |= {name.replace("q_proj", qkv): part.contiguous() for qkv, part in zip(QKV, parts, strict=True)}
-        else:
-            split[name] = tensor
-    return split
-
-
-def _unpair_rope(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    """A head's rows 0 3 1 4 2 5 become 0 1 2 3 4 5 again."""
-    if _leaf(name) not in ("q_proj", "k_proj"):
-        return tensor
-    return tensor.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def _unrepeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    """(H·D, …) -> (G·D, …), of each group the first."""
-    if _leaf(name) not in ("k_proj", "v_proj") or config.n_head == config.n_kv_head:
-        return tensor
-    heads = tensor.unflatten(0, (config.n_kv_head, -1, config.head_dim))
-    if not (heads == heads[:, :1]).all():
-        raise UserError(f"{name}: the heads of a group differ, so this is not a model of n_kv_head={config.n_kv_head}")
-    return heads[:, 0].flatten(0, 1).contiguous()
-
-
-def _without_neutral(tensors: Tensors, expected: Iterable[str]) -> Tensors:
-    """Without zero biases, sinks that take nothing and a head that is the embedding, where the model has none."""
-    names = set(expected)
-    return {name: tensor for name, tensor in tensors.items() if name in names or not _is_neutral(name, tensors)}
-
-
-def _is_neutral(name: str, tensors: Tensors) -> bool:
-    tensor = tensors[name]
-    if name == TIED:
-        return torch.equal(tensor, tensors.get("tok_emb.weight", tensor[:0]))
-    if _leaf(name) == "sinks":
-        return bool((tensor < -1e29).all())
-    return name.endswith(".bias") and not tensor.any()
+def _is_neutral(name: str, tensors: Tensors, layout: Layout) -> bool:
+    """Whether a tensor changes nothing: a bias of zeros, or a head that is the embedding once more."""
+    if name == f"{layout.names['lm_head']}.weight":
+        return torch.equal(tensors[name], tensors.get(f"{layout.names['tok_emb']}.weight", tensors[name][:0]))
+    return name.endswith(".bias") and not tensors[name].any()

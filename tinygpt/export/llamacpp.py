@@ -1,7 +1,8 @@
 """Real llama.cpp, in the shared library of the xllamacpp wheel: nothing to compile. Its tokens, logits, greedy choices.
 
 Struct layouts follow include/llama.h of llama.cpp. They change between builds and the library cannot say so: one
-version is pinned, and the defaults it returns are checked field by field before anything else is called.
+version is pinned, and its defaults are checked before anything else is called. A file that contradicts itself aborts
+the process, so one from anywhere is tried out in another one first; for that, nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ import ctypes
 import functools
 import os
 import re
+import subprocess
+import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, program
 
 XLLAMACPP_VERSION = "2026.10.11549"  # llama.cpp build b11549; the structs below were checked with it
 LOG_LEVEL_ERROR, LOG_LEVEL_CONT = 4, 5  # enum ggml_log_level
 F32 = 0  # enum ggml_type
 N_BATCH = 512  # tokens a call of llama_decode: bounds the memory for logits
+MOST_SECONDS = 600  # to try a file out
+TRIAL = "import sys; sys.path[:0] = sys.argv[1:2]; from tinygpt.export.llamacpp import try_out; try_out(*sys.argv[2:])"
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -50,8 +55,7 @@ class ContextParams(ctypes.Structure):
         *_fields(c_uint32, "n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq"),
         *_fields(c_int32, "n_threads n_threads_batch ctx_type rope_scaling_type pooling_type attention_type"),
         *_fields(c_int32, "flash_attn_type"),
-        *_fields(c_float, "rope_freq_base rope_freq_scale"),
-        *_fields(c_float * 4, "yarn"),
+        *_fields(c_float, "rope_freq_base rope_freq_scale yarn_ext yarn_attn yarn_fast yarn_slow"),
         *_fields(c_uint32, "yarn_orig_ctx"),
         *_fields(c_float, "defrag_thold"),
         *_fields(c_void_p * 2, "eval_callback"),
@@ -69,9 +73,7 @@ class Batch(ctypes.Structure):
 
     _fields_ = (
         *_fields(c_int32, "n_tokens"),
-        *_fields(POINTER(c_int32), "token"),
-        *_fields(c_void_p, "embd pos n_seq_id seq_id"),
-        *_fields(POINTER(c_int8), "logits"),
+        *_fields(c_void_p, "token embd pos n_seq_id seq_id logits"),
     )
 
 
@@ -83,31 +85,24 @@ _CONTEXT_DEFAULTS = {
     "embeddings": False, "offload_kqv": True, "no_perf": True, "op_offload": True, "swa_full": True, "n_samplers": 0,
 }  # fmt: skip
 
-# function: (result, arguments)
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "llama_model_default_params": (ModelParams, []),
-    "llama_context_default_params": (ContextParams, []),
-    "llama_model_load_from_file": (c_void_p, [c_char_p, ModelParams]),
-    "llama_model_free": (None, [c_void_p]),
-    "llama_model_get_vocab": (c_void_p, [c_void_p]),
-    "llama_model_n_ctx_train": (c_int32, [c_void_p]),
-    "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
-    "llama_free": (None, [c_void_p]),
-    "llama_get_memory": (c_void_p, [c_void_p]),
-    "llama_memory_clear": (None, [c_void_p, c_bool]),
-    "llama_decode": (c_int32, [c_void_p, Batch]),
-    "llama_get_logits": (POINTER(c_float), [c_void_p]),
-    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
-    "llama_vocab_bos": (c_int32, [c_void_p]),
-    "llama_vocab_eos": (c_int32, [c_void_p]),
-    "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
-    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
-    "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
-    "llama_backend_init": (None, []),
-    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
-    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
-    "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
-}
+# result, arguments, functions
+_SIGNATURES: tuple[tuple[Any, list[Any], str], ...] = (
+    (None, [], "llama_backend_init"),
+    (ModelParams, [], "llama_model_default_params"),
+    (ContextParams, [], "llama_context_default_params"),
+    (None, [c_void_p], "llama_model_free llama_free"),
+    (c_void_p, [c_void_p], "llama_model_get_vocab llama_get_memory"),
+    (c_int32, [c_void_p], "llama_model_n_ctx_train llama_vocab_n_tokens llama_vocab_bos llama_vocab_eos"),
+    (POINTER(c_float), [c_void_p], "llama_get_logits"),
+    (c_void_p, [c_char_p, ModelParams], "llama_model_load_from_file"),
+    (c_void_p, [c_void_p, ContextParams], "llama_init_from_model"),
+    (None, [c_void_p, c_bool], "llama_memory_clear"),
+    (c_int32, [c_void_p, Batch], "llama_decode"),
+    (c_bool, [c_void_p, c_int32], "llama_vocab_is_eog"),
+    (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool], "llama_tokenize"),
+    (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool], "llama_token_to_piece"),
+    (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p], "ggml_quantize_chunk"),
+)
 
 _errors: deque[str] = deque(maxlen=4)  # llama.cpp's last error lines; its log is silent otherwise
 
@@ -134,9 +129,9 @@ def open_library() -> ctypes.CDLL:
     if xllamacpp.__version__ != XLLAMACPP_VERSION:
         raise UserError(f"xllamacpp {xllamacpp.__version__} has another layout of llama.cpp's structs: {install}")
     library = ctypes.CDLL(extension.__file__, mode=ctypes.RTLD_GLOBAL)
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    for result, arguments, names in _SIGNATURES:
+        for function in (getattr(library, name) for name in names.split()):
+            function.restype, function.argtypes = result, arguments
     _check_defaults(library.llama_model_default_params(), _MODEL_DEFAULTS)
     _check_defaults(library.llama_context_default_params(), _CONTEXT_DEFAULTS)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # where it aborts, no debugger prints hundreds of lines
@@ -159,7 +154,7 @@ def _last_error() -> str:
     return re.sub(r"^\w+: (error loading model: )?(\w+: )?", "", _errors[0]) if _errors else "no reason given"
 
 
-class LlamaCpp:
+class LlamaCpp(AbstractContextManager["LlamaCpp"]):
     """A GGUF file open in llama.cpp on the CPU, with float32 keys and values and without flash attention.
 
     `n_ctx` is the longest sequence in tokens (None: the model's own). Raises UserError with llama.cpp's reason when it
@@ -182,10 +177,7 @@ class LlamaCpp:
             raise UserError(f"{path} has a context of {n_ctx_train} tokens: it is damaged, make it again")
         self._context = self._open_context(n_threads)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -195,15 +187,6 @@ class LlamaCpp:
         if self._model:
             self._lib.llama_model_free(self._model)
         self._model = self._context = None
-
-    def apply_lora(self, path: Path) -> None:
-        """Use an adapter from now on.  Raises UserError when it does not fit the model."""
-        _errors.clear()
-        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
-        if not adapter:
-            raise UserError(f"llama.cpp cannot apply {path}: {_last_error()}")
-        status = self._lib.llama_set_adapters_lora(self._context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
-        assert status == 0, f"llama_set_adapters_lora returned {status}"
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text; the names of special tokens in it are plain text, and nothing is added."""
@@ -225,13 +208,10 @@ class LlamaCpp:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after every token of one sequence, which starts anew.  (T,) -> (T, V)"""
-        self._restart(len(ids))
-        parts = [self._decode(ids[start : start + N_BATCH]) for start in range(0, len(ids), N_BATCH)]
-        return np.concatenate(parts)
+        return np.concatenate([*self._read(ids)])
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The `n` likeliest tokens after `ids`, one at a time with the KV cache; end-of-text does not stop it."""
-        self._must_fit(len(ids) + n - 1)
         new = [int(self.read(ids).argmax())]
         while len(new) < n:
             new.append(int(self.append(new[-1]).argmax()))
@@ -239,14 +219,11 @@ class LlamaCpp:
 
     def read(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after the last token of one sequence, which starts anew.  (T,) -> (V,)"""
-        self._restart(len(ids))
-        for start in range(0, len(ids), N_BATCH):
-            last = self._decode(ids[start : start + N_BATCH], n_logits=1)[-1]
-        return last
+        *_, last = self._read(ids, n_logits=1)
+        return last[-1]
 
     def append(self, id: int) -> NDArray[np.float32]:
         """Logits after one more token of the sequence.  -> (V,)"""
-        self._must_fit(self._n_token + 1)
         return self._decode([id])[-1]
 
     def _load(self) -> int:
@@ -273,25 +250,51 @@ class LlamaCpp:
             raise UserError(f"llama.cpp cannot make a context of {self.n_ctx} tokens for {self._path}: {_last_error()}")
         return context
 
-    def _restart(self, n_token: int) -> None:
-        self._must_fit(n_token)
+    def _read(self, ids: Sequence[int], n_logits: int | None = None) -> Iterator[NDArray[np.float32]]:
+        """Begin a sequence anew, and yield what `_decode` gives of each batch."""
         self._n_token = 0
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-
-    def _must_fit(self, n_token: int) -> None:
-        if not 0 < n_token <= self.n_ctx:
-            raise ValueError(f"a sequence of {n_token} tokens, but the context is {self.n_ctx}")
+        for start in range(0, max(1, len(ids)), N_BATCH):
+            yield self._decode(ids[start : start + N_BATCH], n_logits)
 
     def _decode(self, ids: Sequence[int], n_logits: int | None = None) -> NDArray[np.float32]:
         """Append up to N_BATCH tokens to the sequence.  (T,) -> logits after the last `n_logits` (None: all), (…, V)"""
         if not all(0 <= id < self.vocab_size for id in ids):
             raise ValueError(f"token ids must be below {self.vocab_size}")
-        n = len(ids)
-        n_logits = n_logits or n
+        n, n_logits = len(ids), n_logits or len(ids)
         self._n_token += n
-        wanted = (c_int8 * n)(*[0] * (n - n_logits), *[1] * n_logits)
-        batch = Batch(n_tokens=n, token=(c_int32 * n)(*ids), logits=wanted)
-        status = self._lib.llama_decode(self._context, batch)
-        if status:
+        if not 0 < self._n_token <= self.n_ctx:
+            raise ValueError(f"a sequence of {self._n_token} tokens, but the context is {self.n_ctx}")
+        tokens, has_logits = (c_int32 * n)(*ids), (c_int8 * n)(*[0] * (n - n_logits), *[1] * n_logits)
+        batch = Batch(n_tokens=n, token=ctypes.addressof(tokens), logits=ctypes.addressof(has_logits))
+        if status := self._lib.llama_decode(self._context, batch):
             raise UserError(f"llama.cpp cannot read a text with {self._path} (status {status}: {_last_error()})")
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n_logits, self.vocab_size)).copy()
+
+
+def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> LlamaCpp:
+    """The file, after a trial.  Raises UserError with llama.cpp's reason where it cannot be used."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file: name a .gguf file")
+    command = [sys.executable, "-c", TRIAL, str(Path(__file__).parents[2]), str(path), str(n_ctx or "")]
+    try:
+        tried = subprocess.run(command, capture_output=True, timeout=MOST_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"llama.cpp did not finish with {path} in {MOST_SECONDS} s: it may be damaged") from None
+    if tried.returncode:
+        said = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"]
+        if reported := [line for line in said if line.startswith("error: ")]:
+            raise UserError(reported[0].removeprefix("error: "))
+        reason = re.sub(r"^\S*/", "", said[0])  # without the path of the source file
+        raise UserError(f"llama.cpp aborts at {path} ({reason}): it is damaged or contradicts itself, make it again")
+    return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
+
+
+@program
+def try_out(path: str, n_ctx: str) -> None:
+    """Do with a file all that may abort."""
+    with LlamaCpp(path, n_ctx=int(n_ctx) if n_ctx else None) as llama:
+        llama.tokenize("A text, 1\n")
+        llama.greedy([0], min(2, llama.n_ctx))
+        for id in {*llama.eog_ids(), *range(llama.vocab_size)}:
+            llama.piece(id)

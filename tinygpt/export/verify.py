@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
 from tinygpt.export.gguf import read_gguf
 from tinygpt.export.gguf_types import tolerance
-from tinygpt.export.llamacpp import LlamaCpp
-from tinygpt.export.trial import open_gguf
+from tinygpt.export.llamacpp import LlamaCpp, open_gguf
 from tinygpt.model.gpt import GPT
 from tinygpt.report.perplexity import llamacpp_report, perplexity, scored_nll, token_logprobs
 from tinygpt.tokenizer import Tokenizer
@@ -90,12 +88,8 @@ def check_gguf(
 def compare_weights(model: GPT, written: GPT) -> float:
     """The largest relative error of a tensor in the file; positions that the file leaves out do not count."""
     ours, theirs = model.state_dict(), written.state_dict()
-    return max(_relative_error(tensor[: len(theirs[name])], theirs[name]) for name, tensor in ours.items())
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    error = float((ours.cpu() - theirs).norm())
-    return error / max(float(ours.norm()), SMALL * ours.numel() ** 0.5)
+    pairs = [(tensor[: len(theirs[name])].cpu(), theirs[name]) for name, tensor in ours.items()]
+    return max(float((a - b).norm()) / max(float(a.norm()), SMALL * a.numel() ** 0.5) for a, b in pairs)
 
 
 def count_wrong_tokens(tokenizer: Tokenizer, llama: LlamaCpp, texts: Iterable[str]) -> int:
@@ -111,7 +105,8 @@ def compare_logprobs(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, floa
     """Log-probabilities at every position of (N, T) chunks, and perplexity by llama-perplexity's protocol."""
     largest, ours_nll, theirs_nll = 0.0, [], []
     for chunk in chunks:
-        ours, theirs = token_logprobs(model, chunk), log_softmax(llama.logits(chunk.tolist()))
+        ours = token_logprobs(model, chunk)
+        theirs = torch.from_numpy(llama.logits(chunk.tolist())).log_softmax(-1).numpy()
         largest = max(largest, float(np.abs(ours - theirs).max()))
         ours_nll.append(scored_nll(ours, chunk))
         theirs_nll.append(scored_nll(theirs, chunk))
@@ -138,11 +133,6 @@ def compare_greedy(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, float]
         ours = token_logprobs(model, np.array(prompt + new[:-1]))[len(prompt) - 1 :]  # (n_new, V)
         gaps.append(ours.max(-1) - ours[np.arange(n_new), new])
     return {"greedy_agreement": float(np.mean(np.array(gaps) == 0)), "max_greedy_gap": float(np.max(gaps))}
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """(T, V) -> (T, V)"""
-    return torch.from_numpy(logits).log_softmax(-1).numpy()
 
 
 def _rounded(value: float) -> float | None:

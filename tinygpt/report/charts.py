@@ -12,6 +12,18 @@ from typing import Any
 Spec = dict[str, Any]
 
 STEPS = ["step", "tokens", "epochs"]  # what x can be
+SHOWN = {  # column -> its name under the pointer, and its form
+    "step": ("step", ","),
+    "tokens": ("tokens", ","),
+    "epochs": ("epochs", ".2f"),
+    "train": ("train loss", ".4f"),
+    "val": ("validation loss", ".4f"),
+    "seen": ("validation loss", ".4f"),
+    "lr": ("learning rate", ".2e"),
+    "grad_norm": ("gradient norm", ".3f"),
+    "norm": ("norm", ".3g"),
+    "share": ("of the text", ".1%"),
+}
 X: Spec = {
     "field": "$x",
     "type": "quantitative",
@@ -24,87 +36,90 @@ NEAREST: Spec = {  # the row under the pointer
     "select": {"type": "point", "fields": ["$x"], "nearest": True, "on": "pointerover", "clear": "pointerout"},
 }
 
-POINTED = [
-    ("step", ",", "step"),
-    ("tokens", ",", "tokens"),
-    ("train", ".4f", "train loss"),
-    ("val", ".4f", "validation loss"),
-]
-
 
 def charts(n_parts: int) -> dict[str, Spec]:
     """Each chart of the page by name, of a model of so many parts with a gradient norm of their own."""
     return {
         "loss": loss_chart(),
-        "rate": line_chart("lr", "learning rate", "linear", ".2e"),
-        "norm": line_chart("grad_norm", "gradient norm, before clipping", "log", ".3f"),
+        "rate": line_chart("lr", "learning rate", "linear"),
+        "norm": line_chart("grad_norm", "gradient norm, before clipping", "log"),
         "parts": parts_chart(n_parts),
         "lengths": lengths_chart(),
     }
 
 
-def loss_chart() -> Spec:
-    """Training and validation loss, the best one marked."""
-    styles: Spec = {
-        "color": {"domain": ["train", "validation"], "range": ["$blue", "$orange"]},
-        "strokeDash": {"domain": ["train", "validation"], "range": [[1, 0], [5, 3]]},
+def number(field: str, title: str | None = None, **more: Any) -> Spec:
+    """An encoding by a column of numbers."""
+    return {"field": field, "type": "quantitative", "title": title, **more}
+
+
+def shown(*fields: str) -> list[Spec]:
+    """What the pointer shows."""
+    return [number(field, SHOWN[field][0], format=SHOWN[field][1]) for field in fields]
+
+
+def chart(height: int, *layers: Spec, **more: Any) -> Spec:
+    """Layers over each other, as wide as the page lets them be, of the run's curve."""
+    return {"data": {"name": "curve"}, "width": "container", "height": height, "layer": list(layers), **more}
+
+
+def drawn(mark: str, y: Spec, more: Spec | None = None, *, where: str = "", **style: Any) -> Spec:
+    """One layer: a column of the curve over x, where it has a value, or where `where` holds."""
+    return {
+        "transform": [{"filter": where or f"isValid(datum.{y['field']})"}],
+        "mark": {"type": mark, **style},
+        "encoding": {"x": X, "y": y, **(more or {})},
     }
 
-    def styled(name: str) -> Spec:
+
+def loss(field: str) -> Spec:
+    """The encoding of a loss."""
+    return number(field, "nats per token", scale={"type": "$yscale", "zero": "$yzero"})
+
+
+def pointer(*fields: str) -> Spec:
+    """The rule at the pointer, and the values that it shows."""
+    opacity = {"condition": {"param": "hover", "empty": False, "value": 0.6}, "value": 0}
+    encoding = {"x": X, "opacity": opacity, "tooltip": shown(*fields)}
+    return {"params": [NEAREST], "mark": {"type": "rule", "color": "$ink"}, "encoding": encoding}
+
+
+def loss_chart() -> Spec:
+    """Training and validation loss, the best one marked."""
+
+    def named(name: str) -> Spec:
         legend = {"orient": "top", "title": None, "symbolType": "stroke", "symbolSize": 300}
-        return {key: {"datum": name, "scale": scale, "legend": legend} for key, scale in styles.items()}
+        ranges = {"color": ["$blue", "$orange"], "strokeDash": [[1, 0], [5, 3]]}
+        scales = {key: {"domain": ["train", "validation"], "range": values} for key, values in ranges.items()}
+        return {key: {"datum": name, "scale": scale, "legend": legend} for key, scale in scales.items()}
 
-    def encoded(field: str, **more: Any) -> Spec:
-        scale = {"type": "$yscale", "zero": "$yzero"}
-        return {
-            "x": X,
-            "y": {"field": field, "type": "quantitative", "title": "nats per token", "scale": scale},
-            **more,
-        }
-
+    best: Spec = {"where": "datum.best", "color": "$green"}
     return chart(
         300,
-        {"mark": {"type": "line", "opacity": 0.25, "color": "$blue"}, "encoding": encoded("train")},
-        {"mark": {"type": "line", "strokeWidth": 2}, "encoding": encoded("smooth", **styled("train"))},
-        {
-            "transform": [{"filter": "isValid(datum.val)"}],
-            "mark": {"type": "line", "strokeWidth": 2, "point": {"size": 35, "color": "$orange"}},
-            "encoding": encoded("val", **styled("validation")),
-        },
-        {
-            "transform": [{"filter": "datum.best"}],
-            "mark": {"type": "point", "shape": "diamond", "filled": True, "size": 150, "color": "$green"},
-            "encoding": encoded("val"),
-        },
-        {
-            "transform": [{"filter": "datum.best"}],
-            "mark": {"type": "text", "dy": -14, "align": "right", "fontWeight": 600, "color": "$green"},
-            "encoding": encoded("val", text={"field": "best"}),
-        },
-        pointer({"train": ".4f", "seen": ".4f", "step": ",", "tokens": ",", "epochs": ".2f"}),
+        drawn("line", loss("train"), opacity=0.25, color="$blue"),
+        drawn("line", loss("smooth"), named("train"), strokeWidth=2),
+        drawn("line", loss("val"), named("validation"), strokeWidth=2, point={"size": 35, "color": "$orange"}),
+        drawn("point", loss("val"), shape="diamond", filled=True, size=150, **best),
+        drawn("text", loss("val"), {"text": {"field": "best"}}, dy=-14, align="right", fontWeight=600, **best),
+        pointer("train", "seen", "step", "tokens", "epochs"),
     )
 
 
 def comparison_chart(names: Sequence[str]) -> Spec:
     """The losses of several runs, validation with points; the page has the names, and says whose curves are dim."""
-    shown = [{"field": field, "format": form, "title": title, "type": "quantitative"} for field, form, title in POINTED]
-    shared: Spec = {
-        "color": {"range": [colour for colour, _ in run_styles(names)]},
-        "strokeDash": {"range": [[1, 0] if style == "solid" else [6, 3] for _, style in run_styles(names)]},
+    colours, styles = zip(*run_styles(names), strict=True)
+    ranges = {"color": colours, "strokeDash": [[1, 0] if style == "solid" else [6, 3] for style in styles]}
+    encoding: Spec = {
+        channel: {"field": "name", "type": "nominal", "scale": {"domain": names, "range": values}, "legend": None}
+        for channel, values in ranges.items()
     }
-    for channel, scale in shared.items():
-        scale = {"domain": list(names), **scale}
-        shared[channel] = {"field": "name", "type": "nominal", "scale": scale, "legend": None}
-
-    def drawn(field: str, mark: Spec) -> Spec:
-        y: Spec = {"field": field, "type": "quantitative", "title": "nats per token"}
-        y["scale"] = {"type": "$yscale", "zero": "$yzero"}
-        encoding = {"x": X, "y": y, **shared, "tooltip": [{"field": "name"}, *shown]}
-        encoding["opacity"] = {"condition": {"test": "datum.dim", "value": 0.1}, "value": 1}
-        return {"transform": [{"filter": f"isValid(datum.{field})"}], "mark": mark, "encoding": encoding}
-
-    validation = {"type": "line", "strokeWidth": 2, "point": {"size": 45}, "tooltip": True}
-    return chart(380, drawn("smooth", {"type": "line", "strokeWidth": 1}), drawn("val", validation))
+    encoding["opacity"] = {"condition": {"test": "datum.dim", "value": 0.1}, "value": 1}
+    encoding["tooltip"] = [{"field": "name"}, *shown("step", "tokens", "train", "val")]
+    return chart(
+        380,
+        drawn("line", loss("smooth"), encoding, strokeWidth=1),
+        drawn("line", loss("val"), encoding, strokeWidth=2, point={"size": 45}, tooltip=True),
+    )
 
 
 def run_styles(names: Sequence[object]) -> list[tuple[str, str]]:
@@ -113,72 +128,33 @@ def run_styles(names: Sequence[object]) -> list[tuple[str, str]]:
     return [(colours[at % 7], ("solid", "dashed")[at // 7 % 2]) for at in range(len(names))]
 
 
-def line_chart(field: str, title: str, scale: str, form: str) -> Spec:
+def line_chart(field: str, title: str, scale: str) -> Spec:
     """One column of the curve."""
-    y: Spec = {"field": field, "type": "quantitative", "title": None, "scale": {"type": scale}}
-    y["axis"] = {"tickCount": 4, "grid": scale == "linear"}
-    mark = {"type": "line", "strokeWidth": 1.5, "color": "$blue"}
-    drawn = {"transform": [{"filter": f"isValid(datum.{field})"}], "mark": mark, "encoding": {"x": X, "y": y}}
-    return chart(130, drawn, pointer({field: form, "step": ","})) | {"title": title}
-
-
-def chart(height: int, *layers: Spec) -> Spec:
-    """Layers over each other, as wide as the page lets them be, of the run's curve."""
-    return {"data": {"name": "curve"}, "width": "container", "height": height, "layer": list(layers)}
-
-
-def pointer(forms: dict[str, str]) -> Spec:
-    """The rule at the pointer, and the values that it shows: fields with their forms."""
-    titles = {"train": "train loss", "seen": "validation loss", "lr": "learning rate", "grad_norm": "gradient norm"}
-    shown = [
-        {"field": name, "format": form, "title": titles.get(name, name), "type": "quantitative"}
-        for name, form in forms.items()
-    ]
-    opacity = {"condition": {"param": "hover", "empty": False, "value": 0.6}, "value": 0}
-    mark = {"type": "rule", "color": "$ink"}
-    return {"params": [NEAREST], "mark": mark, "encoding": {"x": X, "opacity": opacity, "tooltip": shown}}
+    y = number(field, scale={"type": scale}, axis={"tickCount": 4, "grid": scale == "linear"})
+    return chart(130, drawn("line", y, strokeWidth=1.5, color="$blue"), pointer(field, "step"), title=title)
 
 
 def parts_chart(n_parts: int) -> Spec:
     """The gradient's norm by part and step: lighter is larger, on a scale that colour-blind people can read."""
-    color = {"field": "norm", "type": "quantitative", "title": None, "scale": {"type": "log", "scheme": "cividis"}}
-    shown = [
-        {"field": "part"},
-        {"field": "step", "format": ","},
-        {"field": "norm", "format": ".3g", "type": "quantitative"},
-    ]
-    return {
-        "title": "gradient norm by part",
-        "data": {"name": "norms"},
-        "transform": [{"filter": "datum.norm > 0"}],
-        "width": "container",
-        "height": 18 * n_parts,
-        "mark": {"type": "rect", "tooltip": True},
-        "encoding": {
-            "x": {"field": "step", "type": "ordinal", "axis": {"labelOverlap": True, "labelAngle": 0}},
-            "y": {"field": "part", "type": "nominal", "sort": None, "title": None},
-            "color": color,
-            "tooltip": shown,
-        },
+    encoding = {
+        "x": {"field": "step", "type": "ordinal", "axis": {"labelOverlap": True, "labelAngle": 0}},
+        "y": {"field": "part", "type": "nominal", "sort": None, "title": None},
+        "color": number("norm", scale={"type": "log", "scheme": "cividis"}),
+        "tooltip": [{"field": "part"}, *shown("step", "norm")],
     }
+    mark = {"mark": {"type": "rect", "tooltip": True}, "encoding": encoding}
+    norms = {"data": {"name": "norms"}, "transform": [{"filter": "datum.norm > 0"}]}
+    return chart(18 * n_parts, mark, title="gradient norm by part") | norms
 
 
 def lengths_chart() -> Spec:
     """How much of the text is in tokens of how many bytes."""
-    shown = [
-        {"field": "bytes", "title": "bytes"},
-        {"field": "share", "format": ".1%", "title": "of the text", "type": "quantitative"},
-        {"field": "tokens", "format": ",", "title": "tokens of the vocabulary", "type": "quantitative"},
-    ]
-    return {
-        "title": "share of the text in tokens of so many bytes",
-        "data": {"name": "lengths"},
-        "width": "container",
-        "height": 150,
-        "mark": {"type": "bar", "color": "$blue", "tooltip": True},
-        "encoding": {
-            "x": {"field": "label", "type": "ordinal", "sort": None, "title": "bytes", "axis": {"labelAngle": 0}},
-            "y": {"field": "share", "type": "quantitative", "title": None, "axis": {"format": "%", "tickCount": 4}},
-            "tooltip": shown,
-        },
+    in_vocabulary = number("tokens", "tokens of the vocabulary", format=",")
+    encoding = {
+        "x": {"field": "label", "type": "ordinal", "sort": None, "title": "bytes", "axis": {"labelAngle": 0}},
+        "y": number("share", axis={"format": "%", "tickCount": 4}),
+        "tooltip": [{"field": "bytes", "title": "bytes"}, *shown("share"), in_vocabulary],
     }
+    mark = {"mark": {"type": "bar", "color": "$blue", "tooltip": True}, "encoding": encoding}
+    title = "share of the text in tokens of so many bytes"
+    return chart(150, mark, title=title) | {"data": {"name": "lengths"}}

@@ -1,28 +1,28 @@
-"""DVC's experiments side by side: what was changed, what came of it, and their curves in one picture."""
+"""DVC's experiments side by side: what was changed and what came of it as a table, and on a page with their curves."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import dvc.api
-import matplotlib as mpl
 import pandas as pd
+from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
-from matplotlib.figure import Figure
 from pygit2 import GitError
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write
 from tinygpt.params import GROUPS
-from tinygpt.report.config import PlotParams
-from tinygpt.report.plots import NO_DATE, STYLE, parse_curve
+from tinygpt.paths import REPORTS
+from tinygpt.report.charts import STEPS, comparison_chart, run_styles
+from tinygpt.report.page import curve_rows, render
+from tinygpt.report.reports import Row, parse_curve
 
-CURVE = "reports/train.csv"
 METRICS = {  # column -> the report, the key in it, and how it is shown
     "val_loss": ("reports/metrics/train.json", "val_loss", ".4f"),
     "eval_loss": ("reports/metrics/eval.json", "eval_loss", ".4f"),  # of the split evaluate.split
@@ -37,8 +37,8 @@ WORDS = {"None": "null", "True": "true", "False": "false"}  # DVC's spelling -> 
 WORKSPACE = "workspace"
 WIDEST = 24  # letters of a param that are shown
 MOST_CURVES = 14  # that colour and style tell apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's
-DASHES = ("-", "--")
+ERRORS = {"val_loss": "loss_error", "eval_loss": "loss_error", "ppl": "ppl_error", "bpb": "bpb_error"}  # in eval.json
+LESS_IS_BETTER = {"val_loss": True, "eval_loss": True, "ppl": True, "bpb": True, "tokens_per_s": False}
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Experiment:
     rev: str | None  # None for the workspace
     state: str  # Queued, Running or Failed; empty where it is done
     params: dict[str, str]  # as params.yaml has them, by "group.key"
-    metrics: dict[str, float]  # of METRICS, those that it has
-    is_baseline: bool  # no experiment, but what experiments start from
+    metrics: dict[str, float]  # those of METRICS that it has
+    is_baseline: bool  # what experiments start from, not an experiment
 
 
 def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
@@ -69,7 +69,7 @@ def experiment_of(row: dict[str, Any]) -> Experiment:
     """One of DVC's rows: it names a key alone, or with its file where two files have the same key."""
     state = (row["State"] or "").replace("Success", "")
     found = {name: row.get(key, row.get(f"{file}:{key}")) for name, (file, key, _) in METRICS.items()}
-    if state:  # queued, running or failed: the reports beside it are still those of the commit that it started from
+    if state:  # queued, running or failed: the reports there are still those of the commit that it started from
         found = {}
     return Experiment(
         name=row["Experiment"] or row["rev"],
@@ -108,48 +108,6 @@ def as_text(table: pd.DataFrame, width: int | None) -> str:
     return named.to_string(line_width=width)
 
 
-def read_curves(experiments: Sequence[Experiment]) -> dict[str, pd.DataFrame]:
-    """The curve of each that has one, by name; of equal ones, as of HEAD and a clean workspace, the last."""
-    names: dict[str, str] = {}
-    for one in experiments:
-        if not one.metrics:  # queued, running or failed
-            continue
-        try:
-            names[dvc.api.read(CURVE, rev=one.rev)] = one.name
-        except (DvcException, FileNotFoundError):  # a commit without one
-            continue
-    return {name: parse_curve(text.encode(), f"{CURVE} of {name}") for text, name in names.items()}
-
-
-def plot_curves(curves: dict[str, pd.DataFrame], path: Path, params: PlotParams) -> None:
-    """Training and validation loss by step, a colour and style for each experiment."""
-    with mpl.rc_context(STYLE), atomic_write(path, "wb") as file:
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        styles = zip(cycle(COLOURS), cycle(DASHES), strict=True)  # 7 and 2: fourteen before they repeat
-        for (name, curve), (colour, dash) in zip(curves.items(), styles, strict=False):
-            val = curve.dropna(subset="val_loss")
-            train = curve.dropna(subset="train_loss")
-            smooth = train.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
-            left.plot(train.step, smooth, dash, color=colour, linewidth=1.2)
-            label = f"{name}: {val.val_loss.min():.3f}"
-            right.plot(val.step, val.val_loss, f"{dash}o", color=colour, markersize=3.5, label=label)
-        left.set_ylim(*_limits([*curves.values()]))
-        left.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
-        right.set(xlabel="step", title="Validation loss")
-        figure.legend(loc="outside right upper", title="lowest validation loss", frameon=False)
-        suffix = path.suffix[1:]
-        figure.savefig(file, format=suffix, dpi=params.dpi, metadata=NO_DATE[suffix])
-
-
-def _limits(curves: list[pd.DataFrame]) -> tuple[float, float]:
-    """Of the axis: the first losses, high above all that differs, are left out."""
-    low = min(curve[["train_loss", "val_loss"]].min().min() for curve in curves)
-    high = max(curve.val_loss[curve.step > 0].max() for curve in curves)
-    margin = 0.05 * (high - low) or 0.05
-    return low - margin, high + margin
-
-
 def _revision(rev: str) -> Experiment:
     if rev == WORKSPACE:
         return experiment_of(_show(None)[0])
@@ -167,3 +125,114 @@ def _show(rev: str | None) -> list[dict[str, Any]]:
 def _value(value: float | str) -> str:
     """A param as params.yaml has it: DVC's table makes texts of all but numbers, and of those floats."""
     return f"{value:g}" if isinstance(value, float) else WORDS.get(value, value)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an experiment has left."""
+
+    experiment: Experiment
+    rows: list[dict[str, Any]]  # its curve, as the page draws it
+    eval: dict[str, Any]
+    samples: dict[str, str]  # what it wrote, by prompt
+
+
+def write_comparison(experiments: Sequence[Experiment], path: Path) -> int:
+    """Write the page of those that are done; how many they are.  Raises UserError where none is."""
+    found = [read_made(one) for one in experiments if one.metrics]
+    unequal = {json.dumps([one.rows, one.eval]): one for one in found if one is not None}  # HEAD may be the workspace
+    made = list(unequal.values())
+    if not made:
+        raise UserError("none of these has reports to show: run `dvc repro`")
+    page = render("compare.html", comparison_data(made), **comparison_view(made))
+    with atomic_write(path) as file:
+        file.write(page)
+    return len(made)
+
+
+def read_curves(experiments: Sequence[Experiment]) -> dict[str, list[Row]]:
+    """The curve of each that has one, by name; of equal ones, as of HEAD and a clean workspace, the last."""
+    names = {read_report(DVCFileSystem(rev=one.rev), "train.csv"): one.name for one in experiments if one.metrics}
+    return {name: parse_curve(text, f"{REPORTS}/train.csv of {name}") for text, name in names.items() if text}
+
+
+def read_made(one: Experiment) -> Made | None:
+    """The reports of a revision, or of the workspace; None where it has no curve. Samples only where DVC has them."""
+    files = DVCFileSystem(rev=one.rev)
+    texts = {name: read_report(files, name) for name in ("train.csv", "train.json", "eval.json", "look.json")}
+    if not (texts["train.csv"] and texts["train.json"]):
+        return None
+    curve = parse_curve(texts["train.csv"], f"{REPORTS}/train.csv of {one.name}")
+    try:
+        train, evaluation, look = (json.loads(texts[name] or "{}") for name in ("train.json", "eval.json", "look.json"))
+        samples = {sample["prompt"]: sample["text"] for sample in look.get("samples", [])}
+        return Made(one, curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"]), evaluation, samples)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"the reports of {one.name} cannot be read ({error!r}): run it again, or name others") from None
+
+
+def read_report(files: DVCFileSystem, name: str) -> str:
+    """The text of a report of a revision; empty where it has none."""
+    try:
+        text: str = files.read_text(f"{REPORTS}/{name}", encoding="utf-8")
+        return text
+    except (DvcException, OSError, UnicodeDecodeError):
+        return ""
+
+
+def comparison_data(made: Sequence[Made]) -> dict[str, Any]:
+    """What the script draws."""
+    chart = comparison_chart([found.experiment.name for found in made])
+    return {
+        "charts": {"loss": chart},
+        "curve": [{"name": found.experiment.name, **row} for found in made for row in found.rows],
+    }
+
+
+def comparison_view(made: Sequence[Made]) -> dict[str, Any]:
+    """What the template shows."""
+    names = [name for name in METRICS if any(name in found.experiment.metrics for found in made)]
+    columns = {name: marked(name, made) for name in names}
+    prompts = dict.fromkeys(prompt for found in made for prompt in found.samples)
+    return {
+        "params": (params := differing([found.experiment for found in made])),
+        "metrics": names,
+        "axes": STEPS,
+        "styles": run_styles(made),
+        "rows": [
+            {
+                "name": found.experiment.name,
+                "params": [found.experiment.params.get(name, "-") for name in params],
+                "cells": [columns[name][at] for name in names],
+            }
+            for at, found in enumerate(made)
+        ],
+        "samples": [
+            (prompt, [(found.experiment.name, found.samples[prompt]) for found in made if prompt in found.samples])
+            for prompt in prompts
+        ],
+    }
+
+
+def marked(name: str, made: Sequence[Made]) -> list[dict[str, str]]:
+    """A metric of each: as text, and whether it is the best, or so near that the error may make the difference."""
+    values = [found.experiment.metrics.get(name) for found in made]
+    known = [value for value in values if value is not None]
+    if name not in LESS_IS_BETTER:
+        return [{"text": _text(name, value), "kind": ""} for value in values]
+    best = min(known) if LESS_IS_BETTER[name] else max(known)
+    errors = [float(found.eval.get(ERRORS.get(name, ""), 0.0)) for found in made]
+    of_best = errors[values.index(best)]
+
+    def kind(value: float | None, error: float) -> str:
+        if value is None or len(known) < 2:
+            return ""
+        return "best" if value == best else "greyed" if abs(value - best) < 2 * math.hypot(error, of_best) else ""
+
+    return [
+        {"text": _text(name, value), "kind": kind(value, error)} for value, error in zip(values, errors, strict=True)
+    ]
+
+
+def _text(name: str, value: float | None) -> str:
+    return "-" if value is None else format(value, METRICS[name][2])

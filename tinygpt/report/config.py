@@ -1,7 +1,4 @@
-"""What is measured: the `evaluate` group of params.yaml.
-
-How the plots look: the `plot` group of params.yaml.
-"""
+"""What is measured, and how plots look: the groups `evaluate` and `plot` of params.yaml."""
 
 from __future__ import annotations
 
@@ -52,7 +49,7 @@ class EvaluateParams:
             source = groups["download"].source
             official = SOURCES[source].splits.values() if source in SOURCES else ()
             yield (
-                self.split in official or not official,  # clean tells of a source without any
+                self.split in official or not official,  # the stage clean refuses a source without any
                 f"evaluate.split={self.split}, but download.source={source} has no such split of its own: "
                 f"set evaluate.split to {' or '.join(split for split in official if split != 'train')}",
             )

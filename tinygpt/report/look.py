@@ -1,37 +1,152 @@
-"""What the page of a run shows and only a model, a tokenizer and token files know: reports/look.json, of bounded size.
+"""What the model writes, what surprises it and where it looks: reports/samples.md, and look.json of bounded size.
 
-T tokens.
+N tokens, T tokens of a sequence, V vocab_size.
 """
 
 from __future__ import annotations
 
 import base64
+import codecs
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.files import atomic_write
+from tinygpt.errors import printable
+from tinygpt.files import atomic_write, fenced
+from tinygpt.generate import Sampling
+from tinygpt.generate.stream import generate_batch, prompt_ids
 from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.config import config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.parts import parts_of
-from tinygpt.report.samples import MOST_LOOKED_AT, Sample, document_spans
-from tinygpt.report.vocabulary import paragraph, vocabulary
+from tinygpt.report.config import EvaluateParams
+from tinygpt.report.perplexity import token_logprobs
+from tinygpt.report.tokenizer import paragraph, vocabulary
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds, TokensMeta
 
+MOST_READ = 64  # tokens of a prompt, its last, whose surprise is shown
+MOST_LOOKED_AT = 10_000_000  # tokens of a split among which documents are chosen
+N_LIKELIEST = 5  # tokens named that the model found likeliest in the same place
 MOST_SAMPLES = 8
 MOST_TOKENS = 300  # of each
 MOST_WEIGHTS = 200_000  # of attention, over all layers and heads
 MOST_ATTENDING = 48  # tokens of the text whose attention is shown
 N_DOCUMENTS = 3  # longest and shortest ones
 BEGINNING = 12  # tokens of a document that name it
+
+Alternative = tuple[str, float]  # a token and its share of the probability
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token of a text, as the model that has read what is before it sees it."""
+
+    text: str  # empty where it ends within a character, which the last one of it shows
+    nats: float  # minus the logarithm of its probability
+    likeliest: list[Alternative]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, what the model went on with, and where the prompt is from a real text what that went on with."""
+
+    prompt: str
+    text: str
+    read: list[Scored]
+    written: list[Scored]
+    followed: list[Scored] | None
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write them as Markdown."""
+    with atomic_write(path) as file:
+        file.write("# Samples\n")
+        for sample in samples:
+            heading = re.sub(r"([\\`*_<\[])", r"\\\1", printable(sample.prompt)) or "(none)"  # one line, only text
+            file.write(f"\n## Prompt: {heading}\n\n{fenced(f'{sample.prompt}{sample.text}')}")
+
+
+def make_samples(model: GPT, tokenizer: Tokenizer, tokens: TokenIds, params: EvaluateParams) -> list[Sample]:
+    """One for each of the params' prompts, and for some from the held-out tokens."""
+    found = [*held_out(tokens, tokenizer, params, model.config.block_size)]
+    prompts = [*params.prompts, *(prompt for prompt, _ in found)]
+    followed = [*[None] * len(params.prompts), *(rest for _, rest in found)]
+    sampling, n = sampling_of(params), params.max_new_tokens
+    answers = generate_batch(model, tokenizer, prompts, max_new_tokens=n, sampling=sampling, n_logprobs=N_LIKELIEST)
+    samples = []
+    for prompt, rest, answer in zip(prompts, followed, answers, strict=True):
+        # the id that ended it has probabilities too
+        pieces = zip(answer.ids, answer.logprobs, answer.top_logprobs, strict=False)
+        read = prompt_ids(tokenizer, prompt)
+        real = None if rest is None else score(model, tokenizer, read, tokenizer.encode(rest))
+        start = max(1, len(read) - min(MOST_READ, model.config.block_size - 1))
+        before = score(model, tokenizer, read[:start], read[start:])
+        samples.append(Sample(prompt, answer.text, before, [*_named(tokenizer, pieces)], real))
+    return samples
+
+
+def held_out(
+    tokens: TokenIds, tokenizer: Tokenizer, params: EvaluateParams, block_size: int
+) -> Iterator[tuple[str, str]]:
+    """The beginnings of documents, evenly chosen and cut before a space, and what follows each in its document.
+
+    A BPE token of most words begins with the space before it: a prompt that ends in a space has an odd next token.
+    """
+    n_read = max(2, min(24, block_size // 4))
+    starts, lengths = document_spans(tokens[:MOST_LOOKED_AT], tokenizer)
+    starts = starts[lengths > 2 * n_read]
+    for i in range(min(params.held_out_prompts, len(starts))):
+        start = starts[len(starts) * (2 * i + 1) // (2 * params.held_out_prompts)]
+        ids = tokens[start : start + min(n_read + params.max_new_tokens, block_size)].tolist()
+        ids = ids[: next((n for n, id in enumerate(ids) if id in tokenizer.border_ids), len(ids))]
+        text = tokenizer.decode(ids).rstrip("\ufffd")
+        prompt = tokenizer.decode(ids[:n_read]).rstrip("\ufffd")
+        words = prompt.rsplit(None, 1)[0] if prompt.split() else prompt
+        prompt = words if words.strip() else prompt
+        yield prompt, text[len(prompt) :]
+
+
+def document_spans(tokens: TokenIds, tokenizer: Tokenizer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each document of some tokens begins, and how many it has; none of the special ones between documents."""
+    borders = np.flatnonzero(np.isin(tokens, tokenizer.border_ids))
+    starts = np.concatenate(([0], borders + 1))
+    lengths = np.append(borders, len(tokens)) - starts
+    return starts[lengths > 0], lengths[lengths > 0]
+
+
+def score(model: GPT, tokenizer: Tokenizer, read: Sequence[int], ids: Sequence[int]) -> list[Scored]:
+    """What the model says of each of the ids after those read, in one pass; ids beyond its context are left out."""
+    ids = list(ids)[: model.config.block_size]
+    before = list(read)[-max(1, model.config.block_size + 1 - len(ids)) :]
+    if not ids:
+        return []
+    logprobs = token_logprobs(model, np.array([*before, *ids[:-1]], np.int64))[len(before) - 1 :]  # (N, V)
+    best = np.argsort(-logprobs, axis=1, kind="stable")[:, :N_LIKELIEST]
+    tops = [[(int(id), float(row[id])) for id in at] for at, row in zip(best, logprobs, strict=True)]
+    return [*_named(tokenizer, zip(ids, logprobs[np.arange(len(ids)), ids].tolist(), tops, strict=True))]
+
+
+def _named(tokenizer: Tokenizer, pieces: Iterable[tuple[int, float, Any]]) -> Iterator[Scored]:
+    """(id, log-probability, the likeliest ids with theirs) of each token -> the same as texts, rounded."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for id, logprob, likeliest in pieces:
+        named = [(tokenizer.decode([other]), round(float(np.exp(p)), 4)) for other, p in likeliest]
+        yield Scored(decoder.decode(tokenizer.decode_bytes([id])), round(max(0.0, -logprob), 3), named)
+
+
+def sampling_of(params: EvaluateParams) -> Sampling:
+    """The options of `Sampling` that the params have; all others keep their default."""
+    shared = {field.name for field in dataclasses.fields(Sampling)} & vars(params).keys()
+    return Sampling(**{name: getattr(params, name) for name in shared})
 
 
 def look(

@@ -5,29 +5,37 @@ Its bytes depend on those files and on the commits alone. Whatever comes from ou
 
 from __future__ import annotations
 
-import csv
+import base64
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, human_bytes, must_exist, read_json
-from tinygpt.params import PARAMS_FILE, flat_params
+from tinygpt.files import atomic_write, human_bytes
+from tinygpt.params import flat_params
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, charts
-from tinygpt.report.history import Earlier, find_earlier
+from tinygpt.report.reports import (
+    Earlier,
+    Reports,
+    Row,
+    find_earlier,
+    read_curve,
+    read_norms,
+    read_reports,
+    read_samples,
+)
 
 ASSETS = Path(__file__).with_name("html")
-LOOK = re.compile(r"^## Step ([\d,]+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
-JSON_REPORTS = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "look": "evaluate"}
 CLEANED = {  # keys of reports/clean.json in words
     "repaired_bytes": "bytes that are not UTF-8, now U+FFFD",
     "newlines_changed": "line ends made \\n",
@@ -41,56 +49,6 @@ CLEANED = {  # keys of reports/clean.json in words
 }
 
 
-class Reports(NamedTuple):
-    """What the stages have written."""
-
-    clean: dict[str, Any]
-    train: dict[str, Any]
-    eval: dict[str, Any]
-    export: dict[str, Any]
-    look: dict[str, Any]
-    curve: list[dict[str, float | None]]
-    norms: list[dict[str, float | None]]
-    samples: list[dict[str, Any]]  # "step" and "text" of those written at each look
-    params: dict[str, str]  # by "group.key", but for the group runtime
-
-
-def read_reports(root: Path) -> Reports:
-    """Read a project's.  Raises UserError that names the stage of one that is missing or damaged."""
-    folder = root / REPORTS
-
-    def text(name: str) -> str:
-        return must_exist(folder / name, stage="train").read_text(encoding="utf-8", errors="replace")
-
-    return Reports(
-        **{name: read_json(folder / f"{name}.json", stage=stage) for name, stage in JSON_REPORTS.items()},
-        curve=parse_rows(text("train.csv"), f"{folder}/train.csv"),
-        norms=parse_rows(text("train_norms.csv"), f"{folder}/train_norms.csv"),
-        samples=parse_samples(text("train_samples.md")),
-        params=flat_params((root / PARAMS_FILE).read_bytes()),
-    )
-
-
-def parse_rows(text: str, name: str) -> list[dict[str, float | None]]:
-    """The rows of a CSV of numbers; None where a field is empty.  (pandas takes longer to import than this page.)
-
-    Raises UserError that names it.
-    """
-    try:
-        if not text.endswith("\n"):
-            raise ValueError("its last line is cut")
-        return [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(text.splitlines())]
-    except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{name} is no table of numbers ({error}): run `dvc repro train`") from None
-
-
-def _number(text: str) -> float | None:
-    number = None if text == "" else float(text)
-    if number is not None and not math.isfinite(number):
-        raise ValueError(f"{text} in it")
-    return number
-
-
 def write_page(root: Path, path: Path) -> None:
     """Write the page of the run in a project's folder.  Raises UserError where a report is of another version."""
     reports = read_reports(root)
@@ -98,6 +56,27 @@ def write_page(root: Path, path: Path) -> None:
         page = render("run.html", run_data(reports), **run_view(reports, find_earlier(root, reports.eval)))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, UndefinedError) as error:
         raise UserError(f"{REPORTS} is not what this version writes ({error!r}): run `dvc repro`") from None
+    with atomic_write(path) as file:
+        file.write(page)
+
+
+def write_live(folder: Path, path: Path, *, running: bool) -> None:
+    """Write the page of a run in a folder of runs/, training or stopped.  Raises UserError as its readers do."""
+    curve, samples = read_curve(folder), read_samples(folder)
+    evaluated = [row for row in curve if row["val_loss"] is not None]
+    best_step = min(evaluated, key=lambda row: row["val_loss"] or 0.0)["step"]
+    view = {"name": folder.name, "running": running, "last": curve[-1], "axes": STEPS[:1]}
+    data = curve_data(curve, read_norms(folder), samples, best_step)
+    page = render("live.html", data, **view, **curve_view(curve, samples, best_step))
+    with atomic_write(path) as file:
+        file.write(page)
+
+
+def attention_page(maps: NDArray[np.float32], tokens: Sequence[str], path: Path) -> None:
+    """Write a page to choose a head and point at a token.  (n_layer, n_head, T, T)"""
+    shares = base64.b64encode((maps * 255).round().astype(np.uint8).tobytes()).decode()
+    data = {"attention": {"tokens": list(tokens), "shape": list(maps.shape), "maps": shares}}
+    page = render("attention.html", data, title="".join(tokens)[:80])
     with atomic_write(path) as file:
         file.write(page)
 
@@ -118,12 +97,13 @@ def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
         "form": lambda v, form: format(v, form),
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    inner = {
-        name: Markup((ASSETS / file).read_text(encoding="utf-8"))
-        for name, file in (("style", "page.css"), ("script", "page.js"))
-    }
+    style, script = (Markup((ASSETS / file).read_text(encoding="utf-8")) for file in ("page.css", "page.js"))
+    needed = library() if "charts" in data else ""
+    inner = {"style": style, "script": script, "library": needed}
     return environment.get_template(template).render(
-        **inner, library=library(), data=Markup(text.replace("<", "\\u003c")), **view
+        **inner,
+        data=Markup(text.replace("<", "\\u003c")),
+        **view,  # no text ends the script
     )
 
 
@@ -143,20 +123,34 @@ def visible(token: str) -> str:
 def run_data(reports: Reports) -> dict[str, Any]:
     """What the script draws."""
     look, train, rows = reports.look, reports.train, reports.look["tokenizer"]["lengths"]
-    return {
-        "charts": charts(len(reports.norms[0]) - 1),
-        "curve": curve_rows(reports.curve, train["best_step"], tokens=train["tokens"], epochs=train["epochs"]),
-        "norms": norm_rows(reports.norms),
+    of_all = {"tokens": train["tokens"], "epochs": train["epochs"]}
+    return curve_data(reports.curve, reports.norms, reports.samples, train["best_step"], **of_all) | {
         "lengths": [{**row, "label": f"{row['bytes']}{'+' * (row is rows[-1])}"} for row in rows],
-        "looks": reports.samples,
         "samples": look["samples"],
         "paragraph": look["tokenizer"]["paragraph"],
         "attention": look["attention"],
     }
 
 
+def curve_data(
+    curve: list[Row], norms: list[Row], samples: list[dict[str, Any]], best_step: float | None, **of_all: float
+) -> dict[str, Any]:
+    """What the script draws of a training: its curve, its norms with the last part first, and its samples."""
+    return {
+        "charts": charts(max(map(len, norms), default=2) - 1),
+        "curve": curve_rows(curve, best_step, **of_all),
+        "norms": [
+            {"step": row["step"], "part": part, "norm": norm}
+            for row in norms
+            for part, norm in reversed(row.items())
+            if part != "step"
+        ],
+        "looks": samples,
+    }
+
+
 def curve_rows(
-    curve: list[dict[str, float | None]], best_step: float | None, *, tokens: int = 0, epochs: float = 0.0
+    curve: list[Row], best_step: float | None = None, *, tokens: float = 0, epochs: float = 0.0
 ) -> list[dict[str, Any]]:
     """The curve with each row's share of all tokens and epochs, and the newest validation loss seen at it."""
     rows, seen, last = list[dict[str, Any]](), None, curve[-1]["step"] or 1
@@ -170,19 +164,10 @@ def curve_rows(
     return rows
 
 
-def norm_rows(norms: list[dict[str, float | None]]) -> list[dict[str, Any]]:
-    """A row for each part at each look, the last part first."""
-    return [
-        {"step": row["step"], "part": part, "norm": norm}
-        for row in norms
-        for part, norm in reversed(row.items())
-        if part != "step"
-    ]
-
-
-def parse_samples(text: str) -> list[dict[str, Any]]:
-    """The "step" and the "text" of each sample in a train_samples.md."""
-    return [{"step": int(step.replace(",", "")), "text": found} for step, _, found in LOOK.findall(text)]
+def curve_view(curve: list[Row], samples: list[dict[str, Any]], best_step: float | None) -> dict[str, Any]:
+    """What curve.html shows."""
+    val_losses = {row["step"]: row["val_loss"] for row in curve if row["val_loss"] is not None}
+    return {"looks": samples, "best_step": best_step, "val_losses": val_losses}
 
 
 def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
@@ -196,10 +181,8 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
         "source": reports.params["download.source"],
         "numbers": numbers(reports, earlier),
         "earlier": earlier,
-        "looks": reports.samples,
         "axes": STEPS,
-        "best_step": reports.train["best_step"],
-        "val_losses": {row["step"]: row["val_loss"] for row in reports.curve if row["val_loss"] is not None},
+        **curve_view(reports.curve, reports.samples, reports.train["best_step"]),
         "removed": [(words, reports.clean[key]) for key, words in CLEANED.items() if reports.clean.get(key)],
         "hf": export.pop("hf", None),
         "gguf": export,
@@ -212,30 +195,23 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
 
 
 def numbers(reports: Reports, earlier: Earlier | None) -> list[dict[str, Any]]:
-    """The three numbers that one decides by, with their error, and what has become of them since."""
-    split, found = reports.eval["split"], reports.eval
-    rows = [
-        ("Validation loss", reports.train["val_loss"], None, ".4f", "nats per token, at its lowest"),
-        (f"Bits per byte, {split}", found["bpb"], found["bpb_error"], ".4f", "comparable between tokenizers"),
-        (f"Perplexity, {split}", found["ppl"], found["ppl_error"], ".2f", "of a token"),
-    ]
-    before: list[tuple[float, float] | None] = [None] * 3
-    if earlier is not None:
-        same_text = all(earlier.eval.get(key) == found[key] for key in ("split", "bytes"))
-        same_tokens = same_text and earlier.eval.get("tokens") == found["tokens"]
-        loss_error = math.hypot(found["loss_error"], earlier.eval.get("loss_error", 0.0))
-        before[0] = (earlier.train["val_loss"], loss_error) if same_tokens else None
-        before[1] = (
-            (earlier.eval["bpb"], math.hypot(found["bpb_error"], earlier.eval["bpb_error"])) if same_text else None
-        )
-        before[2] = (
-            (earlier.eval["ppl"], math.hypot(found["ppl_error"], earlier.eval["ppl_error"])) if same_tokens else None
-        )
-    return [
-        {"name": name, "value": format(value, form), "error": error and format(error, form), "unit": unit}
-        | ({"verdict": verdict(value, *was, form)} if was else {})
-        for (name, value, error, form, unit), was in zip(rows, before, strict=True)
-    ]
+    """The three numbers to decide by, with their errors, and how they differ from those of the run before."""
+    now = reports.eval | {"val_loss": reports.train["val_loss"]}
+    was = earlier.eval if earlier else {}
+    same_text = all(was.get(key) == now[key] for key in ("split", "bytes"))
+    same_tokens = same_text and was["tokens"] == now["tokens"]
+    rows = (
+        ("Validation loss", "val_loss", "loss_error", ".4f", "nats per token, at its lowest", same_tokens),
+        (f"Bits per byte, {now['split']}", "bpb", "bpb_error", ".4f", "comparable between tokenizers", same_text),
+        (f"Perplexity, {now['split']}", "ppl", "ppl_error", ".2f", "of a token", same_tokens),
+    )
+    found = list[dict[str, Any]]()
+    for name, key, error, form, unit, comparable in rows:
+        shown = None if key == "val_loss" else format(now[error], form)
+        found.append({"name": name, "value": format(now[key], form), "error": shown, "unit": unit})
+        if comparable:
+            found[-1]["verdict"] = verdict(now[key], was[key], math.hypot(now[error], was[error]), form)
+    return found
 
 
 def verdict(value: float, before: float, error: float, form: str) -> dict[str, str]:

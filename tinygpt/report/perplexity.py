@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from tinygpt.tokens import TokenIds
 BATCH_TOKENS = 8192  # tokens of one forward pass
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A mean and its standard error, which takes the tokens for independent."""
 
     mean: float
@@ -70,8 +69,7 @@ def token_nll(model: GPT, tokens: TokenIds, *, context: int, stride: int) -> NDA
     nll = np.empty(len(tokens) - 1)
     with progress("evaluate", total=len(nll), unit="tokens") as bar, torch.inference_mode():
         for batch in _equal_batches(windows, per_batch):
-            ids = torch.from_numpy(np.stack([tokens[start:end] for start, _, end in batch]).astype(np.int64))
-            ids = ids.to(device)
+            ids = torch.from_numpy(np.stack([tokens[start:end] for start, _, end in batch]).astype(np.int64)).to(device)
             logits = model(ids[:, :-1]).float()  # (B, T, V)
             losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double().cpu().numpy()  # (B, T)
             for row, (start, first, end) in zip(losses, batch, strict=True):
@@ -82,14 +80,9 @@ def token_nll(model: GPT, tokens: TokenIds, *, context: int, stride: int) -> NDA
 
 def _equal_batches(windows: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
     """Up to `size` consecutive windows of the same length."""
-    batch: list[tuple[int, int, int]] = []
-    for window in windows:
-        if batch and (len(batch) == size or window[2] - window[0] != batch[0][2] - batch[0][0]):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
+    for _, group in groupby(windows, key=lambda window: window[2] - window[0]):
+        equal = [*group]
+        yield from (equal[start : start + size] for start in range(0, len(equal), size))
 
 
 def scored_nll(logprobs: NDArray[np.floating], ids: NDArray[np.integer]) -> NDArray[np.floating]:

@@ -1,31 +1,34 @@
-"""Plots of the training curve, as SVG and PNG whose bytes depend on the numbers alone.
+"""Plots of training curves, tokenizers and attention, as SVG and PNG whose bytes depend on the numbers alone.
 
 Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart by colour-blind people; lines differ in
-style as well.
+style as well.  T tokens.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tinygpt.errors import UserError
-from tinygpt.files import atomic_folder, must_exist
+from tinygpt.files import atomic_folder, atomic_write, must_exist
+from tinygpt.report.charts import run_styles
 from tinygpt.report.config import PlotParams
+from tinygpt.report.reports import Row, read_curve, read_norms
+
+if TYPE_CHECKING:
+    from tinygpt.report.tokenizer import Fit
+    from tinygpt.tokenizer import Tokenizer
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-AGAIN = "run `dvc repro train`"
-COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
+MOST_LABELS = 16  # tokens that can be read at the axes of a small map
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "tinygpt",  # else ids of SVG elements are random
@@ -42,43 +45,19 @@ NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 class Tables(NamedTuple):
     """What training has written down on the way."""
 
-    curve: pd.DataFrame  # COLUMNS, a row for one step or several
+    curve: pd.DataFrame  # a row for one step or several
     norms: pd.DataFrame  # the step of each evaluation, and the norm of each part's gradient
 
 
 def read_tables(reports: Path) -> Tables:
     """train.csv and train_norms.csv.  Raises UserError when one is missing, has other columns, or a row that is cut."""
-    curve, norms = (must_exist(reports / name, stage="train") for name in ("train.csv", "train_norms.csv"))
-    return Tables(parse_curve(curve.read_bytes(), str(curve)), _parse(norms.read_bytes(), str(norms)))
+    norms = must_exist(reports / "train_norms.csv", stage="train").parent
+    return Tables(as_table(read_curve(reports)), as_table(read_norms(norms)))
 
 
-def parse_curve(raw: bytes, name: str) -> pd.DataFrame:
-    """The numbers of a train.csv, with a validation loss at least.  Raises UserError that names it, and the line."""
-    curve = _parse(raw, name, COLUMNS, ["train_loss", "lr"])
-    if curve.val_loss.isna().all():
-        raise UserError(f"{name} has no validation loss: {AGAIN}")
-    return curve
-
-
-def _parse(raw: bytes, name: str, columns: list[str] | None = None, needed: Sequence[str] = ()) -> pd.DataFrame:
-    """A table of numbers, of which some are needed in each row after step 0."""
-    try:
-        with warnings.catch_warnings(action="error"):  # of rows longer than the header
-            table = pd.read_csv(io.BytesIO(raw), index_col=False)
-    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{name} is not a CSV ({error}): {AGAIN}") from None
-    named = ["step", *filter(str.isidentifier, table.columns[1:])]  # as parts of a model are
-    if table.empty or list(table.columns) != (columns or named) or len(named) < 2:
-        shown = ", ".join(columns or ["step", "one for each part"])
-        raise UserError(f"{name} must have the columns {shown}, and a row: {AGAIN}")
-    numbers = table.apply(pd.to_numeric, errors="coerce").astype(float)
-    wrong = (numbers.isna() & table.notna() | np.isinf(numbers)).any(axis=1)  # a text, or beyond all numbers
-    wrong |= numbers.step.isna() | (numbers.step.diff() <= 0)
-    wrong |= numbers[[*needed]].isna().any(axis=1) & (numbers.step > 0)
-    wrong.iloc[-1] |= not raw.endswith(b"\n")
-    if wrong.any():
-        raise UserError(f"{name} is cut or damaged in line {wrong.argmax() + 2}: {AGAIN}")
-    return table
+def as_table(rows: list[Row]) -> pd.DataFrame:
+    """Rows of numbers as pandas has them."""
+    return pd.DataFrame(rows, dtype=float)
 
 
 def write_plots(tables: Tables, folder: Path, params: PlotParams) -> list[str]:
@@ -89,7 +68,7 @@ def write_plots(tables: Tables, folder: Path, params: PlotParams) -> list[str]:
             figure = plot(tables, params)
             for extension in params.formats:
                 names.append(f"{name}.{extension}")
-                figure.savefig(partial / names[-1], dpi=params.dpi, metadata=NO_DATE[extension])
+                save(figure, partial / names[-1], dpi=params.dpi)
     return names
 
 
@@ -98,9 +77,7 @@ def plot_loss(tables: Tables, params: PlotParams) -> Figure:
     curve = tables.curve
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    train = curve.dropna(subset="train_loss")
-    smooth = train.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
-    axes.plot(train.step, smooth, color=BLUE, linewidth=1.2, label="train")
+    axes.plot(*smoothed(curve, params), color=BLUE, linewidth=1.2, label="train")
     val = curve.dropna(subset="val_loss")
     axes.plot(val.step, val.val_loss, "--o", color=VERMILION, markersize=3.5, label="validation")
     best = val.sort_values("val_loss", kind="stable").iloc[0]
@@ -109,6 +86,12 @@ def plot_loss(tables: Tables, params: PlotParams) -> Figure:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training and validation loss")
     axes.legend()
     return figure
+
+
+def smoothed(curve: pd.DataFrame, params: PlotParams) -> tuple[pd.Series, pd.Series]:
+    """Steps, and the training loss as the mean of so many rows around each."""
+    train = curve.dropna(subset="train_loss")
+    return train.step, train.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
 
 
 def plot_optimizer(tables: Tables, params: PlotParams) -> Figure:
@@ -134,7 +117,7 @@ def plot_norms(tables: Tables, params: PlotParams) -> Figure:
     shown = np.maximum(values, low)  # a zero has no logarithm
     image = axes.imshow(shown, aspect="auto", origin="lower", cmap="cividis", norm=LogNorm(low, high))
     every = max(1, len(norms) // 8)
-    axes.set_xticks(range(0, len(norms), every), [f"{step:,}" for step in norms.step[::every]])
+    axes.set_xticks(range(0, len(norms), every), [f"{step:,.0f}" for step in norms.step[::every]])
     axes.set_yticks(range(len(parts)), parts)
     axes.grid(visible=False)
     axes.set(xlabel="step", title="Gradient norm by part")
@@ -154,3 +137,73 @@ FIGURES: dict[str, Callable[[Tables, PlotParams], Figure]] = {
     "optimizer": plot_optimizer,
     "norms": plot_norms,
 }
+
+
+def plot_curves(curves: dict[str, list[Row]], path: Path, params: PlotParams) -> None:
+    """Training and validation loss by step, a colour and style for each experiment."""
+    tables = {name: as_table(rows) for name, rows in curves.items()}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for (name, curve), (colour, style) in zip(tables.items(), run_styles([*tables]), strict=True):
+            drawn = {"color": colour.replace("$ink", "#000000"), "linestyle": style}
+            left.plot(*smoothed(curve, params), linewidth=1.2, **drawn)
+            val = curve.dropna(subset="val_loss")
+            right.plot(
+                val.step, val.val_loss, marker="o", markersize=3.5, label=f"{name}: {val.val_loss.min():.3f}", **drawn
+            )
+        # the first losses, high above all that differs, are left out
+        low = min(curve[["train_loss", "val_loss"]].min().min() for curve in tables.values())
+        high = max(curve.val_loss[curve.step > 0].max() for curve in tables.values())
+        margin = 0.05 * (high - low) or 0.05
+        left.set_ylim(low - margin, high + margin)
+        left.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
+        right.set(xlabel="step", title="Validation loss")
+        figure.legend(loc="outside right upper", title="lowest validation loss", frameon=False)
+        save(figure, path, params.dpi)
+
+
+def plot_attention(maps: NDArray[np.float32], tokens: Sequence[str], path: Path) -> None:
+    """A row of small maps for each layer; darker is more.  (n_layer, n_head, T, T)"""
+    n_layer, n_head = maps.shape[:2]
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": 7}):
+        figure = Figure(figsize=(1.2 + 1.8 * n_head, 0.6 + 1.8 * n_layer), layout="constrained")
+        axes = figure.subplots(n_layer, n_head, squeeze=False, sharex=True, sharey=True)
+        for (layer, head), axis in np.ndenumerate(axes):
+            image = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(f"layer {layer}, head {head}", fontsize=7)
+            if len(tokens) <= MOST_LABELS:
+                axis.set_xticks(range(len(tokens)), tokens, rotation=90)
+                axis.set_yticks(range(len(tokens)), tokens)
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+                axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        figure.supxlabel("token that is looked at")
+        figure.supylabel("token that looks")
+        figure.colorbar(image, ax=axes, shrink=0.6, label="weight")
+        save(figure, path)
+
+
+def plot_fit(fits: Mapping[str, tuple[Tokenizer, Fit]], path: Path) -> None:
+    """How often tokens occur, by rank, and how many bytes of the text are in tokens of which length."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for (name, (tokenizer, fit)), color, style in zip(
+            fits.items(), (BLUE, VERMILION, GREEN), ("-", "--", ":"), strict=False
+        ):
+            used = np.sort(fit.counts[fit.counts > 0])[::-1]
+            left.plot(np.arange(1, len(used) + 1), used, style, color=color, label=name)
+            sizes = np.array(tokenizer.token_bytes)
+            share = np.bincount(sizes, weights=fit.counts * sizes) / fit.n_bytes
+            right.plot(np.arange(1, len(share)), share[1:], style, color=color, marker="o", markersize=3, label=name)
+        left.set(xscale="log", yscale="log", xlabel="token, by rank", ylabel="occurrences", title="How often")
+        right.set(xlabel="bytes of a token", ylabel="share of the text", title="How long", xlim=(0, 20.5))
+        left.legend()
+        save(figure, path)
+
+
+def save(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a figure, whole or not at all; the file's name says whether it is SVG or PNG."""
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=dpi, metadata=NO_DATE[path.suffix[1:]])

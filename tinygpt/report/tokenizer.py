@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tinygpt.corpus.folders import iter_texts
 from tinygpt.encode import BulkEncoder
-from tinygpt.files import atomic_write
-from tinygpt.report.plots import BLUE, GREEN, NO_DATE, STYLE, VERMILION
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.pretokenize import iter_blocks
+from tinygpt.tokens import TokenIds
+
+N_LONGEST = 24  # tokens
+N_PARAGRAPH = 120  # tokens
+LONGEST_SHOWN = 16  # bytes of a token from where on lengths are counted together
+MOST_COUNTED = 10_000_000  # tokens of a text
 
 
 @dataclass
@@ -67,21 +70,39 @@ def fit_table(fits: Mapping[tuple[str, str], Fit]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plot_fit(fits: Mapping[str, tuple[Tokenizer, Fit]], path: Path) -> None:
-    """How often tokens occur, by rank, and how many bytes of the text are in tokens of which length."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for (name, (tokenizer, fit)), color, style in zip(
-            fits.items(), (BLUE, VERMILION, GREEN), ("-", "--", ":"), strict=False
-        ):
-            used = np.sort(fit.counts[fit.counts > 0])[::-1]
-            left.plot(np.arange(1, len(used) + 1), used, style, color=color, label=name)
-            sizes = np.array(tokenizer.token_bytes)
-            share = np.bincount(sizes, weights=fit.counts * sizes) / fit.n_bytes
-            right.plot(np.arange(1, len(share)), share[1:], style, color=color, marker="o", markersize=3, label=name)
-        left.set(xscale="log", yscale="log", xlabel="token, by rank", ylabel="occurrences", title="How often")
-        right.set(xlabel="bytes of a token", ylabel="share of the text", title="How long", xlim=(0, 20.5))
-        left.legend()
-        with atomic_write(path, "wb") as file:
-            figure.savefig(file, format=path.suffix[1:], dpi=120, metadata=NO_DATE[path.suffix[1:]])
+def vocabulary(tokenizer: Tokenizer, tokens: TokenIds) -> dict[str, Any]:
+    """How long tokens are: of the vocabulary the longest, of the text the share that tokens of each length make up."""
+    counts = np.bincount(tokens[:MOST_COUNTED], minlength=tokenizer.vocab_size)
+    sizes = np.array(tokenizer.token_bytes)
+    in_text = np.bincount(np.minimum(sizes, LONGEST_SHOWN), weights=counts * sizes, minlength=LONGEST_SHOWN + 1)
+    of_all = np.bincount(np.minimum(sizes, LONGEST_SHOWN), minlength=LONGEST_SHOWN + 1)
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "used": float((counts[sizes > 0] > 0).mean()),
+        "longest": [raw.decode("utf-8", errors="replace") for raw in longest_tokens(tokenizer, N_LONGEST)],
+        "lengths": [
+            {"bytes": n, "tokens": int(of_all[n]), "share": round(float(in_text[n] / max(1.0, in_text.sum())), 4)}
+            for n in range(1, LONGEST_SHOWN + 1)
+        ],
+    }
+
+
+def paragraph(tokenizer: Tokenizer, tokens: TokenIds) -> list[str]:
+    """The first tokens of a text, as pieces; of a character that several make up the last one has all of it."""
+    pieces, held = list[str](), b""
+    for id in tokens[: N_PARAGRAPH + 1]:
+        if id in tokenizer.border_ids:
+            continue
+        held += tokenizer.decode_bytes([int(id)])
+        text = held.decode("utf-8", errors="replace")
+        if not text.endswith("\ufffd"):
+            pieces.append(text)
+            held = b""
+    return pieces
+
+
+def longest_tokens(tokenizer: Tokenizer, n: int) -> list[bytes]:
+    """The n tokens of most bytes, special ones left out."""
+    special = set(tokenizer.special_tokens.values())
+    tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size) if i not in special]
+    return sorted(tokens, key=lambda raw: (-len(raw), raw))[:n]

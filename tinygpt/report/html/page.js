@@ -71,7 +71,7 @@ function drawAll() {
   });
 }
 
-for (const id of ["x", "smooth", "logx", "logy"]) {
+for (const id of data.charts ? ["x", "smooth", "logx", "logy"] : []) {
   pick(id).addEventListener("input", () => {
     pick("smoothed").textContent = pick("smooth").value;
     drawAll();
@@ -206,14 +206,16 @@ function showHeads() {
   pick("heads").style.gridTemplateColumns = `repeat(${nHead}, max-content)`;
   const spans = data.attention.tokens.map((token) => tokenSpan(token, 0));
   let looking = n - 1;
+  const say = (head, from, to) => {
+    pick("headname").textContent =
+      `Layer ${Math.floor(head / nHead)}, head ${head % nHead}: ${visible(data.attention.tokens[from])} looks at ` +
+      `${visible(data.attention.tokens[to])} with ${percent(attends(head, from, to))}`;
+  };
   const show = (at) => {
     looking = at;
-    spans.forEach((span, to) => span.style.setProperty("--share", to <= at ? attends(headAt, at, to).toFixed(3) : 0));
     const most = spans.map((_, to) => (to <= at ? attends(headAt, at, to) : 0));
-    const to = most.indexOf(Math.max(...most));
-    pick("headname").textContent =
-      `Layer ${Math.floor(headAt / nHead)}, head ${headAt % nHead}: ${visible(data.attention.tokens[at])} looks at ` +
-      `${visible(data.attention.tokens[to])} with ${percent(most[to])}`;
+    spans.forEach((span, to) => span.style.setProperty("--share", most[to].toFixed(3)));
+    say(headAt, at, most.indexOf(Math.max(...most)));
   };
   for (let head = 0; head < nLayer * nHead; head++) {
     const button = element("button");
@@ -224,6 +226,11 @@ function showHeads() {
       headAt = head;
       for (const other of pick("heads").children) other.setAttribute("aria-pressed", String(other === button));
       show(looking);
+    };
+    button.onpointermove = (event) => {
+      const box = button.firstChild.getBoundingClientRect();
+      const [to, from] = [(event.clientX - box.x) / box.width, (event.clientY - box.y) / box.height].map((at) => Math.floor(at * n));
+      if (0 <= to && to <= from && from < n) say(head, from, to);
     };
     button.setAttribute("aria-pressed", String(head === 0));
     pick("heads").append(button);

@@ -1,4 +1,4 @@
-"""Which models other programs can run: a family is a kind of model that one of them knows.
+"""Which models other programs can run: a family is a kind of model that one of them knows. Here are those of llama.cpp.
 
 Its switches say which models belong to it, its layout how the program wants their tensors. What no family covers is
 refused before training, with the smallest change that would work. A model whose tokens see only a window goes to a
@@ -9,9 +9,8 @@ there the two are the same.
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from tinygpt.errors import UserError
@@ -35,7 +34,7 @@ class Layout:
     """How one program wants the tensors: what differs from tinygpt's own state dict."""
 
     names: Mapping[str, str]  # our module to theirs, {i} stands for the block; only modules that the models have
-    zero_bias: Mapping[str, tuple[str, ...]]  # model.bias -> modules with a bias there: zeros where we have none
+    zero_bias: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model.bias -> modules that have one there
     untied: bool = False  # a tied head is written once more
     fused_qkv: bool = False  # q_proj, k_proj and v_proj are one matrix, rows in this order, named like q_proj
     adjacent_rope: bool = False  # rotation pairs are next to each other in a head, not half a head apart
@@ -82,6 +81,14 @@ def switches(position: str, norm: str, *mlps: str, **others: tuple[Any, ...]) ->
     return plain | others
 
 
+# What two programs cover alike. Cohere's rotates where a window is, so it must be in all layers.
+STABLELM = switches(
+    "rope", "layernorm", "swiglu", parallel_block=(False, True), qk_norm=(False, True), bias=("none", "qkv")
+)
+COHERE2 = STABLELM | {"parallel_block": (True,), "qk_norm": (False,), "tie_weights": (True,), "window": (ALL,)}
+QWEN3 = switches("rope", "rmsnorm", "swiglu", qk_norm=(True,), bias=("none", "qkv"), head_dim=ANY_HEAD_DIM)
+
+
 def switches_of(config: ModelParams) -> dict[str, Any]:
     """What decides the family of a model."""
     return {name: getattr(config, name) for name in (*CORE, "bias", "tie_weights")} | {
@@ -96,7 +103,7 @@ def find_family(families: Sequence[AnyFamily], config: ModelParams) -> tuple[Any
     in_window = min(config.block_size, config.window or config.block_size)  # so long, a token sees all before it
     for window, n_ctx in ((found["window"], config.block_size), (FULL, in_window)):
         for family in families:
-            if not _misfit(found | {"window": window}, family.switches):
+            if not misfit(found | {"window": window}, family.switches):
                 return family, n_ctx
     return None
 
@@ -115,7 +122,7 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
     for target in targets:
         alternatives = [_common(a, family.switches) for a in alternatives for family in target.families]
         alternatives = [a for a in alternatives if all(a.values())]
-    misfits = sorted((_misfit(found, a) for a in alternatives), key=len)
+    misfits = sorted((misfit(found, a) for a in alternatives), key=len)
     smallest = [m for i, m in enumerate(misfits) if not any(known.keys() <= m.keys() for known in misfits[:i])]
     advice = [_settings(misfit) for misfit in smallest[:N_ADVICE]]
     lacking = [target for target in targets if find_family(target.families, config) is None]
@@ -135,33 +142,109 @@ def check_vocabulary(config: GPTConfig, vocab_size: int) -> None:
         )
 
 
-def coverage_table(*targets: Target) -> str:
-    """The combinations of CORE that can be exported, as a Markdown table."""
-    columns = [f"{target.name} (bias)" for target in targets]
-    rows = [[*(f"`{key}`" for key in CORE), *columns], ["---"] * (len(CORE) + len(targets))]
-    for values in product(*CORE.values()):
-        cells = [_cell(target, dict(zip(CORE, values, strict=True))) for target in targets]
-        if any(cells):
-            rows.append([*map(yaml_text, values), *(cell or "–" for cell in cells)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def _cell(target: Target, core: Mapping[str, Any]) -> str:
-    """The families of a combination, with the biases that they allow."""
-    found = [family for family in target.families if not _misfit({**core, "window": FULL}, family.switches)]
-    return ", ".join(f"`{family.name}` ({', '.join(family.switches['bias'])})" for family in found)
-
-
 def _common(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """The values that both allow, for all switches of `other`; windows do not count, as each has its way with them."""
     keys = [key for key in other if key != "window"]
     return {key: tuple(value for value in other[key] if value in one.get(key, other[key])) for key in keys}
 
 
-def _misfit(found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+def misfit(found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """The switches in which a model differs from what is allowed, with that."""
     return {key: values for key, values in allowed.items() if key in found and found[key] not in values}
 
 
 def _settings(changes: Mapping[str, tuple[Any, ...]]) -> str:
     return " and ".join(f"model.{key}={'|'.join(map(yaml_text, allowed))}" for key, allowed in changes.items())
+
+
+# The architectures of llama.cpp (https://github.com/ggml-org/llama.cpp, src/models/)
+GGUF_NAMES = {
+    "tok_emb": "token_embd",
+    "pos_emb": "position_embd",
+    "blocks.{i}.attn_norm": "blk.{i}.attn_norm",
+    "blocks.{i}.attn.q_proj": "blk.{i}.attn_q",
+    "blocks.{i}.attn.k_proj": "blk.{i}.attn_k",
+    "blocks.{i}.attn.v_proj": "blk.{i}.attn_v",
+    "blocks.{i}.attn.o_proj": "blk.{i}.attn_output",
+    "blocks.{i}.attn.q_norm": "blk.{i}.attn_q_norm",
+    "blocks.{i}.attn.k_norm": "blk.{i}.attn_k_norm",
+    "blocks.{i}.attn.sinks": "blk.{i}.attn_sinks",
+    "blocks.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "blocks.{i}.mlp.gate_proj": "blk.{i}.ffn_gate",
+    "blocks.{i}.mlp.up_proj": "blk.{i}.ffn_up",
+    "blocks.{i}.mlp.down_proj": "blk.{i}.ffn_down",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
+FUSED_GGUF_NAMES = GGUF_NAMES | {"blocks.{i}.attn.q_proj": "blk.{i}.attn_qkv"}
+
+BIASED = (*NORM_MODULES, "o_proj", "up_proj", "down_proj")  # by model.bias=all and not by qkv, without a gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFFamily(Family):
+    """`keys` makes the entries, without the architecture's name before them, that not all architectures have."""
+
+    keys: Callable[[ModelParams], Mapping[str, Any]] = lambda config: {}
+
+
+def _window_keys(config: ModelParams) -> dict[str, Any]:
+    return {
+        "logit_scale": 1.0,
+        "attention.sliding_window": config.window,
+        "attention.sliding_window_pattern": [config.window_of(i) is not None for i in range(config.n_layer)],
+    }
+
+
+PLAIN_LAYOUT, LLAMA_LAYOUT = Layout(names=GGUF_NAMES), Layout(names=GGUF_NAMES, adjacent_rope=True)
+
+GGUF_FAMILIES = (
+    GGUFFamily(
+        name="gpt2",
+        switches=switches("learned", "layernorm", "gelu"),
+        layout=Layout(names=FUSED_GGUF_NAMES, zero_bias={"none": (*BIASED, *QKV), "qkv": BIASED}, fused_qkv=True),
+    ),
+    GGUFFamily(
+        name="starcoder2",
+        switches=switches("rope", "layernorm", "gelu"),
+        layout=Layout(names=GGUF_NAMES, zero_bias={"none": BIASED, "qkv": BIASED}),
+    ),
+    GGUFFamily(
+        name="phi2",
+        switches=switches("rope", "layernorm", "gelu", parallel_block=(True,)),
+        layout=Layout(
+            names=GGUF_NAMES,
+            zero_bias=dict.fromkeys(("none", "qkv"), (*BIASED, "lm_head")) | {"all": ("lm_head",)},
+            untied=True,
+        ),
+    ),
+    GGUFFamily(
+        name="stablelm",
+        switches=STABLELM,
+        layout=Layout(
+            names=GGUF_NAMES, zero_bias=dict.fromkeys(("none", "qkv"), NORM_MODULES), untied=True, head_norms="stacked"
+        ),
+    ),
+    GGUFFamily(name="cohere2", switches=COHERE2, layout=LLAMA_LAYOUT, keys=_window_keys),
+    GGUFFamily(
+        name="llama", switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM), layout=LLAMA_LAYOUT
+    ),
+    GGUFFamily(
+        name="granite_swa",
+        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, window=(ALL, MIXED)),
+        layout=Layout(names=GGUF_NAMES, adjacent_rope=True, sinks=True),
+        keys=_window_keys,
+    ),
+    GGUFFamily(name="qwen3", switches=QWEN3, layout=PLAIN_LAYOUT),
+    GGUFFamily(
+        name="plamo",
+        switches=switches("rope", "rmsnorm", "swiglu", parallel_block=(True,), bias=("none", "qkv")),
+        layout=Layout(names=GGUF_NAMES, untied=True),
+    ),
+    GGUFFamily(
+        name="arcee",
+        switches=switches("rope", "rmsnorm", "relu2", bias=("none", "qkv"), head_dim=ANY_HEAD_DIM),
+        layout=LLAMA_LAYOUT,
+    ),
+)
+LLAMA_CPP = Target("llama.cpp", GGUF_FAMILIES, "export.gguf=[]")

@@ -1,4 +1,4 @@
-"""The folder data/base: a model and its tokenizer to go on from, the params that fit them, and adapters of it."""
+"""Folders with a model and its tokenizer: those of transformers too, data/base, and adapters of it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,75 @@ from torch import Tensor
 from tinygpt.errors import UserError
 from tinygpt.export.card import TRAINING_FILE, read_training
 from tinygpt.export.config import ExportParams
-from tinygpt.export.gguf import export_gguf_adapter
-from tinygpt.export.hf import PEFT_FILE, export_peft
-from tinygpt.files import atomic_folder, atomic_write, human_bytes, must_exist, sha256_file
+from tinygpt.export.hf import PEFT_FILE, export_peft, read_hf
+from tinygpt.files import atomic_folder, atomic_write, human_bytes, must_exist, read_json, sha256_file
 from tinygpt.model.config import GPTConfig, config_fields
+from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import trained_tensors
-from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, read_fitting, save_model
-from tinygpt.paths import BASE, TOKENIZER_FILE
+from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, fill, load_pair, read_fitting, save_model, unset_model
+from tinygpt.paths import BASE, MODEL, TOKENIZER_FILE
 from tinygpt.run.memory import build_trained
-from tinygpt.tokenizer import Tokenizer
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
+FOLDER = "a folder with config.json and model.safetensors, of ours or of transformers"
 PRESET_FILE = "preset.yaml"
 ADAPTER_FILE = "adapter.safetensors"
 FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, PRESET_FILE, "README.md"}  # that a base replaces
+
+
+def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple[GPT, Tokenizer]:
+    """Read a model, in eval mode, and its tokenizer: `model, tokenizer = open_model("data/model")`.
+
+    The folder is one of ours, or of transformers where its config.json names a class of theirs. Without `tokenizer` a
+    model of ours has it in its folder, or in `tokenizer` next to it. Raises UserError with what is wrong with
+    the files.
+    """
+    folder = must_be_there(Path(folder), stage="train")
+    if not (folder / CONFIG_FILE).exists():
+        found = sorted(folder.glob("*.gguf"))
+        example = f", such as {found[0]}" if found else ""
+        raise UserError(f"{folder} is not a model: name {FOLDER}, or a .gguf file{example}")
+    if "model_type" in read_json(folder / CONFIG_FILE, stage="train"):
+        if tokenizer is not None:
+            raise UserError(f"{folder} has its own tokenizer, as transformers saves it: leave {tokenizer} out")
+        config, tensors, found_tokenizer = read_hf_pair(folder)
+        return fill(unset_model(config), tensors), found_tokenizer
+    must_be_there(folder / WEIGHTS_FILE, stage="train")
+    if tokenizer is not None:
+        must_be_there(Path(tokenizer), stage="train_tokenizer", wanted="a folder with tokenizer.json")
+    return load_pair(folder, tokenizer or tokenizer_of(folder))
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """Where a model has its tokenizer: in its folder, or in `tokenizer` next to it."""
+    return folder if (folder / TOKENIZER_FILE).exists() else folder.parent / "tokenizer"
+
+
+def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    """The config, the tensors and the tokenizer of a folder of transformers.
+
+    Raises UserError with what is wrong with it.
+    """
+    config, tensors = read_hf(folder)
+    if not (folder / TOKENIZER_FILE).exists():
+        raise UserError(f"{folder / TOKENIZER_FILE} not found: only byte-level BPE in that form can be taken")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{folder}: the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: "
+            "name two that belong together"
+        )
+    return config, tensors, tokenizer
+
+
+def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
+    """The path.  Raises UserError where nothing is there; only what is in data/ is made by a stage."""
+    if path.parts[:1] == MODEL.parts[:1]:
+        return must_exist(path, stage=stage)
+    if not path.exists():
+        raise UserError(f"{path} not found: name {wanted}")
+    return path
 
 
 def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
@@ -100,6 +155,8 @@ def export_adapters(
             f"{base_dir} is not the model that these adapters were trained on: put that one back, or run `dvc repro "
             "train` to train adapters of this one"
         )
+    from tinygpt.export.gguf import export_gguf_adapter  # here, as what opens a model need not wait for it
+
     lora = dataclasses.asdict(training.lora)
     with torch.device("meta"):
         expected = trained_tensors(build_trained(config, training.lora))

@@ -1,0 +1,179 @@
+"""What the stages have written of a run, read and checked, and what git keeps of the run before."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinygpt.errors import UserError
+from tinygpt.files import must_exist, read_json
+from tinygpt.params import PARAMS_FILE, flat_params
+from tinygpt.paths import REPORTS
+from tinygpt.yaml12 import load_yaml
+
+COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
+AGAIN = "run `dvc repro train`"
+LOOK = re.compile(r"^## Step ([\d,]+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
+JSON_REPORTS = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "look": "evaluate"}
+MOST_COMMITS = 20  # that are read
+
+Row = dict[str, float | None]
+
+
+class Reports(NamedTuple):
+    """What the stages have written."""
+
+    clean: dict[str, Any]
+    train: dict[str, Any]
+    eval: dict[str, Any]
+    export: dict[str, Any]
+    look: dict[str, Any]
+    curve: list[Row]
+    norms: list[Row]
+    samples: list[dict[str, Any]]  # "step" and "text" of those written at each evaluation
+    params: dict[str, str]  # by "group.key", but for the group runtime
+
+
+def read_reports(root: Path) -> Reports:
+    """Read a project's.  Raises UserError that names the stage of one that is missing or damaged."""
+    folder = root / REPORTS
+    for name in ("train_norms.csv", "train_samples.md"):
+        must_exist(folder / name, stage="train")
+    return Reports(
+        **{name: read_json(folder / f"{name}.json", stage=stage) for name, stage in JSON_REPORTS.items()},
+        curve=read_curve(folder),
+        norms=read_norms(folder),
+        samples=read_samples(folder),
+        params=flat_params((root / PARAMS_FILE).read_bytes()),
+    )
+
+
+def read_curve(folder: Path) -> list[Row]:
+    """The curve of a run, in reports or in its folder of runs/.  Raises UserError, also before its first evaluation."""
+    path = must_exist(folder / "train.csv", stage="train")
+    return parse_curve(_text(path), str(path))
+
+
+def read_norms(folder: Path) -> list[Row]:
+    """The norm of each part's gradient, by the step of each evaluation; empty before the first one."""
+    path = folder / "train_norms.csv"
+    return parse_rows(_text(path), str(path)) if path.exists() else []
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The "step" and the "text" of the sample of each evaluation; empty before the first one."""
+    path = folder / "train_samples.md"
+    found = LOOK.findall(_text(path)) if path.exists() else []
+    return [{"step": int(step.replace(",", "")), "text": text} for step, _, text in found]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def parse_curve(text: str, name: str) -> list[Row]:
+    """The rows of a train.csv, with a validation loss at least.  Raises UserError that names it, and the line."""
+    rows = parse_rows(text, name, COLUMNS, ["train_loss", "lr"])
+    if all(row["val_loss"] is None for row in rows):
+        raise UserError(f"{name} has no validation loss: {AGAIN}")
+    return rows
+
+
+def parse_rows(text: str, name: str, columns: Sequence[str] = (), needed: Sequence[str] = ()) -> list[Row]:
+    """The rows of a CSV of numbers, None where a field is empty.  (pandas takes longer to import than the page.)
+
+    Without columns they are "step" and the parts of a model. Some are needed in each row after step 0.
+    """
+    header, *lines = text.split("\n")
+    found = header.split(",")
+    parts = ["step", *dict.fromkeys(filter(str.isidentifier, found[1:]))]
+    if len(lines) < 2 or found != [*(columns or parts)] or len(parts) < 2:
+        shown = ", ".join(columns or ["step", "one for each part"])
+        raise UserError(f"{name} must have the columns {shown}, and a row: {AGAIN}")
+    rows, step = list[Row](), -math.inf
+    try:
+        for line in lines[:-1]:
+            rows.append(_row(line, found, step, needed))
+            step = rows[-1]["step"] or 0.0
+        if lines[-1]:
+            raise ValueError("its last line is cut")
+    except ValueError:
+        raise UserError(f"{name} is cut or damaged in line {len(rows) + 2}: {AGAIN}") from None
+    return rows
+
+
+def _row(line: str, columns: Sequence[str], before: float, needed: Sequence[str]) -> Row:
+    """One row.  Raises ValueError unless it holds numbers and its step comes after the one before."""
+    fields = line.split(",")
+    if len(fields) > len(columns):
+        raise ValueError("too many fields")
+    row: Row = {name: float(field) if field else None for name, field in zip_longest(columns, fields)}
+    step = row["step"]
+    if step is None or step <= before or not all(math.isfinite(value) for value in row.values() if value is not None):
+        raise ValueError("no step after the one before, or a number that is not finite")
+    if step > 0 and any(row[name] is None for name in needed):
+        raise ValueError("a number is missing")
+    return row
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a commit has of its run."""
+
+    commit: str
+    eval: dict[str, Any]  # as reports/eval.json, with the val_loss of training
+    params: str  # the text of params.yaml
+
+
+def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
+    """The run before: the newest commit whose evaluation is another than that of the run at hand.
+
+    So it stays the same when the run at hand is committed. None where no commit has one in this version's form, or
+    without git.
+    """
+    metrics = f"{REPORTS.as_posix()}/metrics"  # in git, as the whole reports are not
+    commits = _git(root, "log", "--format=%H", f"-n{MOST_COMMITS}", "--", f"{metrics}/eval.json")
+    for commit in commits.split():
+        try:
+            texts = (_git(root, "show", f"{commit}:./{metrics}/{name}.json") for name in ("eval", "train"))
+            found, train = map(json.loads, texts)
+            if found["eval_loss"] == evaluation["loss"]:
+                continue
+            params = _git(root, "show", f"{commit}:./{PARAMS_FILE}")
+            split = load_yaml(params.encode())["evaluate"]["split"]
+            of_train = {"split": split, "val_loss": float(train["val_loss"])}
+            return Earlier(commit[:9], of_train | _whole(found), params)
+        except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
+            continue
+    return None
+
+
+def _whole(found: dict[str, Any]) -> dict[str, Any]:
+    """What reports/eval.json had, of which git keeps these metrics: all that is in proportion to the loss."""
+    loss, bpb, error, ppl, tokens = (found[name] for name in ("eval_loss", "bpb", "bpb_error", "ppl", "eval_tokens"))
+    loss_error = error * loss / bpb
+    return {
+        "loss_error": loss_error,
+        "ppl": ppl,
+        "ppl_error": ppl * loss_error,
+        "bpb": bpb,
+        "bpb_error": error,
+        "tokens": tokens,
+        "bytes": round(loss / math.log(2) * tokens / bpb),
+    }
+
+
+def _git(root: Path, *command: str) -> str:
+    """What git prints; nothing where it fails, or is not there."""
+    try:
+        done = subprocess.run(["git", *command], cwd=root, capture_output=True, check=True)
+        return done.stdout.decode("utf-8", errors="replace")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
