@@ -1,4 +1,4 @@
-"""Messages to a prompt: by the chat template that comes with a tokenizer, or by a plain one."""
+"""The messages of a chat, read and made a prompt: by the chat template that comes with a tokenizer, or a plain one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
 from tinygpt.options import checked
+from tinygpt.params import ParamsError, from_mapping
 from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
 
@@ -23,6 +24,35 @@ CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
 MOST_SECONDS = 5.0  # for a template, which takes a thousandth of it; the first one also starts Python
 PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is taken of a message in OpenAI's form: tools and pictures are not."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+def read_messages(value: Any) -> list[dict[str, str]]:
+    """Roles and texts.  Raises ParamsError where a message has more."""
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        raise ParamsError(["messages must be a list of objects with role and content"])
+    found = []
+    for i, each in enumerate(value):
+        given = {key: said for key, said in each.items() if key != "name" and said} | {"content": text_of(each)}
+        found.append(vars(from_mapping(Message, given, prefix=f"messages[{i}].")))
+    return found
+
+
+def text_of(message: dict[str, Any]) -> Any:
+    """The content of a message; as one text where it is a list of texts."""
+    content = message.get("content") or ""
+    if not isinstance(content, list):
+        return content
+    told = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [text for text in told if isinstance(text, str)]
+    return "".join(texts) if len(texts) == len(content) else content
 
 
 @dataclass(frozen=True)
