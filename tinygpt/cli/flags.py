@@ -71,18 +71,22 @@ class EngineOptions(DeviceOptions):
         """Where the model is.  Raises UserError where the run has none, or there are several of that name."""
         if self.run is not None:
             require((self.model is None, f"--run and --model={self.model} both name a model: give one of them"))
-            return run_model(self.run)
+            return find_run(None if self.run == "newest" else self.run, "model/model.safetensors") / "model"
         return self.model or (GGUF if self.engine == "llama.cpp" else paths.MODEL)
 
 
-def run_model(name: str) -> Path:
-    """The model folder of the run whose folder's name begins so, or of that which wrote last."""
-    found = sorted(runs_folder().glob("*/model/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    named = found[-1:] if name == "newest" else [path for path in found if path.parts[-3].startswith(name)]
+def find_run(name: str | None, file: str) -> Path:
+    """The folder in runs/ that has this file and whose name begins so, or of all these the one that wrote last.
+
+    Raises UserError unless it is one.
+    """
+    files = sorted(runs_folder().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    there = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
+    named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]
     if len(named) != 1:
-        there = ", ".join(path.parts[-3] for path in reversed(found)) or "none has a checkpoint"
-        raise UserError(f"--run={name} names {len(named)} runs with a checkpoint of all weights: take one of {there}")
-    return named[0].parent
+        names = ", ".join(folder.name for folder in reversed(there)) or "none, before a training has written it"
+        raise UserError(f"{len(named)} runs with {file} are called {name or 'anything'}: take one of {names}")
+    return named[0]
 
 
 @dataclass(frozen=True, kw_only=True)

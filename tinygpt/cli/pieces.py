@@ -1,4 +1,7 @@
-"""`python -m tinygpt encode`, `decode`, `tokenizer-report`: the pieces into which a tokenizer cuts a text."""
+"""`python -m tinygpt encode`, `decode`, `tokenizer-report`, `attention`: a text as the tokenizer and the model see it.
+
+`encode` answers at once: what others import is imported where they need it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def decode(args: Namespace) -> None:
 def tokenizer_report(args: Namespace) -> None:
     """Print the table and the longest tokens, write the plot."""
     from tinygpt.corpus.folders import SPLITS, split_file
-    from tinygpt.report.tokenizer import fit_file, fit_table, plot_fit  # encode is there at once
+    from tinygpt.report.tokenizer import fit_file, fit_table, plot_fit
     from tinygpt.report.vocabulary import longest_tokens
 
     check_picture(args.plot)
@@ -61,6 +64,25 @@ def tokenizer_report(args: Namespace) -> None:
         print(f"\nlongest of {name}: " + "  ".join(visible(raw) for raw in longest_tokens(tokenizer, N_LONGEST)))
     plot_fit({name: (tokenizer, fits[name, "train"]) for name, tokenizer in tokenizers.items()}, args.plot)
     print(f"\n{args.plot} shows how often and how long tokens are")
+
+
+def attention(args: Namespace) -> None:
+    """Draw where each head of the model attends to, as a picture and a page."""
+    from tinygpt.model.attention_maps import attention_maps
+    from tinygpt.model.weights import load_pair
+    from tinygpt.report.attention_maps import attention_page, plot_attention
+
+    check_picture(args.plot)
+    model, tokenizer = load_pair(args.model, args.tokenizer)
+    ids = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))]
+    if len(ids) > model.config.block_size:
+        raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")
+    tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
+    maps = attention_maps(model, ids)
+    plot_attention(maps, tokens, args.plot)
+    page = args.plot.with_suffix(".html")
+    attention_page(maps, tokens, page)
+    print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")
 
 
 def visible(raw: bytes) -> str:
