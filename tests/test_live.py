@@ -19,7 +19,7 @@ from test_train import PARAMS, train
 from tinygpt.errors import UserError
 from tinygpt.progress import shortened
 from tinygpt.report.live import write_live
-from tinygpt.run.name import keep_name, name_of, read_name
+from tinygpt.run.folder import keep_name, name_of, read_name
 from tinygpt.train.trainer import Trainer
 
 SEEN = ("train.csv", "train_norms.csv", "train_samples.md")

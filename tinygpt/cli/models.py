@@ -23,8 +23,17 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.parts import parts_of
 from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.params import load_params
-from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second
-from tinygpt.run.memory import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
+from tinygpt.run.costs import (
+    LESS_MEMORY,
+    available_memory,
+    build_trained,
+    find_micro_batch_size,
+    flops_per_token,
+    halves,
+    memory_of,
+    peak_flops,
+    tokens_per_second,
+)
 from tinygpt.runtime import RuntimeParams
 from tinygpt.serve.limits import Limits
 from tinygpt.tokenizer import load_tokenizer

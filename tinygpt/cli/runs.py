@@ -34,8 +34,7 @@ from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_exp
 from tinygpt.report.comparison import write_comparison
 from tinygpt.report.config import PlotParams
 from tinygpt.report.live import read_curve, read_samples, write_live
-from tinygpt.run.name import read_name
-from tinygpt.run.state import STATE_FILE, read_plan, read_state
+from tinygpt.run.folder import STATE_FILE, read_name, read_plan, read_state
 
 NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
 SHORT = 8  # letters of a fingerprint that are shown

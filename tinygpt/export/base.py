@@ -23,7 +23,7 @@ from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.lora import trained_tensors
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, read_fitting, save_model
 from tinygpt.paths import BASE, TOKENIZER_FILE
-from tinygpt.run.memory import build_trained
+from tinygpt.run.costs import build_trained
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 

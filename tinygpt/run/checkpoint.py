@@ -35,7 +35,7 @@ from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
-from tinygpt.run.state import Plan, read_state, write_plan, write_state
+from tinygpt.run.folder import Plan, read_state, write_plan, write_state
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.optim import OPTIMIZERS

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tinygpt.errors import UserError, printable
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
-from tinygpt.run.name import read_name
+from tinygpt.run.folder import read_name
 from tinygpt.train.config import TrainParams
 from tinygpt.train.trainer import TrainState
 

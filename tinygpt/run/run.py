@@ -22,9 +22,9 @@ from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from tinygpt.progress import progress as progress_bar
 from tinygpt.progress import shortened
 from tinygpt.run.checkpoint import Checkpoints
+from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
+from tinygpt.run.folder import keep_name
 from tinygpt.run.loggers import Loggers
-from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
-from tinygpt.run.name import keep_name
 from tinygpt.run.processes import Interrupts
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
