@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +16,12 @@ from typing import Any, NamedTuple
 from tinygpt.cli.engine import Engine, open_engine, read_engine
 from tinygpt.cli.flags import given, named_as_flags, nearest, read_settings
 from tinygpt.cli.generate import open_output, say
-from tinygpt.cli.input import lines_of_chat, raise_some
+from tinygpt.cli.input import lines_of_chat
 from tinygpt.errors import UserError, answer_to, printable
 from tinygpt.files import atomic_write
 from tinygpt.generate import Search
 from tinygpt.options import Settings, make_settings, seed_after, setting_options, together
-
-
-class Leave(Exception):
-    """The user wants to go."""
+from tinygpt.params import require
 
 
 def chat(args: Namespace) -> None:
@@ -43,12 +40,12 @@ def chat(args: Namespace) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:  # at the mark, where it means to go
         print(file=sys.stderr)
-    except Leave:
+    except EOFError:  # /quit
         pass
 
 
 def follow(line: str, conversation: Conversation) -> None:
-    """Answer a line, or do what it says.  What cannot be done is printed; only Leave is raised."""
+    """Answer a line, or do what it says.  What cannot be done is printed; only EOFError is raised, to leave."""
     try:
         if line.startswith("/"):
             obey(line, conversation)
@@ -75,15 +72,16 @@ class Conversation:
         self._n_retries = 0
         self._has_warned = False  # that the beginning is no longer read
 
-    def check(self, given: dict[str, Any]) -> Settings:
-        """What settings would become.  Raises ParamsError with all that is wrong."""
-        settings = make_settings(self.given | given)
-        settings.sampling.check_ids(self.engine.vocabulary.vocab_size)
-        return settings
+    def set(self, given: dict[str, Any], problems: Iterable[str] = ()) -> None:
+        """Change settings.  Raises ParamsError with all that is wrong, these problems too; then all stay as they are."""
 
-    def set(self, given: dict[str, Any]) -> None:
-        """Change settings.  Raises ParamsError with all that is wrong; then all stay as they are."""
-        self.settings, self.given = self.check(given), self.given | given
+        def changed() -> Settings:
+            settings = make_settings(self.given | given)
+            settings.sampling.check_ids(self.engine.vocabulary.vocab_size)
+            return settings
+
+        _, self.settings = together(lambda: require(*((False, problem) for problem in problems)), changed)
+        self.given |= given
 
     def text(self) -> str:
         """What the model has read so far."""
@@ -147,7 +145,7 @@ class Command(NamedTuple):
 
 
 def obey(line: str, conversation: Conversation) -> None:
-    """Run the command of a line.  Raises UserError where there is none, or where it cannot be done, and Leave."""
+    """Run the command of a line.  Raises UserError where there is none, or where it cannot be done, and EOFError."""
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or ": /help lists the commands, a space before it makes it text"
@@ -175,9 +173,7 @@ def set_options(conversation: Conversation, rest: str) -> None:
     """Change settings."""
     if not rest:
         raise UserError("give options and values, such as /set temperature=0.5 top_k=40; /show lists them")
-    given, problems = parse_settings(rest)
-    together(partial(raise_some, problems), partial(conversation.check, given))
-    conversation.set(given)
+    conversation.set(*parse_settings(rest))
 
 
 def save(conversation: Conversation, rest: str) -> None:
@@ -203,7 +199,7 @@ def answers(conversation: Conversation) -> str:
 
 def leave(conversation: Conversation, rest: str) -> None:
     """Go."""
-    raise Leave
+    raise EOFError
 
 
 COMMANDS = {

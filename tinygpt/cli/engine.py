@@ -85,9 +85,9 @@ class Engine(ABC):
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
         """Extend each to its end, so many together; yields those that just got a token."""
 
-    @abstractmethod
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """The best of several texts."""
+        """The best of several texts.  Raises ParamsError where they cannot be had side by side."""
+        raise ParamsError(["n_beam and best_of cannot be had with llama.cpp: searches are of tinygpt's engine"])
 
 
 class TorchEngine(Engine):
@@ -98,11 +98,9 @@ class TorchEngine(Engine):
         self._model, self._tokenizer, self._speculation = model, tokenizer, speculation
 
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
-        """Extend each to its end, so many together; yields those that just got a token."""
         return extend_by(self._speculation, self._model, answers, at_once=at_once)
 
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """The best of several texts."""
         (answer,) = generate_batch(
             self._model,
             self._tokenizer,
@@ -143,10 +141,6 @@ class LlamaEngine(Engine):
                 seen.append(answer.ids[-1])
                 is_new = slide(seen, self.block_size)
                 logits = self._llama.read(seen) if is_new else self._llama.append(seen[-1])
-
-    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """Raises ParamsError: several texts side by side are not for llama.cpp here."""
-        raise ParamsError(["n_beam and best_of cannot be had with llama.cpp: searches are of tinygpt's engine"])
 
 
 # ---- from flags to an engine ----

@@ -18,9 +18,8 @@ from tinygpt.cli.flags import STDIN
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, parse_json
 from tinygpt.options import MOST_BYTES, checked
-from tinygpt.params import ParamsError, require
+from tinygpt.params import require
 
-MOST_SHOWN = 10  # problems in one error
 MOST_LINES = 1000  # of the history
 MARK = "> "
 
@@ -50,7 +49,7 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
     if args.prompts is None:
         texts = args.prompt or [""]
         names = ["prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
-        read = [_read_stdin() if text == STDIN else text for text in texts]
+        read = [read_input().removesuffix("\n") if text == STDIN else text for text in texts]  # that of `echo`
         return [NamedPrompt(checked(text), name) for text, name in zip(read, names, strict=True)]
     name = "standard input" if args.prompts == STDIN else args.prompts
     if args.prompts == STDIN:
@@ -64,10 +63,6 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
     if lines == [""]:
         raise UserError(f'{name} has no prompts: write one a line, or {{"prompt": …}} in a .jsonl')
     return prompts_of(lines, name)
-
-
-def _read_stdin() -> str:
-    return read_input().removesuffix("\n")  # that of `echo`
 
 
 def read_input() -> str:
@@ -99,15 +94,8 @@ def prompts_of(lines: list[str], name: str) -> list[NamedPrompt]:
             found.append(NamedPrompt(checked(text), place))
         except UserError as error:
             problems.append(f"{place}: {error}")
-    raise_some(problems)
+    require(*((False, problem) for problem in problems))
     return found
-
-
-def raise_some(problems: list[str]) -> None:
-    """Raise ParamsError with the first of many problems."""
-    more = len(problems) - MOST_SHOWN
-    if problems:
-        raise ParamsError(problems[:MOST_SHOWN] + ([f"and {more:,} more"] if more > 0 else []))
 
 
 def decode_utf8(raw: bytes, name: str, *, line: int = 1) -> str:
