@@ -18,9 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import ROOT
 
-from tinygpt.cli.chat import COMMANDS, Conversation, follow, parse_settings
+from tinygpt.cli.chat import COMMANDS, Conversation, follow, history_file, parse_settings
 from tinygpt.cli.engine import TorchEngine
-from tinygpt.cli.input import history_file
 from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model

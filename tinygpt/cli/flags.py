@@ -1,4 +1,4 @@
-"""From the fields of dataclasses to flags, and back.  Nothing here imports PyTorch or pandas.
+"""From the fields of dataclasses to flags, and back from what is typed.  Nothing here imports PyTorch or pandas.
 
 A field with a help text in its type is a flag (`tinygpt/options.py`). None of these has a default for argparse, so that
 contradictions are those of the user; without it, the field's own default counts.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import typing
 from argparse import ArgumentParser, Namespace
@@ -203,3 +204,46 @@ def named_as_flags(names: Iterable[str] | None = None) -> Iterator[None]:
         yield
     except ParamsError as error:
         raise ParamsError([re.sub(pattern, lambda found: flag(found[0]), each) for each in error.problems]) from None
+
+
+def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
+    """'top_k=5 stop=["a b", "c"]' -> {"top_k": 5, "stop": ["a b", "c"]} and what is wrong.
+
+    Values are JSON, or else a word.
+    """
+    options, found = setting_options(), dict[str, Any]()
+    problems: list[str] = []
+    while text := text.lstrip():
+        named = re.match(r"([\w-]+)=", text)
+        if not named:
+            word, text = _word(text)
+            problems.append(f"{word!r} is not of the form NAME=VALUE")
+            continue
+        name = named[1].replace("-", "_")
+        option = options.get(name)
+        value, text = (_word if option and option.choices else _value)(text[named.end() :])
+        if option:
+            found[name] = [value] if option.is_list and not isinstance(value, list) else value
+        else:
+            problems.append(f"unknown option {name}{nearest(name, options)}")
+    return found, problems
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The value that a text begins with, and what comes after it."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+        if not text[end : end + 1].strip():  # else it is a word such as 5th
+            return value, text[end:]
+    except (ValueError, RecursionError):
+        pass
+    word, rest = _word(text)
+    try:
+        return float(word), rest  # .5 is not JSON
+    except ValueError:
+        return word, rest
+
+
+def _word(text: str) -> tuple[str, str]:
+    word, *rest = text.split(None, 1) or [""]
+    return word, rest[0] if rest else ""

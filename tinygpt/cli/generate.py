@@ -16,7 +16,7 @@ from typing import Any
 
 from tinygpt.cli.engine import Engine, open_engine, read_engine, read_proposals
 from tinygpt.cli.flags import EngineOptions, ProposalOptions, TextOptions, named_as_flags, read, read_settings
-from tinygpt.cli.input import NamedPrompt, check_prompts, collect_prompts
+from tinygpt.cli.texts import NamedPrompt, check_prompts, collect_prompts
 from tinygpt.errors import UserError, printable
 from tinygpt.generate import Answer, Search
 from tinygpt.generate.answer import Vocabulary

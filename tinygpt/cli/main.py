@@ -136,9 +136,9 @@ COMMANDS = {
     "generate": (_generate_flags, "generate", "continue a prompt, or many"),
     "chat": (_chat_flags, "chat", "continue what you type, line by line"),
     "serve": (_serve_flags, "models", "serve models by OpenAI's API, with a page to play with them"),
-    "encode": (_encode_flags, "pieces", "show the ids and pieces of a text"),
-    "decode": (_decode_flags, "pieces", "show the text of ids"),
-    "attention": (_attention_flags, "pieces", "draw where each head of the model attends to in a text"),
+    "encode": (_encode_flags, "texts", "show the ids and pieces of a text"),
+    "decode": (_decode_flags, "texts", "show the text of ids"),
+    "attention": (_attention_flags, "texts", "draw where each head of the model attends to in a text"),
     "import-hf": (_import_hf_flags, "models", "take a folder of transformers as the model that training starts from"),
     "promote": (_promote_flags, "models", "take the trained model as the one that training starts from"),
     "profile": (_profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
@@ -147,7 +147,7 @@ COMMANDS = {
     "mend": (None, "project", "put right what a DVC that was killed has left: `make repro` does this, too"),
     "watch": (_watch_flags, "runs", "follow a training from a second terminal, and on a page"),
     "compare": (_compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
-    "tokenizer-report": (_tokenizer_report_flags, "pieces", "say how well the tokenizer fits the text, with a plot"),
+    "tokenizer-report": (_tokenizer_report_flags, "texts", "say how well the tokenizer fits the text, with a plot"),
 }
 
 

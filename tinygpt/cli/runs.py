@@ -24,7 +24,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from tinygpt.cli.flags import find_run
-from tinygpt.cli.pieces import check_picture
+from tinygpt.cli.texts import check_picture
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
@@ -152,19 +152,14 @@ def _held(folder: Path) -> Iterator[bool]:
     """Hold the lock of a folder for the block, if nobody else does."""
     work = _work(folder)
     path = folder.with_name(f"{work}.lock") if work else folder / "lock"
-    if not path.exists():  # nobody was there yet: we leave no lock behind
-        yield True
-        return
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with contextlib.ExitStack() as held:
+        is_free = True
+        if path.exists():  # else nobody was there yet: we leave no lock behind
+            try:
+                held.enter_context(FileLock(path, timeout=0))
+            except Timeout:
+                is_free = False
+        yield is_free
 
 
 def _work(folder: Path) -> str | None:

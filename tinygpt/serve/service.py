@@ -166,14 +166,9 @@ async def whole(service: Service, asked: Completion, choices: list[Choice]) -> A
     """The answers as one object: only the JSON of one of them is there at a time."""
     yield json_bytes(head_of(asked))[:-1] + b',"choices":['
     for choice in choices:
-        make = partial(json_of, choice)
+        make = partial(lambda each: json_bytes(each.whole()), choice)
         yield (b"," if choice.index else b"") + (await service.written(make) if is_long(asked) else make())
     yield b'],"usage":' + json_bytes(usage(asked, sum(len(answer.ids) for answer in asked.answers))) + b"}"
-
-
-def json_of(choice: Choice) -> bytes:
-    """An answer at its end."""
-    return json_bytes(choice.whole())
 
 
 async def events(
