@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import ROOT
 
-from tinygpt.cli.chat import COMMANDS, Conversation, follow, history_file, parse_settings
+from tinygpt.cli.chat import COMMANDS, Conversation, follow, history_file
 from tinygpt.cli.engine import TorchEngine
+from tinygpt.cli.flags import parse_settings
 from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
