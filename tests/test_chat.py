@@ -12,7 +12,7 @@ from serving import FIRST, running
 from tinygpt.errors import UserError
 from tinygpt.generate import Sampling, generate_batch
 from tinygpt.generate.answer import Answer
-from tinygpt.generate.stream import extend_by
+from tinygpt.generate.stream import extend
 from tinygpt.serve.template import PLAIN, Template, load_template
 from tinygpt.tokenizer import Tokenizer
 
@@ -131,7 +131,7 @@ def test_an_answer_by_a_template_ends_with_its_token(tokenizer):
         max_new_tokens=60,
         block_size=32,
     )
-    for _ in extend_by(None, FIRST, [answer]):
+    for _ in extend(FIRST, [answer]):
         pass
     with running(tokenizer, template=template) as (address, _):
         asked = {"messages": TALK[1:2], "max_tokens": 60, "temperature": 0, "logit_bias": {str(end): 2}}

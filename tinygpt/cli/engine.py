@@ -24,7 +24,7 @@ from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.answer import choose_rows, keep_logprobs
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import slide
-from tinygpt.generate.stream import extend_by
+from tinygpt.generate.stream import extend
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.options import Settings
@@ -73,7 +73,7 @@ class Engine(ABC):
             banned_ids=(*chosen.banned_ids, *(self._ends if chosen.ignore_eos else ())),
         )
         return Answer(
-            [self.vocabulary.bos_id, *self.vocabulary.encode(prompt)],
+            prompt,
             self.vocabulary,
             sampling,
             max_new_tokens=settings.length.max_new_tokens,
@@ -98,7 +98,7 @@ class TorchEngine(Engine):
         self._model, self._tokenizer, self._speculation = model, tokenizer, speculation
 
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
-        return extend_by(self._speculation, self._model, answers, at_once=at_once)
+        return extend(self._model, answers, at_once=at_once, speculation=self._speculation)
 
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
         (answer,) = generate_batch(

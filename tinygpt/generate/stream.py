@@ -6,6 +6,7 @@ B beams, V vocab_size.
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Required, TypedDict, Unpack
@@ -13,12 +14,12 @@ from typing import Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from tinygpt.generate.answer import Answer, TextStream, extend, past_of
+from tinygpt.generate.answer import Answer, Running, TextStream, past_of
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.sampling import apply_penalties
 from tinygpt.generate.speculative import Speculation, speculate
 from tinygpt.model.gpt import GPT
-from tinygpt.options import Sampling, Search, checked, seed_after
+from tinygpt.options import Sampling, Search, seed_after
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
 
@@ -49,8 +50,9 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Opti
         return iter([answer.text for answer in answers if answer.text])
     if speculation is not None:
         speculation.check(model, search)
-    answer = new_answer(model, tokenizer, prompt, options.get("sampling") or Sampling(), options["max_new_tokens"])
-    return (answer.piece for _ in extend_by(speculation, model, [answer]) if answer.piece)
+    n, block_size = options["max_new_tokens"], model.config.block_size
+    answer = Answer(prompt, tokenizer, options.get("sampling") or Sampling(), max_new_tokens=n, block_size=block_size)
+    return (answer.piece for _ in extend(model, [answer], speculation=speculation) if answer.piece)
 
 
 def generate_batch(
@@ -79,12 +81,12 @@ def generate_batch(
         speculation.check(model, search)
     kept = 0 if n_logprobs is None and search.best_of > 1 else n_logprobs
     answers = [
-        new_answer(
-            model,
-            tokenizer,
+        Answer(
             prompt,
+            tokenizer,
             dataclasses.replace(one, seed=seed_after(one.seed, i)),
-            max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            block_size=model.config.block_size,
             n_logprobs=kept,
         )
         for prompt, one in zip(prompts, each, strict=True)
@@ -94,46 +96,28 @@ def generate_batch(
         for answer in answers:
             beam_search(model, tokenizer, answer, search)
         return answers
-    for _ in extend_by(speculation, model, answers):
+    for _ in extend(model, answers, speculation=speculation):
         pass
     groups = [answers[i : i + search.best_of] for i in range(0, len(answers), search.best_of)]
     return [max(group, key=Answer.mean_logprob) if len(group) > 1 else group[0] for group in groups]
 
 
-def extend_by(
-    speculation: Speculation | None, model: GPT, answers: Sequence[Answer], *, at_once: int | None = None
+def extend(
+    model: GPT, answers: Sequence[Answer], *, at_once: int | None = None, speculation: Speculation | None = None
 ) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, with proposals one after the other; else as `extend` does."""
-    if speculation is None:
-        yield from extend(model, answers, at_once=at_once)
-    else:
+    """Extend each answer to its end, so many together (None: all), with proposals one after the other.
+
+    Yields those that just got a token.
+    """
+    if speculation is not None:
         for answer in answers:
             yield from speculate(model, answer, speculation)
-
-
-def new_answer(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    sampling: Sampling,
-    max_new_tokens: int,
-    *,
-    n_logprobs: int | None = None,
-) -> Answer:
-    """An answer without a token."""
-    return Answer(
-        prompt_ids(tokenizer, prompt),
-        tokenizer,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        block_size=model.config.block_size,
-        n_logprobs=n_logprobs,
-    )
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A text as the beginning of a document, after the tokenizer's `bos_id`.  Raises UserError when it is not text."""
-    return [tokenizer.bos_id, *tokenizer.encode(checked(prompt))]
+        return
+    running, waiting = Running(model), deque(answers)
+    while waiting or running.answers:
+        n = min(len(waiting), (at_once or len(answers)) - len(running.answers))
+        running.add([waiting.popleft() for _ in range(n)])
+        yield running.step()
 
 
 # ---- beam search: the likeliest text, as far as so many texts next to each other show ----

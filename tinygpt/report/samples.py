@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tinygpt.errors import printable
 from tinygpt.files import atomic_write, fenced
 from tinygpt.generate import Sampling
-from tinygpt.generate.stream import generate_batch, prompt_ids
+from tinygpt.generate.answer import prompt_ids
+from tinygpt.generate.stream import generate_batch
 from tinygpt.model.gpt import GPT
 from tinygpt.report.config import EvaluateParams
 from tinygpt.report.perplexity import token_logprobs

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from tinygpt.errors import UserError
 from tinygpt.files import parse_json
 from tinygpt.generate import Answer, Sampling
-from tinygpt.generate.stream import prompt_ids
+from tinygpt.generate.answer import prompt_ids
 from tinygpt.model.gpt import GPT
 from tinygpt.options import seed_after
 from tinygpt.params import ParamsError, Within, from_mapping, require
