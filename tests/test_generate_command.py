@@ -156,7 +156,7 @@ def test_all_that_contradicts_is_told_at_once(generate):
         "--batch-size=0 must be within [1, inf)",
         "--logprobs=-1 must be within [0, inf)",
         "--logprobs=-1 is not shown in text",
-        "--logprobs=-1 is of texts that go one way, not of --n-beam=3",
+        "--logprobs=-1 does not go with beam search: leave out --n-beam=3",
         "--engine=llama.cpp reads .gguf files",
     ):
         assert message in told
@@ -180,7 +180,7 @@ def test_characters_without_a_token_are_named_where_tokens_are_characters(comman
     args = ["generate", "--max-new-tokens", "1", "--prompt"]
     for path in (tmp_path, tmp_path / "chars.gguf"):
         told = command(*args, "é→ß $漢→", "--model", path).stderr
-        assert told == "warning: prompt has characters that the model has not learned, it reads their bytes: '→' '漢'\n"
+        assert told == "warning: prompt has characters that the model has not learned and reads as bytes: '→' '漢'\n"
         assert command(*args, "éß $", "--model", path).stderr == ""
     assert command(*args, "é→ß 漢", "--model", folder / "model").stderr == ""  # its tokens are any pieces
 
@@ -225,7 +225,7 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
     options = "--quantize int8 --device cuda --tokenizer x --n-beam 2 --engine tinygpt --compile".split()
     told = generate(*options, model="model.gguf").stderr
     for name in ("--quantize=int8", "--device=cuda", "--tokenizer=x", "--n-beam=2", "--compile"):
-        assert f"{name} cannot be had with llama.cpp" in told
+        assert f"{name} is not available with llama.cpp" in told
     assert "--engine=tinygpt does not read" in told
     assert generate("--engine", "llama.cpp", "--device", "cpu", model="model.gguf").returncode == 0
 

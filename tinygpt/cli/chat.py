@@ -122,7 +122,7 @@ class Conversation:
     def retry(self) -> None:
         """Answer the last line again, with the next seed.  Raises UserError without one."""
         if not self.turns:
-            raise UserError("nothing was said yet: /retry answers the last line again")
+            raise UserError("nothing has been said yet: /retry answers the last line again")
         line, answer = self.turns.pop()
         n = len(self.turns)
         try:
@@ -182,7 +182,7 @@ def save(conversation: Conversation, rest: str) -> None:
     except RuntimeError:
         raise UserError(f"{rest} begins with the home of an unknown user: give the whole path") from None
     if path.exists():
-        raise UserError(f"{path} exists already: give another name")
+        raise UserError(f"{path} already exists: give another name")
     with atomic_write(path) as file:
         file.writelines(f"> {line}\n{answer}\n" for line, answer in conversation.turns)
     print(f"{printable(path)}: {answers(conversation)}")
@@ -241,7 +241,7 @@ def _typed_lines() -> Iterator[str]:
             print(file=sys.stderr)
             return
         except (UnicodeDecodeError, UserError):
-            print("error: that line was not UTF-8: set the terminal to it", file=sys.stderr)
+            print("error: that line was not UTF-8: set the terminal to UTF-8", file=sys.stderr)
 
 
 def _open_history() -> None:

@@ -36,10 +36,10 @@ MOST_CONTEXT = 8192  # tokens: keys and values of all that a large model could r
 NOT_IN_LLAMA_CPP = {
     "tokenizer": "a .gguf file has its own",
     "device": "it computes on the CPU here",
-    "quantize": "name a .gguf file of smaller weights",
-    "compile": "it is machine code already",
-    "n_beam": "searches are of --engine tinygpt",
-    "best_of": "searches are of --engine tinygpt",
+    "quantize": "name a .gguf file with smaller weights",
+    "compile": "it is already compiled",
+    "n_beam": "searches need --engine tinygpt",
+    "best_of": "searches need --engine tinygpt",
 }
 UNCHANGED = (None, "auto", "cpu", 1)
 
@@ -87,7 +87,7 @@ class Engine(ABC):
 
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
         """The best of several texts.  Raises ParamsError where they cannot be had side by side."""
-        raise ParamsError(["n_beam and best_of cannot be had with llama.cpp: searches are of tinygpt's engine"])
+        raise ParamsError(["n_beam and best_of are not available with llama.cpp: searches need tinygpt's engine"])
 
 
 class TorchEngine(Engine):
@@ -159,7 +159,7 @@ def read_engine(args: Namespace) -> EngineOptions:
     require(
         (engine != "tinygpt", f"--engine=tinygpt does not read {path}: it takes folders, llama.cpp .gguf files"),
         *(
-            (False, f"{as_typed(name, value)} cannot be had with llama.cpp: {NOT_IN_LLAMA_CPP[name]}")
+            (False, f"{as_typed(name, value)} is not available with llama.cpp: {NOT_IN_LLAMA_CPP[name]}")
             for name, value in refused.items()
         ),
     )
@@ -179,7 +179,7 @@ def read_proposals(args: Namespace) -> ProposalOptions:
             (name is None, f"{as_typed(*each)} follows several texts, {name} proposes one: leave one out")
             for each in searched.items()
         ),
-        (name is None or not is_gguf(path), f"{name} cannot be had with llama.cpp: name a folder of ours"),
+        (name is None or not is_gguf(path), f"{name} is not available with llama.cpp: name a folder of ours"),
     )
     return proposals
 

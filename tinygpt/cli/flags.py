@@ -41,14 +41,12 @@ T = TypeVar("T")
 class DeviceOptions:
     """Where and with what weights our own model computes."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "of tinygpt's engine"] = "auto"
-    quantize: Annotated[Literal["int8", "int4"] | None, "weights of one byte or half of one: less memory, faster"] = (
-        None
-    )
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "for tinygpt's engine"] = "auto"
+    quantize: Annotated[Literal["int8", "int4"] | None, "weights of 8 or 4 bits: less memory, faster"] = None
     compile: Annotated[
         bool,
-        "compile the steps, with --draft the draft's: up to two minutes at first, seconds the next time; then one text "
-        "is 1.5 to 3 times as fast, several together take a seventh less time",
+        "compile the steps (with --draft, those of the draft): up to two minutes at first, then seconds; one text is "
+        "then 1.5 to 3 times as fast, several together take a seventh less time",
     ] = False
 
 
@@ -107,11 +105,11 @@ class ProposalOptions(Proposals):
 class TextOptions:
     """How many texts, and how they are printed."""
 
-    n: Annotated[int, Within("[1, 1000]"), "texts of each prompt, each with a seed one higher"] = 1
+    n: Annotated[int, Within("[1, 1000]"), "texts for each prompt, each with the next seed"] = 1
     batch_size: Annotated[Count, "texts computed together"] = 32
     format: Annotated[Literal["text", "json", "jsonl"], "of the output"] = "text"
     logprobs: Annotated[
-        int | None, Within("[0, inf)"), "of each token, and of so many of the likeliest in its place; not in text"
+        int | None, Within("[0, inf)"), "of each token, and of this many likeliest ones in its place; not as text"
     ] = None
 
     def __post_init__(self) -> None:

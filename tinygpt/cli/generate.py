@@ -71,12 +71,12 @@ def check_texts(args: Namespace) -> TextOptions:
     rules = (
         (
             n <= 1 or not (has_beams or args.best_of not in (None, 1)),
-            f"--n={n} takes all texts, --n-beam and --best-of the best one: give one",
+            f"--n={n} prints all texts, --n-beam and --best-of only the best: give one of them",
         ),
         (n <= 1 or args.temperature != 0, f"--n={n} needs --temperature above 0: at 0 all texts are the same"),
         (
             args.logprobs is None or not has_beams,
-            f"--logprobs={args.logprobs} is of texts that go one way, not of --n-beam={args.n_beam}",
+            f"--logprobs={args.logprobs} does not go with beam search: leave out --n-beam={args.n_beam}",
         ),
     )
     texts: TextOptions = together(partial(read, TextOptions, args), partial(require, *rules))[0]
@@ -135,7 +135,7 @@ def prompt_warnings(prompts: Sequence[NamedPrompt], n_tokens: Sequence[int], eng
     for prompt, chars in foreign.items():
         if known is not None and (unknown := [char for char in chars if char not in known]):
             shown = " ".join(map(repr, unknown[:MOST_NAMED])) + (" …" if len(unknown) > MOST_NAMED else "")
-            found.append(f"{prompt.name} has characters that the model has not learned, it reads their bytes: {shown}")
+            found.append(f"{prompt.name} has characters that the model has not learned and reads as bytes: {shown}")
     return found
 
 

@@ -49,16 +49,16 @@ def _serve_flags(command: ArgumentParser) -> None:
         "--model",
         action="append",
         metavar="[NAME=]FOLDER",
-        help="of ours or of transformers; may be given again; its tokenizer is in the folder, or in `tokenizer` "
-        f"next to it (default: {paths.MODEL})",
+        help="a folder of ours or of transformers; may be given again; its tokenizer is there, or in `tokenizer` next "
+        f"to it (default: {paths.MODEL})",
     )
-    command.add_argument("--tokenizer", type=Path, help="folder, for all models, of ours")
+    command.add_argument("--tokenizer", type=Path, help="a tokenizer's folder, for all models of ours")
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
     )
     command.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 = any that is free)")
     command.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a name the server is called by"
+        "--allow-host", action="append", default=[], metavar="NAME", help="another name that clients may use for it"
     )
     add_flags(command, DeviceOptions, Limits)
 
@@ -104,13 +104,13 @@ def _profile_flags(command: ArgumentParser) -> None:
 
 
 def _preset_flags(command: ArgumentParser) -> None:
-    command.add_argument("name", nargs="?", help="of a preset; without it, all are listed")
+    command.add_argument("name", nargs="?", help="of a preset; without a name, all are listed")
 
 
 def _runs_flags(command: ArgumentParser) -> None:
     command.add_argument("--prune", action="store_true", help="remove the finished ones, but none that is running")
     command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
-    command.add_argument("--keep", type=int, metavar="N", help="with --prune: not the newest N of them")
+    command.add_argument("--keep", type=int, metavar="N", help="with --prune: but keep the newest N of them")
 
 
 def _compare_flags(command: ArgumentParser) -> None:
@@ -144,7 +144,7 @@ COMMANDS = {
     "profile": (_profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
     "preset": (_preset_flags, "project", "put the values of a preset into params.yaml, or list the presets"),
     "runs": (_runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
-    "mend": (None, "project", "put right what a DVC that was killed has left: `make repro` does this, too"),
+    "mend": (None, "project", "repair what a killed DVC has left behind; `make repro` does this, too"),
     "watch": (_watch_flags, "runs", "follow a training from a second terminal, and on a page"),
     "compare": (_compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
     "tokenizer-report": (_tokenizer_report_flags, "texts", "say how well the tokenizer fits the text, with a plot"),

@@ -208,7 +208,7 @@ def watch(args: Namespace) -> None:
         if not running:
             break
         time.sleep(EVERY_S)
-    print(f"nothing trains in {folder} any more: step {rows[-1]['step']:,.0f}, see `python -m tinygpt runs`")
+    print(f"no training runs in {folder} any more: step {rows[-1]['step']:,.0f}, see `python -m tinygpt runs`")
 
 
 def told(looks: list[dict[str, float | None]]) -> str:

@@ -69,7 +69,7 @@ def generate_batch(
     """What follows each prompt; the same as one by one, each with its own seed. With speculation it is one by one.
 
     `sampling` is one for all or one for each prompt; `n_logprobs` is that of Answer. Raises ParamsError when options
-    are wrong or contradict each other, and UserError when a prompt is no text.
+    are wrong or contradict each other, and UserError when a prompt is not a text.
     """
     search = search or Search()
     if search.n_beam > 1 and n_logprobs is not None:

@@ -140,7 +140,7 @@ class Checkpoints:
             except (UserError, OSError) as error:
                 print(f"checkpoint {folder} is damaged ({printable(error)}): taking the one before")
         if self._all():
-            print(f"no checkpoint of {self.folder} is whole: beginning with the first step")
+            print(f"no checkpoint of {self.folder} is whole: starting from the first step")
         return None
 
     def _all(self) -> list[Path]:

@@ -33,7 +33,7 @@ class Limits:
     @property
     def max_requests(self) -> int:
         """Requests of all kinds at a time; one more has status 503.  As many as can run or wait have room for others
-        beside them, which are told so or read a page.
+        next to them, which are refused at once or read a page.
         """
         return 2 * (self.max_rows + self.max_waiting)
 

@@ -146,7 +146,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {name[:100]!r} is there twice")
+        raise ValueError(f"key {name[:100]!r} appears twice")
     return found
 
 

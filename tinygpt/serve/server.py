@@ -101,7 +101,7 @@ async def refuse(request: Request, error: Exception) -> Response:
         case ClientDisconnect():
             return Response(status_code=499)  # nobody reads it
         case _:
-            return refusal_response(Refusal(500, "the server made a mistake: its log has the details"))
+            return refusal_response(Refusal(500, "internal error: the server's log has the details"))
 
 
 def refusal_response(refusal: Refusal, more: Mapping[str, str] | None = None) -> Response:
