@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ import torch
 from conftest import prose, save_cycle, tiny_model
 from project import ROOT
 
-from tinygpt.cli.generate import rows_together
+from tinygpt.cli.generate import rows_together, say
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
@@ -386,3 +387,18 @@ def test_ctrl_c_ends_the_program_at_once_while_it_imports(start, tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert (process.returncode, told) == (130, b"interrupted\n")
+
+
+ODD = "a\x1b]0;title\x07b\t\x9b2J\r\x7f 中\u3000é\n"
+
+
+def test_a_terminal_shows_control_characters_and_a_pipe_gets_them_as_they_are(monkeypatch, capsysbinary):
+    """Of a prompt or a model: they could set a terminal's title or clear it."""
+    say(ODD)
+    assert capsysbinary.readouterr().out == ODD.encode()
+    seen_by, terminal = pty.openpty()
+    with open(terminal, "w", encoding="utf-8", newline="") as stream, open(seen_by, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stdout", stream)
+        say(ODD)
+        monkeypatch.undo()
+        assert screen.read(200).decode() == "a\\x1b]0;title\\x07b\t\\x9b2J\\r\\x7f 中\u3000é\r\n"
