@@ -58,8 +58,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     @app.post("/v1/completions")
     @app.post("/v1/chat/completions")
     async def completions(request: Request) -> Response:
-        raw, is_chat = await service.body(request), "chat" in request.url.path
-        return await unless_gone(request, complete(service, raw, is_chat=is_chat))
+        is_chat = "chat" in request.url.path
+        return await unless_gone(request, complete(service, await service.body(request), is_chat=is_chat))
 
     @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
