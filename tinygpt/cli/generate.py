@@ -21,7 +21,7 @@ from tinygpt.errors import UserError, printable
 from tinygpt.generate import Answer, Search
 from tinygpt.generate.answer import Vocabulary
 from tinygpt.options import Settings, seed_after, together
-from tinygpt.params import require
+from tinygpt.params import ParamsError, require
 
 DIVIDER = "---"  # a line between two texts
 MOST_WARNINGS = 10
@@ -101,7 +101,8 @@ def begin_all(
             answers += [engine.begin(prompt.text, settings, seed=seed, n_logprobs=n_logprobs) for seed in seeds]
         except UserError as error:
             problems.append(prompt.named(str(error)))
-    require(*((False, problem) for problem in problems))
+    if problems:
+        raise ParamsError(problems)
     return answers
 
 
@@ -144,15 +145,11 @@ def characters(vocabulary: Vocabulary) -> set[str] | None:
 
     A tokenizer of bytes has none of them. One of characters that saw ASCII alone is the same, and gives None, too.
     """
-    pieces = (vocabulary.decode_bytes([i]) for i in range(vocabulary.vocab_size))
-    found: set[str] = set()
-    for piece in pieces:
-        text = piece.decode(errors="ignore")  # the beginning of a character has none
-        if len(text) > 1 and not SPECIAL.fullmatch(piece):
-            return None
-        if len(piece) > 1 and len(text) == 1:
-            found.add(text)
-    return found or None
+    pieces = [vocabulary.decode_bytes([i]) for i in range(vocabulary.vocab_size)]
+    texts = [piece.decode(errors="ignore") for piece in pieces if not SPECIAL.fullmatch(piece)]
+    if any(len(text) > 1 for text in texts):  # the beginning of a character is none
+        return None
+    return {text for text in texts if text and ord(text) > 127} or None
 
 
 # ---- how texts are printed: always UTF-8 ----

@@ -19,7 +19,7 @@ from tinygpt.cli.flags import STDIN
 from tinygpt.errors import UserError, printable
 from tinygpt.files import human_bytes, parse_json
 from tinygpt.options import MOST_BYTES, checked
-from tinygpt.params import require
+from tinygpt.params import ParamsError, require
 from tinygpt.tokenizer import load_tokenizer
 
 N_LONGEST = 12
@@ -179,7 +179,8 @@ def prompts_of(lines: list[str], name: str) -> list[NamedPrompt]:
             found.append(NamedPrompt(checked(text), place))
         except UserError as error:
             problems.append(f"{place}: {error}")
-    require(*((False, problem) for problem in problems))
+    if problems:
+        raise ParamsError(problems)
     return found
 
 
