@@ -80,7 +80,7 @@ def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
     other = command("generate", "--prompt", "The", "--max-new-tokens", 5, "--seed", 1)
     assert other.stdout.startswith("The")
     refused = command("generate", "--run", "xyz", "--prompt", "The").stderr
-    assert refused == f"error: 0 runs with model/model.safetensors are called xyz: take one of {run.name}\n"
+    assert refused == f"error: 0 runs are called xyz: take one of {run.name}\n"
     assert "give one of them" in command("generate", "--run", "newest", "--model", "data/model").stderr
     weights, newest = run / "model/model.safetensors", run / f"step-{newest_step(stopped):07d}/weights.safetensors"
     assert weights.stat().st_ino == newest.stat().st_ino  # no second copy
@@ -109,10 +109,7 @@ def test_a_second_terminal_sees_each_look_and_makes_a_page(stopped, command, mon
     assert any(line.startswith("    ") for line in lines)
     assert lines[-1].startswith(f"no training runs in runs/{run.name} any more: step ")
     assert 'http-equiv="refresh"' not in (stopped / "reports/live.html").read_text()
-    assert (
-        command("watch", "nothing").stderr
-        == f"error: 0 runs with train.csv are called nothing: take one of {run.name}\n"
-    )
+    assert command("watch", "nothing").stderr == f"error: 0 runs are called nothing: take one of {run.name}\n"
 
 
 def test_the_page_of_a_run_that_goes_on_asks_to_be_loaded_again(stopped, tmp_path):

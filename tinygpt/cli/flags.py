@@ -82,9 +82,11 @@ def find_run(name: str | None, file: str) -> Path:
     files = sorted(runs_folder().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
     there = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
     named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]
+    if not there:
+        raise UserError(f"no run has {file} yet: `dvc repro train` writes it")
     if len(named) != 1:
-        names = ", ".join(folder.name for folder in reversed(there)) or "none, before a training has written it"
-        raise UserError(f"{len(named)} runs with {file} are called {name or 'anything'}: take one of {names}")
+        names = ", ".join(folder.name for folder in reversed(there))
+        raise UserError(f"{len(named)} runs are called {name}: take one of {names}")
     return named[0]
 
 
