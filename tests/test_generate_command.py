@@ -153,7 +153,7 @@ def test_all_that_contradicts_is_told_at_once(generate):
         "--temperature=-1.0 must be within [0, inf)",
         "--max-new-tokens=0 must be within [1, inf)",
         "--prompt and --prompts contradict each other",
-        "--n=2 takes all texts, --n-beam and --best-of the best one",
+        "--n=2 prints all texts, --n-beam and --best-of only the best",
         "--batch-size=0 must be within [1, inf)",
         "--logprobs=-1 must be within [0, inf)",
         "--logprobs=-1 is not shown in text",

@@ -40,6 +40,8 @@ NOT_IN_LLAMA_CPP = {
     "compile": "it is already compiled",
     "n_beam": "searches need --engine tinygpt",
     "best_of": "searches need --engine tinygpt",
+    "draft": "name a folder of ours",
+    "prompt_lookup": "name a folder of ours",
 }
 UNCHANGED = (None, "auto", "cpu", 1)
 
@@ -154,7 +156,7 @@ def read_engine(args: Namespace) -> EngineOptions:
         require((engine != "llama.cpp", f"--engine=llama.cpp reads .gguf files, and {path} is not one: try {GGUF}"))
         find_device(options.device, "--device")
         return options
-    asked = {name: getattr(args, name) for name in NOT_IN_LLAMA_CPP}
+    asked = {name: getattr(args, name, None) for name in NOT_IN_LLAMA_CPP}  # chat has no proposals
     refused = {name: value for name, value in asked.items() if value is True or value not in UNCHANGED}
     require(
         (engine != "tinygpt", f"--engine=tinygpt does not read {path}: it takes folders, llama.cpp .gguf files"),
@@ -168,7 +170,7 @@ def read_engine(args: Namespace) -> EngineOptions:
 
 def read_proposals(args: Namespace) -> ProposalOptions:
     """What proposes tokens, if anything does.  Raises ParamsError with all options that do not go together."""
-    proposals, path = read(ProposalOptions, args), read(EngineOptions, args).path
+    proposals = read(ProposalOptions, args)
     name, looks_up = proposals.flag, proposals.prompt_lookup
     searched = {each: getattr(args, each) for each in ("n_beam", "best_of") if getattr(args, each) not in (None, 1)}
     require(
@@ -179,7 +181,6 @@ def read_proposals(args: Namespace) -> ProposalOptions:
             (name is None, f"{as_typed(*each)} follows several texts, {name} proposes one: leave one out")
             for each in searched.items()
         ),
-        (name is None or not is_gguf(path), f"{name} is not available with llama.cpp: name a folder of ours"),
     )
     return proposals
 
