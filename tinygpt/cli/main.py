@@ -58,7 +58,7 @@ def _serve_flags(command: ArgumentParser) -> None:
     )
     command.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 = any that is free)")
     command.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="another name that clients may use for it"
+        "--allow-host", action="append", default=[], metavar="NAME", help="another name by which clients may call it"
     )
     add_flags(command, DeviceOptions, Limits)
 
