@@ -36,7 +36,7 @@ from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Answer, Sampling, Speculation
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.stream import extend_by, new_answer
+from tinygpt.generate.stream import extend
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import QUANTIZED, quantize
@@ -136,7 +136,7 @@ def time_proposals(model: GPT, answers: list[Answer], speculation: Speculation |
     """Of texts that are continued one after the other, with proposals or without; the first token is not measured."""
     seconds = 0.0
     for answer in answers:
-        steps = extend_by(speculation, model, [answer])
+        steps = extend(model, [answer], speculation=speculation)
         next(steps)
         began = time.perf_counter()
         for _ in steps:
@@ -169,7 +169,8 @@ def speculative_programs(
     written: dict[str, list[Answer]] = {}
 
     def run(name: str, sampling: Sampling, model: GPT, speculation: Speculation | None) -> Speed:
-        written[name] = [new_answer(model, tokenizer, prompt, sampling, N_TEXT_NEW) for prompt in prompts]
+        sizes = {"max_new_tokens": N_TEXT_NEW, "block_size": model.config.block_size}
+        written[name] = [Answer(prompt, tokenizer, sampling, **sizes) for prompt in prompts]
         return time_proposals(model, written[name], speculation)
 
     runs = {

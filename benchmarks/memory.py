@@ -23,7 +23,7 @@ import torch
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.params import from_mapping, load_params
-from tinygpt.run.memory import memory_of
+from tinygpt.run.costs import memory_of
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams

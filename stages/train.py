@@ -17,7 +17,7 @@ from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import BASE, MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.training import described, publish, write_curve
 from tinygpt.run.checkpoint import fingerprint
-from tinygpt.run.name import name_of
+from tinygpt.run.folder import name_of
 from tinygpt.run.processes import open_devices, start
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tinygpt.export.hf import export_hf
 from tinygpt.generate import Sampling, Search, generate, generate_batch, stream
 from tinygpt.generate.answer import Answer
-from tinygpt.generate.beam import beam_search
+from tinygpt.generate.stream import beam_search
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[1], random_ids(7).tolist(), random_ids(20, seed=1).tolist()]

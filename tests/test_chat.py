@@ -12,7 +12,7 @@ from serving import FIRST, running
 from tinygpt.errors import UserError
 from tinygpt.generate import Sampling, generate_batch
 from tinygpt.generate.answer import Answer
-from tinygpt.generate.stream import extend_by
+from tinygpt.generate.stream import extend
 from tinygpt.serve.template import PLAIN, Template, load_template
 from tinygpt.tokenizer import Tokenizer
 
@@ -131,7 +131,7 @@ def test_an_answer_by_a_template_ends_with_its_token(tokenizer):
         max_new_tokens=60,
         block_size=32,
     )
-    for _ in extend_by(None, FIRST, [answer]):
+    for _ in extend(FIRST, [answer]):
         pass
     with running(tokenizer, template=template) as (address, _):
         asked = {"messages": TALK[1:2], "max_tokens": 60, "temperature": 0, "logit_bias": {str(end): 2}}
@@ -161,10 +161,13 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({}, "messages must be a list of objects with role and content"),
         ({"messages": []}, "messages must be a list"),
         ({"messages": ["hi"]}, "messages must be a list"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages[0].role='tool' is not one of system, developer"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be a text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "parts that are texts"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls is not"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages[0].role='tool' is not one of 'system', 'd"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content=5 must be a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "must be a text"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "unknown key messages[0].tool_calls",
+        ),
         ({"messages": TALK, "prompt": "a"}, "unknown key prompt"),
         ({"messages": TALK, "echo": True}, "unknown key echo"),
         ({"messages": TALK, "top_logprobs": 2}, "top_logprobs needs logprobs"),
@@ -174,7 +177,7 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"messages": TALK, "max_tokens": 9999}, "max_tokens=9999 must be at most 4096"),
         ({"messages": [{"role": "user", "content": "a" * 20_000}]}, "messages has 20,000 bytes, it may have 16,384"),
         ({"messages": [{"role": "user", "content": "a" * 9000}], "n": 8}, "messages has 72,000 bytes with all answers"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "is not UTF-8"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "must be whole characters, not halves"),
     ],
     ids=range(17),
 )
@@ -237,11 +240,11 @@ def test_a_template_can_neither_reach_out_nor_take_the_machine(source, message, 
     ("files", "message"),
     [
         ({"tokenizer_config.json": "{"}, "is not valid JSON"),
-        ({"tokenizer_config.json": "[]"}, "is not the file that transformers writes"),
+        ({"tokenizer_config.json": "[]"}, "it is a list, not an object"),
         ({"tokenizer_config.json": '{"chat_template": 5}'}, "is not a text of at most 1,048,576 characters"),
-        ({"tokenizer_config.json": '{"chat_template": [5]}'}, "is not the file that transformers writes"),
+        ({"tokenizer_config.json": '{"chat_template": [5]}'}, "is not the UTF-8 file that transformers writes"),
         ({"tokenizer_config.json": '{"chat_template": "{% if %}"}'}, "Expected an expression"),
-        ({"chat_template.jinja": "{{ \udcff }}"}, "is not UTF-8"),
+        ({"chat_template.jinja": "{{ \udcff }}"}, "is not the UTF-8 file that"),
         ({"chat_template.jinja": "a" * 2**21}, "is not a text of at most"),
     ],
     ids=range(7),

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import ROOT
 
-from tinygpt.cli.chat import COMMANDS, Conversation, follow, parse_settings
+from tinygpt.cli.chat import COMMANDS, Conversation, follow, history_file
 from tinygpt.cli.engine import TorchEngine
-from tinygpt.cli.input import history_file
+from tinygpt.cli.flags import parse_settings
 from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
@@ -152,9 +152,9 @@ def test_commands_that_are_none_or_cannot_be_done_are_told_in_one_line_and_the_c
     assert done.stderr.splitlines()[1:] == [
         "error: unknown command /hlep (did you mean /help?)",
         "error: unknown command /xyz: /help lists the commands, a space before it makes it text",
-        "error: nothing was said yet: /retry answers the last line again",
+        "error: nothing has been said yet: /retry answers the last line again",
         "error: give the name of a file, such as /save talk.txt",
-        f"error: {tmp_path}/there exists already: give another name",
+        f"error: {tmp_path}/there already exists: give another name",
         f"error: cannot use {tmp_path}/there (File exists)",
         "error: ~no-one/x begins with the home of an unknown user: give the whole path",
     ]

@@ -266,7 +266,7 @@ def test_choices_of_flags_are_the_keys_of_their_registry():
 
 
 def test_commands_without_a_model_do_without_torch():
-    names = ", ".join(f"tinygpt.cli.{name}" for name in ("main", "pieces", "presets", "runs"))
+    names = ", ".join(f"tinygpt.cli.{name}" for name in ("main", "texts", "project", "runs"))
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

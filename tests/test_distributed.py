@@ -259,8 +259,8 @@ def test_a_killed_process_starts_again_with_the_others_and_the_model_is_the_same
     group_of(starter)[-1].send_signal(signal.SIGKILL)
     assert starter.wait(200) == 0, (project / "train.log").read_text()
     log = (project / "train.log").read_text()
-    assert "process 1 was killed by signal 9" in log and "going on after step" in log
-    assert "error: train: another of the processes has ended" in log and "Traceback" not in log
+    assert "process 1 was killed by signal 9" in log and "continuing after step" in log
+    assert "error: train: another process has ended" in log and "Traceback" not in log
     for name in ("data/model/model.safetensors", "data/model/last.safetensors", "reports/train.csv"):
         assert (project / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     assert json.loads((project / "reports/train.json").read_text())["environment"]["processes"] == 2
@@ -282,7 +282,7 @@ def test_processes_save_and_leave_when_their_starter_is_asked_to_or_dies(number,
     log = (project / "train.log").read_text()
     assert log.count("train: stopped after step") == 1 and "Traceback" not in log
     set_params(project, {"runtime.n_process": 1})
-    assert "going on after step" in run_stages("train", project)
+    assert "continuing after step" in run_stages("train", project)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_the_starter_leaves_with_the_status_of_its_processes_and_gives_up_on_kil
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if status is None:
-            with pytest.raises(UserError, match="given up after 3 new starts: run it again"):
+            with pytest.raises(UserError, match="gave up after 3 new starts: run it again"):
                 processes.start(train, dataclasses.replace(RUNTIME, n_process=2))
         else:
             with pytest.raises(SystemExit) as left:
@@ -322,7 +322,7 @@ def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     log = train_in_pair(project)
     assert f"({shard.relative_to(shard.parents[1])} is not what was written): taking the one before" in log
-    assert f"going on after step {stopped - 5} of {LAST}" in log
+    assert f"continuing after step {stopped - 5} of {LAST}" in log
 
 
 def test_a_users_mistake_is_one_line_of_all_processes(project):

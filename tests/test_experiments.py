@@ -75,7 +75,7 @@ def test_a_sweep_whose_trial_is_interrupted_goes_on_from_its_checkpoint(project)
     (first,) = [line for line in log.read_text().splitlines() if line.startswith("sweep-0: ")]
     said = succeed(SWEEP.format(1), project)
     assert f"sweep-1: {first.removeprefix('sweep-0: ')}\n" in said
-    assert "going on after step" in said
+    assert "continuing after step" in said
     assert "sweep-1 has the lowest val_loss of 1" in said
 
 

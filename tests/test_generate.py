@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from tinygpt.errors import UserError
 from tinygpt.generate import Answer, Sampling, Search, generate, generate_batch, stream
-from tinygpt.generate.answer import extend
-from tinygpt.generate.stream import new_answer
+from tinygpt.generate.stream import extend
 from tinygpt.params import ParamsError
 
 GREEDY = Sampling(temperature=0)
@@ -148,7 +147,8 @@ def test_generation_ends_at_the_end_of_text_and_after_max_new_tokens(tiny_tokeni
     assert ids_of(model, [1], tiny_tokenizer, 50, Sampling(temperature=0, min_new_tokens=7)) == [1] * 7
     assert ids_of(model, [1], tiny_tokenizer, 50, Sampling(temperature=0, ignore_eos=True)) == [1] * 50
     assert ids_of(model, [1], tiny_tokenizer, 50, Sampling(temperature=0, banned_ids=tuple(range(300)))) == []
-    answer = new_answer(model, tiny_tokenizer, "", Sampling(temperature=0, ignore_eos=True), 3)
+    sampling = Sampling(temperature=0, ignore_eos=True)
+    answer = Answer("", tiny_tokenizer, sampling, max_new_tokens=3, block_size=model.config.block_size)
     reasons = [answer.finish_reason for _ in extend(model, [answer])]
     assert reasons == [None, None, "length"]
 

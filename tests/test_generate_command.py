@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ import torch
 from conftest import prose, save_cycle, tiny_model
 from project import ROOT
 
-from tinygpt.cli.generate import rows_together
+from tinygpt.cli.generate import rows_together, say
 from tinygpt.export.folders import open_model
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
@@ -123,7 +124,7 @@ def test_a_search_writes_its_best_and_its_log_probabilities_where_it_has_them(ge
         ),
         ("p.jsonl", b'\n5\n{"prompt": 5}\n[[[', ["p.jsonl:1: '' is", "p.jsonl:2", "p.jsonl:3", "p.jsonl:4"]),
         ("p.jsonl", b'{"prompt": "a\\ud800"}', ["p.jsonl:1: prompt is not UTF-8 from character 1 on"]),
-        ("p.jsonl", b"x\n" * 99, ["p.jsonl:10", "and 89 more"]),
+        ("p.jsonl", b"x\n" * 99, ["p.jsonl:10", "and 79 more"]),
         ("p.jsonl", b'{"prompt": ' + b"[" * 10**5, ["p.jsonl:1: '{\"prompt"]),
         ("p.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", ["p.jsonl:1: '{\"prompt"]),
         ("p.txt", b"a" * 20_000_001, ["p.txt has more than 20.0 MB: give it in parts"]),
@@ -152,11 +153,11 @@ def test_all_that_contradicts_is_told_at_once(generate):
         "--temperature=-1.0 must be within [0, inf)",
         "--max-new-tokens=0 must be within [1, inf)",
         "--prompt and --prompts contradict each other",
-        "--n=2 takes all texts, --n-beam and --best-of the best one",
+        "--n=2 prints all texts, --n-beam and --best-of only the best",
         "--batch-size=0 must be within [1, inf)",
         "--logprobs=-1 must be within [0, inf)",
         "--logprobs=-1 is not shown in text",
-        "--logprobs=-1 is of texts that go one way, not of --n-beam=3",
+        "--logprobs=-1 does not go with beam search: leave out --n-beam=3",
         "--engine=llama.cpp reads .gguf files",
     ):
         assert message in told
@@ -180,7 +181,7 @@ def test_characters_without_a_token_are_named_where_tokens_are_characters(comman
     args = ["generate", "--max-new-tokens", "1", "--prompt"]
     for path in (tmp_path, tmp_path / "chars.gguf"):
         told = command(*args, "é→ß $漢→", "--model", path).stderr
-        assert told == "warning: prompt has characters that the model has not learned, it reads their bytes: '→' '漢'\n"
+        assert told == "warning: prompt has characters that the model has not learned and reads as bytes: '→' '漢'\n"
         assert command(*args, "éß $", "--model", path).stderr == ""
     assert command(*args, "é→ß 漢", "--model", folder / "model").stderr == ""  # its tokens are any pieces
 
@@ -225,7 +226,7 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
     options = "--quantize int8 --device cuda --tokenizer x --n-beam 2 --engine tinygpt --compile".split()
     told = generate(*options, model="model.gguf").stderr
     for name in ("--quantize=int8", "--device=cuda", "--tokenizer=x", "--n-beam=2", "--compile"):
-        assert f"{name} cannot be had with llama.cpp" in told
+        assert f"{name} is not available with llama.cpp" in told
     assert "--engine=tinygpt does not read" in told
     assert generate("--engine", "llama.cpp", "--device", "cpu", model="model.gguf").returncode == 0
 
@@ -386,3 +387,18 @@ def test_ctrl_c_ends_the_program_at_once_while_it_imports(start, tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert (process.returncode, told) == (130, b"interrupted\n")
+
+
+ODD = "a\x1b]0;title\x07b\t\x9b2J\r\x7f 中\u3000é\n"
+
+
+def test_a_terminal_shows_control_characters_and_a_pipe_gets_them_as_they_are(monkeypatch, capsysbinary):
+    """Of a prompt or a model: they could set a terminal's title or clear it."""
+    say(ODD)
+    assert capsysbinary.readouterr().out == ODD.encode()
+    seen_by, terminal = pty.openpty()
+    with open(terminal, "w", encoding="utf-8", newline="") as stream, open(seen_by, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stdout", stream)
+        say(ODD)
+        monkeypatch.undo()
+        assert screen.read(200).decode() == "a\\x1b]0;title\\x07b\t\\x9b2J\\r\\x7f 中\u3000é\r\n"

@@ -12,7 +12,7 @@ from tinygpt.errors import Stopped, UserError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
-from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, memory_of
+from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, memory_of
 from tinygpt.train.batches import Prefetch
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import repeatable

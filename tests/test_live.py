@@ -19,7 +19,7 @@ from test_train import PARAMS, train
 from tinygpt.errors import UserError
 from tinygpt.progress import shortened
 from tinygpt.report.page import write_live
-from tinygpt.run.name import keep_name, name_of, read_name
+from tinygpt.run.folder import keep_name, name_of, read_name
 from tinygpt.train.trainer import Trainer
 
 SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
@@ -80,7 +80,7 @@ def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
     other = command("generate", "--prompt", "The", "--max-new-tokens", 5, "--seed", 1)
     assert other.stdout.startswith("The")
     refused = command("generate", "--run", "xyz", "--prompt", "The").stderr
-    assert refused == f"error: --run=xyz names 0 runs with a checkpoint of all weights: take one of {run.name}\n"
+    assert refused == f"error: 0 runs are called xyz: take one of {run.name}\n"
     assert "give one of them" in command("generate", "--run", "newest", "--model", "data/model").stderr
     weights, newest = run / "model/model.safetensors", run / f"step-{newest_step(stopped):07d}/weights.safetensors"
     assert weights.stat().st_ino == newest.stat().st_ino  # no second copy
@@ -107,7 +107,7 @@ def test_a_second_terminal_sees_each_look_and_makes_a_page(stopped, command, mon
     assert lines[0] == f"watching runs/{run.name}; reports/live.html shows it in a browser"
     assert [int(line.split()[1].replace(",", "")) for line in lines if line.startswith("step ")] == looks(run)
     assert any(line.startswith("    ") for line in lines)
-    assert lines[-1].startswith(f"nothing trains in runs/{run.name} any more: step ")
+    assert lines[-1].startswith(f"no training runs in runs/{run.name} any more: step ")
     assert 'http-equiv="refresh"' not in (stopped / "reports/live.html").read_text()
     assert command("watch", "nothing").stderr == f"error: 0 runs are called nothing: take one of {run.name}\n"
 

@@ -10,7 +10,7 @@ from test_train import PARAMS, fit, make_learner, make_trainer, runs_in_tmp, sam
 
 from tinygpt.device import out_of_memory
 from tinygpt.errors import UserError
-from tinygpt.run.memory import fastest, find_micro_batch_size, halves, largest
+from tinygpt.run.costs import fastest, find_micro_batch_size, halves, largest
 
 AUTO = dataclasses.replace(RUNTIME, micro_batch_size="auto")
 
@@ -31,14 +31,14 @@ def test_the_largest_size_that_fits_is_taken():
 
     assert largest([16, 8, 4, 2, 1], attempt) == 2
     assert tried == [16, 8, 4, 2]
-    with pytest.raises(UserError, match="not even the smallest micro-batch fits into the GPU's memory"):
+    with pytest.raises(UserError, match="not even the smallest micro-batch fits into the memory"):
         largest([16, 8, 4], attempt)
 
 
 def test_the_size_of_least_time_a_sequence_is_taken():
     seconds = {8: 0.4, 4: 0.05, 2: 0.15}
     assert fastest(seconds, lambda size: time.sleep(seconds[size])) == 4
-    with pytest.raises(UserError, match="not even the smallest micro-batch fits into this machine's memory"):
+    with pytest.raises(UserError, match="not even the smallest micro-batch fits into the memory"):
         fastest([], lambda size: None)
 
 

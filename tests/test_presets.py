@@ -9,7 +9,7 @@ import torch
 from project import ROOT, run, succeed
 from ruamel.yaml import YAML
 
-from tinygpt.cli.presets import apply_values, preset
+from tinygpt.cli.project import apply_values, preset
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT

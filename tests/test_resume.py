@@ -75,7 +75,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(project, undisturbed):
         process.kill()
         assert status_of(process) == -signal.SIGKILL
         assert not (project / "data/model").exists()
-    assert "going on after step" in run_stages("train", project)
+    assert "continuing after step" in run_stages("train", project)
     assert hashes(project) == hashes(undisturbed)
     assert not is_saving(project)  # what a killed trainer left is cleared away
 
@@ -90,7 +90,7 @@ def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed, c
         assert f"stopped after step {newest_step(project)};" in log(project)
     listed = command("runs").stdout.split()
     assert "interrupted" in listed and "finished" not in listed
-    assert f"going on after step {newest_step(project)} of 300" in run_stages("train", project)
+    assert f"continuing after step {newest_step(project)} of 300" in run_stages("train", project)
     assert "finished 300 of 300 steps" in " ".join(command("runs").stdout.split())
     assert hashes(project) == hashes(undisturbed)
 
@@ -131,7 +131,7 @@ def test_killing_dvc_stops_the_trainer_and_every_way_to_run_goes_on(done, undist
             assert run("git symbolic-ref -q HEAD", project).returncode == 1
             succeed("git switch -q main", project)
     reached = newest_step(project)
-    assert f"going on after step {reached} of {STEPS['train.max_steps']}" in run_stages("train", project)
+    assert f"continuing after step {reached} of {STEPS['train.max_steps']}" in run_stages("train", project)
     assert hashes(project) == hashes(undisturbed)
 
 
@@ -152,14 +152,14 @@ def test_a_disk_that_fills_up_in_a_save_is_one_line_and_the_run_goes_on_afterwar
     assert [line for line in log(project).splitlines() if line.startswith("error: no room to write runs/")]
     assert "Traceback" not in log(project)
     assert not is_saving(project)
-    assert f"going on after step {newest_step(project)} of 300" in run_stages("train", project)
+    assert f"continuing after step {newest_step(project)} of 300" in run_stages("train", project)
     assert hashes(project) == hashes(undisturbed)
 
 
 def test_a_finished_run_is_published_again_with_the_time_and_memory_of_its_training(trained, undisturbed):
     shutil.rmtree(trained / "data/model")
     output = run_stages("train", trained)
-    assert "going on after step 300 of 300" in output
+    assert "continuing after step 300 of 300" in output
     assert f"to train afresh, rm -r {trained}/runs/" in output
     assert "tokens/s" not in output
     assert hashes(trained) == hashes(undisturbed)
@@ -169,7 +169,7 @@ def test_a_finished_run_is_published_again_with_the_time_and_memory_of_its_train
 
 def test_another_model_never_goes_on_from_this_ones_checkpoints(trained):
     set_params(trained, {"model.n_layer": 2, "train.max_steps": 10})
-    assert "going on" not in run_stages("train", trained)
+    assert "continuing" not in run_stages("train", trained)
     assert len({path.parent for path in trained.glob("runs/*/step-*")}) == 3  # the first project's, too
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygpt.generate import Sampling, Search, generate_batch
-from tinygpt.generate.answer import Answer, Running, extend
-from tinygpt.generate.stream import new_answer
+from tinygpt.generate.answer import Answer, Running
+from tinygpt.generate.stream import extend
 from tinygpt.params import ParamsError
 
 MODEL = tiny_model(block_size=32)
@@ -30,9 +30,8 @@ NEW = st.tuples(
 
 
 def begun(tokenizer, prompt: str, sampling: Sampling, seed: int, n: int, n_logprobs: int | None) -> Answer:
-    return new_answer(
-        MODEL, tokenizer, prompt, dataclasses.replace(sampling, seed=seed), max_new_tokens=n, n_logprobs=n_logprobs
-    )
+    sampling = dataclasses.replace(sampling, seed=seed)
+    return Answer(prompt, tokenizer, sampling, max_new_tokens=n, block_size=32, n_logprobs=n_logprobs)
 
 
 @settings(max_examples=40)

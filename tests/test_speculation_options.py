@@ -74,7 +74,7 @@ def test_the_likeliest_text_is_the_same_and_the_end_tells_what_the_proposals_bro
         ("--prompt-lookup --n-draft 0", "--n-draft=0 must be within"),
         ("--prompt-lookup --n-beam 2", "--n-beam=2 follows several texts, --prompt-lookup proposes one"),
         ("--draft draft --best-of 2", "--best-of=2 follows several texts, --draft proposes one"),
-        ("--prompt-lookup --model x.gguf", "--prompt-lookup cannot be had with llama.cpp"),
+        ("--prompt-lookup --model x.gguf", "--prompt-lookup is not available with llama.cpp"),
     ],
 )
 def test_what_does_not_go_together_is_told_by_option(options, message, folders, generate):

@@ -404,7 +404,7 @@ def test_where_no_checkpoint_is_whole_that_is_told_and_the_run_begins_again(tmp_
         state.write_text("{")
     resumed = train("damaged")
     told = capsys.readouterr().out
-    assert told.count("is damaged") == 2 and "runs/damaged is whole: beginning with the first step" in told
+    assert told.count("is damaged") == 2 and "runs/damaged is whole: starting from the first step" in told
     assert same(resumed.last, undisturbed.last)
 
 

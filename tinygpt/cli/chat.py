@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import json
-import re
+import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tinygpt.cli.engine import Engine, open_engine, read_engine
-from tinygpt.cli.flags import given, named_as_flags, nearest, read_settings
+from tinygpt.cli.flags import given, named_as_flags, nearest, parse_settings, read_settings
 from tinygpt.cli.generate import open_output, say
-from tinygpt.cli.input import lines_of_chat, raise_some
+from tinygpt.cli.texts import decode_utf8, read_some, standard_input
 from tinygpt.errors import UserError, answer_to, printable
 from tinygpt.files import atomic_write
 from tinygpt.generate import Search
-from tinygpt.options import Settings, make_settings, seed_after, setting_options, together
+from tinygpt.options import Settings, checked, make_settings, seed_after, setting_options, together
+from tinygpt.params import require
 
-
-class Leave(Exception):
-    """The user wants to go."""
+MOST_LINES = 1000  # of the history
+MARK = "> "
 
 
 def chat(args: Namespace) -> None:
@@ -43,12 +45,12 @@ def chat(args: Namespace) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:  # at the mark, where it means to go
         print(file=sys.stderr)
-    except Leave:
+    except EOFError:  # /quit
         pass
 
 
 def follow(line: str, conversation: Conversation) -> None:
-    """Answer a line, or do what it says.  What cannot be done is printed; only Leave is raised."""
+    """Answer a line, or do what it says.  What cannot be done is printed; only EOFError is raised, to leave."""
     try:
         if line.startswith("/"):
             obey(line, conversation)
@@ -75,15 +77,16 @@ class Conversation:
         self._n_retries = 0
         self._has_warned = False  # that the beginning is no longer read
 
-    def check(self, given: dict[str, Any]) -> Settings:
-        """What settings would become.  Raises ParamsError with all that is wrong."""
-        settings = make_settings(self.given | given)
-        settings.sampling.check_ids(self.engine.vocabulary.vocab_size)
-        return settings
-
-    def set(self, given: dict[str, Any]) -> None:
+    def set(self, given: dict[str, Any], problems: Iterable[str] = ()) -> None:
         """Change settings.  Raises ParamsError with all that is wrong; then all stay as they are."""
-        self.settings, self.given = self.check(given), self.given | given
+
+        def changed() -> Settings:
+            settings = make_settings(self.given | given)
+            settings.sampling.check_ids(self.engine.vocabulary.vocab_size)
+            return settings
+
+        _, self.settings = together(lambda: require(*((False, problem) for problem in problems)), changed)
+        self.given |= given
 
     def text(self) -> str:
         """What the model has read so far."""
@@ -119,7 +122,7 @@ class Conversation:
     def retry(self) -> None:
         """Answer the last line again, with the next seed.  Raises UserError without one."""
         if not self.turns:
-            raise UserError("nothing was said yet: /retry answers the last line again")
+            raise UserError("nothing has been said yet: /retry answers the last line again")
         line, answer = self.turns.pop()
         n = len(self.turns)
         try:
@@ -138,28 +141,20 @@ class Conversation:
 # ---- lines that begin with a slash ----
 
 
-class Command(NamedTuple):
-    """What can be typed, and what it does."""
-
-    usage: str
-    help: str
-    run: Callable[[Conversation, str], None]
-
-
 def obey(line: str, conversation: Conversation) -> None:
-    """Run the command of a line.  Raises UserError where there is none, or where it cannot be done, and Leave."""
+    """Run the command of a line.  Raises UserError where there is none, or where it cannot be done, and EOFError."""
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or ": /help lists the commands, a space before it makes it text"
         raise UserError(f"unknown command {name}{hint}")
-    COMMANDS[name].run(conversation, rest.strip())
+    COMMANDS[name][2](conversation, rest.strip())
 
 
 def show_help(conversation: Conversation, rest: str) -> None:
     """List the commands."""
-    width = max(len(command.usage) for command in COMMANDS.values())
-    for command in COMMANDS.values():
-        print(f"{command.usage:{width}}  {command.help}")
+    usages = [f"{name} {rest}" for name, (rest, _, _) in COMMANDS.items()]
+    for usage, (_, help, _) in zip(usages, COMMANDS.values(), strict=True):
+        print(f"{usage:{max(map(len, usages))}}  {help}")
 
 
 def show(conversation: Conversation, rest: str) -> None:
@@ -175,9 +170,7 @@ def set_options(conversation: Conversation, rest: str) -> None:
     """Change settings."""
     if not rest:
         raise UserError("give options and values, such as /set temperature=0.5 top_k=40; /show lists them")
-    given, problems = parse_settings(rest)
-    together(partial(raise_some, problems), partial(conversation.check, given))
-    conversation.set(given)
+    conversation.set(*parse_settings(rest))
 
 
 def save(conversation: Conversation, rest: str) -> None:
@@ -189,7 +182,7 @@ def save(conversation: Conversation, rest: str) -> None:
     except RuntimeError:
         raise UserError(f"{rest} begins with the home of an unknown user: give the whole path") from None
     if path.exists():
-        raise UserError(f"{path} exists already: give another name")
+        raise UserError(f"{path} already exists: give another name")
     with atomic_write(path) as file:
         file.writelines(f"> {line}\n{answer}\n" for line, answer in conversation.turns)
     print(f"{printable(path)}: {answers(conversation)}")
@@ -203,61 +196,71 @@ def answers(conversation: Conversation) -> str:
 
 def leave(conversation: Conversation, rest: str) -> None:
     """Go."""
-    raise Leave
+    raise EOFError
 
 
-COMMANDS = {
-    command.usage.split(" ")[0]: command
-    for command in (
-        Command("/help", "this list", show_help),
-        Command("/set NAME=VALUE …", """change how answers are chosen: temperature=0.5 stop=["\\n"]""", set_options),
-        Command("/show", "all of these options, and how long the conversation is", show),
-        Command("/retry", "another answer to the last line", lambda conversation, _: conversation.retry()),
-        Command("/reset", "forget the conversation", lambda conversation, _: conversation.reset()),
-        Command("/save FILE", "write the conversation to a new file", save),
-        Command("/quit", "leave, as Ctrl-D does", leave),
-    )
+# By name: what comes after it, what it does, and how.
+COMMANDS: dict[str, tuple[str, str, Callable[[Conversation, str], None]]] = {
+    "/help": ("", "this list", show_help),
+    "/set": ("NAME=VALUE …", """change how answers are chosen: temperature=0.5 stop=["\\n"]""", set_options),
+    "/show": ("", "all of these options, and how long the conversation is", show),
+    "/retry": ("", "another answer to the last line", lambda conversation, _: conversation.retry()),
+    "/reset": ("", "forget the conversation", lambda conversation, _: conversation.reset()),
+    "/save": ("FILE", "write the conversation to a new file", save),
+    "/quit": ("", "leave, as Ctrl-D does", leave),
 }
 
 
-def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
-    """'top_k=5 stop=["a b", "c"]' -> {"top_k": 5, "stop": ["a b", "c"]} and what is wrong.
-
-    Values are JSON, or else a word.
-    """
-    options, found = setting_options(), dict[str, Any]()
-    problems: list[str] = []
-    while text := text.lstrip():
-        named = re.match(r"([\w-]+)=", text)
-        if not named:
-            word, text = _word(text)
-            problems.append(f"{word!r} is not of the form NAME=VALUE")
-            continue
-        name = named[1].replace("-", "_")
-        option = options.get(name)
-        value, text = (_word if option and option.choices else _value)(text[named.end() :])
-        if option:
-            found[name] = [value] if option.is_list and not isinstance(value, list) else value
-        else:
-            problems.append(f"unknown option {name}{nearest(name, options)}")
-    return found, problems
+# ---- lines that are typed ----
 
 
-def _value(text: str) -> tuple[Any, str]:
-    """The value that a text begins with, and what comes after it."""
+def lines_of_chat() -> Iterator[str]:
+    """Each line without its end, until the input ends.  Raises UserError where a file is not UTF-8."""
+    if sys.stdin and sys.stdin.isatty():
+        yield from _typed_lines()
+        return
+    lines = iter(lambda: read_some(standard_input(), "a line of the standard input", line=True), b"")
+    for number, raw in enumerate(lines, start=1):
+        yield decode_utf8(raw.rstrip(b"\r\n"), "standard input", line=number)
+
+
+def history_file() -> Path:
+    """Where typed lines are kept: tinygpt/history in the folder for state (XDG), which is ~/.local/state."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(state) if state.startswith("/") else Path("~/.local/state").expanduser()) / "tinygpt" / "history"
+
+
+def _typed_lines() -> Iterator[str]:
+    _open_history()
+    while True:
+        try:
+            if not sys.stdout.isatty():  # the answers go into a file, and the mark need not
+                print(MARK, end="", file=sys.stderr, flush=True)
+            yield checked(input(MARK if sys.stdout.isatty() else ""))
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except (UnicodeDecodeError, UserError):
+            print("error: that line was not UTF-8: set the terminal to UTF-8", file=sys.stderr)
+
+
+def _open_history() -> None:
+    """Typed lines can be edited, and come back next time.  Without readline, or a home, they just cannot."""
     try:
-        value, end = json.JSONDecoder().raw_decode(text)
-        if not text[end : end + 1].strip():  # else it is a word such as 5th
-            return value, text[end:]
-    except (ValueError, RecursionError):
-        pass
-    word, rest = _word(text)
-    try:
-        return float(word), rest  # .5 is not JSON
-    except ValueError:
-        return word, rest
+        import readline
+
+        path = history_file()
+    except (ImportError, RuntimeError):
+        return
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(MOST_LINES)
+    atexit.register(_keep_history, path)
 
 
-def _word(text: str) -> tuple[str, str]:
-    word, *rest = text.split(None, 1) or [""]
-    return word, rest[0] if rest else ""
+def _keep_history(path: Path) -> None:
+    import readline
+
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what one types is private
+        readline.write_history_file(path)

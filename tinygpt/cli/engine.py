@@ -23,7 +23,7 @@ from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.answer import choose_rows, keep_logprobs
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import slide
-from tinygpt.generate.stream import extend_by
+from tinygpt.generate.stream import extend
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.options import Settings
@@ -35,10 +35,12 @@ MOST_CONTEXT = 8192  # tokens: keys and values of all that a large model could r
 NOT_IN_LLAMA_CPP = {
     "tokenizer": "a .gguf file has its own",
     "device": "it computes on the CPU here",
-    "quantize": "name a .gguf file of smaller weights",
-    "compile": "it is machine code already",
-    "n_beam": "searches are of --engine tinygpt",
-    "best_of": "searches are of --engine tinygpt",
+    "quantize": "name a .gguf file with smaller weights",
+    "compile": "it is already compiled",
+    "n_beam": "searches need --engine tinygpt",
+    "best_of": "searches need --engine tinygpt",
+    "draft": "name a folder of ours",
+    "prompt_lookup": "name a folder of ours",
 }
 UNCHANGED = (None, "auto", "cpu", 1)
 
@@ -72,7 +74,7 @@ class Engine(ABC):
             banned_ids=(*chosen.banned_ids, *(self._ends if chosen.ignore_eos else ())),
         )
         return Answer(
-            [self.vocabulary.bos_id, *self.vocabulary.encode(prompt)],
+            prompt,
             self.vocabulary,
             sampling,
             max_new_tokens=settings.length.max_new_tokens,
@@ -84,9 +86,9 @@ class Engine(ABC):
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
         """Extend each to its end, so many together; yields those that just got a token."""
 
-    @abstractmethod
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """The best of several texts."""
+        """The best of several texts.  Raises ParamsError where they cannot be had side by side."""
+        raise ParamsError(["n_beam and best_of are not available with llama.cpp: searches need tinygpt's engine"])
 
 
 class TorchEngine(Engine):
@@ -97,11 +99,9 @@ class TorchEngine(Engine):
         self._model, self._tokenizer, self._speculation = model, tokenizer, speculation
 
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
-        """Extend each to its end, so many together; yields those that just got a token."""
-        return extend_by(self._speculation, self._model, answers, at_once=at_once)
+        return extend(self._model, answers, at_once=at_once, speculation=self._speculation)
 
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """The best of several texts."""
         (answer,) = generate_batch(
             self._model,
             self._tokenizer,
@@ -143,10 +143,6 @@ class LlamaEngine(Engine):
                 is_new = slide(seen, self.block_size)
                 logits = self._llama.read(seen) if is_new else self._llama.append(seen[-1])
 
-    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """Raises ParamsError: several texts side by side are not for llama.cpp here."""
-        raise ParamsError(["n_beam and best_of cannot be had with llama.cpp: searches are of tinygpt's engine"])
-
 
 # ---- from flags to an engine ----
 
@@ -159,12 +155,12 @@ def read_engine(args: Namespace) -> EngineOptions:
         require((engine != "llama.cpp", f"--engine=llama.cpp reads .gguf files, and {path} is not one: try {GGUF}"))
         find_device(options.device, "--device")
         return options
-    asked = {name: getattr(args, name) for name in NOT_IN_LLAMA_CPP}
+    asked = {name: getattr(args, name, None) for name in NOT_IN_LLAMA_CPP}  # chat has no proposals
     refused = {name: value for name, value in asked.items() if value is True or value not in UNCHANGED}
     require(
         (engine != "tinygpt", f"--engine=tinygpt does not read {path}: it takes folders, llama.cpp .gguf files"),
         *(
-            (False, f"{as_typed(name, value)} cannot be had with llama.cpp: {NOT_IN_LLAMA_CPP[name]}")
+            (False, f"{as_typed(name, value)} is not available with llama.cpp: {NOT_IN_LLAMA_CPP[name]}")
             for name, value in refused.items()
         ),
     )
@@ -173,7 +169,7 @@ def read_engine(args: Namespace) -> EngineOptions:
 
 def read_proposals(args: Namespace) -> ProposalOptions:
     """What proposes tokens, if anything does.  Raises ParamsError with all options that do not go together."""
-    proposals, path = read(ProposalOptions, args), read(EngineOptions, args).path
+    proposals = read(ProposalOptions, args)
     name, looks_up = proposals.flag, proposals.prompt_lookup
     searched = {each: getattr(args, each) for each in ("n_beam", "best_of") if getattr(args, each) not in (None, 1)}
     require(
@@ -184,7 +180,6 @@ def read_proposals(args: Namespace) -> ProposalOptions:
             (name is None, f"{as_typed(*each)} follows several texts, {name} proposes one: leave one out")
             for each in searched.items()
         ),
-        (name is None or not is_gguf(path), f"{name} cannot be had with llama.cpp: name a folder of ours"),
     )
     return proposals
 

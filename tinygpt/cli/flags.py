@@ -1,4 +1,4 @@
-"""From the fields of dataclasses to flags, and back.  Nothing here imports PyTorch or pandas.
+"""From the fields of dataclasses to flags, and back from what is typed.  Nothing here imports PyTorch or pandas.
 
 A field with a help text in its type is a flag (`tinygpt/options.py`). None of these has a default for argparse, so that
 contradictions are those of the user; without it, the field's own default counts.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import typing
 from argparse import ArgumentParser, Namespace
@@ -40,14 +41,12 @@ T = TypeVar("T")
 class DeviceOptions:
     """Where and with what weights our own model computes."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "of tinygpt's engine"] = "auto"
-    quantize: Annotated[Literal["int8", "int4"] | None, "weights of one byte or half of one: less memory, faster"] = (
-        None
-    )
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "for tinygpt's engine"] = "auto"
+    quantize: Annotated[Literal["int8", "int4"] | None, "weights of 8 or 4 bits: less memory, faster"] = None
     compile: Annotated[
         bool,
-        "compile the steps, with --draft the draft's: up to two minutes at first, seconds the next time; then one text "
-        "is 1.5 to 3 times as fast, several together take a seventh less time",
+        "compile the steps (with --draft, those of the draft): up to two minutes at first, then seconds; one text is "
+        "then 1.5 to 3 times as fast, several together take a seventh less time",
     ] = False
 
 
@@ -71,18 +70,24 @@ class EngineOptions(DeviceOptions):
         """Where the model is.  Raises UserError where the run has none, or there are several of that name."""
         if self.run is not None:
             require((self.model is None, f"--run and --model={self.model} both name a model: give one of them"))
-            return run_model(self.run)
+            return find_run(None if self.run == "newest" else self.run, "model/model.safetensors") / "model"
         return self.model or (GGUF if self.engine == "llama.cpp" else paths.MODEL)
 
 
-def run_model(name: str) -> Path:
-    """The model folder of the run whose folder's name begins so, or of that which wrote last."""
-    found = sorted(runs_folder().glob("*/model/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    named = found[-1:] if name == "newest" else [path for path in found if path.parts[-3].startswith(name)]
+def find_run(name: str | None, file: str) -> Path:
+    """The folder in runs/ that has this file and whose name begins so, or of all these the one that wrote last.
+
+    Raises UserError unless it is one.
+    """
+    files = sorted(runs_folder().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    there = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
+    named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]
+    if not there:
+        raise UserError(f"no run has {file} yet: `dvc repro train` writes it")
     if len(named) != 1:
-        there = ", ".join(path.parts[-3] for path in reversed(found)) or "none has a checkpoint"
-        raise UserError(f"--run={name} names {len(named)} runs with a checkpoint of all weights: take one of {there}")
-    return named[0].parent
+        names = ", ".join(folder.name for folder in reversed(there))
+        raise UserError(f"{len(named)} runs are called {name}: take one of {names}")
+    return named[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +107,11 @@ class ProposalOptions(Proposals):
 class TextOptions:
     """How many texts, and how they are printed."""
 
-    n: Annotated[int, Within("[1, 1000]"), "texts of each prompt, each with a seed one higher"] = 1
+    n: Annotated[int, Within("[1, 1000]"), "texts for each prompt, each with the next seed"] = 1
     batch_size: Annotated[Count, "texts computed together"] = 32
     format: Annotated[Literal["text", "json", "jsonl"], "of the output"] = "text"
     logprobs: Annotated[
-        int | None, Within("[0, inf)"), "of each token, and of so many of the likeliest in its place; not in text"
+        int | None, Within("[0, inf)"), "of each token, and of this many likeliest ones in its place; not as text"
     ] = None
 
     def __post_init__(self) -> None:
@@ -199,3 +204,46 @@ def named_as_flags(names: Iterable[str] | None = None) -> Iterator[None]:
         yield
     except ParamsError as error:
         raise ParamsError([re.sub(pattern, lambda found: flag(found[0]), each) for each in error.problems]) from None
+
+
+def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
+    """'top_k=5 stop=["a b", "c"]' -> {"top_k": 5, "stop": ["a b", "c"]} and what is wrong.
+
+    Values are JSON, or else a word.
+    """
+    options, found = setting_options(), dict[str, Any]()
+    problems: list[str] = []
+    while text := text.lstrip():
+        named = re.match(r"([\w-]+)=", text)
+        if not named:
+            word, text = _word(text)
+            problems.append(f"{word!r} is not of the form NAME=VALUE")
+            continue
+        name = named[1].replace("-", "_")
+        option = options.get(name)
+        value, text = (_word if option and option.choices else _value)(text[named.end() :])
+        if option:
+            found[name] = [value] if option.is_list and not isinstance(value, list) else value
+        else:
+            problems.append(f"unknown option {name}{nearest(name, options)}")
+    return found, problems
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The value that a text begins with, and what comes after it."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+        if not text[end : end + 1].strip():  # else it is a word such as 5th
+            return value, text[end:]
+    except (ValueError, RecursionError):
+        pass
+    word, rest = _word(text)
+    try:
+        return float(word), rest  # .5 is not JSON
+    except ValueError:
+        return word, rest
+
+
+def _word(text: str) -> tuple[str, str]:
+    word, *rest = text.split(None, 1) or [""]
+    return word, rest[0] if rest else ""

@@ -16,16 +16,18 @@ from typing import Any
 
 from tinygpt.cli.engine import Engine, open_engine, read_engine, read_proposals
 from tinygpt.cli.flags import EngineOptions, ProposalOptions, TextOptions, named_as_flags, read, read_settings
-from tinygpt.cli.input import MOST_SHOWN, NamedPrompt, check_prompts, collect_prompts, raise_some
+from tinygpt.cli.texts import NamedPrompt, check_prompts, collect_prompts
 from tinygpt.errors import UserError, printable
 from tinygpt.generate import Answer, Search
 from tinygpt.generate.answer import Vocabulary
 from tinygpt.options import Settings, seed_after, together
-from tinygpt.params import require
+from tinygpt.params import ParamsError, require
 
 DIVIDER = "---"  # a line between two texts
+MOST_WARNINGS = 10
 MOST_NAMED = 10  # characters that a warning names
 SPECIAL = re.compile(rb"<\|.*\|>")  # how special tokens are named
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: they would command a terminal
 
 
 def generate(args: Namespace) -> None:
@@ -38,7 +40,7 @@ def generate(args: Namespace) -> None:
     with named_as_flags():
         answers = begin_all(engine, prompts, settings, n=texts.n, n_logprobs=texts.logprobs)
     n_tokens = [len(answer.prompt) for answer in answers[:: texts.n]]
-    for warning in prompt_warnings(prompts, n_tokens, engine)[:MOST_SHOWN]:
+    for warning in prompt_warnings(prompts, n_tokens, engine)[:MOST_WARNINGS]:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     began = time.monotonic()
     output = FORMATS[texts.format](engine.vocabulary, with_logprobs=texts.logprobs is not None)
@@ -65,19 +67,19 @@ def read_all(args: Namespace) -> tuple[TextOptions, Settings, EngineOptions, Pro
 
 def check_texts(args: Namespace) -> TextOptions:
     """How many texts, and of what form.  Raises ParamsError with what contradicts how they are chosen."""
-    n, is_searched = args.n or 1, args.n_beam not in (None, 1) or args.best_of not in (None, 1)
-
-    def others() -> None:
-        require(
-            (n <= 1 or not is_searched, f"--n={n} takes all texts, --n-beam and --best-of the best one: give one"),
-            (n <= 1 or args.temperature != 0, f"--n={n} needs --temperature above 0: at 0 all texts are the same"),
-            (
-                args.logprobs is None or args.n_beam in (None, 1),
-                f"--logprobs={args.logprobs} is of texts that go one way, not of --n-beam={args.n_beam}",
-            ),
-        )
-
-    texts: TextOptions = together(partial(read, TextOptions, args), others)[0]
+    n, has_beams = args.n or 1, args.n_beam not in (None, 1)
+    rules = (
+        (
+            n <= 1 or not (has_beams or args.best_of not in (None, 1)),
+            f"--n={n} prints all texts, --n-beam and --best-of only the best: give one of them",
+        ),
+        (n <= 1 or args.temperature != 0, f"--n={n} needs --temperature above 0: at 0 all texts are the same"),
+        (
+            args.logprobs is None or not has_beams,
+            f"--logprobs={args.logprobs} does not go with beam search: leave out --n-beam={args.n_beam}",
+        ),
+    )
+    texts: TextOptions = together(partial(read, TextOptions, args), partial(require, *rules))[0]
     return texts
 
 
@@ -99,7 +101,8 @@ def begin_all(
             answers += [engine.begin(prompt.text, settings, seed=seed, n_logprobs=n_logprobs) for seed in seeds]
         except UserError as error:
             problems.append(prompt.named(str(error)))
-    raise_some(problems)
+    if problems:
+        raise ParamsError(problems)
     return answers
 
 
@@ -133,7 +136,7 @@ def prompt_warnings(prompts: Sequence[NamedPrompt], n_tokens: Sequence[int], eng
     for prompt, chars in foreign.items():
         if known is not None and (unknown := [char for char in chars if char not in known]):
             shown = " ".join(map(repr, unknown[:MOST_NAMED])) + (" …" if len(unknown) > MOST_NAMED else "")
-            found.append(f"{prompt.name} has characters that the model has not learned, it reads their bytes: {shown}")
+            found.append(f"{prompt.name} has characters that the model has not learned and reads as bytes: {shown}")
     return found
 
 
@@ -142,15 +145,11 @@ def characters(vocabulary: Vocabulary) -> set[str] | None:
 
     A tokenizer of bytes has none of them. One of characters that saw ASCII alone is the same, and gives None, too.
     """
-    pieces = (vocabulary.decode_bytes([i]) for i in range(vocabulary.vocab_size))
-    found: set[str] = set()
-    for piece in pieces:
-        text = piece.decode(errors="ignore")  # the beginning of a character has none
-        if len(text) > 1 and not SPECIAL.fullmatch(piece):
-            return None
-        if len(piece) > 1 and len(text) == 1:
-            found.add(text)
-    return found or None
+    pieces = [vocabulary.decode_bytes([i]) for i in range(vocabulary.vocab_size)]
+    texts = [piece.decode(errors="ignore") for piece in pieces if not SPECIAL.fullmatch(piece)]
+    if any(len(text) > 1 for text in texts):  # the beginning of a character is none
+        return None
+    return {text for text in texts if text and ord(text) > 127} or None
 
 
 # ---- how texts are printed: always UTF-8 ----
@@ -245,7 +244,9 @@ def logprobs_of(answer: Answer, vocabulary: Vocabulary) -> list[dict[str, Any]]:
 
 
 def say(text: str) -> None:
-    """Print at once, all of it: what is written stays, whatever comes."""
+    """Print at once: what is written stays, whatever comes.  A terminal shows control characters as escapes."""
+    if sys.stdout.isatty():
+        text = CONTROLS.sub(lambda found: printable(found[0]), text)
     print(text, end="", flush=True)
 
 

@@ -26,8 +26,7 @@ from tinygpt.options import DRAWN, PARTS
 from tinygpt.serve.limits import Limits
 
 
-def generate_flags(command: ArgumentParser) -> None:
-    """Prompts and texts, how they are chosen, and what computes them."""
+def _generate_flags(command: ArgumentParser) -> None:
     command.add_argument(
         "--prompt",
         action="append",
@@ -41,96 +40,80 @@ def generate_flags(command: ArgumentParser) -> None:
     add_flags(command, TextOptions, *PARTS, ProposalOptions, EngineOptions, defaults=DRAWN)
 
 
-def chat_flags(command: ArgumentParser) -> None:
-    """How answers are chosen, and what computes them."""
+def _chat_flags(command: ArgumentParser) -> None:
     add_flags(command, *PARTS, EngineOptions, defaults=DRAWN)
 
 
-def serve_flags(command: ArgumentParser) -> None:
-    """Which models, where, and how much clients may ask for."""
+def _serve_flags(command: ArgumentParser) -> None:
     command.add_argument(
         "--model",
         action="append",
         metavar="[NAME=]FOLDER",
-        help="of ours or of transformers; may be given again; its tokenizer is in the folder, or in `tokenizer` "
-        f"next to it (default: {paths.MODEL})",
+        help="a folder of ours or of transformers; may be given again; its tokenizer is there, or in `tokenizer` next "
+        f"to it (default: {paths.MODEL})",
     )
-    command.add_argument("--tokenizer", type=Path, help="folder, for all models, of ours")
+    command.add_argument("--tokenizer", type=Path, help="a tokenizer's folder, for all models of ours")
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
     )
     command.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 = any that is free)")
     command.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a name the server is called by"
+        "--allow-host", action="append", default=[], metavar="NAME", help="another name by which clients may call it"
     )
     add_flags(command, DeviceOptions, Limits)
 
 
-def encode_flags(command: ArgumentParser) -> None:
-    """A text, and the tokenizer."""
+def _encode_flags(command: ArgumentParser) -> None:
     command.add_argument("text", nargs="?", help="text to encode; without it, the standard input")
     command.add_argument("--ids", action="store_true", help="print the ids alone, as `decode` reads them")
     add_path(command, "--tokenizer", paths.TOKENIZER)
 
 
-def decode_flags(command: ArgumentParser) -> None:
-    """Ids, and the tokenizer."""
+def _decode_flags(command: ArgumentParser) -> None:
     command.add_argument("ids", nargs="*", help="ids to decode; without them, the standard input")
     add_path(command, "--tokenizer", paths.TOKENIZER)
 
 
-def tokenizer_report_flags(command: ArgumentParser) -> None:
-    """One tokenizer or two, and the text that they are to fit."""
+def _tokenizer_report_flags(command: ArgumentParser) -> None:
     add_path(command, "--tokenizer", paths.TOKENIZER)
     command.add_argument("--against", type=Path, help="another tokenizer.json, such as GPT-2's, on the same text")
     add_path(command, "--text", paths.CLEAN)
     add_path(command, "--plot", paths.REPORTS / "tokenizer.png", "file")
 
 
-def attention_flags(command: ArgumentParser) -> None:
-    """A text, and the model."""
+def _attention_flags(command: ArgumentParser) -> None:
     command.add_argument("--prompt", required=True, help="the text to look at")
     add_path(command, "--model", paths.MODEL)
     add_path(command, "--tokenizer", paths.TOKENIZER)
     add_path(command, "--plot", paths.REPORTS / "attention.png", ".png or .svg; the page next to it ends in .html")
 
 
-def import_hf_flags(command: ArgumentParser) -> None:
-    """From where, and where to."""
+def _import_hf_flags(command: ArgumentParser) -> None:
     command.add_argument("folder", type=Path, help="with config.json, model.safetensors and tokenizer.json")
     add_path(command, "--to", paths.BASE)
 
 
-def promote_flags(command: ArgumentParser) -> None:
-    """From where, and where to."""
+def _promote_flags(command: ArgumentParser) -> None:
     add_path(command, "--model", paths.MODEL)
     add_path(command, "--tokenizer", paths.TOKENIZER)
     add_path(command, "--to", paths.BASE)
 
 
-def profile_flags(command: ArgumentParser) -> None:
-    """How much to find out."""
+def _profile_flags(command: ArgumentParser) -> None:
     command.add_argument("--no-measure", action="store_true", help="count only, compute nothing")
 
 
-def preset_flags(command: ArgumentParser) -> None:
-    """Which one."""
-    command.add_argument("name", nargs="?", help="of a preset; without it, all are listed")
+def _preset_flags(command: ArgumentParser) -> None:
+    command.add_argument("name", nargs="?", help="of a preset; without a name, all are listed")
 
 
-def runs_flags(command: ArgumentParser) -> None:
-    """What to remove."""
-    command.add_argument("--prune", action="store_true", help="remove the finished ones; none that is running")
+def _runs_flags(command: ArgumentParser) -> None:
+    command.add_argument("--prune", action="store_true", help="remove the finished ones, but none that is running")
     command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
-    command.add_argument("--keep", type=int, metavar="N", help="with --prune: not the newest N of them")
+    command.add_argument("--keep", type=int, metavar="N", help="with --prune: but keep the newest N of them")
 
 
-def mend_flags(command: ArgumentParser) -> None:
-    """None."""
-
-
-def compare_flags(command: ArgumentParser) -> None:
-    """Which experiments."""
+def _compare_flags(command: ArgumentParser) -> None:
     command.add_argument(
         "rev",
         nargs="*",
@@ -143,33 +126,28 @@ def compare_flags(command: ArgumentParser) -> None:
     )
 
 
-def watch_flags(command: ArgumentParser) -> None:
-    """Which run, and where its page is."""
+def _watch_flags(command: ArgumentParser) -> None:
     command.add_argument("run", nargs="?", help="how its folder in runs/ begins; without it, the one that wrote last")
     command.add_argument("--page", type=Path, metavar="FILE", help="the page (default: reports/live.html)")
 
 
-# Name -> its flags, the file that has a function of its name, and what it does.
+# Name -> its flags, the file with the function of its name, and what it does.
 COMMANDS = {
-    "generate": (generate_flags, "generate", "continue a prompt, or many"),
-    "chat": (chat_flags, "chat", "continue what you type, line by line"),
-    "serve": (serve_flags, "models", "serve models by OpenAI's API, with a page to play with them"),
-    "encode": (encode_flags, "pieces", "show the ids and pieces of a text"),
-    "decode": (decode_flags, "pieces", "show the text of ids"),
-    "attention": (attention_flags, "models", "draw where each head of the model attends to in a text"),
-    "import-hf": (import_hf_flags, "models", "take a folder of transformers as the model that training starts from"),
-    "promote": (promote_flags, "models", "take the trained model as the one that training starts from"),
-    "profile": (profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
-    "preset": (preset_flags, "presets", "put the values of a preset into params.yaml, or list the presets"),
-    "runs": (runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
-    "mend": (mend_flags, "mend", "put right what a DVC that was killed has left: `make repro` does this, too"),
-    "watch": (watch_flags, "watch", "follow a training from a second terminal, and on a page"),
-    "compare": (compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
-    "tokenizer-report": (
-        tokenizer_report_flags,
-        "pieces",
-        "say how well the tokenizer fits the text, as a table and a plot",
-    ),
+    "generate": (_generate_flags, "generate", "continue a prompt, or many"),
+    "chat": (_chat_flags, "chat", "continue what you type, line by line"),
+    "serve": (_serve_flags, "models", "serve models by OpenAI's API, with a page to play with them"),
+    "encode": (_encode_flags, "texts", "show the ids and pieces of a text"),
+    "decode": (_decode_flags, "texts", "show the text of ids"),
+    "attention": (_attention_flags, "texts", "draw where each head of the model attends to in a text"),
+    "import-hf": (_import_hf_flags, "models", "take a folder of transformers as the model that training starts from"),
+    "promote": (_promote_flags, "models", "take the trained model as the one that training starts from"),
+    "profile": (_profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
+    "preset": (_preset_flags, "project", "put the values of a preset into params.yaml, or list the presets"),
+    "runs": (_runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
+    "mend": (None, "project", "repair what a killed DVC has left behind; `make repro` does this, too"),
+    "watch": (_watch_flags, "runs", "follow a training from a second terminal, and on a page"),
+    "compare": (_compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
+    "tokenizer-report": (_tokenizer_report_flags, "texts", "say how well the tokenizer fits the text, with a plot"),
 }
 
 
@@ -204,5 +182,7 @@ def build_parser() -> ArgumentParser:
     parser = Parser(prog="python -m tinygpt", description="Use what the pipeline has made.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (add_own_flags, _, help) in COMMANDS.items():
-        add_own_flags(commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}."))
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        if add_own_flags:
+            add_own_flags(command)
     return parser

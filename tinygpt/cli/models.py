@@ -13,22 +13,26 @@ import torch
 from tinygpt import paths
 from tinygpt.cli.engine import compile_if_asked, is_gguf, place
 from tinygpt.cli.flags import DeviceOptions, read
-from tinygpt.cli.pieces import check_picture, visible
 from tinygpt.device import find_device, open_device
 from tinygpt.errors import UserError
 from tinygpt.export.folders import open_model, read_hf_pair, tokenizer_of, use_of, write_base
 from tinygpt.files import human_bytes
-from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.parts import parts_of
 from tinygpt.model.weights import load_pair, model_tensors
-from tinygpt.options import checked
 from tinygpt.params import load_params
-from tinygpt.report.page import attention_page
-from tinygpt.report.plots import plot_attention
-from tinygpt.run.costs import flops_per_token, peak_flops, tokens_per_second
-from tinygpt.run.memory import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
+from tinygpt.run.costs import (
+    LESS_MEMORY,
+    available_memory,
+    build_trained,
+    find_micro_batch_size,
+    flops_per_token,
+    halves,
+    memory_of,
+    peak_flops,
+    tokens_per_second,
+)
 from tinygpt.runtime import RuntimeParams
 from tinygpt.serve.limits import Limits
 from tinygpt.tokenizer import load_tokenizer
@@ -78,21 +82,6 @@ def named(given: list[str]) -> dict[str, Path]:
             )
         found[name] = Path(folder if equals else name)
     return found
-
-
-def attention(args: Namespace) -> None:
-    """Draw where each head of the model attends to, as a picture and a page."""
-    check_picture(args.plot)
-    model, tokenizer = load_pair(args.model, args.tokenizer)
-    ids = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))]
-    if len(ids) > model.config.block_size:
-        raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")
-    tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
-    maps = attention_maps(model, ids)
-    plot_attention(maps, tokens, args.plot)
-    page = args.plot.with_suffix(".html")
-    attention_page(maps, tokens, page)
-    print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")
 
 
 def import_hf(args: Namespace) -> None:

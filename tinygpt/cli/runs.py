@@ -1,4 +1,4 @@
-"""`python -m tinygpt runs`, `compare`: what was trained: the folders of runs/, and DVC's experiments.
+"""`python -m tinygpt runs`, `watch`, `compare`: what was trained: the folders of runs/, and DVC's experiments.
 
 Training keeps its checkpoints in runs/<fingerprint>, other stages their shards in runs/<name>-<fingerprint> until they
 are done. Whatever else is in runs/ is not ours and is left alone.
@@ -23,11 +23,13 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from tinygpt.cli.pieces import check_picture
+from tinygpt.cli.flags import find_run
+from tinygpt.cli.texts import check_picture
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
-from tinygpt.paths import PAGE
+from tinygpt.paths import PAGE, REPORTS
+from tinygpt.progress import shortened
 from tinygpt.report.compare import (
     MOST_CURVES,
     as_text,
@@ -37,12 +39,16 @@ from tinygpt.report.compare import (
     write_comparison,
 )
 from tinygpt.report.config import PlotParams
+from tinygpt.report.page import write_live
 from tinygpt.report.plots import plot_curves
-from tinygpt.run.name import read_name
-from tinygpt.run.state import STATE_FILE, read_plan, read_state
+from tinygpt.report.reports import read_curve, read_samples
+from tinygpt.run.folder import STATE_FILE, read_name, read_plan, read_state
 
 NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
 SHORT = 8  # letters of a fingerprint that are shown
+EVERY_S = 1.0  # seconds between two looks at the files of a run that is watched
+BARS = "▁▂▃▄▅▆▇█"
+N_BAR = 24  # validation losses drawn in a line
 
 
 @dataclass(frozen=True)
@@ -154,19 +160,14 @@ def _held(folder: Path) -> Iterator[bool]:
     """Hold the lock of a folder for the block, if nobody else does."""
     work = _work(folder)
     path = folder.with_name(f"{work}.lock") if work else folder / "lock"
-    if not path.exists():  # nobody was there yet: we leave no lock behind
-        yield True
-        return
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with contextlib.ExitStack() as held:
+        is_free = True
+        if path.exists():  # else nobody was there yet: we leave no lock behind
+            try:
+                held.enter_context(FileLock(path, timeout=0))
+            except Timeout:
+                is_free = False
+        yield is_free
 
 
 def _work(folder: Path) -> str | None:
@@ -193,6 +194,39 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def watch(args: Namespace) -> None:
+    """Print a line and a sample for each look, those that were first; until the training ends or is stopped."""
+    folder = find_run(args.run, "train.csv")
+    page, n_told = args.page or REPORTS / "live.html", 0
+    print(f"watching {folder}; {page} shows it in a browser")
+    while True:
+        running = is_locked(folder)
+        rows = read_curve(folder)
+        looks = [row for row in rows if row["val_loss"] is not None]
+        if len(looks) > n_told or not running:
+            samples = {sample["step"]: sample["text"] for sample in read_samples(folder)}
+            for at in range(n_told, len(looks)):
+                print(told(looks[: at + 1]))
+                if text := samples.get(looks[at]["step"]):
+                    print(shortened(text))
+            n_told = len(looks)
+            write_live(folder, page, running=running)
+        if not running:
+            break
+        time.sleep(EVERY_S)
+    print(f"no training runs in {folder} any more: step {rows[-1]['step']:,.0f}, see `python -m tinygpt runs`")
+
+
+def told(looks: list[dict[str, float | None]]) -> str:
+    """The last look in a line, with the losses up to it as a row of bars."""
+    losses = [row["val_loss"] or 0.0 for row in looks[-N_BAR:]]
+    low, width = min(losses), max(losses) - min(losses) or 1.0
+    bars = "".join(BARS[round((loss - low) / width * (len(BARS) - 1))] for loss in losses)
+    train = looks[-1]["train_loss"]
+    said = "" if train is None else f"train loss {train:.4f}  "
+    return f"step {looks[-1]['step']:>6,.0f}  {said}val loss {losses[-1]:.4f}  {bars}"
 
 
 def compare(args: Namespace) -> None:

@@ -23,7 +23,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import trained_tensors
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, fill, load_pair, read_fitting, save_model, unset_model
 from tinygpt.paths import BASE, MODEL, TOKENIZER_FILE
-from tinygpt.run.memory import build_trained
+from tinygpt.run.costs import build_trained
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 

@@ -9,8 +9,7 @@ import codecs
 import dataclasses
 import math
 import random
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.sampling import Past, as_double, choose
 from tinygpt.model.gpt import GPT
-from tinygpt.options import Sampling
+from tinygpt.options import Sampling, checked
 from tinygpt.params import require
 
 
@@ -30,6 +29,10 @@ class Vocabulary(Protocol):
         """Number of ids."""
 
     @property
+    def bos_id(self) -> int:
+        """What a document begins with."""
+
+    @property
     def eos_id(self) -> int:
         """What ends a text."""
 
@@ -38,6 +41,11 @@ class Vocabulary(Protocol):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the bytes they stand for."""
+
+
+def prompt_ids(tokenizer: Vocabulary, prompt: str) -> list[int]:
+    """A text as the beginning of a document, after the tokenizer's `bos_id`.  Raises UserError when it is not text."""
+    return [tokenizer.bos_id, *tokenizer.encode(checked(prompt))]
 
 
 class TextStream:
@@ -95,7 +103,7 @@ class Answer:
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        prompt: str | Sequence[int],
         tokenizer: Vocabulary,
         sampling: Sampling,
         *,
@@ -103,11 +111,15 @@ class Answer:
         block_size: int,
         n_logprobs: int | None = None,
     ) -> None:
-        """`n_logprobs` None keeps no log-probabilities, 0 those of what was taken, n also those of the n likeliest.
+        """A prompt is a text, which begins a document, or ids as they are.
 
-        Raises ParamsError when an option does not fit another, the prompt or the vocabulary.
+        `n_logprobs` None keeps no log-probabilities, 0 those of what was taken, n also those of the n likeliest.
+
+        Raises ParamsError when an option does not fit another, the prompt or the vocabulary, and
+        UserError when the prompt is not a text.
         """
-        room = block_size - len(prompt) if sampling.when_full == "stop" else max_new_tokens
+        self.prompt = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        room = block_size - len(self.prompt) if sampling.when_full == "stop" else max_new_tokens
         require(
             (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be within [1, inf)"),
             (
@@ -116,12 +128,11 @@ class Answer:
             ),
             (
                 max_new_tokens < 1 or room >= 1,
-                f"prompt has {len(prompt)} tokens, which leaves no room in a context of {block_size}: "
+                f"prompt has {len(self.prompt)} tokens, which leaves no room in a context of {block_size}: "
                 "shorten it, or set when_full=slide",
             ),
         )
         sampling.check_ids(tokenizer.vocab_size)
-        self.prompt = list(prompt)
         self.sampling = dataclasses.replace(sampling, seed=0)  # answers that share it are treated together
         self.ids: list[int] = []  # what follows, without the id that ended it
         self.n_logprobs = n_logprobs
@@ -203,15 +214,6 @@ class Running:
         if self._is_behind and self.answers:
             self._decoder.step([answer.ids[-1] for answer in self.answers])
         self._is_behind = False
-
-
-def extend(model: GPT, answers: Sequence[Answer], *, at_once: int | None = None) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, so many together (None: all); yields those that just got a token."""
-    running, waiting = Running(model), deque(answers)
-    while waiting or running.answers:
-        n = min(len(waiting), (at_once or len(answers)) - len(running.answers))
-        running.add([waiting.popleft() for _ in range(n)])
-        yield running.step()
 
 
 def keep_logprobs(logits: Tensor, answers: Sequence[Answer], chosen: Sequence[int | None]) -> None:

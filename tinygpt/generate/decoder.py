@@ -47,14 +47,16 @@ class KVCache:
 
     def grow(self, n_row: int) -> None:
         """So many rows more, after the others."""
-        self.layers = [(_with_more(keys, n_row), _with_more(values, n_row)) for keys, values in self.layers]
+        more = (0, 0, 0, 0, 0, 0, 0, n_row)  # F.pad begins with the last dimension
+        self.layers = [(F.pad(keys, more), F.pad(values, more)) for keys, values in self.layers]
 
     def reserve(self, n: int) -> None:
         """Have room for the first n positions."""
         if n > self.room:
             self.room = more_room(n, self.block_size)
-            sizes = [min(self.n_slots[window], self.room) for window in self.windows]
-            self.layers = [(_longer(k, n), _longer(v, n)) for (k, v), n in zip(self.layers, sizes, strict=True)]
+            for layer, (keys, values) in enumerate(self.layers):
+                more = (0, 0, 0, min(self.n_slots[self.windows[layer]], self.room) - keys.size(2))
+                self.layers[layer] = F.pad(keys, more), F.pad(values, more)
 
     def append(self, at: Sequence[int]) -> Attend:
         """For one more token in each row, at these positions: each sees its row up to itself."""
@@ -145,17 +147,6 @@ def slot_mask(
     behind = at - newest + (newest - slots) % n_slot  # how many tokens before it is the one in each slot
     hidden = (behind < 0) | (behind > at) | (behind >= (window or n_slot))
     return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)
-
-
-def _with_more(slots: Tensor, n_row: int) -> Tensor:
-    """(B, …) -> (B + n_row, …), the new ones zeros"""
-    new = slots.new_zeros(n_row, *slots.shape[1:])
-    return torch.cat((slots, new)) if len(slots) else new
-
-
-def _longer(slots: Tensor, n: int) -> Tensor:
-    """(B, G, S, D) -> (B, G, n, D), the new ones zeros"""
-    return slots if slots.size(2) == n else F.pad(slots, (0, 0, 0, n - slots.size(2)))
 
 
 def _by_row(sizes: Sequence[int], *heads: Tensor) -> Iterator[tuple[Tensor, ...]]:

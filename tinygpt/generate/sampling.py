@@ -88,11 +88,6 @@ def forbid_early_end(logits: Tensor, n: int, past: Past) -> Tensor:
     return logits
 
 
-def forbid_eos(logits: Tensor, on: bool, past: Past) -> Tensor:
-    """Forbid `<|endoftext|>`."""
-    return forbid_ids(logits, [past.eos_id], past)
-
-
 def _counts(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
     """How often each row has each id, (B, V)."""
     counts = [torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=logits.size(1)) for ids in rows]
@@ -157,7 +152,7 @@ PENALTIES: dict[str, Callable[[Tensor, Any, Past], Tensor]] = {
     "no_repeat_ngram_size": forbid_repeated_ngrams,
     "min_new_tokens": forbid_early_end,
     "banned_ids": forbid_ids,
-    "ignore_eos": forbid_eos,
+    "ignore_eos": lambda logits, on, past: forbid_ids(logits, [past.eos_id], past),
 }
 FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "temperature": apply_temperature,

@@ -64,7 +64,8 @@ Propose = Callable[[Answer, int], Proposal]  # what follows an answer, at most s
 
 def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[list[Answer]]:
     """Extend an answer to its end; yields it with each token, as `extend` does."""
-    propose = proposer(speculation)
+    draft = speculation.draft
+    propose: Propose = LookUp(speculation.ngram) if draft is None else Draft(draft, speculation.n_draft)
     decoder, proposal = Decoder(model, [answer.prompt], room=speculation.n_draft), Proposal([])
     logits = decoder.logits
     while True:
@@ -84,13 +85,6 @@ def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[
         else:
             decoder.step([answer.ids[-1]])  # may be the one for which the context has no place
             logits = decoder.logits
-
-
-def proposer(speculation: Speculation) -> Propose:
-    """For one answer."""
-    if speculation.draft is None:
-        return LookUp(speculation.ngram)
-    return Draft(speculation.draft, speculation.n_draft)
 
 
 class LookUp:

@@ -1,16 +1,25 @@
-"""Text that follows a prompt: piece by piece, whole, or of many prompts together."""
+"""Text that follows a prompt: piece by piece, whole, of many prompts together, or the likeliest by beam search.
+
+B beams, V vocab_size.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Required, TypedDict, Unpack
 
-from tinygpt.generate.answer import Answer, extend
-from tinygpt.generate.beam import beam_search
+import torch
+from torch import Tensor
+
+from tinygpt.generate.answer import Answer, Running, TextStream, past_of
+from tinygpt.generate.decoder import Decoder
+from tinygpt.generate.sampling import apply_penalties
 from tinygpt.generate.speculative import Speculation, speculate
 from tinygpt.model.gpt import GPT
-from tinygpt.options import Sampling, Search, checked, seed_after
+from tinygpt.options import Sampling, Search, seed_after
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
 
@@ -41,8 +50,9 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Opti
         return iter([answer.text for answer in answers if answer.text])
     if speculation is not None:
         speculation.check(model, search)
-    answer = new_answer(model, tokenizer, prompt, options.get("sampling") or Sampling(), options["max_new_tokens"])
-    return (answer.piece for _ in extend_by(speculation, model, [answer]) if answer.piece)
+    n, block_size = options["max_new_tokens"], model.config.block_size
+    answer = Answer(prompt, tokenizer, options.get("sampling") or Sampling(), max_new_tokens=n, block_size=block_size)
+    return (answer.piece for _ in extend(model, [answer], speculation=speculation) if answer.piece)
 
 
 def generate_batch(
@@ -59,7 +69,7 @@ def generate_batch(
     """What follows each prompt; the same as one by one, each with its own seed. With speculation it is one by one.
 
     `sampling` is one for all or one for each prompt; `n_logprobs` is that of Answer. Raises ParamsError when options
-    are wrong or contradict each other, and UserError when a prompt is no text.
+    are wrong or contradict each other, and UserError when a prompt is not a text.
     """
     search = search or Search()
     if search.n_beam > 1 and n_logprobs is not None:
@@ -71,12 +81,12 @@ def generate_batch(
         speculation.check(model, search)
     kept = 0 if n_logprobs is None and search.best_of > 1 else n_logprobs
     answers = [
-        new_answer(
-            model,
-            tokenizer,
+        Answer(
             prompt,
+            tokenizer,
             dataclasses.replace(one, seed=seed_after(one.seed, i)),
-            max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            block_size=model.config.block_size,
             n_logprobs=kept,
         )
         for prompt, one in zip(prompts, each, strict=True)
@@ -86,43 +96,93 @@ def generate_batch(
         for answer in answers:
             beam_search(model, tokenizer, answer, search)
         return answers
-    for _ in extend_by(speculation, model, answers):
+    for _ in extend(model, answers, speculation=speculation):
         pass
     groups = [answers[i : i + search.best_of] for i in range(0, len(answers), search.best_of)]
     return [max(group, key=Answer.mean_logprob) if len(group) > 1 else group[0] for group in groups]
 
 
-def extend_by(
-    speculation: Speculation | None, model: GPT, answers: Sequence[Answer], *, at_once: int | None = None
+def extend(
+    model: GPT, answers: Sequence[Answer], *, at_once: int | None = None, speculation: Speculation | None = None
 ) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, with proposals one after the other; else as `extend` does."""
-    if speculation is None:
-        yield from extend(model, answers, at_once=at_once)
-    else:
+    """Extend each answer to its end, so many together (None: all), with proposals one after the other.
+
+    Yields those that just got a token.
+    """
+    if speculation is not None:
         for answer in answers:
             yield from speculate(model, answer, speculation)
+        return
+    running, waiting = Running(model), deque(answers)
+    while waiting or running.answers:
+        n = min(len(waiting), (at_once or len(answers)) - len(running.answers))
+        running.add([waiting.popleft() for _ in range(n)])
+        yield running.step()
 
 
-def new_answer(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    sampling: Sampling,
-    max_new_tokens: int,
-    *,
-    n_logprobs: int | None = None,
-) -> Answer:
-    """An answer without a token."""
-    return Answer(
-        prompt_ids(tokenizer, prompt),
-        tokenizer,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        block_size=model.config.block_size,
-        n_logprobs=n_logprobs,
-    )
+# ---- beam search: the likeliest text, as far as so many texts next to each other show ----
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A text as the beginning of a document, after the tokenizer's `bos_id`.  Raises UserError when it is not text."""
-    return [tokenizer.bos_id, *tokenizer.encode(checked(prompt))]
+@dataclass(frozen=True)
+class Beam:
+    """A text by its new ids, with the one that ends it."""
+
+    ids: list[int]
+    score: float  # log-probability in nats; of an ended text divided by (number of ids) ** length_penalty
+    parent: int = 0  # the running beam that it continues
+
+
+def beam_search(model: GPT, tokenizer: Tokenizer, answer: Answer, search: Search) -> None:
+    """Write the best ended beam into an answer.  The rules, step by step, are those of transformers.
+
+    Each step keeps the n_beam likeliest continuations that do not end. Those among the first n_beam candidates that end
+    compete, by score, for n_beam places. The search is over when all places are taken and either early_stopping is
+    true, or the likeliest running beam, scored as if it ended now, beats no place; with "never" it is scored as if it
+    had max_new_tokens, where a positive length_penalty makes that better.
+    """
+    decoder, n = Decoder(model, [answer.prompt]), search.n_beam
+    running, places = [Beam([], 0.0)], list[Beam]()
+    while running:
+        candidates = continue_beams(decoder.logits, running, answer, n * (1 + len(answer.end_ids)))
+        ended = [has_ended(beam, answer, tokenizer) for beam in candidates]
+        places += [
+            Beam(beam.ids, beam.score / len(beam.ids) ** search.length_penalty)
+            for beam, end in zip(candidates[:n], ended, strict=False)
+            if end
+        ]
+        places = sorted(places, key=lambda beam: -beam.score)[:n]
+        running = [beam for beam, end in zip(candidates, ended, strict=True) if not end][:n]
+        if not running or (len(places) == n and not can_improve(running[0], places[-1], answer, search)):
+            break
+        decoder.keep([beam.parent for beam in running])
+        decoder.step([beam.ids[-1] for beam in running])
+    for next_id in places[0].ids if places else [None]:
+        answer.add(next_id)
+
+
+def continue_beams(logits: Tensor, beams: list[Beam], answer: Answer, n: int) -> list[Beam]:
+    """The n likeliest of all continuations by one id, the likeliest first.  (B, V) float32"""
+    past = past_of([answer] * len(beams), [beam.ids for beam in beams])
+    logprobs = apply_penalties(logits.log_softmax(-1), answer.sampling, past)
+    scores = (logprobs + torch.tensor([beam.score for beam in beams], device=logits.device)[:, None]).flatten()
+    best = scores.topk(min(n, scores.numel()))
+    found = [(*divmod(at, logits.size(1)), score) for score, at in zip(*map(Tensor.tolist, best), strict=True)]
+    return [Beam([*beams[i].ids, next_id], score, i) for i, next_id, score in found if score > -torch.inf]
+
+
+def has_ended(beam: Beam, answer: Answer, tokenizer: Tokenizer) -> bool:
+    """Whether the last id ends the text, a stop text is in it, or it has all the ids it may have."""
+    if beam.ids[-1] in answer.end_ids or len(beam.ids) == answer.max_new_tokens:
+        return True
+    text = TextStream(tokenizer, answer.sampling.stop)
+    if answer.sampling.stop:
+        for i in beam.ids:
+            text.push(i)
+    return text.stopped
+
+
+def can_improve(running: Beam, worst: Beam, answer: Answer, search: Search) -> bool:
+    """Whether the likeliest running beam may still beat the worst of all places."""
+    as_long = search.early_stopping == "never" and search.length_penalty > 0
+    length = answer.max_new_tokens if as_long else len(running.ids)
+    return search.early_stopping != "true" and running.score / length**search.length_penalty > worst.score

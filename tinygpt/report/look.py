@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from tinygpt.errors import printable
 from tinygpt.files import atomic_write, fenced
 from tinygpt.generate import Sampling
-from tinygpt.generate.stream import generate_batch, prompt_ids
+from tinygpt.generate.answer import prompt_ids
+from tinygpt.generate.stream import generate_batch
 from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.config import config_fields
 from tinygpt.model.gpt import GPT

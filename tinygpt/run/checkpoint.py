@@ -23,7 +23,7 @@ import shutil
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -35,15 +35,12 @@ from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
-from tinygpt.run.state import Plan, read_state, write_plan, write_state
+from tinygpt.run.folder import Plan, read_state, write_plan, write_state
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.optim import OPTIMIZERS
 from tinygpt.train.parallel import ALONE, World, is_split
 from tinygpt.train.trainer import TrainState
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 N_KEPT = 2  # checkpoints: the newest, and the one before it in case the disk has lost part of the newest
 PARTS = ("weights", "optimizer", "best", "ema")
@@ -140,7 +137,7 @@ class Checkpoints:
             except (UserError, OSError) as error:
                 print(f"checkpoint {folder} is damaged ({printable(error)}): taking the one before")
         if self._all():
-            print(f"no checkpoint of {self.folder} is whole: beginning with the first step")
+            print(f"no checkpoint of {self.folder} is whole: starting from the first step")
         return None
 
     def _all(self) -> list[Path]:
@@ -195,10 +192,8 @@ def load_split(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _kinds(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Type, size and chunks of each tensor in the files of a folder."""
+def _kinds(folder: Path) -> dict[str, Any]:
+    """The TensorStorageMetadata of each tensor in the files of a folder: its type, size and chunks."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    return cast(
-        "dict[str, TensorStorageMetadata]", HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    )
+    return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata

@@ -1,21 +1,179 @@
-"""What a run will cost besides memory: weights, operations and time."""
+"""What a run will cost: its memory, counted before it is started, its operations and time; and how large a micro-batch
+may be, found by trying it out.
+
+T tokens, C n_embd, V vocab_size. Sizes are bytes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
+import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tinygpt.device import wait_for
+from tinygpt.errors import UserError
+from tinygpt.model.attention import attention_mask
 from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT
+from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.model.parts import mean_seen
-from tinygpt.run.memory import build_trained
-from tinygpt.train.config import LoRAParams
-from tinygpt.train.learner import Learner
-from tinygpt.train.loss import PRECISIONS
+from tinygpt.runtime import RuntimeParams
+from tinygpt.train.config import LoRAParams, TrainParams
+from tinygpt.train.learner import Learner, recompute_blocks
+from tinygpt.train.loss import CHUNK, PRECISIONS, autocast, pick_precision
+from tinygpt.train.optim import state_bytes
+
+LESS_MEMORY = (
+    "lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true, then model.block_size or the model"
+)
+NONE_FITS = (
+    "not even the smallest micro-batch fits into the memory: set runtime.gradient_checkpointing=true, raise "
+    "train.batch_size to a power of two, or lower model.block_size or the model"
+)
+FLOAT = 4  # bytes of a float32, in which weights and gradients are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of one training step, and of generation with one sequence."""
+
+    weights: int  # adapters included
+    gradients: int  # of what is trained
+    optimizer: int  # state for what is trained, and its average
+    activations: int  # kept for the backward pass of one micro-batch, and the logits worked on at a time
+    kv_cache: int  # of a full context
+
+    @property
+    def training(self) -> int:
+        """All that a training step holds."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def generation(self) -> int:
+        """Weights and cache."""
+        return self.weights + self.kv_cache
+
+
+def memory_of(
+    config: GPTConfig, params: TrainParams, runtime: RuntimeParams, micro_batch_size: int, device: torch.device
+) -> Memory:
+    """What a step will hold, counted without computing it: fake tensors take the device's kernels and no memory."""
+    with (
+        FakeTensorMode(),
+        torch.device(device),
+        autocast(pick_precision(params.precision, device, config.n_embd), device),
+    ):
+        ids = torch.zeros(micro_batch_size, config.block_size + 1, dtype=torch.long)
+        model = build_trained(config, params.lora)
+        activations = _loss_bytes(model, ids[:, 1:].numel())
+        if runtime.gradient_checkpointing:
+            x = torch.zeros(micro_batch_size, config.block_size, config.n_embd)
+            rope = None if model.rope is None else model.rope(config.block_size)
+            masks = {window: attention_mask(len(x[0]), window, device) for window in model.windows}
+            activations += _kept_bytes(model, lambda: model.blocks[0](x, rope, masks))
+            recompute_blocks(model)  # of which the next count has the inputs
+        activations += _kept_bytes(model, lambda: model.hidden(ids[:, :-1]))
+        gradients, optimizer = _learning_bytes(model, params)
+    return Memory(
+        weights=FLOAT * model.n_params(),
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        kv_cache=2 * FLOAT * config.n_layer * config.n_kv_head * config.head_dim * config.block_size,
+    )
+
+
+def fits(learner: Learner, size: int) -> bool:
+    """Whether there is memory for a step in micro-batches of that size, besides the weights, which are there already.
+
+    Counts exactly only where a bound that takes no time does not fit.
+    """
+    model, params, free = learner.model, learner.params, available_memory(learner.device)
+    if sum(_learning_bytes(model, params)) + most_activations(model, size) < free:
+        return True
+    needed = memory_of(model.config, params, learner.runtime, size, learner.device)
+    return needed.training - needed.weights < free
+
+
+def most_activations(model: GPT, size: int) -> int:
+    """An upper bound of a step's activations in micro-batches of that size, whatever the model's switches.
+
+    Everything else in a block keeps tensors as wide as those around its linear layers, and few of them; attention may
+    keep four matrices of scores (T, T); short products keep a copy of the weights.
+    """
+    config = model.config
+    linear = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    width = sum(layer.in_features + layer.out_features for layer in linear)
+    scores = config.n_layer * config.n_head * config.block_size
+    n_tokens = size * config.block_size
+    return FLOAT * (n_tokens * (3 * width + 4 * scores) + model.n_params()) + _loss_bytes(model, n_tokens)
+
+
+def build_trained(config: GPTConfig, lora: LoRAParams | None) -> GPT:
+    """A model of random weights as training has it, with adapters if there are any."""
+    model = GPT(config)
+    if lora is not None:
+        add_lora(model, **dataclasses.asdict(lora), generator=None)
+    return model
+
+
+def _learning_bytes(model: GPT, params: TrainParams) -> tuple[int, int]:
+    """Gradients; state of the optimizers and the average of the weights."""
+    gradients = FLOAT * sum(tensor.numel() for tensor in trained_tensors(model).values())
+    return gradients, state_bytes(model, params) + (gradients if params.ema else 0)
+
+
+def _loss_bytes(model: GPT, n_tokens: int) -> int:
+    """What `next_token_loss` makes: gradients of the last hidden state and of the head, and logits at a time."""
+    c, v, chunk = model.config.n_embd, model.config.vocab_size, CHUNK[model.lm_head.weight.device.type]
+    d_head = v * c if model.lm_head.weight.requires_grad else 0
+    return FLOAT * (n_tokens * c + d_head + v * min(max(1, chunk // v), n_tokens))
+
+
+def _kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
+    """What a forward pass keeps for the backward pass, besides the weights."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        result = forward()  # its graph must live until all is counted
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    n_bytes = sum(size for storage, size in kept.items() if storage not in weights)
+    del result
+    return n_bytes
+
+
+def available_memory(device: torch.device) -> int:
+    """Memory that can be had on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory() -> int:
+    """The most that this process has held at a time: on the current GPU if it uses one, else in the machine."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # it is there alone
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)  # else kB
+
+
+# ---- operations and time ----
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show a device's peak
 MEASURE_S = 1.0  # seconds that a measurement takes at least
@@ -60,3 +218,83 @@ def _times(action: Callable[[], object], device: torch.device) -> list[float]:
         wait_for(device)
         times.append(time.perf_counter() - began)
     return times[1:]
+
+
+# ---- the size of a micro-batch, found by trying it out ----
+
+N_SIZES = 5  # that a CPU tries, from the whole batch down to a sixteenth of it
+N_ROUNDS = 3  # that each is timed, the first of them as a warm-up
+TRIAL_S = 20.0  # after which no other round begins
+
+
+def find_micro_batch_size(learner: Learner, *, known: int | None = None) -> int:
+    """The largest that fits into a GPU, the fastest on a CPU; a half, a quarter … of the batch. Says what it found.
+
+    Neither weights nor random numbers are touched. `known` is what the run has found before: a CPU takes it, a GPU
+    nothing larger. It runs without torch.compile, which would compile each size anew.
+    """
+    batch_size, device = learner.params.batch_size, learner.device
+    if known is not None and device.type != "cuda":
+        return known
+    sizes = [size for size in halves(batch_size) if size <= (known or batch_size)]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        if device.type == "cuda":
+            size, why = largest(sizes, partial(_try, learner)), "the largest that fits"
+        else:
+            sizes = [size for size in sizes[:N_SIZES] if fits(learner, size)]
+            size, why = fastest(sizes, partial(_try, learner)), f"the fastest of {', '.join(map(str, sizes))}"
+    print(f"micro-batches of {size} of the {batch_size} sequences of a step: {why}")
+    return size
+
+
+def halves(n: int) -> list[int]:
+    """n, n/2, n/4 … as far as they are whole: 12, 6, 3."""
+    sizes = [n]
+    while sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def fastest(sizes: Iterable[int], attempt: Callable[[int], None]) -> int:
+    """The size that takes the least time for each of its sequences, at best of some attempts side by side."""
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    if not times:
+        raise UserError(NONE_FITS)
+    began = time.perf_counter()
+    for number in range(N_ROUNDS):
+        for size, taken in times.items():
+            start = time.perf_counter()
+            attempt(size)
+            taken.append((time.perf_counter() - start) / size)
+        if number and time.perf_counter() - began > TRIAL_S:
+            break
+    return min(times, key=lambda size: min(times[size][1:]))
+
+
+def largest(sizes: Iterable[int], attempt: Callable[[int], None]) -> int:
+    """The first size, from the largest on, that is attempted without running out of the GPU's memory."""
+    for size in sizes:
+        try:
+            attempt(size)
+            return size
+        except torch.OutOfMemoryError:
+            continue
+    raise UserError(NONE_FITS)
+
+
+def _try(learner: Learner, size: int) -> None:
+    """On a GPU next to as much as the optimizer will take; twice, as gradients are there the second time."""
+    reserved = None
+    try:
+        if learner.device.type == "cuda":
+            torch.cuda.empty_cache()
+            known = any(optimizer.state for optimizer in learner.optimizers)
+            n_bytes = 0 if known else state_bytes(learner.model, learner.params)
+            reserved = torch.empty(n_bytes, dtype=torch.uint8, device=learner.device)
+            learner.rehearse(size)
+        learner.rehearse(size)
+        wait_for(learner.device)
+    finally:
+        del reserved
+        learner.model.zero_grad()

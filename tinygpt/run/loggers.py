@@ -13,14 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from tinygpt.errors import UserError, printable
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
-from tinygpt.run.name import read_name
+from tinygpt.run.folder import read_name
 from tinygpt.train.config import TrainParams
 from tinygpt.train.trainer import TrainState
 
@@ -97,20 +97,6 @@ def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {f"{group}.{key}": v if isinstance(v, plain) else yaml_text(v) for key, v in lists.items()}
 
 
-class Logger(Protocol):
-    """A log that takes numbers; made from the run's folder, named by its fingerprint, and its params."""
-
-    last_step: int  # the newest that the log has from an earlier start, -1 for none
-
-    def __init__(self, folder: Path, params: dict[str, Any]) -> None: ...
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """One row of the curve."""
-
-    def close(self, finished: bool) -> None:
-        """`finished` is False where the training was interrupted."""
-
-
 class TensorBoard:
     """Event files in runs/<fingerprint>/tensorboard, one a start: `tensorboard --logdir runs` shows them as one.
 
@@ -141,7 +127,6 @@ class TensorBoard:
         self._add(step=step, summary=Summary(value=values))
 
     def close(self, finished: bool) -> None:
-        """Nothing is left to write."""
         self._writer.close()
 
     def _add(self, **fields: Any) -> None:
@@ -180,7 +165,6 @@ class WandB:
         )
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Hand the row to W&B's own process."""
         self._run.log(numbers, step=step)
 
     def close(self, finished: bool) -> None:
@@ -218,7 +202,6 @@ class MLflow:
         self.last_step = max(steps, default=-1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Write the row to the files, or send it."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)  # milliseconds since 1970
@@ -229,4 +212,7 @@ class MLflow:
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
 
 
+# Each is made from the run's folder, which its fingerprint names, and its params. `last_step` is the newest that its
+# log has from an earlier start, or -1.
+Logger = TensorBoard | WandB | MLflow
 LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}

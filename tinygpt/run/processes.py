@@ -71,7 +71,7 @@ def _train_with_others(train: Callable[[World], None]) -> None:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise UserError(f"train: another of the processes has ended ({str(error).splitlines()[0]})") from None
+        raise UserError(f"train: another process has ended ({str(error).splitlines()[0]})") from None
 
 
 def _launch(n_process: int) -> int:
@@ -95,7 +95,7 @@ def _launch(n_process: int) -> int:
             return max([status for status in statuses.values() if status > 0], default=128 + signal.SIGTERM)
         for rank, status in killed.items():
             print(f"train: process {rank} was killed by signal {-status}", file=sys.stderr)
-    raise UserError(f"given up after {RESTARTS} new starts: run it again to go on from the newest checkpoint")
+    raise UserError(f"gave up after {RESTARTS} restarts: run it again to continue from the newest checkpoint")
 
 
 def _launch_config(n_process: int, logs: str) -> LaunchConfig:

@@ -22,9 +22,9 @@ from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from tinygpt.progress import progress as progress_bar
 from tinygpt.progress import shortened
 from tinygpt.run.checkpoint import Checkpoints
+from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
+from tinygpt.run.folder import keep_name
 from tinygpt.run.loggers import Loggers
-from tinygpt.run.memory import LESS_MEMORY, find_micro_batch_size, fits, peak_memory
-from tinygpt.run.name import keep_name
 from tinygpt.run.processes import Interrupts
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
@@ -161,9 +161,9 @@ class Run:
         state, tensors = found
         best = tensors.pop("best")
         learner.load(tensors)
-        print(f"going on after step {state.step} of {self.params.max_steps} ({self.checkpoints.folder})")
+        print(f"continuing after step {state.step} of {self.params.max_steps} ({self.checkpoints.folder})")
         if state.is_over(self.params):
-            print(f"it is over, its results are written again: to train afresh, rm -r {self.checkpoints.folder}")
+            print(f"it is complete, its results are written again; to train afresh: rm -r {self.checkpoints.folder}")
         return state, best
 
     def _log_line(self, state: TrainState) -> str:

@@ -1,10 +1,10 @@
-"""Answers in the form of OpenAI's API, whole or the part that is new, and what the model says of ids that are given."""
+"""Answers and models in the form of OpenAI's API, and what a model says of ids that are given."""
 
 from __future__ import annotations
 
 import codecs
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import Tensor
 from tinygpt.generate.decoder import slide
 from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.gpt import GPT
-from tinygpt.serve.request import Completion, Given
+from tinygpt.serve.limits import Refusal
+from tinygpt.serve.request import Completion, Given, Served, check_ids, find_model, read_object
 from tinygpt.tokenizer import Tokenizer
+
+N_ALTERNATIVES = 20  # that the page shows for a token
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,11 @@ class Choice:
         echoes = begins and self.body.echo
         told: dict[str, Any] = {"text": self.prompt.text + piece if echoes else piece, "logprobs": None}
         if self.body.logprobs is not None:
-            told["logprobs"] = self._tokens(new, offsets)
-            if echoes and self._scores:
-                before = prompt_tokens(self.prompt, self._scores, self.tokenizer)
-                told["logprobs"] = {name: before[name] + values for name, values in told["logprobs"].items()}
+            answer, n_before = self.answer, len(self.prompt.text)
+            rows = [(answer.ids[i], answer.logprobs[i], answer.top_logprobs[i], n_before + offsets[i]) for i in new]
+            before = prompt_rows(self.prompt, self._scores, self.tokenizer) if echoes and self._scores else []
+            told["logprobs"] = told_rows(self.tokenizer, [*before, *rows])
         return told
-
-    def _tokens(self, new: Sequence[int], offsets: list[int]) -> dict[str, list[Any]]:
-        answer = self.answer
-        return {
-            "tokens": [token_text(self.tokenizer, answer.ids[i]) for i in new],
-            "token_logprobs": [finite(answer.logprobs[i]) for i in new],
-            "top_logprobs": [
-                by_text(self.tokenizer, [*answer.top_logprobs[i], (answer.ids[i], answer.logprobs[i])]) for i in new
-            ],
-            "text_offset": [len(self.prompt.text) + offsets[i] for i in new],
-        }
 
 
 class ChatChoice(Choice):
@@ -123,33 +115,33 @@ class Offsets:
         return self._found
 
 
-def prompt_tokens(prompt: Given, scores: Scores, tokenizer: Tokenizer) -> dict[str, list[Any]]:
-    """The tokens of a prompt's text, as an answer's.  What has nothing before it, or too much, has no score."""
+# A token's id, its log-probability, the likeliest in its place and where its text begins; a first one has no score.
+Row = tuple[int, float | None, list[tuple[int, float]] | None, int]
+
+
+def prompt_rows(prompt: Given, scores: Scores, tokenizer: Tokenizer) -> list[Row]:
+    """The tokens of a prompt's text.  What has nothing before it, or too much, has no score."""
     ids = prompt.ids[prompt.n_added :]
-    found: dict[str, list[Any]] = {
-        "tokens": [token_text(tokenizer, i) for i in ids],
-        "text_offset": Offsets(tokenizer).of(ids, len(ids)),
-    }
-    logprobs, unknown = scores.logprobs[-len(ids) :].tolist(), [None] * max(0, len(ids) - len(scores.logprobs))
-    each = [
-        by_text(tokenizer, [*zip(best.tolist(), tops.tolist(), strict=True), (i, logprob)])
-        for i, logprob, best, tops in zip(
-            ids[len(unknown) :],
-            logprobs,
-            scores.best[-len(ids) :],
-            scores.best_logprobs[-len(ids) :],
-            strict=True,
-        )
-    ]
-    return found | {"token_logprobs": unknown + [finite(p) for p in logprobs], "top_logprobs": unknown + each}
+    offsets, n_unknown = Offsets(tokenizer).of(ids, len(ids)), max(0, len(ids) - len(scores.logprobs))
+    rows: list[Row] = [(ids[i], None, None, offsets[i]) for i in range(n_unknown)]
+    for i in range(n_unknown, len(ids)):
+        at = i - len(ids)  # scores are those of the last
+        best = zip(scores.best[at].tolist(), scores.best_logprobs[at].tolist(), strict=True)
+        rows.append((ids[i], float(scores.logprobs[at]), list(best), offsets[i]))
+    return rows
 
 
-def by_text(tokenizer: Tokenizer, pairs: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """Log-probabilities by token; of two tokens with one text, the likelier."""
-    found: dict[str, float] = {}
-    for i, logprob in pairs:
-        found.setdefault(token_text(tokenizer, i), finite(logprob))
-    return found
+def told_rows(tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Tokens as a completion has them; of two likely ones with one text, the likelier."""
+    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for i, logprob, best, offset in rows:
+        found: dict[str, float] = {}
+        for each, p in [*(best or []), (i, logprob or 0.0)]:
+            found.setdefault(token_text(tokenizer, each), finite(p))
+        scored = (finite(logprob), found) if logprob is not None else (None, None)
+        for values, value in zip(told.values(), (token_text(tokenizer, i), *scored, offset), strict=True):
+            values.append(value)
+    return told
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -180,6 +172,39 @@ def score(model: GPT, ids: Sequence[int], n_best: int) -> Scores:
     chosen = logprobs.gather(1, torch.tensor(seen[1:], device=logprobs.device)[:, None])[:, 0]
     best = logprobs.topk(min(n_best, logprobs.size(1)))
     return Scores(chosen.cpu().numpy(), best.indices.int().cpu().numpy(), best.values.cpu().numpy())
+
+
+# ---- for the page ----
+
+
+def describe(served: Served, created: int) -> dict[str, Any]:
+    """A model as OpenAI's list has it, and what a page needs to know of it."""
+    sizes = {name: getattr(served.model.config, name) for name in ("n_layer", "n_head", "block_size")}
+    head = {"id": served.name, "object": "model", "created": created, "owned_by": "tinygpt"}
+    return head | {"n_weight": served.n_weight} | sizes
+
+
+def explain(raw: bytes, models: Mapping[str, Served]) -> dict[str, Any]:
+    """What might have followed `prompt` and `text`, both ids, and the id that was `taken`; what each head attended to.
+
+    `raw` is the body of a request. Raises Refusal.
+    """
+    document = read_object(raw)
+    name = document.get("model")
+    served = find_model(name if isinstance(name, str) else None, models)
+    prompt, text, taken = document.get("prompt"), document.get("text", []), document.get("taken")
+    for key, ids in {"prompt": prompt, "text": text, "taken": [] if taken is None else [taken]}.items():
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids) or (key == "prompt" and not ids):
+            raise Refusal(400, f"{key} must be {'an id' if key == 'taken' else 'a list of ids'}", param=key)
+        check_ids(key, ids, served)
+    assert isinstance(prompt, list)
+    seen = seen_before(prompt, text, served.model.config.block_size)
+    best, weights = candidates(served.model, seen, N_ALTERNATIVES, taken)
+    return {
+        "alternatives": [{"id": i, "token": token_text(served.tokenizer, i), "p": p} for i, p in best],
+        "tokens": [token_text(served.tokenizer, i) for i in seen],
+        "attention": weights.astype(float).round(4).tolist(),
+    }
 
 
 @torch.inference_mode()

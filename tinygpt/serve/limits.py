@@ -19,8 +19,8 @@ class Limits:
     """
 
     max_tokens: Annotated[Count, "most tokens of an answer"] = 4096
-    max_rows: Annotated[int, Within("[1, 1024]"), "answers that are written at a time"] = 32  # each has a KV cache
-    max_waiting: Annotated[Count, "requests that wait; one more is told to come back later"] = 128  # by status 429
+    max_rows: Annotated[int, Within("[1, 1024]"), "answers written at a time"] = 32  # each has a KV cache
+    max_waiting: Annotated[Count, "requests that may wait; one more is refused with status 429"] = 128
     max_body: Annotated[Count, "bytes of a request"] = 2**18  # a larger one has status 413
     max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt
     max_prompts: Count = 2**15  # the same of all prompts of a request, each as often as it has answers
@@ -33,7 +33,7 @@ class Limits:
     @property
     def max_requests(self) -> int:
         """Requests of all kinds at a time; one more has status 503.  As many as can run or wait have room for others
-        beside them, which are told so or read a page.
+        next to them, which are refused at once or read a page.
         """
         return 2 * (self.max_rows + self.max_waiting)
 

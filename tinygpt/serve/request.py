@@ -1,26 +1,25 @@
-"""What a client asks for, read and checked: OpenAI's names, and those of Sampling."""
+"""What a client asks for, read and checked: OpenAI's names for completions and chats, and those of Sampling."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from tinygpt.errors import UserError
+from tinygpt.files import parse_json
 from tinygpt.generate import Answer, Sampling
-from tinygpt.generate.stream import prompt_ids
+from tinygpt.generate.answer import prompt_ids
 from tinygpt.model.gpt import GPT
 from tinygpt.options import seed_after
 from tinygpt.params import ParamsError, Within, from_mapping, require
 from tinygpt.serve.limits import Limits, Refusal
-from tinygpt.serve.template import PLAIN, Template
+from tinygpt.serve.template import PLAIN, Template, read_messages
 from tinygpt.tokenizer import Tokenizer
 
 MOST_KEYS = 100  # of a request: for each that is unknown the nearest name is searched
@@ -29,12 +28,9 @@ MOST_STOPS, STOP_SIZE = 16, 256  # texts, and characters of one: each is searche
 Penalty = Annotated[float, Within("[-2, 2]")]
 # Of OpenAI's API and of no use here, whatever they are; and those that are taken with the value that changes nothing.
 UNUSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-NEUTRAL: dict[str, Any] = {
-    "best_of": 1,
-    "suffix": "",
-    "response_format": {"type": "text"},
-    "tools": [],
-}
+NEUTRAL: dict[str, Any] = {"best_of": 1, "suffix": "", "response_format": {"type": "text"}, "tools": []}
+CHAT_KEYS = ("messages", "logprobs", "top_logprobs", "max_tokens", "max_completion_tokens", "tool_choice")
+N_NEW = 256  # tokens of an answer in a chat, where the request does not say
 
 
 @dataclass(frozen=True)
@@ -114,59 +110,29 @@ class Completion:
     is_chat: bool
 
 
-def read_completion(raw: bytes, models: Mapping[str, Served], limits: Limits) -> Completion:
-    """Read a request.  Raises Refusal with all that is wrong."""
+def read_request(raw: bytes, models: Mapping[str, Served], limits: Limits, *, is_chat: bool) -> Completion:
+    """Read the body of a request.  Raises Refusal with all that is wrong."""
     document = read_object(raw)
-    with refused(document):
-        body, served = read_body({name: value for name, value in document.items() if name != "prompt"}, models, limits)
-        return begin(served, body, read_given(document.get("prompt"), served, body.n, limits), limits)
-
-
-@contextmanager
-def refused(document: Mapping[str, Any]) -> Iterator[None]:
-    """What is wrong with a request as a Refusal."""
     try:
-        yield
+        return (read_chat if is_chat else read_completion)(document, models, limits)
     except ParamsError as error:
         problems = [problem.replace("max_new_tokens", "max_tokens") for problem in error.problems]
         named = re.match(r"(?:unknown key )?(\w+)", problems[0])
         param = named[1] if named and named[1] in document else None
         raise Refusal(400, "; ".join(problems), param=param) from None
     except UserError as error:
-        raise Refusal(400, str(error), param="prompt" if "prompt" in document else "messages") from None
+        raise Refusal(400, str(error), param="messages" if is_chat else "prompt") from None
     except RecursionError:
         raise Refusal(400, "the request is nested too deeply") from None
-
-
-def read_body(options: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> tuple[Body, Served]:
-    """The options of a request, and its model.  Raises ParamsError, or Refusal where there is no such model."""
-    given = {
-        name: value
-        for name, value in options.items()
-        if value is not None and name not in UNUSED and not (name in NEUTRAL and value == NEUTRAL[name])
-    }
-    body = from_mapping(Body, defaults() | {"seed": secrets.randbits(32)} | plain(given))
-    served = find_model(body.model, models)
-    message = f"max_tokens={body.max_tokens} must be at most {limits.max_tokens}, the limit of this server"
-    require((body.max_tokens <= limits.max_tokens, message))
-    return body, served
-
-
-def begin(served: Served, body: Body, prompts: list[Given], limits: Limits, *, is_chat: bool = False) -> Completion:
-    """A request whose answers can be written.  Raises ParamsError where an option does not fit."""
-    n = len(prompts) * body.n
-    require((n <= limits.max_rows, f"prompt and n ask for {n} answers, a request may have {limits.max_rows}"))
-    answers = [begin_one(served, prompt, body, i) for prompt in prompts for i in range(body.n)]
-    return Completion(served, body, prompts, answers, is_chat)
 
 
 def read_object(raw: bytes) -> dict[str, Any]:
     """A JSON object.  Raises Refusal."""
     try:
-        document = json.loads(raw.decode(), parse_constant=no_constant, object_pairs_hook=once)
+        document = parse_json(raw, object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the request is not UTF-8 from byte {error.start} on") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise Refusal(400, f"the request is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise Refusal(400, 'the request must be a JSON object of options, such as {"prompt": "The"}')
@@ -175,35 +141,38 @@ def read_object(raw: bytes) -> dict[str, Any]:
     return document
 
 
-def no_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which Python's JSON has."""
-    raise ValueError(f"{name} is not a number")
-
-
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys differ."""
     found = dict(pairs)
     if len(found) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {name[:100]!r} is there twice")
+        raise ValueError(f"key {name[:100]!r} appears twice")
     return found
 
 
-def defaults() -> dict[str, Any]:
-    """Those of Body."""
-    return {each.name: each.default for each in dataclasses.fields(Body)}
+def read_body(options: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> tuple[Body, Served]:
+    """The options of a request, and its model.  Raises ParamsError, or Refusal where there is no such model."""
+    values: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(Body)}
+    values["seed"] = secrets.randbits(32)
+    for name, value in options.items():
+        if value is not None and name not in UNUSED and not (name in NEUTRAL and value == NEUTRAL[name]):
+            values[name] = plain(name, value)
+    body = from_mapping(Body, values)
+    served = find_model(body.model, models)
+    message = f"max_tokens={body.max_tokens} must be at most {limits.max_tokens}, the limit of this server"
+    require((body.max_tokens <= limits.max_tokens, message))
+    return body, served
 
 
-def plain(given: dict[str, Any]) -> dict[str, Any]:
+def plain(name: str, value: Any) -> Any:
     """OpenAI's shorter forms in ours: one stop text for a list of one, an object of biases for a list of pairs."""
-    values = dict(given)
-    if isinstance(values.get("stop"), str):
-        values["stop"] = [values["stop"]]
-    if isinstance(options := values.get("stream_options"), dict):
-        values["stream_options"] = {"include_usage": False} | options
-    if isinstance(biases := values.get("logit_bias"), dict):
-        values["logit_bias"] = [(int(i) if re.fullmatch(r"\d{1,9}", i) else i, bias) for i, bias in biases.items()]
-    return values
+    if name == "stop" and isinstance(value, str):
+        return [value]
+    if name == "stream_options" and isinstance(value, dict):
+        return {"include_usage": False} | value
+    if name == "logit_bias" and isinstance(value, dict):
+        return [(int(i) if re.fullmatch(r"\d{1,9}", i) else i, bias) for i, bias in value.items()]
+    return value
 
 
 def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
@@ -216,24 +185,7 @@ def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
     return models[name]
 
 
-def read_given(value: Any, served: Served, n: int, limits: Limits) -> list[Given]:
-    """One prompt or several, as texts or ids; nothing begins a new document.  Raises Refusal or UserError."""
-    each = value if isinstance(value, list) and not are_ids(value) else [value]
-    if not each or not all(one is None or isinstance(one, str) or are_ids(one) for one in each):
-        raise Refusal(400, "prompt must be a text, a list of texts, or of ids, or of lists of ids", param="prompt")
-    if len(each) > limits.max_rows:
-        raise Refusal(400, f"prompt has {len(each)} texts, a request may have {limits.max_rows}", param="prompt")
-    prompts = ["" if one is None else one for one in each]
-    check_sizes(prompts, n, limits)
-    return [read_one(one, served) for one in prompts]
-
-
-def are_ids(value: Any) -> bool:
-    """Whether this is a list of whole numbers, and not empty."""
-    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
-
-
-def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, param: str = "prompt") -> None:
+def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, param: str) -> None:
     """Raise Refusal where a prompt, or all together, each with n answers, are too much.  No text has been encoded."""
     sizes = [len(one.encode(errors="replace")) if isinstance(one, str) else len(one) for one in prompts]
     unit = "bytes" if isinstance(prompts[0], str) else "ids"
@@ -246,14 +198,6 @@ def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, p
             raise Refusal(400, message, param=param, code="context_length_exceeded")
 
 
-def read_one(value: str | list[int], served: Served) -> Given:
-    """One prompt.  A text begins a document, ids are taken as they are."""
-    if isinstance(value, str):
-        return Given(prompt_ids(served.tokenizer, value), value, 1)
-    check_ids("prompt", value, served)
-    return Given(value, served.tokenizer.decode(value), 0)
-
-
 def check_ids(name: str, ids: list[int], served: Served) -> None:
     """Raise Refusal where the model has no such id."""
     n = served.tokenizer.vocab_size
@@ -261,15 +205,77 @@ def check_ids(name: str, ids: list[int], served: Served) -> None:
         raise Refusal(400, f"{name} has the id {str(wrong[0])[:20]}, the model's are 0 to {n - 1}", param=name)
 
 
-def begin_one(served: Served, prompt: Given, body: Body, index: int) -> Answer:
-    """The answer number `index` to a prompt, which has a seed of its own."""
+def begin(served: Served, body: Body, prompts: list[Given], limits: Limits, *, is_chat: bool) -> Completion:
+    """A request whose answers can be written, each with a seed of its own.  Raises ParamsError where one cannot."""
+    n = len(prompts) * body.n
+    require((n <= limits.max_rows, f"prompt and n ask for {n} answers, a request may have {limits.max_rows}"))
     sampling = body.sampling()
-    sampling = dataclasses.replace(sampling, seed=seed_after(sampling.seed, index))
-    return Answer(
-        prompt.ids,
-        served.tokenizer,
-        sampling,
-        max_new_tokens=max(1, body.max_tokens),  # where it is 0, nothing is run
-        block_size=served.model.config.block_size,
-        n_logprobs=body.logprobs,
+    answers = [
+        Answer(
+            prompt.ids,
+            served.tokenizer,
+            dataclasses.replace(sampling, seed=seed_after(sampling.seed, index)),
+            max_new_tokens=max(1, body.max_tokens),  # where it is 0, nothing is run
+            block_size=served.model.config.block_size,
+            n_logprobs=body.logprobs,
+        )
+        for prompt in prompts
+        for index in range(body.n)
+    ]
+    return Completion(served, body, prompts, answers, is_chat)
+
+
+# ---- completions ----
+
+
+def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
+    """One prompt or several, as texts or ids; none begins a new document.  Raises Refusal or UserError."""
+    options, given = dict(document), document.get("prompt")
+    options.pop("prompt", None)
+    body, served = read_body(options, models, limits)
+    each = given if isinstance(given, list) and not are_ids(given) else [given]
+    if not each or not all(one is None or isinstance(one, str) or are_ids(one) for one in each):
+        raise Refusal(400, "prompt must be a text, a list of texts, or of ids, or of lists of ids", param="prompt")
+    if len(each) > limits.max_rows:
+        raise Refusal(400, f"prompt has {len(each)} texts, a request may have {limits.max_rows}", param="prompt")
+    prompts = ["" if one is None else one for one in each]
+    check_sizes(prompts, body.n, limits, param="prompt")
+    return begin(served, body, [read_prompt(one, served) for one in prompts], limits, is_chat=False)
+
+
+def are_ids(value: Any) -> bool:
+    """Whether this is a list of whole numbers, and not empty."""
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def read_prompt(value: str | list[int], served: Served) -> Given:
+    """One prompt.  A text begins a document, ids are taken as they are."""
+    if isinstance(value, str):
+        return Given(prompt_ids(served.tokenizer, value), value, 1)
+    check_ids("prompt", value, served)
+    return Given(value, served.tokenizer.decode(value), 0)
+
+
+# ---- chats ----
+
+
+def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
+    """The options in the form of a completion, and the prompt that messages make.  Raises Refusal or UserError."""
+    has_scores, n_best = document.get("logprobs") or False, document.get("top_logprobs")
+    require(
+        (isinstance(has_scores, bool), f"logprobs={has_scores!r} must be true or false"),
+        (n_best is None or bool(has_scores), "top_logprobs needs logprobs"),
+        *((name not in document, f"unknown key {name}") for name in ("prompt", "echo")),
     )
+    options = {name: value for name, value in document.items() if name not in CHAT_KEYS}
+    lengths = [document[name] for name in ("max_completion_tokens", "max_tokens") if document.get(name) is not None]
+    options["max_tokens"] = lengths[0] if lengths else min(N_NEW, limits.max_tokens)
+    options["logprobs"] = (n_best or 0) if has_scores else None  # in a completion it is a number
+    body, served = read_body(options, models, limits)
+    messages, template = read_messages(document.get("messages")), served.template
+    check_sizes(["".join(each["content"] for each in messages)], body.n, limits, param="messages")
+    text, ids = template.prompt(messages, served.tokenizer, limits.max_prompt)
+    check_sizes([text], body.n, limits, param="messages")
+    stop_ids = (*body.stop_ids, *template.stop_ids(served.tokenizer))
+    body = dataclasses.replace(body, stop=(*body.stop, *template.stop()), stop_ids=stop_ids)
+    return begin(served, body, [Given(ids, text, 0)], limits, is_chat=True)

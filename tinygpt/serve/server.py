@@ -1,4 +1,4 @@
-"""The server: the routes of OpenAI's completions and of the page, who may ask, and a clean end."""
+"""The server: the routes of OpenAI's API and of the page, who may ask and how fast, and a clean end."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
@@ -22,14 +22,13 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinygpt.errors import Stopped, UserError
-from tinygpt.serve.chat import read_chat
-from tinygpt.serve.choices import candidates, seen_before, token_text
-from tinygpt.serve.connection import Connection
+from tinygpt.serve.choices import describe, explain
 from tinygpt.serve.limits import PIECE, Limits, Refusal
-from tinygpt.serve.request import Served, check_ids, find_model, read_completion, read_object
-from tinygpt.serve.service import Service, complete, json_response, unless_gone
+from tinygpt.serve.request import find_model
+from tinygpt.serve.service import Service, complete, json_bytes, json_response, unless_gone
 
 PAGE = Path(__file__).with_name("page")
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -45,48 +44,31 @@ HEADERS = [
     ("cross-origin-resource-policy", "same-origin"),
     ("cross-origin-opener-policy", "same-origin"),
 ]
-N_ALTERNATIVES = 20
 REST_SECONDS = 3  # without a request, after which memory is given back
 READ = ["GET", "HEAD"]
 
 
 def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     """The whole server; `hosts` are names that it may be called by, in addition to localhost and addresses."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
-
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> Response:
-        return refusal_response(error)
-
-    @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> Response:
-        refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-        return refusal_response(refusal, error.headers)
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody reads it
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        return refusal_response(Refusal(500, "the server made a mistake: its log has the details"))
+    app = FastAPI(
+        openapi_url=None,  # nor the pages about it, which load scripts from elsewhere
+        exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), refuse),
+    )
 
     @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await unless_gone(request, complete(service, await service.body(request), read_completion))
-
     @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await unless_gone(request, complete(service, await service.body(request), read_chat))
+    async def completions(request: Request) -> Response:
+        is_chat = "chat" in request.url.path
+        return await unless_gone(request, complete(service, await service.body(request), is_chat=is_chat))
 
     @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
-        listed = [describe(served, service) for served in service.models.values()]
+        listed = [describe(served, service.created) for served in service.models.values()]
         return json_response({"object": "list", "data": listed})
 
     @app.api_route("/v1/models/{name:path}", methods=READ)
     async def model(name: str) -> Response:
-        return json_response(describe(find_model(name, service.models), service))
+        return json_response(describe(find_model(name, service.models), service.created))
 
     @app.api_route("/health", methods=READ)
     async def health() -> Response:
@@ -95,7 +77,7 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     @app.post("/look")
     async def look(request: Request) -> Response:
         raw = await service.body(request)
-        return json_response(await unless_gone(request, service.aside(explain, raw, service)))
+        return json_response(await unless_gone(request, service.aside(explain, raw, service.models)))
 
     @app.api_route("/", methods=READ)
     @app.api_route("/{name}", methods=READ)
@@ -108,34 +90,26 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     return Guard(app, service.limits, hosts)
 
 
-def explain(raw: bytes, service: Service) -> dict[str, Any]:
-    """For the page: what might have followed `prompt` and `text`, both ids, and the id that was `taken`; and what
-    each head attended to.
-    """
-    document = read_object(raw)
-    name = document.get("model")
-    served = find_model(name if isinstance(name, str) else None, service.models)
-    prompt, text, taken = document.get("prompt"), document.get("text", []), document.get("taken")
-    for key, ids in {"prompt": prompt, "text": text, "taken": [] if taken is None else [taken]}.items():
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids) or (key == "prompt" and not ids):
-            raise Refusal(400, f"{key} must be {'an id' if key == 'taken' else 'a list of ids'}", param=key)
-        check_ids(key, ids, served)
-    assert isinstance(prompt, list)
-    seen = seen_before(prompt, text, served.model.config.block_size)
-    best, weights = candidates(served.model, seen, N_ALTERNATIVES, taken)
-    return {
-        "alternatives": [{"id": i, "token": token_text(served.tokenizer, i), "p": p} for i, p in best],
-        "tokens": [token_text(served.tokenizer, i) for i in seen],
-        "attention": weights.astype(float).round(4).tolist(),
-    }
+async def refuse(request: Request, error: Exception) -> Response:
+    """Every error in OpenAI's form."""
+    match error:
+        case Refusal():
+            return refusal_response(error)
+        case HTTPException():  # no such route
+            refusal = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+            return refusal_response(refusal, error.headers)
+        case ClientDisconnect():
+            return Response(status_code=499)  # nobody reads it
+        case _:
+            return refusal_response(Refusal(500, "internal error: the server's log has the details"))
 
 
-def describe(served: Served, service: Service) -> dict[str, Any]:
-    """A model as OpenAI's list has it, and what a page needs to know of it."""
-    config = served.model.config
-    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "block_size")}
-    head = {"id": served.name, "object": "model", "created": service.created, "owned_by": "tinygpt"}
-    return head | {"n_weight": served.n_weight} | sizes
+def refusal_response(refusal: Refusal, more: Mapping[str, str] | None = None) -> Response:
+    """A refusal; the connection is closed where the request may not have been read whole."""
+    headers = dict(more or {})
+    headers |= {"retry-after": "1"} if refusal.status in (429, 503) else {}
+    headers |= {"connection": "close"} if refusal.status in (403, 408, 413, 503) else {}
+    return json_response(refusal.body(), refusal.status, headers)
 
 
 class Guard:
@@ -153,7 +127,6 @@ class Guard:
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if refusal := self._refusal(Headers(scope=scope)):
             return await refusal_response(refusal)(scope, receive, send)
 
@@ -200,12 +173,66 @@ def is_known(host: str, names: set[str]) -> bool:
     return True
 
 
-def refusal_response(refusal: Refusal, more: Mapping[str, str] | None = None) -> Response:
-    """A refusal; the connection is closed where the request may not have been read whole."""
-    headers = dict(more or {})
-    headers |= {"retry-after": "1"} if refusal.status in (429, 503) else {}
-    headers |= {"connection": "close"} if refusal.status in (403, 408, 413, 503) else {}
-    return json_response(refusal.body(), refusal.status, headers)
+class Connection(H11Protocol):
+    """A connection that is closed when the head of its next request is late, or what was sent is not read in time.
+
+    uvicorn's timer begins after an answer and ends with the next byte: a connection that never sends a whole head
+    would stay. It has none for a client that does not read, and no longer sees one go that has sent its next request.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # pause_writing comes as soon as anything has to wait
+        self._unread: asyncio.TimerHandle | None = None
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, without an end of the timer; what comes before an answer is whole waits, up to a piece."""
+        self.conn.receive_data(data)
+        if self.conn.their_state not in (h11.DONE, h11.MUST_CLOSE):
+            self.handle_events()
+        elif len(self.conn.trailing_data[0]) > PIECE:
+            self.transport.abort()
+
+    def handle_events(self) -> None:
+        """End the timer with a whole head."""
+        last = self.cycle
+        super().handle_events()
+        if self.cycle is not last:
+            self._unset_keepalive_if_required()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP, or has a head of more than 16 kB, is told as all errors are, in place of any answer."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        body = json_bytes(Refusal(400, msg).body())
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers += [(b"connection", b"close")]
+        for part in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client must read what waits for it, or it is let go with all that it holds."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_unread()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_unread()
+        super().connection_lost(exc)
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -228,7 +255,6 @@ class Server(uvicorn.Server):
     """A server whose answers end when it is asked to stop."""
 
     def __init__(self, service: Service, hosts: Sequence[str]) -> None:
-        """`hosts` are names that it may be called by, in addition to localhost and addresses."""
         config = uvicorn.Config(
             build_app(service, hosts),
             loop="asyncio",

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from tinygpt.serve.choices import ChatChoice, Choice, Scores, score, usage
 from tinygpt.serve.limits import Limits, Refusal
-from tinygpt.serve.request import Completion, Served
+from tinygpt.serve.request import Completion, Served, read_request
 from tinygpt.serve.worker import Job, Update, Worker, stopping
 
 T = TypeVar("T")
@@ -63,17 +63,19 @@ class Service:
 
     async def body(self, request: Request) -> bytes:
         """The body of a request.  Raises Refusal when it is too large, or too slow to come."""
-        most, raw = self.limits.max_body, bytearray()
-        if int(request.headers.get("content-length", 0)) > most:  # uvicorn has refused what is not a number
-            raise too_large(most)
+        raw, most = bytearray(), self.limits.max_body
+        size = int(request.headers.get("content-length", 0))  # uvicorn has refused what is not a number
         try:
             async with asyncio.timeout(self.limits.client_seconds):
-                async for part in request.stream():
+                parts = request.stream()
+                while size <= most and (part := await anext(parts, None)) is not None:
                     raw += part
-                    if len(raw) > most:
-                        raise too_large(most)
+                    size = max(size, len(raw))
         except TimeoutError:
             raise Refusal(408, f"the request did not come within {self.limits.client_seconds} seconds") from None
+        if size > most:
+            message = f"the request is larger than {most:,} bytes, the limit of this server"
+            raise Refusal(413, message, code="request_too_large")
         return bytes(raw)
 
     def begin(self, asked: Completion) -> tuple[Job, asyncio.Queue[list[Update] | Refusal]]:
@@ -111,11 +113,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     Raises ClientDisconnect then.
     """
-
-    async def left() -> None:
-        await request.receive()
-
-    working, leaving = asyncio.create_task(work), asyncio.create_task(left())
+    working, leaving = asyncio.create_task(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -126,12 +124,9 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         leaving.cancel()
 
 
-Read = Callable[[bytes, Mapping[str, Served], Limits], Completion]
-
-
-async def complete(service: Service, raw: bytes, read: Read) -> Response:
+async def complete(service: Service, raw: bytes, *, is_chat: bool) -> Response:
     """Answer a completion or a chat, whole or as a stream."""
-    asked = await service.aside(read, raw, service.models, service.limits)
+    asked = await service.aside(partial(read_request, raw, service.models, service.limits, is_chat=is_chat))
     del raw  # up to max_body, for as long as the answer takes
     scores: list[Scores | None] = [None] * len(asked.prompts)
     if asked.body.echo and asked.body.logprobs is not None:
@@ -171,14 +166,9 @@ async def whole(service: Service, asked: Completion, choices: list[Choice]) -> A
     """The answers as one object: only the JSON of one of them is there at a time."""
     yield json_bytes(head_of(asked))[:-1] + b',"choices":['
     for choice in choices:
-        make = partial(json_of, choice)
+        make = partial(lambda each: json_bytes(each.whole()), choice)
         yield (b"," if choice.index else b"") + (await service.written(make) if is_long(asked) else make())
     yield b'],"usage":' + json_bytes(usage(asked, sum(len(answer.ids) for answer in asked.answers))) + b"}"
-
-
-def json_of(choice: Choice) -> bytes:
-    """An answer at its end."""
-    return json_bytes(choice.whole())
 
 
 async def events(
@@ -232,10 +222,3 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 def event(content: Any) -> bytes:
     """A server-sent event."""
     return b"data: " + json_bytes(content) + b"\n\n"
-
-
-def too_large(most: int) -> Refusal:
-    """Of a request."""
-    return Refusal(
-        413, f"the request is larger than {most:,} bytes, the limit of this server", code="request_too_large"
-    )

@@ -1,4 +1,4 @@
-"""Messages to a prompt: by the chat template that comes with a tokenizer, or by a plain one."""
+"""The messages of a chat, read and made a prompt: by the chat template that comes with a tokenizer, or a plain one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,49 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tinygpt.errors import UserError
-from tinygpt.files import human_bytes
+from tinygpt.files import read_object
 from tinygpt.options import checked
+from tinygpt.params import ParamsError, from_mapping
 from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
+REMEDY = "mend it, or take it away"
 MOST_SECONDS = 5.0  # for a template, which takes a thousandth of it; the first one also starts Python
 PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is taken of a message in OpenAI's form: tools and pictures are not."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+def read_messages(value: Any) -> list[dict[str, str]]:
+    """Roles and texts.  Raises ParamsError where a message has more."""
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        raise ParamsError(["messages must be a list of objects with role and content"])
+    found = []
+    for i, each in enumerate(value):
+        given = {key: said for key, said in each.items() if key != "name" and said} | {"content": text_of(each)}
+        found.append(vars(from_mapping(Message, given, prefix=f"messages[{i}].")))
+    return found
+
+
+def text_of(message: dict[str, Any]) -> Any:
+    """The content of a message; as one text where it is a list of texts."""
+    content = message.get("content") or ""
+    if not isinstance(content, list):
+        return content
+    told = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [text for text in told if isinstance(text, str)]
+    return "".join(texts) if len(texts) == len(content) else content
 
 
 @dataclass(frozen=True)
@@ -79,16 +110,20 @@ def load_template(folder: Path) -> Template:
 
     Raises UserError where it is none.
     """
-    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
-    path = folder / (TEMPLATE_FILE if (folder / TEMPLATE_FILE).exists() else CONFIG_FILE)
+    path, own = folder / CONFIG_FILE, folder / TEMPLATE_FILE
+    config = read_object(path, remedy=REMEDY, most_bytes=MOST_FILE) if path.exists() else {}
+    source = config.get("chat_template")
     try:
-        source = read_text(path) if path.name == TEMPLATE_FILE else config.get("chat_template")
-        if isinstance(source, list):  # several by name
+        if own.exists():
+            path = own
+            with open(path, "rb") as file:
+                source = file.read(MOST_FILE).decode()
+        elif isinstance(source, list):  # several by name
             source = {each["name"]: each["template"] for each in source}.get("default")
         tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         named = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path} is not the file that transformers writes: mend it, or take it away") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is not the UTF-8 file that transformers writes: {REMEDY}") from None
     if source is None:
         return PLAIN
     if not isinstance(source, str) or len(source) > MOST_SOURCE:
@@ -98,24 +133,6 @@ def load_template(folder: Path) -> Template:
     except UserError as error:
         raise UserError(f"{path}: {error}: mend it, or take it out") from None
     return Template(source, {name: value for name, value in named.items() if isinstance(value, str)})
-
-
-def read_text(path: Path) -> str:
-    """A small file in UTF-8."""
-    if path.stat().st_size > MOST_FILE:
-        raise UserError(f"{path} has more than {human_bytes(MOST_FILE)}: take it away")
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError:
-        raise UserError(f"{path} is not UTF-8: save it so, or take it away") from None
-
-
-def read_json(path: Path) -> Any:
-    """What such a file holds."""
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): mend it, or take it away") from None
 
 
 class Renderer:

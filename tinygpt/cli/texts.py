@@ -1,0 +1,207 @@
+"""`python -m tinygpt encode`, `decode`, `tokenizer-report`, `attention`: a text as the tokenizer and the model see it.
+
+And how texts are given: as arguments, by the standard input or in a file of many.
+
+`encode` answers at once: what others import is imported where they need it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from tinygpt.cli.flags import STDIN
+from tinygpt.errors import UserError, printable
+from tinygpt.files import human_bytes, parse_json
+from tinygpt.options import MOST_BYTES, checked
+from tinygpt.params import ParamsError, require
+from tinygpt.tokenizer import load_tokenizer
+
+N_LONGEST = 12
+
+
+def encode(args: Namespace) -> None:
+    """Print ids, and pieces between bars: a space is a middle dot, a byte that is not a character its number."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    ids = tokenizer.encode(read_input() if args.text is None else checked(args.text))
+    print(*ids)
+    if not args.ids:
+        print("".join(f"|{visible(tokenizer.decode_bytes([i]))}" for i in ids) + "|")
+        print(f"{len(ids):,} tokens, {len(tokenizer.decode_bytes(ids)):,} bytes")
+
+
+def decode(args: Namespace) -> None:
+    """Print the text of ids, byte for byte."""
+    words = [word for arg in args.ids or [read_input()] for word in arg.replace(",", " ").split()]
+    if odd := [word for word in words if not word.isdecimal() or len(word) > 18]:
+        raise UserError(f"{odd[0]!r} is not an id: give whole numbers, such as `decode 72 101`")
+    try:
+        raw = load_tokenizer(args.tokenizer).decode_bytes(map(int, words))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    sys.stdout.buffer.write(raw)
+
+
+def tokenizer_report(args: Namespace) -> None:
+    """Print the table and the longest tokens, write the plot."""
+    from tinygpt.corpus.folders import SPLITS, split_file
+    from tinygpt.report.plots import plot_fit
+    from tinygpt.report.tokenizer import fit_file, fit_table, longest_tokens
+
+    check_picture(args.plot)
+    if args.against and not args.against.exists():
+        raise UserError(f"--against {args.against} not found: give a tokenizer.json or the folder of one")
+    paths = [args.tokenizer, *([args.against] if args.against else [])]
+    tokenizers = {str(path): load_tokenizer(path) for path in paths}
+    files = {split: split_file(args.text, split) for split in SPLITS}
+    fits = {
+        (name, split): fit_file(tokenizer, file)
+        for name, tokenizer in tokenizers.items()
+        for split, file in files.items()
+    }
+    table = fit_table(fits)
+    if table.empty:
+        raise UserError(f"{args.text} holds no text: run `dvc repro clean`")
+    print(table.to_string(index=False))
+    for name, tokenizer in tokenizers.items():
+        print(f"\nlongest of {name}: " + "  ".join(visible(raw) for raw in longest_tokens(tokenizer, N_LONGEST)))
+    plot_fit({name: (tokenizer, fits[name, "train"]) for name, tokenizer in tokenizers.items()}, args.plot)
+    print(f"\n{args.plot} shows how often and how long tokens are")
+
+
+def attention(args: Namespace) -> None:
+    """Draw where each head of the model attends to, as a picture and a page."""
+    from tinygpt.model.attention_maps import attention_maps
+    from tinygpt.model.weights import load_pair
+    from tinygpt.report.page import attention_page
+    from tinygpt.report.plots import plot_attention
+
+    check_picture(args.plot)
+    model, tokenizer = load_pair(args.model, args.tokenizer)
+    ids = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))]
+    if len(ids) > model.config.block_size:
+        raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")
+    tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
+    maps = attention_maps(model, ids)
+    plot_attention(maps, tokens, args.plot)
+    page = args.plot.with_suffix(".html")
+    attention_page(maps, tokens, page)
+    print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")
+
+
+def visible(raw: bytes) -> str:
+    r"""Bytes as something to look at: b" a\n\xe4" -> "·a\\n\\xe4"."""
+    return printable(raw.decode("utf-8", errors="backslashreplace").replace(" ", "·"))
+
+
+def check_picture(path: Path) -> None:
+    """Raises UserError where a plot has the name of another kind of file."""
+    from tinygpt.report.plots import NO_DATE
+
+    if path.suffix[1:] not in NO_DATE:
+        raise UserError(f"--plot {path}: the name must end in .{' or .'.join(NO_DATE)}")
+
+
+# ---- how texts are given ----
+
+
+@dataclass(frozen=True)
+class NamedPrompt:
+    """A text to continue, and what messages call it."""
+
+    text: str
+    name: str  # "prompt", "prompt 2" or "prompts.txt:3"
+
+    def named(self, problem: str) -> str:
+        """A problem of the prompt with its name before it."""
+        return problem if problem.startswith(self.name) else f"{self.name}: {problem}"
+
+
+def check_prompts(args: Namespace) -> None:
+    """Raises ParamsError where two sources are named, or one twice."""
+    require(
+        (args.prompt is None or args.prompts is None, "--prompt and --prompts contradict each other: give one"),
+        ((args.prompt or []).count(STDIN) <= 1, f"--prompt {STDIN} is given twice: the standard input is read once"),
+    )
+
+
+def collect_prompts(args: Namespace) -> list[NamedPrompt]:
+    """The prompts that the flags name.  Raises UserError with the place of what is not a prompt."""
+    if args.prompts is None:
+        texts = args.prompt or [""]
+        names = ["prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
+        read = [read_input().removesuffix("\n") if text == STDIN else text for text in texts]  # that of `echo`
+        return [NamedPrompt(checked(text), name) for text, name in zip(read, names, strict=True)]
+    name = "standard input" if args.prompts == STDIN else args.prompts
+    if args.prompts == STDIN:
+        raw = read_some(standard_input(), name)
+    elif not Path(args.prompts).exists():
+        raise UserError(f"--prompts {args.prompts} not found: name a file with a prompt on each line")
+    else:
+        with open(args.prompts, "rb") as file:
+            raw = read_some(file, name)
+    lines = decode_utf8(raw, name).removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise UserError(f'{name} has no prompts: write one a line, or {{"prompt": …}} in a .jsonl')
+    return prompts_of(lines, name)
+
+
+def read_input() -> str:
+    """All of the standard input.  Raises UserError where it is not UTF-8."""
+    return decode_utf8(read_some(standard_input(), "standard input"), "standard input")
+
+
+def read_some(file: BinaryIO, name: str, *, line: bool = False) -> bytes:
+    """All of a file, or a line.  Raises UserError where that is too much to be prompts."""
+    raw = (file.readline if line else file.read)(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise UserError(f"{name} has more than {human_bytes(MOST_BYTES)}: give it in parts")
+    return raw
+
+
+def standard_input() -> BinaryIO:
+    """Its bytes; none where it is closed."""
+    return sys.stdin.buffer if sys.stdin else io.BytesIO()
+
+
+def prompts_of(lines: list[str], name: str) -> list[NamedPrompt]:
+    """Prompts of a file's lines.  Raises ParamsError with all lines that are not prompts."""
+    found: list[NamedPrompt] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        place = f"{name}:{number}"
+        try:
+            text = _prompt_of(line) if name.lower().endswith(".jsonl") else line.removesuffix("\r")
+            found.append(NamedPrompt(checked(text), place))
+        except UserError as error:
+            problems.append(f"{place}: {error}")
+    if problems:
+        raise ParamsError(problems)
+    return found
+
+
+def decode_utf8(raw: bytes, name: str, *, line: int = 1) -> str:
+    """Bytes to text, without a byte order mark.  Raises UserError that names the line and the byte."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].split(b"\n")
+        place = f"{name}:{line + len(before) - 1}: byte {len(before[-1]) + 1}"
+        raise UserError(f"{place} is 0x{raw[error.start]:02x}, which is not UTF-8: give it as UTF-8") from None
+
+
+def _prompt_of(line: str) -> str:
+    try:
+        text = parse_json(line)["prompt"]
+    except (ValueError, LookupError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        shown = line if len(line) <= 40 else f"{line[:40]}…"
+        raise UserError(f'{shown!r} is not {{"prompt": …}} with a text')
+    return text
