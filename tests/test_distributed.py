@@ -294,7 +294,7 @@ def test_the_starter_leaves_with_the_status_of_its_processes_and_gives_up_on_kil
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if status is None:
-            with pytest.raises(UserError, match="gave up after 3 new starts: run it again"):
+            with pytest.raises(UserError, match="gave up after 3 restarts: run it again"):
                 processes.start(train, dataclasses.replace(RUNTIME, n_process=2))
         else:
             with pytest.raises(SystemExit) as left:
