@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinygpt.files import parse_yaml
 from tinygpt.params import PARAMS_FILE
 from tinygpt.paths import REPORTS
-from tinygpt.yaml12 import load_yaml
 
 METRICS = REPORTS / "metrics"  # in git, as the whole reports are not
 MOST_COMMITS = 20  # looked through
@@ -40,7 +40,7 @@ def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
             if found["eval_loss"] == evaluation["loss"]:
                 continue
             params = _git(root, "show", f"{commit}:./{PARAMS_FILE}") or ""
-            split = load_yaml(params.encode())["evaluate"]["split"]
+            split = parse_yaml(params.encode())["evaluate"]["split"]
             return Earlier(
                 commit[:9], {"val_loss": float(train["val_loss"])}, {"split": split, **_whole(found)}, params
             )
