@@ -16,7 +16,7 @@ import fsspec
 
 from tinygpt.corpus.answer import NotThereError
 from tinygpt.corpus.archive import READ_WHOLE, READERS
-from tinygpt.corpus.fetch import CHUNK_BYTES, cache_name, fetch, fetch_beginning, forget
+from tinygpt.corpus.fetch import CHUNK_BYTES, cache_name, fetch, forget
 from tinygpt.corpus.sources import DownloadParams, Remote
 from tinygpt.errors import UserError
 from tinygpt.progress import progress
@@ -64,10 +64,7 @@ def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) ->
             try:
                 if isinstance(address, Path):
                     return address, True
-                if n_bytes:
-                    return fetch_beginning(address, cached, n_bytes)
-                fetch(address, cached, sha256=sha256, note=note)
-                return cached, True
+                return fetch(address, cached, enough=n_bytes, sha256=sha256, note="" if n_bytes else note)
             except NotThereError:
                 if address == url:
                     raise
