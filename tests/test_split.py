@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt.corpus.clean import CleanParams, clean
-from tinygpt.corpus.download import RawFolder
 from tinygpt.corpus.duplicates import digest
 from tinygpt.corpus.folders import SPLITS, Manifest, iter_texts, write_manifest
+from tinygpt.corpus.raw import RawFolder
 from tinygpt.corpus.split import (
     FACTS,
     NOWHERE,

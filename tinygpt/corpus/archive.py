@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from tinygpt.corpus.notes import LEFT_OUT, Notes, Tell
+from tinygpt.corpus.local import LEFT_OUT, Notes, Tell
 from tinygpt.corpus.parquet import parquet_lines
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes

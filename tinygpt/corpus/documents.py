@@ -15,7 +15,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, line_ends, shard_bytes
-from tinygpt.corpus.jsonl import MOST_LINE, bad_line, line_text, lines
+from tinygpt.corpus.raw import MOST_LINE, bad_line, line_text, lines
 from tinygpt.shards import Shard, Span
 
 CHUNK_BYTES = 1 << 20

@@ -9,16 +9,43 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tinygpt.corpus.notes import LEFT_OUT, READ, Tell
 from tinygpt.corpus.sources import suggestion
 from tinygpt.errors import UserError, printable
 
 ALL: Sequence[str] = ("**",)  # the pattern of a folder
+MOST_NAME = 255  # characters that are told
+MOST_TOLD = 3  # names of a kind
+LEFT_OUT, READ = "left out", "read"
+
+Tell = Callable[[str, str, str], None]  # takes LEFT_OUT or READ, why or how, and a file's name
+
+
+class Notes:
+    """Names of files, by what was done with them and why."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, dict[str, list[str]]] = {}
+
+    def add(self, what: str, why: str, name: str) -> None:
+        """Note one file."""
+        self.names.setdefault(what, defaultdict(list))[why].append(printable(name[:MOST_NAME]))
+
+    def __str__(self) -> str:
+        """`left out: 2 hidden (.git, a/.b); read: 1 as JSON lines (a.json)`, or nothing."""
+        return "; ".join(
+            f"{what}: {', '.join(_counted(why, names) for why, names in kinds.items())}"
+            for what, kinds in self.names.items()
+        )
+
+
+def _counted(why: str, names: list[str]) -> str:
+    more = ", …" if len(names) > MOST_TOLD else ""
+    return f"{len(names):,} {why} ({', '.join(names[:MOST_TOLD])}{more})"
 
 
 def local_files(source: str, root: Path, raw: Path, tell: Tell) -> list[tuple[str, Path]]:
