@@ -8,9 +8,10 @@ import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
 
@@ -142,15 +143,10 @@ def _source_files(
     if source.remotes:
         files = [web_file(remote, params, root, cache) for remote in source.remotes]
     elif "://" in params.source:
-        files = []
-        for file in bucket_files(params, cache):
-            if any(part.startswith(".") for part in PurePosixPath(file.name).parts):
-                tell(LEFT_OUT, "hidden", file.name)
-            else:
-                files.append(file)
+        files = [*bucket_files(params, cache, tell)]
     else:
         found = local_files(params.source, root, raw, tell)
-        files = [local_file(name, path, params) for name, path in found]
+        files = [SourceFile(name, params.sha256, functools.partial(_whole, path)) for name, path in found]
     if params.sha256 and len(files) > 1:
         raise UserError(f"download.sha256 must be null: {params.source} holds {len(files)} files, not one")
     return files
@@ -179,110 +175,96 @@ class SourceFile:
         return max(LEAST_BYTES, max_bytes // 4 if name.endswith(tuple(READERS)) else max_bytes + 1)
 
 
-def local_file(name: str, path: Path, params: DownloadParams) -> SourceFile:
-    """A file that is here."""
-    return SourceFile(name, params.sha256, lambda _: (path, True))
+def _whole(path: Path, _: int | None) -> tuple[Path, bool]:
+    return path, True
 
 
 def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) -> SourceFile:
     """A file that the mirror has, or the web."""
     sha256, cached = params.sha256 or remote.sha256, cache / cache_name(remote.url, remote.name)
-    note = f"{remote.name} is needed whole, download.max_bytes or not" if params.max_bytes else ""
+    is_needed_whole = f"{remote.name} is needed whole, download.max_bytes or not" if params.max_bytes else ""
 
     def get(n_bytes: int | None) -> tuple[Path, bool]:
-        *mirrors, url = addresses = _addresses(remote, root)
-        for address in addresses:
-            try:
-                if isinstance(address, Path):
-                    return address, True
-                return fetch(address, cached, enough=n_bytes, sha256=sha256, note="" if n_bytes else note)
-            except NotThereError:
-                if address == url:
-                    raise
-        raise AssertionError(mirrors)
+        fetch_from = functools.partial(
+            fetch, path=cached, enough=n_bytes, sha256=sha256, note="" if n_bytes else is_needed_whole
+        )
+        for address in _mirrors(remote, root):
+            if isinstance(address, Path):
+                return address, True
+            with suppress(NotThereError):
+                return fetch_from(address)
+        return fetch_from(remote.url)
 
     return SourceFile(remote.name, sha256, get, remote.url, cached)
 
 
-def _addresses(remote: Remote, root: Path) -> list[Path | str]:
-    """Where a file may be, in order: the mirror may call it by either name."""
+def _mirrors(remote: Remote, root: Path) -> list[Path] | list[str]:
+    """Where the mirror may have a file, which it may call by either name."""
     mirror = os.environ.get(MIRROR, "")
     names = list(dict.fromkeys((remote.name, remote.url.rsplit("/", 1)[-1])))
     folder = root / Path(mirror).expanduser()
     if "://" in mirror:
-        return [*(f"{mirror.rstrip('/')}/{name}" for name in names), remote.url]
+        return [f"{mirror.rstrip('/')}/{name}" for name in names]
     if not folder.is_dir():
         raise UserError(f"{MIRROR}={mirror} is neither a folder nor an http(s) address: mend or unset it")
-    here = [folder / name for name in names if mirror and (folder / name).is_file()]
-    return [*here, remote.url]
+    return [folder / name for name in names if mirror and (folder / name).is_file()]
 
 
-def bucket_files(params: DownloadParams, cache: Path) -> list[SourceFile]:
-    """The files of an address, a folder's or a glob's, sorted by name."""
-    bucket = _Bucket(params.source)
-    gets = (functools.partial(bucket.copy, name, cache) for name in bucket.found)
-    return [SourceFile(name, params.sha256, get) for name, get in zip(bucket.names, gets, strict=True)]
-
-
-class _Bucket:
-    """What an address names: the files `found`, sorted, and their `names` relative to it.
+def bucket_files(params: DownloadParams, cache: Path, tell: Tell) -> Iterator[SourceFile]:
+    """The files of an address, a folder's or a glob's, sorted, each named relative to it.
 
     Raises UserError where it names nothing, is refused, or needs a package that is not installed.
     """
+    with _refusals(params.source, cache):
+        store, path = fsspec.core.url_to_fs(params.source)
+        found = sorted(store.glob(path) if fsspec.core.has_magic(path) else store.find(path))
+        if not found:
+            raise FileNotFoundError
+    base = os.path.commonpath([str(PurePosixPath(name).parent) for name in found])
+    for name in found:
+        inner = PurePosixPath(name).relative_to(base)
+        if any(part.startswith(".") for part in inner.parts):
+            tell(LEFT_OUT, "hidden", str(inner))
+        else:
+            get = functools.partial(_copy_from_bucket, store, params.source, name, cache)
+            yield SourceFile(str(inner), params.sha256, get)
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-        with self._refusals(None):
-            self.files, path = fsspec.core.url_to_fs(source)
-            self.found = sorted(self.files.glob(path) if fsspec.core.has_magic(path) else self.files.find(path))
-        if not self.found:
-            raise UserError(f"download.source={source} names no files")
-        base = os.path.commonpath([str(PurePosixPath(name).parent) for name in self.found])
-        self.names = [str(PurePosixPath(name).relative_to(base)) for name in self.found]
 
-    def copy(self, name: str, cache: Path, n_bytes: int | None) -> tuple[Path, bool]:
-        """A file in `cache`, or its first `n_bytes`.  -> its path, and whether it is whole
+def _copy_from_bucket(store: Any, source: str, name: str, cache: Path, n_bytes: int | None) -> tuple[Path, bool]:
+    """A file in `cache`, or its first `n_bytes`.  -> its path, and whether it is whole
 
-        It is not copied again where that was done before and it has the same size and checksum there.
-        """
-        with self._refusals(cache):
-            copy = cache / cache_name(
-                f"{self.source} {name} {self.files.ukey(name)}", PurePosixPath(name).name, n_digit=16
-            )
-            total = self.files.size(name)
-            if n_bytes is not None and (total is None or n_bytes < total) and not copy.exists():
-                beginning = copy.with_name(copy.name + ".beginning")
-                self._copy(name, beginning, n_bytes)
-                return beginning, False
-            if not copy.exists():
-                partial = copy.with_name(copy.name + ".partial")
-                self._copy(name, partial, total)
-                os.replace(partial, copy)
-        return copy, True
-
-    def _copy(self, name: str, copy: Path, n_bytes: int | None) -> None:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            self.files.open(name, "rb") as source,
-            open(copy, "wb") as target,
-            progress(PurePosixPath(name).name, total=n_bytes, unit="B") as bar,
-        ):
-            while chunk := source.read(CHUNK_BYTES if n_bytes is None else min(CHUNK_BYTES, n_bytes - target.tell())):
-                target.write(chunk)
+    It is not copied again where that was done before and it has the same size and checksum there.
+    """
+    with _refusals(source, cache):
+        last = PurePosixPath(name).name
+        copy = cache / cache_name(f"{source} {name} {store.ukey(name)}", last, n_digit=16)
+        if copy.exists():
+            return copy, True
+        partial, total = copy.with_name(copy.name + ".partial"), store.size(name)
+        most = total if n_bytes is None else n_bytes if total is None else min(n_bytes, total)
+        cache.mkdir(parents=True, exist_ok=True)
+        with store.open(name, "rb") as there, open(partial, "wb") as here, progress(last, total=most, unit="B") as bar:
+            while chunk := there.read(CHUNK_BYTES if most is None else min(CHUNK_BYTES, most - here.tell())):
+                here.write(chunk)
                 bar.update(len(chunk))
+        if most != total:
+            return partial, False
+        os.replace(partial, copy)
+    return copy, True
 
-    @contextmanager
-    def _refusals(self, cache: Path | None) -> Iterator[None]:
-        """Make one line of what a store says; errors of our own disk, in `cache`, pass."""
-        try:
-            yield
-        except (ImportError, ValueError) as error:  # no such protocol, or a package that is missing for it
-            raise UserError(f"download.source={self.source}: {error}") from None
-        except FileNotFoundError:
-            raise UserError(f"download.source={self.source} names no files") from None
-        except Exception as error:  # the packages behind fsspec have classes of their own
-            if cache and str(cache) in str(getattr(error, "filename", "")):
-                raise
-            raise UserError(
-                f"download.source={self.source} cannot be read ({error}): check the address and your rights"
-            ) from None
+
+@contextmanager
+def _refusals(source: str, cache: Path) -> Iterator[None]:
+    """Make one line of what a store says; errors of our own disk, in `cache`, pass."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:  # no such protocol, or a package that is missing for it
+        raise UserError(f"download.source={source}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"download.source={source} names no files") from None
+    except Exception as error:  # the packages behind fsspec have classes of their own
+        if str(cache) in str(getattr(error, "filename", "")):
+            raise
+        raise UserError(
+            f"download.source={source} cannot be read ({error}): check the address and your rights"
+        ) from None

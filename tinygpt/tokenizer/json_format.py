@@ -92,11 +92,14 @@ def write_tokenizer_json(
     path: Path, tokens: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int]
 ) -> None:
     """Write the file; its bytes depend on the arguments alone."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     document = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(name, i) for name, i in sorted(special_tokens.items(), key=lambda kv: kv[1])],
+        "added_tokens": [
+            {"id": i, "content": name, **flags} for name, i in sorted(special_tokens.items(), key=lambda kv: kv[1])
+        ],
         "normalizer": None,
         "pre_tokenizer": BYTE_LEVEL,
         "post_processor": None,
@@ -150,11 +153,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{name!r} is in it twice")
     return found
-
-
-def _added_token(name: str, i: int) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": i, "content": name, **flags}
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
