@@ -252,7 +252,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"runtime.n_process": 2, "runtime.device": "mps"}, "runtime.device=mps works for one process alone: set runtime"),
     (
         {"runtime.cuda_graphs": True, "runtime.compile": True, "runtime.device": "cpu"},
-        "runtime.cuda_graphs=true is of a GPU, not of runtime.device=cpu: set it to false",
+        "runtime.cuda_graphs=true works on a GPU, not on runtime.device=cpu: set it to false",
     ),
     ({"model.position": "learned"}, "no model of transformers and llama.cpp has model.position=learned, "),
     ({"model.block_size": 3}, "model.block_size=3 is too short to check export.gguf: at least 4"),

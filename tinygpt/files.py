@@ -84,7 +84,7 @@ def _sync(path: Path) -> None:
         finally:
             os.close(number)
     except OSError:
-        if not path.is_dir():  # of a folder not every system can
+        if not path.is_dir():  # not every system can do it for a folder
             raise
 
 
@@ -112,7 +112,7 @@ def checkout_of(root: Path = Path()) -> Path:
 
 
 def runs_folder(root: Path = Path()) -> Path:
-    """Where work is kept that was stopped half-way: `runs`, of which DVC knows nothing.
+    """Where work is kept that was stopped half-way: `runs`, which DVC does not know.
 
     DVC deletes outputs before it runs a stage. All kinds of runs of a checkout share the folder.
     """

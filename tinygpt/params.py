@@ -39,7 +39,7 @@ GROUPS = {
 class Group(Protocol):
     """A dataclass that mirrors one group of params.yaml.
 
-    One with a method `rules_with(groups)` also says what must hold beside the other groups that are loaded, by name.
+    One with a method `rules_with(groups)` also says what must hold together with the other loaded groups, by name.
     """
 
     group: ClassVar[str]
@@ -107,7 +107,7 @@ def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
 
 
 def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
-    """All groups by name, each checked, and each with the others: what params decide is told before any work.
+    """All groups by name, each checked, and each with the others: mistakes in params are reported before any work.
 
     A mistake in `evaluate` would else come to light after an hour of training.
     """
@@ -128,7 +128,7 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises ParamsError with every name that is no "group.key", and the nearest one."""
+    """Raises ParamsError with every name that is not a "group.key", and the nearest one."""
     fields = {group: sorted(_field_names(find_class(group))) for group in GROUPS}
     problems = []
     for name in names:
@@ -148,10 +148,11 @@ def find_class(group: str) -> Any:
 
 
 def _unknown(key: str, known: Sequence[str], prefix: str) -> str:
-    return f"unknown key {prefix}{key}{_nearest(key, known, prefix=prefix)}"
+    return f"unknown key {prefix}{key}{nearest(key, known, prefix=prefix)}"
 
 
-def _nearest(name: str, known: Sequence[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+def nearest(name: str, known: Sequence[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+    """` (did you mean model.n_layer?)` where a name is near, else nothing."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
@@ -262,7 +263,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
     if value in choices and not isinstance(value, bool):
         return value
-    near = _nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
+    near = nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
     raise ParamsError([f"{key}={value!r} is not one of {', '.join(map(repr, choices))}{near}"])
 
 

@@ -124,7 +124,7 @@ class Reader:
 
 
 def _line_number(path: Path, position: int) -> int:
-    """Of the line that begins there, from 1."""
+    """The number of the line that begins there, from 1."""
     with open(path, "rb") as file:
         chunks = (file.read(min(CHUNK_BYTES, position - at)) for at in range(0, position, CHUNK_BYTES))
         return 1 + sum(chunk.count(b"\n") for chunk in chunks)

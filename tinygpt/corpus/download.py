@@ -139,7 +139,7 @@ def _need_more() -> Iterator[bytes]:
 def _source_files(
     params: DownloadParams, source: Source, root: Path, raw: Path, cache: Path, tell: Tell
 ) -> list[SourceFile]:
-    """The files of a source, of which those on the web and in buckets are still to be copied."""
+    """The files of a source; those on the web and in buckets are still to be copied."""
     if source.remotes:
         files = [web_file(remote, params, root, cache) for remote in source.remotes]
     elif "://" in params.source:

@@ -96,7 +96,7 @@ def forget(path: Path) -> None:
 
 @dataclass
 class _Transfer:
-    """Of the file at `url` to `path`.partial, all of it or `enough` bytes."""
+    """Copies the file at `url` to `path`.partial, all of it or `enough` bytes."""
 
     url: str
     path: Path

@@ -1,4 +1,4 @@
-"""Texts on their way into data/raw: told by their beginning, made UTF-8, and cut where there are enough.
+"""Texts on their way into data/raw: known by their beginning, made UTF-8, and cut where there is enough.
 
 A file is text in some encoding, or JSON lines: {"text": …} in each, and whatever else, which nobody reads.
 """
@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, AnyStr
 
@@ -72,7 +73,9 @@ class RawFolder:
             self.notes.add(READ, f"as {encoding}", name)
             chunks = _recoded(chunks, encoding, name)
             chunks = itertools.chain([head := next(chunks, b"")], chunks)
-        name = self._name_by_content(name, head)
+        if not name.lower().endswith(".jsonl") and (kind := json_kind(head)):
+            self.notes.add(READ, "as JSON lines" if kind == "lines" else "as plain text, though JSON", name)
+            name = f"{name}.jsonl" if kind == "lines" else name  # what `clean` reads as JSON lines
         copy = _copy_jsonl if name.lower().endswith(".jsonl") else _copy_text
         with self._create(name) as file:
             taken = copy(file, chunks, limit, name)
@@ -89,13 +92,6 @@ class RawFolder:
             self.notes.add(LEFT_OUT, "not UTF-8", f"{name} looks like {likely}{advice}")
         else:
             self.notes.add(LEFT_OUT, "packed twice" if name.lower().endswith(tuple(READERS)) else "binary", name)
-
-    def _name_by_content(self, name: str, head: bytes) -> str:
-        """What the file is called here: `clean` reads .jsonl as JSON lines."""
-        kind = None if name.lower().endswith(".jsonl") else json_kind(head)
-        if kind:
-            self.notes.add(READ, "as JSON lines" if kind == "lines" else "as plain text, though JSON", name)
-        return f"{name}.jsonl" if kind == "lines" else name
 
     def _create(self, name: str) -> IO[bytes]:
         path = self.folder / TEXTS / PurePosixPath(name)
@@ -159,22 +155,17 @@ def _copy_jsonl(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, nam
 def encoding_of(head: bytes, declared: str | None) -> str | None:
     """How the text that begins so is encoded: in UTF-8 or as `declared`.  None where it is neither, or not text.
 
-    What could be both is UTF-8 where it has more of its characters than of bytes that are none.
+    What could be either is UTF-8 where more of it is valid characters beyond ASCII than bytes that are not UTF-8.
     """
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)  # without half a character at its end
     bad = len(BAD_BYTE.findall(text)) if not head.isascii() else 0
     good = len(BEYOND_ASCII.findall(text)) if bad or declared else 0
     is_utf8 = "\0" not in text and bad <= 1 + MOST_BAD * len(head) + good / 10
-    if declared and (not is_utf8 or (bad >= good and "a".encode(declared) == b"a")) and _is_text(head, declared):
-        return declared
+    if declared and (not is_utf8 or (bad >= good and "a".encode(declared) == b"a")):
+        with suppress(ValueError):
+            if "\0" not in codecs.getincrementaldecoder(declared)().decode(head):
+                return declared
     return "utf-8" if is_utf8 else None
-
-
-def _is_text(head: bytes, encoding: str) -> bool:
-    try:
-        return "\0" not in codecs.getincrementaldecoder(encoding)().decode(head)
-    except ValueError:
-        return False
 
 
 def likely_encoding(head: bytes) -> str | None:

@@ -5,7 +5,6 @@ Python carries: docstrings of the standard library and pydoc's topics.
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 import re
 import sysconfig
@@ -170,12 +169,6 @@ def _url(url: str) -> Source:
     is_name = is_name and len(name.encode("utf-8", "replace")) <= MOST_NAME_BYTES
     require((is_name, f"download.source={url} must end with the name of a file, of {MOST_NAME_BYTES} bytes at most"))
     return Source(remotes=(Remote(url=url, name=name),), licence="unknown")
-
-
-def suggestion(name: str) -> str:
-    """` (did you mean 'tinystories'?)` where `name` is nearly a source's, else nothing."""
-    near = difflib.get_close_matches(name, [*SOURCES, "gutenberg:<id>"], n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 # Left out: what is not the standard library, its tests, and the parts that some installations come without.

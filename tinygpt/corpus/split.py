@@ -21,7 +21,7 @@ from tinygpt.files import atomic_folder, human_bytes, write_json
 
 TRAIN, VAL, TEST = range(len(SPLITS))
 NOWHERE = -1
-FEW_DOCUMENTS = 5  # of which a measure depends on the choice of documents more than on the model
+FEW_DOCUMENTS = 5  # with so few a measure depends more on which documents they are than on the model
 FEW_BYTES = 10_000
 
 FACTS = np.dtype(

@@ -33,7 +33,7 @@ def learn_bpe(
     """Learn a tokenizer of `vocab_size` tokens from pretokens and how often each occurs.
 
     Ids: `<|endoftext|>` and the other special tokens, the 256 bytes by code point of their stand-ins, then merges in
-    the order in which they were found. Of equally frequent pairs the one of smaller ids goes first.
+    the order in which they were found. Among equally frequent pairs the one of smaller ids goes first.
     Raises UserError when there are too few pairs, or more pretokens than can be numbered.
     """
     tokens = [EOS, *special_tokens, *sorted(BYTE_TO_CHAR)]  # as Tokenizer.from_merges numbers them

@@ -166,7 +166,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
 
 
 def _problems(name: str, value: Any, *allowed: Any) -> list[str]:
-    """What of a value, and of all that is in it, is none of the values, types and objects that are allowed."""
+    """Everything in a value that is not one of the values, types and objects that are allowed."""
     fields = next((each for each in allowed if isinstance(each, dict)), None)
     if fields is not None and isinstance(value, dict):
         inner = {key: f"{name}.{key}".lstrip(".") for key in (*fields, *value)}
@@ -192,7 +192,7 @@ def _some(problems: list[str]) -> str:
 
 
 def _special_problems(added: list[dict[str, Any]], vocab: dict[str, Any]) -> list[str]:
-    """What of the special tokens the library would number or name otherwise, or take for text."""
+    """What the library would number or name otherwise in the special tokens, or take for text."""
     names = [token["content"] for token in added]
     both = [(token["id"], vocab[token["content"]]) for token in added if token["content"] in vocab]
     own = [token["id"] for token in added if token["content"] not in vocab]
