@@ -62,7 +62,9 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
         texts = RawFolder(folder, params.max_bytes, params.encoding)
         files = [] if source is EMBEDDED else _source_files(params, source, root, raw, cache, texts.notes.add)
         if source is EMBEDDED:
-            _add_embedded(params, texts)
+            content = "".join(map(text_line, iter_python_docs())).encode()
+            check_sha256(hashlib.sha256(content).hexdigest(), params.sha256, "python-docs.jsonl")
+            texts.add("python-docs.jsonl", iter([content]))
         downloads = [_add_file(file, params, source, texts, beginnings) for file in files]
         if not any(file.bytes for file in texts.files):
             for file in files:
@@ -82,12 +84,6 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
         )
         write_manifest(folder, manifest)
     return Downloaded(manifest, texts.notes)
-
-
-def _add_embedded(params: DownloadParams, texts: RawFolder) -> None:
-    content = "".join(map(text_line, iter_python_docs())).encode()
-    check_sha256(hashlib.sha256(content).hexdigest(), params.sha256, "python-docs.jsonl")
-    texts.add("python-docs.jsonl", iter([content]))
 
 
 def _add_file(

@@ -13,6 +13,7 @@ from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, human_bytes, must_exist, parse_json
+from tinygpt.params import HALVES
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -196,17 +197,14 @@ def _special_problems(added: list[dict[str, Any]], vocab: dict[str, Any]) -> lis
     names = [token["content"] for token in added]
     both = [(token["id"], vocab[token["content"]]) for token in added if token["content"] in vocab]
     own = [token["id"] for token in added if token["content"] not in vocab]
-    rules = (
-        (len(set(names)) == len(names), "added_tokens has one twice"),
-        (all(type(i) is int and i == id for id, i in both), "added_tokens has another id than model.vocab"),
-        (own == [*range(len(vocab), len(vocab) + len(own))], "added_tokens are not numbered on from model.vocab"),
-        (not any(not name or name in CHAR_TO_BYTE for name in names), "added_tokens has a byte, or an empty text"),
-        (
-            not any("\ud800" <= char <= "\udfff" for name in names for char in name),
-            "added_tokens has half a character, such as \\ud800",
-        ),
-    )
-    return [problem for holds, problem in rules if not holds]
+    rules = {
+        "added_tokens has one twice": len(set(names)) == len(names),
+        "added_tokens has another id than model.vocab": all(type(i) is int and i == id for id, i in both),
+        "added_tokens are not numbered on from model.vocab": own == [*range(len(vocab), len(vocab) + len(own))],
+        "added_tokens has a byte, or an empty text": all(name and name not in CHAR_TO_BYTE for name in names),
+        "added_tokens has half a character, such as \\ud800": not HALVES.search("".join(names)),
+    }
+    return [problem for problem, holds in rules.items() if not holds]
 
 
 def _vocab_problems(vocab: dict[str, Any], merges: list[tuple[str, str]], special: set[str]) -> list[str]:
