@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tinygpt.corpus.sources import SOURCES
+from tinygpt.corpus.sources import MOST_NAME, SOURCES
 from tinygpt.errors import UserError, printable
 from tinygpt.params import nearest
 
 ALL: Sequence[str] = ("**",)  # the pattern of a folder
-MOST_NAME = 255  # characters that are shown
 MOST_SHOWN = 3  # names of a kind
 LEFT_OUT, READ = "left out", "read"
 

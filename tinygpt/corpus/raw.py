@@ -19,10 +19,11 @@ from charset_normalizer import from_bytes
 from tinygpt.corpus.archive import READERS
 from tinygpt.corpus.folders import TEXTS, RawFile
 from tinygpt.corpus.local import LEFT_OUT, READ, Notes
+from tinygpt.corpus.sources import MOST_NAME
 from tinygpt.errors import UserError, printable
 from tinygpt.files import human_bytes, sha256_file
 
-MOST_NAME, MOST_PATH = 255, 1000  # bytes between two slashes of a path, as file systems take them; and of it all
+MOST_PATH = 1000  # bytes
 MOST_LINE = 64 << 20  # bytes: to read a line takes up to nine times its size
 SNIFF_BYTES = 65_536  # what a guess looks at
 SNIFF_LINES = 20
