@@ -62,7 +62,6 @@ def test_where_files_are_cut_makes_no_difference(
         ("a.jsonl", "".join(json.dumps({"text": f"é{i}"}) + "\n" for i in range(50)), {}),
         ("a.txt", "".join(f"text {i}\n<|endoftext|>\n" for i in range(50)), {"separator": "<|endoftext|>"}),
         ("a.txt", "".join(f" = {i} = \n\n some text\n" for i in range(50)), {"document_start": WIKI_START}),
-        ("a.txt", "".join(f" = {i} = \r\n\r\n some text\r\n" for i in range(50)), {"document_start": WIKI_START}),
     ],
 )
 def test_a_large_file_is_cut(tmp_path: Path, name: str, content: str, rule: dict[str, str]) -> None:

@@ -430,6 +430,11 @@ def test_an_empty_result_names_its_cause_and_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} - {"runs"} == {"raw"}
 
 
+def test_source_refuses_a_file_in_no_split(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"clean\.split=source needs a source with official splits"):
+        run(tmp_path, {"train.txt": LONG, "a.txt": LONG}, split="source")
+
+
 def test_what_the_next_stages_would_not_find_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     raw = make_raw(tmp_path, {"train.txt": LONG, "val.txt": b"val"})
     for split, message in {

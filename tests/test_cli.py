@@ -103,7 +103,7 @@ def test_every_way_to_choose_has_its_option(folders, tiny_tokenizer, command):
         (["generate", "--n-beam", "0"], "--n-beam=0 must be within [1, 256]"),
         (["generate", "--n-beam", "2", "--temperature", "0.5"], "--n-beam=2 does not sample: it needs --temperature=0"),
         (["generate", "--best-of", "2", "--temperature", "0"], "--best-of=2 needs temperature above 0"),
-        (["generate", "--length-penalty", "2"], "--length-penalty=2.0 is of beam search: it needs --n-beam above 1"),
+        (["generate", "--length-penalty", "2"], "--length-penalty=2.0 is for beam search: it needs --n-beam above 1"),
         (["generate", "--stop", ""], "--stop=('',) has an empty text"),
         (["generate", "--logit-bias", "5"], "'5' is not of the form ID=BIAS, such as 17=-2.5"),
         (["generate", "--promt", "x"], "unknown argument '--promt' (did you mean --prompt?)"),

@@ -200,7 +200,7 @@ def test_cuda_graphs_are_refused_where_they_cannot_be():
     for changed in {"compile": False}, {"n_process": 2}, {"micro_batch_size": 4}, {"micro_batch_size": "auto"}:
         with pytest.raises(ParamsError, match="needs compile=true, n_process=1 and micro_batch_size=null"):
             dataclasses.replace(RUNTIME, **(graphs | changed))
-    with pytest.raises(ParamsError, match="cuda_graphs=true is of a GPU, not of runtime.device=cpu: set it to false"):
+    with pytest.raises(ParamsError, match="cuda_graphs=true works on a GPU, not on runtime.device=cpu: set it"):
         dataclasses.replace(RUNTIME, device="cpu", **graphs)
 
 

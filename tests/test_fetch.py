@@ -112,7 +112,7 @@ def leftovers(path: Path) -> list[str]:
 
 def test_a_whole_file_appears_under_its_name_and_nothing_else_stays(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "text.txt"
-    assert fetch(server.url, path, sha256=SHA256) == SHA256
+    assert fetch(server.url, path, sha256=SHA256) == (path, True)
     assert path.read_bytes() == BODY
     assert leftovers(path) == []
 
@@ -120,7 +120,7 @@ def test_a_whole_file_appears_under_its_name_and_nothing_else_stays(server: Serv
 def test_a_file_that_is_there_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(BODY)
-    assert fetch(server.url, path) == SHA256
+    assert fetch(server.url, path) == (path, True)
     assert server.asked == []
 
 

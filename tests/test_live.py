@@ -64,7 +64,7 @@ def test_the_curve_and_the_samples_of_each_look_are_there_before_the_end_and_aft
 def test_the_log_has_one_kind_of_line_that_fits_and_a_sample_at_each_look(stopped):
     log = (stopped / "train.log").read_text()
     lines = [line for line in log.splitlines() if line.startswith("step ")]
-    assert " gone, " not in log
+    assert " elapsed, " not in log
     assert all(len(line) <= 80 for line in lines)
     assert all(re.search(r"  \d+:\d\d(:\d\d)? left$", line) for line in lines[2:])
     at = log.splitlines().index(next(line for line in lines if "val loss" in line))

@@ -11,8 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinygpt.errors import UserError
-from tinygpt.tokenizer.merger import LONG, TOGETHER, Merger, merge, merge_long
-from tinygpt.tokenizer.pairs import ROW_END, Pairs
+from tinygpt.tokenizer.merger import LONG, ROW_END, TOGETHER, Merger, Pairs, merge, merge_long
 
 ROWS = st.lists(st.integers(0, 3), max_size=30)
 # Pairs of ids in rank order; the id that a pair becomes may be one that exists, as from another way to one token.

@@ -18,11 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sources import fill, params, texts
 
-from tinygpt.corpus import download as download_module
-from tinygpt.corpus import jsonl
-from tinygpt.corpus.jsonl import lines
+from tinygpt.corpus import raw as raw_module
 from tinygpt.corpus.local import _fits
-from tinygpt.corpus.sniff import json_kind, likely_encoding
+from tinygpt.corpus.raw import json_kind, likely_encoding, lines
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError
 
@@ -297,8 +295,7 @@ def test_odd_json_is_taken_with_a_limit_and_without(tmp_path: Path, line: bytes)
 def test_a_line_too_long_is_refused_by_its_number_before_it_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "MOST_LINE", 100)
-    monkeypatch.setattr(download_module, "MOST_LINE", 100)
+    monkeypatch.setattr(raw_module, "MOST_LINE", 100)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "a" * 1000}))
     with pytest.raises(UserError, match=r"x.jsonl line 2 has more than 100 B: cut its text"):
         fill(tmp_path, "x.jsonl")

@@ -32,7 +32,7 @@ def seconds(text: str) -> int:
 def test_without_a_terminal_lines_tell_the_time_left_from_where_the_work_was_taken_up():
     done = subprocess.run(COMMAND, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "a line of the log\n"
-    pattern = rf"train: (\d+) of {TOTAL} steps, \d+:\d\d gone, (\d+:\d\d) left"
+    pattern = rf"train: (\d+) of {TOTAL} steps, \d+:\d\d elapsed, (\d+:\d\d) remaining"
     lines = [re.fullmatch(pattern, line).groups() for line in done.stderr.splitlines()]
     steps = [int(step) for step, _ in lines]
     assert steps == sorted(set(steps)) and steps[0] > START and steps[-1] == TOTAL

@@ -285,8 +285,8 @@ def test_a_model_that_gives_no_numbers_is_told(bad):
         (Search, {"n_beam": 2, "length_penalty": 1e6}, r"length_penalty=1000000.0 must be within \[-10, 10\]"),
         (Search, {"best_of": 0}, r"best_of=0 must be within \[1, 256\]"),
         (Search, {"n_beam": 2, "best_of": 2}, "best_of=2 samples, n_beam=2 does not"),
-        (Search, {"length_penalty": 2.0}, "length_penalty=2.0 is of beam search: it needs n_beam above 1"),
-        (Search, {"early_stopping": "true"}, "early_stopping=true is of beam search: it needs n_beam above 1"),
+        (Search, {"length_penalty": 2.0}, "length_penalty=2.0 is for beam search: it needs n_beam above 1"),
+        (Search, {"early_stopping": "true"}, "early_stopping=true is for beam search: it needs n_beam above 1"),
         (Search, {"n_beam": 2, "early_stopping": "yes"}, "early_stopping='yes' is not one of"),
     ],
 )
@@ -299,7 +299,7 @@ def test_bad_values_and_options_that_contradict_each_other_are_told_by_name(cls,
     ("search", "sampling", "message"),
     [
         ({"n_beam": 2}, {}, "n_beam=2 does not sample: it needs temperature=0, found 1.0"),
-        ({"n_beam": 2}, {"temperature": 0, "top_k": 5}, "top_k=5 is of sampling: n_beam needs it off"),
+        ({"n_beam": 2}, {"temperature": 0, "top_k": 5}, "top_k=5 samples: n_beam needs it off"),
         ({"best_of": 3}, {"temperature": 0}, "best_of=3 needs temperature above 0"),
     ],
 )

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt.corpus.clean import CleanParams, clean
-from tinygpt.corpus.download import RawFolder
 from tinygpt.corpus.duplicates import digest
 from tinygpt.corpus.folders import SPLITS, Manifest, iter_texts, write_manifest
+from tinygpt.corpus.raw import RawFolder
 from tinygpt.corpus.split import (
     FACTS,
     NOWHERE,
@@ -38,7 +38,6 @@ from tinygpt.corpus.split import (
     save_cleaned,
     write_splits,
 )
-from tinygpt.errors import UserError
 from tinygpt.params import from_mapping
 
 HERE = Path(__file__).parent
@@ -192,11 +191,6 @@ def test_hash_is_the_same_on_every_machine() -> None:
 def test_source_keeps_the_official_splits(tmp_path: Path) -> None:
     found, _ = split(tmp_path, ["a", "b", "c"], "source", Shares(0, 0, 0), [TEST, TRAIN, VAL])
     assert found == {"train": ["b"], "val": ["c"], "test": ["a"]}
-
-
-def test_source_refuses_a_document_in_no_split(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"clean\.split=source needs a source with official splits"):
-        split(tmp_path, ["a"], "source", Shares(0, 0, 0))
 
 
 def test_the_choices_of_the_params_are_the_splitters() -> None:

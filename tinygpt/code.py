@@ -19,7 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]  # of the project
 OURS = ("tinygpt", "stages")  # packages of this project
 # Rooms that change no result: this file, messages, params (their values are tracked), paths, the machine, runs.
-DECIDES_NOTHING = ("code", "errors", "params", "paths", "progress", "run", "runtime", "stage", "threads", "yaml12")
+DECIDES_NOTHING = ("code", "errors", "params", "paths", "progress", "run", "runtime", "stage", "threads")
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PINNED = re.compile(r"^([\w.-]+)==", re.MULTILINE)  # in requirements.txt: packages whose version changes results
 
@@ -30,8 +30,9 @@ def code_of(module: str) -> str:
 
     -> "3f2a90cc71d4e8b6 python=3.11 numpy=2.4.6"
     """
-    files = closure(_file_of(module))
-    digest = hashlib.sha256("\n".join(f"{_name(path)} {_read(path).meaning}" for path in sorted(files)).encode())
+    files = closure(ROOT.joinpath(*module.split(".")).with_suffix(".py"))
+    lines = [f"{path.relative_to(ROOT).as_posix()} {_read(path).meaning}" for path in sorted(files)]
+    digest = hashlib.sha256("\n".join(lines).encode())
     imported = {name for path in files for name in _read(path).others}
     return " ".join([digest.hexdigest()[:16], *_versions(imported)])
 
@@ -66,7 +67,7 @@ def _read(path: Path) -> _File:
             ours |= {file for name in names for file in _files_of(name)}
         elif isinstance(node, ast.ImportFrom) and node.module:
             others.add(node.module.partition(".")[0])
-        elif isinstance(node, Documented) and _has_docstring(node):
+        elif isinstance(node, Documented) and ast.get_docstring(node) is not None:
             del node.body[0]
     return _File(ast.dump(tree), frozenset(ours - {path}), frozenset(others))
 
@@ -90,23 +91,10 @@ def _files_of(module: str) -> set[Path]:
     return {file, *above} if file.exists() else set()
 
 
-def _file_of(module: str) -> Path:
-    return ROOT.joinpath(*module.split(".")).with_suffix(".py")
-
-
-def _name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
 def _room(path: Path) -> str:
     """The room of a file: run for tinygpt/run/checkpoint.py, errors for tinygpt/errors.py."""
     parts = path.relative_to(ROOT).parts
     return parts[1].removesuffix(".py") if parts[0] == "tinygpt" else parts[0]
-
-
-def _has_docstring(node: Documented) -> bool:
-    first = node.body[0] if node.body else None
-    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
 
 
 def _versions(imported: set[str]) -> list[str]:
@@ -117,16 +105,8 @@ def _versions(imported: set[str]) -> list[str]:
     python = ".".join(platform.python_version_tuple()[:2])
     file = ROOT / "requirements.txt"  # of the project; where the library is installed, its metadata has the same
     text = file.read_text(encoding="utf-8") if file.exists() else "\n".join(requires("tinygpt") or ())
-    pinned = PINNED.findall(text)
-    return [
-        f"python={python}",
-        *(f"{name}={version_of(name)}" for name in sorted(pinned) if _module_of(name) in imported),
-    ]
-
-
-def _module_of(package: str) -> str:
-    """How a pinned package is imported: vl_convert of vl-convert-python."""
-    return package.removesuffix("-python").replace("-", "_")
+    modules = {name: name.removesuffix("-python").replace("-", "_") for name in sorted(PINNED.findall(text))}
+    return [f"python={python}", *(f"{name}={version_of(name)}" for name in modules if modules[name] in imported)]
 
 
 def version_of(package: str) -> str:

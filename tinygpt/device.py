@@ -8,17 +8,15 @@ from contextlib import contextmanager
 
 import torch
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, is_out_of_memory
 from tinygpt.params import ParamsError
 from tinygpt.runtime import RuntimeParams
-
-NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # as allocators say it
 
 
 def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torch.device:
     """Set the number of CPU threads and return the device.  Raises ParamsError when it is not there.
 
-    Of several processes on a machine, each takes its share of the threads and the GPU of its number.
+    Where several processes share a machine, each takes its part of the threads and the GPU of its number.
     """
     n_core = os.cpu_count() or 1
     if runtime.n_thread > n_core:
@@ -46,18 +44,17 @@ def find_device(wanted: str, option: str = "runtime.device") -> str:
 
 @contextmanager
 def out_of_memory(cure: str) -> Iterator[None]:
-    """A context, or a decorator, in which memory that cannot be had raises a UserError with its cure."""
+    """A context, or a decorator, in which a lack of memory raises a UserError with its cure."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(words in str(error) for words in NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory: {cure}") from None
 
 
 def wait_for(device: torch.device) -> None:
-    """Until it has done what it was told."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

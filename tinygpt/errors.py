@@ -1,4 +1,4 @@
-"""Mistakes a user can make, and how a program tells them: one line each, no traceback."""
+"""Mistakes a user can make, and how a program reports them: one line each, no traceback."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import functools
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
+NO_MEMORY = re.compile("can't allocate memory|(CUDA|MPS).{,20}out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 BREAK = "\n       "  # between two problems of one error
-MOST_PROBLEMS = 20  # that one error tells of
+MOST_PROBLEMS = 20  # that one error lists
 MOST_CHARACTERS = 1000  # of each
 
 
@@ -28,13 +30,6 @@ def printable(text: object) -> str:
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS * 2 // 3]} … {text[-MOST_CHARACTERS // 3 :]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "CUDA out of memory",
-    "MPS backend out of memory",
-)  # of PyTorch's RuntimeError
 
 
 class UserError(Exception):
@@ -94,7 +89,7 @@ def answer_to(error: BaseException) -> tuple[int, str]:
             return 141, ""
         case OSError():
             problem = _of_the_system(error)
-        case _ if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+        case _ if is_out_of_memory(error):
             problem = "there is not enough memory: take a smaller model, batch or text, or close other programs"
         case RecursionError():
             problem = f"what was read is nested too deep ({_place(error)})"
@@ -105,6 +100,11 @@ def answer_to(error: BaseException) -> tuple[int, str]:
         case _:
             raise error
     return 1, f"error: {printable(problem)}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what is missing, also as PyTorch's allocators say it, whose RuntimeError has no class."""
+    return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
 def _of_the_system(error: OSError) -> str:

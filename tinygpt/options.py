@@ -69,7 +69,7 @@ class Sampling:
         )
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raise ParamsError where an option names an id that the model has not."""
+        """Raise ParamsError where an option names an id that the model does not have."""
         named = {
             "logit_bias": [i for i, _ in self.logit_bias],
             "banned_ids": self.banned_ids,
@@ -106,11 +106,11 @@ class Search:
             *type_rules(self),
             (
                 has_beams or self.length_penalty == 1,
-                f"length_penalty={self.length_penalty} is of beam search: it needs n_beam above 1",
+                f"length_penalty={self.length_penalty} is for beam search: it needs n_beam above 1",
             ),
             (
                 has_beams or self.early_stopping == "false",
-                f"early_stopping={self.early_stopping} is of beam search: it needs n_beam above 1",
+                f"early_stopping={self.early_stopping} is for beam search: it needs n_beam above 1",
             ),
             (not has_beams or self.best_of == 1, f"best_of={self.best_of} samples, n_beam={self.n_beam} does not"),
         )
@@ -129,7 +129,7 @@ class Search:
                 self.n_beam == 1 or sampling.temperature == 0,
                 f"n_beam={self.n_beam} does not sample: it needs temperature=0, found {sampling.temperature}",
             ),
-            *((self.n_beam == 1, f"{name}={of(sampling, name)} is of sampling: n_beam needs it off") for name in drawn),
+            *((self.n_beam == 1, f"{name}={of(sampling, name)} samples: n_beam needs it off") for name in drawn),
             (
                 self.best_of == 1 or sampling.temperature > 0,
                 f"best_of={self.best_of} needs temperature above 0: at 0 all texts are the same",

@@ -1,6 +1,6 @@
 """Load and check params.yaml: YAML 1.2, strict keys, typed values, every problem in one error.
 
-Each group of params.yaml is a frozen dataclass that lives beside the code it steers and carries its name in
+Each group of params.yaml is a frozen dataclass that lives next to the code it steers and carries its name in
 `group`. Fields without a value in the file are refused, so params.yaml is the only place where defaults stand.
 """
 
@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
 
 from tinygpt.errors import UserError
-from tinygpt.files import read_json
-from tinygpt.yaml12 import load_yaml
+from tinygpt.files import parse_yaml, read_json
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -40,7 +39,7 @@ GROUPS = {
 class Group(Protocol):
     """A dataclass that mirrors one group of params.yaml.
 
-    One with a method `rules_with(groups)` also says what must hold beside the other groups that are loaded, by name.
+    One with a method `rules_with(groups)` also says what must hold together with the other loaded groups, by name.
     """
 
     group: ClassVar[str]
@@ -108,15 +107,15 @@ def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
 
 
 def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
-    """All groups by name, each checked, and each with the others: what params decide is told before any work.
+    """All groups by name, each checked, and each with the others: mistakes in params are reported before any work.
 
     A mistake in `evaluate` would else come to light after an hour of training.
     """
     document = read_groups(path)
-    groups, problems = dict[str, Any](), _name_problems(document)
+    groups, problems = dict[str, Any](), _key_problems(document, list(GROUPS), "")
     for name in GROUPS:
         try:
-            if name in document:  # else _name_problems has told of it
+            if name in document:  # else it is among the problems already
                 groups[name] = from_mapping(find_class(name), document[name], prefix=f"{name}.")
         except ParamsError as error:
             problems += error.problems
@@ -129,7 +128,7 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises ParamsError with every name that is no "group.key", and the nearest one."""
+    """Raises ParamsError with every name that is not a "group.key", and the nearest one."""
     fields = {group: sorted(_field_names(find_class(group))) for group in GROUPS}
     problems = []
     for name in names:
@@ -149,10 +148,11 @@ def find_class(group: str) -> Any:
 
 
 def _unknown(key: str, known: Sequence[str], prefix: str) -> str:
-    return f"unknown key {prefix}{key}{_nearest(key, known, prefix=prefix)}"
+    return f"unknown key {prefix}{key}{nearest(key, known, prefix=prefix)}"
 
 
-def _nearest(name: str, known: Sequence[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+def nearest(name: str, known: Sequence[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+    """` (did you mean model.n_layer?)` where a name is near, else nothing."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
@@ -195,7 +195,7 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
 def flat_params(raw: bytes) -> dict[str, str]:
     """What decides a result in a params file, as it stands there, by "group.key".  Raises UserError for others."""
     try:
-        groups = load_yaml(raw).items()
+        groups = parse_yaml(raw).items()
         rows = [(f"{group}.{key}", value) for group, values in groups for key, value in values.items()]
         return {name: yaml_text(value) for name, value in rows if not name.startswith("runtime.")}
     except (ValueError, AttributeError, TypeError) as error:
@@ -218,7 +218,7 @@ def read_groups(path: Path) -> dict[str, Any]:
     """The groups of a params file, or of a preset, as they stand there.  Raises UserError where there are none."""
     read_text(path)
     try:
-        document = load_yaml(path.read_bytes())
+        document = parse_yaml(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(document, dict):
@@ -226,16 +226,9 @@ def read_groups(path: Path) -> dict[str, Any]:
     return document
 
 
-def _name_problems(document: dict[str, Any]) -> list[str]:
-    return _key_problems(document, list(GROUPS), "")
-
-
 def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str) -> list[str]:
-    problems = []
-    for key in mapping:
-        if key not in known:
-            problems.append(_unknown(str(key), known, prefix))
-    return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
+    unknown = [_unknown(str(key), known, prefix) for key in mapping if key not in known]
+    return unknown + [f"missing key {prefix}{key}" for key in known if key not in mapping]
 
 
 def _field_names(cls: Any) -> set[str]:
@@ -270,7 +263,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
     if value in choices and not isinstance(value, bool):
         return value
-    near = _nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
+    near = nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
     raise ParamsError([f"{key}={value!r} is not one of {', '.join(map(repr, choices))}{near}"])
 
 

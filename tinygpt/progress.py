@@ -10,7 +10,8 @@ from tqdm import tqdm
 from tinygpt.errors import printable
 
 MOST_LETTERS = 200  # of a sample between the lines of a log
-LINE_EVERY_S = 10.0  # seconds between two lines where the output is no terminal
+LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, {remaining} remaining"
+LINE_EVERY_S = 10.0  # seconds between two lines where the output is not a terminal
 
 
 class _Lines:
@@ -34,8 +35,8 @@ def progress(
 ) -> tqdm[Any]:
     """A tqdm bar on stderr; use it as a context manager and call `.update(n)`.
 
-    `unit` of "B" counts bytes. Work of less than a second shows nothing where the output is no terminal.
-    Without `lines` none does: that is for work that has a log of its own.
+    `unit` of "B" counts bytes. Where the output is not a terminal, work of less than a second shows nothing.
+    Without `lines` no work does: that is for work that has a log of its own.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -50,7 +51,7 @@ def progress(
         delay=0 if terminal else 1.0,
         dynamic_ncols=terminal,
         leave=not terminal,
-        bar_format=None if terminal else "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} gone, {remaining} left",
+        bar_format=None if terminal else LINE,
     )
 
 

@@ -38,7 +38,7 @@ class RuntimeParams:
             ),
             (
                 not self.cuda_graphs or self.device in ("auto", "cuda"),
-                f"runtime.cuda_graphs=true is of a GPU, not of runtime.device={self.device}: set it to false",
+                f"runtime.cuda_graphs=true works on a GPU, not on runtime.device={self.device}: set it to false",
             ),
             (
                 self.n_process == 1 or self.device != "mps",

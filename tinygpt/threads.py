@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 SPIN = "10000"  # turns of a waiting thread before it sleeps, by docs/performance.md; libgomp's own default is 300,000
@@ -25,15 +26,11 @@ def n_cpu() -> int:
 def quota(files: tuple[Path, Path] = QUOTAS) -> int | None:
     """CPUs of time that a container has, rounded up; None where there is no limit."""
     newer, older = files
-    try:
-        limit, period = newer.read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        try:
-            limit = older.read_text(encoding="ascii").strip()
-            period = older.with_name("cpu.cfs_period_us").read_text(encoding="ascii").strip()
-        except OSError:
-            return None
-    return None if limit in ("max", "-1") else math.ceil(int(limit) / int(period))
+    for parts in ((newer,), (older, older.with_name("cpu.cfs_period_us"))):
+        with suppress(OSError, ValueError):
+            limit, period = " ".join(part.read_text(encoding="ascii") for part in parts).split()
+            return None if limit in ("max", "-1") else math.ceil(int(limit) / int(period))
+    return None
 
 
 def set_waiting(environment: MutableMapping[str, str]) -> None:

@@ -29,6 +29,15 @@ class BrokenOffError(Exception):
 
 
 @dataclass(frozen=True)
+class Version:
+    """What is known of the file that a partial download is of."""
+
+    url: str | None = None
+    validator: str | None = None
+    total: int | None = None  # bytes
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer to the request for the bytes from `offset` on of the file at `url`."""
 
@@ -39,7 +48,7 @@ class Answer:
     @property
     def is_whole(self) -> bool:
         """Whether the body begins where the file does: it is new, has changed, or the server knows no ranges."""
-        return bool(self.response.status_code == 200)
+        return self.response.status_code == 200
 
     @property
     def validator(self) -> str | None:
@@ -83,11 +92,11 @@ class Answer:
         if self.length == 0:
             raise self.refuse("the server sent an empty file")
 
-    def continues(self, state: dict[str, Any]) -> bool:
-        """Whether the body is the rest of the version of the file that `state` is of, or of its beginning."""
-        part = rf"bytes {self.offset}-[0-9]+/{state['total']}"
+    def continues(self, version: Version) -> bool:
+        """Whether the body is the rest of that version of the file, or begins it."""
+        part = rf"bytes {self.offset}-[0-9]+/{version.total}"
         is_next = re.fullmatch(part, self.response.headers.get("Content-Range", "")) is not None
-        return is_next and self.validator == state["validator"] and not self.is_packed
+        return is_next and self.validator == version.validator and not self.is_packed
 
     def refuse(self, reason: str) -> NotThereError:
         """The error for an answer that is not the file."""

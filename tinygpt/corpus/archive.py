@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from tinygpt.corpus.notes import LEFT_OUT, Notes, Tell
+from tinygpt.corpus.local import LEFT_OUT, Notes, Tell
 from tinygpt.corpus.parquet import parquet_lines
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
@@ -45,7 +45,7 @@ class UnpackError(UserError):
 def iter_members(path: Path, name: str | None = None, tell: Tell | None = None) -> Iterator[Member]:
     """The files of an archive, named `<archive>/<file>`; any other file itself.  Use each before the next.
 
-    `name` is what to call `path` itself. Hidden files, links, devices and the like are left out and told. Raises
+    `name` is what to call `path` itself. Hidden files, links, devices and the like are left out and reported. Raises
     UserError for a damaged archive, one that would write outside its folder, and one that unpacks to an absurd size.
     """
     name, tell = name or path.name, tell or Notes().add

@@ -56,7 +56,7 @@ class Report(NamedTuple):
 
     counts: dict[str, int]  # by rule, for reports/clean.json
     repaired: dict[str, int]  # bytes that were not UTF-8, by file
-    split: str  # how it was split
+    split: str  # the way it was split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,8 @@ class CleanParams:
     unicode_nfc: bool  # compose characters (Unicode NFC): "e" and its accent become one "é"
     min_bytes: Count  # UTF-8 bytes; shorter documents are dropped
     exact_duplicates: bool  # drop a document that came before
-    near_duplicates: (
-        Annotated[float, Within("(0, 1]")] | None
-    )  # drop one this alike: Jaccard of word 5-grams; null = off
+    # drop one that is this much alike an earlier one: Jaccard of word 5-grams; null = off
+    near_duplicates: Annotated[float, Within("(0, 1]")] | None
     split: Literal["auto", "hash", "tail", "source"]  # hash by document, tail by position in the corpus, auto as fits
     val_fraction: Fraction  # share of validation text, for hash (of documents) and tail (of characters)
     test_fraction: Fraction  # share of test text, likewise
@@ -91,13 +90,17 @@ class CleanParams:
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
         """Where official splits are asked for, the source has some."""
-        if "download" in groups and self.split == "source":
+        if "download" in groups:
             source = groups["download"].source
-            yield (
-                source in SOURCES and bool(SOURCES[source].splits),
-                f"clean.split=source needs a source with official splits, and download.source={source} has none: "
-                "set clean.split to auto",
-            )
+            yield self.splits_rule(source, has_splits=source in SOURCES and bool(SOURCES[source].splits))
+
+    def splits_rule(self, source: str, *, has_splits: bool) -> tuple[bool, str]:
+        """For `require`: where official splits are asked for, the source has some."""
+        return (
+            self.split != "source" or has_splits,
+            f"clean.split=source needs a source with official splits, and download.source={source} has none: "
+            "set clean.split to auto",
+        )
 
 
 def remove_control_characters(text: str, _: bool) -> tuple[str, int]:
@@ -158,8 +161,8 @@ def clean(
     after it would find no text to validate on, or in the split that is `evaluated`.
     """
     manifest = read_manifest(raw)
-    _check_official_splits(params, manifest)
     files = manifest.files
+    require(params.splits_rule(manifest.source, has_splits=all(file.split for file in files)))
     if params.split == "source":
         files = tuple(sorted(files, key=lambda file: EVALUATION_FIRST.index(file.split or "train")))
     reader = Reader(raw, manifest, separator=params.separator, newlines=params.newlines)
@@ -178,17 +181,15 @@ def clean(
             _check_result(params, counts)
             if evaluated:
                 check_held_out({split: counts[f"{split}_documents"] for split in SPLITS}, evaluated)
-    counts["repaired_bytes"] = repaired.total()
-    counts["repaired_files"] = len(repaired)
+    counts |= {"repaired_bytes": repaired.total(), "repaired_files": len(repaired)}
     return Report({name: counts[name] for name in reported()}, dict(repaired), how)
 
 
 def clean_shard(shard: Shard, path: Path, *, params: CleanParams, raw: Path, manifest: Manifest) -> None:
     """Clean the documents of a shard of raw files into a folder that `Cleaned` reads."""
     reader = Reader(raw, manifest, separator=params.separator, newlines=params.newlines)
-    counts: Counter[str] = reader.counts
-    documents = _documents(reader.iter_texts(shard), params, counts)
-    save_cleaned(path, documents, {"rules": counts, "repaired": reader.repaired})
+    documents = _documents(reader.iter_texts(shard), params, reader.counts)
+    save_cleaned(path, documents, {"rules": reader.counts, "repaired": reader.repaired})
 
 
 def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str | None:
@@ -236,35 +237,24 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
     return how
 
 
-def _check_official_splits(params: CleanParams, manifest: Manifest) -> None:
-    if params.split == "source" and not any(file.split == "train" for file in manifest.files):
-        raise UserError(
-            f"clean.split=source needs a source with official splits, and download.source={manifest.source} has none: "
-            "set clean.split to auto"
-        )
-
-
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
         raise UserError(f"clean.separator={params.separator!r} is in none of the text files: mend it or set it to null")
     dropped = {param: n for param, n in counts.items() if param.startswith("clean.")}
     worst = max(dropped, key=dropped.__getitem__, default="")
+    n_in, left = counts["documents_in"], human_bytes(counts["train_bytes"])
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
-        found = (
-            f"{human_bytes(counts['train_bytes'])} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed"
+        why = (
+            f"{worst} dropped {dropped[worst]} of {n_in} documents"
+            if worst and dropped[worst]
+            else f"{n_in} documents came in; set clean.separator where a file holds several, clean.split=auto for one "
+            "long text, smaller clean.val_fraction and clean.test_fraction, or get more text"
         )
-        if worst and dropped[worst]:
-            raise UserError(f"{found}: {worst} dropped {dropped[worst]} of {counts['documents_in']} documents")
-        raise UserError(
-            f"{found}: {counts['documents_in']} documents came in; set clean.separator where a file holds several, "
-            "clean.split=auto for one long text, smaller clean.val_fraction and clean.test_fraction, or get more text"
-        )
-    wanted = {"val": params.val_fraction, "test": params.test_fraction}
-    for split, fraction in wanted.items():
+        raise UserError(f"{left} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed: {why}")
+    for split, fraction in (("val", params.val_fraction), ("test", params.test_fraction)):
         if params.split != "source" and fraction and not counts[f"{split}_documents"]:
             n = sum(counts[f"{name}_documents"] for name in SPLITS)
             raise UserError(
-                f"clean.{split}_fraction={fraction} of {n} documents is none ({counts['documents_in']} came in): set "
-                "clean.separator where a file holds several, clean.split=auto, or another "
-                "clean.split_seed"
+                f"clean.{split}_fraction={fraction} of {n} documents is none ({n_in} came in): set clean.separator "
+                "where a file holds several, clean.split=auto, or another clean.split_seed"
             )

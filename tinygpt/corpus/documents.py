@@ -15,7 +15,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, line_ends, shard_bytes
-from tinygpt.corpus.jsonl import MOST_LINE, bad_line, line_text, lines
+from tinygpt.corpus.raw import MOST_LINE, bad_line, line_text, lines
 from tinygpt.shards import Shard, Span
 
 CHUNK_BYTES = 1 << 20
@@ -31,6 +31,8 @@ class Reader:
         self.newlines = newlines
         start = manifest.document_start
         self.start = re.compile(start) if start and not separator else None
+        border = rf"^(?={self.start.pattern})" if self.start else re.escape(self.separator or "")
+        self.border = re.compile(border.encode(), re.MULTILINE) if border else None  # where a file may be cut
         self.counts: Counter[str] = Counter()
         self.repaired: Counter[str] = Counter()
 
@@ -122,7 +124,7 @@ class Reader:
 
 
 def _line_number(path: Path, position: int) -> int:
-    """Of the line that begins there, from 1."""
+    """The number of the line that begins there, from 1."""
     with open(path, "rb") as file:
         chunks = (file.read(min(CHUNK_BYTES, position - at)) for at in range(0, position, CHUNK_BYTES))
         return 1 + sum(chunk.count(b"\n") for chunk in chunks)
@@ -157,53 +159,25 @@ def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:
         ends: Iterator[int] = iter([size])
     elif path.name.lower().endswith(".jsonl"):
         ends = line_ends(path, n_bytes)
-    elif reader.start:
-        ends = _starts(path, n_bytes, reader.start, newlines=reader.newlines)
-    elif reader.separator:
-        ends = _separators(path, n_bytes, reader.separator, newlines=reader.newlines)
+    elif reader.border:
+        ends = _borders(path, n_bytes, reader.border, newlines=reader.newlines)
     else:
         ends = iter([size])
     return (Span(path, begin, end) for begin, end in pairwise([0, *ends]))
 
 
-def _starts(path: Path, n_bytes: int, start: re.Pattern[str], *, newlines: bool) -> Iterator[int]:
-    """Where a line begins a document, each at least `n_bytes` after the one before; and the end."""
-    last = 0
-    with open(path, "rb") as file:
-        for end in line_ends(path, n_bytes):
-            file.seek(max(end, last))
-            while (line := file.readline()) and not start.match(_first_line(line) if newlines else _decoded(line)):
-                pass
-            end = file.tell() - len(line)
-            if end > last and (last or not line or not _is_blank(path, end)):  # white space before the first is its
-                yield end
-                last = end
+def _borders(path: Path, n_bytes: int, sought: re.Pattern[bytes], *, newlines: bool) -> Iterator[int]:
+    r"""Where what is sought ends, each at least `n_bytes` after the one before; and the end of the file.
 
-
-def _first_line(line: bytes) -> str:
-    r"""The line as the reader sees it; one that only "\r" ends is cut there."""
-    return re.split("\r\n|\r|\n", _decoded(line), maxsplit=1)[0] + "\n"
-
-
-def _decoded(line: bytes) -> str:
-    return line.decode("utf-8", "replace")
-
-
-def _is_blank(path: Path, end: int) -> bool:
-    with open(path, "rb") as file:
-        return not _decoded(file.read(end)).strip()
-
-
-def _separators(path: Path, n_bytes: int, separator: str, *, newlines: bool) -> Iterator[int]:
-    """Where a separator ends, each at least `n_bytes` after the one before; and the end."""
-    sought = separator.encode()
+    Where the reader changes "\r" it sees other bytes than these, so such a file is not cut.
+    """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        last = end = 0
-        differs = newlines and re.search("[\r\n]", separator) and whole.find(b"\r") >= 0  # these bytes from that text
-        while not differs and (found := whole.find(sought, end)) >= 0:  # one by one: they may overlap, as "\n\n" does
-            end = found + len(sought)
-            if end - last >= n_bytes:
-                yield end
-                last = end
+        last = 0
+        is_read_so = not newlines or whole.find(b"\r") < 0
+        for found in sought.finditer(whole) if is_read_so else ():
+            is_text = last or whole[: found.end()].decode("utf-8", "replace").strip()  # else it belongs to the first
+            if found.end() - last >= n_bytes and is_text:
+                yield found.end()
+                last = found.end()
         if last < len(whole):
             yield len(whole)

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import codecs
-import dataclasses
+import functools
 import hashlib
 import itertools
+import os
 import platform
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import Any
 
-from tinygpt.corpus.archive import READERS, TARS, UnpackError, iter_members
-from tinygpt.corpus.fetch import check_sha256
-from tinygpt.corpus.folders import TEXTS, Manifest, RawDownload, RawFile, text_line, write_manifest
-from tinygpt.corpus.jsonl import MOST_LINE, bad_line, line_text, lines
-from tinygpt.corpus.local import local_files
-from tinygpt.corpus.notes import LEFT_OUT, READ, Notes, Tell
-from tinygpt.corpus.remote import SourceFile, bucket_files, local_file, web_file
-from tinygpt.corpus.sniff import encoding_of, json_kind, likely_encoding
-from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Source, find_source, iter_python_docs
-from tinygpt.errors import UserError, printable
+import fsspec
+
+from tinygpt.corpus.answer import NotThereError
+from tinygpt.corpus.archive import READ_WHOLE, READERS, TARS, UnpackError, iter_members
+from tinygpt.corpus.fetch import CHUNK_BYTES, cache_name, check_sha256, fetch, forget
+from tinygpt.corpus.folders import Manifest, RawDownload, text_line, write_manifest
+from tinygpt.corpus.local import LEFT_OUT, Notes, Tell, local_files
+from tinygpt.corpus.raw import RawFolder
+from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Remote, Source, find_source, iter_python_docs
+from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, sha256_file
+from tinygpt.progress import progress
 
-MOST_NAME, MOST_PATH = 255, 1000  # bytes between two slashes of a path, as file systems take them; and of it all
+MIRROR = "TINYGPT_MIRROR"  # environment: a folder or an http(s) address that is looked at first
+LEAST_BYTES = 131_072  # of a beginning: enough to tell a text from a picture
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Downloaded:
     """What the stage says about its work."""
 
@@ -58,7 +62,9 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
         texts = RawFolder(folder, params.max_bytes, params.encoding)
         files = [] if source is EMBEDDED else _source_files(params, source, root, raw, cache, texts.notes.add)
         if source is EMBEDDED:
-            _add_embedded(params, texts)
+            content = "".join(map(text_line, iter_python_docs())).encode()
+            check_sha256(hashlib.sha256(content).hexdigest(), params.sha256, "python-docs.jsonl")
+            texts.add("python-docs.jsonl", iter([content]))
         downloads = [_add_file(file, params, source, texts, beginnings) for file in files]
         if not any(file.bytes for file in texts.files):
             for file in files:
@@ -78,12 +84,6 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
         )
         write_manifest(folder, manifest)
     return Downloaded(manifest, texts.notes)
-
-
-def _add_embedded(params: DownloadParams, texts: RawFolder) -> None:
-    content = "".join(map(text_line, iter_python_docs())).encode()
-    check_sha256(hashlib.sha256(content).hexdigest(), params.sha256, "python-docs.jsonl")
-    texts.add("python-docs.jsonl", iter([content]))
 
 
 def _add_file(
@@ -135,140 +135,132 @@ def _need_more() -> Iterator[bytes]:
 def _source_files(
     params: DownloadParams, source: Source, root: Path, raw: Path, cache: Path, tell: Tell
 ) -> list[SourceFile]:
-    """The files of a source, of which those on the web and in buckets are still to be copied."""
+    """The files of a source; those on the web and in buckets are still to be copied."""
     if source.remotes:
         files = [web_file(remote, params, root, cache) for remote in source.remotes]
     elif "://" in params.source:
-        files = []
-        for file in bucket_files(params, cache):
-            if any(part.startswith(".") for part in PurePosixPath(file.name).parts):
-                tell(LEFT_OUT, "hidden", file.name)
-            else:
-                files.append(file)
+        files = [*bucket_files(params, cache, tell)]
     else:
         found = local_files(params.source, root, raw, tell)
-        files = [local_file(name, path, params) for name, path in found]
+        files = [SourceFile(name, params.sha256, functools.partial(_whole, path)) for name, path in found]
     if params.sha256 and len(files) > 1:
         raise UserError(f"download.sha256 must be null: {params.source} holds {len(files)} files, not one")
     return files
 
 
-class RawFolder:
-    """Copies texts into a raw folder, at most `max_bytes` of each official split, and remembers them.
+@dataclass(frozen=True)
+class SourceFile:
+    """A file, `name` as data/raw calls it."""
 
-    `notes` say which files were left out, and which are not what their names promise.
+    name: str
+    sha256: str | None  # what it must hash to
+    get: Callable[[int | None], tuple[Path, bool]]  # it on this disk, or so many bytes of it at least; is it whole?
+    url: str | None = None
+    cached: Path | None = None  # what `get` downloads
+
+    def forget(self) -> None:
+        """Remove what was downloaded and turned out bad, or it would be taken for good; not what has the right hash."""
+        if self.cached and not self.sha256:
+            forget(self.cached)
+
+    def first_bytes(self, max_bytes: int | None) -> int | None:
+        """How much of the file to look at first; None = all, where no limit is set or only the whole can be read."""
+        name = self.name.lower()
+        if max_bytes is None or self.sha256 or name.endswith(READ_WHOLE):
+            return None
+        return max(LEAST_BYTES, max_bytes // 4 if name.endswith(tuple(READERS)) else max_bytes + 1)
+
+
+def _whole(path: Path, _: int | None) -> tuple[Path, bool]:
+    return path, True
+
+
+def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) -> SourceFile:
+    """A file that the mirror has, or the web."""
+    sha256, cached = params.sha256 or remote.sha256, cache / cache_name(remote.url, remote.name)
+    is_needed_whole = f"{remote.name} is needed whole, download.max_bytes or not" if params.max_bytes else ""
+
+    def get(n_bytes: int | None) -> tuple[Path, bool]:
+        fetch_from = functools.partial(
+            fetch, path=cached, enough=n_bytes, sha256=sha256, note="" if n_bytes else is_needed_whole
+        )
+        for address in _mirrors(remote, root):
+            if isinstance(address, Path):
+                return address, True
+            with suppress(NotThereError):
+                return fetch_from(address)
+        return fetch_from(remote.url)
+
+    return SourceFile(remote.name, sha256, get, remote.url, cached)
+
+
+def _mirrors(remote: Remote, root: Path) -> list[Path] | list[str]:
+    """Where the mirror may have a file, which it may call by either name."""
+    mirror = os.environ.get(MIRROR, "")
+    names = list(dict.fromkeys((remote.name, remote.url.rsplit("/", 1)[-1])))
+    folder = root / Path(mirror).expanduser()
+    if "://" in mirror:
+        return [f"{mirror.rstrip('/')}/{name}" for name in names]
+    if not folder.is_dir():
+        raise UserError(f"{MIRROR}={mirror} is neither a folder nor an http(s) address: mend or unset it")
+    return [folder / name for name in names if mirror and (folder / name).is_file()]
+
+
+def bucket_files(params: DownloadParams, cache: Path, tell: Tell) -> Iterator[SourceFile]:
+    """The files of an address, a folder's or a glob's, sorted, each named relative to it.
+
+    Raises UserError where it names nothing, is refused, or needs a package that is not installed.
     """
-
-    def __init__(self, folder: Path, max_bytes: int | None, encoding: str | None = None) -> None:
-        self.folder = folder
-        self.max_bytes = max_bytes
-        self.encoding = encoding  # of files that are not UTF-8
-        self.files: list[RawFile] = []
-        self.notes = Notes()
-        self._taken: dict[str | None, int] = {}  # split -> UTF-8 bytes of text so far
-
-    def is_full(self, splits: Collection[str]) -> bool:
-        """Whether these splits, or the texts without one, have `max_bytes`, so that nothing further is read."""
-        taken = [self._taken.get(split, 0) for split in splits or (None,)]
-        return self.max_bytes is not None and min(taken) >= self.max_bytes
-
-    def add(self, name: str, chunks: Iterator[bytes], *, url: str | None = None, split: str | None = None) -> None:
-        """Copy one file as UTF-8, cut at the border of a document (.jsonl) or line when `max_bytes` is reached."""
-        limit = None if self.max_bytes is None else self.max_bytes - self._taken.get(split, 0)
-        head = next(chunks, b"")
-        if limit == 0:
-            return
-        if not name.isprintable():
-            self.notes.add(READ, "under this name", name)
-        name = printable(name)
-        encoding = encoding_of(head, self.encoding)
-        if encoding is None or not head:
-            self._leave_unread(name, head)
-            return
-        chunks = itertools.chain([head], chunks)
-        if encoding != "utf-8":
-            self.notes.add(READ, f"as {encoding}", name)
-            chunks = _recoded(chunks, encoding, name)
-            chunks = itertools.chain([head := next(chunks, b"")], chunks)
-        name = self._name_by_content(name, head)
-        copy = _copy_jsonl if name.lower().endswith(".jsonl") else _copy_text
-        with self._create(name) as file:
-            taken = copy(file, chunks, limit, name)
-        self._taken[split] = self._taken.get(split, 0) + taken
-        path = Path(file.name)
-        file_bytes = path.stat().st_size
-        self.files.append(RawFile(name=name, url=url, bytes=file_bytes, sha256=sha256_file(path), split=split))
-
-    def _leave_unread(self, name: str, head: bytes) -> None:
-        if not head:
-            self.notes.add(LEFT_OUT, "empty", name)
-        elif likely := likely_encoding(head):
-            advice = "" if self.encoding else f": set download.encoding={likely}"
-            self.notes.add(LEFT_OUT, "not UTF-8", f"{name} looks like {likely}{advice}")
+    with _refusals(params.source, cache):
+        store, path = fsspec.core.url_to_fs(params.source)
+        found = sorted(store.glob(path) if fsspec.core.has_magic(path) else store.find(path))
+        if not found:
+            raise FileNotFoundError
+    base = os.path.commonpath([str(PurePosixPath(name).parent) for name in found])
+    for name in found:
+        inner = PurePosixPath(name).relative_to(base)
+        if any(part.startswith(".") for part in inner.parts):
+            tell(LEFT_OUT, "hidden", str(inner))
         else:
-            self.notes.add(LEFT_OUT, "packed twice" if name.lower().endswith(tuple(READERS)) else "binary", name)
-
-    def _name_by_content(self, name: str, head: bytes) -> str:
-        """What the file is called here: `clean` reads .jsonl as JSON lines."""
-        kind = None if name.lower().endswith(".jsonl") else json_kind(head)
-        if kind:
-            self.notes.add(READ, "as JSON lines" if kind == "lines" else "as plain text, though JSON", name)
-        return f"{name}.jsonl" if kind == "lines" else name
-
-    def _create(self, name: str) -> IO[bytes]:
-        path = self.folder / TEXTS / PurePosixPath(name)
-        if max(len(part.encode()) for part in path.parts) > MOST_NAME or len(name.encode()) > MOST_PATH:
-            raise UserError(f"{name[:MOST_NAME]}… is too long a name for a file: rename it")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return open(path, "xb")
-        except (FileExistsError, NotADirectoryError):  # an archive is a folder here
-            raise UserError(
-                f"download.source holds two files of the name {name}, or one and an archive: rename one"
-            ) from None
+            get = functools.partial(_copy_from_bucket, store, params.source, name, cache)
+            yield SourceFile(str(inner), params.sha256, get)
 
 
-def _recoded(chunks: Iterable[bytes], encoding: str, name: str) -> Iterator[bytes]:
-    """The same text in UTF-8."""
-    decoder = codecs.getincrementaldecoder(encoding)()
+def _copy_from_bucket(store: Any, source: str, name: str, cache: Path, n_bytes: int | None) -> tuple[Path, bool]:
+    """A file in `cache`, or its first `n_bytes`.  -> its path, and whether it is whole
+
+    It is not copied again where that was done before and it has the same size and checksum there.
+    """
+    with _refusals(source, cache):
+        last = PurePosixPath(name).name
+        copy = cache / cache_name(f"{source} {name} {store.ukey(name)}", last, n_digit=16)
+        if copy.exists():
+            return copy, True
+        partial, total = copy.with_name(copy.name + ".partial"), store.size(name)
+        most = total if n_bytes is None else n_bytes if total is None else min(n_bytes, total)
+        cache.mkdir(parents=True, exist_ok=True)
+        with store.open(name, "rb") as there, open(partial, "wb") as here, progress(last, total=most, unit="B") as bar:
+            while chunk := there.read(CHUNK_BYTES if most is None else min(CHUNK_BYTES, most - here.tell())):
+                here.write(chunk)
+                bar.update(len(chunk))
+        if most != total:
+            return partial, False
+        os.replace(partial, copy)
+    return copy, True
+
+
+@contextmanager
+def _refusals(source: str, cache: Path) -> Iterator[None]:
+    """Make one line of what a store says; errors of our own disk, in `cache`, pass."""
     try:
-        for chunk in chunks:
-            yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
-        yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
-    except UnicodeError as error:
-        raise UserError(f"download.encoding={encoding} does not read {name} ({error}): set another") from None
-
-
-def _copy_text(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
-    """Copy whole lines up to `limit` bytes, or whole characters where the first line is longer.  -> bytes used of it"""
-    size = border = 0
-    last = b""
-    for chunk in chunks:
-        kept = chunk if limit is None else chunk[: limit - size]
-        file.write(kept)
-        border = size + newline + 1 if (newline := kept.rfind(b"\n")) >= 0 else border
-        size += len(kept)
-        last = (last + kept)[-4:]  # no character is longer
-        if len(kept) < len(chunk):
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            decoder.decode(last)
-            begun = len(decoder.getstate()[0])  # bytes of a character that is not whole
-            file.truncate(border or size - begun)
-            return limit or 0
-    return size
-
-
-def _copy_jsonl(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
-    """Copy whole lines up to `limit` bytes of their texts.  -> bytes used of it"""
-    size = 0
-    for number, line in enumerate(lines(chunks, b"\n", MOST_LINE), 1):
-        if len(line) > MOST_LINE:
-            raise bad_line(name, number, line)
-        if limit is not None and line.strip():
-            if (text := line_text(line)) is None:
-                raise bad_line(name, number, line)
-            size += len(text.encode("utf-8", "replace"))
-            if size > limit:
-                return limit
-        file.write(line)
-    return size
+        yield
+    except (ImportError, ValueError) as error:  # no such protocol, or a package that is missing for it
+        raise UserError(f"download.source={source}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"download.source={source} names no files") from None
+    except Exception as error:  # the packages behind fsspec have classes of their own
+        if str(cache) in str(getattr(error, "filename", "")):
+            raise
+        raise UserError(
+            f"download.source={source} cannot be read ({error}): check the address and your rights"
+        ) from None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,19 +35,15 @@ def digest(text: str) -> bytes:
 
 def signature(text: str) -> list[int]:
     """HASHES values; the share of them that two texts have in common estimates their similarity (Jaccard)."""
-    minhash = _min_hash()(HASHES, SEED)
-    words = text.split()
-    for begin in range(0, max(1, len(words) - SHINGLE_WORDS + 1), PIECE_WORDS):  # shingles take twenty times their text
-        minhash.update(shingles(words[begin : begin + PIECE_WORDS + SHINGLE_WORDS - 1]))
-    return minhash.digest()
-
-
-def _min_hash() -> Any:
     try:
         from rensa import RMinHash
     except ImportError:
         raise UserError("clean.near_duplicates needs rensa: pip install rensa, or set it to null") from None
-    return RMinHash
+    minhash = RMinHash(HASHES, SEED)
+    words = text.split()
+    for begin in range(0, max(1, len(words) - SHINGLE_WORDS + 1), PIECE_WORDS):  # shingles take twenty times their text
+        minhash.update(shingles(words[begin : begin + PIECE_WORDS + SHINGLE_WORDS - 1]))
+    return minhash.digest()
 
 
 def shingles(words: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -12,17 +11,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import requests
 import urllib3.exceptions
 
-from tinygpt.corpus.answer import Answer, BrokenOffError, leave_body
+from tinygpt.corpus.answer import Answer, BrokenOffError, Version, leave_body
 from tinygpt.corpus.archive import UnpackError, iter_members
 from tinygpt.errors import UserError
-from tinygpt.files import human_bytes, sha256_file, write_json
+from tinygpt.files import human_bytes, parse_json, sha256_file, write_json
+from tinygpt.params import from_mapping
 from tinygpt.progress import progress
 
 ATTEMPTS = 5  # failures in a row without a byte of progress before giving up
@@ -47,52 +46,40 @@ TRANSIENT = (
 
 
 def fetch(
-    url: str, path: Path, *, sha256: str | None = None, note: str = "", sleep: Callable[[float], None] = time.sleep
-) -> str:
-    """Download `url` to `path` unless it is there already.  -> hex SHA-256 of the file
-
-    A partial download stays next to `path` and is continued, unless the server's file has changed since. `note` is
-    printed with the file's size. Raises UserError where the network fails, the server refuses, or the bytes are not
-    those of `sha256`.
-    """
-    if path.exists():
-        found = sha256_file(path)
-        if sha256 in (None, found):
-            return found
-        path.unlink()
-    transfer = _Transfer(url, path, note=note)
-    transfer.persist(sleep)
-    found = sha256_file(transfer.partial)
-    if sha256 not in (None, found):
-        transfer.discard()
-    check_sha256(found, sha256, url)
-    transfer.finish()
-    return found
-
-
-def fetch_beginning(
-    url: str, path: Path, n_bytes: int, *, sleep: Callable[[float], None] = time.sleep
+    url: str,
+    path: Path,
+    *,
+    enough: int | None = None,
+    sha256: str | None = None,
+    note: str = "",
+    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Path, bool]:
-    """The first `n_bytes` of `url` at least.  -> the file that has them, and whether it is whole
+    """Download `url` to `path` unless it is there already, or `enough` bytes of it.  -> it, and whether it is whole
 
-    One that is not whole is a partial download, which is never called `path`, and `fetch` goes on with it.
+    What is not whole is a partial download next to `path`. The next call continues it, unless the server's file has
+    changed since. `note` is printed with the file's size. Raises UserError where the network fails, the server refuses,
+    or the bytes of the whole file are not those of `sha256`.
     """
-    if path.exists():
+    if path.exists() and sha256 in (None, sha256_file(path)):
         return path, True
-    transfer = _Transfer(url, path, enough=n_bytes)
+    path.unlink(missing_ok=True)
+    transfer = _Transfer(url, path, enough, note)
     if not transfer.persist(sleep):
         return transfer.partial, False
+    found = sha256_file(transfer.partial) if sha256 else None
+    if found != sha256:
+        transfer.discard()
+    check_sha256(found, sha256, url)
     transfer.finish()
     return path, True
 
 
-def check_sha256(found: str, expected: str | None, name: str) -> str:
-    """Return `found`.  Raises UserError where something else was expected."""
+def check_sha256(found: str | None, expected: str | None, name: str) -> None:
+    """Raise UserError where something else was expected."""
     if expected not in (None, found):
         raise UserError(
             f"{name} has sha256 {found}, expected {expected}: its bytes are not the right ones, or have changed"
         )
-    return found
 
 
 def cache_name(address: str, name: str, *, n_digit: int = 8) -> str:
@@ -109,7 +96,7 @@ def forget(path: Path) -> None:
 
 @dataclass
 class _Transfer:
-    """Of the file at `url` to `path`.partial, all of it or `enough` bytes."""
+    """Copies the file at `url` to `path`.partial, all of it or `enough` bytes."""
 
     url: str
     path: Path
@@ -126,7 +113,7 @@ class _Transfer:
         return self.partial.stat().st_size if self.partial.exists() else 0
 
     @property
-    def _state_path(self) -> Path:
+    def _version_path(self) -> Path:
         return self.partial.with_name(self.partial.name + ".json")
 
     def finish(self) -> None:
@@ -139,7 +126,7 @@ class _Transfer:
     def discard(self) -> None:
         """Forget what has come."""
         self.partial.unlink(missing_ok=True)
-        self._state_path.unlink(missing_ok=True)
+        self._version_path.unlink(missing_ok=True)
 
     def persist(self, sleep: Callable[[float], None]) -> bool:
         """Transfer again until there is enough, or ATTEMPTS in a row bring nothing.  -> whether the file is whole"""
@@ -180,40 +167,49 @@ class _Transfer:
 
     def _request(self, session: requests.Session) -> bool:
         """Ask for the file, or for what is missing of it.  -> whether it is whole"""
-        state = self._load_state()
-        if self.size and self.size == state["total"]:
+        known = self._known()
+        if self.size and self.size == known.total:
             return True  # killed between the last byte and the renaming
-        if self.enough and state["url"] and self.size >= self.enough:
+        if self.enough and known.url and self.size >= self.enough:
             return False
-        offset = self.size if state["validator"] and state["total"] else 0
+        offset = self.size if known.validator and known.total else 0
         headers = {"Accept-Encoding": "identity"}  # so that lengths and offsets count the file's own bytes
         if offset:
-            headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}
+            headers |= {"Range": f"bytes={offset}-", "If-Range": known.validator or ""}
         with session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
             answer = Answer(response, self.url, offset)
             if self.given_up.is_set():
                 return False
             answer.check(self.path.name)
             if answer.is_whole:
-                state = {"url": self.url, "validator": answer.validator, "total": answer.length}
-                self._begin(state, answer)
-            elif not answer.continues(state):
+                known = Version(self.url, answer.validator, answer.length)
+                self._begin(known, answer)
+            elif not answer.continues(known):
                 self.discard()  # what we have is not of the file that is there now
                 raise BrokenOffError("the server sent another part than was asked for")
-            self._receive(response, state["total"], None if answer.is_packed else self.enough)
-            return self._is_whole(answer, state["total"])
+            enough = None if answer.is_packed else self.enough
+            self._receive(response, known.total, enough)
+            return self._is_whole(answer, known.total, enough)
 
-    def _begin(self, state: dict[str, Any], answer: Answer) -> None:
-        total = state["total"]
-        needed, free = min(total or 0, self.enough or total or 0), shutil.disk_usage(self.path.parent).free
+    def _known(self) -> Version:
+        """Nothing where the partial file is of another address, or what was known is not readable."""
+        try:
+            version = from_mapping(Version, parse_json(self._version_path.read_bytes()))
+        except (FileNotFoundError, ValueError, UserError):
+            return Version()
+        return version if version.url == self.url else Version()
+
+    def _begin(self, version: Version, answer: Answer) -> None:
+        total = version.total or 0
+        needed, free = min(total, self.enough or total), shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise UserError(
                 f"{self.url} needs {human_bytes(needed)} in {self.path.parent}, {human_bytes(free)} are free: make room"
             )
-        self.discard()  # before its new state is written
+        self.discard()  # before the new version is written down
         self.partial.touch()
         if not answer.is_packed:  # else it is not continued
-            write_json(self._state_path, state)
+            write_json(self._version_path, asdict(version))
         if self.note and total:
             print(f"{self.note}: {human_bytes(total)}", file=sys.stderr)
 
@@ -234,11 +230,11 @@ class _Transfer:
                 if size > (total or MOST_UNTOLD) or size >= (enough or size + 1):
                     return
 
-    def _is_whole(self, answer: Answer, total: int | None) -> bool:
+    def _is_whole(self, answer: Answer, total: int | None, enough: int | None) -> bool:
         if self.size > (total or MOST_UNTOLD):
             self.discard()
             raise answer.refuse(f"the server sent more than {human_bytes(total or MOST_UNTOLD)}, as it should not")
-        if not answer.is_packed and self.size != total and self.size >= (self.enough or self.size + 1):
+        if enough and self.size >= enough and self.size != total:
             return False
         if total is not None and self.size != total:
             raise BrokenOffError(f"it ended after {self.size} of {total} bytes")
@@ -265,17 +261,6 @@ class _Transfer:
             raise BrokenOffError(str(error)) from None
         finally:
             unpacked.unlink(missing_ok=True)
-
-    def _load_state(self) -> dict[str, Any]:
-        """What is known of the partial file; nothing where that is of another address, or not readable."""
-        kinds = {"url": str, "validator": str | None, "total": int | None}
-        try:
-            state = json.loads(self._state_path.read_bytes())
-            if state["url"] == self.url and all(isinstance(state[key], kind) for key, kind in kinds.items()):
-                return state
-        except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError):
-            pass
-        return dict.fromkeys(kinds)
 
     def _error(self, reason: str, advice: str) -> UserError:
         goes_on = f", it goes on after {human_bytes(self.size)}" if self.size else ""

@@ -1,7 +1,7 @@
 """Which files a folder or a glob names: one rule for both, and archive.py keeps to it as well.
 
-Hidden files are left out, and folders; so is what may not be read and what is no regular file. A link is taken for what
-it leads to, unless that is nowhere or a folder that was read already.
+Hidden files and folders are left out, and so is what cannot be read and what is not a regular file. A link is taken for
+what it leads to, unless that is nowhere or a folder that was read already.
 """
 
 from __future__ import annotations
@@ -9,24 +9,46 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tinygpt.corpus.notes import LEFT_OUT, READ, Tell
-from tinygpt.corpus.sources import suggestion
+from tinygpt.corpus.sources import MOST_NAME, SOURCES
 from tinygpt.errors import UserError, printable
+from tinygpt.params import nearest
 
 ALL: Sequence[str] = ("**",)  # the pattern of a folder
+MOST_SHOWN = 3  # names of a kind
+LEFT_OUT, READ = "left out", "read"
+
+Tell = Callable[[str, str, str], None]  # takes LEFT_OUT or READ, why or how, and a file's name
+
+
+class Notes:
+    """Names of files, by what was done with them and why."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, dict[str, list[str]]] = {}
+
+    def add(self, what: str, why: str, name: str) -> None:
+        """Note one file."""
+        self.names.setdefault(what, defaultdict(list))[why].append(printable(name[:MOST_NAME]))
+
+    def __str__(self) -> str:
+        """`left out: 2 hidden (.git, a/.b); read: 1 as JSON lines (a.json)`, or nothing."""
+
+        def counted(why: str, names: list[str]) -> str:
+            more = ", …" if len(names) > MOST_SHOWN else ""
+            return f"{len(names):,} {why} ({', '.join(names[:MOST_SHOWN])}{more})"
+
+        parts = ((what, [counted(*kind) for kind in kinds.items()]) for what, kinds in self.names.items())
+        return "; ".join(f"{what}: {', '.join(kinds)}" for what, kinds in parts)
 
 
 def local_files(source: str, root: Path, raw: Path, tell: Tell) -> list[tuple[str, Path]]:
     """(name, path) of each file, sorted by name; the name is relative to the folder or to the glob's fixed part."""
-    try:
-        named = Path(source).expanduser()
-    except RuntimeError:  # there is no such user
-        named = Path(source)
+    named = Path(os.path.expanduser(source))  # noqa: PTH111 (it leaves a user that is not there as it is)
     path = root / named
     if path.is_file():
         return [(printable(path.name), path)]
@@ -34,7 +56,8 @@ def local_files(source: str, root: Path, raw: Path, tell: Tell) -> list[tuple[st
     if not path.is_dir():
         if not glob.has_magic(source):
             raise UserError(
-                f"download.source={source} is neither a known source nor a file: looked for {path}{suggestion(source)}"
+                f"download.source={source} is neither a known source nor a file: looked for {path}"
+                + nearest(source, [*SOURCES, "gutenberg:<id>"])
             )
         base = root.joinpath(*itertools.takewhile(lambda part: not glob.has_magic(part), named.parts))
         pattern = path.relative_to(base).parts
@@ -72,21 +95,19 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], tell: Tell) -> li
             inner = (*parts, name)
             leads_on, fits = (_fits(inner, pattern, whole=whole) for whole in (False, True))
             kind = _kind(here / name) if leads_on or fits else ""
-            is_inside = kind == "folders" and leads_on
+            is_inside, path = kind == "folders" and leads_on, str(Path(*inner))
+            is_link = (here / name).is_symlink()
             if not is_inside and not fits:
                 continue
-            if name.startswith("."):
-                tell(LEFT_OUT, "hidden", str(Path(*inner)))
+            if name.startswith(".") or (not is_inside and kind != "files"):
+                tell(LEFT_OUT, "hidden" if name.startswith(".") else kind, path)
                 continue
-            if not is_inside and kind != "files":
-                tell(LEFT_OUT, kind, str(Path(*inner)))
-                continue
-            if is_link := (here / name).is_symlink():
-                tell(READ, "through links", str(Path(*inner)))
+            if is_link:
+                tell(READ, "through links", path)
             if is_inside:
                 (todo.appendleft if is_link else todo.append)(inner)
             else:
-                found.append(str(Path(*inner)))
+                found.append(path)
     return found
 
 

@@ -5,7 +5,6 @@ Python carries: docstrings of the standard library and pydoc's topics.
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 import re
 import sysconfig
@@ -19,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from tinygpt.errors import UserError
 from tinygpt.params import Count, require
 
-MOST_NAME_BYTES = 255  # of a file's name, as file systems have it
+MOST_NAME = 255  # bytes of a file's name, as file systems take them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +166,9 @@ def _url(url: str) -> Source:
         raise UserError(f"download.source={url} names no host: mend the address")
     name = PurePosixPath(unquote(parts.path)).name
     is_name = name not in ("", ".", "..") and not re.search("[\0-\x1f\x7f]", name)
-    is_name = is_name and len(name.encode("utf-8", "replace")) <= MOST_NAME_BYTES
-    require((is_name, f"download.source={url} must end with the name of a file, of {MOST_NAME_BYTES} bytes at most"))
+    is_name = is_name and len(name.encode("utf-8", "replace")) <= MOST_NAME
+    require((is_name, f"download.source={url} must end with the name of a file, of {MOST_NAME} bytes at most"))
     return Source(remotes=(Remote(url=url, name=name),), licence="unknown")
-
-
-def suggestion(name: str) -> str:
-    """` (did you mean 'tinystories'?)` where `name` is nearly a source's, else nothing."""
-    near = difflib.get_close_matches(name, [*SOURCES, "gutenberg:<id>"], n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 # Left out: what is not the standard library, its tests, and the parts that some installations come without.

@@ -1,7 +1,7 @@
 """Train byte-level BPE: merge the most frequent pair of neighbours again and again (Sennrich et al.,
 https://arxiv.org/abs/1508.07909), with the choices of the tokenizers library, so that the merges are the same.
 
-A heap with lazy updates finds the next pair of the different pretokens; `pairs.py` merges it wherever it is.
+A heap with lazy updates finds the next pair of the different pretokens; `Pairs` merges it wherever it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from tinygpt.errors import UserError
 from tinygpt.progress import progress
 from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
-from tinygpt.tokenizer.pairs import ROW_END, Pairs, ids_of
+from tinygpt.tokenizer.merger import ROW_END, Pairs, ids_of
 from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER
 from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import EOS, Tokenizer
@@ -33,7 +33,7 @@ def learn_bpe(
     """Learn a tokenizer of `vocab_size` tokens from pretokens and how often each occurs.
 
     Ids: `<|endoftext|>` and the other special tokens, the 256 bytes by code point of their stand-ins, then merges in
-    the order in which they were found. Of equally frequent pairs the one of smaller ids goes first.
+    the order in which they were found. Among equally frequent pairs the one of smaller ids goes first.
     Raises UserError when there are too few pairs, or more pretokens than can be numbered.
     """
     tokens = [EOS, *special_tokens, *sorted(BYTE_TO_CHAR)]  # as Tokenizer.from_merges numbers them

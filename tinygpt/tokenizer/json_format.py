@@ -13,6 +13,7 @@ from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, human_bytes, must_exist, parse_json
+from tinygpt.params import HALVES
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -92,11 +93,14 @@ def write_tokenizer_json(
     path: Path, tokens: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int]
 ) -> None:
     """Write the file; its bytes depend on the arguments alone."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     document = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(name, i) for name, i in sorted(special_tokens.items(), key=lambda kv: kv[1])],
+        "added_tokens": [
+            {"id": i, "content": name, **flags} for name, i in sorted(special_tokens.items(), key=lambda kv: kv[1])
+        ],
         "normalizer": None,
         "pre_tokenizer": BYTE_LEVEL,
         "post_processor": None,
@@ -152,11 +156,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _added_token(name: str, i: int) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": i, "content": name, **flags}
-
-
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     """Merges in one of the two spellings in use, "a b" or ["a", "b"].  Raises ValueError for others."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
@@ -168,7 +167,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
 
 
 def _problems(name: str, value: Any, *allowed: Any) -> list[str]:
-    """What of a value, and of all that is in it, is none of the values, types and objects that are allowed."""
+    """Everything in a value that is not one of the values, types and objects that are allowed."""
     fields = next((each for each in allowed if isinstance(each, dict)), None)
     if fields is not None and isinstance(value, dict):
         inner = {key: f"{name}.{key}".lstrip(".") for key in (*fields, *value)}
@@ -194,21 +193,18 @@ def _some(problems: list[str]) -> str:
 
 
 def _special_problems(added: list[dict[str, Any]], vocab: dict[str, Any]) -> list[str]:
-    """What of the special tokens the library would number or name otherwise, or take for text."""
+    """What the library would number or name otherwise in the special tokens, or take for text."""
     names = [token["content"] for token in added]
     both = [(token["id"], vocab[token["content"]]) for token in added if token["content"] in vocab]
     own = [token["id"] for token in added if token["content"] not in vocab]
-    rules = (
-        (len(set(names)) == len(names), "added_tokens has one twice"),
-        (all(type(i) is int and i == id for id, i in both), "added_tokens has another id than model.vocab"),
-        (own == [*range(len(vocab), len(vocab) + len(own))], "added_tokens are not numbered on from model.vocab"),
-        (not any(not name or name in CHAR_TO_BYTE for name in names), "added_tokens has a byte, or an empty text"),
-        (
-            not any("\ud800" <= char <= "\udfff" for name in names for char in name),
-            "added_tokens has half a character, such as \\ud800",
-        ),
-    )
-    return [problem for holds, problem in rules if not holds]
+    rules = {
+        "added_tokens has one twice": len(set(names)) == len(names),
+        "added_tokens has another id than model.vocab": all(type(i) is int and i == id for id, i in both),
+        "added_tokens are not numbered on from model.vocab": own == [*range(len(vocab), len(vocab) + len(own))],
+        "added_tokens has a byte, or an empty text": all(name and name not in CHAR_TO_BYTE for name in names),
+        "added_tokens has half a character, such as \\ud800": not HALVES.search("".join(names)),
+    }
+    return [problem for problem, holds in rules.items() if not holds]
 
 
 def _vocab_problems(vocab: dict[str, Any], merges: list[tuple[str, str]], special: set[str]) -> list[str]:

@@ -91,7 +91,7 @@ def take_tokenizer(params: TokenizerParams) -> Tokenizer:
     tokenizer = load_tokenizer(params.from_file)
     if missing := set(params.special_tokens) - tokenizer.special_tokens.keys():
         raise UserError(
-            f"tokenizer.special_tokens names {', '.join(sorted(missing))}, which {params.from_file} has not: "
+            f"tokenizer.special_tokens names {', '.join(sorted(missing))}, which {params.from_file} does not have: "
             "set it to [], the file's own are taken"
         )
     return tokenizer

@@ -1,0 +1,231 @@
+"""Texts on their way into data/raw: known by their beginning, made UTF-8, and cut where there is enough.
+
+A file is text in some encoding, or JSON lines: {"text": …} in each, and whatever else, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, AnyStr
+
+from charset_normalizer import from_bytes
+
+from tinygpt.corpus.archive import READERS
+from tinygpt.corpus.folders import TEXTS, RawFile
+from tinygpt.corpus.local import LEFT_OUT, READ, Notes
+from tinygpt.corpus.sources import MOST_NAME
+from tinygpt.errors import UserError, printable
+from tinygpt.files import human_bytes, sha256_file
+
+MOST_PATH = 1000  # bytes
+MOST_LINE = 64 << 20  # bytes: to read a line takes up to nine times its size
+SNIFF_BYTES = 65_536  # what a guess looks at
+SNIFF_LINES = 20
+MOST_BAD = 0.001  # share of bytes that are not UTF-8 in a text that is; and of what is not ASCII, a tenth
+UNICODE = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"]  # in which zeros are a part of text
+ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
+
+BAD_BYTE = re.compile("[\udc80-\udcff]")
+BEYOND_ASCII = re.compile("[^\0-\x7f\udc80-\udcff]")
+JSON_TEXT = re.compile(rb'\s*\{.{,10000}?"text"\s*:\s*"', re.DOTALL)
+DECODER = json.JSONDecoder(parse_int=float)  # int() refuses numbers of thousands of digits
+
+
+class RawFolder:
+    """Copies texts into a raw folder, at most `max_bytes` of each official split, and remembers them.
+
+    `notes` say which files were left out, and which are not what their names promise.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int | None, encoding: str | None = None) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.encoding = encoding  # of files that are not UTF-8
+        self.files: list[RawFile] = []
+        self.notes = Notes()
+        self._taken: dict[str | None, int] = {}  # split -> UTF-8 bytes of text so far
+
+    def is_full(self, splits: Collection[str]) -> bool:
+        """Whether these splits, or the texts without one, have `max_bytes`, so that nothing further is read."""
+        taken = [self._taken.get(split, 0) for split in splits or (None,)]
+        return self.max_bytes is not None and min(taken) >= self.max_bytes
+
+    def add(self, name: str, chunks: Iterator[bytes], *, url: str | None = None, split: str | None = None) -> None:
+        """Copy one file as UTF-8, cut at the border of a document (.jsonl) or line when `max_bytes` is reached."""
+        limit = None if self.max_bytes is None else self.max_bytes - self._taken.get(split, 0)
+        head = next(chunks, b"")
+        if limit == 0:
+            return
+        if not name.isprintable():
+            self.notes.add(READ, "under this name", name)
+        name = printable(name)
+        encoding = encoding_of(head, self.encoding)
+        if encoding is None or not head:
+            self._leave_unread(name, head)
+            return
+        chunks = itertools.chain([head], chunks)
+        if encoding != "utf-8":
+            self.notes.add(READ, f"as {encoding}", name)
+            chunks = _recoded(chunks, encoding, name)
+            chunks = itertools.chain([head := next(chunks, b"")], chunks)
+        if not name.lower().endswith(".jsonl") and (kind := json_kind(head)):
+            self.notes.add(READ, "as JSON lines" if kind == "lines" else "as plain text, though JSON", name)
+            name = f"{name}.jsonl" if kind == "lines" else name  # what `clean` reads as JSON lines
+        copy = _copy_jsonl if name.lower().endswith(".jsonl") else _copy_text
+        with self._create(name) as file:
+            taken = copy(file, chunks, limit, name)
+        self._taken[split] = self._taken.get(split, 0) + taken
+        path = Path(file.name)
+        file_bytes = path.stat().st_size
+        self.files.append(RawFile(name=name, url=url, bytes=file_bytes, sha256=sha256_file(path), split=split))
+
+    def _leave_unread(self, name: str, head: bytes) -> None:
+        if not head:
+            self.notes.add(LEFT_OUT, "empty", name)
+        elif likely := likely_encoding(head):
+            advice = "" if self.encoding else f": set download.encoding={likely}"
+            self.notes.add(LEFT_OUT, "not UTF-8", f"{name} looks like {likely}{advice}")
+        else:
+            self.notes.add(LEFT_OUT, "packed twice" if name.lower().endswith(tuple(READERS)) else "binary", name)
+
+    def _create(self, name: str) -> IO[bytes]:
+        path = self.folder / TEXTS / PurePosixPath(name)
+        if max(len(part.encode()) for part in path.parts) > MOST_NAME or len(name.encode()) > MOST_PATH:
+            raise UserError(f"{name[:MOST_NAME]}… is too long a name for a file: rename it")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open(path, "xb")
+        except (FileExistsError, NotADirectoryError):  # an archive is a folder here
+            raise UserError(
+                f"download.source holds two files of the name {name}, or one and an archive: rename one"
+            ) from None
+
+
+def _recoded(chunks: Iterable[bytes], encoding: str, name: str) -> Iterator[bytes]:
+    """The same text in UTF-8."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for chunk in chunks:
+            yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
+        yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
+    except UnicodeError as error:
+        raise UserError(f"download.encoding={encoding} does not read {name} ({error}): set another") from None
+
+
+def _copy_text(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
+    """Copy whole lines up to `limit` bytes, or whole characters where the first line is longer.  -> bytes used of it"""
+    size = border = 0
+    last = b""
+    for chunk in chunks:
+        kept = chunk if limit is None else chunk[: limit - size]
+        file.write(kept)
+        border = size + newline + 1 if (newline := kept.rfind(b"\n")) >= 0 else border
+        size += len(kept)
+        last = (last + kept)[-4:]  # no character is longer
+        if len(kept) < len(chunk):
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            decoder.decode(last)
+            begun = len(decoder.getstate()[0])  # bytes of a character that is not whole
+            file.truncate(border or size - begun)
+            return limit or 0
+    return size
+
+
+def _copy_jsonl(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
+    """Copy whole lines up to `limit` bytes of their texts.  -> bytes used of it"""
+    size = 0
+    for number, line in enumerate(lines(chunks, b"\n", MOST_LINE), 1):
+        if len(line) > MOST_LINE:
+            raise bad_line(name, number, line)
+        if limit is not None and line.strip():
+            if (text := line_text(line)) is None:
+                raise bad_line(name, number, line)
+            size += len(text.encode("utf-8", "replace"))
+            if size > limit:
+                return limit
+        file.write(line)
+    return size
+
+
+def encoding_of(head: bytes, declared: str | None) -> str | None:
+    """How the text that begins so is encoded: in UTF-8 or as `declared`.  None where it is neither, or not text.
+
+    What could be either is UTF-8 where more of it is valid characters beyond ASCII than bytes that are not UTF-8.
+    """
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)  # without half a character at its end
+    bad = len(BAD_BYTE.findall(text)) if not head.isascii() else 0
+    good = len(BEYOND_ASCII.findall(text)) if bad or declared else 0
+    is_utf8 = "\0" not in text and bad <= 1 + MOST_BAD * len(head) + good / 10
+    if declared and (not is_utf8 or (bad >= good and "a".encode(declared) == b"a")):
+        with suppress(ValueError):
+            if "\0" not in codecs.getincrementaldecoder(declared)().decode(head):
+                return declared
+    return "utf-8" if is_utf8 else None
+
+
+def likely_encoding(head: bytes) -> str | None:
+    """A guess what a text is encoded in that is not UTF-8; None for what is hardly a text."""
+    head = head[:SNIFF_BYTES]
+    match = from_bytes(head, cp_isolation=UNICODE if b"\0" in head else ENCODINGS).best()
+    if match is None:
+        return None
+    western = head.decode("cp1252", "replace") == str(match)  # others differ from it in few characters
+    return "cp1252" if western else match.encoding
+
+
+def json_kind(head: bytes) -> str | None:
+    """What a text is by its first lines: "lines" of JSON with a text, "other" JSON of a document after the other."""
+    whole = head[: head.rfind(b"\n") + 1] or head
+    first = [line for line in whole.split(b"\n", SNIFF_LINES)[:SNIFF_LINES] if line.strip()]
+    found = [json_object(line) for line in first]
+    if found and None not in found:
+        has_text = all(isinstance((each or {}).get("text"), str) for each in found)
+        return "lines" if has_text else "other" if len(found) > 1 else None
+    if len(first) == 1 and JSON_TEXT.match(first[0]):  # a line longer than the beginning
+        return "lines"
+    return "other" if re.match(rb"\s*\[\s*\{", head) and re.search(rb'"text"\s*:', head) else None
+
+
+def lines(chunks: Iterable[AnyStr], newline: AnyStr, most: int) -> Iterator[AnyStr]:
+    """Lines with their ends, which `newline` alone is; one of more than `most` and a chunk comes in several parts."""
+    begun: list[AnyStr] = []
+    for chunk in chunks:
+        parts = chunk.split(newline)
+        for line in parts[:-1]:
+            yield newline[:0].join(begun) + line + newline
+            begun = []
+        begun.append(parts[-1])
+        if sum(map(len, begun)) > most:
+            yield newline[:0].join(begun)
+            begun = []
+    if any(begun):
+        yield newline[:0].join(begun)
+
+
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """The object in a line, None where there is none; bytes that are not UTF-8 become half characters (surrogates)."""
+    try:
+        found = DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def line_text(line: bytes) -> str | None:
+    """The text in a line, None where there is none."""
+    text = (json_object(line) or {}).get("text")
+    return text if isinstance(text, str) else None
+
+
+def bad_line(name: str, number: int, line: bytes) -> UserError:
+    """The error for a line without a text."""
+    where = f"{name} line {number:,}"
+    if len(line) > MOST_LINE:
+        return UserError(f"{where} has more than {human_bytes(MOST_LINE)}: cut its text into several lines")
+    return UserError(f'{where} is not a JSON object with a "text", or is nested too deep: mend the source or rename it')
