@@ -97,13 +97,3 @@ def test_counts_of_several_files_are_added(tmp_path):
         save_counts(*cut_lines(tmp_path / "text.jsonl"), tmp_path / str(i))
     assert sum_counts([tmp_path / str(i) for i in range(len(texts))]) == count_pretokens(texts)
     assert sum_counts([]) == Counter()
-
-
-def test_different_pretokens_of_one_hash_keep_their_numbers(monkeypatch):
-    block = b"\xff" + b" ".join([b"so", b"it", b"is", b"so", b"a" * 40, b"it", b"a" * 40])
-    expected, one_hash = PretokenTable(), PretokenTable()
-    numbers = expected.number(block).tolist()
-    monkeypatch.setattr(pretokens, "_hash", lambda first, second: first * 0)
-    again = one_hash.number(block).tolist()
-    assert [one_hash.pretokens[i] for i in again] == [expected.pretokens[i] for i in numbers]
-    assert len(one_hash.pretokens) == len(expected.pretokens) == 6
