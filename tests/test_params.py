@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
+import yaml
 from dvc.utils.hydra import apply_overrides
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import set_params
-from ruamel.yaml import YAML
 
 from tinygpt.errors import BREAK, UserError
-from tinygpt.files import parse_yaml
 from tinygpt.model.config import ModelParams
 from tinygpt.params import (
     Count,
@@ -33,6 +32,7 @@ from tinygpt.report.config import EvaluateParams, PlotParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.train.config import TrainParams
+from tinygpt.yaml12 import load_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -329,7 +329,7 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.integers(-(2**70), 2**70
 TREES = st.recursive(
     LEAVES, lambda tree: st.lists(tree, max_size=4) | st.dictionaries(st.text(max_size=5), tree, max_size=4)
 )
-DOCUMENT = parse_yaml((ROOT / "params.yaml").read_bytes())
+DOCUMENT = load_yaml((ROOT / "params.yaml").read_bytes())
 KEYS = [(group, key) for group, keys in DOCUMENT.items() for key in keys]
 
 
@@ -340,8 +340,7 @@ def test_any_tree_is_params_or_is_told_within_a_second(tmp_path_factory, changes
     for (group, key), value in changes.items() if whole is None else ():
         document[group][key] = value
     path = tmp_path_factory.getbasetemp() / "params.yaml"
-    with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
-        YAML(typ="safe", pure=True).dump(document, file)
+    path.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
     assert_read_or_told(path)
 
 

@@ -26,7 +26,7 @@ PIPELINE = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
 
 # A room imports only from itself and from rooms above it.
 ROOMS = [
-    ["code", "errors", "paths", "threads"],
+    ["code", "errors", "paths", "threads", "yaml12"],
     ["files", "progress"],
     ["params"],
     ["options"],

@@ -19,7 +19,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]  # of the project
 OURS = ("tinygpt", "stages")  # packages of this project
 # Rooms that change no result: this file, messages, params (their values are tracked), paths, the machine, runs.
-DECIDES_NOTHING = ("code", "errors", "params", "paths", "progress", "run", "runtime", "stage", "threads")
+DECIDES_NOTHING = ("code", "errors", "params", "paths", "progress", "run", "runtime", "stage", "threads", "yaml12")
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PINNED = re.compile(r"^([\w.-]+)==", re.MULTILINE)  # in requirements.txt: packages whose version changes results
 

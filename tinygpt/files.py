@@ -9,19 +9,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ruamel.yaml import YAML, events
-
 from tinygpt.errors import UserError
 
 MOST_JSON = 200_000_000  # bytes of a file: a manifest of a million texts
-MOST_YAML, MOST_NODES, MOST_DEPTH = 50_000, 3_000, 20  # read within a second; params.yaml has 9,000, 300 and 4
-MOST_DIGITS = 400  # of a number: no float has more before its point
-NUMBER = re.compile("[-+]?[0-9a-fA-Fxob_]+")
 
 
 @contextmanager
@@ -186,41 +181,6 @@ def _finite(number: str) -> float:
     if not math.isfinite(float(number)):
         raise ValueError(f"{number} is not a finite number")
     return float(number)
-
-
-def parse_yaml(text: bytes) -> Any:
-    """One document of plain values, as DVC reads it.  Raises ValueError in one line, whatever is wrong with it."""
-    if len(text) > MOST_YAML:
-        raise ValueError(f"it has {len(text):,} bytes, at most {MOST_YAML:,} are read")
-    yaml = YAML(typ="safe", pure=True)
-    try:
-        _check_size(yaml.parse(text))
-        return yaml.load(text)
-    except Exception as error:  # each constructor raises others
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = f"{getattr(error, 'problem', None) or error or type(error).__name__}{place}"
-        raise ValueError(" ".join(reason.split())) from None
-
-
-def _check_size(found: Iterable[events.Event]) -> None:
-    """Raise ValueError where there are too many values, an alias with all that it stands for, or too many levels."""
-    n_node, sizes, begun = 0, dict[str | None, int](), list[tuple[str | None, int]]()
-    for event in found:
-        if isinstance(event, events.AliasEvent):
-            n_node += sizes.get(event.anchor, MOST_NODES)  # one inside of what it stands for has no size yet
-        elif isinstance(event, events.CollectionStartEvent):
-            begun.append((event.anchor, n_node))
-        elif isinstance(event, events.CollectionEndEvent):
-            anchor, before = begun.pop()
-            n_node += 1
-            sizes[anchor] = n_node - before
-        elif isinstance(event, events.ScalarEvent):
-            n_node, sizes[event.anchor] = n_node + 1, 1
-            if len(event.value) > MOST_DIGITS and NUMBER.fullmatch(event.value):
-                raise ValueError(f"a number has more than {MOST_DIGITS} digits")
-        if n_node > MOST_NODES or len(begun) > MOST_DEPTH:
-            raise ValueError(f"at most {MOST_NODES:,} values are read, in {MOST_DEPTH} levels")
 
 
 def must_exist(path: str | Path, *, stage: str) -> Path:

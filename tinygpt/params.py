@@ -1,6 +1,6 @@
 """Load and check params.yaml: YAML 1.2, strict keys, typed values, every problem in one error.
 
-Each group of params.yaml is a frozen dataclass that lives next to the code it steers and carries its name in
+Each group of params.yaml is a frozen dataclass that lives beside the code it steers and carries its name in
 `group`. Fields without a value in the file are refused, so params.yaml is the only place where defaults stand.
 """
 
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
 
 from tinygpt.errors import UserError
-from tinygpt.files import parse_yaml, read_json
+from tinygpt.files import read_json
+from tinygpt.yaml12 import load_yaml
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -112,10 +113,10 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     A mistake in `evaluate` would else come to light after an hour of training.
     """
     document = read_groups(path)
-    groups, problems = dict[str, Any](), _key_problems(document, list(GROUPS), "")
+    groups, problems = dict[str, Any](), _name_problems(document)
     for name in GROUPS:
         try:
-            if name in document:  # else it is among the problems already
+            if name in document:  # else _name_problems has told of it
                 groups[name] = from_mapping(find_class(name), document[name], prefix=f"{name}.")
         except ParamsError as error:
             problems += error.problems
@@ -195,7 +196,7 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
 def flat_params(raw: bytes) -> dict[str, str]:
     """What decides a result in a params file, as it stands there, by "group.key".  Raises UserError for others."""
     try:
-        groups = parse_yaml(raw).items()
+        groups = load_yaml(raw).items()
         rows = [(f"{group}.{key}", value) for group, values in groups for key, value in values.items()]
         return {name: yaml_text(value) for name, value in rows if not name.startswith("runtime.")}
     except (ValueError, AttributeError, TypeError) as error:
@@ -218,7 +219,7 @@ def read_groups(path: Path) -> dict[str, Any]:
     """The groups of a params file, or of a preset, as they stand there.  Raises UserError where there are none."""
     read_text(path)
     try:
-        document = parse_yaml(path.read_bytes())
+        document = load_yaml(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(document, dict):
@@ -226,9 +227,16 @@ def read_groups(path: Path) -> dict[str, Any]:
     return document
 
 
+def _name_problems(document: dict[str, Any]) -> list[str]:
+    return _key_problems(document, list(GROUPS), "")
+
+
 def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str) -> list[str]:
-    unknown = [_unknown(str(key), known, prefix) for key in mapping if key not in known]
-    return unknown + [f"missing key {prefix}{key}" for key in known if key not in mapping]
+    problems = []
+    for key in mapping:
+        if key not in known:
+            problems.append(_unknown(str(key), known, prefix))
+    return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
 
 
 def _field_names(cls: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""params.yaml is read as DVC reads it."""
+"""params.yaml is read as DVC reads it, by another library."""
 
 import datetime
 import math
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dvc.utils.serialize import parse_yaml as parse_as_dvc
+from dvc.utils.serialize import parse_yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from tinygpt.files import parse_yaml
+from tinygpt.yaml12 import load_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,13 +30,9 @@ def meaning(value: Any) -> Any:
 
 
 def readings(text: str) -> list[Any]:
-    """What we, ruamel.yaml and DVC find; "refused" where one finds none."""
+    """What PyYAML, ruamel.yaml and DVC find; "refused" where one finds none."""
     found = []
-    for read in (
-        lambda: parse_yaml(text.encode()),
-        lambda: YAML(typ="safe").load(text),
-        lambda: parse_as_dvc(text, ""),
-    ):
+    for read in (lambda: load_yaml(text.encode()), lambda: YAML(typ="safe").load(text), lambda: parse_yaml(text, "")):
         try:
             found.append(meaning(read() or {}))  # DVC reads nothing as no groups
         except Exception:
@@ -98,14 +94,11 @@ def test_scalars_mean_the_same_to_all_three(scalar: str) -> None:
     assert others == [ours, ours]
 
 
-@pytest.mark.parametrize("text", ["a: 1\na: 2", "a: {b: 1, b: 2}", "1: a\n1.0: b", "a: 1\n---\nb: 2"])
+@pytest.mark.parametrize(
+    "text", ["a: 1\na: 2", "a: {b: 1, b: 2}", "1: a\n1.0: b", "a: 1\n---\nb: 2", "%YAML 1.1\n---\na: on"]
+)
 def test_what_could_mean_two_things_is_refused(text: str) -> None:
     assert readings(text)[0] == "refused"
-
-
-def test_a_file_of_another_version_means_the_same_to_all_three() -> None:
-    ours, *others = readings("%YAML 1.1\n---\na: on\n")
-    assert others == [ours, ours]
 
 
 def test_a_mapping_that_is_merged_twice_keeps_its_keys() -> None:
@@ -118,10 +111,10 @@ DAMAGED = {
     "aliases of aliases": LAUGHS,
     "merges of merges": LAUGHS.replace("[x, x]", "{k: 1}").replace("[", "{<<: [").replace("]", "]}"),
     "itself": "a: &a [*a]",
-    "deep": "a: " + "[" * 45_000,
+    "deep": "a: " + "[" * 90_000,
     "digits": "a: " + "1" * 5_000,
     "hex": "a: 0x" + "f" * 5_000,
-    "many": "a: [" + "1, " * 16_000 + "1]",
+    "many": "a: [" + "1, " * 50_000 + "1]",
     "large": "a: " + "x" * 10**6,
     "date": "a: !!timestamp x",
     "switch": "a: !!bool x",
@@ -135,7 +128,7 @@ def test_what_cannot_be_read_is_one_line_soon_and_in_little_memory(text: str) ->
     tracemalloc.start()
     began = time.process_time()
     with pytest.raises(ValueError, match=r"^[ -~]+$"):
-        parse_yaml(text.encode())
+        load_yaml(text.encode())
     assert time.process_time() - began < 5  # seconds; tracing takes most of them
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
@@ -147,6 +140,6 @@ def test_what_cannot_be_read_is_one_line_soon_and_in_little_memory(text: str) ->
 @example("&a")
 def test_any_text_is_read_or_is_one_line(text: str) -> None:
     try:
-        parse_yaml(text.encode())
+        load_yaml(text.encode())
     except ValueError as error:
         assert "\n" not in str(error)
