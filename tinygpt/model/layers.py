@@ -153,7 +153,6 @@ class Rope(nn.Module):
             self._make(more_room(n, self.config.block_size))
         return self.cos[:n], self.sin[:n]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make(self, n: int) -> None:
         made = rope_tables(n, self.config.head_dim, self.config.rope_theta, device="cpu")  # elsewhere bits may differ
         self.cos, self.sin = (table.to(self.cos) for table in made)
