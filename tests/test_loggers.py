@@ -289,5 +289,6 @@ def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
 
 def test_neither_they_nor_the_compiler_are_imported_unless_asked_for():
     """The compiler, torch._dynamo, takes as long as all the rest of torch."""
-    code = f"import sys, stages.train; sys.exit(' '.join({{*{list(LOGGERS)}, 'torch._dynamo'}} & set(sys.modules)) or None)"
+    names = {*LOGGERS, "torch._dynamo"}
+    code = f"import sys, stages.train; sys.exit(' '.join({names} & set(sys.modules)) or None)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -154,8 +154,11 @@ class Rope(nn.Module):
         return self.cos[:n], self.sin[:n]
 
     def _make(self, n: int) -> None:
-        made = rope_tables(n, self.config.head_dim, self.config.rope_theta, device="cpu")  # elsewhere bits may differ
-        self.cos, self.sin = (table.to(self.cos) for table in made)
+        with torch.inference_mode(mode=False):  # training has them, too, though an evaluation may be the first
+            made = rope_tables(
+                n, self.config.head_dim, self.config.rope_theta, device="cpu"
+            )  # other devices' bits differ
+            self.cos, self.sin = (table.to(self.cos) for table in made)
 
 
 def first_room(block_size: int) -> int:
