@@ -154,11 +154,10 @@ class Rope(nn.Module):
         return self.cos[:n], self.sin[:n]
 
     def _make(self, n: int) -> None:
+        head_dim, theta = self.config.head_dim, self.config.rope_theta
+        # On the CPU, since elsewhere bits may differ.
         with torch.inference_mode(mode=False):  # training has them, too, though an evaluation may be the first
-            made = rope_tables(
-                n, self.config.head_dim, self.config.rope_theta, device="cpu"
-            )  # other devices' bits differ
-            self.cos, self.sin = (table.to(self.cos) for table in made)
+            self.cos, self.sin = (table.to(self.cos) for table in rope_tables(n, head_dim, theta, device="cpu"))
 
 
 def first_room(block_size: int) -> int:
