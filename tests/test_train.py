@@ -451,12 +451,13 @@ def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path):
     assert in_child(go_on) == 0
 
 
-def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path):
+def test_two_checkpoints_are_kept_and_half_written_ones_are_cleared_away(tmp_path):
     train()
     folder = tmp_path / "runs/run"
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-0000009", "step-0000010"]
     shutil.copytree(folder / "step-0000010", folder / "step-0000011.partial")
     assert train().state.step == 10
+    assert not (folder / "step-0000011.partial").exists()
 
 
 def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys, monkeypatch):
