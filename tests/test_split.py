@@ -30,6 +30,7 @@ from tinygpt.corpus.split import (
     Cleaned,
     Shares,
     by_hash,
+    check_held_out,
     choose_splitter,
     count_splits,
     drop_leaks,
@@ -245,6 +246,25 @@ def test_little_held_out_text_is_told() -> None:
     assert little_held_out(many, "hash") == ["test has 1.0 MB (documents: 4)"]
     assert little_held_out(many, "tail") == []
     assert little_held_out({**many, "test_documents": 0, "test_bytes": 0}, "hash") == []
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "asked", "message"),
+    [
+        (0, 5, "test", "train needs val documents and there are none: set clean.val_fraction above 0"),
+        (0, 5, "val", "train needs val documents and there are none: set clean.val_fraction above 0"),
+        (
+            5,
+            0,
+            "test",
+            "evaluate.split=test needs test documents and there are none: set evaluate.split to val, or set",
+        ),
+    ],
+)
+def test_another_split_to_evaluate_on_helps_evaluation_alone(val: int, test: int, asked: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        check_held_out({"val": val, "test": test}, asked)
+    check_held_out({"val": 5, "test": 0}, "val")
 
 
 # Leaks
