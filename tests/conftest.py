@@ -198,25 +198,36 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, which take five seconds to start
 
 
-TOGETHER = (  # tests that follow each other, or share what takes long to make: in one worker, and first
-    "tests/test_pipeline.py::TestTheStory",
-    "tests/test_experiments.py",
-    "tests/test_distributed.py::test_processes_train_the_model",
-    "tests/test_compiled.py",
-)
+TOGETHER = {  # tests that follow each other, or share what takes long to make: in one worker, and first
+    "tests/test_pipeline.py::TestTheStory": "pipeline",
+    "tests/test_experiments.py": "experiments",
+    "tests/test_distributed.py::test_processes_train_the_model": "distributed",
+    "tests/test_compiled.py": "compiler",
+    "tests/test_made_up_parts.py": "compiler",
+    "tests/test_beam.py": "beams",
+    "tests/test_live.py": "browser",
+    "tests/test_page.py": "browser",
+    "tests/test_playground.py": "browser",
+}
 
 
 class Scheduling(LoadScopeScheduling):
     """Which tests go to one of xdist's workers together.  (pytest 9.2 drops the marks that xdist 3.8 has for it.)"""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((name for name in TOGETHER if nodeid.startswith(name)), nodeid)
+        return next((scope for name, scope in TOGETHER.items() if nodeid.startswith(name)), nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
     """Use it for any number of workers."""
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests before the others, so that no worker is left alone with one at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.hookimpl(wrapper=True)

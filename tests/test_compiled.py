@@ -10,19 +10,25 @@ from tinygpt.generate.decoder import STEPS, Decoder
 from tinygpt.model import layers
 from tinygpt.model.quantize import quantize
 
+pytestmark = pytest.mark.slow
+
 # Few, and of one row or up to several, since each takes seconds to compile; together they have every branch.
 KINDS = {
-    "gpt2": (1, FAMILIES["gpt2"]),
+    "gpt2": (1, {"n_layer": 1, **FAMILIES["gpt2"]}),
     "windows, gqa, qk_norm": (4, {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True}),
-    "parallel, mqa": (1, {"parallel_block": True, "n_kv_head": 1, "norm": "layernorm", "mlp": "relu2", "bias": "qkv"}),
+    "parallel, mqa": (
+        1,
+        {"n_layer": 1, "parallel_block": True, "n_kv_head": 1, "norm": "layernorm", "mlp": "relu2", "bias": "qkv"},
+    ),
 }
+ROOM = 4  # tokens that can be taken back: a model with windows is compiled for one such number
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def model(request):
     n_row, config = request.param
     model = tiny_model(block_size=32, **config)
-    compile_step(model, n_row=n_row)
+    compile_step(model, n_row=n_row, room=ROOM)
     return model
 
 
@@ -32,7 +38,7 @@ def expected_after(model, ids: list[int]) -> torch.Tensor:
 
 
 def operations_of_a_step(model, n_row: int) -> set[str]:
-    decoder = Decoder(model, [[1, 2]] * n_row)
+    decoder = Decoder(model, [[1, 2]] * n_row, room=ROOM)
     with torch.profiler.profile() as profiled:
         decoder.step([3] * n_row)
     return {event.name for event in profiled.events()} & {"aten::bmm", "aten::add", "aten::embedding"}
@@ -45,7 +51,7 @@ def test_what_a_compiled_step_still_calls(model):
     assert operations_of_a_step(model, most + 1) == {"aten::bmm", "aten::add", "aten::embedding"}
     n_graph = counters["stats"]["unique_graphs"]
     for n_row in range(1, most + 1):
-        decoder = Decoder(model, [[1]] * n_row)
+        decoder = Decoder(model, [[1]] * n_row, room=ROOM)
         for _ in range(30):
             decoder.step([3] * n_row)
     assert counters["stats"]["unique_graphs"] == n_graph  # for all lengths and numbers of rows
@@ -53,7 +59,7 @@ def test_what_a_compiled_step_still_calls(model):
 
 def test_rows_of_any_lengths_up_to_a_full_context_and_past_it(model):
     rows = [[1], random_ids(9).tolist(), random_ids(20).tolist(), [2, 3]][: STEPS[model].n_row]
-    decoder = Decoder(model, rows)
+    decoder = Decoder(model, rows, room=ROOM)
     for step in range(40):
         added = [(17 * step + 5 * row) % 300 for row in range(len(rows))]
         decoder.step(added)
@@ -67,7 +73,7 @@ def test_rows_of_any_lengths_up_to_a_full_context_and_past_it(model):
 
 def test_tokens_that_are_taken_back_and_rows_that_come_and_go(model):
     ids = random_ids(12).tolist()
-    decoder = Decoder(model, [ids], room=4)
+    decoder = Decoder(model, [ids], room=ROOM)
     for new, n_back in ([5, 7, 9], 2), ([8], 0), ([3, 2, 1, 4, 6], 4):
         decoder.advance([new])
         decoder.back([n_back])
@@ -82,8 +88,9 @@ def test_tokens_that_are_taken_back_and_rows_that_come_and_go(model):
     torch.testing.assert_close(decoder.logits, expected_after(model, [4, 2, 2, 3]), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("model", [KINDS["gpt2"]], indirect=True)
 def test_each_model_has_its_own_and_weights_that_change_are_compiled_again(model):
-    other = tiny_model(seed=9, block_size=32)
+    other = tiny_model(seed=9, n_layer=1, block_size=32)
     compile_step(other)
     assert STEPS[other] is not STEPS[model]
     for one in (other, model):
@@ -97,7 +104,7 @@ def test_each_model_has_its_own_and_weights_that_change_are_compiled_again(model
 
 
 def test_weights_of_a_byte():
-    plain, model = (tiny_model() for _ in range(2))
+    plain, model = (tiny_model(n_layer=1) for _ in range(2))
     quantize(plain, "int8")
     quantize(model, "int8")
     compile_step(model, n_row=2)
@@ -109,15 +116,15 @@ def test_weights_of_a_byte():
         torch.testing.assert_close(decoders[1].logits, decoders[0].logits, atol=0.05, rtol=0.02)
 
 
-@pytest.mark.parametrize("n_row", [1, 3])
-def test_a_long_context_takes_room_as_it_fills_and_is_compiled_once(n_row, monkeypatch):
+def test_a_long_context_takes_room_as_it_fills_and_is_compiled_once(monkeypatch):
     monkeypatch.setattr(layers, "FIRST_ROOM", 16)
     model = tiny_model(block_size=10**7, window=40, full_every=2)
-    compile_step(model, n_row=n_row)
+    compile_step(model, n_row=3)
     n_graph = counters["stats"]["unique_graphs"]
-    decoder = Decoder(model, [[1]] * n_row)
-    for _ in range(69):
-        decoder.step([3] * n_row)
+    for n_row in (1, 3):
+        decoder = Decoder(model, [[1]] * n_row)
+        for _ in range(69):
+            decoder.step([3] * n_row)
+        torch.testing.assert_close(decoder.logits[:1], expected_after(model, [1] + [3] * 69), atol=2e-5, rtol=2e-5)
+        assert [keys.size(2) for keys, _ in decoder._cache.layers] == [40, 128]
     assert counters["stats"]["unique_graphs"] == n_graph
-    torch.testing.assert_close(decoder.logits[:1], expected_after(model, [1] + [3] * 69), atol=2e-5, rtol=2e-5)
-    assert [keys.size(2) for keys, _ in decoder._cache.layers] == [40, 128]

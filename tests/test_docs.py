@@ -2,13 +2,11 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
-from pathlib import Path
+from types import CodeType
 
 import pytest
 from conftest import prose, tiny_model
-from project import ROOT, environment
+from project import ROOT
 
 from docs.params import page
 from tinygpt.generate import Sampling, Search, Speculation
@@ -28,27 +26,22 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run_code_of(page: str, folder: Path) -> str:
-    """What the Python of a page prints."""
+def code_of(page: str) -> CodeType:
+    """The Python of a page."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout
+    return compile(code, page, "exec")
 
 
-def test_the_classification_head_learns(folder):
-    printed = run_code_of("docs/classification.md", folder)
-    assert printed == "the function is slow. statement\nis the function slow? question\n"
+def test_the_classification_head_learns(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    exec(code_of("docs/classification.md"), {})
+    assert capsys.readouterr().out == "the function is slow. statement\nis the function slow? question\n"
 
 
-def test_texts_are_generated(folder):
-    assert run_code_of("docs/generation.md", folder).count("] length\n") == 2
+def test_texts_are_generated(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    exec(code_of("docs/generation.md"), {})
+    assert capsys.readouterr().out.count("] length\n") == 2
 
 
 def test_every_option_of_generation_is_in_its_page():

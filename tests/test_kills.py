@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 N_STAGE, N_DVC = round(FACTOR), round(2 * FACTOR)
 KILLED = STAGES if FACTOR > 1 else ["download", "encode", "evaluate", "export"]
 BY_DVC = STAGES if FACTOR > 1 else ["download", "clean"]
-INTERVAL_S = 5  # between two kills of DVC, at most
+INTERVAL_S = 5 if FACTOR > 1 else 3  # between two kills of DVC, at most
 WRITTEN_IN_PLACE = (Path(".dvc/tmp/rwlock"), Path("dvc.lock"))
 OUTS = {
     name: [

@@ -24,6 +24,7 @@ from tinygpt.params import (
     ParamsError,
     Within,
     check_params,
+    flat_params,
     from_mapping,
     load_params,
     require,
@@ -433,3 +434,7 @@ def test_dvc_sets_a_value_and_leaves_every_other_byte_of_the_file(tmp_path):
             text[number.end(2) :],
         )
         assert changed[number.start(2) : number.end(2)] == "7".ljust(width)
+
+
+def test_what_decides_a_result_is_every_param_but_those_of_the_machine():
+    assert flat_params(b"a: {b: 1, c: [d]}\nruntime: {device: cpu}\n") == {"a.b": "1", "a.c": "['d']"}

@@ -29,6 +29,7 @@ from tinygpt.generate.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    keep_typical,
 )
 from tinygpt.params import ParamsError
 
@@ -220,6 +221,11 @@ def test_a_token_is_always_left_and_the_likeliest_is_among_them_but_for_typical(
         assert filtered[0].max() == filtered[0, logits[0].argmax()]
     ids = draw(filtered, [0.0, 1 - 2**-48])
     assert all(filtered[row, i] > -math.inf for row, i in enumerate(ids.tolist()))
+
+
+def test_typical_takes_a_share_that_rounding_keeps_the_sum_of_all_below():
+    logits = torch.randn(300, 300, generator=torch.Generator().manual_seed(0)).double()
+    assert keep_typical(logits, math.nextafter(1, 0)).isfinite().any(-1).all()
 
 
 def test_a_draw_is_where_the_cumulated_probability_passes_the_number():

@@ -30,6 +30,7 @@ from tinygpt.corpus.split import (
     Cleaned,
     Shares,
     by_hash,
+    check_held_out,
     choose_splitter,
     count_splits,
     drop_leaks,
@@ -208,6 +209,8 @@ def test_the_choices_of_the_params_are_the_splitters() -> None:
         (60, Shares(0.05, 0.05, 0), "tail"),
         (500, Shares(0.05, 0.05, 0), "hash"),
         (60, Shares(0.2, 0.0, 0), "hash"),
+        (40, Shares(0.1, 0.0, 0), "tail"),  # four for val
+        (41, Shares(0.1, 0.0, 0), "hash"),  # five
         (1, Shares(0.0, 0.0, 0), "hash"),
     ],
 )
@@ -233,10 +236,29 @@ def test_one_file_is_split_by_default_and_told(tmp_path: Path) -> None:
 
 
 def test_little_held_out_text_is_told() -> None:
-    many = {"val_documents": 100, "val_bytes": 10**6, "test_documents": 4, "test_bytes": 10**6}
+    many = {"val_documents": 5, "val_bytes": 10**6, "test_documents": 4, "test_bytes": 10**6}
     assert little_held_out(many, "hash") == ["test has 1.0 MB (documents: 4)"]
     assert little_held_out(many, "tail") == []
     assert little_held_out({**many, "test_documents": 0, "test_bytes": 0}, "hash") == []
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "asked", "message"),
+    [
+        (0, 5, "test", "train needs val documents and there are none: set clean.val_fraction above 0"),
+        (0, 5, "val", "train needs val documents and there are none: set clean.val_fraction above 0"),
+        (
+            5,
+            0,
+            "test",
+            "evaluate.split=test needs test documents and there are none: set evaluate.split to val, or set",
+        ),
+    ],
+)
+def test_another_split_to_evaluate_on_helps_evaluation_alone(val: int, test: int, asked: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        check_held_out({"val": val, "test": test}, asked)
+    check_held_out({"val": 5, "test": 0}, "val")
 
 
 # Leaks

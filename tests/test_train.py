@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from tinygpt.cli.runs import find_runs
 from tinygpt.errors import Stopped, UserError
+from tinygpt.model import layers
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors
 from tinygpt.report.training import described, publish
@@ -450,12 +451,13 @@ def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path):
     assert in_child(go_on) == 0
 
 
-def test_two_checkpoints_are_kept_and_half_written_ones_are_passed_over(tmp_path):
+def test_two_checkpoints_are_kept_and_half_written_ones_are_cleared_away(tmp_path):
     train()
     folder = tmp_path / "runs/run"
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-0000009", "step-0000010"]
     shutil.copytree(folder / "step-0000010", folder / "step-0000011.partial")
     assert train().state.step == 10
+    assert not (folder / "step-0000011.partial").exists()
 
 
 def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys, monkeypatch):
@@ -510,6 +512,7 @@ def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_length_of_a_context_warmup_is_compiled_once(monkeypatch):
     compile_by("eager", monkeypatch)
+    monkeypatch.setattr(layers, "FIRST_ROOM", 16)  # rope's tables grow, and not in what is compiled
     counters.clear()
     params = dataclasses.replace(PARAMS, context_warmup=ContextWarmup(start=1, steps=9))
     eager, compiled = (

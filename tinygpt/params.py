@@ -269,7 +269,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 
 
 def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
-    if value in choices and not isinstance(value, bool):
+    if value in choices:
         return value
     near = nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
     raise ParamsError([f"{key}={value!r} is not one of {', '.join(map(repr, choices))}{near}"])

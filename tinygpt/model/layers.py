@@ -153,10 +153,11 @@ class Rope(nn.Module):
             self._make(more_room(n, self.config.block_size))
         return self.cos[:n], self.sin[:n]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make(self, n: int) -> None:
-        made = rope_tables(n, self.config.head_dim, self.config.rope_theta, device="cpu")  # elsewhere bits may differ
-        self.cos, self.sin = (table.to(self.cos) for table in made)
+        head_dim, theta = self.config.head_dim, self.config.rope_theta
+        # On the CPU, since elsewhere bits may differ.
+        with torch.inference_mode(mode=False):  # training has them, too, though an evaluation may be the first
+            self.cos, self.sin = (table.to(self.cos) for table in rope_tables(n, head_dim, theta, device="cpu"))
 
 
 def first_room(block_size: int) -> int:

@@ -163,6 +163,8 @@ class Learner:
 
     def _compile(self, loss: Loss) -> None:
         """Let the loss run by torch.compile."""
+        if self.model.rope is not None:
+            self.model.rope(self.config.block_size)  # its tables grow outside of what is compiled
         torch._dynamo.config.recompile_limit = 64  # for every length of a context warmup, not only the first 8
         loss.compile(dynamic=False, mode="reduce-overhead" if self.runtime.cuda_graphs else None)
 
