@@ -38,18 +38,18 @@ def model_from_text(
     `source` is a file, a folder, or a name such as tinyshakespeare; `params` has values by "group.key". Called again
     with the same values, it reads the finished run. Raises UserError as the stages do.
     """
-    there = Path(source).absolute()
-    project = new_project(folder, {**(params or {}), "download.source": str(there if there.exists() else source)})
+    project = new_project(folder, {**(params or {}), "download.source": str(source)})
     run_stages(project, *TO_A_MODEL)
     return load_model(project / paths.MODEL).eval(), load_tokenizer(project / paths.TOKENIZER)
 
 
 def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
-    """Put the project's params.yaml, with some values changed, into a folder."""
+    """Put the project's params.yaml, with some values changed by "group.key", into a folder."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in params.items():
         group, _, key = name.partition(".")
-        groups.setdefault(group, {})[key] = value
+        is_file = name == "download.source" and Path(value).exists()
+        groups.setdefault(group, {})[key] = str(Path(value).absolute()) if is_file else value
     project = Path(folder)
     project.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / PARAMS_FILE, project / PARAMS_FILE)

@@ -203,6 +203,7 @@ TOGETHER = (  # tests that follow each other, or share what takes long to make: 
     "tests/test_experiments.py",
     "tests/test_distributed.py::test_processes_train_the_model",
     "tests/test_compiled.py",
+    "tests/test_notebooks.py::test_a_notebook_runs",
 )
 
 
