@@ -25,6 +25,11 @@ repro: $(RUNTIME) ## Run the whole pipeline: text, tokenizer, model, evaluation,
 	@python -m tinygpt mend
 	dvc repro
 
+shakespeare: $(RUNTIME) ## Train on tiny Shakespeare, in the folder shakespeare/, and let the model write
+	python -m quickstart shakespeare
+	@echo "nanoGPT on the same text and split, in its README: 1.88 in 3 minutes on a CPU, 1.4697 on an A100"
+	python -m tinygpt generate --model shakespeare/data/model --prompt "ROMEO:" --temperature 0.8 --max-new-tokens 400
+
 test: $(DEV) ## Run the test suite
 	$(PYTEST)
 

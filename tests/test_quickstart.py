@@ -1,9 +1,12 @@
 """A model from a text in one call, as docs/training.md shows it, and a preset's run in a folder of its own."""
 
+import hashlib
 import re
+import shutil
 
 import pytest
 from project import ROOT, SMALL, corpus, run_stages
+from ruamel.yaml import YAML
 
 import quickstart
 from tinygpt.errors import UserError
@@ -47,3 +50,30 @@ def test_wrong_names_are_refused_as_in_params_yaml(folder):
         quickstart.model_from_text("my.txt", {"model.n_layers": 2})
     with pytest.raises(UserError, match="neither a known source nor a file"):
         quickstart.model_from_text("your.txt")
+
+
+def test_a_presets_run_is_a_folder_with_all_that_the_pipeline_makes(folder, monkeypatch, capsys):
+    text = corpus().replace("ï", "i").encode()
+    (folder / "mirror").mkdir()
+    (folder / "mirror/tinyshakespeare.txt").write_bytes(text)
+    preset = YAML(typ="safe", pure=True).load(ROOT / "presets/shakespeare.yaml")
+    preset["download"]["sha256"] = hashlib.sha256(text).hexdigest()
+    preset["model"] |= {"n_layer": 1, "n_embd": 32, "block_size": 64}
+    preset["train"] |= {"max_steps": 21, "sample_tokens": 0}
+    preset["evaluate"]["max_new_tokens"] = 5
+    (folder / "presets").mkdir()
+    YAML().dump(preset, folder / "presets/shakespeare.yaml")
+    shutil.copy(ROOT / "params.yaml", folder)
+    monkeypatch.setenv("TINYGPT_MIRROR", str(folder / "mirror"))
+    monkeypatch.setattr(quickstart, "ROOT", folder)
+    monkeypatch.setattr("sys.argv", ["quickstart", "shakespeare"])
+    quickstart.main()
+    said = capsys.readouterr().out
+    assert "split by tail" in said
+    assert "evaluate: val split" in said
+    assert (folder / "shakespeare/data/export/gguf/tinygpt-q8_0.gguf").exists()
+    assert (folder / "shakespeare/reports/index.html").exists()
+    assert (folder / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
+    monkeypatch.setattr("sys.argv", ["quickstart", "shakespear"])
+    with pytest.raises(SystemExit, match="error: there is no preset shakespear"):
+        quickstart.main()
