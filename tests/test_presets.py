@@ -19,6 +19,8 @@ PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 SIZES = {
     "toy": (4, 4, 256, 128),
     "tiny": (4, 4, 128, 128),
+    "mini": (6, 8, 256, 256),
+    "wide": (6, 8, 512, 1024),
     "small": (8, 8, 512, 256),
     "medium": (12, 8, 512, 512),
     "large": (24, 12, 768, 1024),
