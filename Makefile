@@ -10,10 +10,10 @@ N := 50000
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --durations=25
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro test fuzz lint typecheck format check coverage sample clean
+.PHONY: help install repro shakespeare test fuzz lint typecheck format check coverage sample notebooks clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(RUNTIME) ## Make .venv and install requirements.txt (TORCH=cpu: PyTorch without CUDA)
 
@@ -24,6 +24,11 @@ repro: $(RUNTIME) ## Run the whole pipeline: text, tokenizer, model, evaluation,
 		echo "A ZIP download? Clone it, or run:  git init && git add . && git commit -m 'Start'" >&2;; esac; exit 1; }
 	@python -m tinygpt mend
 	dvc repro
+
+shakespeare: $(RUNTIME) ## Train on tiny Shakespeare, in the folder shakespeare/, and let the model write
+	python -m quickstart shakespeare
+	@echo "nanoGPT on the same text and split, in its README: 1.88 in 3 minutes on a CPU, 1.4697 on an A100"
+	python -m tinygpt generate --model shakespeare/data/model --prompt "ROMEO:" --temperature 0.8 --max-new-tokens 400
 
 test: $(DEV) ## Run the test suite
 	$(PYTEST)
@@ -51,8 +56,11 @@ coverage: $(DEV) ## Run the tests and tell which lines none of them runs
 sample: $(RUNTIME) ## Let the trained model write
 	python -m tinygpt generate --max-new-tokens 200
 
+notebooks: $(DEV) ## Run notebooks/ and write them as pages, with outputs, into reports/notebooks/
+	python -m nbconvert --execute --to html --output-dir reports/notebooks notebooks/*.ipynb
+
 clean: ## Remove .venv, the data, the runs and all that was made (not DVC's cache)
-	rm -rf $(VENV) runs reports/plots reports/*.html reports/look.json reports/samples.md reports/train_samples.md \
+	rm -rf $(VENV) runs quickstart shakespeare reports/notebooks reports/plots reports/*.html reports/look.json reports/samples.md reports/train_samples.md \
 		reports/clean.json reports/train.json reports/eval.json reports/export.json \
 		reports/attention.* reports/tokenizer.png dvc_plots htmlcov .coverage
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

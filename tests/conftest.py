@@ -205,6 +205,7 @@ TOGETHER = {  # tests that follow each other, or share what takes long to make: 
     "tests/test_compiled.py": "compiler",
     "tests/test_made_up_parts.py": "compiler",
     "tests/test_beam.py": "beams",
+    "tests/test_notebooks.py::test_a_notebook_runs": "notebooks",
     "tests/test_live.py": "browser",
     "tests/test_page.py": "browser",
     "tests/test_playground.py": "browser",

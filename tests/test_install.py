@@ -13,6 +13,7 @@ from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -52,6 +53,15 @@ def test_the_package_holds_every_file_of_the_library(wheel: ZipFile) -> None:
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "tinygpt").rglob("*") if path.is_file()}
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith("/")}
     assert packed == {file for file in files if "__pycache__" not in file}
+
+
+def test_the_citation_is_of_this_version_and_the_workflow_calls_what_ci_runs() -> None:
+    citation = YAML(typ="safe", pure=True).load(ROOT / "CITATION.cff")
+    assert citation["cff-version"] == "1.2.0"
+    assert {"title", "message", "authors"} <= set(citation)
+    assert (citation["version"], citation["license"]) == (PROJECT["project"]["version"], PROJECT["project"]["license"])
+    workflow = YAML(typ="safe", pure=True).load(ROOT / ".github/workflows/ci.yml")
+    assert workflow["jobs"]["check"]["steps"][-1] == {"run": ".ci/run"}
 
 
 def test_the_same_pythons_are_supported_everywhere() -> None:

@@ -16,10 +16,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from project import ROOT
 
 from tinygpt.corpus.download import Downloaded, download
 from tinygpt.corpus.folders import RawDownload, read_manifest
-from tinygpt.corpus.sources import EMBEDDED, SOURCES, DownloadParams, gutenberg_text, iter_python_docs
+from tinygpt.corpus.sources import EMBEDDED, SIZES, SOURCES, DownloadParams, gutenberg_text, iter_python_docs
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
 
@@ -106,6 +107,13 @@ def test_a_source_that_cannot_be_is_one_line(tmp_path: Path, source: str, messag
 # Named sources
 
 
+def test_every_size_is_a_named_source_with_its_row_in_the_page() -> None:
+    page = (ROOT / "docs/data.md").read_text()
+    for size, name in SIZES.items():
+        assert SOURCES[size] is SOURCES[name]
+        assert re.search(rf"^\| `{size}`, `{name}` \|.* {SOURCES[name].licence} \|", page, re.MULTILINE), size
+
+
 def test_named_sources_say_what_the_other_stages_need() -> None:
     for name, source in SOURCES.items():
         assert source.licence, name
@@ -121,6 +129,8 @@ def test_a_mirror_folder_serves_a_named_source_under_either_name(mirror: Path, t
         with pytest.raises(UserError, match=f"{name} has sha256 .*, expected 86c4e6aa"):  # it was found, and checked
             fill(tmp_path, "tinyshakespeare")
         fill(tmp_path, "tinyshakespeare", sha256=hashlib.sha256(content).hexdigest())
+        assert texts(tmp_path) == {"tinyshakespeare.txt": VERSE}
+        fill(tmp_path, "tiny", sha256=hashlib.sha256(content).hexdigest())  # its size, as a name
         assert texts(tmp_path) == {"tinyshakespeare.txt": VERSE}
         (mirror / name).unlink()
 

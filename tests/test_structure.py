@@ -135,6 +135,17 @@ def test_every_key_of_params_yaml_is_a_field_and_every_field_a_key():
     params.check_params(ROOT / "params.yaml")
 
 
+def test_a_config_in_python_has_the_defaults_of_params_yaml_which_must_name_them_all():
+    document = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    given = params.from_mapping(ModelParams, document["model"])
+    assert config.GPTConfig() == config.GPTConfig(
+        **config.config_fields(given), vocab_size=document["tokenizer"]["vocab_size"]
+    )
+    del document["model"]["n_layer"]
+    with pytest.raises(params.ParamsError, match="missing key n_layer"):
+        params.from_mapping(ModelParams, document["model"])
+
+
 @pytest.mark.parametrize(
     ("cls", "field", "registry"),
     [

@@ -1,7 +1,7 @@
 """Load and check params.yaml: YAML 1.2, strict keys, typed values, every problem in one error.
 
 Each group of params.yaml is a frozen dataclass that lives beside the code it steers and carries its name in
-`group`. Fields without a value in the file are refused, so params.yaml is the only place where defaults stand.
+`group`. Fields without a value in the file are refused, whatever default one has in Python.
 """
 
 from __future__ import annotations

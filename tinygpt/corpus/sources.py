@@ -129,6 +129,8 @@ SOURCES = {
         splits={"TinyStoriesV2-GPT4-train.txt": "train", "TinyStoriesV2-GPT4-valid.txt": "val"},
     ),
 }
+SIZES = {"tiny": "tinyshakespeare", "small": "wikitext-2", "medium": "wikitext-103"}  # names for those who want a size
+SOURCES |= {size: SOURCES[name] for size, name in SIZES.items()}
 
 
 def find_source(name: str) -> Source:

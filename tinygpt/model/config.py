@@ -21,6 +21,7 @@ MLPS = {
     "swiglu": MLPKind("silu", gated=True),
     "relu2": MLPKind("relu2", gated=False),
 }
+DERIVE: Any = None  # given, `__post_init__` puts the derived number in its place
 HIDDEN_MULTIPLE = 32  # a derived n_hidden is a multiple of this, the block length of llama.cpp's q8_0
 
 
@@ -28,33 +29,33 @@ HIDDEN_MULTIPLE = 32  # a derived n_hidden is a multiple of this, the block leng
 class ModelParams:
     """Sizes and switches of one GPT.
 
-    `n_kv_head`, `head_dim` and `n_hidden` may be given as None; afterwards they hold the derived number.
+    `n_kv_head`, `head_dim` and `n_hidden` may be given as None; afterwards they hold the derived number. The defaults
+    are for Python, as in `GPT(GPTConfig(n_layer=8))`; they are those of params.yaml, which itself names all keys.
     """
 
     group: ClassVar[str] = "model"
 
-    n_layer: Annotated[int, Within("[1, 1000]")]  # transformer blocks
-    n_head: Annotated[int, Within("[1, 4096]")]  # query heads in each block
-    n_kv_head: CountOrDerived  # key/value heads: null = n_head (MHA), 1 = MQA, a divisor of n_head between = GQA
-    n_embd: Annotated[int, Within("[1, 131072]")]  # width of the residual stream
-    head_dim: Annotated[int, Within("[1, 65536]"), DERIVED]  # width of one attention head: null = n_embd / n_head
-    n_hidden: Annotated[
-        int, Within("[1, 1048576]"), DERIVED
-    ]  # width inside the MLP: null = 4·n_embd, 8/3·n_embd if gated
-    block_size: Annotated[int, Within("[1, 1073741824]")]  # tokens of context, at most
-    position: Literal["learned", "rope"]  # a learned vector per position, or rotated queries and keys
-    rope_theta: Annotated[float, Within("[1, 1000000000000]")]  # base of the rotation's wavelengths; used by rope only
-    norm: Literal["layernorm", "rmsnorm"]
-    norm_eps: Annotated[float, Within("(0, 1)")]  # added to the variance
-    mlp: Literal["gelu", "swiglu", "relu2"]  # gelu is the tanh approximation, relu2 the square of relu
-    parallel_block: bool  # attention and MLP read the same norm and are added together, not one after the other
-    window: Count | None  # a token sees itself and the window - 1 before; null = all before
-    full_every: Count | None  # with a window: every n-th layer sees all before; null = none
-    bias: Literal["none", "qkv", "all"]  # which linear layers carry one; "all" also gives layernorm its bias
-    qk_norm: bool  # normalize each head's queries and keys before the rotation
-    tie_weights: bool  # the output head shares the token embedding's matrix
-    dropout: Fraction  # share of embedding and residual values set to zero in training
-    attention: Literal["explicit", "sdpa"]  # written out, or PyTorch's fused kernels: same result
+    n_layer: Annotated[int, Within("[1, 1000]")] = 4  # transformer blocks
+    n_head: Annotated[int, Within("[1, 4096]")] = 4  # query heads in each block
+    n_kv_head: CountOrDerived = DERIVE  # key/value heads: null = n_head, 1 = MQA, a divisor of n_head between = GQA
+    n_embd: Annotated[int, Within("[1, 131072]")] = 128  # width of the residual stream
+    head_dim: Annotated[int, Within("[1, 65536]"), DERIVED] = DERIVE  # width of one head: null = n_embd / n_head
+    # width inside the MLP: null = 4·n_embd, 8/3·n_embd if gated
+    n_hidden: Annotated[int, Within("[1, 1048576]"), DERIVED] = DERIVE
+    block_size: Annotated[int, Within("[1, 1073741824]")] = 128  # tokens of context, at most
+    position: Literal["learned", "rope"] = "rope"  # a learned vector per position, or rotated queries and keys
+    rope_theta: Annotated[float, Within("[1, 1000000000000]")] = 10000.0  # base of rope's wavelengths
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: Annotated[float, Within("(0, 1)")] = 1e-5  # added to the variance
+    mlp: Literal["gelu", "swiglu", "relu2"] = "swiglu"  # gelu is the tanh approximation, relu2 the square of relu
+    parallel_block: bool = False  # attention and MLP read the same norm and are added together, not one after the other
+    window: Count | None = None  # a token sees itself and the window - 1 before; null = all before
+    full_every: Count | None = None  # with a window: every n-th layer sees all before; null = none
+    bias: Literal["none", "qkv", "all"] = "none"  # which linear layers carry one; "all" also gives layernorm its bias
+    qk_norm: bool = True  # normalize each head's queries and keys before the rotation
+    tie_weights: bool = False  # the output head shares the token embedding's matrix
+    dropout: Fraction = 0.0  # share of embedding and residual values set to zero in training
+    attention: Literal["explicit", "sdpa"] = "sdpa"  # written out, or PyTorch's fused kernels: same result
 
     def __post_init__(self) -> None:
         if self.n_kv_head is None:
@@ -113,7 +114,7 @@ class ModelParams:
 class GPTConfig(ModelParams):
     """Everything that GPT() needs: the model group and the number of tokens."""
 
-    vocab_size: Count  # ids of the tokenizer, special tokens included
+    vocab_size: Count = 1024  # ids of the tokenizer, special tokens included
 
 
 def derived_hidden(n_embd: int, mlp: str) -> int:

@@ -1,0 +1,80 @@
+"""A model from a text in one call, for notebooks and scripts: the pipeline's stages, run in this process.
+
+    from quickstart import model_from_text
+    model, tokenizer = model_from_text("my.txt", {"train.max_steps": 300}, folder="mine")
+
+    python -m quickstart shakespeare          # presets/shakespeare.yaml, all stages, in the folder shakespeare/
+
+Everything is in a project folder of its own, with a params.yaml of its own: yours and your data/ stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinygpt import paths
+from tinygpt.cli.presets import PRESETS, apply_values
+from tinygpt.errors import UserError, program
+from tinygpt.model.gpt import GPT
+from tinygpt.model.weights import load_model
+from tinygpt.params import PARAMS_FILE, read_groups
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).parent
+TO_A_MODEL = ("download", "clean", "train_tokenizer", "encode", "train")
+AFTER_IT = ("evaluate", "plot", "export", "report")
+
+
+def model_from_text(
+    source: str | Path, params: Mapping[str, Any] | None = None, *, folder: str | Path = "quickstart"
+) -> tuple[GPT, Tokenizer]:
+    """Train on a text and return the model, in eval mode, and its tokenizer.
+
+    `source` is a file, a folder, or a name such as tinyshakespeare; `params` has values by "group.key". Called again
+    with the same values, it reads the finished run. Raises UserError as the stages do.
+    """
+    project = new_project(folder, {**(params or {}), "download.source": str(source)})
+    run_stages(project, *TO_A_MODEL)
+    return load_model(project / paths.MODEL).eval(), load_tokenizer(project / paths.TOKENIZER)
+
+
+def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
+    """Put the project's params.yaml, with some values changed by "group.key", into a folder."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in params.items():
+        group, _, key = name.partition(".")
+        is_file = name == "download.source" and Path(value).exists()
+        groups.setdefault(group, {})[key] = str(Path(value).absolute()) if is_file else value
+    project = Path(folder)
+    project.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ROOT / PARAMS_FILE, project / PARAMS_FILE)
+    apply_values(project / PARAMS_FILE, groups)
+    return project
+
+
+def run_stages(project: Path, *names: str) -> None:
+    """Run stages one after the other."""
+    for name in names:
+        importlib.import_module(f"stages.{name}").run(project)
+
+
+@program
+def main() -> None:
+    """Run a preset's project from the text to the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", help="a file of presets/; the folder gets its name")
+    name = parser.parse_args().preset
+    if not (ROOT / PRESETS / f"{name}.yaml").exists():
+        raise UserError(f"there is no preset {name}: `python -m tinygpt preset` lists them")
+    groups = read_groups(ROOT / PRESETS / f"{name}.yaml")
+    params = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
+    run_stages(new_project(name, params), *TO_A_MODEL, *AFTER_IT)
+
+
+if __name__ == "__main__":
+    main()

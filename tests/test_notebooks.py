@@ -1,0 +1,82 @@
+"""The notebooks: clean as committed, and each runs from its first cell to its last, at small settings."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.manager import KernelManager, start_new_kernel
+from nbclient import NotebookClient
+from project import ROOT, corpus, set_params
+from project import SMALL as PARAMS
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMALL = {"SOURCE": "corpus.txt", "MAX_BYTES": 100_000, "N_EMBD": 32, "STEPS": 25, "VOCABULARIES": [300, 512]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The project by links, with a small corpus and small params, which the notebooks begin with."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "notebooks").mkdir()
+    for name in ("quickstart.py", "requirements.txt", "stages", "tinygpt", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "params.yaml", folder)
+    set_params(folder, {key: value for key, value in PARAMS.items() if key not in ("export.gguf", "model.n_layer")})
+    (folder / "corpus.txt").write_text(corpus(), encoding="utf-8")
+    return folder
+
+
+def small(notebook: Any) -> Any:
+    """The notebook with SMALL in place of its own settings, which one cell has."""
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    names = re.findall(r"^(\w+) =", cell.source, re.MULTILINE)
+    cell.source = "\n".join(f"{name} = {SMALL[name]!r}" for name in names)
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One for all, since each takes seconds to import PyTorch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("DVC_ROOT", raising=False)
+        manager, client = start_new_kernel()
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, folder, kernel):
+    notebook = small(nbformat.read(path, as_version=4))
+    begin = f"%reset -f\nimport os\nos.chdir({str(folder / 'notebooks')!r})\n%env PYTHONPATH={folder}"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(begin))
+    NotebookClient(notebook, timeout=300, km=kernel).execute()
+    outputs = [output for cell in notebook.cells[1:] for output in cell.get("outputs", [])]
+    assert outputs
+    assert not [output for output in outputs if "Traceback" in output.get("text", "")]  # of a program that it ran
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert path.read_text() == json.dumps(json.loads(path.read_text()), indent=1, ensure_ascii=False) + "\n"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert "google.colab" in code[0].source
+    assert {cell.id for cell in notebook.cells} == {
+        f"{path.stem.partition('_')[2]}-{i:02}" for i in range(len(notebook.cells))
+    }
+
+
+def test_links_of_the_notebooks_lead_somewhere():
+    for path in NOTEBOOKS:
+        for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
