@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt import paths
-from tinygpt.cli.presets import PRESETS, apply_values
+from tinygpt.cli.project import PRESETS, apply_values
 from tinygpt.errors import UserError, program
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_model

@@ -39,6 +39,7 @@ from tinygpt.corpus.split import (
     save_cleaned,
     write_splits,
 )
+from tinygpt.errors import UserError
 from tinygpt.params import from_mapping
 
 HERE = Path(__file__).parent
