@@ -1,6 +1,6 @@
 """Load and check params.yaml: YAML 1.2, strict keys, typed values, every problem in one error.
 
-Each group of params.yaml is a frozen dataclass that lives beside the code it steers and carries its name in
+Each group of params.yaml is a frozen dataclass that lives next to the code it steers and carries its name in
 `group`. Fields without a value in the file are refused, whatever default one has in Python.
 """
 

@@ -65,7 +65,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the folder, its fingerprint cut short."""
+        """The folder's name with its fingerprint cut short."""
         return self.folder.name[: SHORT - 16]
 
 

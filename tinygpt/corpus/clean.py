@@ -75,7 +75,7 @@ class CleanParams:
     near_duplicates: Annotated[float, Within("(0, 1]")] | None
     split: Literal["auto", "hash", "tail", "source"]  # hash by document, tail by position in the corpus, auto as fits
     val_fraction: Fraction  # share of validation text, for hash (of documents) and tail (of characters)
-    test_fraction: Fraction  # share of test text, likewise
+    test_fraction: Fraction  # share of test text
     split_seed: Annotated[int, Within("[0, 9007199254740992)")]  # another seed chooses other documents, for hash
 
     def __post_init__(self) -> None:

@@ -45,8 +45,8 @@ class _NeedMoreError(Exception):
 def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> Downloaded:
     """Fill the folder `raw` from the source.
 
-    `root` is the folder that local paths start from; `cache` keeps downloaded files, whole and partial ones. Of a file
-    that can be read from its beginning, no more is transferred than `max_bytes` of text need.
+    `root` is the folder that local paths start from; `cache` keeps downloaded files, whole and partial ones. If a
+    file can be read from its beginning, no more of it is transferred than `max_bytes` of text need.
     """
     beginnings: dict[str, int] = {}  # bytes of the files of which more is needed than at first
     while True:

@@ -1,7 +1,7 @@
 """The step of one sequence, or of several together, as one piece of machine code, by torch.compile.
 
-Of one sequence all of the step's operations become a few loops over memory, so that little more than reading the
-weights is left. Of several, products and attention stay calls of libraries, and what is between them becomes loops.
+With one sequence, all operations of the step become a few loops over memory, so that little more than reading the
+weights is left. With several, products and attention stay calls of libraries, and what is between them becomes loops.
 
 B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them that are read, V vocab_size.
 """

@@ -178,7 +178,7 @@ def apply_filters(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def changed(sampling: Sampling, names: Iterable[str]) -> list[str]:
-    """Of these options those that are not at their default, which a dataclass keeps in its class."""
+    """Those of these options that are not at their default, which a dataclass keeps in its class."""
     return [name for name in names if of(sampling, name) != of(type(sampling), name)]
 
 

@@ -28,7 +28,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """PyTorch's without its initial values, likewise."""
+    """PyTorch's without its initial values, as above."""
 
     def reset_parameters(self) -> None:
         """Leave the weights unset."""

@@ -43,7 +43,7 @@ FLOAT = 4  # bytes of a float32, in which weights and gradients are kept
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Of one training step, and of generation with one sequence."""
+    """What one training step takes, and generation with one sequence."""
 
     weights: int  # adapters included
     gradients: int  # of what is trained

@@ -25,7 +25,7 @@ N_ALTERNATIVES = 20  # that the page shows for a token
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the last n of some ids, in nats, by what is before them; the others have nothing there, or too much."""
+    """The last n ids of some, scored in nats by what is before them; others have nothing there, or too much."""
 
     logprobs: NDArray[np.float32]  # (n,)
     best: NDArray[np.int32]  # (n, k), the likeliest ids at its place
