@@ -1,6 +1,7 @@
-"""Logs of TensorBoard, Weights & Biases and MLflow, read back with their own readers."""
+"""Logs of TensorBoard, Weights & Biases, MLflow and DVCLive, read back with their own readers."""
 
 import dataclasses
+import html
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RUNTIME, tiny_config
+from ruamel.yaml import YAML
 from test_train import PARAMS, fit, make_trainer, runs_in_tmp, same, train  # noqa: F401
 
 from tinygpt.errors import UserError
@@ -166,7 +168,10 @@ def wandb_run(path: Path) -> tuple[object, list[dict[str, float]]]:
         records = list(wandb_records(path))
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
     rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
-    return run, [{"".join([i.key, *i.nested_key]): float(i.value_json) for i in row} for row in rows]
+    return run, [
+        {"".join([i.key, *i.nested_key]): float(i.value_json) for i in row if not i.nested_key or i.key != "sample"}
+        for row in rows
+    ]
 
 
 def wandb_curve(rows, number: str) -> list[tuple[int, float]]:
@@ -229,7 +234,46 @@ def test_mlflow_goes_where_its_own_settings_say(folder, tmp_path, monkeypatch):
     assert not (folder / "mlflow").exists()
 
 
+# ---- DVCLive ----
+
+
+def test_dvclive_has_each_evaluation_once_also_after_a_kill(folder):
+    pytest.importorskip("dvclive")
+    trained = logged_twice("dvclive")
+    evaluated = [row for row in trained.state.rows if row["val_loss"] is not None]
+    assert len(evaluated) < len(trained.state.rows)
+    for number in NUMBERS:
+        lines = (folder / f"dvclive/plots/metrics/{number}.tsv").read_text().splitlines()[1:]
+        found = [(int(step), float(value)) for step, value in (line.split("\t") for line in lines)]
+        assert found == curve(evaluated, number)
+    assert YAML(typ="safe").load(folder / "dvclive/params.yaml")["model.n_layer"] == 2
+
+
 # ---- all of them ----
+
+
+TEXT = "<b>bold</b> & plain\n\n# once upon a time\n"
+SAMPLES = {  # where each has the text of step 2
+    "tensorboard": lambda folder: tensorboard_log(folder).Tensors("sample")[-1].tensor_proto.string_val[0].decode(),
+    "wandb": lambda folder: html.unescape(next(folder.glob("wandb/*/files/media/html/sample_2_*.html")).read_text()),
+    "mlflow": lambda folder: next(folder.glob("mlflow/**/samples/0000002.txt")).read_text(),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_are_in_the_log(name, folder):
+    pytest.importorskip(name)
+    folder.mkdir(parents=True)
+    rows = [{"step": step, "train_loss": 1.0, "val_loss": 2.0} for step in range(3)]
+    samples = [{"step": 0, "text": "first"}, {"step": 2, "text": TEXT}]
+    with Loggers([name], folder, tiny_config(), PARAMS) as loggers:
+        loggers(TrainState(step=0, rows=rows[:1], samples=samples[:1]))
+        loggers(TrainState(step=2, rows=rows, samples=samples, seconds=1.0))
+    assert TEXT in SAMPLES[name](folder)
+    with Loggers([name], folder, tiny_config(), PARAMS) as loggers:  # begun again: not written twice
+        loggers(TrainState(step=2, rows=rows, samples=samples))
+    if name == "tensorboard":
+        assert [event.step for event in tensorboard_log(folder).Tensors("sample")] == [0, 2]
 
 
 def test_choices_are_the_keys_of_the_registry():
@@ -263,7 +307,8 @@ def test_a_finished_run_is_written_without_training(folder):
 def test_a_log_that_cannot_be_opened_costs_one_line(name, folder, monkeypatch, capsys):
     pytest.importorskip(name)
     folder.mkdir(parents=True)
-    (folder / "tensorboard").write_text("no folder")
+    for place in ("tensorboard", "dvclive"):
+        (folder / place).write_text("no folder")
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nobody listens
     assert logged(name).state.step == PARAMS.max_steps

@@ -26,7 +26,9 @@ class RuntimeParams:
     compile: bool  # training steps by torch.compile: an eighth less time for each, seconds to begin with
     cuda_graphs: bool  # on a GPU the compiled forward and backward pass, recorded once and replayed
     log_every: Count  # steps between two lines of the training log
-    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...]  # programs that show the curve; [] for none
+    log_to: tuple[
+        Literal["tensorboard", "wandb", "mlflow", "dvclive"], ...
+    ]  # programs that show the curve; [] for none
 
     def __post_init__(self) -> None:
         alone = self.n_process == 1 and self.micro_batch_size is None  # else gradients outlive the pass they are of

@@ -1,12 +1,13 @@
-"""Places that show the numbers of a training while it runs: TensorBoard, Weights & Biases, MLflow.
+"""Places that show a training while it runs: TensorBoard, Weights & Biases, MLflow, DVCLive.
 
 Each writes into the folder of the run, unless its own environment variables name another place, and gets the curve row
-by row. When a run goes on, what a log lacks of the curve is written first, and what it has is not written twice.
+by row, and the samples. When a run goes on, what a log lacks is written first, and what it has is not written twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import html
 import importlib.util
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tinygpt.errors import UserError, printable
+from tinygpt.files import fenced
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
 from tinygpt.run.folder import read_name
@@ -46,7 +48,7 @@ class Loggers:
         self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
         self._tokens_per_step = params.batch_size * config.block_size
         self._loggers: dict[str, Logger] = {}
-        self._n_rows = 0  # of the curve, handed on
+        self._n_rows = self._n_samples = 0  # of the curve and of its samples, handed on
         self._since: tuple[int, float] | None = None  # tokens and seconds at the last of them
 
     def __enter__(self) -> Loggers:
@@ -61,6 +63,7 @@ class Loggers:
     def __call__(self, state: TrainState) -> None:
         """Write what is new of the curve, with the speed since the row before it where this start has measured that."""
         rows, self._n_rows = state.rows[self._n_rows :], len(state.rows)
+        samples, self._n_samples = state.samples[self._n_samples :], len(state.samples)
         if self._since is not None and not rows:
             return
         speed, tokens = {}, state.step * self._tokens_per_step
@@ -68,7 +71,7 @@ class Loggers:
             speed = {"tokens_per_s": (tokens - self._since[0]) / (state.seconds - self._since[1])}
         self._since = tokens, state.seconds
         for name, logger in list(self._loggers.items()):
-            self._attempt(name, _write, logger, rows, speed)
+            self._attempt(name, _write, logger, rows, speed, samples)
 
     def _open(self, name: str) -> None:
         self._loggers[name] = LOGGERS[name](self._folder, self._params)
@@ -82,12 +85,17 @@ class Loggers:
             self._loggers.pop(name, None)
 
 
-def _write(logger: Logger, rows: list[dict[str, float | None]], speed: dict[str, float]) -> None:
+def _write(
+    logger: Logger, rows: list[dict[str, float | None]], speed: dict[str, float], samples: list[dict[str, Any]]
+) -> None:
+    texts = {sample["step"]: sample["text"] for sample in samples}
     for row in rows:
         numbers = {name: number for name, number in row.items() if number is not None}
         step = int(numbers.pop("step"))
         if step > logger.last_step:
             logger.write(step, numbers | speed)
+            if step in texts:
+                logger.write_text(step, texts[step])
 
 
 def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +133,11 @@ class TensorBoard:
 
         values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
         self._add(step=step, summary=Summary(value=values))
+
+    def write_text(self, step: int, text: str) -> None:
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._add(step=step, summary=text_pb("sample", fenced(text)))  # it shows Markdown
 
     def close(self, finished: bool) -> None:
         self._writer.close()
@@ -167,6 +180,11 @@ class WandB:
     def write(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)
 
+    def write_text(self, step: int, text: str) -> None:
+        import wandb
+
+        self._run.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
+
     def close(self, finished: bool) -> None:
         """Online, this waits until all is sent."""
         self._run.finish(exit_code=0 if finished else 1)
@@ -207,12 +225,42 @@ class MLflow:
         now = int(time.time() * 1000)  # milliseconds since 1970
         self._client.log_batch(self._id, metrics=[Metric(name, number, now, step) for name, number in numbers.items()])
 
+    def write_text(self, step: int, text: str) -> None:
+        self._client.log_text(self._id, text, f"samples/{step:07}.txt")
+
     def close(self, finished: bool) -> None:
         """Leave the run as FINISHED or KILLED."""
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
 
 
+class DVCLive:
+    """DVC's own log, which Studio shows: in runs/<fingerprint>/dvclive, of evaluations only, as each takes it 30 ms."""
+
+    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
+        from dvclive.live import Live
+
+        place = folder / "dvclive"
+        self._live = Live(str(place), resume=place.exists(), report=None, save_dvc_exp=False, dvcyaml=None)
+        self.last_step = self._live.step - 1
+        if self.last_step < 0:
+            self._live.log_params(params)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        if "val_loss" in numbers:
+            self._live.step = step
+            for name, number in numbers.items():
+                self._live.log_metric(name, number)
+            self._live.next_step()
+
+    def write_text(self, step: int, text: str) -> None:
+        """It has no place for texts."""
+
+    def close(self, finished: bool) -> None:
+        """Without an experiment of its own: that is what `dvc exp run` makes."""
+        self._live.end()
+
+
 # Each is made from the run's folder, which its fingerprint names, and its params. `last_step` is the newest that its
 # log has from an earlier start, or -1.
-Logger = TensorBoard | WandB | MLflow
-LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+Logger = TensorBoard | WandB | MLflow | DVCLive
+LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "dvclive": DVCLive}
