@@ -157,7 +157,7 @@ def test_a_ready_tokenizer_keeps_its_ids(tmp_path):
     assert taken.encode(TEXT) == [i - 1 for i in ours.encode(TEXT)]
     taken.save(tmp_path)
     assert load_tokenizer(tmp_path).encode(TEXT) == taken.encode(TEXT)
-    with pytest.raises(UserError, match=r"tokenizer.special_tokens names <\|pad\|>, which .*gpt2.json has not"):
+    with pytest.raises(UserError, match=r"tokenizer.special_tokens names <\|pad\|>, which .*gpt2.json does not have"):
         take_tokenizer(dataclasses.replace(params, special_tokens=(PAD,)))
     with pytest.raises(UserError, match=r"tokenizer.from_file=.*none.json not found"):
         take_tokenizer(dataclasses.replace(params, from_file=str(tmp_path / "none.json")))

@@ -68,3 +68,10 @@ def test_nothing_is_mended_while_a_dvc_is_at_work(here, command):
     with subprocess.Popen(["dvc", "99"], executable=sleep, cwd=here.parent) as process:  # in another folder
         assert "it is removed" in command("mend").stdout
         process.kill()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_dvc_runs(here, command, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as for anybody but root
+    said = command("mend")
+    assert said.returncode == 1
+    assert said.stderr.startswith(f"error: {here} cannot be written to: `chown` it")

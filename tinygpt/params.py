@@ -133,7 +133,7 @@ def check_names(names: Iterable[str]) -> None:
     fields = {group: sorted(_field_names(find_class(group))) for group in GROUPS}
     problems = []
     for name in names:
-        group, field, *_ = [*name.split("."), ""]
+        group, field, *_ = f"{name}.".split(".")
         if group not in fields:
             problems.append(_unknown(group, list(fields), ""))
         elif field not in fields[group]:
@@ -154,8 +154,7 @@ def _unknown(key: str, known: Sequence[str], prefix: str) -> str:
 
 def nearest(name: str, known: Sequence[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
     """` (did you mean model.n_layer?)` where a name is near, else nothing."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f" (did you mean {prefix}{near[0]}?)" if near else ""
+    return "".join(f" (did you mean {prefix}{near}?)" for near in difflib.get_close_matches(name, known, 1, cutoff))
 
 
 def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "") -> T:

@@ -91,8 +91,10 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
 def mend(args: Namespace) -> None:
     """Put git's version in the place of each file that was cut off, or nothing where git has none, and say so.
 
-    Raises UserError where a DVC is at work, which may just be writing it.
+    Raises UserError where a DVC is at work, which may just be writing it, and where nothing can be written at all.
     """
+    if not os.access(TEMPORARY if TEMPORARY.exists() else TEMPORARY.parent, os.W_OK):
+        raise UserError(f"{Path.cwd()} cannot be written to: `chown` it, or clone the project into a folder of yours")
     if cut_off():
         with no_dvc():
             for path in cut_off():
