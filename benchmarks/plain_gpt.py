@@ -1,11 +1,11 @@
 """Validation loss of params.yaml's run beside a plain GPT of the same size, trained with AdamW for the same time.
 
-    dvc repro encode && python -m benchmarks.plain_gpt
+    dvc repro encode && python -m benchmarks.plain_gpt --curve docs/figures/plain_gpt.csv
 
 The plain GPT is put together from torch.nn's own transformer layers: learned positions, LayerNorm with biases and GELU,
 as GPT-2 has it; its head is tied to the embedding where params.yaml ties it. It sees the same tokens in the same order
 and has AdamW with the same betas, decay and clipping; it is given several learning rates, of which the best counts.
-Both are timed in training alone, without evaluation.
+Both are timed in training alone, without evaluation. The curve has the validation loss of both by seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -38,7 +39,10 @@ from tinygpt.train.loss import autocast, pick_precision
 from tinygpt.train.trainer import Trainer
 
 TOKENS_DIR = Path("data/tokens")
+N_LOOKS = 20  # at the validation split, on the way
 WARMUP = 0.05  # share of the time in which the plain GPT's learning rate rises; then a cosine to a tenth
+
+Curve = list[tuple[float, float]]  # seconds of training, validation loss
 
 
 class PlainGPT(nn.Module):
@@ -89,17 +93,30 @@ def backward(model: nn.Module, batch: NDArray[np.int64], precision: str, device:
 
 
 def train_plain(
-    config: GPTConfig, params: TrainParams, batches: Batches, device: torch.device, *, lr: float, seconds: float
-) -> tuple[nn.Module, int]:
-    """Train for `seconds`, in the precision of params.yaml; return the model and the number of steps."""
+    config: GPTConfig,
+    params: TrainParams,
+    batches: Batches,
+    val_batch: NDArray[np.int64],
+    device: torch.device,
+    *,
+    lr: float,
+    seconds: float,
+) -> tuple[nn.Module, int, Curve]:
+    """Train for `seconds`, in the precision of params.yaml; return the model, the number of steps and the curve."""
     torch.manual_seed(params.seed)
     model, precision = PlainGPT(config).to(device), pick_precision(params.precision, device, config.n_embd)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "emb" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "emb" not in n)]
     groups = [{"params": matrices, "weight_decay": params.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=params.betas, fused=True)
+    curve: Curve = [(0.0, validation_loss(model.eval(), val_batch))]
     began, step = time.perf_counter(), 0
     while (gone := (time.perf_counter() - began) / seconds) < 1:
+        if gone * N_LOOKS >= len(curve):
+            paused = time.perf_counter()
+            curve.append((gone * seconds, validation_loss(model.eval(), val_batch)))
+            began += time.perf_counter() - paused
+        model.train()
         rise = min(1.0, (gone + 1e-3) / WARMUP)
         fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, gone - WARMUP) / (1 - WARMUP)))
         for group in optimizer.param_groups:
@@ -109,7 +126,7 @@ def train_plain(
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-    return model.eval(), step
+    return model.eval(), step, [*curve, (seconds, validation_loss(model.eval(), val_batch))]
 
 
 @torch.inference_mode()
@@ -138,6 +155,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3], help="of the plain GPT")
+    parser.add_argument("--curve", type=Path, metavar="FILE", help="write the validation losses by seconds: a .csv")
     args = parser.parse_args()
     model_params, params, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
     config = GPTConfig(**config_fields(model_params), vocab_size=load_meta(TOKENS_DIR).vocab_size)
@@ -155,15 +173,25 @@ def main() -> None:
             validation_loss(trainer.learner.model, rows),
         )
     ]
+    share = seconds / params.max_steps
+    val_losses = [
+        ((row["step"] or 0) * share, row["val_loss"]) for row in trainer.state.rows if row["val_loss"] is not None
+    ]
+    curves = {"tinygpt": val_losses}
     for lr in args.lrs:
         batches = Batches(tokens["train"], seq_len=config.block_size, batch_size=params.batch_size, seed=params.seed)
-        plain, steps = train_plain(config, params, batches, trainer.learner.device, lr=lr, seconds=seconds)
+        device = trainer.learner.device
+        plain, steps, curve = train_plain(config, params, batches, trainer.val_batch, device, lr=lr, seconds=seconds)
+        curves[f"plain GPT, lr {lr:g}"] = curve
         n_params = sum(p.numel() for p in plain.parameters())
         table.append(("plain GPT", lr, n_params, steps, validation_loss(plain, rows)))
     print(f"\n| model | lr | weights | steps in {seconds:.0f} s | validation loss (nats per token) |")
     print("|---|---|---|---|---|")
     for name, lr, n_params, steps, loss in table:
         print(f"| {name} | {lr:g} | {n_params:,} | {steps:,} | {loss:.4f} |")
+    if args.curve:
+        losses = [(name, f"{at:.2f}", f"{loss:.4f}") for name, curve in curves.items() for at, loss in curve]
+        pd.DataFrame(losses, columns=["model", "seconds", "val_loss"]).to_csv(args.curve, index=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The figures of docs/theory.md, from the library's own functions and the default run's reports.
+"""The figures of docs/theory.md and the README, from the library's own functions and the default run's reports.
 
 python -m docs.figures          # writes docs/figures/*.svg
+
+The plain GPT's curve is in docs/figures/plain_gpt.csv, which benchmarks/plain_gpt.py writes.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -24,6 +27,8 @@ from tinygpt.train.optim import N_ITERATIONS, NEWTON_SCHULZ, SCHEDULES, lr_frac_
 
 FOLDER = Path("docs/figures")
 COLORS = (BLUE, VERMILION, GREEN, GREY)
+STAGES = ("download", "clean", "train_tokenizer", "encode", "train", "evaluate", "plot", "export", "report")
+ARROW = 3  # letters between two stages
 TOKENS_A_STEP = 1024 / 1e6  # of the default run, in millions
 
 
@@ -98,12 +103,36 @@ def loss() -> Figure:
     return figure
 
 
+def overview() -> Figure:
+    """The stages, and below them the validation loss of the default run next to a plain GPT's, by seconds."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    top, axes = figure.subplots(2, 1, height_ratios=(1, 4))
+    top.axis("off")
+    ends = [0.0]  # of what is drawn so far, in letters
+    for stage in STAGES:
+        width = max(map(len, stage.split("_"))) + 2
+        box = {"boxstyle": "round", "facecolor": "white", "edgecolor": BLUE if stage == "train" else GREY}
+        top.text(ends[-1] + width / 2, 0, stage.replace("_", "\n"), ha="center", va="center", bbox=box)
+        ends.append(ends[-1] + width + ARROW)
+    for end in ends[1:-1]:
+        top.text(end - ARROW / 2, 0, "→", ha="center", va="center", color=GREY)
+    top.set(xlim=(0, ends[-1] - ARROW), ylim=(-1, 1))
+    curves = pd.read_csv(FOLDER / "plain_gpt.csv")
+    for (model, curve), color, style in zip(curves.groupby("model", sort=False), COLORS, ("-o", "--s"), strict=False):
+        axes.plot(curve.seconds, curve.val_loss, style, color=color, markersize=3.5, label=model)
+    title = "The default run next to a plain GPT of the same size, text and time"
+    axes.set(xlabel="seconds of training on two cores", ylabel="validation loss (nats per token)", title=title)
+    axes.legend()
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "rope": rope,
     "newton_schulz": newton_schulz,
     "schedules": schedules,
     "sampling": sampling,
     "loss": loss,
+    "overview": overview,
 }
 
 
