@@ -14,7 +14,7 @@ from tinygpt.files import atomic_folder, atomic_write, fenced, human_bytes, writ
 from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
 from tinygpt.train.trainer import Trained, Trainer, TrainState
 
-METRICS = ("val_loss", "n_params", "tokens", "seconds", "tokens_per_s", "peak_mem_gib")  # that DVC shows
+METRICS = ("val_loss", "n_params", "seconds", "tokens_per_s", "peak_mem_gib")  # that DVC shows
 
 
 def publish(
