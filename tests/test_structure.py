@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -229,3 +230,8 @@ def test_the_readme_is_short_and_gives_the_size_of_the_library_and_of_the_files_
     to_read = re.findall(r"^\| `(tinygpt/\S+)` \| (\d+) \|", readme, re.MULTILINE)
     assert len(to_read) == 10
     assert to_read == [(path, str(n_lines(ROOT / path))) for path, _ in to_read]
+
+
+def test_dvc_shows_at_most_ten_metrics():
+    metrics = [json.loads(path.read_text()) for path in (ROOT / "reports/metrics").glob("*.json")]
+    assert 0 < sum(map(len, metrics)) <= 10
