@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from project import commit, environment, run, succeed, wait_until
+from project import ROOT, commit, environment, run, succeed, wait_until
 from test_pipeline import STAGES, ran
 
 from sweeps.optuna_sweep import run_experiment
@@ -63,6 +63,14 @@ def test_what_waits_has_no_metrics(here, command):
     rows = rows_of(command("compare").stdout)
     assert rows["experiment"][:4] == ["experiment", "state", "model.n_layer", "val_loss"]
     assert sorted(row[1:4] for row in rows.values() if "Queued" in row) == [["Queued", "2", "-"], ["Queued", "3", "-"]]
+
+
+def test_the_python_of_the_page_shows_params_metrics_and_the_curve(project):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), re.DOTALL)
+    (project.parent / "page.py").write_text(code)
+    said = succeed(f"python {project.parent / 'page.py'}", project).splitlines()
+    assert re.fullmatch(r"1 layers: \d\.\d+ bits per byte", said[0])
+    assert said[1].startswith("workspace ") and said[-1].startswith("step,train_loss,val_loss")
 
 
 def test_a_sweep_whose_trial_is_interrupted_goes_on_from_its_checkpoint(project):
