@@ -1,0 +1,210 @@
+"""Validation bits per byte of many small runs: by width, steps, text, size of the text, vocabulary and rates.
+
+    python -m benchmarks.scaling --out FOLDER --text shakespeare=tinyshakespeare.txt --text german=FOLDER [...]
+
+Each run goes through the stages from `download` to `train`, with params.yaml but for what its row in GRID says. Texts
+are a source each, as `download.source` takes them; `python-docs` needs no file. A run that is in the table is not run
+again, and one that was stopped goes on, so this can be stopped and started at will. Losses by steps do not depend on
+how fast the machine is, nor on what else it does.
+
+The table, benchmarks/scaling.csv, has four texts: python-docs; tiny Shakespeare; code, the modules of Python's standard
+library (3.11.7, without tests); german, the manual pages of Debian's manpages-de 4.18.1-1 without comments and fonts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+from filelock import FileLock
+from ruamel.yaml import YAML
+
+from tinygpt.errors import program
+from tinygpt.files import read_json
+from tinygpt.tokens import load_meta
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path(__file__).with_name("scaling.csv")
+WIDTHS = {64: 2, 96: 3, 128: 4, 192: 5, 256: 6}  # n_embd: n_layer
+HEAD_DIM = 32
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: the text and what differs from params.yaml."""
+
+    text: str
+    max_steps: int
+    n_embd: int = 128
+    max_bytes: int = 10_000_000  # of the text
+    vocab_size: int = 1024
+    block_size: int = 128
+    batch_size: int = 8
+    lr_times: float = 1.0  # times the rule of the width
+    dropout: float = 0.0
+    weight_decay: float = 0.1
+    shuffle_documents: bool = False
+    ema: float = 0.0  # decay; 0 = none
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        """One folder each."""
+        return "-".join(str(value) for value in asdict(self).values())
+
+    def params(self) -> dict[str, object]:
+        """What to set in params.yaml."""
+        scale = self.lr_times * math.sqrt(128 / self.n_embd)
+        return {
+            "model.n_layer": WIDTHS[self.n_embd],
+            "model.n_head": self.n_embd // HEAD_DIM,
+            "model.n_embd": self.n_embd,
+            "model.block_size": self.block_size,
+            "model.dropout": self.dropout,
+            "train.max_steps": self.max_steps,
+            "train.batch_size": self.batch_size,
+            "train.warmup_steps": min(20, self.max_steps // 10),
+            "train.lr": 8e-3 * scale,
+            "train.embedding_lr": 0.03 * scale,
+            "train.weight_decay": self.weight_decay,
+            "train.shuffle_documents": self.shuffle_documents,
+            "train.ema": {"decay": self.ema, "start": self.max_steps // 2} if self.ema else None,
+            "train.eval_every": self.max_steps // 8,
+            "train.eval_tokens": 50_000,
+            "train.save_every": self.max_steps // 4,
+            "train.sample_tokens": 0,
+            "train.precision": "fp32",
+            "train.seed": self.seed,
+        }
+
+
+def grid(texts: list[str]) -> Iterator[Trial]:
+    """Every run, the most telling first: widths and steps, then sizes of the text, vocabularies, rates, batches."""
+    for steps, widths in ((400, (64, 96, 128)), (200, (128, 192)), (800, (64, 128)), (1600, (64, 96, 128))):
+        yield from (Trial(text, steps, n_embd=width) for width in widths for text in texts)
+    for steps in (400, 1600):  # a small text, seen again and again, and what helps there
+        for size in (200_000, 700_000):
+            small = [Trial(text, steps, max_bytes=size) for text in texts]
+            yield from small
+            yield from (replace(trial, dropout=0.2) for trial in small[1:])
+            yield from (replace(trial, weight_decay=0.4) for trial in small[1:3])
+    for text in texts[1:]:
+        yield from (Trial(text, 800, vocab_size=size) for size in (512, 2048, 4096))
+    for text in texts[:3]:
+        yield from (Trial(text, 400, n_embd=width, lr_times=times) for width in (64, 192) for times in (0.6, 1.6))
+        yield from (Trial(text, 400, lr_times=times) for times in (0.6, 1.6))
+        yield Trial(text, 400, batch_size=16)
+        yield Trial(text, 400, block_size=256)
+        yield Trial(text, 800, ema=0.98)
+    yield from (Trial(text, 1600, shuffle_documents=True) for text in texts[1:])
+    yield from (Trial(text, 800, n_embd=192) for text in texts)
+    yield from (Trial(text, 400, n_embd=256) for text in texts)
+    yield from (Trial(text, 400, seed=2) for text in texts)
+
+
+def prepare(trial: Trial, source: str, out: Path) -> Path:
+    """A folder with the text's tokens, which trials with the same text and vocabulary share."""
+    folder = out / f"text-{trial.text}-{trial.max_bytes}-{trial.vocab_size}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            changes = {"download.source": source, "download.max_bytes": trial.max_bytes}
+            write_params(folder, {**changes, "tokenizer.vocab_size": trial.vocab_size, "runtime.n_worker": 1})
+            run_stages(folder, "download", "clean", "train_tokenizer", "encode")
+            (folder / "done").touch()
+    return folder
+
+
+def write_params(folder: Path, changes: dict[str, object]) -> None:
+    """Our params.yaml with other values."""
+    yaml = YAML()
+    document = yaml.load(ROOT / "params.yaml")
+    for name, value in changes.items():
+        group, key = name.split(".")
+        document[group][key] = value
+    document["runtime"]["n_thread"] = 1
+    yaml.dump(document, folder / "params.yaml")
+
+
+def run_stages(folder: Path, *names: str) -> None:
+    """Run stages in a folder, as a program."""
+    code = "import sys, pathlib, importlib\nfor n in sys.argv[2:]: "
+    code += "importlib.import_module('stages.' + n).run(pathlib.Path(sys.argv[1]))"
+    environment = os.environ | {"DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "a") as log:
+        command = [sys.executable, "-c", code, str(folder), *names]
+        subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
+
+
+def measure(trial: Trial, source: str, out: Path) -> dict[str, object]:
+    """Train, and return the row of the table."""
+    text, folder = prepare(trial, source, out), out / trial.name
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name in ("tokens", "tokenizer"):
+        if not (folder / "data" / name).exists():
+            (folder / "data" / name).symlink_to(text / "data" / name)
+    write_params(folder, trial.params())
+    run_stages(folder, "train")
+    report, meta = read_json(folder / "reports/train.json", stage="train"), load_meta(text / "data/tokens")
+    val, train = meta.val, meta.train
+    bits = val.tokens / val.bytes / math.log(2)
+    return asdict(trial) | {
+        "n_params": report["n_params"],
+        "vocab": meta.vocab_size,
+        "train_bytes": train.bytes,
+        "train_tokens": train.tokens,
+        "tokens": report["tokens"],
+        "epochs": round(report["epochs"], 3),
+        "best_step": report["best_step"],
+        "val_bpb": round(report["val_loss"] * bits, 4),
+        "last_val_bpb": round(report["last_val_loss"] * bits, 4),
+        "train_bpb": round(report["last_train_loss"] * train.tokens / train.bytes / math.log(2), 4),
+        "seconds": round(report["seconds"], 1),
+    }
+
+
+@program
+def main() -> None:
+    """Run what is not in the table yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=SOURCE", help="a text, again for each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    arguments = parser.parse_args()
+    sources = {"python-docs": "python-docs"} | dict(text.split("=", 1) for text in arguments.text)
+    rows = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
+    done = {tuple(row[key] for key in asdict(Trial("", 1))) for row in rows}
+    trials = [each for each in dict.fromkeys(grid(list(sources))) if tuple(map(str, asdict(each).values())) not in done]
+    print(f"{len(rows)} runs are in {TABLE.name}, {len(trials)} are left")
+    lock = Lock()
+
+    def run(trial: Trial) -> None:
+        try:
+            row = measure(trial, sources[trial.text], arguments.out.resolve())
+        except subprocess.CalledProcessError:
+            print(f"{trial.name} failed: see its log in {arguments.out}")
+            return
+        with lock:
+            rows.append({key: str(value) for key, value in row.items()})
+            with TABLE.open("a", newline="") as file:
+                writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
+            print(f"{len(rows)}: {trial.name} {row['val_bpb']} bits per byte at step {row['best_step']}", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(run, trials))
+
+
+if __name__ == "__main__":
+    main()
