@@ -200,6 +200,16 @@ def test_a_cohere2_with_layers_that_do_not_rotate_is_refused(changes, message, t
         read_hf(tmp_path)
 
 
+def test_only_rows_that_come_twice_are_compared(tmp_path, monkeypatch):
+    compared, allclose = [], torch.allclose
+    monkeypatch.setattr(
+        torch, "allclose", lambda a, b, *args, **more: compared.append(a) or allclose(a, b, *args, **more)
+    )
+    saved(MODELS["llama"], tmp_path)
+    read_hf(tmp_path)
+    assert not compared
+
+
 def test_a_bias_that_does_not_fit_is_forgotten_before_the_next_is_tried(tmp_path, monkeypatch):
     collected, made = layout._collected, []
 
