@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import os
 import signal
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_where_files_are_cut_makes_no_difference(
     [
         ("a.jsonl", "".join(json.dumps({"text": f"é{i}"}) + "\n" for i in range(50)), {}),
         ("a.txt", "".join(f"text {i}\n<|endoftext|>\n" for i in range(50)), {"separator": "<|endoftext|>"}),
+        ("a.txt", "".join(f"text {i}\r\n<|endoftext|>\r\n" for i in range(50)), {"separator": "<|endoftext|>"}),
         ("a.txt", "".join(f" = {i} = \n\n some text\n" for i in range(50)), {"document_start": WIKI_START}),
     ],
 )
@@ -69,6 +71,23 @@ def test_a_large_file_is_cut(tmp_path: Path, name: str, content: str, rule: dict
     texts, n_shards = documents(raw, 100, newlines=True)
     assert len(texts) == 50
     assert 5 <= n_shards <= 20
+
+
+@pytest.mark.parametrize("rule", [{"separator": "\n\n"}, {"document_start": WIKI_START}])
+def test_what_is_before_a_border_is_not_read_again_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: dict[str, str]
+) -> None:
+    read: list[object] = []
+
+    class Watched(mmap.mmap):
+        def __getitem__(self, part: object) -> object:
+            read.append(part)
+            return super().__getitem__(part)  # type: ignore[index]
+
+    monkeypatch.setattr(mmap, "mmap", Watched)
+    content = "\n\n" + "".join(f" = {i} = \n\n some text\n\n" for i in range(1000))
+    documents(make_raw(tmp_path, {"a.txt": content.encode()}, **rule), 4000, newlines=True)
+    assert len(read) <= 1
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import fsspec
 import pytest
 from test_sources import fill, texts
 
+from tinygpt.corpus import download
 from tinygpt.errors import UserError
 
 
@@ -78,3 +79,17 @@ def test_no_more_is_copied_than_max_bytes_need(bucket, tmp_path):
     assert copied.stat().st_size < 140_000
     fill(tmp_path, "memory://bucket/big")
     assert [len(text) for text in texts(tmp_path).values()] == [900_000, 900_000, 150]
+
+
+def test_a_file_of_untold_size_that_is_short_is_whole(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(bucket), "size", lambda *_: None)
+    copy, copied = download._copy_from_bucket, []
+
+    def once(*args):
+        assert not copied  # else more of it is asked for again and again
+        copied.append(copy(*args))
+        return copied[0]
+
+    monkeypatch.setattr(download, "_copy_from_bucket", once)
+    fill(tmp_path, "memory://bucket/a/x.txt", max_bytes=1500)
+    assert texts(tmp_path) == {"x.txt": "one\n"}

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import weakref
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_files import in_child
 
 from tinygpt.errors import UserError
-from tinygpt.export import folders
+from tinygpt.export import folders, layout
 from tinygpt.export.folders import write_base
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.model.gpt import GPT
@@ -197,6 +198,31 @@ def test_a_cohere2_with_layers_that_do_not_rotate_is_refused(changes, message, t
     (tmp_path / "config.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match=message):
         read_hf(tmp_path)
+
+
+def test_only_rows_that_come_twice_are_compared(tmp_path, monkeypatch):
+    compared, allclose = [], torch.allclose
+    monkeypatch.setattr(
+        torch, "allclose", lambda a, b, *args, **more: compared.append(a) or allclose(a, b, *args, **more)
+    )
+    saved(MODELS["llama"], tmp_path)
+    read_hf(tmp_path)
+    assert not compared
+
+
+def test_a_bias_that_does_not_fit_is_forgotten_before_the_next_is_tried(tmp_path, monkeypatch):
+    collected, made = layout._collected, []
+
+    def watched(*args):
+        assert not [tensor for tensor in made if tensor() is not None]
+        ours, wrong = collected(*args)
+        made.append(weakref.ref(ours["tok_emb.weight"]))
+        return ours, wrong
+
+    monkeypatch.setattr(layout, "_collected", watched)
+    saved(MODELS["gpt2"], tmp_path)
+    config, _ = read_hf(tmp_path)
+    assert config.bias == "all" and len(made) == 3
 
 
 def test_a_tensor_that_is_in_no_module_is_told(tmp_path):

@@ -249,6 +249,16 @@ def test_dvclive_has_each_evaluation_once_also_after_a_kill(folder):
     assert YAML(typ="safe").load(folder / "dvclive/params.yaml")["model.n_layer"] == 2
 
 
+def test_dvclive_has_the_first_evaluation_once_though_nothing_came_after_it(folder):
+    pytest.importorskip("dvclive")
+    folder.mkdir(parents=True)
+    state = TrainState(step=0, rows=[{"step": 0, "train_loss": None, "val_loss": 2.0}])
+    for _ in range(2):
+        with Loggers(["dvclive"], folder, tiny_config(), PARAMS) as loggers:
+            loggers(state)
+    assert (folder / "dvclive/plots/metrics/val_loss.tsv").read_text().splitlines()[1:] == ["0\t2.0"]
+
+
 # ---- all of them ----
 
 

@@ -75,3 +75,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_dvc_runs(here, com
     said = command("mend")
     assert said.returncode == 1
     assert said.stderr.startswith(f"error: {here} cannot be written to: `chown` it")
+
+
+def test_where_dvc_has_nothing_there_is_nothing_to_mend(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command("mend") == (0, "", "")

@@ -42,11 +42,13 @@ class DeviceOptions:
     """Where and with what weights our own model computes."""
 
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "for tinygpt's engine"] = "auto"
-    quantize: Annotated[Literal["int8", "int4"] | None, "weights of 8 or 4 bits: less memory, faster"] = None
+    quantize: Annotated[
+        Literal["int8", "int4"] | None, "weights of 8 or 4 bits: less memory, large models get faster"
+    ] = None
     compile: Annotated[
         bool,
-        "compile the steps (with --draft, those of the draft): up to two minutes at first, then seconds; one text is "
-        "then 1.5 to 3 times as fast, several together take a seventh less time",
+        "compile the steps: up to two minutes at first, then seconds; one text is then 1.5 to 3 times as fast, several "
+        "together take a seventh less time",
     ] = False
 
 
@@ -111,7 +113,9 @@ class TextOptions:
     batch_size: Annotated[Count, "texts computed together"] = 32
     format: Annotated[Literal["text", "json", "jsonl"], "of the output"] = "text"
     logprobs: Annotated[
-        int | None, Within("[0, inf)"), "of each token, and of this many likeliest ones in its place; not as text"
+        int | None,
+        Within("[0, inf)"),
+        "of each token, and of this many likeliest ones in its place; not in --format text",
     ] = None
 
     def __post_init__(self) -> None:

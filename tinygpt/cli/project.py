@@ -93,7 +93,8 @@ def mend(args: Namespace) -> None:
 
     Raises UserError where a DVC is at work, which may just be writing it, and where nothing can be written at all.
     """
-    if not os.access(TEMPORARY if TEMPORARY.exists() else TEMPORARY.parent, os.W_OK):
+    there = [folder for folder in (TEMPORARY, TEMPORARY.parent) if folder.exists()]
+    if there and not os.access(there[0], os.W_OK):
         raise UserError(f"{Path.cwd()} cannot be written to: `chown` it, or clone the project into a folder of yours")
     if cut_off():
         with no_dvc():

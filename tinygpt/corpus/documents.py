@@ -160,24 +160,27 @@ def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:
     elif path.name.lower().endswith(".jsonl"):
         ends = line_ends(path, n_bytes)
     elif reader.border:
-        ends = _borders(path, n_bytes, reader.border, newlines=reader.newlines)
+        changes = reader.newlines and bool(reader.start or re.search("[\r\n]", reader.separator or ""))
+        ends = _borders(path, n_bytes, reader.border, changes=changes)
     else:
         ends = iter([size])
     return (Span(path, begin, end) for begin, end in pairwise([0, *ends]))
 
 
-def _borders(path: Path, n_bytes: int, sought: re.Pattern[bytes], *, newlines: bool) -> Iterator[int]:
+def _borders(path: Path, n_bytes: int, sought: re.Pattern[bytes], *, changes: bool) -> Iterator[int]:
     r"""Where what is sought ends, each at least `n_bytes` after the one before; and the end of the file.
 
-    Where the reader changes "\r" it sees other bytes than these, so such a file is not cut.
+    Where the reader `changes` line ends that are sought, a file with "\r" is not cut: the reader sees other bytes.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
         last = 0
-        is_read_so = not newlines or whole.find(b"\r") < 0
+        is_read_so = not changes or whole.find(b"\r") < 0
         for found in sought.finditer(whole) if is_read_so else ():
-            is_text = last or whole[: found.end()].decode("utf-8", "replace").strip()  # else it belongs to the first
-            if found.end() - last >= n_bytes and is_text:
-                yield found.end()
-                last = found.end()
+            end = found.end()
+            if end - last < n_bytes:
+                continue
+            if last or found[0] or whole[:end].decode("utf-8", "replace").strip():  # else it belongs to the first start
+                yield end
+                last = end
         if last < len(whole):
             yield len(whole)

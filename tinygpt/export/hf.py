@@ -169,10 +169,9 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
                 biased = replace(config, bias=bias)
                 return biased, revert_layout(tensors, biased, family.layout)
             except Misfit as misfit:
-                misfits.append(misfit)
-        raise min(
-            reversed(misfits), key=lambda misfit: misfit.n_problem
-        )  # the one with most biases where several have as few
+                misfits.append(misfit.with_traceback(None))  # whose frames would keep all tensors once more
+        # of those with the fewest problems the one with most biases
+        raise min(reversed(misfits), key=lambda misfit: misfit.n_problem)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 

@@ -208,16 +208,17 @@ def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: L
     spans = zip(expected.items(), pairwise(ends), strict=True)
     places = {name: torch.arange(*span).view(-1, *[1] * (tensor.ndim - 1)) for (name, tensor), span in spans}
     ours = [torch.zeros(len(tensor), tensor[0].numel()) for tensor in expected.values()]
-    known = torch.arange(ends[-1]) < 1
     moved = apply_layout(places, config, layout, config.block_size)
     rows_of = {name: place.flatten() for name, place in moved.items()}
     there = {name: (rows, _as_rows(tensors[name], moved[name])) for name, rows in rows_of.items() if name in tensors}
     for rows, found in there.values():
-        known[rows.clamp(min=0).long()] = True
         for number, here, at in _owners(rows, ends):
             ours[number][at] = found[here]
-    wrong = [f"{name} is missing" for name, rows in rows_of.items() if not known[rows.clamp(min=0).long()].all()]
-    for name, (rows, found) in there.items():
+    own_rows = {name: rows.clamp(min=0).long() for name, rows in rows_of.items()}  # 0: what is added
+    n_times = torch.cat([torch.zeros(2).long(), *(own_rows[name] for name in there)]).bincount(minlength=ends[-1])
+    wrong = [f"{name} is missing" for name, at in own_rows.items() if not n_times[at].all()]
+    for name in (name for name in there if (n_times[own_rows[name]] > 1).any()):
+        rows, found = there[name]
         same = rows[:, None].to(found.dtype).expand_as(found).clone()
         for number, here, at in _owners(rows, ends):
             same[here] = ours[number][at]

@@ -100,11 +100,8 @@ def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
     style, script = (Markup((ASSETS / file).read_text(encoding="utf-8")) for file in ("page.css", "page.js"))
     needed = library() if "charts" in data else ""
     inner = {"style": style, "script": script, "library": needed}
-    return environment.get_template(template).render(
-        **inner,
-        data=Markup(text.replace("<", "\\u003c")),
-        **view,  # no text ends the script
-    )
+    inner["data"] = Markup(text.replace("<", "\\u003c"))  # no text ends the script
+    return environment.get_template(template).render(**inner, **view)
 
 
 @cache

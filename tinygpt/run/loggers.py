@@ -241,7 +241,7 @@ class DVCLive:
 
         place = folder / "dvclive"
         self._live = Live(str(place), resume=place.exists(), report=None, save_dvc_exp=False, dvcyaml=None)
-        self.last_step = self._live.step - 1
+        self.last_step = int(self._live.summary.get("step", -1))
         if self.last_step < 0:
             self._live.log_params(params)
 
