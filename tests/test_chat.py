@@ -162,8 +162,9 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"messages": []}, "messages must be a list"),
         ({"messages": ["hi"]}, "messages must be a list"),
         ({"messages": [{"role": "tool", "content": "a"}]}, r"messages[0].role='tool' is not one of 'system', 'd"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content=5 must be a text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "must be a text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be a text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "must be a text, or a list"),
+        ({"messages": [{"role": "user", "content": "a"} | {f"k{i}": 1 for i in range(30)}]}, "messages[0] has 32 keys"),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
             "unknown key messages[0].tool_calls",
@@ -179,7 +180,7 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"messages": [{"role": "user", "content": "a" * 9000}], "n": 8}, "messages has 72,000 bytes with all answers"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "must be whole characters, not halves"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_bad_chats_are_refused_with_what_is_wrong(document, message, served):
     response = httpx.post(f"{served[0]}/v1/chat/completions", content=json.dumps(document))

@@ -24,6 +24,7 @@ CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
 REMEDY = "mend it, or take it away"
 MOST_SECONDS = 5.0  # for a template, which takes a thousandth of it; the first one also starts Python
+MOST_FIELDS = 20  # of a message: for each that is unknown the nearest name is searched
 PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
 
 
@@ -41,7 +42,12 @@ def read_messages(value: Any) -> list[dict[str, str]]:
         raise ParamsError(["messages must be a list of objects with role and content"])
     found = []
     for i, each in enumerate(value):
-        given = {key: said for key, said in each.items() if key != "name" and said} | {"content": text_of(each)}
+        if len(each) > MOST_FIELDS:
+            raise ParamsError([f"messages[{i}] has {len(each)} keys: a message has a role and a content"])
+        content = text_of(each)
+        if not isinstance(content, str):
+            raise ParamsError([f"messages[{i}].content must be a text, or a list of parts that are texts"])
+        given = {key: said for key, said in each.items() if key != "name" and said} | {"content": content}
         found.append(vars(from_mapping(Message, given, prefix=f"messages[{i}].")))
     return found
 
