@@ -207,13 +207,17 @@ def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: L
     ends = [*accumulate(map(len, expected.values()), initial=1)]
     spans = zip(expected.items(), pairwise(ends), strict=True)
     places = {name: torch.arange(*span).view(-1, *[1] * (tensor.ndim - 1)) for (name, tensor), span in spans}
-    ours = [torch.zeros(len(tensor), tensor[0].numel()) for tensor in expected.values()]
+    sizes = [(len(tensor), tensor[0].numel()) for tensor in expected.values()]
+    ours = dict[int, Tensor]()
     moved = apply_layout(places, config, layout, config.block_size)
     rows_of = {name: place.flatten() for name, place in moved.items()}
     there = {name: (rows, _as_rows(tensors[name], moved[name])) for name, rows in rows_of.items() if name in tensors}
     for rows, found in there.values():
         for number, here, at in _owners(rows, ends):
-            ours[number][at] = found[here]
+            if here.all() and torch.equal(at, torch.arange(sizes[number][0])):
+                ours.setdefault(number, found.float())  # in order, as most are: without a copy
+            else:
+                ours.setdefault(number, torch.zeros(sizes[number]))[at] = found[here].float()
     own_rows = {name: rows.clamp(min=0).long() for name, rows in rows_of.items()}  # 0: what is added
     n_times = torch.cat([torch.zeros(2).long(), *(own_rows[name] for name in there)]).bincount(minlength=ends[-1])
     wrong = [f"{name} is missing" for name, at in own_rows.items() if not n_times[at].all()]
@@ -224,7 +228,8 @@ def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: L
             same[here] = ours[number][at]
         if not torch.allclose(same, found, 0, 0, equal_nan=True):
             wrong.append(f"{name} {'is too much' if (rows < 1).any() else 'differs from what it must repeat'}")
-    return {name: rows.view(tensor.shape) for (name, tensor), rows in zip(expected.items(), ours, strict=True)}, wrong
+    made = ((number, *each) for number, each in enumerate(expected.items()) if number in ours)
+    return {name: ours[number].reshape(tensor.shape) for number, name, tensor in made}, wrong
 
 
 def _owners(rows: Tensor, ends: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
