@@ -62,3 +62,9 @@ def test_every_field_and_limit_of_the_server_is_in_its_page():
 
 def test_the_page_of_params_is_that_of_params_yaml():
     assert (ROOT / "docs/params.md").read_text() == page(), "run `python -m docs.params`"
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda path: path.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -110,7 +110,7 @@ def remarks(entry: Mapping[str, Any], block_size: int) -> str:
     if "tensors" in entry:
         types = ", ".join(f"{n} {kind}" for kind, n in entry["tensors"].items())
         said.append(f"{entry['bits_per_weight']:.2f} bits a weight ({types})")
-        said.append(f"perplexity {entry['ppl']:.2f} in llama.cpp and {entry['ppl_pytorch']:.2f} in PyTorch")
+        said.append(f"perplexity {entry['ppl']:.4g} in llama.cpp and {entry['ppl_pytorch']:.4g} in PyTorch")
     if entry["context"] < block_size:
         said.append(
             f"A CONTEXT OF {entry['context']} TOKENS, NOT {block_size}: {entry['family']} knows no such window, "
