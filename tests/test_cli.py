@@ -110,6 +110,7 @@ def test_every_way_to_choose_has_its_option(folders, tiny_tokenizer, command):
         (["generate", "--tempreature=0.5"], "unknown argument '--tempreature=0.5' (did you mean --temperature?)"),
         (["generate", "hello"], "unknown argument 'hello': see python -m tinygpt generate --help"),
         (["sing"], "invalid choice: 'sing'"),
+        (["genrate"], "invalid choice: 'genrate' (did you mean generate?): see python -m tinygpt --help"),
         ([], "required"),
     ],
 )

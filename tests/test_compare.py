@@ -74,6 +74,11 @@ def test_what_is_not_done_has_no_metrics_though_the_commits_reports_lie_beside_i
     assert shown.val_loss.tolist() == ["3.2500", "-", "3.2500"]
 
 
+def test_what_is_still_training_has_no_metrics_though_the_evaluation_before_lies_beside_it():
+    shown = table(row(val_loss=None, eval_loss=2.8), row("a", eval_loss=3.5))
+    assert shown.eval_loss.tolist() == ["-", "3.5000"]
+
+
 def test_what_cannot_be_read_is_no_number():
     assert table(row(val_loss="!")).columns.tolist() == ["experiment"]
 

@@ -152,9 +152,9 @@ def _unknown(key: str, known: Sequence[str], prefix: str) -> str:
     return f"unknown key {prefix}{key}{nearest(key, known, prefix=prefix)}"
 
 
-def nearest(name: str, known: Sequence[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+def nearest(name: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
     """` (did you mean model.n_layer?)` where a name is near, else nothing."""
-    return "".join(f" (did you mean {prefix}{near}?)" for near in difflib.get_close_matches(name, known, 1, cutoff))
+    return "".join(f" (did you mean {prefix}{near}?)" for near in difflib.get_close_matches(name, [*known], 1, cutoff))
 
 
 def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "") -> T:

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.cli.engine import Engine, open_engine, read_engine
-from tinygpt.cli.flags import given, named_as_flags, nearest, parse_settings, read_settings
+from tinygpt.cli.flags import given, named_as_flags, parse_settings, read_settings
 from tinygpt.cli.generate import open_output, say
 from tinygpt.cli.texts import decode_utf8, read_some, standard_input
 from tinygpt.errors import UserError, answer_to, printable
 from tinygpt.files import atomic_write
 from tinygpt.generate import Search
 from tinygpt.options import Settings, checked, make_settings, seed_after, setting_options, together
-from tinygpt.params import require
+from tinygpt.params import nearest, require
 
 MOST_LINES = 1000  # of the history
 MARK = "> "

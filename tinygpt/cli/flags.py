@@ -7,7 +7,6 @@ contradictions are those of the user; without it, the field's own default counts
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import typing
@@ -30,7 +29,7 @@ from tinygpt.options import (
     setting_options,
     type_rules,
 )
-from tinygpt.params import Count, ParamsError, Within, require
+from tinygpt.params import Count, ParamsError, Within, nearest, require
 
 STDIN = "-"
 GGUF = paths.EXPORT / "gguf/tinygpt-f32.gguf"
@@ -191,12 +190,6 @@ def read_settings(args: Namespace) -> Settings:
 def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     """The values that the user gave, by name."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What may have been meant, for the end of a message; nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 @contextmanager

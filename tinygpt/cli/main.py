@@ -6,6 +6,7 @@ The file of a command is imported only once its flags are read: --help and a typ
 from __future__ import annotations
 
 import importlib
+import re
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any, Never
@@ -19,10 +20,10 @@ from tinygpt.cli.flags import (
     TextOptions,
     add_flags,
     add_path,
-    nearest,
 )
 from tinygpt.errors import heed_interrupts, leave_at_once, printable, program
 from tinygpt.options import DRAWN, PARTS
+from tinygpt.params import nearest
 from tinygpt.serve.limits import Limits
 
 
@@ -164,6 +165,8 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> Never:
         """Leave with status 2."""
+        if chosen := re.match(r"argument command: (invalid choice: '(\S+)')", message):
+            message = f"{chosen[1]}{nearest(chosen[2], COMMANDS)}"
         self.exit(2, f"error: {printable(message)}: see {self.prog} --help\n")
 
 

@@ -16,10 +16,9 @@ import psutil
 from ruamel.yaml import YAML
 
 from tinygpt import paths
-from tinygpt.cli.flags import nearest
 from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_write
-from tinygpt.params import PARAMS_FILE, check_names, check_params, read_groups, read_text, yaml_text
+from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read_groups, read_text, yaml_text
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there

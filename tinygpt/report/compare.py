@@ -69,7 +69,7 @@ def experiment_of(row: dict[str, Any]) -> Experiment:
     """One of DVC's rows: it names a key alone, or with its file where two files have the same key."""
     state = (row["State"] or "").replace("Success", "")
     found = {name: row.get(key, row.get(f"{file}:{key}")) for name, (file, key, _) in METRICS.items()}
-    if state:  # queued, running or failed: the reports there are still those of the commit that it started from
+    if state or not isinstance(found["val_loss"], float):  # not trained yet: its reports are those of the run before
         found = {}
     return Experiment(
         name=row["Experiment"] or row["rev"],
