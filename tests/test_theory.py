@@ -38,7 +38,8 @@ def test_the_code_that_it_names_is_there():
 def test_its_figures_are_there():
     figures = re.findall(r"!\[.+?\]\((figures/\w+\.svg)\)", PAGE)
     assert len(figures) >= 5
-    assert {ROOT / "docs" / figure for figure in figures} == set((ROOT / "docs/figures").glob("*.svg"))
+    of_the_readme = {ROOT / "docs/figures/overview.svg"}
+    assert {ROOT / "docs" / figure for figure in figures} | of_the_readme == set((ROOT / "docs/figures").glob("*.svg"))
 
 
 def learned_both_ways(text: str, vocab_size: int) -> None:
