@@ -146,3 +146,13 @@ def test_outside_a_project_dvc_says_so(tmp_path):
     said = run("python -m tinygpt compare", tmp_path, PYTHONPATH=str(ROOT))
     assert said.returncode == 1
     assert said.stdout.startswith("error: DVC finds no project here (")
+
+
+@pytest.mark.parametrize(
+    ("param", "marks"),
+    [("download.source", {}), ("tokenizer.kind", {"bpb"}), ("model.mlp", {"val_loss", "bpb"})],
+)
+def test_no_run_is_the_best_where_texts_or_tokens_differ(param, marks):
+    found = [made("a", 3.0, 0.1, **{param: "this"}), made("b", 3.2, 0.1, **{param: "that"})]
+    best = {name for name in ("val_loss", "bpb") if any(cell["kind"] for cell in marked(name, found))}
+    assert best == set(marks)

@@ -39,6 +39,9 @@ WIDEST = 24  # letters of a param that are shown
 MOST_CURVES = 14  # that colour and style tell apart
 ERRORS = {"val_loss": "loss_error", "eval_loss": "loss_error", "ppl": "ppl_error", "bpb": "bpb_error"}  # in eval.json
 LESS_IS_BETTER = {"val_loss": True, "eval_loss": True, "ppl": True, "bpb": True, "tokens_per_s": False}
+TEXT = {"download", "clean"}  # groups that decide it
+TOKENS = TEXT | {"tokenizer"}
+SAME_FOR = {"val_loss": TOKENS, "eval_loss": TOKENS, "ppl": TOKENS, "bpb": TEXT}  # groups in which compared runs agree
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,8 @@ def marked(name: str, made: Sequence[Made]) -> list[dict[str, str]]:
     """A metric of each: as text, and whether it is the best, or so near that the error may make the difference."""
     values = [found.experiment.metrics.get(name) for found in made]
     known = [value for value in values if value is not None]
-    if name not in LESS_IS_BETTER:
+    others = {param.split(".")[0] for param in differing([found.experiment for found in made])}
+    if name not in LESS_IS_BETTER or others & SAME_FOR.get(name, set()):  # of several texts none is the best
         return [{"text": _text(name, value), "kind": ""} for value in values]
     best = min(known) if LESS_IS_BETTER[name] else max(known)
     errors = [float(found.eval.get(ERRORS.get(name, ""), 0.0)) for found in made]
