@@ -26,8 +26,8 @@ from pathlib import Path
 from threading import Lock
 
 from filelock import FileLock
-from ruamel.yaml import YAML
 
+from quickstart import new_project
 from tinygpt.errors import program
 from tinygpt.files import read_json
 from tinygpt.tokens import load_meta
@@ -118,30 +118,18 @@ def prepare(trial: Trial, source: str, out: Path) -> Path:
     with FileLock(folder / "lock"):
         if not (folder / "done").exists():
             changes = {"download.source": source, "download.max_bytes": trial.max_bytes}
-            write_params(folder, {**changes, "tokenizer.vocab_size": trial.vocab_size, "runtime.n_worker": 1})
-            run_stages(folder, "download", "clean", "train_tokenizer", "encode")
+            new_project(folder, {**changes, "tokenizer.vocab_size": trial.vocab_size, "runtime.n_worker": 1})
+            run_program(folder, "download", "clean", "train_tokenizer", "encode")
             (folder / "done").touch()
     return folder
 
 
-def write_params(folder: Path, changes: dict[str, object]) -> None:
-    """Our params.yaml with other values."""
-    yaml = YAML()
-    document = yaml.load(ROOT / "params.yaml")
-    for name, value in changes.items():
-        group, key = name.split(".")
-        document[group][key] = value
-    document["runtime"]["n_thread"] = 1
-    yaml.dump(document, folder / "params.yaml")
-
-
-def run_stages(folder: Path, *names: str) -> None:
-    """Run stages in a folder, as a program."""
-    code = "import sys, pathlib, importlib\nfor n in sys.argv[2:]: "
-    code += "importlib.import_module('stages.' + n).run(pathlib.Path(sys.argv[1]))"
+def run_program(folder: Path, *stages: str) -> None:
+    """Run stages in a folder as a program, with one thread."""
+    code = "import sys, pathlib, quickstart; quickstart.run_stages(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
     environment = os.environ | {"DVC_ROOT": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "a") as log:
-        command = [sys.executable, "-c", code, str(folder), *names]
+        command = [sys.executable, "-c", code, str(folder), *stages]
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
 
 
@@ -152,8 +140,8 @@ def measure(trial: Trial, source: str, out: Path) -> dict[str, object]:
     for name in ("tokens", "tokenizer"):
         if not (folder / "data" / name).exists():
             (folder / "data" / name).symlink_to(text / "data" / name)
-    write_params(folder, trial.params())
-    run_stages(folder, "train")
+    new_project(folder, {**trial.params(), "runtime.n_thread": 1})
+    run_program(folder, "train")
     report, meta = read_json(folder / "reports/train.json", stage="train"), load_meta(text / "data/tokens")
     val, train = meta.val, meta.train
     bits = val.tokens / val.bytes / math.log(2)
