@@ -88,27 +88,27 @@ class Trial:
 
 
 def grid(texts: list[str]) -> Iterator[Trial]:
-    """Every run, the most telling first: widths and steps, then sizes of the text, vocabularies, rates, batches."""
-    for steps, widths in ((400, (64, 96, 128)), (200, (128, 192)), (800, (64, 128)), (1600, (64, 96, 128))):
+    """Every run, the most telling first: widths and steps, then small texts, vocabularies, rates, batches."""
+    for steps, widths in ((400, (64, 96, 128)), (200, (128, 192)), (800, (64,)), (800, (128,)), (1600, (64,))):
         yield from (Trial(text, steps, n_embd=width) for width in widths for text in texts)
-    for steps in (400, 1600):  # a small text, seen again and again, and what helps there
-        for size in (200_000, 700_000):
-            small = [Trial(text, steps, max_bytes=size) for text in texts]
-            yield from small
-            yield from (replace(trial, dropout=0.2) for trial in small[1:])
-            yield from (replace(trial, weight_decay=0.4) for trial in small[1:3])
-    for text in texts[1:]:
-        yield from (Trial(text, 800, vocab_size=size) for size in (512, 2048, 4096))
-    for text in texts[:3]:
-        yield from (Trial(text, 400, n_embd=width, lr_times=times) for width in (64, 192) for times in (0.6, 1.6))
-        yield from (Trial(text, 400, lr_times=times) for times in (0.6, 1.6))
-        yield Trial(text, 400, batch_size=16)
-        yield Trial(text, 400, block_size=256)
-        yield Trial(text, 800, ema=0.98)
-    yield from (Trial(text, 1600, shuffle_documents=True) for text in texts[1:])
-    yield from (Trial(text, 800, n_embd=192) for text in texts)
-    yield from (Trial(text, 400, n_embd=256) for text in texts)
-    yield from (Trial(text, 400, seed=2) for text in texts)
+    two = texts[1:3]
+    for text in texts:  # a small text, seen again and again, and what helps there
+        again = Trial(text, 1600, n_embd=64, max_bytes=200_000)
+        yield from (again, Trial(text, 400, max_bytes=200_000))
+        if text in two:
+            yield from (replace(again, dropout=0.2), replace(again, weight_decay=0.4))
+            more = Trial(text, 800, max_bytes=200_000)
+            yield from (more, replace(more, dropout=0.2), Trial(text, 1600, n_embd=96, max_bytes=700_000))
+    yield from (Trial(text, 400, vocab_size=size) for text in two for size in (512, 2048, 4096))
+    rates = (0.6, 1.6)
+    yield from (Trial(text, 200, n_embd=192, lr_times=times) for text in two for times in rates)
+    for text in two:
+        yield from (Trial(text, 400, batch_size=16), Trial(text, 400, block_size=256), Trial(text, 1600))
+        yield from (Trial(text, 400, lr_times=times) for times in rates)
+    yield from (Trial(text, 400, n_embd=256) for text in two)
+    yield from (Trial(text, 400, n_embd=64, seed=2) for text in texts)
+    yield from (Trial(text, 1600, n_embd=64, shuffle_documents=True) for text in two)
+    yield from (Trial(text, 200, n_embd=64, lr_times=times) for text in two for times in rates)
 
 
 def prepare(trial: Trial, source: str, out: Path) -> Path:
