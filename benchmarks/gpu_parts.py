@@ -39,7 +39,8 @@ from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.params import load_params
-from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, flops_per_token, memory_of
+from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, memory_of
+from tinygpt.run.speed import flops_per_token
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams

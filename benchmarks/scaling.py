@@ -19,22 +19,23 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from filelock import FileLock
 
 from quickstart import new_project
 from tinygpt.errors import program
 from tinygpt.files import read_json
-from tinygpt.tokens import load_meta
+from tinygpt.plan.recipe import LAYERS
+from tinygpt.tokens import SplitMeta, load_meta
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("scaling.csv")
-WIDTHS = {64: 2, 96: 3, 128: 4, 192: 5, 256: 6}  # n_embd: n_layer
 HEAD_DIM = 32
 
 
@@ -65,7 +66,7 @@ class Trial:
         """What to set in params.yaml."""
         scale = self.lr_times * math.sqrt(128 / self.n_embd)
         return {
-            "model.n_layer": WIDTHS[self.n_embd],
+            "model.n_layer": LAYERS[self.n_embd],
             "model.n_head": self.n_embd // HEAD_DIM,
             "model.n_embd": self.n_embd,
             "model.block_size": self.block_size,
@@ -92,36 +93,52 @@ def grid(texts: list[str]) -> Iterator[Trial]:
     for steps, widths in ((400, (64, 96, 128)), (200, (128, 192)), (800, (64,)), (800, (128,)), (1600, (64,))):
         yield from (Trial(text, steps, n_embd=width) for width in widths for text in texts)
     two = texts[1:3]
+    yield from (Trial(texts[0], 1600, dropout=dropout) for dropout in (0.1, 0.0))
+    yield from (Trial(text, 400, vocab_size=size) for text in texts[:2] for size in (2048, 4096, 512))
+    yield from (Trial(text, 200, n_embd=64) for text in texts)
+    for text in two:
+        yield from (Trial(text, 400, batch_size=16), Trial(text, 400, block_size=256))
     for text in texts:  # a small text, seen again and again, and what helps there
         again = Trial(text, 1600, n_embd=64, max_bytes=200_000)
-        yield from (again, Trial(text, 400, max_bytes=200_000))
+        yield from (replace(again, dropout=dropout) for dropout in (0.2, 0.0))
+        few, more = Trial(text, 400, max_bytes=200_000), Trial(text, 800, max_bytes=200_000)
+        if text == texts[0]:
+            yield from (replace(again, weight_decay=0.4), few, replace(few, dropout=0.2))
         if text in two:
-            yield from (replace(again, dropout=0.2), replace(again, weight_decay=0.4))
-            more = Trial(text, 800, max_bytes=200_000)
-            yield from (more, replace(more, dropout=0.2), Trial(text, 1600, n_embd=96, max_bytes=700_000))
-    yield from (Trial(text, 400, vocab_size=size) for text in two for size in (512, 2048, 4096))
+            yield from (replace(again, dropout=dropout) for dropout in (0.1, 0.35))
+            yield from (replace(trial, dropout=dropout) for trial in (few, more) for dropout in (0.2, 0.0))
+            yield replace(few, dropout=0.1)
+        yield Trial(text, 1600, n_embd=96, max_bytes=700_000, dropout=0.1)
+    yield from (Trial(texts[1], 1600, dropout=dropout) for dropout in (0.1, 0.0))
     rates = (0.6, 1.6)
+    yield from (Trial(text, 400, lr_times=times) for text in two for times in rates)
     yield from (Trial(text, 200, n_embd=192, lr_times=times) for text in two for times in rates)
-    for text in two:
-        yield from (Trial(text, 400, batch_size=16), Trial(text, 400, block_size=256), Trial(text, 1600))
-        yield from (Trial(text, 400, lr_times=times) for times in rates)
+    yield from (Trial(text, 1600) for text in (texts[0], texts[3]))
     yield from (Trial(text, 400, n_embd=256) for text in two)
-    yield from (Trial(text, 400, n_embd=64, seed=2) for text in texts)
-    yield from (Trial(text, 1600, n_embd=64, shuffle_documents=True) for text in two)
-    yield from (Trial(text, 200, n_embd=64, lr_times=times) for text in two for times in rates)
 
 
-def prepare(trial: Trial, source: str, out: Path) -> Path:
+def prepare(text: str, max_bytes: int, vocab_size: int, source: str, out: Path) -> Path:
     """A folder with the text's tokens, which trials with the same text and vocabulary share."""
-    folder = out / f"text-{trial.text}-{trial.max_bytes}-{trial.vocab_size}"
+    folder = out / f"text-{text}-{max_bytes}-{vocab_size}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "done").exists():
-            changes = {"download.source": source, "download.max_bytes": trial.max_bytes}
-            new_project(folder, {**changes, "tokenizer.vocab_size": trial.vocab_size, "runtime.n_worker": 1})
+            changes = {"download.source": source, "download.max_bytes": max_bytes}
+            new_project(folder, {**changes, "tokenizer.vocab_size": vocab_size, "runtime.n_worker": 1})
             run_program(folder, "download", "clean", "train_tokenizer", "encode")
             (folder / "done").touch()
     return folder
+
+
+def train_in(folder: Path, tokens: Path, params: Mapping[str, object]) -> dict[str, Any]:
+    """Train on the tokens of another folder.  -> the stage's report"""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name in ("tokens", "tokenizer"):
+        if not (folder / "data" / name).exists():
+            (folder / "data" / name).symlink_to(tokens / "data" / name)
+    new_project(folder, {**params, "runtime.n_thread": 1})
+    run_program(folder, "train")
+    return read_json(folder / "reports/train.json", stage="train")
 
 
 def run_program(folder: Path, *stages: str) -> None:
@@ -133,29 +150,26 @@ def run_program(folder: Path, *stages: str) -> None:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
 
 
+def bits(split: SplitMeta) -> float:
+    """Bits per byte for each nat per token."""
+    return split.tokens / split.bytes / math.log(2)
+
+
 def measure(trial: Trial, source: str, out: Path) -> dict[str, object]:
     """Train, and return the row of the table."""
-    text, folder = prepare(trial, source, out), out / trial.name
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    for name in ("tokens", "tokenizer"):
-        if not (folder / "data" / name).exists():
-            (folder / "data" / name).symlink_to(text / "data" / name)
-    new_project(folder, {**trial.params(), "runtime.n_thread": 1})
-    run_program(folder, "train")
-    report, meta = read_json(folder / "reports/train.json", stage="train"), load_meta(text / "data/tokens")
-    val, train = meta.val, meta.train
-    bits = val.tokens / val.bytes / math.log(2)
+    tokens = prepare(trial.text, trial.max_bytes, trial.vocab_size, source, out)
+    report, meta = train_in(out / trial.name, tokens, trial.params()), load_meta(tokens / "data/tokens")
     return asdict(trial) | {
         "n_params": report["n_params"],
         "vocab": meta.vocab_size,
-        "train_bytes": train.bytes,
-        "train_tokens": train.tokens,
+        "train_bytes": meta.train.bytes,
+        "train_tokens": meta.train.tokens,
         "tokens": report["tokens"],
         "epochs": round(report["epochs"], 3),
         "best_step": report["best_step"],
-        "val_bpb": round(report["val_loss"] * bits, 4),
-        "last_val_bpb": round(report["last_val_loss"] * bits, 4),
-        "train_bpb": round(report["last_train_loss"] * train.tokens / train.bytes / math.log(2), 4),
+        "val_bpb": round(report["val_loss"] * bits(meta.val), 4),
+        "last_val_bpb": round(report["last_val_loss"] * bits(meta.val), 4),
+        "train_bpb": round(report["last_train_loss"] * bits(meta.train), 4),
         "seconds": round(report["seconds"], 1),
     }
 

@@ -29,7 +29,7 @@ from tinygpt.device import open_device
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
-from tinygpt.run.costs import flops_per_token, peak_flops
+from tinygpt.run.speed import flops_per_token, peak_flops
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner

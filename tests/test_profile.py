@@ -16,15 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tinygpt.model.gpt import GPT
 from tinygpt.model.parts import parts_of
 from tinygpt.run import costs as memory_module
-from tinygpt.run.costs import (
-    build_trained,
-    fits,
-    flops_per_token,
-    memory_of,
-    most_activations,
-    peak_flops,
-    tokens_per_second,
-)
+from tinygpt.run.costs import build_trained, fits, memory_of, most_activations
+from tinygpt.run.speed import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.train.config import EMAParams, LoRAParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import next_token_loss

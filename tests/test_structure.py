@@ -43,7 +43,7 @@ ROOMS = [
     ["train", "generate"],
     ["run", "report"],
     ["export"],
-    ["serve"],
+    ["serve", "plan"],
     ["cli"],
     ["__main__"],
 ]

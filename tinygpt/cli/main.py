@@ -108,6 +108,12 @@ def _preset_flags(command: ArgumentParser) -> None:
     command.add_argument("name", nargs="?", help="of a preset; without a name, all are listed")
 
 
+def _plan_flags(command: ArgumentParser) -> None:
+    command.add_argument("--minutes", type=float, metavar="N", help="how long the whole pipeline may take")
+    command.add_argument("--bpb", type=float, metavar="X", help="or what it must reach, in bits per byte")
+    command.add_argument("--write", action="store_true", help="put it into params.yaml")
+
+
 def _runs_flags(command: ArgumentParser) -> None:
     command.add_argument("--prune", action="store_true", help="remove the finished ones, but none that is running")
     command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
@@ -143,6 +149,7 @@ COMMANDS = {
     "import-hf": (_import_hf_flags, "models", "take a folder of transformers as the model that training starts from"),
     "promote": (_promote_flags, "models", "take the trained model as the one that training starts from"),
     "profile": (_profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
+    "plan": (_plan_flags, "plan", "choose a model and its training for a time, on this machine and text"),
     "preset": (_preset_flags, "project", "put the values of a preset into params.yaml, or list the presets"),
     "runs": (_runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
     "mend": (None, "project", "repair what a killed DVC has left behind; `make repro` does this, too"),

@@ -22,17 +22,8 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.parts import parts_of
 from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.params import load_params
-from tinygpt.run.costs import (
-    LESS_MEMORY,
-    available_memory,
-    build_trained,
-    find_micro_batch_size,
-    flops_per_token,
-    halves,
-    memory_of,
-    peak_flops,
-    tokens_per_second,
-)
+from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
+from tinygpt.run.speed import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.runtime import RuntimeParams
 from tinygpt.serve.limits import Limits
 from tinygpt.tokenizer import load_tokenizer
@@ -135,7 +126,7 @@ def profile(args: Namespace) -> None:
             runtime = dataclasses.replace(runtime, micro_batch_size=micro)
         learner = Learner(GPT(config), train, runtime, device=device)
         speed, peak = tokens_per_second(learner), peak_flops(device, learner.precision)
-        print(f"speed       {speed:,.0f} tokens a second, so about {_duration(n_tokens / speed)}")
+        print(f"speed       {speed:,.0f} tokens a second, so about {duration(n_tokens / speed)}")
         print(
             f"            {speed * flops / 1e9:,.1f} billion operations a second, {speed * flops / peak:.0%} of the "
             f"{peak / 1e9:,.1f} of a large matrix product in {learner.precision} (MFU)"
@@ -165,6 +156,10 @@ def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
         print(f"adapters    {adapted.n_params() - model.n_params():,} weights, which alone are trained")
 
 
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 1.5 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+def duration(seconds: float) -> str:
+    """75 -> 75 s, 150 -> 2.5 min, 3600 -> 60 min, 9000 -> 2.5 h"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.{seconds < 600:d}f} min"
+    return f"{seconds / 3600:.1f} h"

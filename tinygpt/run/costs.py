@@ -1,5 +1,4 @@
-"""What a run will cost: its memory, counted before it is started, its operations and time; and how large a micro-batch
-may be, found by trying it out.
+"""The memory of a run, counted before it is started, and how large a micro-batch may be, found by trying it out.
 
 T tokens, C n_embd, V vocab_size. Sizes are bytes.
 """
@@ -7,7 +6,6 @@ T tokens, C n_embd, V vocab_size. Sizes are bytes.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -24,11 +22,10 @@ from tinygpt.model.attention import attention_mask
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.model.parts import mean_seen
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner, recompute_blocks
-from tinygpt.train.loss import CHUNK, PRECISIONS, autocast, pick_precision
+from tinygpt.train.loss import CHUNK, autocast, pick_precision
 from tinygpt.train.optim import state_bytes
 
 LESS_MEMORY = (
@@ -171,53 +168,6 @@ def peak_memory() -> int:
     except ImportError:  # Windows
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # it is there alone
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)  # else kB
-
-
-# ---- operations and time ----
-
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show a device's peak
-MEASURE_S = 1.0  # seconds that a measurement takes at least
-
-
-def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
-    """Floating-point operations of training on one token of a full context: three times those of a forward pass.
-
-    Two for each weight of a matrix, and two for each product of queries and keys and of shares and values, of which a
-    token has half a context on average, or a window's part of it (Kaplan et al., https://arxiv.org/abs/2001.08361).
-    A frozen matrix needs no gradient of its own and counts two times.
-    """
-    with torch.device("meta"):
-        model = build_trained(config, lora)
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    matrices = sum(weight.numel() * (3 if weight.requires_grad else 2) for weight in linear)
-    seen = [mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
-    attention = sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
-    return 2 * matrices + 3 * attention
-
-
-def tokens_per_second(learner: Learner) -> float:
-    """Measured on training steps with random tokens, the first of which does not count."""
-    config, batch_size = learner.model.config, learner.params.batch_size
-    ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=learner.device)
-    return batch_size * config.block_size / statistics.median(_times(lambda: learner.learn(0, ids), learner.device))
-
-
-def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations per second of a large matrix product in a run's precision (not auto), the best of several."""
-    size = MATMUL_SIZE[device.type]
-    a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision].dtype)
-    return 2 * size**3 / min(_times(lambda: a @ a, device))
-
-
-def _times(action: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds that an action takes, again and again; the first time does not count."""
-    times: list[float] = []
-    while len(times) < 2 or sum(times[1:]) < MEASURE_S:
-        began = time.perf_counter()
-        action()
-        wait_for(device)
-        times.append(time.perf_counter() - began)
-    return times[1:]
 
 
 # ---- the size of a micro-batch, found by trying it out ----

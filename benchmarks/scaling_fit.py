@@ -1,0 +1,133 @@
+"""The constants of tinygpt/plan/law.py, fitted on the runs of benchmarks/scaling.csv, with the residuals.
+
+    python -m benchmarks.scaling_fit          # prints both, draws docs/figures/scaling.svg
+
+Least squares of logarithms, by Levenberg and Marquardt's steps (https://doi.org/10.1137/0111030). Rows with other
+rates, an average of weights or shuffled documents do not count: the law is of the recipe.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from benchmarks.scaling import TABLE
+from tinygpt.plan.law import LAW, Law, Size
+from tinygpt.plan.recipe import dropout_for
+from tinygpt.report.plots import BLUE, GREEN, GREY, NO_DATE, STYLE, VERMILION
+
+Row = Mapping[str, str]
+Vector = NDArray[np.float64]
+
+FIGURE = Path("docs/figures/scaling.svg")
+WHOLE = 10_000_000  # max_bytes that cuts no text of the table by much
+FITTED = ("weights", "weights_power", "power", "repeats")
+OF_THE_RECIPE = {"lr_times": "1.0", "ema": "0.0", "shuffle_documents": "False", "weight_decay": "0.1"}
+
+
+def read_rows(table: Path = TABLE) -> list[Row]:
+    """The runs with the recipe's own values."""
+    with open(table) as file:
+        rows = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in OF_THE_RECIPE.items())]
+    return [row for row in rows if float(row["dropout"]) == dropout_for(float(row["epochs"]))]
+
+
+def text_of(row: Row) -> str:
+    """The text's name, and how much of it there is: the beginning of a text is another one."""
+    return row["text"] if int(row["max_bytes"]) >= WHOLE else f"{row['text']} {int(row['max_bytes']) // 1000} kB"
+
+
+def size_of(row: Row) -> Size:
+    """What decides the loss of a run."""
+    number = {key: float(value) for key, value in row.items() if key not in ("text", "shuffle_documents")}
+    return Size(
+        n_weights=number["n_params"] - number["vocab"] * number["n_embd"],
+        n_tokens=number["tokens"],
+        n_unique=number["train_tokens"],
+        batch_tokens=number["batch_size"] * number["block_size"],
+        bytes_per_token=number["train_bytes"] / number["train_tokens"],
+    )
+
+
+def fit(rows: Sequence[Row]) -> tuple[Law, dict[str, float]]:
+    """The law, and the difficulty of each text."""
+    texts = sorted(set(map(text_of, rows)))
+    sizes, which = [size_of(row) for row in rows], [texts.index(text_of(row)) for row in rows]
+    seen = np.log([float(row["val_bpb"]) for row in rows])
+
+    def law_of(logs: Vector) -> Law:
+        return replace(LAW, **dict(zip(FITTED, map(float, np.exp(logs)), strict=False)))
+
+    def errors(logs: Vector) -> Vector:
+        law = law_of(logs)
+        return np.log([law.loss(size) for size in sizes]) + logs[len(FITTED) :][which] - seen
+
+    start = np.log([getattr(LAW, name) for name in FITTED])
+    found = least_squares(errors, np.concatenate([start, np.full(len(texts), 0.5)]))
+    return law_of(found), dict(zip(texts, map(float, np.exp(found[len(FITTED) :])), strict=True))
+
+
+def least_squares(errors: Callable[[Vector], Vector], start: Vector, *, n_steps: int = 200) -> Vector:
+    """Where the sum of squared errors is least, near the start."""
+    at, now, damping, nudge = start, errors(start), 1e-3, 1e-5
+    for _ in range(n_steps):
+        slopes = np.array([(errors(at + nudge * unit) - now) / nudge for unit in np.eye(len(at))]).T
+        normal = slopes.T @ slopes
+        step = np.linalg.solve(normal + damping * (np.diag(np.diag(normal)) + 1e-9 * np.eye(len(at))), -slopes.T @ now)
+        trial = errors(at + np.clip(step, -1, 1))
+        if trial @ trial < now @ now:
+            at, now, damping = at + np.clip(step, -1, 1), trial, damping / 3
+        else:
+            damping *= 4
+    return at
+
+
+def draw(rows: Sequence[Row], law: Law, difficulties: Mapping[str, float]) -> Figure:
+    """Losses by the bytes seen, one line for each width and size of text, and what the law says."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    said, seen = figure.subplots(1, 2)
+    for (text, difficulty), color in zip(difficulties.items(), (BLUE, VERMILION, GREEN, GREY), strict=False):
+        mine = [row for row in rows if text_of(row) == text]
+        bpb = [float(row["val_bpb"]) for row in mine]
+        predicted = [difficulty * law.loss(size_of(row)) for row in mine]
+        said.plot(predicted, bpb, "o", markersize=4, color=color, label=text)
+        tokens = [float(row["tokens"]) / 1e6 for row in mine]
+        errors = [100 * (a / b - 1) for a, b in zip(predicted, bpb, strict=True)]
+        seen.plot(tokens, errors, "o", markersize=4, color=color)
+    ends = said.get_xlim()
+    said.plot(ends, ends, color=GREY, linewidth=0.8)
+    said.set(xlabel="bits per byte by the law", ylabel="bits per byte of the run")
+    said.legend()
+    seen.axhline(0, color=GREY, linewidth=0.8)
+    seen.set(xlabel="million tokens of the run", ylabel="error of the law in percent", xscale="log")
+    return figure
+
+
+def main() -> None:
+    """Fit, print and draw."""
+    rows = read_rows()
+    law, difficulties = fit(rows)
+    print(f"{len(rows)} runs: {law}")
+    print(", ".join(f"{text} {difficulty:.3f}" for text, difficulty in difficulties.items()))
+    errors = {}
+    for row in rows:
+        tokens = f"{row['max_steps']} steps of {row['batch_size']} x {row['block_size']}, {row['epochs']} epochs"
+        name = f"{text_of(row)}, width {row['n_embd']}, vocabulary {row['vocab']}, {tokens}, dropout {row['dropout']}"
+        errors[name] = difficulties[text_of(row)] * law.loss(size_of(row)) / float(row["val_bpb"]) - 1
+    print(f"root mean square of the errors {math.sqrt(np.mean(np.square([*errors.values()]))):.2%}; the largest:")
+    for name, error in sorted(errors.items(), key=lambda item: -abs(item[1]))[:12]:
+        print(f"{error:7.2%}  {name}")
+    with mpl.rc_context(STYLE):
+        draw(rows, law, difficulties).savefig(FIGURE, metadata=NO_DATE["svg"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""`plan`: the law against its runs, the search by properties, the command from a text to params.yaml."""
+
+import dataclasses
+import math
+import re
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from project import SMALL, corpus, run_stages, set_params
+
+from benchmarks.scaling_fit import fit, read_rows, size_of, text_of
+from quickstart import ROOT
+from tinygpt.cli import plan as command
+from tinygpt.cli.main import build_parser
+from tinygpt.cli.project import apply_values
+from tinygpt.errors import UserError
+from tinygpt.model.config import ModelParams
+from tinygpt.params import check_params, load_params
+from tinygpt.plan import measure
+from tinygpt.plan.law import LAW, SPREAD, Size
+from tinygpt.plan.measure import Speeds, Text
+from tinygpt.plan.plan import Planner
+from tinygpt.plan.recipe import LAYERS, Recipe
+from tinygpt.run import speed
+from tinygpt.run.speed import flops_per_token
+from tinygpt.train.config import TrainParams
+
+PARAMS = ROOT / "params.yaml"
+MODEL, TRAIN = load_params(ModelParams, TrainParams, path=PARAMS)
+SPEEDS = Speeds({64: 2e10, 128: 4e10, 256: 8e10}, {64: 1e-8, 256: 1e-8}, 0.0)  # operations, seconds
+TEXT = Text(2_000_000, 100_000, {512: 2.0, 1024: 2.4, 2048: 2.8, 4096: 3.2}, 1.5)
+
+
+def planner(**changes: float) -> Planner:
+    text = dataclasses.replace(TEXT, **changes)
+    return Planner(text=text, speeds=SPEEDS, model=MODEL, train=TRAIN, others_s=30.0)
+
+
+# ---- the law ----
+
+
+def test_the_constants_are_those_of_the_runs():
+    rows = read_rows()
+    assert len(rows) >= 45
+    law, difficulty = fit(rows)
+    errors = []
+    for row in rows:
+        said = difficulty[text_of(row)] * law.loss(size_of(row))
+        errors.append(said / float(row["val_bpb"]) - 1)
+        assert LAW.loss(size_of(row)) == pytest.approx(law.loss(size_of(row)), rel=0.005)
+    assert math.sqrt(sum(error**2 for error in errors) / len(errors)) < 0.02
+
+
+sizes = st.builds(
+    Size,
+    n_weights=st.floats(1e5, 1e9),
+    n_tokens=st.floats(1e5, 1e10),
+    n_unique=st.floats(1e5, 1e10),
+    batch_tokens=st.floats(512, 1e6),
+    bytes_per_token=st.floats(1, 6),
+)
+
+
+@given(sizes, st.floats(1, 100))
+def test_more_text_and_smaller_batches_never_harm(size, times):
+    more = dataclasses.replace(size, n_unique=size.n_unique * times)
+    assert LAW.loss(more) <= LAW.loss(size) * (1 + 1e-12)
+    smaller = dataclasses.replace(size, batch_tokens=size.batch_tokens / times)
+    assert LAW.loss(smaller) <= LAW.loss(size)
+
+
+def test_a_text_seen_once_counts_as_it_is():
+    size = Size(n_weights=1e6, n_tokens=1e6, n_unique=1e6, batch_tokens=1024, bytes_per_token=2.5)
+    assert LAW.loss(size) == LAW.loss(dataclasses.replace(size, n_unique=1e9))
+    again = dataclasses.replace(size, n_tokens=4e6)
+    assert LAW.loss(again) > LAW.loss(dataclasses.replace(again, n_unique=1e9))
+
+
+# ---- the search ----
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(2, 600), st.floats(1.1, 4), st.floats(2e5, 1e8))
+def test_more_time_or_more_text_is_never_worse(minutes, times, n_bytes):
+    some = planner(train_bytes=n_bytes)
+    plan = some.best(60 * minutes)
+    assert plan.seconds <= 60 * minutes * (1 + 1e-9)
+    assert some.best(60 * minutes * times).bpb <= plan.bpb * 1.004  # a shorter one is taken for so little
+    assert planner(train_bytes=n_bytes * times).best(60 * minutes).bpb <= plan.bpb * 1.004
+
+
+@pytest.mark.parametrize("minutes", [3, 30])
+def test_the_time_for_a_loss_is_the_loss_of_that_time(minutes):
+    plan = planner().best(60 * minutes)
+    found = planner().reach(plan.bpb)
+    assert found.bpb <= plan.bpb
+    assert found.seconds <= 60 * minutes * 1.06
+
+
+def test_the_steps_take_the_time():
+    plan = planner(train_bytes=1e9).best(600)
+    step = SPEEDS.step(plan.config, plan.recipe.batch_size)
+    assert plan.train_s * 0.85 < plan.recipe.max_steps * step <= plan.train_s
+    operations = flops_per_token(plan.config) * plan.recipe.batch_size * plan.recipe.block_size
+    assert step > operations / max(SPEEDS.operations.values())
+
+
+def test_a_small_text_gets_a_smaller_model_and_says_what_would_help():
+    small, large = (planner(train_bytes=n).best(3600) for n in (200_000, 100_000_000))
+    assert small.config.n_weights(0) < large.config.n_weights(0)
+    assert small.bpb > large.bpb
+    assert small.seconds < 1800 < large.seconds  # more time would bring next to nothing
+    assert re.search(
+        r"four times as much text would bring .*, four times as much time", planner(train_bytes=2e5).lever(small)
+    )
+    assert "as much time would bring" in planner(train_bytes=1e8).lever(planner(train_bytes=1e8).best(120))
+
+
+@pytest.mark.parametrize("n_embd", LAYERS)
+@pytest.mark.parametrize(("max_steps", "epochs"), [(50, 0.1), (333, 3.0), (100_000, 40.0)])
+def test_every_recipe_fits_params_yaml(n_embd, max_steps, epochs, tmp_path):
+    shutil.copy(PARAMS, tmp_path)
+    recipe = Recipe(n_embd=n_embd, vocab_size=2048, max_steps=max_steps, epochs=epochs)
+    apply_values(tmp_path / "params.yaml", recipe.values())
+    groups = check_params(tmp_path / "params.yaml")
+    assert groups["train"] == recipe.training(TRAIN)
+    assert groups["model"].n_weights(2048) == recipe.config(MODEL).n_weights(2048)
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A project with its text, of which little is measured."""
+    shutil.copy(PARAMS, tmp_path)
+    (tmp_path / "corpus.txt").write_text(corpus(), encoding="utf-8")
+    set_params(
+        tmp_path, {key: value for key, value in SMALL.items() if key.startswith(("download", "clean", "runtime"))}
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "PROBE_STEPS", (12,))
+    monkeypatch.setattr(measure, "MOST_S", 0.0)
+    monkeypatch.setattr(speed, "MEASURE_S", 0.01)
+    return tmp_path
+
+
+def plan(arguments: str) -> None:
+    command.plan(build_parser().parse_args(["plan", *arguments.split()]))
+
+
+def test_it_says_what_it_would_train_and_writes_it(folder, capsys):
+    run_stages("download clean", folder)
+    before = (folder / "params.yaml").read_text()
+    plan("--minutes 60")
+    said = capsys.readouterr().out
+    rows = [line[:12].strip() for line in said.splitlines()]
+    assert [row for row in rows if row not in ("half", "double")] == (
+        ["model", "training", "rates", "expected", "time", "to spare", "memory", "files", "lever"]
+    )
+    assert (folder / "params.yaml").read_text() == before
+    plan("--minutes 60 --write")
+    written = capsys.readouterr().out
+    assert "values changed in params.yaml; `dvc repro` trains it" in written
+    model, train = load_params(ModelParams, TrainParams)
+    assert f"{model.n_layer} layers of {model.n_embd}" in written
+    assert f"{train.max_steps:,} steps of {train.batch_size} sequences" in written
+    assert [line.partition("#")[2] for line in (folder / "params.yaml").read_text().splitlines()] == [
+        line.partition("#")[2] for line in before.splitlines()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_another_kind_of_tokenizer_stays(kind, folder, capsys):
+    set_params(folder, {"tokenizer.kind": kind})
+    run_stages("download clean", folder)
+    plan("--bpb 5")
+    assert "expected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", r"give --minutes 30, how long it may take, or --bpb 1.9"),
+        ("--minutes 3 --bpb 2", r"give --minutes 30, how long it may take, or --bpb 1.9"),
+        ("--minutes 0", r"--minutes 0 must be a number above 0"),
+        ("--minutes nan", r"--minutes nan must be a number above 0"),
+        ("--minutes -5", r"--minutes -5 must be a number above 0"),
+        ("--bpb inf", r"--bpb inf must be a number above 0"),
+        ("--minutes 0.01", r"--minutes 0.01 is too short: the other stages take .* minutes"),
+        ("--bpb 0.01", r"--bpb 0.01 is out of reach: a month on this machine brings .*as much text would bring"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(arguments, message, folder):
+    if "0.01" in arguments:
+        run_stages("download clean", folder)
+    with pytest.raises(UserError, match=message) as caught:
+        plan(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_missing_or_too_small_is_said(folder):
+    with pytest.raises(UserError, match=r"data/clean/train.jsonl"):
+        plan("--minutes 5")
+    (folder / "corpus.txt").write_text(
+        "\n\n".join(f"This is paragraph number {i}, and it is short." * 3 for i in range(12))
+    )
+    run_stages("download clean", folder)
+    with pytest.raises(UserError, match=r"the text gives .* tokens to learn from and .* to measure on.*take more text"):
+        plan("--minutes 5")
+
+
+def test_a_base_is_refused(folder):
+    set_params(folder, {"train.init_from": "base"})
+    with pytest.raises(UserError, match=r"plan is for a start from scratch"):
+        plan("--minutes 5")
+
+
+def test_the_range_covers_what_was_seen():
+    assert 0.01 <= SPREAD <= 0.1

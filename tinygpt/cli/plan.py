@@ -1,0 +1,140 @@
+"""`python -m tinygpt plan`: what to train in some minutes, on this machine and this text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from tinygpt import paths
+from tinygpt.cli.models import duration
+from tinygpt.cli.project import apply_values
+from tinygpt.device import open_device, out_of_memory
+from tinygpt.errors import UserError, printable
+from tinygpt.export.config import ExportParams
+from tinygpt.export.gguf_types import bits_per_weight, tensor_types
+from tinygpt.files import human_bytes
+from tinygpt.model.config import ModelParams
+from tinygpt.model.gpt import GPT
+from tinygpt.params import PARAMS_FILE, load_params, require
+from tinygpt.plan.law import SPREAD
+from tinygpt.plan.measure import BUSY, measure_speeds, measure_text
+from tinygpt.plan.plan import Plan, Planner
+from tinygpt.run.costs import LESS_MEMORY, available_memory, memory_of
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer.kinds import TokenizerParams
+from tinygpt.train.config import TrainParams
+
+N_STAGES = 11
+START_TIMES = 2.2  # the seconds of a stage, for each that it takes to start: 41 s of the default run's 250
+PROCESS_BYTES = 300e6  # of Python with PyTorch
+
+
+def plan(args: Namespace) -> None:
+    """Print the plan, and with --write put it into params.yaml."""
+    given = {name: value for name, value in (("--minutes", args.minutes), ("--bpb", args.bpb)) if value is not None}
+    require(
+        (len(given) == 1, "give --minutes 30, how long it may take, or --bpb 1.9, how good it must be"),
+        *((0 < value < math.inf, f"{name} {value:g} must be a number above 0") for name, value in given.items()),
+    )
+    planner, device, runtime = build_planner()
+    seconds = None if args.minutes is None else 60 * args.minutes
+    chosen = planner.reach(args.bpb) if seconds is None else planner.best(seconds)
+    for name, text in rows(chosen, planner, runtime, device, seconds=seconds):
+        print(f"{name:<12}{text}")
+    if args.write:
+        changed = apply_values(PARAMS_FILE, chosen.recipe.values())
+        for change in changed:
+            print(printable(change))
+        print(f"plan: {len(changed)} values changed in {PARAMS_FILE}; `dvc repro` trains it")
+
+
+def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
+    """Read the text and measure the machine."""
+    model, train, tokenizer = load_params(ModelParams, TrainParams, TokenizerParams)
+    runtime = dataclasses.replace(load_params(RuntimeParams), compile=False, cuda_graphs=False)
+    if train.init_from == "base":
+        raise UserError("plan is for a start from scratch: set train.init_from=scratch, or take `preset base`")
+    if Path(".dvc").exists():
+        print("plan: gets and cleans the text, where that is not done: dvc repro clean", file=sys.stderr)
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "clean"], check=False)
+        if done.returncode:
+            raise UserError("there is no text to plan for: mend what `dvc repro clean` says above")
+    start_s = time.process_time()  # of Python with PyTorch, as each stage starts it
+    began = time.perf_counter()
+    device = open_device(runtime)
+    with out_of_memory(f"{device} has too little for the smallest model: stop what else uses it"):
+        text = measure_text(paths.CLEAN, tokenizer, model, train, runtime, device)
+        speeds = measure_speeds(model, train, runtime, device, vocab_size=min(text.bytes_per_token, default=1024))
+    others_s = START_TIMES * N_STAGES * start_s
+    taken, n_width = time.perf_counter() - began, len(speeds.operations)
+    print(f"plan: measured the text and {n_width} widths on {device} in {taken:.0f} s", file=sys.stderr)
+    if speeds.busy > BUSY:
+        print(f"plan: other programs kept {speeds.busy:.1f} cores busy: a quiet machine is faster", file=sys.stderr)
+    return Planner(text=text, speeds=speeds, model=model, train=train, others_s=others_s), device, runtime
+
+
+def rows(
+    plan: Plan, planner: Planner, runtime: RuntimeParams, device: torch.device, *, seconds: float | None
+) -> Iterator[tuple[str, str]]:
+    """The table: names and texts."""
+    recipe, config = plan.recipe, plan.config
+    params = recipe.training(planner.train)
+    with torch.device("meta"):
+        model = GPT(config)
+    yield (
+        "model",
+        f"{model.n_params():,} weights: {config.n_layer} layers of {config.n_embd}, {config.n_head} heads, vocabulary "
+        f"{config.vocab_size:,}, context {config.block_size}",
+    )
+    yield (
+        "training",
+        f"{recipe.max_steps:,} steps of {recipe.batch_size} sequences: {recipe.n_tokens:,} tokens, the text "
+        f"{recipe.epochs:.1f} times",
+    )
+    yield "rates", f"lr {params.lr:g}, embedding_lr {params.embedding_lr:g}, dropout {config.dropout:g}"
+    yield "expected", f"{expected(plan)} bits per byte of validation text"
+    yield (
+        "time",
+        f"{duration(plan.seconds)}: train {duration(plan.train_s)}, evaluate {duration(plan.evaluate_s)}, all others "
+        f"{duration(plan.others_s)}",
+    )
+    if seconds is not None and plan.seconds < 0.8 * seconds:
+        yield (
+            "to spare",
+            f"{duration(seconds - plan.seconds)}, which would bring next to nothing: the text is too small",
+        )
+    memory = memory_of(config, params, runtime, recipe.batch_size, device).training + int(PROCESS_BYTES)
+    free = available_memory(device)
+    yield "memory", f"{human_bytes(memory)} in training; {human_bytes(free)} are free on {device}"
+    if memory > free:
+        raise UserError(f"the run will not fit: {LESS_MEMORY}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    n_bytes = {
+        kind: human_bytes(int(model.n_params() * bits_per_weight(shapes, tensor_types(shapes, config, kind)) / 8))
+        for kind in load_params(ExportParams).gguf
+    }
+    yield "files", ", ".join(f"{kind} {size}" for kind, size in n_bytes.items())
+    for name, times in (("half", 0.5), ("double", 2.0)):
+        try:
+            other = planner.best(times * plan.seconds)
+        except UserError:
+            continue
+        yield (
+            name,
+            f"{duration(other.seconds)} would bring {expected(other)}: {other.config.n_layer} layers of "
+            f"{other.config.n_embd}, vocabulary {other.config.vocab_size:,}",
+        )
+    yield "lever", planner.lever(plan)
+
+
+def expected(plan: Plan) -> str:
+    """The loss and the range it is likely in."""
+    return f"{plan.bpb:.2f} ({plan.bpb * (1 - SPREAD):.2f} to {plan.bpb * (1 + SPREAD):.2f})"

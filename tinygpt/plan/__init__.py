@@ -1,0 +1,1 @@
+"""From a text, a machine and some minutes to params.yaml."""

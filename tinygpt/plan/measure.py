@@ -1,0 +1,201 @@
+"""What a plan must know, measured: how hard the text is, and how fast the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from tinygpt.corpus.folders import cut_lines, iter_texts, shard_texts, split_file, thin
+from tinygpt.encode import BulkEncoder
+from tinygpt.errors import UserError
+from tinygpt.model.config import GPTConfig, ModelParams
+from tinygpt.model.gpt import GPT
+from tinygpt.plan.law import LAW
+from tinygpt.plan.recipe import LAYERS, Recipe
+from tinygpt.run.speed import flops_per_token, step_seconds
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer.kinds import TokenizerParams, learn_tokenizer, take_tokenizer
+from tinygpt.tokenizer.pretokenize import iter_blocks
+from tinygpt.tokenizer.pretokens import count_pretokens
+from tinygpt.tokenizer.tokenizer import Tokenizer
+from tinygpt.tokens import TokenIds
+from tinygpt.train.batches import Batches, validation_sequences
+from tinygpt.train.config import TrainParams
+from tinygpt.train.learner import Learner
+
+VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # that the plan chooses from
+SAMPLE_BYTES = 3_000_000  # of the training text, that tokenizers are learned from
+PROBE_STEPS = (200, 100, 50)  # of the small model: as many as take less than
+PROBE_S = 12.0
+MOST_S = 12.0  # for the widths, after which no other is measured
+BUSY = 0.3  # cores that others keep busy, above which the plan says so
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the plan knows of the text."""
+
+    train_bytes: int
+    val_bytes: int
+    bytes_per_token: Mapping[int, float]  # by vocab_size
+    difficulty: float  # of the law
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast the machine trains, by n_embd."""
+
+    operations: Mapping[int, float]  # a second, in the passes
+    per_weight: Mapping[int, float]  # seconds of each step besides them, for each weight: the optimizer
+    busy: float  # cores that other programs had meanwhile
+
+    def step(self, config: GPTConfig, batch_size: int) -> float:
+        """Seconds of a training step."""
+        n_operations = flops_per_token(config) * batch_size * config.block_size
+        beside = between(self.per_weight, config.n_embd) * config.n_weights(config.vocab_size)
+        return beside + n_operations / between(self.operations, config.n_embd)
+
+
+def between(points: Mapping[int, float], n_embd: int) -> float:
+    """A value at a width between those measured, on straight lines in logarithms; beyond them the last."""
+    widths = sorted(points)
+    logs = [math.log(points[width]) for width in widths]
+    return math.exp(np.interp(math.log(n_embd), [math.log(width) for width in widths], logs))
+
+
+def measure_speeds(
+    model: ModelParams, train: TrainParams, runtime: RuntimeParams, device: torch.device, *, vocab_size: int
+) -> Speeds:
+    """Time steps of two batch sizes at every second width, from the narrowest on, for at most about MOST_S."""
+    began, before = time.perf_counter(), _others_busy()
+    operations, per_weight = dict[int, float](), dict[int, float]()
+    few, many = (2, 8) if device.type == "cpu" else (8, 64)
+    for n_embd in [*LAYERS][::2]:
+        recipe = Recipe(n_embd=n_embd, vocab_size=vocab_size, max_steps=1000, epochs=1)
+        config = recipe.config(model)
+        learner = Learner(GPT(config), recipe.training(train), runtime, device=device)
+        first, second = (step_seconds(learner, size) for size in (few, many))
+        slope = max(1e-9, (second - first) / (many - few))  # seconds for a sequence more
+        operations[n_embd] = flops_per_token(config) * config.block_size / slope
+        per_weight[n_embd] = max(1e-12, first - few * slope) / config.n_weights(vocab_size)
+        taken = time.perf_counter() - began
+        if taken + 16 * second > MOST_S:  # the next one is about four times as much work
+            break
+    return Speeds(operations, per_weight, (_others_busy() - before) / (time.perf_counter() - began))
+
+
+def _others_busy() -> float:
+    """Seconds of processor time that all other programs have taken so far."""
+    mine, machine = psutil.Process().cpu_times(), psutil.cpu_times()
+    return machine.user + machine.system + machine.nice - mine.user - mine.system
+
+
+def measure_text(
+    clean: Path,
+    tokenizer: TokenizerParams,
+    model: ModelParams,
+    train: TrainParams,
+    runtime: RuntimeParams,
+    device: torch.device,
+) -> Text:
+    """Learn tokenizers from a sample, and train a small model for some steps: its loss says how hard the text is.
+
+    Raises UserError where the text is too small for that.
+    """
+    files = {split: split_file(clean, split) for split in ("train", "val")}
+    sample = [text for shard in thin(cut_lines(files["train"]), SAMPLE_BYTES) for text in shard_texts(shard)]
+    val = [*_first_texts(files["val"], 40 * train.eval_tokens)]
+    tokenizers = {each.vocab_size: each for each in _tokenizers(tokenizer, sample)}
+    n_val_bytes = sum(len(text.encode()) for text in val)
+    per_token = {size: n_val_bytes / len(_ids(each, val)) for size, each in tokenizers.items()}
+    vocab_size = min(tokenizers, key=lambda size: abs(size - 1024))
+    ids, val_ids = (_ids(tokenizers[vocab_size], texts) for texts in (sample, val))
+    n_unique = len(ids) * files["train"].stat().st_size / sum(len(text.encode()) for text in sample)
+    recipe, learner = _small_learner(model, train, runtime, device, vocab_size=vocab_size, n_unique=n_unique)
+    if min(len(ids), len(val_ids)) <= recipe.block_size:
+        raise UserError(
+            f"the text gives {len(ids):,} tokens to learn from and {len(val_ids):,} to measure on, and a sequence has "
+            f"{recipe.block_size}: take more text"
+        )
+    bpb = _loss_after(learner, ids, val_ids) / math.log(2) / per_token[vocab_size]
+    return Text(
+        train_bytes=files["train"].stat().st_size,
+        val_bytes=files["val"].stat().st_size,
+        bytes_per_token=per_token,
+        difficulty=bpb / LAW.loss(recipe.size(learner.config, per_token[vocab_size])),
+    )
+
+
+def _small_learner(
+    model: ModelParams,
+    train: TrainParams,
+    runtime: RuntimeParams,
+    device: torch.device,
+    *,
+    vocab_size: int,
+    n_unique: float,
+) -> tuple[Recipe, Learner]:
+    """The smallest model, with a training as long as there is time for."""
+    for n_steps in PROBE_STEPS:
+        recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=n_steps, epochs=0.0)
+        recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
+        weights = GPT(recipe.config(model), generator=torch.Generator().manual_seed(train.seed))
+        learner = Learner(weights, recipe.training(train), runtime, device=device)
+        spare = Learner(GPT(recipe.config(model)), recipe.training(train), runtime, device=device)
+        if step_seconds(spare, recipe.batch_size) * n_steps < PROBE_S:
+            break
+    return recipe, learner
+
+
+def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
+    """The validation loss after all steps, in nats a token."""
+    seq_len, params = learner.config.block_size, learner.params
+    batches = Batches(ids, seq_len=seq_len, batch_size=params.batch_size, seed=params.seed)
+    for step in range(params.max_steps):
+        learner.learn(step, torch.from_numpy(batches.batch_at(step)).to(learner.device))
+    val = torch.from_numpy(validation_sequences(val_ids, seq_len, params.eval_tokens))
+    with learner.evaluated() as model:
+        return learner.loss_of(model, val.to(learner.device))
+
+
+def _first_texts(path: Path, n_bytes: int) -> Iterator[str]:
+    """The texts that a file begins with, of about so many bytes."""
+    for text in iter_texts(path):
+        yield text[:n_bytes]
+        n_bytes -= len(text)
+        if n_bytes <= 0:
+            return
+
+
+def _tokenizers(params: TokenizerParams, texts: Iterable[str]) -> Iterator[Tokenizer]:
+    """The one that the params name; of BPE one for each size, since the merges of a small one begin a larger one's."""
+    if params.from_file:
+        yield take_tokenizer(params)
+        return
+    counts = count_pretokens(texts)
+    if params.kind != "bpe":
+        yield learn_tokenizer(counts, params)
+        return
+    n_first = 257 + len(params.special_tokens)
+    largest = None
+    for size in VOCAB_SIZES[::-1]:
+        try:
+            largest = largest or learn_tokenizer(counts, dataclasses.replace(params, vocab_size=size))
+        except UserError:  # the text does not give so many
+            continue
+        yield Tokenizer.from_merges(largest.merges[: size - n_first], params.special_tokens)
+    if largest is None:
+        yield learn_tokenizer(counts, dataclasses.replace(params, vocab_size=n_first))
+
+
+def _ids(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenIds:
+    encoder = BulkEncoder(tokenizer)
+    return np.concatenate([encoder.encode(block) for block in iter_blocks(texts)])

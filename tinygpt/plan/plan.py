@@ -1,0 +1,132 @@
+"""The best recipe for a time, and the shortest time for a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tinygpt.errors import UserError
+from tinygpt.model.config import GPTConfig, ModelParams
+from tinygpt.plan.law import LAW
+from tinygpt.plan.measure import Speeds, Text
+from tinygpt.plan.recipe import BATCH_SIZES, LAYERS, MIN_STEPS, MOST_WEIGHTS, N_EVALUATIONS, Recipe
+from tinygpt.train.config import TrainParams
+
+LONGEST_S = 30 * 24 * 3600.0  # a month: no longer runs are looked for
+NOTHING = 0.003  # of the loss, which is not worth any time
+SHORTER = 1.2
+FORWARD = 1 / 3  # of the work of a training step on the same tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe with what is expected of it."""
+
+    recipe: Recipe
+    config: GPTConfig
+    bpb: float  # of validation text
+    train_s: float
+    evaluate_s: float  # the stage's
+    others_s: float  # of all other stages together
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole pipeline."""
+        return self.train_s + self.evaluate_s + self.others_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """What is known of the text and the machine, and the params that a recipe leaves as they are."""
+
+    text: Text
+    speeds: Speeds
+    model: ModelParams
+    train: TrainParams
+    others_s: float  # seconds of the stages whose time depends on neither model nor steps
+
+    def best(self, seconds: float) -> Plan:
+        """The plan of lowest loss in this time, for all stages; a shorter one where the rest brings next to nothing.
+
+        Raises UserError where the time is too short.
+        """
+        plan = self._lowest(seconds)
+        enough = plan.bpb * (1 + NOTHING)
+        while True:
+            try:
+                shorter = self._lowest(plan.seconds / SHORTER)
+            except UserError:
+                return plan
+            if shorter.bpb > enough:
+                return plan
+            plan = shorter
+
+    def _lowest(self, seconds: float) -> Plan:
+        plans = list(self._plans(seconds))
+        if not plans:
+            raise UserError(
+                f"--minutes {seconds / 60:g} is too short: the other stages take {self.others_s / 60:.1f} minutes, and "
+                f"{MIN_STEPS} steps of the smallest model come on top"
+            )
+        return min(plans, key=lambda plan: plan.bpb)
+
+    def reach(self, bpb: float) -> Plan:
+        """The shortest plan for this loss, to a twentieth of its time.  Raises UserError where none reaches it."""
+        longest = self._lowest(LONGEST_S)
+        if longest.bpb > bpb:
+            most = f"a month on this machine brings {longest.bpb:.2f}"
+            raise UserError(f"--bpb {bpb:g} is out of reach: {most}; {self.lever(longest)}")
+        short, long = self.others_s, LONGEST_S
+        while long / short > 1.05:
+            middle = (short * long) ** 0.5
+            try:
+                reached = self._lowest(middle).bpb <= bpb
+            except UserError:
+                reached = False
+            short, long = (short, middle) if reached else (middle, long)
+        return self._lowest(long)
+
+    def lever(self, plan: Plan) -> str:
+        """What would help most, in a sentence: more text or more time."""
+        more_text = dataclasses.replace(plan.recipe, epochs=plan.recipe.epochs / 4)
+        by_text = plan.bpb - self._bpb(more_text, plan.config)
+        by_time = plan.bpb - self.best(min(LONGEST_S, 4 * plan.seconds)).bpb
+        (first, more), (second, less) = sorted([(by_text, "text"), (by_time, "time")], reverse=True)
+        seen = f"the text is seen {plan.recipe.epochs:.1f} times"
+        gains = f"{more} would bring {first:.2f} bits per byte, four times as much {less} {max(0.0, second):.2f}"
+        return f"{seen}: four times as much {gains}"
+
+    def _plans(self, seconds: float) -> Iterator[Plan]:
+        """One for each model and batch, with as many steps as there is time for."""
+        for n_embd, vocab_size in itertools.product(LAYERS, self.text.bytes_per_token):
+            shape = Recipe(n_embd=n_embd, vocab_size=vocab_size, max_steps=1000, epochs=1)
+            config = shape.config(self.model)
+            n_unique = self.text.train_bytes / self.text.bytes_per_token[vocab_size]
+            if config.n_weights(0) > MOST_WEIGHTS * self.text.train_bytes and n_embd > min(LAYERS):
+                continue
+            per_token = self.speeds.step(config, 64) / 64 / shape.block_size * FORWARD
+            evaluate_s = per_token * self.text.val_bytes / self.text.bytes_per_token[vocab_size]
+            looks_s = (N_EVALUATIONS + 1) * per_token * self.train.eval_tokens
+            for batch_size in BATCH_SIZES:
+                step_s = self.speeds.step(config, batch_size)
+                train_s = seconds - self.others_s - evaluate_s
+                max_steps = int((train_s - looks_s) / step_s)
+                n_tokens = max_steps * batch_size * shape.block_size
+                recipe = dataclasses.replace(
+                    shape, batch_size=batch_size, max_steps=max_steps, epochs=n_tokens / n_unique
+                )
+                if max_steps >= MIN_STEPS:
+                    yield Plan(
+                        recipe=recipe,
+                        config=config,
+                        bpb=self._bpb(recipe, config),
+                        train_s=train_s,
+                        evaluate_s=evaluate_s,
+                        others_s=self.others_s,
+                    )
+
+    def _bpb(self, recipe: Recipe, config: GPTConfig) -> float:
+        per_token = self.text.bytes_per_token[recipe.vocab_size]
+        return self.text.difficulty * LAW.loss(recipe.size(config, per_token))
