@@ -170,6 +170,7 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
             "unknown key messages[0].tool_calls",
         ),
         ({"messages": TALK, "prompt": "a"}, "unknown key prompt"),
+        ({"mesages": TALK}, "unknown key mesages (did you mean messages?)"),
         ({"messages": TALK, "echo": True}, "unknown key echo"),
         ({"messages": TALK, "top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"messages": TALK, "logprobs": 2}, "logprobs=2 must be true or false"),
@@ -180,7 +181,7 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"messages": [{"role": "user", "content": "a" * 9000}], "n": 8}, "messages has 72,000 bytes with all answers"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "must be whole characters, not halves"),
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_bad_chats_are_refused_with_what_is_wrong(document, message, served):
     response = httpx.post(f"{served[0]}/v1/chat/completions", content=json.dumps(document))

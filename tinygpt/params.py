@@ -157,16 +157,17 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "", cutoff: float 
     return "".join(f" (did you mean {prefix}{near}?)" for near in difflib.get_close_matches(name, [*known], 1, cutoff))
 
 
-def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "") -> T:
+def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "", others: Sequence[str] = ()) -> T:
     """Build a dataclass from a mapping with exactly its fields as keys.
 
-    A field whose type admits None may be null. 8.0 is taken for an int field, 8.5, true and "8" are not.
+    A field whose type admits None may be null. 8.0 is taken for an int field, 8.5, true and "8" are not. `others` are
+    keys that are read elsewhere: an unknown key may be a misspelling of one of them.
     Raises ParamsError with all problems.
     """
     if not isinstance(mapping, dict):
         raise ParamsError([f"{prefix.rstrip('.')} must be a mapping of keys to values, found {mapping!r}"])
     hints = {k: v for k, v in typing.get_type_hints(cls, include_extras=True).items() if k in _field_names(cls)}
-    problems = _key_problems(mapping, list(hints), prefix)
+    problems = _key_problems(mapping, list(hints), prefix, others)
     values: dict[str, Any] = {}
     for key, hint in hints.items():
         if key in mapping:
@@ -230,11 +231,8 @@ def _name_problems(document: dict[str, Any]) -> list[str]:
     return _key_problems(document, list(GROUPS), "")
 
 
-def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str) -> list[str]:
-    problems = []
-    for key in mapping:
-        if key not in known:
-            problems.append(_unknown(str(key), known, prefix))
+def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str, others: Sequence[str] = ()) -> list[str]:
+    problems = [_unknown(str(key), [*known, *others], prefix) for key in mapping if key not in known]
     return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
 
 

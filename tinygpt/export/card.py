@@ -5,6 +5,7 @@ https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfil
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, read_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import read_record
+from tinygpt.report.reports import prompt_to_try
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import LoRAParams
 
@@ -68,15 +71,22 @@ class Origin:
     manifest: Source
     training: Mapping[str, Any]  # params
     evaluation: Evaluation
+    prompt: str  # of the commands that run it
 
 
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
     """Read it from the stages' folders.  Raises UserError that names the file, its key, and the stage to run."""
     read_training(model)
+    look = read_json(reports / "look.json", stage="evaluate")
+    try:
+        prompt = prompt_to_try(look["samples"])
+    except (KeyError, TypeError):
+        raise UserError(f"{reports / 'look.json'} is not of this version: run `dvc repro evaluate`") from None
     return Origin(
         manifest=read_record(Source, raw / "manifest.json", stage="download"),
         training=read_json(model / TRAINING_FILE, stage="train"),
         evaluation=read_record(Evaluation, reports / "eval.json", stage="evaluate"),
+        prompt=prompt,
     )
 
 
@@ -91,7 +101,7 @@ def model_card(config: GPTConfig, n_params: int, origin: Origin, n_ctx: int, wei
     `n_ctx` is the context of the file; `weight_type` names the GGUF file to run, None a folder for transformers.
     """
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["n"] = lambda value: f"{value:,}"
+    environment.filters |= {"n": lambda value: f"{value:,}", "shell": shlex.quote, "python": repr}
     template = environment.from_string((CARDS / "model.md").read_text(encoding="utf-8"))
     return template.render(
         config=config_fields(config), n_params=n_params, n_ctx=n_ctx, weight_type=weight_type, **vars(origin)

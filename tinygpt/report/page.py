@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import groupby
@@ -29,6 +30,7 @@ from tinygpt.report.reports import (
     Reports,
     Row,
     find_earlier,
+    prompt_to_try,
     read_curve,
     read_norms,
     read_reports,
@@ -94,6 +96,8 @@ def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
         "bytes": human_bytes,
         "n": lambda value: f"{value:,.0f}",
         "visible": visible,
+        "shell": shlex.quote,
+        "python": repr,
         "form": lambda v, form: format(v, form),
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -175,6 +179,7 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
         "train": reports.train,
         "eval": reports.eval,
         "look": reports.look,
+        "prompt": prompt_to_try(reports.look["samples"]),
         "source": reports.params["download.source"],
         "numbers": numbers(reports, earlier),
         "earlier": earlier,

@@ -150,14 +150,19 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_body(options: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> tuple[Body, Served]:
-    """The options of a request, and its model.  Raises ParamsError, or Refusal where there is no such model."""
+def read_body(
+    options: Mapping[str, Any], models: Mapping[str, Served], limits: Limits, *, others: Sequence[str]
+) -> tuple[Body, Served]:
+    """The options of a request, which has `others` besides, and its model.
+
+    Raises ParamsError, or Refusal where there is no such model.
+    """
     values: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(Body)}
     values["seed"] = secrets.randbits(32)
     for name, value in options.items():
         if value is not None and name not in UNUSED and not (name in NEUTRAL and value == NEUTRAL[name]):
             values[name] = plain(name, value)
-    body = from_mapping(Body, values)
+    body = from_mapping(Body, values, others=others)
     served = find_model(body.model, models)
     message = f"max_tokens={body.max_tokens} must be at most {limits.max_tokens}, the limit of this server"
     require((body.max_tokens <= limits.max_tokens, message))
@@ -232,7 +237,7 @@ def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], l
     """One prompt or several, as texts or ids; none begins a new document.  Raises Refusal or UserError."""
     options, given = dict(document), document.get("prompt")
     options.pop("prompt", None)
-    body, served = read_body(options, models, limits)
+    body, served = read_body(options, models, limits, others=["prompt"])
     each = given if isinstance(given, list) and not are_ids(given) else [given]
     if not each or not all(one is None or isinstance(one, str) or are_ids(one) for one in each):
         raise Refusal(400, "prompt must be a text, a list of texts, or of ids, or of lists of ids", param="prompt")
@@ -271,7 +276,7 @@ def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits:
     lengths = [document[name] for name in ("max_completion_tokens", "max_tokens") if document.get(name) is not None]
     options["max_tokens"] = lengths[0] if lengths else min(N_NEW, limits.max_tokens)
     options["logprobs"] = (n_best or 0) if has_scores else None  # in a completion it is a number
-    body, served = read_body(options, models, limits)
+    body, served = read_body(options, models, limits, others=CHAT_KEYS)
     messages, template = read_messages(document.get("messages")), served.template
     check_sizes(["".join(each["content"] for each in messages)], body.n, limits, param="messages")
     text, ids = template.prompt(messages, served.tokenizer, limits.max_prompt)
