@@ -54,6 +54,7 @@ coverage: $(DEV) ## Run the tests and tell which lines none of them runs
 	$(PYTEST) --cov=tinygpt --cov=stages --cov-report=term-missing:skip-covered
 
 sample: $(RUNTIME) ## Let the trained model write
+	@[ -e data/model ] || { echo "error: there is no model yet: run  make repro  first" >&2; exit 1; }
 	python -m tinygpt generate --max-new-tokens 200
 
 notebooks: $(DEV) ## Run notebooks/ and write them as pages, with outputs, into reports/notebooks/

@@ -68,7 +68,9 @@ def test_the_log_has_one_kind_of_line_that_fits_and_a_sample_at_each_look(stoppe
     assert all(len(line) <= 80 for line in lines)
     assert all(re.search(r"  \d+:\d\d(:\d\d)? left$", line) for line in lines[2:])
     at = log.splitlines().index(next(line for line in lines if "val loss" in line))
-    assert log.splitlines()[at + 1].startswith("    ")
+    note, sample = log.splitlines()[at + 1 : at + 3]
+    assert note == "not trained yet, so what it writes is random:" and sample.startswith("    ")
+    assert log.count(note) == 1
 
 
 def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):

@@ -267,7 +267,8 @@ def test_the_run_before_is_named_and_stays_the_same_when_this_one_is_committed(p
     run_stages("report", project)
     text = Tags((project / PAGE).read_text()).text
     head = succeed("git rev-parse HEAD", project)[:9]
-    assert f"the run before is that of commit {head}" in text
+    assert f"the newest commit of another run, {head}, which had other params." in text
+    assert f"commit {head} has" in text
     assert "better, by 7 times the error" in text  # 10 errors of one, which both have: √2 of it
     assert re.search(r"train\.lr\s*0\.008\s*0\.004", text)
     before = (project / PAGE).read_bytes()
@@ -277,9 +278,12 @@ def test_the_run_before_is_named_and_stays_the_same_when_this_one_is_committed(p
 
 
 def test_a_difference_counts_from_two_errors_on():
-    assert verdict(3.0, 3.1, 0.1, ".4f") == {"kind": "same", "text": "-0.1000 (within the error); it was 3.1000"}
-    assert verdict(3.0, 3.5, 0.1, ".1f")["text"] == "-0.5 (better, by 5 times the error); it was 3.5"
-    assert verdict(3.5, 3.0, 0.1, ".1f")["kind"] == "worse"
+    def verdict_of(value, before, form):
+        return verdict(value, before, 0.1, form, commit="a1b2")
+
+    assert verdict_of(3.0, 3.1, ".4f") == {"kind": "same", "text": "commit a1b2 has 3.1000: -0.1000, within the error"}
+    assert verdict_of(3.0, 3.5, ".1f")["text"] == "commit a1b2 has 3.5: -0.5, better, by 5 times the error"
+    assert verdict_of(3.5, 3.0, ".1f")["kind"] == "worse"
 
 
 @pytest.mark.parametrize(

@@ -211,17 +211,18 @@ def numbers(reports: Reports, earlier: Earlier | None) -> list[dict[str, Any]]:
     for name, key, error, form, unit, comparable in rows:
         shown = None if key == "val_loss" else format(now[error], form)
         found.append({"name": name, "value": format(now[key], form), "error": shown, "unit": unit})
-        if comparable:
-            found[-1]["verdict"] = verdict(now[key], was[key], math.hypot(now[error], was[error]), form)
+        if earlier and comparable:
+            of_both = math.hypot(now[error], was[error])
+            found[-1]["verdict"] = verdict(now[key], was[key], of_both, form, commit=earlier.commit)
     return found
 
 
-def verdict(value: float, before: float, error: float, form: str) -> dict[str, str]:
-    """Whether a number, of which less is better, has become better, and by how many standard errors."""
+def verdict(value: float, before: float, error: float, form: str, *, commit: str) -> dict[str, str]:
+    """Whether a number, of which less is better, is better than that of a commit, and by how many standard errors."""
     difference, errors = value - before, abs(value - before) / error if error else math.inf
     kind = "same" if errors < 2 else "better" if difference < 0 else "worse"
     words = "within the error" if kind == "same" else f"{kind}, by {errors:.0f} times the error"
-    return {"kind": kind, "text": f"{difference:+{form}} ({words}); it was {before:{form}}"}
+    return {"kind": kind, "text": f"commit {commit} has {before:{form}}: {difference:+{form}}, {words}"}
 
 
 def changed(reports: Reports, earlier: Earlier | None) -> list[tuple[str, str, str]]:
