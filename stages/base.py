@@ -44,7 +44,7 @@ def fetched(root: Path, folder: Path) -> bool:
     except Exception as error:  # of any kind: it may be that of a remote's library
         raise UserError(
             f"{BASE} is not there, and DVC cannot bring the one of dvc.lock ({error}): run `python -m tinygpt "
-            f"import-hf FOLDER` or `promote` again, or `mkdir -p {BASE}` to go on without"
+            f"import-hf FOLDER` or `promote` again, or `mkdir -p {BASE}` to continue without one"
         ) from None
 
 

@@ -36,7 +36,7 @@ def run(root: Path) -> None:
         f"clean: {report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}; split by {how}"
     )
     if little := little_held_out(report, how):
-        print(f"clean: {' and '.join(little)}: what is measured on so little says little", file=sys.stderr)
+        print(f"clean: {' and '.join(little)}: results measured on so little text are unreliable", file=sys.stderr)
 
 
 if __name__ == "__main__":

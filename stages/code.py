@@ -31,12 +31,12 @@ def lost_experiments(checkout: Path, *, is_copy: bool) -> list[str]:
     found = []
     if not str(checkout).isascii() or unquote(urlsplit(f"file://{checkout}").path) != str(checkout):  # DVC makes a URL
         found.append(
-            f"`dvc exp run --temp` and queues fail in a folder of this name, {str(checkout)!r}: rename it to ASCII "
+            f"`dvc exp run --temp` and queues fail in a folder with this name, {str(checkout)!r}: rename it to ASCII "
             "letters without # ? %, or run experiments without them"
         )
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
     if is_copy and subprocess.run(shallow, cwd=checkout, capture_output=True, check=False).stdout == b"true\n":
-        found.append("DVC does not keep this experiment: the clone is shallow. `git fetch --unshallow`, run it again")
+        found.append("DVC does not keep this experiment: the clone is shallow: `git fetch --unshallow` first")
     return found
 
 

@@ -90,8 +90,8 @@ def open_study(path: Path, name: str, settings: dict[str, str], seed: int) -> St
     study = optuna.create_study(storage=f"sqlite:///{path.absolute()}", study_name=name, load_if_exists=True)
     before = study.user_attrs.setdefault("settings", settings)
     if before != settings:
-        told = " ".join(f"-S {key}={value}" for key, value in before.items())
-        raise UserError(f"the study {name} of {path} has trials of {told}: give these, or another --name")
+        theirs = " ".join(f"-S {key}={value}" for key, value in before.items())
+        raise UserError(f"the study {name} of {path} has trials with {theirs}: use these, or another --name")
     study.set_user_attr("settings", settings)
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # other draws after each restart
     return study
@@ -115,14 +115,14 @@ def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
             study.tell(trial, state=TrialState.FAIL)
             failed += 1
             if failed == MOST_FAILED:
-                raise UserError(f"{failed} trials in a row failed, as told above: the sweep goes on when run again")
+                raise UserError(f"{failed} trials in a row failed, see above: run the sweep again to continue")
             continue
         failed = 0
         study.tell(trial, loss)
         best = study.best_trial
         print(f"{name}: val_loss {loss:.4f}; lowest {best.value:.4f}, {study.study_name}-{best.number}", flush=True)
     best_name = f"{study.study_name}-{study.best_trial.number}"
-    print(f"{best_name} has the lowest val_loss of {n_trials}: `dvc exp apply {best_name}` takes it over")
+    print(f"{best_name} has the lowest val_loss of {n_trials}: `dvc exp apply {best_name}` makes it yours")
 
 
 def suggest(trial: Trial, key: str, value: str) -> str:

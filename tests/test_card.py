@@ -15,7 +15,7 @@ ORIGIN = Origin(
     manifest=Source(source="python-docs", licence="PSF-2.0"),
     training={"init_from": "scratch", "max_steps": 1600, "betas": [0.9, 0.95]},
     evaluation=Evaluation(split="test", tokens=25013, context=128, loss=3.12086, ppl=22.6657, bpb=1.86304),
-    prompt="It's \"new\" `id` $HOME",
+    prompt='It\'s "new" `id` $HOME',
 )
 
 

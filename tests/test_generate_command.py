@@ -317,7 +317,7 @@ def test_all_that_ends_a_text_in_llama_cpp_ends_it(generate, folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_device_that_is_not_there_is_refused(generate):
-    assert "error: --device=cuda is not there: set it to auto or cpu" in generate("--device", "cuda").stderr
+    assert "error: --device=cuda is not available: set it to auto or cpu" in generate("--device", "cuda").stderr
     assert generate("--device", "cpu", "--quantize", "int8").returncode == 0
 
 

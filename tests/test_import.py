@@ -136,10 +136,10 @@ def test_heads_that_share_a_norm_here_must_have_equal_ones(tmp_path, tiny_tokeni
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, r"is of model_type gemma, covered are gpt2, starcoder2"),
+        ({"model_type": "gemma"}, r"is of model_type gemma, supported are gpt2, starcoder2"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type=llama3, not default"),
         ({"rope_parameters": WHOLE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5, not 1.0"),
-        ({"hidden_act": "relu"}, "activation relu, covered are silu"),
+        ({"hidden_act": "relu"}, "activation relu, supported are silu"),
         ({"num_key_value_heads": 3}, "must be a multiple of model.n_kv_head=3"),
         ({"hidden_size": None}, "it has no hidden_size"),
         ({"hidden_size": "32"}, "model.n_embd='32' must be a whole number"),
@@ -234,7 +234,7 @@ def test_a_tensor_that_is_in_no_module_is_told(tmp_path):
 
 
 def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
-    with pytest.raises(UserError, match=r"config.json not found: give a folder that transformers saved"):
+    with pytest.raises(UserError, match=r"config.json not found: name a folder that transformers saved"):
         read_hf(tmp_path)
     saved(MODELS["llama"], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -314,7 +314,7 @@ def test_a_base_whose_writer_is_killed_between_two_files_is_the_old_one(tmp_path
 def test_a_folder_with_something_else_in_it_does_not_become_a_base(tmp_path, tiny_tokenizer):
     (tmp_path / "mine.txt").touch()
     model = tiny_model()
-    with pytest.raises(UserError, match=r"holds mine.txt, which is not of a base: name another folder"):
+    with pytest.raises(UserError, match=r"holds mine.txt, which does not belong to a base: name another folder"):
         write_base(tmp_path, model.config, model_tensors(model), tiny_tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

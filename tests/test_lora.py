@@ -222,7 +222,7 @@ def test_a_training_json_that_was_not_written_so_is_told_with_its_key(trained_fo
     if key in ("init_from", "base_sha256") and value == "x":  # a text may be any
         assert read_training(paths.MODEL)
         return
-    with pytest.raises(UserError, match=rf"data/model/training.json is not of this version \(.*{key}"):
+    with pytest.raises(UserError, match=rf"data/model/training.json was written by another version \(.*{key}"):
         exported()
 
 

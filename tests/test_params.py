@@ -250,7 +250,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
         {"runtime.n_process": 2, "runtime.micro_batch_size": "auto"},
         "runtime.micro_batch_size=auto is found in one process: name a size",
     ),
-    ({"runtime.n_process": 2, "runtime.device": "mps"}, "runtime.device=mps works for one process alone: set runtime"),
+    ({"runtime.n_process": 2, "runtime.device": "mps"}, "runtime.device=mps works with one process only: set runtime"),
     (
         {"runtime.cuda_graphs": True, "runtime.compile": True, "runtime.device": "cpu"},
         "runtime.cuda_graphs=true works on a GPU, not on runtime.device=cpu: set it to false",

@@ -613,10 +613,10 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
     [
         (["--port", "{taken}"], "error: port {taken} of 127.0.0.1 is in use"),
         (["--port", "70000"], "error: --port 70000 must be within"),
-        (["--host", "203.0.113.7"], "error: cannot listen at 203.0.113.7, port 0"),
+        (["--host", "203.0.113.7"], "error: cannot listen on 203.0.113.7, port 0"),
         (["--model", "a", "--model", "a"], "error: --model a: its name is taken"),
         (["--model", "nothing"], "error: nothing not found: name a folder with config.json"),
-        (["--model", "a=b.gguf"], "error: --model b.gguf: serve reads no .gguf file"),
+        (["--model", "a=b.gguf"], "error: --model b.gguf: serve does not read .gguf files"),
         (["--max-rows", "0"], "error: --max-rows=0 must be within"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

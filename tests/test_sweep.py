@@ -81,7 +81,7 @@ def test_two_failures_in_a_row_stop_it_and_one_alone_does_not(tmp_path, monkeypa
     monkeypatch.setattr(optuna_sweep, "run_experiment", lambda name, values: next(losses))
     settings = {"train.lr": "1e-3..3e-2"}
     study = open_study(tmp_path / "study.db", "a", settings, seed=1)
-    with pytest.raises(UserError, match=r"2 trials in a row failed, as told above: the sweep goes on when run again"):
+    with pytest.raises(UserError, match=r"2 trials in a row failed, see above: run the sweep again to continue"):
         optuna_sweep.sweep(study, settings, 3)
     said = capsys.readouterr().out
     assert "a-1: val_loss 3.0000; lowest 3.0000, a-1\n" in said and "a-3: val_loss 2.0000; lowest 2.0000, a-3\n" in said

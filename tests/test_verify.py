@@ -68,7 +68,7 @@ def test_rows_not_permuted_for_the_rotation_fail(check, model, monkeypatch):
     monkeypatch.setattr(LLAMA_CPP, "families", families)
     _, failures = check(model)
     assert any(failure.startswith("model.gguf: max_logprob_diff is ") for failure in failures)
-    assert all(", allowed is " in failure for failure in failures)
+    assert all(", the limit is " in failure for failure in failures)
 
 
 def test_other_weights_fail(check, model):

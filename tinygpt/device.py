@@ -20,13 +20,13 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
     """
     n_core = os.cpu_count() or 1
     if runtime.n_thread > n_core:
-        raise ParamsError([f"runtime.n_thread={runtime.n_thread}: this machine has {n_core} cores; 0 takes them all"])
+        raise ParamsError([f"runtime.n_thread={runtime.n_thread}: this machine has {n_core} cores; 0 uses them all"])
     torch.set_num_threads(max(1, (runtime.n_thread or torch.get_num_threads()) // of))
     name = find_device(runtime.device)
     if of == 1:
         return torch.device(name)
     if name == "mps":
-        raise ParamsError(["runtime.device=mps works for one process alone: set runtime.n_process=1"])
+        raise ParamsError(["runtime.device=mps works with one process only: set runtime.n_process=1"])
     if name == "cuda" and of > torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ParamsError([f"runtime.n_process: {of} processes on this machine need as many GPUs, found {found}"])
@@ -38,7 +38,7 @@ def find_device(wanted: str, option: str = "runtime.device") -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name in there if there[name]) if wanted == "auto" else wanted
     if not there[name]:
-        raise ParamsError([f"{option}={name} is not there: set it to auto or cpu"])
+        raise ParamsError([f"{option}={name} is not available: set it to auto or cpu"])
     return name
 
 

@@ -92,7 +92,7 @@ def answer_to(error: BaseException) -> tuple[int, str]:
         case _ if is_out_of_memory(error):
             problem = "there is not enough memory: take a smaller model, batch or text, or close other programs"
         case RecursionError():
-            problem = f"what was read is nested too deep ({_place(error)})"
+            problem = f"what was read is nested too deeply ({_place(error)})"
         case UnicodeError():
             problem = f"a text cannot be read or written as it is ({_place(error)}: {error})"
         case OverflowError():
@@ -113,7 +113,7 @@ def _of_the_system(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no room to write {name} ({reason}): free some space and run again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot use {name} ({reason}): see to its permissions"
+        return f"cannot use {name} ({reason}): check its permissions"
     return f"cannot use {name} ({reason})" if error.filename else reason
 
 

@@ -129,7 +129,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file whose bytes depend on nothing but `value`.  Raises UserError for NaN and infinity."""
     if wrong := [f"{key} is {number}" for key, number in _numbers(value) if not math.isfinite(number)]:
         raise UserError(
-            f"{path} is not written, for JSON has no such number ({', '.join(wrong[:3])}): where the model's numbers "
+            f"{path} is not written, because JSON has no such number ({', '.join(wrong[:3])}): if the model's numbers "
             "overflow, lower train.lr and train again"
         )
     with atomic_write(path) as file:
@@ -174,7 +174,7 @@ def parse_json(raw: str | bytes, **hooks: Any) -> Any:
         text = raw if isinstance(raw, str) else raw.decode()
         return json.loads(text, parse_constant=_finite, parse_float=_finite, **hooks)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def _finite(number: str) -> float:

@@ -26,7 +26,7 @@ AnyNumber = Annotated[float, Within("(-inf, inf)")]
 class Length:
     """How much to write."""
 
-    max_new_tokens: Annotated[Count, "most tokens of the text"] = 200
+    max_new_tokens: Annotated[Count, "tokens of the text, at most"] = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +37,17 @@ class Sampling:
     top_k: Annotated[NotNegative, "only the k likeliest tokens; 0 = all"] = 0
     top_p: Annotated[float, Within("(0, 1]"), "only the likeliest tokens that together have this probability"] = 1.0
     min_p: Annotated[float, Within("[0, 1]"), "only tokens with this share of the likeliest one's probability"] = 0.0
-    typical_p: Annotated[float, Within("(0, 1]"), "only tokens as surprising as is usual, to this probability"] = 1.0
-    repetition_penalty: Annotated[float, Within("(0, inf)"), "divide the logits of what prompt and text have"] = 1.0
+    typical_p: Annotated[
+        float, Within("(0, 1]"), "only tokens about as surprising as usual, up to this probability"
+    ] = 1.0
+    repetition_penalty: Annotated[float, Within("(0, inf)"), "divide the logits of tokens in prompt or text"] = 1.0
     frequency_penalty: Annotated[AnyNumber, "taken off a token's logit for each time that the text has it"] = 0.0
     presence_penalty: Annotated[AnyNumber, "taken off a token's logit if the text has it"] = 0.0
-    no_repeat_ngram_size: Annotated[NotNegative, "no n tokens come twice in prompt and text; 0 = they may"] = 0
+    no_repeat_ngram_size: Annotated[NotNegative, "no n tokens in a row occur twice in prompt and text; 0 = off"] = 0
     logit_bias: Annotated[tuple[tuple[int, float], ...], "add a number to a token's logit; may be given again"] = ()
-    banned_ids: Annotated[tuple[int, ...], "tokens that never come"] = ()
-    min_new_tokens: Annotated[NotNegative, "no end before so many tokens"] = 0
-    ignore_eos: Annotated[bool, "go on at the end of a text"] = False
+    banned_ids: Annotated[tuple[int, ...], "tokens that are never chosen"] = ()
+    min_new_tokens: Annotated[NotNegative, "no end before this many tokens"] = 0
+    ignore_eos: Annotated[bool, "continue after the end of a text"] = False
     stop: Annotated[tuple[str, ...], "end before this text; may be given again"] = ()
     stop_ids: Annotated[tuple[int, ...], "end before these tokens"] = ()
     when_full: Annotated[
@@ -89,7 +91,7 @@ class Search:
     """How many texts to follow at once, and which of them to take."""
 
     n_beam: Annotated[
-        int, Within("[1, 256]"), "beam search: follow so many of the likeliest texts, at temperature 0; 1 = none"
+        int, Within("[1, 256]"), "beam search: follow this many of the likeliest texts, at temperature 0; 1 = none"
     ] = 1
     length_penalty: Annotated[
         float, Within("[-10, 10]"), "of beams: above 0 favours long texts, below 0 short ones"
@@ -97,7 +99,7 @@ class Search:
     early_stopping: Annotated[
         Literal["false", "true", "never"], "end beam search with n_beam texts (true), or only when sure (never)"
     ] = "false"
-    best_of: Annotated[int, Within("[1, 256]"), "draw so many texts, take the likeliest per token"] = 1
+    best_of: Annotated[int, Within("[1, 256]"), "draw this many texts, keep the likeliest per token"] = 1
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
@@ -142,7 +144,7 @@ class Proposals:
     """How much speculative decoding proposes."""
 
     n_draft: Annotated[int, Within("[1, 64]"), "tokens that are proposed for each pass of the model"] = 5
-    ngram: Annotated[int, Within("[1, 16]"), "of a look-up: so many last tokens must recur, or fewer"] = 3
+    ngram: Annotated[int, Within("[1, 16]"), "of a look-up: how many last tokens must recur, or fewer"] = 3
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""

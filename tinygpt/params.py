@@ -190,7 +190,7 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
         return from_mapping(cls, {key: document[key] for key in document if key in _field_names(cls)})
     except ParamsError as error:
         problems = "; ".join(error.problems)
-        raise UserError(f"{path} is not of this version ({problems}): run `dvc repro {stage}`") from None
+        raise UserError(f"{path} was written by another version ({problems}): run `dvc repro {stage}`") from None
 
 
 def flat_params(raw: bytes) -> dict[str, str]:

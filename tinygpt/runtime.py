@@ -44,6 +44,6 @@ class RuntimeParams:
             ),
             (
                 self.n_process == 1 or self.device != "mps",
-                "runtime.device=mps works for one process alone: set runtime.n_process=1",
+                "runtime.device=mps works with one process only: set runtime.n_process=1",
             ),
         )

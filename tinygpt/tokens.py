@@ -58,7 +58,7 @@ class TokensMeta:
 def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMeta:
     """Read `meta.json`.
 
-    Raises UserError when it is missing, not of this version, or not made with the tokenizer of the folder `tokenizer`.
+    Raises UserError when it is missing, of another version, or not made with the tokenizer of the folder `tokenizer`.
     """
     meta = read_record(TokensMeta, Path(folder) / META_FILE, stage="encode")
     if tokenizer is not None and (

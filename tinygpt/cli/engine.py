@@ -39,8 +39,8 @@ NOT_IN_LLAMA_CPP = {
     "compile": "it is already compiled",
     "n_beam": "searches need --engine tinygpt",
     "best_of": "searches need --engine tinygpt",
-    "draft": "name a folder of ours",
-    "prompt_lookup": "name a folder of ours",
+    "draft": "name a tinygpt folder",
+    "prompt_lookup": "name a tinygpt folder",
 }
 UNCHANGED = (None, "auto", "cpu", 1)
 

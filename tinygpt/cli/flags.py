@@ -55,11 +55,9 @@ class DeviceOptions:
 class EngineOptions(DeviceOptions):
     """Which model, and what computes it."""
 
-    model: Annotated[Path | None, f"a folder of ours or of transformers, or a .gguf file (default: {paths.MODEL})"] = (
-        None
-    )
+    model: Annotated[Path | None, f"a tinygpt or transformers folder, or a .gguf file (default: {paths.MODEL})"] = None
     tokenizer: Annotated[
-        Path | None, "folder, for a model of ours (default: the model's, or `tokenizer` next to it)"
+        Path | None, "folder, for a tinygpt model (default: the model's, or `tokenizer` next to it)"
     ] = None
     run: Annotated[
         str | None, "instead of --model: the newest checkpoint of a run in runs/, by its name there, or `newest`"
@@ -96,7 +94,7 @@ class ProposalOptions(Proposals):
     """Where speculative decoding takes its proposals from, and how many."""
 
     draft: Annotated[Path | None, "folder of a smaller model with the same tokenizer, which proposes tokens"] = None
-    prompt_lookup: Annotated[bool, "propose what followed the last tokens where they were before"] = False
+    prompt_lookup: Annotated[bool, "propose what followed the last tokens where they occurred before"] = False
 
     @property
     def flag(self) -> str | None:
@@ -114,7 +112,7 @@ class TextOptions:
     logprobs: Annotated[
         int | None,
         Within("[0, inf)"),
-        "of each token, and of this many likeliest ones in its place; not in --format text",
+        "of each token, and of this many of the likeliest at its position; not with --format text",
     ] = None
 
     def __post_init__(self) -> None:

@@ -31,7 +31,8 @@ def _generate_flags(command: ArgumentParser) -> None:
     command.add_argument(
         "--prompt",
         action="append",
-        help=f"text to continue, once or more; {STDIN} = all of the standard input; without it a new document begins",
+        help=f"text to continue; may be given again; {STDIN} = all of the standard input; "
+        "without it, a new document begins",
     )
     command.add_argument(
         "--prompts",
@@ -50,16 +51,16 @@ def _serve_flags(command: ArgumentParser) -> None:
         "--model",
         action="append",
         metavar="[NAME=]FOLDER",
-        help="a folder of ours or of transformers; may be given again; its tokenizer is there, or in `tokenizer` next "
+        help="a tinygpt or transformers folder; may be given again; its tokenizer is there, or in `tokenizer` next "
         f"to it (default: {paths.MODEL})",
     )
-    command.add_argument("--tokenizer", type=Path, help="a tokenizer's folder, for all models of ours")
+    command.add_argument("--tokenizer", type=Path, help="a tokenizer's folder, for all tinygpt models")
     command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
     )
     command.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 = any that is free)")
     command.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="another name by which clients may call it"
+        "--allow-host", action="append", default=[], metavar="NAME", help="another host name that clients may use"
     )
     add_flags(command, DeviceOptions, Limits)
 
@@ -115,9 +116,9 @@ def _plan_flags(command: ArgumentParser) -> None:
 
 
 def _runs_flags(command: ArgumentParser) -> None:
-    command.add_argument("--prune", action="store_true", help="remove the finished ones, but none that is running")
-    command.add_argument("--all", action="store_true", help="with --prune: the interrupted ones, too")
-    command.add_argument("--keep", type=int, metavar="N", help="with --prune: but keep the newest N of them")
+    command.add_argument("--prune", action="store_true", help="remove the finished runs, never one that is running")
+    command.add_argument("--all", action="store_true", help="with --prune: the interrupted runs, too")
+    command.add_argument("--keep", type=int, metavar="N", help="with --prune: keep the newest N of them")
 
 
 def _compare_flags(command: ArgumentParser) -> None:
@@ -127,14 +128,16 @@ def _compare_flags(command: ArgumentParser) -> None:
         help="an experiment, branch, tag, commit or `workspace`; without it the workspace, HEAD and its experiments",
     )
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves, too: a .png or .svg")
-    command.add_argument("--page", type=Path, metavar="FILE", help="put it on a page, with samples: an .html")
+    command.add_argument("--page", type=Path, metavar="FILE", help="write a page with samples, too: an .html")
     command.add_argument(
-        "--open", action="store_true", help="open that page in a browser (default: of reports/compare.html)"
+        "--open", action="store_true", help="open that page in a browser (without --page: reports/compare.html)"
     )
 
 
 def _watch_flags(command: ArgumentParser) -> None:
-    command.add_argument("run", nargs="?", help="how its folder in runs/ begins; without it, the one that wrote last")
+    command.add_argument(
+        "run", nargs="?", help="how its folder's name in runs/ begins; without it, the run that wrote last"
+    )
     command.add_argument("--page", type=Path, metavar="FILE", help="the page (default: reports/live.html)")
 
 
@@ -145,9 +148,9 @@ COMMANDS = {
     "serve": (_serve_flags, "models", "serve models by OpenAI's API, with a page to play with them"),
     "encode": (_encode_flags, "texts", "show the ids and pieces of a text"),
     "decode": (_decode_flags, "texts", "show the text of ids"),
-    "attention": (_attention_flags, "texts", "draw where each head of the model attends to in a text"),
-    "import-hf": (_import_hf_flags, "models", "take a folder of transformers as the model that training starts from"),
-    "promote": (_promote_flags, "models", "take the trained model as the one that training starts from"),
+    "attention": (_attention_flags, "texts", "draw what each head of the model attends to in a text"),
+    "import-hf": (_import_hf_flags, "models", "import a transformers folder as the model that training starts from"),
+    "promote": (_promote_flags, "models", "make the trained model the one that training starts from"),
     "profile": (_profile_flags, "models", "say what the run of params.yaml will cost, and whether it fits"),
     "plan": (_plan_flags, "plan", "choose a model and its training for a time, on this machine and text"),
     "preset": (_preset_flags, "project", "put the values of a preset into params.yaml, or list the presets"),
@@ -155,7 +158,7 @@ COMMANDS = {
     "mend": (None, "project", "repair what a killed DVC has left behind; `make repro` does this, too"),
     "watch": (_watch_flags, "runs", "follow a training from a second terminal, and on a page"),
     "compare": (_compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
-    "tokenizer-report": (_tokenizer_report_flags, "texts", "say how well the tokenizer fits the text, with a plot"),
+    "tokenizer-report": (_tokenizer_report_flags, "texts", "report how well the tokenizer fits the text, with a plot"),
 }
 
 

@@ -51,7 +51,7 @@ def serve(args: Namespace) -> None:
     models = []
     for name, folder in named(args.model or [str(paths.MODEL)]).items():
         if is_gguf(folder):
-            raise UserError(f"--model {folder}: serve reads no .gguf file, name the folder it was made of")
+            raise UserError(f"--model {folder}: serve does not read .gguf files: name the folder that it was made from")
         model, tokenizer = open_model(folder, args.tokenizer)
         n_weight = model.n_params()  # quantized ones are not counted
         place(model, options)

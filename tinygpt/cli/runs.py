@@ -216,7 +216,8 @@ def watch(args: Namespace) -> None:
         if not running:
             break
         time.sleep(EVERY_S)
-    print(f"no training runs in {folder} any more: step {rows[-1]['step']:,.0f}, see `python -m tinygpt runs`")
+    done = f"it is at step {rows[-1]['step']:,.0f}, see `python -m tinygpt runs`"
+    print(f"no training is running in {folder} any more: {done}")
 
 
 def told(looks: list[dict[str, float | None]]) -> str:

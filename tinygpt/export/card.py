@@ -81,7 +81,7 @@ def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
     try:
         prompt = prompt_to_try(look["samples"])
     except (KeyError, TypeError):
-        raise UserError(f"{reports / 'look.json'} is not of this version: run `dvc repro evaluate`") from None
+        raise UserError(f"{reports / 'look.json'} was written by another version: run `dvc repro evaluate`") from None
     return Origin(
         manifest=read_record(Source, raw / "manifest.json", stage="download"),
         training=read_json(model / TRAINING_FILE, stage="train"),
@@ -123,7 +123,7 @@ def remarks(entry: Mapping[str, Any], block_size: int) -> str:
         said.append(f"perplexity {entry['ppl']:.4g} in llama.cpp and {entry['ppl_pytorch']:.4g} in PyTorch")
     if entry["context"] < block_size:
         said.append(
-            f"A CONTEXT OF {entry['context']} TOKENS, NOT {block_size}: {entry['family']} knows no such window, "
-            "and with more tokens computes something else"
+            f"A CONTEXT OF {entry['context']} TOKENS, NOT {block_size}: {entry['family']} has no such window, "
+            "and with more tokens it computes something else"
         )
     return ", ".join(said)

@@ -27,7 +27,7 @@ from tinygpt.run.costs import build_trained
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
-FOLDER = "a folder with config.json and model.safetensors, of ours or of transformers"
+FOLDER = "a folder with config.json and model.safetensors, of tinygpt or transformers"
 PRESET_FILE = "preset.yaml"
 ADAPTER_FILE = "adapter.safetensors"
 FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, PRESET_FILE, "README.md"}  # that a base replaces
@@ -68,7 +68,7 @@ def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]
     """
     config, tensors = read_hf(folder)
     if not (folder / TOKENIZER_FILE).exists():
-        raise UserError(f"{folder / TOKENIZER_FILE} not found: only byte-level BPE in that form can be taken")
+        raise UserError(f"{folder / TOKENIZER_FILE} not found: only byte-level BPE in that form can be imported")
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
@@ -94,11 +94,11 @@ def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], toke
     """
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: a vocabulary "
-            "that was filled up cannot be taken"
+            f"the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: a padded "
+            "vocabulary cannot be imported"
         )
     if others := sorted({path.name for path in folder.glob("*")} - FILES):
-        raise UserError(f"{folder} holds {others[0]}, which is not of a base: name another folder, or move it away")
+        raise UserError(f"{folder} holds {others[0]}, which does not belong to a base: name another folder")
     with atomic_folder(folder.absolute()) as partial:
         tokenizer.save(partial)
         save_model(partial, config, tensors, sha256_file(tokenizer_file(partial)))
@@ -118,7 +118,7 @@ def _preset(folder: Path, config: GPTConfig) -> str:
     }
     text = io.StringIO()
     YAML(typ="safe", pure=True).dump(preset, text)
-    return f"# goes on training the model in {folder}\n{text.getvalue()}"
+    return f"# continues training the model in {folder}\n{text.getvalue()}"
 
 
 def _record() -> None:

@@ -158,7 +158,7 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     families = {family.name: family for family in TRANSFORMERS.families}
     family = families.get(str(document.get("model_type")))
     if family is None:
-        raise UserError(f"{path} is of model_type {document.get('model_type')}, covered are {', '.join(families)}")
+        raise UserError(f"{path} is of model_type {document.get('model_type')}, supported are {', '.join(families)}")
     config = _read_config(path, document, family)
     shapes = {path: read_shapes(path) for path in _weight_files(folder)}
     misfits: list[Misfit] = []
@@ -245,7 +245,7 @@ def _mlp(activation: str, family: HFFamily) -> str:
     mlps = {ACTIVATIONS[mlp]: mlp for mlp in family.switches["mlp"]}
     name = OTHER_NAMES.get(activation, activation)
     if name not in mlps:
-        raise ParamsError([f"it has the activation {activation}, covered are {', '.join(mlps)}"])
+        raise ParamsError([f"it has the activation {activation}, supported are {', '.join(mlps)}"])
     return mlps[name]
 
 
@@ -263,8 +263,8 @@ def _full_every(layer_types: list[str] | None, n_layer: int) -> int | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise UserError(f"{path} not found: give a folder that transformers saved")
-    return read_object(path, remedy="give a folder that transformers saved")
+        raise UserError(f"{path} not found: name a folder that transformers saved")
+    return read_object(path, remedy="name a folder that transformers saved")
 
 
 def _read_tensors(shapes: Mapping[Path, Shapes], config: GPTConfig, family: HFFamily) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def check_gguf(
         }
     measures["ppl_pytorch"] = llamacpp_report(model, chunks.reshape(-1), n_ctx=size)["ppl"]
     if not math.isfinite(measures["ppl_pytorch"]):
-        raise UserError("the perplexity of the model is beyond all numbers: lower train.lr and train again")
+        raise UserError("the perplexity of the model overflows: lower train.lr and train again")
     measures["ppl_increase"] = measures["ppl"] / measures["ppl_pytorch"] - 1
     allowed = {
         "wrong_tokens": 0,
@@ -78,7 +78,7 @@ def check_gguf(
         "max_greedy_gap": 2 * most.logprob,
     }
     failures = [
-        f"{path.name}: {name} is {measures[name]:.3g} in llama.cpp, allowed is {limit:.3g}"
+        f"{path.name}: {name} is {measures[name]:.3g} in llama.cpp, the limit is {limit:.3g}"
         for name, limit in allowed.items()
         if not measures[name] <= limit  # NaN fails too
     ]

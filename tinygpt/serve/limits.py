@@ -18,7 +18,7 @@ class Limits:
     Those with a help text are flags.
     """
 
-    max_tokens: Annotated[Count, "most tokens of an answer"] = 4096
+    max_tokens: Annotated[Count, "tokens of an answer, at most"] = 4096
     max_rows: Annotated[int, Within("[1, 1024]"), "answers written at a time"] = 32  # each has a KV cache
     max_waiting: Annotated[Count, "requests that may wait; one more is refused with status 429"] = 128
     max_body: Annotated[Count, "bytes of a request"] = 2**18  # a larger one has status 413

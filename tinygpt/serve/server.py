@@ -155,11 +155,11 @@ class Guard:
     def _refusal(self, headers: Headers) -> Refusal | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not is_known(host, self._hosts):
-            return Refusal(403, f"this server is not called {host[:100]!r}: --allow-host adds a name")
+            return Refusal(403, f"this server does not answer to the name {host[:100]!r}: --allow-host adds a name")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return Refusal(403, f"pages of {origin[:100]!r} may not use this server")
         if self._n_running >= self._most:
-            return Refusal(503, f"{self._n_running} requests are at work: try again later", code="too_many_requests")
+            return Refusal(503, f"{self._n_running} requests are running: try again later", code="too_many_requests")
         return None
 
 
@@ -247,7 +247,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is in use: stop that program, or choose another --port") from None
-        raise UserError(f"cannot listen at {host}, port {port} ({error.strerror})") from None
+        raise UserError(f"cannot listen on {host}, port {port} ({error.strerror})") from None
     return listener
 
 
