@@ -10,7 +10,7 @@ N := 50000
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --durations=25
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro shakespeare test fuzz lint typecheck format check coverage sample notebooks clean
+.PHONY: help install repro train eval shakespeare test fuzz lint typecheck format check coverage sample notebooks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,13 @@ repro: $(RUNTIME) ## Run the whole pipeline: text, tokenizer, model, evaluation,
 		case "$$said" in *"not a git repository"*) \
 		echo "A ZIP download? Clone it, or run:  git init && git add . && git commit -m 'Start'" >&2;; esac; exit 1; }
 	@python -m tinygpt mend
-	dvc repro
+	dvc repro $(STAGE)
+
+train: ## Run it as far as the trained model
+	@$(MAKE) --no-print-directory repro STAGE=train
+
+eval: ## Run it as far as the evaluation
+	@$(MAKE) --no-print-directory repro STAGE=evaluate
 
 shakespeare: $(RUNTIME) ## Train on tiny Shakespeare, in the folder shakespeare/, and let the model write
 	python -m quickstart shakespeare
@@ -50,7 +56,7 @@ format: $(DEV) ## Put the code in ruff's format
 
 check: lint typecheck test ## lint, typecheck and test
 
-coverage: $(DEV) ## Run the tests and tell which lines none of them runs
+coverage: $(DEV) ## Run the tests and list the lines that none of them runs
 	$(PYTEST) --cov=tinygpt --cov=stages --cov-report=term-missing:skip-covered
 
 sample: $(RUNTIME) ## Let the trained model write

@@ -43,7 +43,8 @@ def run(*args: str, text: str | None = None) -> subprocess.CompletedProcess[str]
 
 def test_generate_prints_the_prompt_and_goes_on_and_a_seed_repeats_it(folders, command):
     args = ["generate", "--prompt", "the", "--max-new-tokens", "20", *folders]
-    first, second = run(*args), command(*args)
+    first = run(*args)
+    second = command("generate", "-p", "the", "--max_new_tokens=20", "--temperature", "0.8", *folders)  # other spellings
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("the")
     assert len(first.stdout) > 5

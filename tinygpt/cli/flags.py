@@ -134,6 +134,7 @@ def bias(text: str) -> tuple[int, float]:
     return int(found[1]), float(found[2])
 
 
+SHORT = {"model": ["-m"], "max_new_tokens": ["-n"]}  # and -p for the prompt: as in llama.cpp
 # How values, and the items of a list, are typed.
 VALUES: dict[type, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 LISTS: dict[Any, dict[str, Any]] = {
@@ -148,7 +149,8 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
     for option in (option for cls in classes for option in options_of(cls) if option.help):
         default = (defaults or {}).get(option.name, option.default)
         shown = "" if option.type is bool or default in (None, ()) else f" (default: {default})"
-        command.add_argument(flag(option.name), help=f"{option.help}{shown}", **reading(option))
+        names = (*SHORT.get(option.name, ()), flag(option.name))
+        command.add_argument(*names, help=f"{option.help}{shown}", **reading(option))
 
 
 def add_path(command: ArgumentParser, name: str, default: Path, help: str = "folder") -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any, Never
@@ -29,6 +30,7 @@ from tinygpt.serve.limits import Limits
 
 def _generate_flags(command: ArgumentParser) -> None:
     command.add_argument(
+        "-p",
         "--prompt",
         action="append",
         help=f"text to continue; may be given again; {STDIN} = all of the standard input; "
@@ -165,13 +167,20 @@ COMMANDS = {
 class Parser(ArgumentParser):
     """Says what is wrong with arguments in one line."""
 
-    def parse_known_args(self, *args: Any) -> tuple[Any, list[str]]:  # type: ignore[override]  # it has overloads
+    def parse_known_args(self, args: Any = None, *rest: Any) -> tuple[Any, list[str]]:  # type: ignore[override]  # it has overloads
         """Arguments -> what they mean, and nothing that is unknown: that is an error, with the nearest name."""
-        found, unknown = super().parse_known_args(*args)
+        typed = sys.argv[1:] if args is None else args
+        found, unknown = super().parse_known_args([self.dashed(each) for each in typed], *rest)
         if unknown:
             near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
             self.error(f"unknown argument {unknown[0]!r}{near}")
         return found, unknown
+
+    def dashed(self, argument: str) -> str:
+        """--top_p=1 -> --top-p=1, where that is a flag: other programs spell theirs so."""
+        name, *value = argument.split("=", 1)
+        known = name.replace("_", "-")
+        return "=".join([known, *value]) if known in self._option_string_actions else argument
 
     def error(self, message: str) -> Never:
         """Leave with status 2."""
