@@ -9,6 +9,7 @@ from conftest import prose, tiny_model
 from project import ROOT
 
 from docs.params import page
+from tinygpt.corpus import sources
 from tinygpt.generate import Sampling, Search, Speculation
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.serve.limits import Limits
@@ -36,6 +37,13 @@ def test_the_classification_head_learns(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     exec(code_of("docs/classification.md"), {})
     assert capsys.readouterr().out == "the function is slow. statement\nis the function slow? question\n"
+
+
+def test_a_source_of_ones_own_is_found_by_its_name(monkeypatch):
+    monkeypatch.setattr(sources, "SOURCES", {**sources.SOURCES})
+    exec(code_of("docs/data.md"), {})
+    params = sources.DownloadParams(source="my-books", sha256=None, max_bytes=None, encoding=None)
+    assert sources.find_source(params.source).licence == "CC0-1.0"
 
 
 def test_texts_are_generated(folder, monkeypatch, capsys):
