@@ -1,4 +1,4 @@
-"""One small program a stage, run as `python -m stages.<name>`."""
+"""One small program for each stage, run as `python -m stages.<name>`."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Bring the model that training can start from: what is in data/base, or else what dvc.lock says was there.
 
-`python -m tinygpt import-hf` and `promote` fill data/base and run this stage, by which DVC takes it. Where there was
+`python -m tinygpt import-hf` and `promote` fill data/base and run this stage, so that DVC tracks it. Where there was
 never a base, data/base has only a page that says so.
 """
 

@@ -4,7 +4,7 @@
 
 A value LOW..HIGH is searched evenly (among whole numbers if both are), log:LOW..HIGH on a logarithmic scale, a,b,c as a
 choice; anything else is set as it is. Without -S the ranges of SPACE are searched. Stopped in any way and started
-again, the sweep goes on: its trials lie in a SQLite file, and the one under way resumes from its checkpoint.
+again, the sweep continues: its trials are in a SQLite file, and the one that was running resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MOST_FAILED = 2  # trials in a row: one may diverge, two mean that something is 
 
 @program
 def main() -> None:
-    """Run trials until there are as many as were asked for; tell the best."""
+    """Run trials until there are as many as requested; report the best."""
     parser = argparse.ArgumentParser(prog="python -m sweeps.optuna_sweep", description="Search for good params.")
     parser.add_argument(
         "-S", dest="settings", action="append", metavar="KEY=VALUE", help="LOW..HIGH, log:LOW..HIGH, a,b,c or a value"
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def read_settings(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """KEY=VALUE texts as a mapping.  Raises UserError for what is none or no param, and where nothing is searched."""
+    """KEY=VALUE texts as a mapping.  Raises UserError for other texts and keys, and where nothing is searched."""
     wrong = [text for text in texts if not re.fullmatch(r"[\w.]+=.+", text)]
     if wrong:
         raise UserError(f"-S {wrong[0]}: must be KEY=VALUE, such as train.lr=log:1e-3..1e-2")
@@ -98,7 +98,7 @@ def open_study(path: Path, name: str, settings: dict[str, str], seed: int) -> St
 
 
 def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
-    """Ask for params, run them, tell the loss, until `n_trials` have one."""
+    """Ask for params, run them, report the loss, until `n_trials` have one."""
     from optuna.trial import TrialState
 
     for left in study.get_trials(states=[TrialState.RUNNING]):  # by a sweep that was stopped
@@ -126,7 +126,7 @@ def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
 
 
 def suggest(trial: Trial, key: str, value: str) -> str:
-    """One param of a trial, of at most four digits where it is no whole number."""
+    """One param of a trial, with at most four digits where it is not a whole number."""
     match, parts = RANGE.fullmatch(value), choices(value)
     if match and match[2].isdecimal() and match[3].isdecimal():
         return str(trial.suggest_int(key, int(match[2]), int(match[3]), log=bool(match[1])))

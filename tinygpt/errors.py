@@ -77,7 +77,7 @@ def program(main: Callable[P, None]) -> Callable[P, None]:
 
 
 def answer_to(error: BaseException) -> tuple[int, str]:
-    """The status and the line that a program ends with.  What is a fault of this project is raised again."""
+    """The status and the line that a program ends with.  A fault of this project itself is raised again."""
     match error:
         case UserError():
             return 1, f"error: {error}"
@@ -118,7 +118,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where in the code it came up: all that is known of it."""
+    """Where in the code it was raised: all that is known of it."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -137,7 +137,7 @@ def _flush(*, drop: bool = False) -> None:
 
 
 def leave_at_once() -> None:
-    """Ctrl-C ends the program, as long as it imports or ends: KeyboardInterrupt would be taken for another failure."""
+    """Ctrl-C ends the program while it imports or ends: KeyboardInterrupt would be taken for another failure."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 

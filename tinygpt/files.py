@@ -23,8 +23,8 @@ MOST_JSON = 200_000_000  # bytes of a file: a manifest of a million texts
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open `path` for writing (`"w"` UTF-8 text or `"wb"`); it appears under its name only when the block ends well.
 
-    The block may also put another file in place of the one that it gets, as safetensors does: of that one the bytes are
-    on the disk and the mode is what the umask says, too.
+    The block may also put another file in place of the one that it gets, as safetensors does: its bytes are
+    on the disk, too, and its mode is what the umask says.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What can be asked of a text that is generated: each option is one field, with its type, its interval and its help.
+"""The options of a text that is generated: each is one field, with its type, its interval and its help.
 
 Flags, chat's settings and the server's requests are made of these fields. Names are those of transformers where it has
 the option. Nothing here imports PyTorch.
@@ -153,7 +153,7 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that can be asked of a text."""
+    """All options of a text."""
 
     sampling: Sampling
     search: Search
@@ -165,7 +165,7 @@ class Settings:
 
 
 PARTS = (Length, Sampling, Search)  # of Settings
-DRAWN = {"temperature": 0.8, "top_p": 0.95}  # what Settings take where tokens are drawn and nobody says otherwise
+DRAWN = {"temperature": 0.8, "top_p": 0.95}  # defaults of Settings where tokens are drawn
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
@@ -200,7 +200,7 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def checked(prompt: str) -> str:
-    """The same text.  Raises UserError where it is too long, or has half of a character, which UTF-8 cannot hold."""
+    """The same text.  Raises UserError where it is too long, or has half a character, which UTF-8 cannot hold."""
     try:
         if len(prompt.encode()) > MOST_BYTES:
             raise UserError(f"prompt has more than {human_bytes(MOST_BYTES)}: shorten it")

@@ -1,7 +1,7 @@
 """Load and check params.yaml: YAML 1.2, strict keys, typed values, every problem in one error.
 
 Each group of params.yaml is a frozen dataclass that lives next to the code it steers and carries its name in
-`group`. Fields without a value in the file are refused, whatever default one has in Python.
+`group`. Fields without a value in the file are refused, whatever their default in Python.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 
 class ParamsError(UserError):
-    """What is wrong with the params, one problem a line."""
+    """What is wrong with the params, one problem per line."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -110,13 +110,13 @@ def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
 def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     """All groups by name, each checked, and each with the others: mistakes in params are reported before any work.
 
-    A mistake in `evaluate` would else come to light after an hour of training.
+    Otherwise a mistake in `evaluate` would come to light after an hour of training.
     """
     document = read_groups(path)
     groups, problems = dict[str, Any](), _name_problems(document)
     for name in GROUPS:
         try:
-            if name in document:  # else _name_problems has told of it
+            if name in document:  # else _name_problems has reported it
                 groups[name] = from_mapping(find_class(name), document[name], prefix=f"{name}.")
         except ParamsError as error:
             problems += error.problems

@@ -1,4 +1,4 @@
-"""The way of the data: where each stage writes, relative to the project's top folder."""
+"""The path of the data: where each stage writes, relative to the project's top folder."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def run_stage(run: Callable[[Path], None]) -> None:
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """A context whose errors only the first of several processes reports, as `torchrun` starts them."""
+    """A context whose errors only the first of several processes reports, such as `torchrun` starts."""
     try:
         yield
     except UserError:

@@ -1,7 +1,7 @@
 """How the threads of one product wait for each other: imported before a library that computes.
 
-Threads that have done their share turn in circles until the others have, which saves time on a quiet machine. Next to
-other programs they take the processor from those that they wait for, and most of the time is lost. A short turn, and
+Threads that have done their share spin until the others have, which saves time on an idle machine. Next to
+other programs they take the processor from those that they wait for, and most of the time is lost. A short spin, and
 then sleep, costs little in either case (docs/performance.md). (libgomp, https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html.)
 """
 
@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-SPIN = "10000"  # turns of a waiting thread before it sleeps, by docs/performance.md; libgomp's own default is 300,000
+SPIN = "10000"  # rounds that a waiting thread spins before it sleeps (docs/performance.md); libgomp's default is 300,000
 QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))  # cgroup version 2, version 1
 
 
@@ -34,7 +34,7 @@ def quota(files: tuple[Path, Path] = QUOTAS) -> int | None:
 
 
 def set_waiting(environment: MutableMapping[str, str]) -> None:
-    """Let threads sleep soon, and be as many as there are CPUs; what a user has set stays."""
+    """Let threads sleep soon, and use as many as there are CPUs; what a user has set stays."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = SPIN
     if n_cpu() < (os.cpu_count() or 1):

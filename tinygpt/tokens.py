@@ -21,7 +21,7 @@ from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer.tokenizer import load_tokenizer
 
 META_FILE = "meta.json"
-PIECE = 1 << 22  # ids looked at together, so that memory does not grow with a file
+PIECE = 1 << 22  # ids read together, so that memory does not grow with a file
 
 TokenIds = NDArray[np.unsignedinteger]
 Number = Annotated[int, Within("[0, inf)")]
@@ -73,7 +73,7 @@ def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenId
     """Map a split's ids for reading.
 
     Raises UserError when the file is missing, is not as long as meta.json says, holds fewer than `at_least` ids, or one
-    that is not in the vocabulary: whoever reads ids may take them as they are.
+    that is not in the vocabulary: so readers need not check ids.
     """
     meta, path = load_meta(folder), must_exist(Path(folder) / f"{split}.bin", stage="encode")
     n_tokens, found = meta.split(split).tokens, path.stat().st_size

@@ -1,4 +1,4 @@
-"""`python -m tinygpt chat`: answer each line with what the model makes of all lines so far, or do what it says."""
+"""`python -m tinygpt chat`: answer each line with what the model makes of all lines so far, or run its command."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def chat(args: Namespace) -> None:
                 follow(line, conversation)
         finally:  # another Ctrl-C would take the history or, late in Python's end, which ends this handler, the status
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:  # at the mark, where it means to go
+    except KeyboardInterrupt:  # at the prompt, where it means to leave
         print(file=sys.stderr)
     except EOFError:  # /quit
         pass
 
 
 def follow(line: str, conversation: Conversation) -> None:
-    """Answer a line, or do what it says.  What cannot be done is printed; only EOFError is raised, to leave."""
+    """Answer a line, or run its command.  What cannot be done is printed; only EOFError is raised, to leave."""
     try:
         if line.startswith("/"):
             obey(line, conversation)
@@ -195,7 +195,7 @@ def answers(conversation: Conversation) -> str:
 
 
 def leave(conversation: Conversation, rest: str) -> None:
-    """Go."""
+    """Leave."""
     raise EOFError
 
 
@@ -234,7 +234,7 @@ def _typed_lines() -> Iterator[str]:
     _open_history()
     while True:
         try:
-            if not sys.stdout.isatty():  # the answers go into a file, and the mark need not
+            if not sys.stdout.isatty():  # the answers go into a file, and the prompt need not
                 print(MARK, end="", file=sys.stderr, flush=True)
             yield checked(input(MARK if sys.stdout.isatty() else ""))
         except EOFError:
@@ -245,7 +245,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _open_history() -> None:
-    """Typed lines can be edited, and come back next time.  Without readline, or a home, they just cannot."""
+    """Typed lines can be edited, and are there the next time; not so without readline or a home folder."""
     try:
         import readline
 
@@ -262,5 +262,5 @@ def _keep_history(path: Path) -> None:
     import readline
 
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what one types is private
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what people type is private
         readline.write_history_file(path)

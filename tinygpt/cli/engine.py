@@ -59,7 +59,7 @@ class LlamaVocabulary:
 
 
 class Engine(ABC):
-    """What computes texts; `ends` are tokens that end one besides that of the vocabulary."""
+    """What computes texts; `ends` are tokens that end one, besides the vocabulary's own."""
 
     def __init__(self, vocabulary: Tokenizer | LlamaVocabulary, block_size: int, ends: tuple[int, ...] = ()) -> None:
         self.vocabulary, self.block_size, self._ends = vocabulary, block_size, ends
@@ -84,10 +84,10 @@ class Engine(ABC):
 
     @abstractmethod
     def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
-        """Extend each to its end, so many together; yields those that just got a token."""
+        """Extend each to its end, this many together; yields those that just got a token."""
 
     def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """The best of several texts.  Raises ParamsError where they cannot be had side by side."""
+        """The best of several texts.  Raises ParamsError where they cannot be computed side by side."""
         raise ParamsError(["n_beam and best_of are not available with llama.cpp: searches need tinygpt's engine"])
 
 
@@ -190,7 +190,7 @@ def as_typed(name: str, value: object) -> str:
 
 
 def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None, *, n_row: int = 1) -> Engine:
-    """The engine of the options, for so many texts together.
+    """The engine of the options, for this many texts together.
 
     Raises UserError with what is wrong with the model's files, or its draft's.
     """
@@ -226,9 +226,9 @@ def place(model: GPT, options: DeviceOptions) -> None:
 
 
 def compile_if_asked(model: GPT, options: DeviceOptions, *, n_row: int = 1, room: int = 0) -> None:
-    """Compile the steps of a model, for so many rows, or tokens to take back.
+    """Compile the steps of a model, for this many rows, or tokens to take back.
 
-    Where this is a terminal, it says why one waits. Raises UserError where there is no compiler.
+    In a terminal, it says why there is a wait. Raises UserError where there is no compiler.
     """
     if options.compile:
         if sys.stderr.isatty():

@@ -84,7 +84,7 @@ def check_texts(args: Namespace) -> TextOptions:
 
 
 def rows_together(search: Search, n_text: int, batch_size: int) -> int:
-    """How many texts are computed at a time, of so many in all: each prompt is searched by itself."""
+    """How many texts are computed at a time, out of this many in all: each prompt is searched by itself."""
     return min(batch_size, n_text) if search == Search() else search.n_row
 
 

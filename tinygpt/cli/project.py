@@ -110,7 +110,7 @@ def cut_off() -> list[Path]:
 def no_dvc() -> Iterator[None]:
     """Keep every DVC out of the project.  Raises UserError where one is in it.
 
-    DVC holds its lock but for the time in which a stage runs; then its process can be seen, or that of the stage.
+    DVC holds its lock except while a stage runs; then its process can be seen, or that of the stage.
     """
     from dvc.config import Config
     from dvc.lock import LockError, make_lock

@@ -197,7 +197,7 @@ def _age(seconds: float) -> str:
 
 
 def watch(args: Namespace) -> None:
-    """Print a line and a sample for each look, those that were first; until the training ends or is stopped."""
+    """Print a line and a sample for each evaluation, the past ones first, until the training ends or is stopped."""
     folder = find_run(args.run, "train.csv")
     page, n_told = args.page or REPORTS / "live.html", 0
     print(f"watching {folder}; {page} shows it in a browser")
@@ -221,7 +221,7 @@ def watch(args: Namespace) -> None:
 
 
 def told(looks: list[dict[str, float | None]]) -> str:
-    """The last look in a line, with the losses up to it as a row of bars."""
+    """The last evaluation in a line, with the losses up to it as a row of bars."""
     losses = [row["val_loss"] or 0.0 for row in looks[-N_BAR:]]
     low, width = min(losses), max(losses) - min(losses) or 1.0
     bars = "".join(BARS[round((loss - low) / width * (len(BARS) - 1))] for loss in losses)

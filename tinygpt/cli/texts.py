@@ -95,7 +95,7 @@ def attention(args: Namespace) -> None:
 
 
 def visible(raw: bytes) -> str:
-    r"""Bytes as something to look at: b" a\n\xe4" -> "·a\\n\\xe4"."""
+    r"""Bytes as visible text: b" a\n\xe4" -> "·a\\n\\xe4"."""
     return printable(raw.decode("utf-8", errors="backslashreplace").replace(" ", "·"))
 
 

@@ -1,4 +1,4 @@
-"""What a web server's answer says about a file, and whether it can be taken for it.
+"""What a web server's answer says about a file, and whether it is that file.
 
 HTTP: https://www.rfc-editor.org/rfc/rfc9110 (ranges in chapter 14). Servers get all of it wrong at times.
 """

@@ -24,7 +24,7 @@ from tinygpt.corpus.parquet import parquet_lines
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
 
-CHUNK_BYTES = 1 << 17  # not more: one that is cut off cannot be read, and a beginning is to do
+CHUNK_BYTES = 1 << 17  # not more: a chunk that is cut off cannot be read, and a beginning must do
 # A file may unpack to MOST_RATIO times its size, text compresses to a tenth or so; a small one to SMALL_BYTES.
 MOST_RATIO = 200
 SMALL_BYTES = 100_000_000
@@ -126,7 +126,7 @@ PACKINGS = (
 
 
 class _Unpacked(io.RawIOBase):
-    """The bytes that a compressed file holds, or a plain one, which can only be read on and on."""
+    """The bytes that a compressed file holds, or a plain one, which can only be read forwards."""
 
     def __init__(self, source: _File) -> None:
         with open(source.path, "rb") as file:

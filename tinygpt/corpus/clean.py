@@ -109,7 +109,7 @@ def remove_control_characters(text: str, _: bool) -> tuple[str, int]:
 
 
 def compose_characters(text: str, _: bool) -> tuple[str, int]:
-    """The text in Unicode's form NFC, and 1 where that is another; one with a row of many accents stays as it is."""
+    """The text in Unicode's form NFC, and 1 where that differs; one with a row of many accents stays as it is."""
     if unicodedata.is_normalized("NFC", text) or ACCENTS.search(text):
         return text, 0
     return unicodedata.normalize("NFC", text), 1

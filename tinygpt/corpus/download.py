@@ -154,7 +154,7 @@ class SourceFile:
 
     name: str
     sha256: str | None  # what it must hash to
-    get: Callable[[int | None], tuple[Path, bool]]  # it on this disk, or so many bytes of it at least; is it whole?
+    get: Callable[[int | None], tuple[Path, bool]]  # it, or at least this many bytes, and whether it is whole
     url: str | None = None
     cached: Path | None = None  # what `get` downloads
 

@@ -1,4 +1,4 @@
-"""Finding documents that stood there before, exactly or nearly.
+"""Finding documents that occurred before, exactly or nearly.
 
 Near duplicates by MinHash over word 5-grams and bands of its values (Broder 1997,
 https://doi.org/10.1109/SEQUEN.1997.666900). The library is `rensa`: its signatures depend on nothing but the text and

@@ -1,4 +1,4 @@
-"""Files from the web, there under their names only when they are whole; downloads go on where they broke off."""
+"""Files from the web, there under their names only when they are whole; downloads continue where they broke off."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def encoding_of(head: bytes, declared: str | None) -> str | None:
 
 
 def likely_encoding(head: bytes) -> str | None:
-    """A guess what a text is encoded in that is not UTF-8; None for what is hardly a text."""
+    """A guess at the encoding of a text that is not UTF-8; None for what is hardly a text."""
     head = head[:SNIFF_BYTES]
     match = from_bytes(head, cp_isolation=UNICODE if b"\0" in head else ENCODINGS).best()
     if match is None:

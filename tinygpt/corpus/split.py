@@ -189,7 +189,7 @@ def check_held_out(n_documents: Mapping[str, int], split: str) -> None:
 
 
 def little_held_out(counts: Mapping[str, int], how: str) -> list[str]:
-    """What to say of val and test where they are so small that what is measured on them says little."""
+    """What to say of val and test where they are so small that measurements on them say little."""
     found = []
     for name in SPLITS[1:]:
         n_document, n_bytes = counts[f"{name}_documents"], counts[f"{name}_bytes"]

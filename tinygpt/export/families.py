@@ -38,7 +38,7 @@ class Layout:
     untied: bool = False  # a tied head is written once more
     fused_qkv: bool = False  # q_proj, k_proj and v_proj are one matrix, rows in this order, named like q_proj
     adjacent_rope: bool = False  # rotation pairs are next to each other in a head, not half a head apart
-    repeated_kv: bool = False  # knows no GQA: each key/value head is written once per query head that reads it
+    repeated_kv: bool = False  # has no GQA: each key/value head is written once per query head that reads it
     transposed: tuple[str, ...] = ()  # modules whose weight is (in, out)
     head_norms: Literal["shared", "stacked", "listed"] = "shared"  # of qk_norm: one, a row a head, a tensor a head
     sinks: bool = False  # attention sinks, which must not be there: as good as none

@@ -88,7 +88,7 @@ def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
 
 
 def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Put a base in place of the folder, whole or not at all, and let DVC take it where it is the project's own.
+    """Put a base in place of the folder, whole or not at all, and let DVC track it where it is the project's own.
 
     Raises UserError when the tokenizer has another number of tokens than the model, or something else is in the folder.
     """
@@ -109,7 +109,7 @@ def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], toke
 
 
 def _preset(folder: Path, config: GPTConfig) -> str:
-    """The values of params.yaml that go on from a base."""
+    """The values of params.yaml that continue from a base."""
     model = {key: value for key, value in config_fields(config).items() if key not in ("vocab_size", "attention")}
     preset = {
         "tokenizer": {"from_file": str(folder / TOKENIZER_FILE), "special_tokens": []},
@@ -122,7 +122,7 @@ def _preset(folder: Path, config: GPTConfig) -> str:
 
 
 def _record() -> None:
-    """Have DVC take data/base: then it is in dvc.lock, goes along with experiments, and is pushed and pulled."""
+    """Let DVC track data/base: then it is in dvc.lock, travels with experiments, and is pushed and pulled."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "dvc", "repro", "-q", "base"]
     done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
@@ -141,7 +141,7 @@ def use_of(folder: Path) -> str:
 def export_adapters(
     folder: Path, model_dir: Path, base_dir: Path, config: GPTConfig, params: ExportParams
 ) -> list[str]:
-    """Write those of a model that was trained with adapters on their own, for who has the base.
+    """Write the adapters of a model on their own, for those who have the base.
 
     Returns a line for each file, none for a model without adapters.  Raises UserError when the base is another model,
     or the adapters are not those of the training.

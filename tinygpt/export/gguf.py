@@ -46,7 +46,7 @@ class GGUFFile(NamedTuple):
     """What was written."""
 
     family: str  # llama.cpp's architecture
-    n_ctx: int  # tokens of context: less than the model's where the architecture knows no window
+    n_ctx: int  # tokens of context: less than the model's where the architecture has no window
     bits_per_weight: float
     types: dict[str, str]  # of each tensor
 

@@ -54,7 +54,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # not wei
 def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> tuple[str, int]:
     """Write the folder, whole or not at all; tokenizer.json is copied from `tokenizer_dir` as it is.
 
-    Returns the model_type and the tokens of context, less than the model's where the class knows no window.
+    Returns the model_type and the tokens of context, less than the model's where the class has no window.
 
     Raises ParamsError when transformers has no class for the model, UserError when the tokenizer is another.
     """

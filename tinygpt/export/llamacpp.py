@@ -2,7 +2,7 @@
 
 Struct layouts follow include/llama.h of llama.cpp. They change between builds and the library cannot say so: one
 version is pinned, and its defaults are checked before anything else is called. A file that contradicts itself aborts
-the process, so one from anywhere is tried out in another one first; for that, nothing here imports PyTorch.
+the process, so a file from anywhere is first tried in another process; for that, nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ContextParams(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """struct llama_batch; null positions and sequence ids mean: go on with sequence 0."""
+    """struct llama_batch; null positions and sequence ids mean: continue sequence 0."""
 
     _fields_ = (
         *_fields(c_int32, "n_tokens"),
@@ -292,7 +292,7 @@ def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> Ll
 
 @program
 def try_out(path: str, n_ctx: str) -> None:
-    """Do with a file all that may abort."""
+    """Do everything with a file that may abort."""
     with LlamaCpp(path, n_ctx=int(n_ctx) if n_ctx else None) as llama:
         llama.tokenize("A text, 1\n")
         llama.greedy([0], min(2, llama.n_ctx))

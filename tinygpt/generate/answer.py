@@ -1,6 +1,6 @@
 """Answers: what follows a prompt, as ids and as text, and the loop that extends many of them together.
 
-Text comes in pieces: never half a character, never the beginning of a text that ends it.  B rows, V vocab_size.
+Text comes in pieces: never half a character, never the beginning of a stop text.  B rows, V vocab_size.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Running:
         return rows
 
     def drop(self, answers: Sequence[Answer]) -> None:
-        """Go on without some answers, where they still run."""
+        """Drop some answers, where they still run."""
         self._keep([i for i, other in enumerate(self.answers) if not any(other is answer for answer in answers)])
 
     def _keep(self, rows: list[int]) -> None:

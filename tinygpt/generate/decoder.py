@@ -2,7 +2,7 @@
 
 A token's keys and values are in the slot of its position, modulo the number of slots of the layer: block_size, or the
 window where it has one and `room` more; of many, those are made that are in use. Slots are read in any order, since
-positions are part of the keys. Tokens that were taken back stay in their slots until others come; nobody sees them.
+positions are part of the keys. Tokens that were taken back stay in their slots until others come; nothing reads them.
 
 B rows, T tokens of one row, M of all, S slots, H query heads, G key/value heads, D head_dim, V vocab_size.
 """
@@ -42,11 +42,11 @@ class KVCache:
         ]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order.  (B,) int64"""
+        """Keep these rows, in this order.  (B,) int64"""
         self.layers = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self.layers]
 
     def grow(self, n_row: int) -> None:
-        """So many rows more, after the others."""
+        """Add this many rows, after the others."""
         more = (0, 0, 0, 0, 0, 0, 0, n_row)  # F.pad begins with the last dimension
         self.layers = [(F.pad(keys, more), F.pad(values, more)) for keys, values in self.layers]
 
@@ -258,7 +258,7 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order: a row may be left out, or be there several times."""
+        """Keep these rows, in this order: a row may be left out, or be there several times."""
         if list(rows) != list(range(len(self._seen))):
             self._seen = [list(self._seen[row]) for row in rows]
             self._cache.keep(self._tensor(rows))

@@ -1,8 +1,8 @@
-"""The forward pass of a GPT for tokens of any positions in one go, in few operations: what decoding one token costs.
+"""The forward pass of a GPT for tokens at any positions at once, in few operations: what decoding one token costs.
 
-There are two forward passes, this and the model's own, for speed: a token of a small model takes about a millisecond,
+There are two forward passes for speed, this and the model's own: a token of a small model takes about a millisecond,
 of which a module call takes five microseconds and an operation one or two, so no module is called here that has a
-faster form, and no operation made that another can do on the way. tests/test_lean.py holds the two together: it
+faster form, and no operation is made that another can do on the way. tests/test_lean.py holds the two together: it
 compares their logits for every switch, kind of weights and number of rows.
 
 M tokens, C n_embd, V vocab_size, H query heads, G key/value heads, D head_dim; of a product I inputs, O outputs, N
@@ -117,7 +117,7 @@ def lean_block(block: Block, config: GPTConfig) -> LeanBlock:
 
 
 def is_plain(module: nn.Module, cls: type[AnyModule]) -> TypeGuard[AnyModule]:
-    """Whether a module computes what this class does: one that a subclass changed goes its own way."""
+    """Whether a module computes what this class does: one that a subclass changed is called as it is."""
     return isinstance(module, cls) and type(module).forward is cls.forward
 
 

@@ -47,19 +47,19 @@ def add_logit_bias(logits: Tensor, bias: Iterable[tuple[int, float]], past: Past
 def penalize_repetition(logits: Tensor, penalty: float, past: Past) -> Tensor:
     """Divide a positive logit, multiply a negative one, of what prompt or text have (https://arxiv.org/abs/1909.05858).
 
-    penalty = 2 makes of a seen token's 3 and -3 the logits 1.5 and -6.
+    penalty = 2 turns a seen token's logits 3 and -3 into 1.5 and -6.
     """
     lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(_counts(past.seen(), logits) > 0, lowered, logits)
 
 
 def penalize_frequency(logits: Tensor, penalty: float, past: Past) -> Tensor:
-    """Take the penalty off as often as the text has the token; the prompt does not count."""
+    """Subtract the penalty as often as the text has the token; the prompt does not count."""
     return logits - penalty * _counts(past.written, logits)
 
 
 def penalize_presence(logits: Tensor, penalty: float, past: Past) -> Tensor:
-    """Take the penalty off once where the text has the token; the prompt does not count."""
+    """Subtract the penalty once where the text has the token; the prompt does not count."""
     return logits - penalty * (_counts(past.written, logits) > 0)
 
 
@@ -178,7 +178,7 @@ def apply_filters(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def changed(sampling: Sampling, names: Iterable[str]) -> list[str]:
-    """Those of these options that are not at their default, which a dataclass keeps in its class."""
+    """Those of these options that are not at their default; a dataclass keeps defaults in its class."""
     return [name for name in names if of(sampling, name) != of(type(sampling), name)]
 
 
@@ -192,7 +192,7 @@ def draw(logits: Tensor, uniform: Sequence[float]) -> Tensor:
 
 
 def draw_weighted(weights: Tensor, uniform: Sequence[float]) -> Tensor:
-    """The same of weights in proportion to the probabilities, not all 0: (B, V) -> ids (B,)"""
+    """The same from weights in proportion to the probabilities, not all 0: (B, V) -> ids (B,)"""
     reached = weights.cumsum(-1)
     at = torch.tensor(uniform, dtype=reached.dtype, device=reached.device)[:, None] * reached[:, -1:]
     return torch.searchsorted(reached, at, right=True)[:, 0]  # right: never a token of probability 0

@@ -59,7 +59,7 @@ class Proposal:
     probabilities: Tensor | None = None  # (K, V) float64: what each was drawn from; None: no other could be proposed
 
 
-Propose = Callable[[Answer, int], Proposal]  # what follows an answer, at most so many tokens
+Propose = Callable[[Answer, int], Proposal]  # what follows an answer, at most this many tokens
 
 
 def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[list[Answer]]:
@@ -88,7 +88,7 @@ def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[
 
 
 class LookUp:
-    """What followed the last tokens where they were before, in prompt or text (https://arxiv.org/abs/2304.04487)."""
+    """What followed the last tokens where they occurred before, in prompt or text (https://arxiv.org/abs/2304.04487)."""
 
     def __init__(self, ngram: int) -> None:
         self.sizes = range(ngram, 0, -1)
@@ -118,7 +118,7 @@ class Draft:
         self.tried: list[int] = []  # what it read after that, its own proposals
 
     def __call__(self, answer: Answer, n: int) -> Proposal:
-        """Nothing after a token that ends the text."""
+        """It proposes nothing after a token that ends the text."""
         decoder, n = self._catch_up([*answer.prompt, *answer.ids], n)
         sampling, ids, drawn_from = answer.sampling, list[int](), list[Tensor]()
         while True:
@@ -179,9 +179,9 @@ def n_shared(one: Sequence[int], other: Sequence[int | None]) -> int:
 
 
 def accept(ids: Sequence[int], drawn_from: Tensor, wanted: Tensor, generator: random.Random) -> list[int | None]:
-    """Make of ids with the distributions `drawn_from` (K, V) such with the distributions `wanted` (K + 1, V).
+    """Turn ids drawn from the distributions `drawn_from` (K, V) into ids of the distributions `wanted` (K + 1, V).
 
-    An id that is `wanted` less often than proposed is taken so much less often; in its place comes one that is wanted
+    An id that is `wanted` less often than proposed is taken that much less often; in its place comes one that is wanted
     more often than proposed. With all taken, one more is drawn.
     """
     for k, i in enumerate(ids):

@@ -105,7 +105,7 @@ def generate_batch(
 def extend(
     model: GPT, answers: Sequence[Answer], *, at_once: int | None = None, speculation: Speculation | None = None
 ) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, so many together (None: all), with proposals one after the other.
+    """Extend each answer to its end, this many together (None: all), with proposals one after the other.
 
     Yields those that just got a token.
     """
@@ -120,7 +120,7 @@ def extend(
         yield running.step()
 
 
-# ---- beam search: the likeliest text, as far as so many texts next to each other show ----
+# ---- beam search: the likeliest text, as far as n_beam texts side by side show ----
 
 
 @dataclass(frozen=True)

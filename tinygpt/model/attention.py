@@ -17,7 +17,7 @@ from tinygpt.model.layers import NORMS, Linear, apply_rope
 
 
 def attention_mask(t: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a token may look with a window: at itself and the window - 1 before it.  -> (T, T) bool
+    """True where a token may attend with a window: to itself and the window - 1 before it.  -> (T, T) bool
 
     With a window of 2 and T = 3 it is [[1, 0, 0], [1, 1, 0], [0, 1, 1]]. None is the plain causal case, all tokens
     before, which kernels do fastest.
@@ -28,7 +28,7 @@ def attention_mask(t: int, window: int | None, device: torch.device) -> Tensor |
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """What share of its attention each query gives to each key.  (B,H,T,D), (B,G,S,D) -> (B,H,T,S)
+    """The share of its attention that each query gives to each key.  (B,H,T,D), (B,G,S,D) -> (B,H,T,S)
 
     `mask` is (T, S) bool, or None for the plain causal case T == S.
     """

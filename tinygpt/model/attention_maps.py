@@ -14,7 +14,7 @@ from tinygpt.model.gpt import GPT
 def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> NDArray[np.float32]:
     """The weights of every layer and head for one sequence.  (T,) -> (n_layer, n_head, T, T), rows sum to 1
 
-    `rows` are the tokens whose weights are wanted, where not all are.
+    `rows` are the tokens whose weights are returned; None: all.
     """
     maps: list[Tensor] = []
 

@@ -135,7 +135,7 @@ def build_mlp(config: GPTConfig) -> nn.Module:
 
 
 class Rope(nn.Module):
-    """Cosines and sines of the positions in use: tables are as long as was asked for, not as the context may become."""
+    """Cosines and sines of the positions in use: tables are as long as was needed so far."""
 
     cos: Tensor
     sin: Tensor
@@ -166,7 +166,7 @@ def first_room(block_size: int) -> int:
 
 
 def more_room(n: int, block_size: int) -> int:
-    """Positions that there is room for from now on, where n are needed: a power of two, so that it seldom grows."""
+    """Positions that there is room for from now on, if n are needed: a power of two, so that it seldom grows."""
     return min(block_size, 1 << (n - 1).bit_length())
 
 

@@ -123,7 +123,7 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
 
 
 def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:
-    """The config, and the SHA-256 of the tokenizer.json; None where the folder is older or was not told it."""
+    """The config, and the SHA-256 of the tokenizer.json; None where the folder is older or was not given it."""
     path = folder / CONFIG_FILE
     document = read_json(path, stage="train")
     sha256 = document.pop(TOKENIZER_KEY, None) if isinstance(document, dict) else None
@@ -171,7 +171,7 @@ def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
 
 
 def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is quantized, or not finite: both would load and compute nonsense."""
+    """Tensors that are quantized, or not finite: both would load and compute nonsense."""
     kinds = (
         ("quantized or of another type than float", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
         ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),

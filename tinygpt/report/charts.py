@@ -59,7 +59,7 @@ def shown(*fields: str) -> list[Spec]:
 
 
 def chart(height: int, *layers: Spec, **more: Any) -> Spec:
-    """Layers over each other, as wide as the page lets them be, of the run's curve."""
+    """Layers over each other, of the run's curve, as wide as the page allows."""
     return {"data": {"name": "curve"}, "width": "container", "height": height, "layer": list(layers), **more}
 
 
@@ -106,7 +106,7 @@ def loss_chart() -> Spec:
 
 
 def comparison_chart(names: Sequence[str]) -> Spec:
-    """The losses of several runs, validation with points; the page has the names, and says whose curves are dim."""
+    """The losses of several runs, validation with points; the page has the names, and dims the curves of some."""
     colours, styles = zip(*run_styles(names), strict=True)
     ranges = {"color": colours, "strokeDash": [[1, 0] if style == "solid" else [6, 3] for style in styles]}
     encoding: Spec = {

@@ -1,4 +1,4 @@
-"""What the model writes, what surprises it and where it looks: reports/samples.md, and look.json of bounded size.
+"""What the model writes, what surprises it and what it attends to: reports/samples.md, and look.json of bounded size.
 
 N tokens, T tokens of a sequence, V vocab_size.
 """
@@ -36,7 +36,7 @@ from tinygpt.tokens import TokenIds, TokensMeta
 
 MOST_READ = 64  # tokens of a prompt, its last, whose surprise is shown
 MOST_LOOKED_AT = 10_000_000  # tokens of a split among which documents are chosen
-N_LIKELIEST = 5  # tokens named that the model found likeliest in the same place
+N_LIKELIEST = 5  # tokens that the model found likeliest in the same place
 MOST_SAMPLES = 8
 MOST_TOKENS = 300  # of each
 MOST_WEIGHTS = 200_000  # of attention, over all layers and heads
@@ -49,16 +49,16 @@ Alternative = tuple[str, float]  # a token and its share of the probability
 
 @dataclass(frozen=True)
 class Scored:
-    """A token of a text, as the model that has read what is before it sees it."""
+    """A token of a text, as the model sees it after what is before it."""
 
-    text: str  # empty where it ends within a character, which the last one of it shows
+    text: str  # empty where it ends within a character, which its last token shows
     nats: float  # minus the logarithm of its probability
     likeliest: list[Alternative]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, what the model went on with, and where the prompt is from a real text what that went on with."""
+    """A prompt, how the model continued it, and how the text did that it is from, if any."""
 
     prompt: str
     text: str
@@ -196,7 +196,7 @@ def documents(tokens: TokenIds, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def attention(model: GPT, tokenizer: Tokenizer, samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """Where each head looks in the first sample: bytes of 0 to 255 in base64, (n_layer, n_head, T, T).
+    """What each head attends to in the first sample: bytes of 0 to 255 in base64, (n_layer, n_head, T, T).
 
     None where no sample has a text.
     """

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs no other, made of what the stages have written down.
+"""The page of a run: one HTML file that needs no other, made from what the stages have written.
 
 Its bytes depend on those files and on the commits alone. Whatever comes from outside is put in as text.
 """
@@ -197,7 +197,7 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
 
 
 def numbers(reports: Reports, earlier: Earlier | None) -> list[dict[str, Any]]:
-    """The three numbers to decide by, with their errors, and how they differ from those of the run before."""
+    """The three numbers to decide by, with their errors, and how they differ from those of an earlier run."""
     now = reports.eval | {"val_loss": reports.train["val_loss"]}
     was = earlier.eval if earlier else {}
     same_text = all(was.get(key) == now[key] for key in ("split", "bytes"))
@@ -226,7 +226,7 @@ def verdict(value: float, before: float, error: float, form: str, *, commit: str
 
 
 def changed(reports: Reports, earlier: Earlier | None) -> list[tuple[str, str, str]]:
-    """Params that differ from those of the run before: name, before, now."""
+    """Params that differ from those of an earlier run: name, before, now."""
     if earlier is None:
         return []
     then = flat_params(earlier.params.encode())

@@ -1,4 +1,4 @@
-"""What the stages have written of a run, read and checked, and what git keeps of the run before."""
+"""What the stages have written of a run, read and checked, and what git keeps of an earlier run."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _row(line: str, columns: Sequence[str], before: float, needed: Sequence[str]
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a commit has of its run."""
+    """What a commit holds of its run."""
 
     commit: str
     eval: dict[str, Any]  # as reports/eval.json, with the val_loss of training
@@ -140,9 +140,9 @@ class Earlier:
 
 
 def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
-    """The run before: the newest commit whose evaluation is another than that of the run at hand.
+    """The newest commit whose evaluation differs from that of the present run.
 
-    So it stays the same when the run at hand is committed. None where no commit has one in this version's form, or
+    So it stays the same when the present run is committed. None where no commit has one in this version's form, or
     without git.
     """
     metrics = f"{REPORTS.as_posix()}/metrics"  # in git, as the whole reports are not

@@ -1,4 +1,4 @@
-"""How well a tokenizer fits a text: bytes per token, tokens per word, how much of the vocabulary is of use."""
+"""How well a tokenizer fits a text: bytes per token, tokens per word, how much of the vocabulary is in use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinygpt.tokens import TokenIds
 
 N_LONGEST = 24  # tokens
 N_PARAGRAPH = 120  # tokens
-LONGEST_SHOWN = 16  # bytes of a token from where on lengths are counted together
+LONGEST_SHOWN = 16  # bytes of a token from which lengths are counted together
 MOST_COUNTED = 10_000_000  # tokens of a text
 
 

@@ -1,1 +1,1 @@
-"""What keeps a training run alive and seen: checkpoints, processes, loggers, memory and costs.  Decides no weight."""
+"""What keeps a training run alive and visible: checkpoints, processes, loggers, memory and costs."""

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never been interrupted.
+"""Checkpoints: all that a run needs to continue as if it had never been interrupted.
 
     runs/<fingerprint>/
         lock                             held by the one trainer that may write here

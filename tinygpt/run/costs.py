@@ -89,7 +89,7 @@ def memory_of(
 
 
 def fits(learner: Learner, size: int) -> bool:
-    """Whether there is memory for a step in micro-batches of that size, besides the weights, which are there already.
+    """Whether there is memory for a step in micro-batches of that size, next to the weights, which are there already.
 
     Counts exactly only where a bound that takes no time does not fit.
     """
@@ -153,7 +153,7 @@ def _kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Memory that can be had on the device."""
+    """Memory that is available on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

@@ -1,7 +1,7 @@
 """Places that show a training while it runs: TensorBoard, Weights & Biases, MLflow, DVCLive.
 
 Each writes into the folder of the run, unless its own environment variables name another place, and gets the curve row
-by row, and the samples. When a run goes on, what a log lacks is written first, and what it has is not written twice.
+by row, and the samples. When a run continues, what a log lacks is written first, and what it has is not written twice.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where that is not the name of the mod
 class Loggers:
     """The logs that are asked for, as a context manager; call it with the state at the start and after each step.
 
-    One that fails costs a line of warning and is left out from then on: it does not end the training. A missing
-    package does, at once.
+    A log that fails costs a line of warning and is left out from then on: it does not end the training. A missing
+    package does end it, at once.
     """
 
     def __init__(self, names: Iterable[str], folder: Path, config: GPTConfig, params: TrainParams) -> None:
@@ -79,7 +79,7 @@ class Loggers:
     def _attempt(self, name: str, action: Callable[..., None], *args: Any) -> None:
         try:
             action(*args)
-        except Exception as error:  # of any kind: it is the library's, and the training is worth more
+        except Exception as error:  # of any kind: the fault is the library's, and the training is worth more
             reason = (str(error) or repr(error)).splitlines()[0]
             tqdm.write(f"warning: {name} failed, training goes on without it ({printable(reason)})", file=sys.stderr)
             self._loggers.pop(name, None)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 RESTARTS = 3  # after processes that were killed, before the run is given up
-PATIENCE_S = 120  # that a process which was asked to stop has for its last step and checkpoint
+PATIENCE_S = 120  # that a process has for its last step and checkpoint when it was asked to stop
 
 
 def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
@@ -137,7 +137,7 @@ ELASTIC = "TORCHELASTIC_RUN_ID"  # environment of the processes that torch's ela
 
 
 class Interrupts:
-    """A context in which a request to stop is noted, for the loop to heed at the end of its step.
+    """A context in which a request to stop is noted, which the loop obeys at the end of its step.
 
     DVC passes no signal on: killed, it leaves its stage running as an orphan. So the programs above this one are
     watched, as far as DVC. (Linux's PR_SET_PDEATHSIG reports only the nearest, which may be a shell.) What a person

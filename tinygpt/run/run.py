@@ -1,4 +1,4 @@
-"""One training run: kept alive whatever happens around it, and seen while it goes on."""
+"""One training run: kept alive whatever happens around it, and visible while it lasts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tinygpt.train.learner import Learner
 from tinygpt.train.parallel import ALONE, World
 from tinygpt.train.trainer import TrainState
 
-MODEL_FOLDER = "model"  # in that of a run: its newest weights, for those who want to see what it writes
+MODEL_FOLDER = "model"  # in a run's folder: its newest weights, to see what they write
 
 
 class Run:
@@ -54,7 +54,7 @@ class Run:
     ) -> None:
         """`name` is the run's fingerprint, `tokenizer` what its samples are written with; `runs` holds all runs.
 
-        `show` publishes what there is of the curve, at each look and where a run goes on; `called` is what people call
+        `show` publishes the curve so far, at each evaluation and where a run continues; `called` is what people call
         the run.
 
         Raises UserError when the package of a logger is missing.
@@ -169,7 +169,7 @@ class Run:
         return state, best
 
     def _log_line(self, state: TrainState) -> str:
-        """At most 80 columns: what one waits for.  The rest is in the curve."""
+        """At most 80 columns: what people wait for.  The rest is in the curve."""
         row = state.latest(self.params)
         shown = [f"step {state.step:>6,} of {self.params.max_steps:,}"]
         if row["train_loss"] is not None:

@@ -1,4 +1,4 @@
-"""The server: the routes of OpenAI's API and of the page, who may ask and how fast, and a clean end."""
+"""The server: the routes of OpenAI's API and of the page, who may ask and how fast, and a clean shutdown."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def refusal_response(refusal: Refusal, more: Mapping[str, str] | None = None) ->
 class Guard:
     """Who may ask, and how many at a time.
 
-    A page of another site cannot use the server of who visits it: a browser names the page's origin, which must be
+    A page of another site cannot use its visitor's server: a browser names the page's origin, which must be
     ours, and the host it believes to speak to, which must be an address or a name of ours, so that a foreign name
     that is made to point here (DNS rebinding) is refused. Starlette's TrustedHostMiddleware takes no address that it
     was not given, and its CORSMiddleware lets such requests in.
@@ -203,7 +203,7 @@ class Connection(H11Protocol):
             self._unset_keepalive_if_required()
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP, or has a head of more than 16 kB, is told as all errors are, in place of any answer."""
+        """What is not HTTP, or has a head of more than 16 kB, gets an error in the same form as all others."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -275,7 +275,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
         """Ctrl-C and SIGTERM."""
-        # not here: who was interrupted may hold locks
+        # not here: the interrupted code may hold locks
         asyncio.get_running_loop().call_soon_threadsafe(self._service.stop)
         super().handle_exit(sig, frame)
 

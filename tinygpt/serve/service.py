@@ -31,11 +31,11 @@ class Service:
         self.models = {served.name: served for served in models}
         self.limits, self.worker = limits, Worker({s.name: s.model for s in models}, limits)
         self.created = int(time.time())
-        self._reader = ThreadPoolExecutor(1)  # reads prompts and scores them, while the loop goes on
+        self._reader = ThreadPoolExecutor(1)  # reads prompts and scores them, while the loop continues
         self._writer = ThreadPoolExecutor(1)  # makes JSON of long answers
 
     def stop(self) -> None:
-        """Refuse all who wait: the server ends."""
+        """Refuse all requests that wait: the server ends."""
         self.worker.stop()
         self._reader.shutdown(wait=False, cancel_futures=True)
 
@@ -47,7 +47,7 @@ class Service:
         self._writer.shutdown(cancel_futures=True)
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
-        """Do some work in the reader's thread, unless who waits for it is gone when its turn comes."""
+        """Do some work in the reader's thread, unless the client that waits for it is gone by then."""
         if self.worker.is_stopped:
             raise stopping()
         try:

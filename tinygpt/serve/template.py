@@ -1,4 +1,4 @@
-"""The messages of a chat, read and made a prompt: by the chat template that comes with a tokenizer, or a plain one."""
+"""The messages of a chat, read and turned into a prompt: by the tokenizer's chat template, or a plain one."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ PLAIN = Template()
 def load_template(folder: Path) -> Template:
     """The chat template of a tokenizer's folder, as transformers saves it, or the plain one.
 
-    Raises UserError where it is none.
+    Raises UserError where it is not a template.
     """
     path, own = folder / CONFIG_FILE, folder / TEMPLATE_FILE
     config = read_object(path, remedy=REMEDY, most_bytes=MOST_FILE) if path.exists() else {}
@@ -142,7 +142,7 @@ def load_template(folder: Path) -> Template:
 
 
 class Renderer:
-    """`sandbox.py` as a process, which is started for the first template, and again when one was its end."""
+    """`sandbox.py` as a process, which is started for the first template, and again when one has ended it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None

@@ -39,7 +39,7 @@ def learn_bpe(
     tokens = [EOS, *special_tokens, *sorted(BYTE_TO_CHAR)]  # as Tokenizer.from_merges numbers them
     ids = {token: i for i, token in enumerate(tokens) if i > len(special_tokens)}
     merges: list[tuple[str, str]] = []
-    at_least = max(min_frequency, sum(counts.values()) // 5000)  # first look only at pairs as frequent as this
+    at_least = max(min_frequency, sum(counts.values()) // 5000)  # at first only pairs as frequent as this
     pairs = _pairs(counts, ids, at_least)
     heap = _heap(pairs)
     with progress("train_tokenizer: merges", total=vocab_size, unit="tokens", start=len(tokens)) as bar:

@@ -155,7 +155,7 @@ class Pairs:
 
     `ids` (N,) holds ROW_END after each row, `row` (N,) the row of each place, `weight` how often a row occurs. Counts
     only fall while merges make new tokens, because no merge makes neighbours of two tokens that are there. One that
-    makes an old token once more breaks this: go on with `again()` after it.
+    makes an old token once more breaks this: call `again()` after it.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from tinygpt.tokenizer.pretokenize import PATTERN, split_chunks, to_utf8
 EOS = "<|endoftext|>"  # before each document and after the last; ends a generated text
 BEGIN, PAD, UNKNOWN = "<|begin|>", "<|pad|>", "<|unk|>"  # special tokens whose part is known by their name
 MAX_CACHED = 500_000  # chunks remembered, about 100 MB; when full it starts anew
-MAX_CACHED_CHARS = 64  # longer chunks hardly ever come again
+MAX_CACHED_CHARS = 64  # longer chunks hardly ever recur
 
 
 class Tokenizer:

@@ -72,7 +72,7 @@ class TrainParams:
     vector_lr: Rate | None  # that of norms and biases; null = lr
     min_lr_frac: Annotated[float, Within("[0, 1]")]  # learning rate at the last step, as a share of the peak
     warmup_steps: Annotated[int, Within("[0, inf)")]  # steps over which the learning rate rises to its peak
-    schedule: Literal["cosine", "linear", "wsd", "constant"]  # how it goes on after that
+    schedule: Literal["cosine", "linear", "wsd", "constant"]  # how the learning rate continues after that
     decay_frac: Annotated[float, Within("(0, 1]")]  # share of the steps after warmup over which wsd falls, at the end
     weight_decay: Annotated[float, Within("[0, inf)")]  # of matrices, the head's too; norms and biases have none
     embedding_weight_decay: Annotated[float, Within("[0, inf)")]  # of embeddings, also where they are the head

@@ -121,7 +121,7 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Keeper(Protocol):
-    """What the loop needs of whoever keeps the run alive; nothing that it does changes a weight."""
+    """What the loop needs from the keeper of the run; nothing that it does changes a weight."""
 
     def resumed(self, learner: Learner) -> AbstractContextManager[tuple[TrainState, dict[str, Tensor]]]:
         """A context for the loop, which brings the learner to where the run stopped.
