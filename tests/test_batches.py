@@ -105,7 +105,7 @@ def test_a_context_warmup_changes_no_token_of_a_step():
     assert shapes == [(24, 5)] * 3 + [(12, 9)] * 3 + [(6, 17)] * 3 + [(3, 33)] * 3
 
 
-def test_any_step_at_once_is_what_it_is_after_the_steps_before():
+def test_any_step_has_the_same_batch_at_once_as_after_the_steps_before():
     def make(seed: int = 1) -> Batches:
         return Batches(
             row_of([7, 30, 0, 12, 40] * 5),
@@ -206,7 +206,7 @@ def test_the_next_batch_is_read_before_it_is_asked_for():
     assert asked == [(5, False), (6, False)]
 
 
-def test_what_a_read_raises_is_raised_for_its_step_and_the_thread_ends():
+def test_an_error_while_reading_is_raised_at_its_step_and_the_thread_ends():
     def batch_at(step: int) -> np.ndarray:
         if step == 2:
             raise OSError("the disk is gone")

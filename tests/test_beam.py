@@ -63,7 +63,7 @@ def theirs(model, prompt, search, *, n, ends, **options):
 @pytest.mark.parametrize("early_stopping", ["false", "true", "never"])
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_ids_as_transformers(family, length_penalty, early_stopping, pairs, tiny_tokenizer):
+def test_beams_give_the_same_ids_as_transformers(family, length_penalty, early_stopping, pairs, tiny_tokenizer):
     model, hf = pairs[family]
     lengths = set()
     for n_beam, ends in ((2, ENDS), (5, ()), (5, ENDS)):
@@ -87,7 +87,7 @@ def test_the_same_ids_as_transformers(family, length_penalty, early_stopping, pa
         ({"banned_ids": (3, 9), "logit_bias": ((7, 2.0),)}, {"suppress_tokens": [3, 9], "sequence_bias": {(7,): 2.0}}),
     ],
 )
-def test_the_same_ids_with_penalties(ours_, theirs_, pairs, tiny_tokenizer):
+def test_beams_give_the_same_ids_as_transformers_with_penalties(ours_, theirs_, pairs, tiny_tokenizer):
     model, hf = pairs["llama"]
     for prompt in PROMPTS:
         sampling = Sampling(temperature=0, stop_ids=ENDS, **ours_)
@@ -136,7 +136,7 @@ def test_where_no_token_is_left_there_is_no_text(tiny_tokenizer):
     assert (answer.ids, answer.text, answer.finish_reason) == ([], "", "stop")
 
 
-def test_beams_go_on_behind_the_end_of_the_context(tiny_tokenizer):
+def test_beams_continue_past_the_end_of_the_context(tiny_tokenizer):
     model = tiny_model(block_size=16)
     for when_full, length in (("slide", 40), ("stop", 14)):
         sampling = Sampling(temperature=0, ignore_eos=True, when_full=when_full)

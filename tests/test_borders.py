@@ -155,7 +155,7 @@ def test_a_killed_worker_costs_its_shard_alone(corpus: Path, monkeypatch: pytest
     assert run(corpus, n_worker=1) == expected
 
 
-def test_a_mistake_in_the_text_is_told_from_a_worker(corpus: Path) -> None:
+def test_a_mistake_in_the_text_is_reported_from_a_worker(corpus: Path) -> None:
     path = corpus / "texts" / "b.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:70], b"{}\n", *lines[71:]]))

@@ -53,7 +53,7 @@ def test_what_was_copied_before_is_not_copied_again_unless_it_changed(bucket, tm
         ("s3://bucket/x", "download.source=s3://bucket/x: Install s3fs to access S3"),
     ],
 )
-def test_an_address_that_gives_nothing_is_told(tmp_path: Path, source: str, message: str):
+def test_an_address_that_gives_nothing_is_reported(tmp_path: Path, source: str, message: str):
     with pytest.raises(UserError, match=message):
         fill(tmp_path, source)
 
@@ -81,7 +81,7 @@ def test_no_more_is_copied_than_max_bytes_need(bucket, tmp_path):
     assert [len(text) for text in texts(tmp_path).values()] == [900_000, 900_000, 150]
 
 
-def test_a_file_of_untold_size_that_is_short_is_whole(bucket, tmp_path, monkeypatch):
+def test_a_short_file_of_unknown_size_is_whole(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(type(bucket), "size", lambda *_: None)
     copy, copied = download._copy_from_bucket, []
 

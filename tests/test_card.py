@@ -73,7 +73,7 @@ def test_the_modelfile_names_the_file_its_context_and_its_end(tiny_tokenizer):
     assert lines[-1] == 'PARAMETER stop "<|endoftext|>"'
 
 
-def test_what_is_missing_is_told_with_its_stage(tmp_path):
+def test_what_is_missing_is_reported_with_its_stage(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(vars(ORIGIN.manifest)))
     with pytest.raises(UserError, match=r"training.json not found: run `dvc repro train`"):
         read_origin(tmp_path, tmp_path, tmp_path)

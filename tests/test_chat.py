@@ -59,7 +59,7 @@ def client(served):
         yield client
 
 
-def test_a_chat_goes_on_from_its_messages_to_what_the_user_would_say(client, tokenizer):
+def test_a_chat_continues_its_messages_and_stops_before_the_user(client, tokenizer):
     prompt = "Be good.\nUser: hi, über 中 \n😀\nAssistant: the file\nUser: go on\nAssistant:"
     found = client.chat.completions.create(model="first", messages=TALK, seed=3, n=2, max_completion_tokens=40)
     for i, choice in enumerate(found.choices):
@@ -190,7 +190,7 @@ def test_bad_chats_are_refused_with_what_is_wrong(document, message, served):
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_fields_that_change_nothing_here_are_taken(path, served):
+def test_fields_that_change_nothing_here_are_accepted(path, served):
     """What other clients send always; and OpenAI's seeds and top_p."""
     asked = {"messages": TALK} if "chat" in path else {"prompt": "a", "best_of": 1, "suffix": ""}
     asked |= {"user": "me", "metadata": {"a": "b"}, "store": False, "tools": [], "response_format": {"type": "text"}}
@@ -228,7 +228,7 @@ def test_fields_that_change_nothing_here_are_taken(path, served):
     ],
     ids=range(12),
 )
-def test_a_template_can_neither_reach_out_nor_take_the_machine(source, message, tokenizer, monkeypatch):
+def test_a_template_can_neither_reach_the_system_nor_exhaust_it(source, message, tokenizer, monkeypatch):
     monkeypatch.setattr("tinygpt.serve.template.MOST_SECONDS", 2.0)
     began, children = time.monotonic(), os.times().children_user
     with pytest.raises(UserError, match=message):
@@ -251,7 +251,7 @@ def test_a_template_can_neither_reach_out_nor_take_the_machine(source, message, 
     ],
     ids=range(7),
 )
-def test_a_damaged_template_is_told_at_the_start(files, message, tmp_path):
+def test_a_damaged_template_is_reported_at_the_start(files, message, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message) as told:

@@ -80,7 +80,7 @@ def test_options_are_set_and_shown_and_the_last_line_is_answered_again(chat, ans
     assert done.stderr.count("\n") == 1  # the greeting
 
 
-def test_all_that_is_wrong_with_settings_is_told_and_they_stay(chat, answer):
+def test_all_that_is_wrong_with_settings_is_reported_and_they_stay(chat, answer):
     done = chat("/set temperature=-1 topp=3 x top_k=1.5 stop_ids=[1,", "/set banned_ids=[999]", "/set", "the")
     for message in (
         "temperature=-1.0 must be within [0, inf)",
@@ -99,7 +99,7 @@ def test_all_that_is_wrong_with_settings_is_told_and_they_stay(chat, answer):
     assert "best_of=2 needs temperature above 0" in told
 
 
-def test_the_best_of_several_is_another_one_when_it_is_asked_for_again(chat, model, tiny_tokenizer):
+def test_retry_draws_another_best_of_several(chat, model, tiny_tokenizer):
     done = chat("/set best_of=3 max_new_tokens=7 temperature=2", "the", "/retry", "/retry")
     texts = [
         generate(
@@ -136,7 +136,7 @@ def test_ctrl_c_before_another_answer_begins_leaves_the_last_one(model, tiny_tok
     assert len(conversation.turns) == 1
 
 
-def test_commands_that_are_none_or_cannot_be_done_are_told_in_one_line_and_the_chat_goes_on(chat, answer, tmp_path):
+def test_unknown_or_impossible_commands_are_one_line_and_the_chat_continues(chat, answer, tmp_path):
     (tmp_path / "there").write_text("mine")
     lines = [
         "/hlep",
@@ -181,7 +181,7 @@ def test_a_conversation_longer_than_the_context_is_read_from_its_end_or_refused(
     assert done.returncode == 0
 
 
-def test_lines_that_are_no_utf8_are_refused_and_named(chat):
+def test_lines_that_are_not_utf8_are_refused_and_named(chat):
     done = chat("the", "b\udcff")
     assert done.returncode == 1
     assert "error: standard input:2: byte 2 is 0xff, which is not UTF-8" in done.stderr
@@ -194,7 +194,7 @@ def test_help_has_every_command(chat):
 
 @settings(max_examples=40)
 @given(st.text() | st.text(alphabet='tempraue=_[]{}",0.5 \n', max_size=30))
-def test_no_text_is_too_odd_for_settings(text):
+def test_any_text_can_be_a_setting(text):
     found, problems = parse_settings(text)
     assert found or problems or not text.strip()
 

@@ -127,11 +127,11 @@ def test_a_plain_file_is_one_document_with_every_byte(tmp_path: Path) -> None:
     assert read(tmp_path, b"\n a \n\n\n b \n\n") == ["\n a \n\n\n b \n\n"]
 
 
-def test_white_space_alone_is_no_document(tmp_path: Path) -> None:
+def test_white_space_alone_is_not_a_document(tmp_path: Path) -> None:
     assert read(tmp_path, b" \n\t\n") == []
 
 
-def test_a_separator_goes_with_the_line_ends_around_it(tmp_path: Path) -> None:
+def test_a_separator_is_removed_with_the_line_ends_around_it(tmp_path: Path) -> None:
     stories = b"\none\n\nmore of it\n<|endoftext|>\n two \n\n\n<|endoftext|>\n<|endoftext|>\nthree"
     expected = ["one\n\nmore of it", " two ", "three"]
     assert read(tmp_path, stories, separator="<|endoftext|>") == expected
@@ -142,7 +142,7 @@ def test_blank_lines_can_separate(tmp_path: Path) -> None:
     assert read(tmp_path, b"a\nb\r\n\r\n\r\nc\n", separator="\n\n") == ["a\nb", "c"]
 
 
-def test_the_separator_of_the_params_goes_before_that_of_the_source(tmp_path: Path) -> None:
+def test_the_separator_of_the_params_overrides_that_of_the_source(tmp_path: Path) -> None:
     raw = make_raw(tmp_path, {"x.txt": b"a---b+++c"}, separator="+++", document_start="b")
     made = Reader(raw, read_manifest(raw), separator="---", newlines=True)
     assert texts_of(made, raw) == ["a", "b+++c"]
@@ -182,7 +182,7 @@ def test_json_lines_give_their_texts(tmp_path: Path) -> None:
     assert read(tmp_path, content, name="x.jsonl") == ["a\nb\u2028c", "<|endoftext|>"]
 
 
-def test_a_byte_order_mark_before_json_lines_is_passed_over(tmp_path: Path) -> None:
+def test_a_byte_order_mark_before_json_lines_is_skipped(tmp_path: Path) -> None:
     assert read(tmp_path, b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}', name="x.jsonl") == ["a", "b"]
 
 
@@ -193,7 +193,7 @@ def test_a_broken_json_line_is_named(tmp_path: Path, line: bytes) -> None:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 1 << 20])
-def test_bytes_that_are_no_utf8_are_replaced_and_counted(
+def test_bytes_that_are_not_utf8_are_replaced_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
     monkeypatch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
@@ -220,7 +220,7 @@ def test_a_gigantic_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: py
     assert made.counts["long_cut"] == 4
 
 
-def test_newlines_are_counted_and_can_be_left(tmp_path: Path) -> None:
+def test_newlines_are_counted_and_can_be_left_as_they_are(tmp_path: Path) -> None:
     made = reader(tmp_path, "x.txt", b"a\r\nb\rc\n")
     assert texts_of(made, tmp_path / "raw") == ["a\nb\nc\n"]
     assert made.counts["newlines_changed"] == 2
@@ -345,7 +345,7 @@ def test_near_duplicates_follow_the_true_similarity(threshold: float) -> None:
     assert (near_duplicates(lambda: iter(parts), everything, threshold) == found).all()
 
 
-def test_a_document_that_was_dropped_makes_no_other_superfluous() -> None:
+def test_a_document_that_was_dropped_does_not_make_others_duplicates() -> None:
     signatures = np.array([signature(" ".join(words(100, seed))) for seed in (1, 1, 2, 1, 2)], np.uint32)
     kept = np.array([False, True, True, True, True])
     assert near_duplicates(lambda: iter([signatures]), kept, 0.8).tolist() == [False, False, False, True, True]
@@ -451,7 +451,7 @@ def test_what_the_next_stages_would_not_find_is_refused_and_leaves_nothing(tmp_p
         clean(params(), make_raw(tmp_path, {"a.txt": LONG}), tmp_path / "clean", RUNTIME, evaluated="val")
 
 
-def test_a_full_disk_is_told_by_name_at_each_write(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_file_at_each_write(tmp_path: Path) -> None:
     raw = make_raw(tmp_path, {"x.txt": "\n".join(f"{i} {i * i}" for i in range(300)).encode()})  # small documents, so
     rules = params(separator="\n", near_duplicates=0.8, split="tail", val_fraction=0.1)  # arrays are larger than texts
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -467,13 +467,13 @@ def test_a_full_disk_is_told_by_name_at_each_write(tmp_path: Path) -> None:
     clean(rules, raw, tmp_path / "clean", RUNTIME)
 
 
-def test_a_separator_that_stands_nowhere_is_told_and_nothing_is_kept_for_another_try(tmp_path: Path) -> None:
+def test_a_separator_that_occurs_nowhere_is_reported_and_nothing_is_kept_for_another_try(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"clean.separator='---' is in none of the text files"):
         run(tmp_path, {"a.txt": LONG}, separator="---")
     assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
 
 
-def test_duplicates_that_take_nearly_all_are_named(tmp_path: Path) -> None:
+def test_duplicates_that_leave_almost_nothing_are_named(tmp_path: Path) -> None:
     files = {f"{i}.txt": LONG[: LEAST_TRAIN_BYTES // 2] for i in range(9)}
     with pytest.raises(UserError, match=r"500 B of text left .* clean\.exact_duplicates dropped 8 of 9"):
         run(tmp_path, files, exact_duplicates=True)

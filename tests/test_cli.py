@@ -41,10 +41,12 @@ def run(*args: str, text: str | None = None) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_generate_prints_the_prompt_and_goes_on_and_a_seed_repeats_it(folders, command):
+def test_generate_prints_the_prompt_and_continues_it_and_a_seed_repeats_the_text(folders, command):
     args = ["generate", "--prompt", "the", "--max-new-tokens", "20", *folders]
     first = run(*args)
-    second = command("generate", "-p", "the", "--max_new_tokens=20", "--temperature", "0.8", *folders)  # other spellings
+    second = command(
+        "generate", "-p", "the", "--max_new_tokens=20", "--temperature", "0.8", *folders
+    )  # other spellings
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("the")
     assert len(first.stdout) > 5
@@ -62,13 +64,13 @@ def test_generate_prints_the_prompt_and_goes_on_and_a_seed_repeats_it(folders, c
         (["decode", str(2**63)], b"", "is not an id: give whole numbers"),
     ],
 )
-def test_a_text_or_ids_that_cannot_be_are_told_in_a_line(args, stdin, message, folders, command):
+def test_impossible_texts_and_ids_are_reported_in_one_line(args, stdin, message, folders, command):
     done = command(*args, *folders[2:], stdin=stdin)
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_every_way_to_choose_has_its_option(folders, tiny_tokenizer, command):
+def test_every_way_to_choose_tokens_has_its_flag(folders, tiny_tokenizer, command):
     told = command("generate", "--help").stdout
     for cls in (Sampling, Search):
         for field in dataclasses.fields(cls):
@@ -115,7 +117,7 @@ def test_every_way_to_choose_has_its_option(folders, tiny_tokenizer, command):
         ([], "required"),
     ],
 )
-def test_a_mistake_is_told_without_a_traceback(args, message, command):
+def test_a_mistake_is_reported_without_a_traceback(args, message, command):
     done = command(*args)
     assert done.returncode != 0
     assert message in done.stderr
@@ -134,7 +136,7 @@ def test_a_mistake_is_told_without_a_traceback(args, message, command):
         (["--prompt", "a\udcff"], "prompt is not UTF-8 from character 1 on"),
     ],
 )
-def test_what_does_not_fit_the_model_is_told_before_anything_is_written(folders, args, message, command):
+def test_what_does_not_fit_the_model_is_reported_before_anything_is_written(folders, args, message, command):
     done = command("generate", *args, *folders)
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
@@ -154,7 +156,7 @@ def test_a_tokenizer_of_another_run_is_refused(folders, tmp_path, command):
 
 
 @pytest.mark.parametrize("name", ["generate", "chat", "attention", "promote"])
-def test_a_tokenizer_of_another_text_with_as_many_tokens_is_refused(name, tiny_tokenizer, tmp_path, command):
+def test_a_tokenizer_of_another_text_with_the_same_number_of_tokens_is_refused(name, tiny_tokenizer, tmp_path, command):
     model = tiny_model()
     write_base(tmp_path / "model", model.config, model_tensors(model), tiny_tokenizer)
     train_bpe([prose(2000, seed=1)[::-1]], 300).save(tmp_path / "other")
@@ -166,15 +168,13 @@ def test_a_tokenizer_of_another_text_with_as_many_tokens_is_refused(name, tiny_t
     assert command(*args, tmp_path / "model").returncode == 0
 
 
-def test_a_reader_that_goes_away_is_no_error(folders):
+def test_a_reader_that_goes_away_is_not_an_error(folders):
     command = f"{sys.executable} -m tinygpt generate --max-new-tokens 2000 {' '.join(folders)} | head -c 10"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, timeout=120, check=False)
     assert done.stderr == b""
 
 
-def test_a_model_taken_to_another_folder_than_data_base_is_used_by_the_command_that_is_named(
-    folders, tmp_path, command
-):
+def test_a_model_imported_into_another_folder_works_with_the_command_that_is_printed(folders, tmp_path, command):
     model = load_model(folders[1])
     export_hf(model, load_tokenizer(folders[3]), folders[3], tmp_path / "hf")
     for args in (
@@ -204,13 +204,13 @@ def test_encode_shows_ids_and_pieces_and_decode_reads_them(folders, tiny_tokeniz
     ("args", "message"),
     [(["decode", "12", "x"], "'x' is not an id"), (["decode", "99999"], "ids must be within [0, 300), found [99999]")],
 )
-def test_ids_that_are_none_are_told(folders, args, message, command):
+def test_what_is_not_an_id_is_reported(folders, args, message, command):
     done = command(*args, *folders[2:])
     assert done.returncode == 1
     assert message in done.stderr
 
 
-def test_help_and_a_typo_need_neither_torch_nor_pandas():
+def test_help_and_a_typo_import_neither_torch_nor_pandas():
     code = """
 import sys
 from tinygpt.cli.main import COMMANDS, main
@@ -266,7 +266,7 @@ def test_choices_of_flags_are_the_keys_of_their_registry():
         assert option.choices == tuple(registry)
 
 
-def test_commands_without_a_model_do_without_torch():
+def test_commands_without_a_model_do_not_import_torch():
     names = ", ".join(f"tinygpt.cli.{name}" for name in ("main", "texts", "project", "runs"))
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -280,7 +280,7 @@ def test_help_lists_every_command(command):
         assert command(name, "--help").returncode == 0
 
 
-def test_the_report_tells_how_the_tokenizer_fits_beside_another(folders, tiny_tokenizer, tmp_path, command):
+def test_the_report_compares_the_tokenizer_with_another(folders, tiny_tokenizer, tmp_path, command):
     texts = {"train": [prose(200), "déjà vu"], "val": [prose(20)], "test": []}
     for split, some in texts.items():
         (tmp_path / f"{split}.jsonl").write_text("".join(map(text_line, some)))

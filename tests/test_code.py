@@ -121,17 +121,17 @@ def test_the_stage_writes_what_dvc_compares(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "für"])
-def test_it_is_told_where_dvc_makes_an_address_of_the_path_and_loses_experiments(name):
+def test_a_path_that_dvc_takes_for_an_address_is_warned_of(name):
     (warning,) = lost_experiments(Path("/texts") / name, is_copy=False)
-    assert f"fail in a folder of this name, '/texts/{name}': rename it" in warning
+    assert f"fail in a folder with this name, '/texts/{name}': rename it" in warning
 
 
-def test_it_is_told_that_dvc_keeps_no_experiment_of_a_shallow_clone(tmp_path):
+def test_a_shallow_clone_of_which_dvc_keeps_no_experiment_is_warned_of(tmp_path):
     whole, shallow = tmp_path / "it's (a) whole, [one] & more", tmp_path / "shallow"
     git = "git -c user.name=t -c user.email=t@t"
     succeed(f'{git} init -q "{whole}" && cd "{whole}" && {git} commit -q --allow-empty -m a', tmp_path)
     succeed(f'cd "{whole}" && {git} commit -q --allow-empty -m b', tmp_path)
     succeed(f'git clone -q --depth 1 "file://{whole}" shallow', tmp_path)
     (warning,) = lost_experiments(shallow, is_copy=True)
-    assert "the clone is shallow. `git fetch --unshallow`" in warning
+    assert "the clone is shallow: `git fetch --unshallow`" in warning
     assert lost_experiments(shallow, is_copy=False) == lost_experiments(whole, is_copy=True) == []

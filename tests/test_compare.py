@@ -43,7 +43,7 @@ def test_params_that_differ_are_shown_as_params_yaml_has_them():
     }
 
 
-def test_a_table_wider_than_the_terminal_is_told_in_blocks_with_the_name_in_each():
+def test_a_table_wider_than_the_terminal_is_printed_in_blocks_with_the_name_in_each():
     shown = table(row(), row("a", **{f"train.param_{i}": float(i) for i in range(9)}))
     whole, lines = as_text(shown, None).splitlines(), as_text(shown, 50).splitlines()
     assert len(whole) == 3 and max(map(len, whole)) > 100 and max(map(len, lines)) <= 50
@@ -51,7 +51,7 @@ def test_a_table_wider_than_the_terminal_is_told_in_blocks_with_the_name_in_each
     assert set(" ".join(lines).replace("\\", "").split()) == set(" ".join(whole).split())
 
 
-def test_metrics_are_found_alone_and_beside_others_of_their_name():
+def test_metrics_are_found_alone_and_next_to_others_of_the_same_name():
     shown = table(
         row(),
         row(
@@ -68,18 +68,18 @@ def test_metrics_are_found_alone_and_beside_others_of_their_name():
 
 
 @pytest.mark.parametrize("state", ["Queued", "Running", "Failed"])
-def test_what_is_not_done_has_no_metrics_though_the_commits_reports_lie_beside_it(state):
+def test_an_unfinished_experiment_does_not_take_the_metrics_of_its_commit(state):
     shown = table(row(), row("a", state), row("b", "Success"))
     assert shown.state.tolist() == ["", state, ""]
     assert shown.val_loss.tolist() == ["3.2500", "-", "3.2500"]
 
 
-def test_what_is_still_training_has_no_metrics_though_the_evaluation_before_lies_beside_it():
+def test_a_training_experiment_does_not_take_the_metrics_of_an_earlier_evaluation():
     shown = table(row(val_loss=None, eval_loss=2.8), row("a", eval_loss=3.5))
     assert shown.eval_loss.tolist() == ["-", "3.5000"]
 
 
-def test_what_cannot_be_read_is_no_number():
+def test_what_cannot_be_read_is_not_a_number():
     assert table(row(val_loss="!")).columns.tolist() == ["experiment"]
 
 
@@ -142,7 +142,7 @@ def test_before_anything_was_trained_there_is_nothing_to_draw(tmp_path):
     assert ["workspace", "0.01"] in [line.split() for line in said.stdout.splitlines()]
 
 
-def test_outside_a_project_dvc_says_so(tmp_path):
+def test_outside_a_project_the_error_is_dvcs(tmp_path):
     said = run("python -m tinygpt compare", tmp_path, PYTHONPATH=str(ROOT))
     assert said.returncode == 1
     assert said.stdout.startswith("error: DVC finds no project here (")

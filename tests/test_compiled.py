@@ -44,7 +44,7 @@ def operations_of_a_step(model, n_row: int) -> set[str]:
     return {event.name for event in profiled.events()} & {"aten::bmm", "aten::add", "aten::embedding"}
 
 
-def test_what_a_compiled_step_still_calls(model):
+def test_a_compiled_step_calls_only_these_operations(model):
     most = STEPS[model].n_row
     for n_row in range(1, most + 1):
         assert operations_of_a_step(model, n_row) == ({"aten::bmm"} if n_row > 1 else set())
@@ -57,7 +57,7 @@ def test_what_a_compiled_step_still_calls(model):
     assert counters["stats"]["unique_graphs"] == n_graph  # for all lengths and numbers of rows
 
 
-def test_rows_of_any_lengths_up_to_a_full_context_and_past_it(model):
+def test_compiled_rows_have_any_length_up_to_a_full_context_and_past_it(model):
     rows = [[1], random_ids(9).tolist(), random_ids(20).tolist(), [2, 3]][: STEPS[model].n_row]
     decoder = Decoder(model, rows, room=ROOM)
     for step in range(40):
@@ -71,7 +71,7 @@ def test_rows_of_any_lengths_up_to_a_full_context_and_past_it(model):
             decoder.keep([0, 3][: len(rows)])
 
 
-def test_tokens_that_are_taken_back_and_rows_that_come_and_go(model):
+def test_compiled_steps_allow_tokens_taken_back_and_rows_that_come_and_go(model):
     ids = random_ids(12).tolist()
     decoder = Decoder(model, [ids], room=ROOM)
     for new, n_back in ([5, 7, 9], 2), ([8], 0), ([3, 2, 1, 4, 6], 4):
@@ -89,7 +89,7 @@ def test_tokens_that_are_taken_back_and_rows_that_come_and_go(model):
 
 
 @pytest.mark.parametrize("model", [KINDS["gpt2"]], indirect=True)
-def test_each_model_has_its_own_and_weights_that_change_are_compiled_again(model):
+def test_each_model_has_its_own_code_and_changed_weights_are_compiled_again(model):
     other = tiny_model(seed=9, n_layer=1, block_size=32)
     compile_step(other)
     assert STEPS[other] is not STEPS[model]
@@ -103,7 +103,7 @@ def test_each_model_has_its_own_and_weights_that_change_are_compiled_again(model
         torch.testing.assert_close(decoder.logits, expected_after(one, [1, 2, 3]), atol=2e-5, rtol=2e-5)
 
 
-def test_weights_of_a_byte():
+def test_compiled_steps_use_int8_weights():
     plain, model = (tiny_model(n_layer=1) for _ in range(2))
     quantize(plain, "int8")
     quantize(model, "int8")

@@ -261,7 +261,7 @@ def test_a_reader_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         fill(tmp_path, "x.parquet")
 
 
-def test_a_file_that_takes_too_much_memory_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_memory_for_a_file_is_reported_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.parquet").write_bytes(table(["x" * 1_000_000] * 90, use_dictionary=False, compression="zstd"))
     lower = f"import tinygpt.corpus.parquet as p; p.MOST_MEMORY = 80_000_000; {parquet.READER}"
     monkeypatch.setattr(
@@ -276,7 +276,7 @@ def test_a_file_that_takes_too_much_memory_is_told_what_to_do(tmp_path: Path, mo
 # Full disks
 
 
-def test_a_full_disk_is_told_by_name_at_each_write(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_file_at_each_write(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(SOUND["gnu.tar"])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

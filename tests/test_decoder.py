@@ -154,7 +154,7 @@ def all_ways(changes: dict) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("changes", [*FAMILIES.values(), *WINDOWED.values()], ids=[*FAMILIES, *WINDOWED])
-def test_room_that_grows_with_the_positions_in_use_changes_no_bit(changes, monkeypatch):
+def test_caches_that_grow_with_the_positions_in_use_change_no_bit(changes, monkeypatch):
     at_once = all_ways(changes)
     monkeypatch.setattr(layers, "FIRST_ROOM", 4)
     assert all(map(torch.equal, all_ways(changes), at_once))

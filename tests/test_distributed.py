@@ -182,7 +182,7 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(
             torch.testing.assert_close(tensor, alone["muon"][name], atol=2e-3, rtol=1e-3)
 
 
-def test_what_processes_cannot_share_is_told_at_once():
+def test_what_processes_cannot_share_is_reported_at_once():
     params = dataclasses.replace(PARAMS, optimizer="adamw8bit", precision="fp16")
     runtime = dataclasses.replace(RUNTIME, parallel="fsdp", micro_batch_size="auto")
     with pytest.raises(ParamsError) as told:
@@ -250,7 +250,7 @@ def group_of(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [child for child in children if "stages.train" in child.cmdline()]
 
 
-def test_a_killed_process_starts_again_all_save_when_asked_to_stop_and_the_model_is_the_same(project, tmp_path):
+def test_killed_processes_start_again_all_save_when_asked_to_stop_and_the_model_is_the_same(project, tmp_path):
     shutil.copytree(project, tmp_path / "undisturbed")
     assert train_in_pair(tmp_path / "undisturbed").count("train: lowest validation loss") == 1
     starter = start(project)
@@ -282,7 +282,7 @@ def assert_left_after(number: signal.Signals, starter: subprocess.Popen[bytes], 
     assert log.count("train: stopped after step") == 1 and "Traceback" not in log
 
 
-def test_processes_save_and_leave_when_their_starter_dies(project):
+def test_processes_save_and_stop_when_their_starter_dies(project):
     starter = start(project, "-m torch.distributed.run --standalone --nproc-per-node 2")
     wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
     assert_left_after(signal.SIGKILL, starter, project)
@@ -294,7 +294,7 @@ def test_processes_save_and_leave_when_their_starter_dies(project):
     ("work", "status"),
     [("sys.exit(int(os.environ['RANK']) and 3)", 3), ("print()", 0), ("os.kill(os.getpid(), 9)", None)],
 )
-def test_the_starter_leaves_with_the_status_of_its_processes_and_gives_up_on_killed_ones(work, status, monkeypatch):
+def test_the_starter_ends_with_the_status_of_its_processes_and_gives_up_on_killed_ones(work, status, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-c", f"import os, sys; {work}"])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -330,7 +330,7 @@ def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
     assert f"continuing after step {stopped - 5} of {LAST}" in log
 
 
-def test_a_users_mistake_is_one_line_of_all_processes(project):
+def test_a_users_mistake_is_one_line_for_all_processes_together(project):
     set_params(project, {"train.batch_size": 3})
     assert [status_of(process) for process in start_pair(project)] == [1, 1]
     assert (project / "train.log").read_text().splitlines() == [

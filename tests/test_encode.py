@@ -20,7 +20,7 @@ def one_by_one(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
 
 @given(texts=st.lists(TRICKY, max_size=4))
 @settings(max_examples=200)
-def test_bulk_gives_the_ids_of_one_by_one(tiny_tokenizer, texts):
+def test_encoding_in_bulk_gives_the_ids_of_encoding_one_by_one(tiny_tokenizer, texts):
     encoder = BulkEncoder(tiny_tokenizer)
     for _ in range(2):  # the second time from what it has learned
         ids = [int(i) for block in iter_blocks(texts) for i in encoder.encode(block)]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", ["\x1b]0;title\x07", "a\nb", "\r", "\x9b2J", "caf\udce9", "\u202egnp", "\x00"])
-def test_a_message_has_nothing_that_a_terminal_obeys(name):
+def test_a_message_has_no_control_characters(name):
     for error in (UserError(f"data/{name} not found"), ParamsError([f"unknown key {name}"])):
         assert str(error).isprintable()
     assert str(UserError("日本 naïve 🙂 ½ not found")) == "日本 naïve 🙂 ½ not found"
@@ -98,7 +98,7 @@ def test_whatever_a_user_or_the_machine_can_cause_is_one_line_and_a_status(error
     assert err.endswith("\n") and err[:-1].isprintable()
 
 
-def test_what_python_itself_raises_is_told_as_well(capsys):
+def test_errors_that_python_raises_are_reported_as_well(capsys):
     for main in (
         nested,
         lambda: bytearray(2**62),
@@ -128,7 +128,7 @@ def test_every_text_can_be_printed_in_every_encoding(encoding, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
-def test_a_full_disk_under_the_output_is_told(monkeypatch, capsys):
+def test_a_full_disk_under_the_output_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
     assert left_by(lambda: print("x")) == 1
     assert capsys.readouterr().err.startswith("error: no room to write a file (No space left on device): free some")
@@ -144,7 +144,7 @@ def test_a_reader_that_goes_away_ends_a_program_quietly(monkeypatch, capsys):
     sys.stdout.close()
 
 
-def test_no_output_at_all_is_not_a_mistake(monkeypatch):
+def test_a_closed_output_is_not_a_mistake(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     program(lambda: print("x"))()
 
@@ -165,7 +165,7 @@ def test_ctrl_c_while_a_program_imports_is_one_line(command, package, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"interrupted\n")
 
 
-def test_ctrl_c_is_heeded_while_a_program_works_and_ends_it_before_and_after():
+def test_ctrl_c_raises_while_a_program_works_and_ends_it_before_and_after():
     before, seen = signal.getsignal(signal.SIGINT), list[object]()
     try:
         leave_at_once()

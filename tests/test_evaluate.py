@@ -72,7 +72,7 @@ def test_nll_is_that_of_each_window_alone(context, stride):
         np.testing.assert_allclose(nll[first - 1 : end - 1], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_perplexity_beyond_all_numbers_is_told_and_not_written(tmp_path):
+def test_a_perplexity_that_overflows_is_reported_and_not_written(tmp_path):
     model = tiny_model(tie_weights=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
@@ -145,7 +145,7 @@ def test_samples_are_written_for_each_prompt_and_the_same_each_time(tiny_tokeniz
     assert "```text\nthe" in text
 
 
-def test_a_prompt_with_markdown_in_it_leaves_the_page_whole(tiny_tokenizer, tmp_path):
+def test_markdown_in_a_prompt_does_not_break_the_page(tiny_tokenizer, tmp_path):
     prompts = ("```python\nx = 1\n```", "````", "*a* `b`", "\x1b[2J")
     params = dataclasses.replace(PARAMS, prompts=prompts)
     write_samples(tmp_path / "a.md", make_samples(tiny_model(), tiny_tokenizer, np.zeros(2, np.uint16), params))

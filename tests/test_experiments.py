@@ -50,7 +50,7 @@ def rows_of(said: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split() for line in said.splitlines()}
 
 
-def test_without_experiments_that_is_said(here, command):
+def test_without_experiments_compare_says_so(here, command):
     assert "no experiments of this commit yet" in command("compare").stdout
 
 
@@ -59,7 +59,7 @@ def test_a_queue_leaves_the_folder_alone(project):
     assert succeed("git status --porcelain", project) == ""
 
 
-def test_what_waits_has_no_metrics(here, command):
+def test_a_queued_experiment_has_no_metrics(here, command):
     rows = rows_of(command("compare").stdout)
     assert rows["experiment"][:4] == ["experiment", "state", "model.n_layer", "val_loss"]
     assert sorted(row[1:4] for row in rows.values() if "Queued" in row) == [["Queued", "2", "-"], ["Queued", "3", "-"]]
@@ -73,7 +73,7 @@ def test_the_python_of_the_page_shows_params_metrics_and_the_curve(project):
     assert said[1].startswith("workspace ") and said[-1].startswith("step,train_loss,val_loss")
 
 
-def test_a_sweep_whose_trial_is_interrupted_goes_on_from_its_checkpoint(project):
+def test_a_sweep_whose_trial_was_interrupted_continues_from_its_checkpoint(project):
     start("dvc queue start --jobs 1", project, "queue.log")  # goes on in a process of its own
     sweep = start(SWEEP.format(1), project, "sweep.log")
     log = project.parent / "sweep.log"
@@ -87,13 +87,13 @@ def test_a_sweep_whose_trial_is_interrupted_goes_on_from_its_checkpoint(project)
     assert "sweep-1 has the lowest val_loss of 1" in said
 
 
-def test_it_goes_on_where_it_was(project):
+def test_the_sweep_continues_where_it_was(project):
     said = succeed(SWEEP.format(2), project)
     assert "sweep-1:" not in said and "sweep-2: train.lr=" in said
     assert succeed("git status --porcelain", project) == ""
 
 
-def test_what_was_queued_is_done(project):
+def test_queued_experiments_are_done(project):
     deadline = time.monotonic() + 120
     while (status := succeed("dvc queue status", project)).count("Success") < 2:
         assert "Failed" not in status, succeed("cat .dvc/tmp/exps/run/*/*.out", project)
@@ -141,7 +141,7 @@ def test_a_trial_that_fails_has_no_loss(here, capfd):
     assert "train.lr=-1.0 must be within (0," in "".join(capfd.readouterr())
 
 
-def test_nothing_is_left_to_do_and_the_best_is_taken_over(here, project, command):
+def test_nothing_is_left_to_do_and_the_best_is_applied(here, project, command):
     rows = rows_of(command("compare").stdout)
     column = rows["experiment"].index("val_loss")
     losses = {name: float(row[column]) for name, row in rows.items() if re.fullmatch(r"sweep-\d", name)}
@@ -168,7 +168,7 @@ def weights(folder: Path) -> str:
     return sha256_file(folder / "data/base/model.safetensors")
 
 
-def test_a_base_goes_along_with_experiments(here, command):
+def test_a_base_travels_with_experiments(here, command):
     assert (here / "data/base/README.md").exists()
     assert command("promote").returncode == 0
     assert weights(here) == sha256_file(here / "data/model/model.safetensors")

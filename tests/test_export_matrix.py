@@ -203,7 +203,7 @@ def test_a_context_too_short_to_check_is_refused_before_training():
         check(tiny_config(qk_norm=True, window=3), BOTH)
 
 
-def test_a_short_window_counts_where_it_shortens_the_context_alone():
+def test_a_short_window_counts_only_where_it_shortens_the_context():
     config = tiny_config(window=3, full_every=2)  # llama.cpp honours it, transformers' llama does not
     check(config, BOTH)
     check(config, GGUF)

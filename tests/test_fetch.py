@@ -80,7 +80,7 @@ def server() -> Iterator[Server]:
 
 
 def serve(handler: Handler, body: bytes = BODY, etag: str = '"one"', begin_shift: int = 0) -> None:
-    """The right answer, with ranges for who knows the right version."""
+    """The right answer, with ranges for clients that know the right version."""
     asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
     if asked and handler.headers.get("If-Range") == etag:
         begin = int(asked[1]) + begin_shift
@@ -131,7 +131,7 @@ def test_a_file_that_is_there_with_other_bytes_is_fetched_again(server: Server, 
     assert path.read_bytes() == BODY
 
 
-def test_a_broken_transfer_goes_on_where_it_ended(server: Server, tmp_path: Path) -> None:
+def test_a_broken_transfer_continues_where_it_ended(server: Server, tmp_path: Path) -> None:
     waits: list[float] = []
     server.script = [break_off(100_000)]
     path = tmp_path / "text.txt"
@@ -142,7 +142,7 @@ def test_a_broken_transfer_goes_on_where_it_ended(server: Server, tmp_path: Path
     assert waits == [BACKOFF_S]
 
 
-def test_a_killed_download_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> None:
+def test_a_killed_download_continues_in_the_next_run(server: Server, tmp_path: Path) -> None:
     path, killed = tmp_path / "text.txt", threading.Event()
 
     def stall(handler: Handler) -> None:
@@ -206,7 +206,7 @@ def test_without_etag_and_date_nothing_is_continued(server: Server, tmp_path: Pa
     assert server.asked == [None, None]
 
 
-def test_another_part_than_asked_for_is_not_glued_on(server: Server, tmp_path: Path) -> None:
+def test_a_part_other_than_the_requested_one_is_not_appended(server: Server, tmp_path: Path) -> None:
     server.script = [break_off(100_000), lambda handler: serve(handler, begin_shift=7)]
     path = tmp_path / "text.txt"
     fetch(server.url, path, sha256=SHA256, sleep=lambda s: None)
@@ -237,7 +237,7 @@ def test_progress_gives_new_attempts(server: Server, tmp_path: Path) -> None:
     fetch(server.url, tmp_path / "text.txt", sha256=SHA256, sleep=lambda s: None)
 
 
-def test_giving_up_tells_why_and_keeps_what_came(server: Server, tmp_path: Path) -> None:
+def test_giving_up_says_why_and_keeps_what_came(server: Server, tmp_path: Path) -> None:
     server.script = [break_off(100_000)] + [status(500)] * ATTEMPTS
     with pytest.raises(UserError, match=r"answered 500 .*goes on after 100\.0 kB"):
         fetch(server.url, tmp_path / "text.txt", sleep=lambda s: None)
@@ -252,20 +252,20 @@ def test_a_server_that_always_promises_too_much_is_an_error(server: Server, tmp_
     assert not (tmp_path / "text.txt").exists()
 
 
-def test_a_missing_file_is_told_at_once(server: Server, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_at_once(server: Server, tmp_path: Path) -> None:
     server.script = [status(404)]
     with pytest.raises(NotThereError, match=r"text\.txt: the server answered 404"):
         fetch(server.url, tmp_path / "text.txt")
     assert len(server.asked) == 1
 
 
-def test_nobody_there_is_one_line(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Connection refused") as caught:
         fetch("http://127.0.0.1:1/x.txt", tmp_path / "x.txt", sleep=lambda s: None)
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_bytes_leave_nothing_and_both_hashes_are_told(server: Server, tmp_path: Path) -> None:
+def test_wrong_bytes_leave_nothing_and_both_hashes_are_reported(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     with pytest.raises(UserError, match=f"text.txt has sha256 {SHA256}, expected {'0' * 64}"):
         fetch(server.url, path, sha256="0" * 64)
@@ -395,7 +395,7 @@ def test_bombs_are_refused(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize(
     "ending", ["txt.gz", "txt.bz2", "txt.xz", "txt.zst", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz"]
 )
-def test_cut_off_archives_are_told_by_name(tmp_path: Path, ending: str) -> None:
+def test_cut_off_archives_are_reported_by_name(tmp_path: Path, ending: str) -> None:
     noise = os.urandom(50_000)
     path = tmp_path / f"x.{ending}"
     if ending == "zip":
@@ -415,7 +415,7 @@ def test_cut_off_archives_are_told_by_name(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["txt.gz", "txt.bz2", "txt.xz", "txt.zst", "zip", "tar", "tar.gz"])
-def test_what_is_no_archive_is_told_by_name(tmp_path: Path, ending: str) -> None:
+def test_what_is_not_an_archive_is_reported_by_name(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_bytes(b"<html>404</html>" * 100)
     with pytest.raises(UserError, match=rf"x\.{ending} is damaged"):

@@ -98,7 +98,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_what_a_killed_program_left_half_written_is_in_nobodys_way(tmp_path):
+def test_half_written_files_of_a_killed_program_disturb_nobody(tmp_path):
     (tmp_path / "folder.partial").mkdir()
     (tmp_path / "folder.partial" / "rest").touch()
     with atomic_folder(tmp_path / "folder") as partial:
@@ -149,13 +149,13 @@ def test_errors_name_the_stage_that_makes_the_file(tmp_path):
         read_json(tmp_path / "bad.json", stage="train")
 
 
-def test_hashes(tmp_path):
+def test_files_and_json_values_have_known_hashes(tmp_path):
     (tmp_path / "f").write_bytes(b"abc")
     assert sha256_file(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
     assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1})
 
 
-def test_sizes_for_people():
+def test_sizes_are_printed_for_people():
     assert [human_bytes(n) for n in (0, 999, 1500, 2_100_000, 3 * 10**12)] == [
         "0 B",
         "999 B",
@@ -271,7 +271,7 @@ def test_a_folder_that_is_replaced_is_there_at_any_moment(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_a_file_that_may_not_be_read_is_told_so(tmp_path):
+def test_a_file_without_read_permission_is_reported_as_such(tmp_path):
     write_tensors(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").chmod(0)
 

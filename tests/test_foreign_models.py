@@ -102,7 +102,7 @@ def reheaded(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
 
 
-def test_any_value_of_any_key_of_the_config(folder):
+def test_any_value_of_any_config_key_is_read_or_refused(folder):
     path = folder / "config.json"
     whole, rng = path.read_text(), random.Random(0)
     assert refusal(folder) is None
@@ -114,7 +114,7 @@ def test_any_value_of_any_key_of_the_config(folder):
 
 
 @pytest.mark.parametrize("n", [10**6, 10**12, 2**63, 10**300])
-def test_sizes_beyond_the_weights_are_told_before_anything_is_built(folder, n):
+def test_sizes_beyond_the_weights_are_reported_before_anything_is_built(folder, n):
     path = folder / "config.json"
     document = json.loads(path.read_text())
     for key in ("vocab_size", "n_layer", "num_hidden_layers", "n_embd", "hidden_size", "n_head", "num_attention_heads"):
@@ -123,7 +123,7 @@ def test_sizes_beyond_the_weights_are_told_before_anything_is_built(folder, n):
             assert refusal(folder)
 
 
-def test_any_value_of_the_header_of_weights(folder):
+def test_any_value_in_the_header_of_weights_is_read_or_refused(folder):
     path = folder / "model.safetensors"
     whole, rng = path.read_bytes(), random.Random(0)
     names = [name for name in json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]]) if name != "__metadata__"]
@@ -135,7 +135,7 @@ def test_any_value_of_the_header_of_weights(folder):
         assert refusal(folder)
 
 
-def test_damaged_bytes_of_any_file(folder):
+def test_damaged_bytes_of_any_model_file_are_read_or_refused(folder):
     rng = random.Random(0)
     paths = [path for path in folder.iterdir() if path.name != "generation_config.json"]
     for _ in range(round(40 * FUZZ)):
@@ -149,7 +149,7 @@ def test_damaged_bytes_of_any_file(folder):
         path.write_bytes(whole)
 
 
-def test_tensors_of_other_shapes_types_and_names(folder):
+def test_tensors_of_other_shapes_types_and_names_are_refused(folder):
     path = folder / "model.safetensors"
     tensors = load_file(path)
     for name in random.Random(0).sample([*tensors], min(len(tensors), round(8 * FUZZ))):
@@ -171,7 +171,7 @@ def test_tensors_of_other_shapes_types_and_names(folder):
             assert "is too much" in refusal(folder)
 
 
-def test_a_header_that_is_longer_than_the_file_or_overlaps(folder):
+def test_a_header_longer_than_the_file_or_with_overlaps_is_refused(folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     for size in (0, 2**31, 2**40, 2**63, 2**64 - 1):
@@ -183,7 +183,7 @@ def test_a_header_that_is_longer_than_the_file_or_overlaps(folder):
     assert "cannot be read as safetensors" in refusal(folder)
 
 
-def test_what_is_no_plain_file(folder):
+def test_what_is_not_a_plain_file_is_refused(folder):
     path = folder / "model.safetensors"
     path.rename(folder / "blob")
     path.symlink_to("blob")  # as the cache of the hub has it

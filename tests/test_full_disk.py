@@ -38,7 +38,7 @@ LIVE = (
 )  # written at each look of a training
 
 
-def test_every_stage_and_command(done, tmp_path):
+def test_every_stage_and_command_survives_a_full_disk(done, tmp_path):
     if not shutil.which("unshare") or subprocess.run([*NEW, "true"], capture_output=True).returncode:
         pytest.skip("this machine gives nobody a mount namespace")
     n = round(FACTOR)

@@ -45,7 +45,7 @@ def steers() -> None:
 @pytest.mark.parametrize(
     "read, fault", [(dies, "SIGSEGV"), (fails, "IndexError"), (eats, "takes 2 GB"), (steers, r"prints '\x1b'")]
 )
-def test_what_must_not_be_is_seen(read, fault, tmp_path):
+def test_the_fuzzer_notices_wrong_results(read, fault, tmp_path):
     (tmp_path / "a.txt").write_text("a text")
     (found,) = failures("any", Format(("a.txt",), (read,)), sound=tmp_path, n=2)
     assert found.startswith("any:-1 and ") and fault in found

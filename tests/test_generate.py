@@ -47,7 +47,7 @@ def test_greedy_generation_is_what_the_model_says_without_a_cache(family, tiny_t
     assert prompt + found == seen
 
 
-def test_generation_goes_on_behind_the_end_of_the_context_with_its_newer_half(tiny_tokenizer):
+def test_generation_continues_past_the_end_of_the_context_with_its_newer_half(tiny_tokenizer):
     model = tiny_model(block_size=16)
     sampling = Sampling(temperature=0, ignore_eos=True)
     seen = [1, 2, 3, *ids_of(model, [1, 2, 3], tiny_tokenizer, 65, sampling)]
@@ -64,7 +64,7 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(tiny_tokenizer):
     assert ids_of(model, long, tiny_tokenizer, 5) == ids_of(model, long[-16:], tiny_tokenizer, 5)
 
 
-def test_a_full_context_ends_the_text_where_that_is_asked_for(tiny_tokenizer):
+def test_a_full_context_ends_the_text_with_when_full_stop(tiny_tokenizer):
     model = tiny_model(block_size=16)
     sampling = Sampling(temperature=0, ignore_eos=True, when_full="stop")
     assert len(ids_of(model, [1, 2, 3], tiny_tokenizer, 100, sampling)) == 13
@@ -91,7 +91,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(sampling, tiny_tokenizer):
         st.tuples(st.sampled_from(PROMPTS), st.sampled_from(MIXED), st.integers(0, 3)), min_size=1, max_size=5
     )
 )
-def test_a_seed_gives_the_same_text_whatever_runs_beside_it(rows, tiny_tokenizer):
+def test_a_seed_gives_the_same_text_whatever_runs_next_to_it(rows, tiny_tokenizer):
     each = [dataclasses.replace(sampling, seed=seed) for _, sampling, seed in rows]
     prompts = [prompt for prompt, _, _ in rows]
     found = generate_batch(MODEL, tiny_tokenizer, prompts, max_new_tokens=12, sampling=each)
@@ -122,7 +122,7 @@ def test_pieces_make_up_the_text_and_never_half_a_character(tiny_tokenizer):
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), data=st.data())
-def test_a_stop_text_never_leaks_and_leaves_what_stands_before_it(seed, data, tiny_tokenizer):
+def test_a_stop_text_never_leaks_and_leaves_what_is_before_it(seed, data, tiny_tokenizer):
     sampling = Sampling(seed=seed, ignore_eos=True)
     whole = generate(MODEL, tiny_tokenizer, "the", max_new_tokens=30, sampling=sampling)
     begin_at = data.draw(st.integers(0, len(whole) - 1))
@@ -163,6 +163,6 @@ def test_generation_ends_at_the_end_of_text_and_after_max_new_tokens(tiny_tokeni
         ("ok \udcff", {}, "prompt is not UTF-8 from character 3 on"),
     ],
 )
-def test_what_cannot_be_done_is_told(prompt, options, message, tiny_tokenizer):
+def test_impossible_generations_are_reported(prompt, options, message, tiny_tokenizer):
     with pytest.raises(UserError, match=message):
         generate(MODEL, tiny_tokenizer, prompt, **{"max_new_tokens": 5} | options)

@@ -55,7 +55,7 @@ def rows(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_json_has_what_the_library_gives(generate, folder, tiny_tokenizer):
+def test_json_output_has_what_the_library_returns(generate, folder, tiny_tokenizer):
     model = load_model(folder / "model")
     done = generate("--prompt", "the naïve", "--format", "json", "--logprobs", "3", "--top-k", "5", "--seed", "4")
     sampling = Sampling(temperature=0.8, top_p=0.95, top_k=5, seed=4)
@@ -139,13 +139,13 @@ def test_a_file_with_no_prompts_in_it_is_refused_and_the_place_is_named(name, co
         assert message in done.stderr
 
 
-def test_input_that_is_no_utf8_or_not_there_is_refused(generate):
+def test_input_that_is_not_utf8_or_missing_is_refused(generate):
     told = generate("--prompt", "-", stdin=b"a\n\nb\xc3").stderr
     assert told == "error: standard input:3: byte 2 is 0xc3, which is not UTF-8: give it as UTF-8\n"
     assert "--prompts none.txt not found" in generate("--prompts", "none.txt").stderr
 
 
-def test_all_that_contradicts_is_told_at_once(generate):
+def test_all_contradictions_are_reported_at_once(generate):
     options = "--prompt a --prompts b --n 2 --n-beam 3 --logprobs -1 --top-p 2 --temperature -1 --batch-size 0"
     told = generate(*options.split(), "--max-new-tokens", "0", "--engine", "llama.cpp").stderr
     for message in (
@@ -164,7 +164,7 @@ def test_all_that_contradicts_is_told_at_once(generate):
     assert "--n=2 needs --temperature above 0" in generate("--n", "2", "--temperature", "0").stderr
 
 
-def test_a_long_prompt_is_read_from_its_end_and_that_is_told(generate):
+def test_a_long_prompt_is_read_from_its_end_with_a_warning(generate):
     done = generate("--prompt", "the " * 99, "--max-new-tokens", "2")
     assert re.search(
         r"warning: prompt has \d+ tokens: the last 64 are read, which is the model's context\n", done.stderr
@@ -187,7 +187,7 @@ def test_characters_without_a_token_are_named_where_tokens_are_characters(comman
 
 
 @pytest.mark.parametrize("options", [GREEDY, ["--seed", "3", "--stop", "e", "--frequency-penalty", "0.3"]])
-def test_every_engine_writes_the_same_also_behind_the_end_of_the_context(options, generate):
+def test_every_engine_writes_the_same_also_past_the_end_of_the_context(options, generate):
     args = ["--prompts", "-", "--format", "jsonl", "--logprobs", "2", *options, "--max-new-tokens", "100"]
     ours, theirs, llama = (
         rows(generate(*args, model=model, stdin="the naïve\n\nfile 中文".encode()).stdout)
@@ -213,7 +213,7 @@ def test_only_texts_that_are_computed_together_are_compiled_together():
     assert [rows_together(search, 100, 32) for search in (Search(n_beam=4), Search(best_of=8))] == [4, 8]
 
 
-def test_without_a_compiler_one_line_says_so(folder, tmp_path):
+def test_a_missing_compiler_is_one_line(folder, tmp_path):
     command = [sys.executable, "-m", "tinygpt", "generate", "--model", folder / "model", "--compile"]
     env = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
@@ -257,7 +257,7 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
         ),
     ],
 )
-def test_what_is_no_model_is_refused_in_one_line(damage, name, message, command, folder, tmp_path):
+def test_what_is_not_a_model_is_refused_in_one_line(damage, name, message, command, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "all")
     learn_chars({b"a": 1}, 300).save(tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "other.json")
@@ -305,7 +305,7 @@ def test_a_gguf_file_without_an_end_of_text_is_refused(generate, folder):
     assert "endless.gguf names no token that ends a text" in done.stderr
 
 
-def test_all_that_ends_a_text_in_llama_cpp_ends_it(generate, folder):
+def test_every_token_that_ends_a_text_in_llama_cpp_ends_it_here(generate, folder):
     tokenizer = train_bpe([prose(2000)], 300, special_tokens=("<|im_end|>",))
     end = tokenizer.special_tokens["<|im_end|>"]
     export_gguf(load_model(folder / "model"), tokenizer, folder / "two-ends.gguf", "f32")
@@ -321,7 +321,7 @@ def test_a_device_that_is_not_there_is_refused(generate):
     assert generate("--device", "cpu", "--quantize", "int8").returncode == 0
 
 
-def test_llama_cpp_goes_on_token_by_token_and_never_past_its_context(folder):
+def test_llama_cpp_continues_token_by_token_and_never_past_its_context(folder):
     with LlamaCpp(folder / "model.gguf", n_ctx=6) as llama:
         found = [llama.read([5, 6, 7]), llama.append(8), llama.append(9), llama.append(10)]
         with pytest.raises(ValueError, match="7 tokens, but the context is 6"):

@@ -103,7 +103,7 @@ def test_rows_that_do_not_fill_blocks_become_float16_and_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("weight_type", ["f16", "bf16", "q8_0"])
-def test_each_smaller_type_is_nearer_than_the_one_after_it(weight_type, tmp_path):
+def test_each_type_is_nearer_to_the_weights_than_the_smaller_one_after_it(weight_type, tmp_path):
     order = ["f32", "f16", "bf16", "q8_0"]
     model = random_model(**LLAMA, vocab_size=257)
     ours, errors = logprobs(model(torch.from_numpy(IDS)[None])[0].detach()), []

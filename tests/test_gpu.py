@@ -64,7 +64,7 @@ def test_the_first_losses_are_those_of_a_cpu_in_each_precision(precision, within
     assert losses(make_learner(precision=precision)) == pytest.approx(expected, abs=within)
 
 
-def test_tf32_is_a_switch_of_products_and_bf16_what_auto_takes():
+def test_tf32_switches_products_and_auto_takes_bf16():
     a = torch.randn(512, 512, device=GPU)
     exact = (a.double() @ a.double()).float()
     errors = {}
@@ -75,7 +75,7 @@ def test_tf32_is_a_switch_of_products_and_bf16_what_auto_takes():
     assert make_learner(precision="auto").precision == "bf16"
 
 
-def test_batches_come_over_memory_that_a_copy_is_not_waited_for():
+def test_batches_are_copied_from_pinned_memory_without_waiting():
     with Prefetch(lambda step: random_ids(4, 65, seed=step).numpy(), GPU) as prefetch:
         for step in range(5):
             assert prefetch._read(step).is_pinned()
@@ -95,7 +95,7 @@ def test_two_learners_have_the_same_bits(way, changes):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw8bit"])
-def test_a_stopped_run_goes_on_to_the_same_bits(way, optimizer, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_bits(way, optimizer, monkeypatch):
     if optimizer == "adamw8bit":
         pytest.importorskip("torchao")
 
@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(way, optimizer, monkeypatch):
     assert same(resumed.best, undisturbed.best)
 
 
-def test_the_whole_process_is_not_made_repeatable():
+def test_determinism_is_not_set_for_the_whole_process():
     make_learner().learn(0, random_ids(4, 257).to(GPU))
     assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(ZeroDivisionError), repeatable(GPU):

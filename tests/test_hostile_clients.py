@@ -146,7 +146,7 @@ ODD: dict[str, tuple[bytes, list[int]]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_not_quite_http_is_told_and_ends(name, tiny_tokenizer, caplog):
+def test_what_is_not_quite_http_gets_an_error_and_ends(name, tiny_tokenizer, caplog):
     sent, statuses = ODD[name]
     with running(tiny_tokenizer, client_seconds=1) as (address, _):
         host, port = address.removeprefix("http://").split(":")
@@ -205,7 +205,7 @@ def unread(address: str, document: dict[str, Any]) -> socket.socket:
     return connection
 
 
-def test_clients_that_never_read_give_all_back(tiny_tokenizer):
+def test_clients_that_never_read_leave_no_memory_in_use(tiny_tokenizer):
     """Places, memory and descriptors, though the clients are still there; and others are served meanwhile."""
     this = psutil.Process()
     streamed = LARGE | {"n": 8, "stream": True, "max_tokens": 2000, "ignore_eos": True}
@@ -232,7 +232,7 @@ def test_clients_that_never_read_give_all_back(tiny_tokenizer):
         assert more < 20e6
 
 
-def test_a_client_that_is_gone_is_seen_though_it_sent_more(tiny_tokenizer):
+def test_a_client_that_is_gone_is_noticed_though_it_sent_more(tiny_tokenizer):
     with running(tiny_tokenizer, max_tokens=100_000) as (address, service):
         document = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True}
         connection = unread(address, document)

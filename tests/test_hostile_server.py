@@ -389,7 +389,7 @@ WHOLE = ["big.zip", "big.parquet"]  # only their end says what is in them
 
 @pytest.mark.parametrize("name", [*MANY, *WHOLE])
 @pytest.mark.parametrize("max_bytes", [1000, 300_000])
-def test_max_bytes_takes_the_beginning_and_later_goes_on(
+def test_max_bytes_takes_the_beginning_and_a_later_run_continues(
     server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, max_bytes: int
 ) -> None:
     file = FILES[name] = OLDER[name] = many(name)
@@ -419,7 +419,7 @@ def test_max_bytes_takes_the_beginning_and_later_goes_on(
 
 @pytest.mark.parametrize("kind", ["chunked", "no_length", "cut_then_the_rest_of_another", "packed_unasked"])
 @pytest.mark.parametrize("name", ["big.txt", "big.tar.gz"])
-def test_max_bytes_with_a_server_that_knows_no_ranges_or_changes(
+def test_max_bytes_works_with_a_server_without_ranges_and_one_that_changes(
     server: Server, tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "MOST_UNTOLD", 10_000_000)
@@ -444,7 +444,7 @@ def test_a_name_as_long_as_a_file_system_takes_is_fetched(server: Server, tmp_pa
 
 
 @pytest.mark.parametrize("url", ["http://[::1/x.txt", "http://a:b/x.txt", "http://a:99999/x", "http://a/x%00.txt"])
-def test_an_address_that_is_none_is_one_line(tmp_path: Path, url: str) -> None:
+def test_what_is_not_an_address_is_one_line(tmp_path: Path, url: str) -> None:
     with pytest.raises(UserError, match="download.source=http"):
         fill(tmp_path, url)
 

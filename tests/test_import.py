@@ -173,7 +173,7 @@ def test_what_cannot_be_taken_is_refused(changes, message, tmp_path):
     ("name", "changes", "told"),
     [("llama", {"intermediate_size": 40}, "; and 6 more"), ("gpt2", {"vocab_size": 299}, "expected (299, 32)")],
 )
-def test_of_wrong_sizes_no_bias_is_told_that_is_right(name, changes, told, tmp_path):
+def test_wrong_sizes_are_reported_without_the_biases_that_are_right(name, changes, told, tmp_path):
     saved(MODELS[name], tmp_path)
     document = json.loads((tmp_path / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(document))
@@ -225,7 +225,7 @@ def test_a_bias_that_does_not_fit_is_forgotten_before_the_next_is_tried(tmp_path
     assert config.bias == "all" and len(made) == 3
 
 
-def test_a_tensor_that_is_in_no_module_is_told(tmp_path):
+def test_a_tensor_that_is_in_no_module_is_reported(tmp_path):
     saved(MODELS["llama"], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors") | {"foo": torch.ones(3)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -233,7 +233,7 @@ def test_a_tensor_that_is_in_no_module_is_told(tmp_path):
         read_hf(tmp_path)
 
 
-def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
+def test_missing_weights_and_files_that_are_not_safetensors_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"config.json not found: name a folder that transformers saved"):
         read_hf(tmp_path)
     saved(MODELS["llama"], tmp_path)
@@ -256,7 +256,7 @@ def test_weights_that_are_lacking_or_no_safetensors_are_told(tmp_path):
     ],
     ids=["int32", "float8", "nan"],
 )
-def test_weights_that_are_no_finite_floats_are_refused(tensor, message, tmp_path):
+def test_weights_that_are_not_finite_floats_are_refused(tensor, message, tmp_path):
     saved(MODELS["llama"], tmp_path)
     tensors = load_file(tmp_path / "model.safetensors") | {"model.layers.0.self_attn.q_proj.weight": tensor}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -290,7 +290,7 @@ def test_shards_and_old_names_are_read(tmp_path):
         torch.testing.assert_close(model(IDS), theirs(IDS).logits, atol=2e-5, rtol=1e-4)
 
 
-def test_a_vocabulary_that_was_filled_up_is_refused(tmp_path, tiny_tokenizer):
+def test_a_padded_vocabulary_is_refused(tmp_path, tiny_tokenizer):
     model = tiny_model(vocab_size=320)
     with pytest.raises(UserError, match=r"the model has 320 tokens and its tokenizer.json 300"):
         write_base(tmp_path / "base", model.config, model_tensors(model), tiny_tokenizer)
@@ -319,7 +319,7 @@ def test_a_folder_with_something_else_in_it_does_not_become_a_base(tmp_path, tin
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_training_goes_on_from_an_imported_and_a_promoted_model(project, command, monkeypatch):
+def test_training_starts_from_an_imported_and_a_promoted_model(project, command, monkeypatch):
     monkeypatch.chdir(project)
     first = json.loads((project / "reports/train.json").read_text())
 

@@ -97,7 +97,7 @@ def test_a_venv_is_made_again_where_its_folder_was_renamed_or_its_python_is_gone
     assert "venv --clear .venv" in steps(installed)
 
 
-def test_torch_comes_from_the_index_that_is_asked_for(installed: Path) -> None:
+def test_torch_comes_from_the_requested_index(installed: Path) -> None:
     (installed / ".venv/requirements.installed").unlink()
     pinned = next(line for line in LINES if line.startswith("torch=="))
     asked = steps(installed, "TORCH=cpu")

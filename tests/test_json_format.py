@@ -126,7 +126,7 @@ def test_each_field_of_the_format_is_done_exactly_or_refused(tiny_tokenizer, tmp
     assert n_taken > 40
 
 
-def test_several_fields_at_once_and_damaged_bytes(tiny_tokenizer, tmp_path):
+def test_several_odd_fields_and_damaged_bytes_are_done_exactly_or_refused(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save(tmp_path)
     file, rng = tmp_path / "tokenizer.json", random.Random(0)
     sound, whole = file.read_text(), full_values()
@@ -145,7 +145,7 @@ def test_several_fields_at_once_and_damaged_bytes(tiny_tokenizer, tmp_path):
             load_tokenizer(file)
 
 
-def test_each_spelling_of_merges(tiny_tokenizer, tmp_path):
+def test_each_spelling_of_merges_is_read(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save(tmp_path)
     file = tmp_path / "tokenizer.json"
     document = json.loads(file.read_text())

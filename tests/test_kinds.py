@@ -75,7 +75,7 @@ def test_roles_of_special_tokens_reach_transformers_and_llama_cpp(tokenizer, exp
     assert not set(tokenizer.encode(f"{EOS}{BEGIN}{PAD}{UNKNOWN}")) & set(tokenizer.special_tokens.values())
 
 
-def test_begin_stands_before_each_document_and_each_generated_text(tokenizer, monkeypatch):
+def test_begin_comes_before_each_document_and_each_generated_text(tokenizer, monkeypatch):
     block = b"".join(iter_blocks(["the", "file"]))
     ids = BulkEncoder(tokenizer).encode(block).tolist()
     assert tokenizer.decode(ids) == f"{EOS}{BEGIN}the{EOS}{BEGIN}file"
@@ -92,7 +92,7 @@ def test_begin_stands_before_each_document_and_each_generated_text(tokenizer, mo
     assert seen[0] == [tokenizer.bos_id, *tokenizer.encode("the")]
 
 
-def test_bytes_are_a_token_each_and_characters_too():
+def test_each_byte_is_a_token_and_so_is_each_character():
     counts = count_pretokens([TEXT])
     as_bytes = learn_tokenizer(counts, dataclasses.replace(PARAMS, kind="byte"))
     assert as_bytes.vocab_size == 256 + 4

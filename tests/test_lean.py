@@ -56,7 +56,7 @@ def n_thread(request):
 
 
 @pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES)
-def test_every_switch_for_one_row_rows_of_equal_and_of_unequal_length(changes):
+def test_lean_logits_equal_the_models_for_every_switch_and_any_rows(changes):
     model = tiny_model(**changes)
     assert_says_the_same(model, [[3]])
     assert_says_the_same(model, random_ids(3, 9).tolist())
@@ -65,7 +65,7 @@ def test_every_switch_for_one_row_rows_of_equal_and_of_unequal_length(changes):
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("bias", ["none", "all"])
-def test_quantized_weights(kind, bias):
+def test_lean_logits_equal_the_models_with_quantized_weights(kind, bias):
     model = tiny_model(n_embd=64, vocab_size=304, bias=bias, norm="layernorm")
     quantize(model, kind)
     rows = [[5, 7, 11], [1], [2, 8, 1, 1]]
@@ -77,7 +77,7 @@ def test_quantized_weights(kind, bias):
     torch.testing.assert_close(decoder.logits, torch.stack(expected), atol=0.06 * float(spread), rtol=0)  # bfloat16
 
 
-def test_adapters_that_are_not_merged():
+def test_lean_logits_equal_the_models_with_unmerged_adapters():
     model = tiny_model()
     generator = torch.Generator().manual_seed(0)
     add_lora(model, rank=4, alpha=8, dropout=0.5, targets={"q_proj", "up_proj", "o_proj"}, generator=generator)
@@ -107,7 +107,7 @@ def test_the_layers_of_a_model_are_multiplied_slice_by_slice():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("sizes", [(48,), (48, 16), (5, 7, 3)])
-def test_products_of_any_number_of_rows(sizes, bias, n_thread):
+def test_lean_products_work_for_any_number_of_rows(sizes, bias, n_thread):
     torch.manual_seed(0)
     layers = [nn.Linear(24, size, bias=bias) for size in sizes]
     multiply = products(*layers)

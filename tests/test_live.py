@@ -1,4 +1,4 @@
-"""A run is seen while it goes on: its curve, its samples, and what its newest checkpoint writes."""
+"""A run is visible while it lasts: its curve, its samples, and what its newest checkpoint writes."""
 
 import csv
 import dataclasses
@@ -27,7 +27,7 @@ SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
 
 @pytest.fixture(scope="module")
 def stopped(done, tmp_path_factory) -> Path:
-    """A project whose training was interrupted after its second look, with what it had said until then."""
+    """A project whose training was interrupted after its second evaluation, with its log until then."""
     folder = tmp_path_factory.mktemp("live") / "project"
     shutil.copytree(done, folder, symlinks=True)
     shutil.rmtree(folder / "runs")
@@ -50,7 +50,7 @@ def looks(folder: Path) -> list[int]:
     return [int(row["step"]) for row in csv.DictReader(text.splitlines()) if row["val_loss"]]
 
 
-def test_the_curve_and_the_samples_of_each_look_are_there_before_the_end_and_after_ctrl_c(stopped):
+def test_the_curve_and_the_samples_of_each_evaluation_are_there_before_the_end_and_after_ctrl_c(stopped):
     steps = looks(stopped / "reports")
     assert steps[:2] in ([60, 120], [0, 60])
     (run,) = (stopped / "runs").iterdir()
@@ -61,7 +61,7 @@ def test_the_curve_and_the_samples_of_each_look_are_there_before_the_end_and_aft
     assert len((run / "train_norms.csv").read_text().splitlines()) in (len(steps), len(steps) + 1)
 
 
-def test_the_log_has_one_kind_of_line_that_fits_and_a_sample_at_each_look(stopped):
+def test_the_log_has_one_kind_of_line_that_fits_and_a_sample_at_each_evaluation(stopped):
     log = (stopped / "train.log").read_text()
     lines = [line for line in log.splitlines() if line.startswith("step ")]
     assert " elapsed, " not in log
@@ -102,7 +102,7 @@ def test_a_run_is_called_by_the_params_that_differ_or_by_its_experiment(stopped,
     assert read_name(run) == name
 
 
-def test_a_second_terminal_sees_each_look_and_makes_a_page(stopped, command, monkeypatch):
+def test_a_second_terminal_sees_each_evaluation_and_makes_a_page(stopped, command, monkeypatch):
     monkeypatch.chdir(stopped)
     (run,) = (stopped / "runs").iterdir()
     lines = command("watch").stdout.splitlines()
@@ -114,7 +114,7 @@ def test_a_second_terminal_sees_each_look_and_makes_a_page(stopped, command, mon
     assert command("watch", "nothing").stderr == f"error: 0 runs are called nothing: take one of {run.name}\n"
 
 
-def test_the_page_of_a_run_that_goes_on_asks_to_be_loaded_again(stopped, tmp_path):
+def test_the_page_of_a_running_training_reloads_itself(stopped, tmp_path):
     (run,) = (stopped / "runs").iterdir()
     write_live(run, tmp_path / "live.html", running=True)
     assert '<meta http-equiv="refresh" content="10">' in (tmp_path / "live.html").read_text()
@@ -124,7 +124,7 @@ def test_the_page_of_a_run_that_goes_on_asks_to_be_loaded_again(stopped, tmp_pat
 
 
 @in_chromium
-def test_that_page_draws_the_curve_so_far(stopped, browser, tmp_path):  # noqa: F811
+def test_the_live_page_draws_the_curve_so_far(stopped, browser, tmp_path):  # noqa: F811
     (run,) = (stopped / "runs").iterdir()
     write_live(run, tmp_path / "live.html", running=False)
     problems: list[str] = []
@@ -135,7 +135,7 @@ def test_that_page_draws_the_curve_so_far(stopped, browser, tmp_path):  # noqa: 
     assert problems == []
 
 
-def test_where_a_run_goes_on_the_curve_is_there_at_once(stopped):
+def test_the_curve_of_a_resumed_run_is_there_at_once(stopped):
     before = looks(stopped / "reports")
     for name in SEEN:
         (stopped / "reports" / name).unlink()
@@ -146,12 +146,12 @@ def test_where_a_run_goes_on_the_curve_is_there_at_once(stopped):
     assert status_of(trainer) == 130
 
 
-def test_a_sample_in_the_log_is_short_indented_and_only_shown():
+def test_a_sample_in_the_log_is_short_indented_and_harmless():
     assert shortened("\nab\x1b[2J\n\ncd") == "    ab\\x1b[2J\n    \n    cd"
     assert len(shortened("x" * 1000)) == 204
 
 
-def test_the_time_left_does_not_count_how_long_the_first_steps_took(capsys, monkeypatch, tmp_path):
+def test_the_remaining_time_does_not_count_the_slow_first_steps(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     step_of, slept = Trainer._train_step, 3.0
 

@@ -117,7 +117,7 @@ def with_value(data: bytes, key: str, value: int) -> bytes:
         ("llama", lambda data: data[:1000], "cannot load"),
     ],
 )
-def test_a_file_of_which_llama_cpp_aborts_is_a_user_error(family, damage, reason, tmp_path, tiny_tokenizer, capfd):
+def test_a_file_that_makes_llama_cpp_abort_is_a_user_error(family, damage, reason, tmp_path, tiny_tokenizer, capfd):
     path = tmp_path / "x.gguf"
     export_gguf(tiny_model(vocab_size=300, **FAMILIES[family]), tiny_tokenizer, path, "f32")
     data = path.read_bytes()

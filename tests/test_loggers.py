@@ -92,7 +92,7 @@ def test_tensorboard_has_each_step_once_also_after_a_kill(folder):
     assert [step for step, speed in scalars(log, "tokens_per_s") if speed > 0] == STEPS
 
 
-def test_the_speed_is_that_since_the_row_before(folder):
+def test_the_logged_speed_is_that_since_the_row_before(folder):
     pytest.importorskip("tensorboard")
     rows = [{"step": step, "train_loss": 1.0, "val_loss": None} for step in range(1, 7)]
     folder.mkdir(parents=True)
@@ -211,7 +211,7 @@ def mlflow_run(place: Path, experiment: str = "tinygpt"):
     return run, client
 
 
-def test_mlflow_goes_on_in_the_same_run_with_each_step_once(folder):
+def test_mlflow_continues_the_same_run_with_each_step_once(folder):
     pytest.importorskip("mlflow")
     with pytest.raises(Killed):
         logged("mlflow", killed_after=8)
@@ -328,13 +328,13 @@ def test_a_log_that_cannot_be_opened_costs_one_line(name, folder, monkeypatch, c
 
 
 @pytest.mark.parametrize("name", LOGGERS)
-def test_a_missing_package_is_told_before_training(name, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_before_training(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"runtime.log_to=\[{name}\] needs {name}: pip install {name}.*, or take it"):
         Loggers([name], tmp_path, tiny_config(), PARAMS)
 
 
-def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
+def test_a_folder_with_the_name_of_a_package_is_not_one(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # as W&B itself makes it
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -342,7 +342,7 @@ def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
         Loggers(["wandb"], tmp_path, tiny_config(), PARAMS)
 
 
-def test_neither_they_nor_the_compiler_are_imported_unless_asked_for():
+def test_loggers_and_the_compiler_are_imported_only_on_request():
     """The compiler, torch._dynamo, takes as long as all the rest of torch."""
     names = {*LOGGERS, "torch._dynamo"}
     code = f"import sys, stages.train; sys.exit(' '.join({names} & set(sys.modules)) or None)"

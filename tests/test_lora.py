@@ -99,7 +99,7 @@ def test_dropout_is_on_the_adapters_input_in_training_alone():
     assert not torch.equal(model(ids), model(ids))
 
 
-def test_training_changes_adapters_alone_and_goes_on_with_the_same_bits(monkeypatch):
+def test_training_changes_adapters_alone_and_resumes_to_the_same_bits(monkeypatch):
     base = {name: tensor.detach() for name, tensor in tiny_model().state_dict().items()}
     params = dataclasses.replace(PARAMS, init_from="base", lora=LoRAParams(**LORA), eval_every=5)
     undisturbed = train("undisturbed", params=params, base=base)
@@ -169,7 +169,7 @@ def test_peft_and_llama_cpp_apply_the_adapter_to_its_base(family, targets, tmp_p
     np.testing.assert_allclose(found, ours.numpy(), atol=1e-2 if family["mlp"] == "gelu" else 1e-4)
 
 
-def test_the_readme_of_the_adapters_tells_how_to_load_them(tmp_path, monkeypatch):
+def test_the_readme_of_the_adapters_shows_how_to_load_them(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     base = random_model(**LLAMA, vocab_size=257)
     model = adapted(base)
@@ -212,7 +212,7 @@ def exported() -> list[str]:
 
 @pytest.mark.parametrize("key", ["init_from", "lora", "base_sha256", *LORA])
 @pytest.mark.parametrize("value", ["gone", [{"a": 1}], {}, -1, True, "x"])
-def test_a_training_json_that_was_not_written_so_is_told_with_its_key(trained_folder, key, value):
+def test_a_damaged_training_json_is_reported_with_its_key(trained_folder, key, value):
     training = json.loads((paths.MODEL / "training.json").read_text())
     holder = training["lora"] if key in LORA else training
     holder[key] = value
@@ -227,7 +227,7 @@ def test_a_training_json_that_was_not_written_so_is_told_with_its_key(trained_fo
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "misshapen", "renamed"])
-def test_adapters_of_another_shape_are_told_with_their_names(trained_folder, damage):
+def test_adapters_of_another_shape_are_reported_with_their_names(trained_folder, damage):
     tensors = load_tensors(paths.MODEL / "adapter.safetensors")
     assert len(exported()) == 2
     name = sorted(tensors)[3]

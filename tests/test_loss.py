@@ -57,7 +57,7 @@ def test_the_gradient_is_exact_in_float64_and_given_once(monkeypatch):
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
-def test_what_is_frozen_has_no_gradient_and_the_other_has_its_own(frozen):
+def test_a_frozen_input_has_no_gradient_and_the_other_has_its_own(frozen):
     hidden, head, targets = inputs()
     both = dict(
         zip(("hidden", "head"), torch.autograd.grad(reference(hidden, head, targets), (hidden, head)), strict=True)
@@ -70,7 +70,7 @@ def test_what_is_frozen_has_no_gradient_and_the_other_has_its_own(frozen):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_products_change_the_loss_by_no_more_than_their_rounding(dtype, monkeypatch):
+def test_low_precision_products_change_the_loss_by_no_more_than_their_rounding(dtype, monkeypatch):
     monkeypatch.setitem(loss.CHUNK, "cpu", 33)
     hidden, head, targets = inputs(n=50)
     with torch.autocast("cpu", dtype):

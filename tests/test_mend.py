@@ -29,7 +29,7 @@ def test_what_is_not_cut_off_stays_as_it_is(here, command, text):
 
 
 @pytest.mark.parametrize("until", [b"", b"s", b"    - path"])
-def test_a_lock_that_was_cut_off_is_gits_again_and_dvc_runs(here, command, until):
+def test_a_lock_file_that_was_cut_off_is_restored_from_git_and_dvc_runs(here, command, until):
     whole = (here / LOCK).read_bytes()
     n_bytes = whole.index(until) + len(until)
     (here / LOCK).write_bytes(whole[:n_bytes])
@@ -46,7 +46,7 @@ def test_a_lock_that_was_cut_off_is_gits_again_and_dvc_runs(here, command, until
         assert ran(succeed("dvc repro", here)) == []
 
 
-def test_where_git_has_none_either_the_results_come_from_the_cache(here, command):
+def test_where_git_has_no_lock_file_the_results_come_from_the_cache(here, command):
     succeed("git rm -q --cached dvc.lock", here)
     (here / LOCK).write_bytes(b"")
     assert f"{LOCK} was cut off when DVC was killed: it is removed" in command("mend").stdout

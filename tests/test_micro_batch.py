@@ -60,7 +60,7 @@ def test_trying_touches_neither_weights_nor_gradients_nor_random_numbers(precisi
     assert same(tried.tensors()["optimizer"], other.tensors()["optimizer"])
 
 
-def test_a_run_looks_for_its_size_once_and_ends_as_one_that_was_told_it(capsys):
+def test_a_run_searches_for_its_size_once_and_ends_as_one_with_that_size(capsys):
     found = train("found", runtime=AUTO)
     size = found.state.micro_batch_size
     assert capsys.readouterr().out.count("micro-batches of") == 1
@@ -73,7 +73,7 @@ def test_a_run_looks_for_its_size_once_and_ends_as_one_that_was_told_it(capsys):
     assert "micro-batches of" not in capsys.readouterr().out
 
 
-def test_memory_that_cannot_be_had_is_one_line_and_other_errors_are_themselves():
+def test_missing_memory_is_one_line_and_other_errors_are_raised():
     with pytest.raises(UserError, match="out of memory: lower it"), out_of_memory("lower it"):
         torch.empty(2**55)
     for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"):

@@ -115,7 +115,7 @@ def test_the_mask_lets_each_query_see_itself_and_its_window():
     assert attention_mask(4, None, cpu) is attention_mask(4, 4, cpu) is None
 
 
-def test_a_window_reaches_that_far_and_full_layers_farther():
+def test_a_window_reaches_as_far_as_it_says_and_full_layers_farther():
     def reach(**changes):
         model, ids = tiny_model(n_layer=2, **changes), random_ids(1, 20)
         embedded = model.tok_emb(ids).detach().requires_grad_()
@@ -165,7 +165,7 @@ def test_tied_and_untied_models_of_equal_weights_agree():
     assert untied.n_params() - tied.n_params() == tied.tok_emb.weight.numel()
 
 
-def test_the_number_of_weights_of_gpt2_small():
+def test_gpt2_small_has_its_known_number_of_weights():
     with torch.device("meta"):
         model = GPT(
             tiny_config(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, block_size=1024, **FAMILIES["gpt2"])
@@ -191,7 +191,7 @@ def test_reading_a_model_draws_no_first_weights(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
 
 
-def test_derived_sizes():
+def test_sizes_that_are_null_are_derived():
     assert derived_hidden(256, "gelu") == 1024
     assert derived_hidden(256, "swiglu") == 704  # 682.67, up to a multiple of 32
     assert tiny_config(n_head=4, n_kv_head=None).n_kv_head == 4
@@ -202,7 +202,7 @@ def test_derived_sizes():
     assert [config.window_of(layer) for layer in range(6)] == [8, 8, None, 8, 8, None]
 
 
-def test_too_long_a_sequence_is_a_programmers_mistake():
+def test_a_sequence_that_is_too_long_raises_an_assertion():
     with pytest.raises(AssertionError, match="65 tokens, but block_size is 64"):
         tiny_model()(random_ids(1, 65))
 

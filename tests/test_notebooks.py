@@ -76,7 +76,7 @@ def test_a_notebook_is_committed_clean(path):
     }
 
 
-def test_links_of_the_notebooks_lead_somewhere():
+def test_links_in_the_notebooks_lead_to_files():
     for path in NOTEBOOKS:
         for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
             assert (path.parent / link).exists(), f"{path.name}: {link}"

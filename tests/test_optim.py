@@ -148,7 +148,7 @@ def not_compiled():
         yield
 
 
-def test_adamw_of_bytes_is_near_adamw():
+def test_eight_bit_adamw_is_near_adamw():
     pytest.importorskip("torchao")
     model, reference, start = (tiny_model(**BYTES) for _ in range(3))
     optimizers = build_optimizers(model, params_with(optimizer="adamw8bit"))
@@ -208,7 +208,7 @@ def test_every_optimizer_learns():
         assert loss.item() < first - 1
 
 
-def test_a_missing_package_is_told_with_the_option_that_needs_it(monkeypatch):
+def test_a_missing_package_is_reported_with_the_option_that_needs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(UserError, match=r"train.optimizer=adamw8bit needs torchao: pip install torchao, or set adamw"):
         build_optimizers(tiny_model(), params_with(optimizer="adamw8bit"))

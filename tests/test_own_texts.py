@@ -73,7 +73,7 @@ def make_tar(own: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["own", "own/**/*.txt", "own.zip", "own.tar.zst"])
-def test_a_folder_a_glob_and_archives_follow_one_rule_and_tell_it(tmp_path: Path, source: str) -> None:
+def test_a_folder_a_glob_and_archives_follow_one_rule_and_report_it(tmp_path: Path, source: str) -> None:
     own = make_own(tmp_path / "own")
     make_zip(own)
     make_tar(own)
@@ -123,7 +123,7 @@ def as_nobody() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_what_may_not_be_read_is_told(as_nobody: Path) -> None:
+def test_what_may_not_be_read_is_reported(as_nobody: Path) -> None:
     for name in ("own/a.txt", "own/b.txt", "own/sub/c.txt"):
         (as_nobody / name).parent.mkdir(parents=True, exist_ok=True)
         (as_nobody / name).write_text(name)
@@ -152,14 +152,14 @@ def test_what_may_not_be_read_is_told(as_nobody: Path) -> None:
         ("[ab]?", "bc", True),
     ],
 )
-def test_what_a_pattern_names(pattern: str, name: str, fits: bool) -> None:
+def test_a_pattern_names_the_files_that_fit(pattern: str, name: str, fits: bool) -> None:
     parts, names = name.split("/"), pattern.split("/")
     assert _fits(parts, names, whole=True) == fits
     if fits:
         assert all(_fits(parts[:i], names, whole=False) for i in range(len(parts)))
 
 
-def test_a_glob_tells_of_folders_that_it_names_but_does_not_enter(tmp_path: Path) -> None:
+def test_a_glob_reports_folders_that_it_names_but_does_not_enter(tmp_path: Path) -> None:
     make_own(tmp_path / "own")
     assert "1 folders (sub)" in str(fill(tmp_path, "own/*").notes)
 
@@ -239,7 +239,7 @@ def test_another_encoding_is_guessed_and_taken_when_it_is_named(
     assert notes == f"read: 1 as {looks_like} (x.txt)"
 
 
-def test_an_encoding_that_does_not_fit_is_told(tmp_path: Path) -> None:
+def test_an_encoding_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(FRENCH.encode("cp1252") * 10_000 + b"\x81")
     with pytest.raises(UserError, match="download.encoding=cp1252 does not read x.txt"):
         fill(tmp_path, "x.txt", encoding="cp1252")
@@ -292,7 +292,7 @@ def test_odd_json_is_taken_with_a_limit_and_without(tmp_path: Path, line: bytes)
         assert (tmp_path / "raw/texts/x.jsonl").read_bytes() == line
 
 
-def test_a_line_too_long_is_refused_by_its_number_before_it_is_held(
+def test_a_line_that_is_too_long_is_refused_by_its_number_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(raw_module, "MOST_LINE", 100)

@@ -96,7 +96,7 @@ def page(done, browser):  # noqa: F811
     assert problems == []
 
 
-def test_the_same_reports_give_the_same_page_and_it_can_be_mailed(project):
+def test_the_same_reports_give_the_same_page_which_needs_no_other_file(project):
     before = (project / PAGE).read_bytes()
     said = run_stages("report", project)
     assert (project / PAGE).read_bytes() == before
@@ -122,7 +122,7 @@ def test_what_looks_like_html_stays_text(hostile):
 
 
 @in_chromium
-def test_a_browser_takes_nothing_of_it_for_code(hostile, browser):  # noqa: F811
+def test_a_browser_runs_nothing_of_a_hostile_text(hostile, browser):  # noqa: F811
     problems: list[str] = []
     page = opened(browser, hostile / PAGE, problems)
     page.locator("#samples .token").first.click()
@@ -135,7 +135,7 @@ def test_a_browser_takes_nothing_of_it_for_code(hostile, browser):  # noqa: F811
 
 
 @in_chromium
-def test_the_slider_shows_what_was_written_at_each_look(page, done):
+def test_the_slider_shows_what_was_written_at_each_evaluation(page, done):
     written = re.findall(
         r"## Step (\d+)\n\n```text\n(.*?)\n```", (done / "reports/train_samples.md").read_text(), re.DOTALL
     )
@@ -148,7 +148,7 @@ def test_the_slider_shows_what_was_written_at_each_look(page, done):
 
 
 @in_chromium
-def test_the_loss_shows_its_values_under_the_pointer_over_what_x_is_chosen(page, done):
+def test_the_loss_chart_shows_its_values_under_the_pointer_for_each_axis(page, done):
     chart = page.locator("[data-chart=loss]")
     box = chart.bounding_box()
     rows = (done / "reports/train.csv").read_text().splitlines()[1:]
@@ -202,7 +202,7 @@ def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page, done):
 
 
 @in_chromium
-def test_heads_can_be_chosen_and_a_token_looks_only_back(page, done):
+def test_heads_can_be_chosen_and_a_token_attends_only_to_earlier_ones(page, done):
     found = json.loads((done / "reports/look.json").read_text())["attention"]
     shape = found["shape"]
     assert page.locator("#heads button").count() == shape[0] * shape[1]
@@ -225,7 +225,7 @@ def test_heads_can_be_chosen_and_a_token_looks_only_back(page, done):
 @in_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_fits_the_screen_in_light_and_dark(done, browser, width, scheme):  # noqa: F811
+def test_the_page_of_a_run_fits_the_screen_in_light_and_dark(done, browser, width, scheme):  # noqa: F811
     problems: list[str] = []
     page = opened(browser, done / PAGE, problems, color_scheme=scheme, viewport={"width": width, "height": 800})
     for details in page.locator("details").all():
@@ -257,7 +257,7 @@ def test_the_page_of_several_draws_each_and_a_name_picks_one_out(browser, tmp_pa
     assert problems == []
 
 
-def test_the_run_before_is_named_and_stays_the_same_when_this_one_is_committed(project):
+def test_the_earlier_run_is_named_and_stays_the_same_when_this_one_is_committed(project):
     path = project / "reports/eval.json"
     report = json.loads(path.read_text())
     assert find_earlier(project, report) is None  # that of the last commit is this one
@@ -322,7 +322,7 @@ def documents(tokenizer, *texts: str) -> np.ndarray:
     return np.array([id for text in texts for id in (tokenizer.eos_id, *tokenizer.encode(text))], np.uint16)
 
 
-def test_prompts_of_the_held_out_text_end_before_a_space_and_go_on_as_it_does(tiny_tokenizer):
+def test_prompts_of_the_held_out_text_end_before_a_space_and_continue_as_it_does(tiny_tokenizer):
     texts = ["the file this other return " * 10, "error " * 60 + "naïve", "list file model\n" * 12, "中" * 90, "short"]
     tokens = documents(tiny_tokenizer, *texts)
     params = PARAMS.__class__(**{**vars(PARAMS), "held_out_prompts": 4, "max_new_tokens": 20})

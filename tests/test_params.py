@@ -107,7 +107,7 @@ def test_a_bad_value_is_refused_by_name(key: str, value: Any, message: str):
         from_mapping(Example, {**GOOD, key: value}, prefix="model.")
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     with pytest.raises(ParamsError) as caught:
         from_mapping(Example, {**GOOD, "whole": 0, "switch": "on", "chioce": "red"}, prefix="model.")
     assert len(caught.value.problems) == 3
@@ -131,19 +131,19 @@ def edited(tmp_path: Path, pattern: str, new: str) -> Path:
     return path
 
 
-def test_a_typo_in_any_group_is_told_with_the_nearest_name(tmp_path):
+def test_a_typo_in_any_group_is_reported_with_the_nearest_name(tmp_path):
     path = edited(tmp_path, "  stride:", "  stirde:")
     with pytest.raises(ParamsError, match=r"unknown key evaluate.stirde \(did you mean evaluate.stride\?\)"):
         check_params(path)
 
 
-def test_a_typo_in_the_name_of_a_group_is_told_whatever_is_loaded(tmp_path):
+def test_a_typo_in_the_name_of_a_group_is_reported_whatever_group_is_loaded(tmp_path):
     path = edited(tmp_path, "\nexport:", "\nexprot:")
     with pytest.raises(ParamsError, match=r"unknown key exprot \(did you mean export\?\)"):
         load_params(ModelParams, path=path)
 
 
-def test_a_missing_group_is_refused_whatever_is_loaded(tmp_path):
+def test_a_missing_group_is_refused_whatever_group_is_loaded(tmp_path):
     text = (ROOT / "params.yaml").read_text()
     assert "\nplot:\n" in text
     (tmp_path / "params.yaml").write_text(text[: text.index("\nplot:\n")] + text[text.index("\nexport:\n") :])
@@ -169,7 +169,7 @@ def test_yaml_is_version_1_2(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: [", "- list", "", "a: 1\na: 2", "\x00"])
-def test_a_file_that_is_no_params_file_is_one_clear_error(tmp_path, text):
+def test_a_file_that_is_not_a_params_file_is_one_clear_error(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(Exception, match=r"params.yaml|unknown key") as caught:
@@ -177,7 +177,7 @@ def test_a_file_that_is_no_params_file_is_one_clear_error(tmp_path, text):
     assert type(caught.value).__name__ in ("UserError", "ParamsError")
 
 
-def test_a_missing_file_is_told():
+def test_a_missing_file_is_reported():
     with pytest.raises(Exception, match="nowhere.yaml not found"):
         load_params(ModelParams, path=Path("nowhere.yaml"))
 
@@ -263,7 +263,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), PAIRS, ids=[" ".join(changes) for changes, _ in PAIRS])
-def test_what_params_decide_together_is_told_whatever_is_loaded(tmp_path, changes, message):
+def test_rules_between_params_hold_whatever_group_is_loaded(tmp_path, changes, message):
     path = params_with(tmp_path, changes)
     for load in (check_params, lambda path: load_params(PlotParams, path=path)):
         with pytest.raises(ParamsError) as caught:
@@ -284,7 +284,7 @@ def test_what_params_decide_together_is_told_whatever_is_loaded(tmp_path, change
     ],
     ids=str,
 )
-def test_pairs_that_work_are_taken(tmp_path, changes):
+def test_pairs_of_params_that_work_are_accepted(tmp_path, changes):
     check_params(params_with(tmp_path, changes))
 
 
@@ -301,7 +301,7 @@ def test_pairs_that_work_are_taken(tmp_path, changes):
         ({"model.rope_theta": 1e-300}, r"model\.rope_theta=1e-300 must be within"),
     ],
 )
-def test_a_size_or_rate_that_no_machine_can_do_is_refused(tmp_path, changes, message):
+def test_a_size_or_rate_beyond_any_machine_is_refused(tmp_path, changes, message):
     with pytest.raises(ParamsError, match=message):
         check_params(params_with(tmp_path, changes))
 
@@ -317,7 +317,7 @@ BITS = "[ { &a *a !! | > \" ' - ? : << ... --- # ~ @ \\ 0x 9e999 .nan -.inf !!se
 BITS += ["\t", "\r", "\0", "\x1b[2J", "\u2028", "\ufeff"]
 
 
-def test_a_file_with_some_bytes_changed_is_params_or_is_told_within_a_second(tmp_path):
+def test_a_file_with_some_bytes_changed_is_params_or_is_reported_within_a_second(tmp_path):
     rng, path, good = random.Random(0), tmp_path / "params.yaml", (ROOT / "params.yaml").read_bytes()
     for _ in range(150):
         at, n = rng.randrange(len(good)), rng.choice([0, 1, 9, 99])
@@ -336,7 +336,7 @@ KEYS = [(group, key) for group, keys in DOCUMENT.items() for key in keys]
 
 @settings(max_examples=100, derandomize=True)
 @given(changes=st.dictionaries(st.sampled_from(KEYS), TREES, min_size=1, max_size=3), whole=st.none() | TREES)
-def test_any_tree_is_params_or_is_told_within_a_second(tmp_path_factory, changes, whole):
+def test_any_tree_is_params_or_is_reported_within_a_second(tmp_path_factory, changes, whole):
     document = copy.deepcopy(DOCUMENT) if whole is None else whole
     for (group, key), value in changes.items() if whole is None else ():
         document[group][key] = value
@@ -436,5 +436,5 @@ def test_dvc_sets_a_value_and_leaves_every_other_byte_of_the_file(tmp_path):
         assert changed[number.start(2) : number.end(2)] == "7".ljust(width)
 
 
-def test_what_decides_a_result_is_every_param_but_those_of_the_machine():
+def test_every_param_except_runtime_decides_a_result():
     assert flat_params(b"a: {b: 1, c: [d]}\nruntime: {device: cpu}\n") == {"a.b": "1", "a.c": "['d']"}

@@ -35,7 +35,7 @@ def test_a_part_of_it_is_whole_documents(tmp_path):
     assert texts(tmp_path) == {"x.jsonl": text_line("12345") * 2}
 
 
-def test_what_holds_no_texts_is_told(tmp_path):
+def test_a_file_without_texts_is_reported(tmp_path):
     write(tmp_path / "x.parquet", content=["a"])
     with pytest.raises(UserError, match=r"x.parquet needs a column `text` of strings and has none"):
         fill(tmp_path, "x.parquet")
@@ -45,7 +45,7 @@ def test_what_holds_no_texts_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 2000])
-def test_a_damaged_file_is_told_by_name(tmp_path, size):
+def test_a_damaged_file_is_reported_by_name(tmp_path, size):
     path = write(tmp_path / "x.parquet", text=TEXTS)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"x.parquet is damaged or cut off"):

@@ -66,7 +66,7 @@ class TestTheStory:
         assert outs(clone) == outs(done)
         commit(clone, "second run")  # took another time
 
-    def test_everything_is_made_and_git_has_only_what_it_should(self, clone):
+    def test_all_outputs_are_made_and_git_tracks_only_what_it_should(self, clone):
         for name in (
             "data/raw/manifest.json",
             "data/clean/train.jsonl",
@@ -89,7 +89,7 @@ class TestTheStory:
         assert report["f32"]["wrong_tokens"] == 0
         assert report["f32"]["max_logprob_diff"] < 1e-3
 
-    def test_comments_anywhere_and_settings_of_the_machine_run_nothing(self, clone):
+    def test_comments_and_runtime_settings_run_no_stage(self, clone):
         for path in [*clone.glob("tinygpt/**/*.py"), *clone.glob("stages/*.py")]:
             path.write_text(path.read_text() + "\n# a comment\n")
         set_params(clone, {"runtime.log_every": 7, "runtime.micro_batch_size": 2, "runtime.log_to": ["wandb"]})
@@ -97,7 +97,7 @@ class TestTheStory:
         succeed("git checkout -q tinygpt stages params.yaml", clone)
         assert succeed("git status --porcelain", clone) == ""
 
-    def test_a_change_of_code_runs_the_stages_that_it_decides(self, clone):
+    def test_a_change_of_code_runs_the_stages_whose_results_it_decides(self, clone):
         replace(clone / "tinygpt/report/plots.py", "dpi=", "dpi=1 + ")
         replace(clone / "tinygpt/generate/sampling.py", "/ temperature", "/ temperature / 3")
         assert ran(succeed("dvc repro", clone)) == ["evaluate", "plot", "report"]
@@ -129,7 +129,7 @@ class TestTheStory:
         changed_files = {line[3:] for line in succeed("git status --porcelain", clone).splitlines()}
         assert changed_files <= {"dvc.lock", "params.yaml", *REPORTS}
 
-    def test_back_at_the_old_params_all_of_it_is_known(self, clone):
+    def test_going_back_to_old_params_runs_no_stage(self, clone):
         succeed("git checkout -q params.yaml", clone)
         back = succeed("dvc repro", clone)
         assert (ran(back), cached(back)) == ([], STAGES[4:])
@@ -178,7 +178,7 @@ def test_the_model_and_its_exports_write_the_same(done, command, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
-def test_every_kind_of_tokenizer_goes_through_to_llama_cpp(project, kind):
+def test_every_kind_of_tokenizer_works_as_far_as_llama_cpp(project, kind):
     set_params(project, {"tokenizer.kind": kind, "tokenizer.special_tokens": ["<|begin|>"], "train.max_steps": 10})
     run_stages("train_tokenizer encode train evaluate export", project)
     report = json.loads((project / "reports/export.json").read_text())
@@ -199,7 +199,7 @@ def test_a_typo_in_any_group_stops_before_training(project):
         assert "unknown key evaluate.stirde (did you mean evaluate.stride?)" in refused(stage, project)
 
 
-def test_an_export_that_cannot_be_is_refused_before_training(project):
+def test_an_impossible_export_is_refused_before_training(project):
     set_params(project, {"model.position": "learned"})
     assert "no model of transformers and llama.cpp has model.position=learned" in refused("train", project)
     assert len(list(project.glob("runs/*/lock"))) == 1  # that of the first run
@@ -220,7 +220,7 @@ def test_a_stage_run_by_hand_after_the_tokenizer_alone_has_changed_says_so_in_on
     assert refused("evaluate", project).startswith(said["evaluate"])
 
 
-def test_a_folder_without_git_is_told_what_to_do(tmp_path):
+def test_without_git_make_repro_says_what_to_do(tmp_path):
     (tmp_path / "zip").mkdir()
     shutil.copy(ROOT / "Makefile", tmp_path / "zip")
     venv = tmp_path / "zip/.venv"

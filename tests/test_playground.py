@@ -38,7 +38,7 @@ def browser():
 
 @pytest.fixture
 def page(served, browser):
-    """The page; at its end nothing has gone wrong in it and nothing was asked of elsewhere."""
+    """The page; at its end it has had no errors and has requested nothing from elsewhere."""
     page, problems = browser.new_page(), []
     page.set_default_timeout(20_000)
     page.on("console", lambda message: problems.append(message.text))
@@ -112,7 +112,7 @@ def test_a_new_run_takes_the_place_of_one_that_still_writes(page, served, tiny_t
     assert not [text for text in told if "stopped" in text]
 
 
-def test_a_token_shows_its_alternatives_and_what_was_looked_at(page, served, tiny_tokenizer):
+def test_a_token_shows_its_alternatives_and_what_the_heads_attended_to(page, served, tiny_tokenizer):
     page.uncheck("#compare")
     write(page, "the file")
     page.locator(WRITTEN).nth(4).click()
@@ -149,7 +149,7 @@ def test_arrow_keys_go_from_token_to_token(page):
     assert page.locator(f"{TOKEN}[tabindex='0']").count() == 1
 
 
-def test_another_token_is_taken_and_the_text_goes_on_from_it(page):
+def test_an_alternative_token_is_taken_and_the_text_continues_from_it(page):
     page.uncheck("#compare")
     write(page, "the file")
     before = texts(page, ".token.read")[0] + "".join(page.locator(WRITTEN).all_text_contents()[:5])
@@ -173,7 +173,7 @@ def test_what_looks_like_html_stays_text(page):
     assert page.locator("main img, main b").count() == 0
 
 
-def test_what_the_server_refuses_is_told_and_leaves_what_was_written(served, browser):
+def test_what_the_server_refuses_is_shown_and_leaves_what_was_written(served, browser):
     page = browser.new_page()
     page.goto(served[0])
     page.uncheck("#compare")
@@ -301,7 +301,7 @@ def test_an_error_leaves_what_was_said_in_a_chat(served, browser):
     page.close()
 
 
-def test_on_a_telephone_what_is_written_is_seen_at_once(served, browser):
+def test_on_a_phone_the_text_is_visible_at_once(served, browser):
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(served[0])
     assert not page.locator("#options").is_visible()
@@ -315,7 +315,7 @@ def test_on_a_telephone_what_is_written_is_seen_at_once(served, browser):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_a_telephone_in_light_and_dark(scheme, served, browser):
+def test_the_page_fits_a_phone_in_light_and_dark(scheme, served, browser):
     page = browser.new_page(color_scheme=scheme, viewport={"width": 360, "height": 700})
     page.goto(served[0])
     write(page, "the file")

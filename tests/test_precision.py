@@ -26,7 +26,7 @@ def scale_to(one, scale):
     one.scaler.update(new_scale=scale)
 
 
-def test_auto_is_short_only_where_the_processor_multiplies_it():
+def test_auto_takes_bf16_only_where_the_processor_multiplies_it():
     assert pick_precision("auto", CPU, 192) == ("bf16" if torch.cpu._is_amx_tile_supported() else "fp32")
     assert pick_precision("auto", CPU, 128) == "fp32"
     assert pick_precision("auto", torch.device("mps"), 192) == "fp32"
@@ -35,7 +35,7 @@ def test_auto_is_short_only_where_the_processor_multiplies_it():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_short_products_train_and_the_weights_stay_long(precision):
+def test_low_precision_products_train_and_the_weights_stay_float32(precision):
     whole = train("whole", params=dataclasses.replace(LONG, precision="fp32")).state
     short = train("short", params=dataclasses.replace(LONG, precision=precision))
     first, last = short.state.rows[1]["train_loss"], short.state.rows[-1]["train_loss"]
@@ -53,7 +53,7 @@ def test_tf32_on_a_cpu_is_fp32():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_rmsnorm_of_short_products_is_taken_in_float32_and_warns_of_nothing(precision, recwarn):
+def test_rmsnorm_of_low_precision_products_is_float32_and_warns_of_nothing(precision, recwarn):
     one = learner(precision=precision, qk_norm=True)
     torch.set_warn_always(True)
     try:
@@ -90,7 +90,7 @@ def test_a_gradient_that_overflows_makes_no_step_and_halves_the_scale():
     assert one.scaler.get_scale() == 2.0**39
 
 
-def test_an_overflow_is_no_error_but_many_in_a_row_are():
+def test_one_overflow_is_not_an_error_but_many_in_a_row_are():
     params, state = dataclasses.replace(PARAMS, precision="fp16"), TrainState()
     state.count(1, 5.0, math.inf, params)
     assert state.rows[-1]["grad_norm"] is None
@@ -106,7 +106,7 @@ def test_an_overflow_is_no_error_but_many_in_a_row_are():
         TrainState().count(1, 5.0, math.inf, PARAMS)
 
 
-def test_steps_without_an_update_at_the_start_of_a_run_are_logged_and_passed_over(capsys):
+def test_steps_without_an_update_at_the_start_of_a_run_are_logged_and_skipped(capsys):
     params = dataclasses.replace(LONG, precision="fp16", eval_every=20)
     trainer = make_trainer(params=params, runtime=dataclasses.replace(RUNTIME, log_every=1))
     scale_to(trainer.learner, 2.0**30)

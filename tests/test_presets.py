@@ -64,7 +64,7 @@ def test_the_sizes_and_gpt2s_number_of_weights(params):
                 assert GPT(GPTConfig(**config_fields(model), vocab_size=50257)).n_params() == 124_439_808
 
 
-def test_the_command_lists_applies_and_helps(params):
+def test_the_preset_command_lists_applies_and_suggests(params):
     listed = succeed("python -m tinygpt preset", params.parent, PYTHONPATH=str(ROOT))
     assert "toy" in listed and "124,439,808 weights" in listed
     said = succeed("python -m tinygpt preset small", params.parent, PYTHONPATH=str(ROOT))
@@ -73,7 +73,7 @@ def test_the_command_lists_applies_and_helps(params):
     assert (wrong.returncode, wrong.stdout) == (1, "error: there is no preset smal (did you mean small?)\n")
 
 
-def test_a_base_that_is_not_there_is_told(params):
+def test_a_base_that_is_not_there_is_reported(params):
     wrong = run("python -m tinygpt preset base", params.parent, PYTHONPATH=str(ROOT))
     assert wrong.stdout.startswith("error: data/base is empty: run `python -m tinygpt import-hf FOLDER`")
 
@@ -105,7 +105,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_params_file_is_told_by_name_and_left_alone(name, params):
+def test_a_damaged_params_file_is_reported_by_name_and_left_alone(name, params):
     text, message = DAMAGED[name]
     if name == "misspelled":
         text = params.read_text().replace("model:\n", "modle:\n")
@@ -117,7 +117,7 @@ def test_a_damaged_params_file_is_told_by_name_and_left_alone(name, params):
     assert params.read_text() == text
 
 
-def test_a_damaged_preset_is_told_and_presets_are_listed(params, monkeypatch, capsys):
+def test_a_damaged_preset_is_reported_and_presets_are_listed(params, monkeypatch, capsys):
     before = params.read_bytes()
     for text in ("", "- a", "model: 3", "model: {n_leyer: 3}", "model: [", "modle: {n_layer: 3}"):
         (params.parent / "presets/toy.yaml").write_text(text)

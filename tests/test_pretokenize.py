@@ -70,7 +70,7 @@ def test_a_lone_surrogate_is_made_utf8_and_other_text_is_left_alone():
 
 @given(texts=st.lists(TRICKY, max_size=4))
 @settings(max_examples=100)
-def test_numbers_name_pretokens_and_counts_count_them(texts):
+def test_pretokens_are_numbered_and_counted(texts):
     table = PretokenTable()
     numbers = [int(i) for block in iter_blocks(texts) for i in table.number(block)]
     assert len(set(table.pretokens)) == len(table.pretokens)

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": False, "position": "learned", "bias": "all", "qk_norm": True}])
-def test_parts_are_all_the_weights(changes):
+def test_the_parts_have_all_the_weights(changes):
     model = GPT(tiny_config(**changes))
     assert sum(part.n_weights for part in parts_of(model).values()) == model.n_params()
     assert parts_of(model)["embedding"].n_weights == 300 * 32
@@ -125,7 +125,7 @@ def test_blocks_that_are_computed_again_keep_their_input_and_one_of_them_the_res
     assert recomputed[2] == pytest.approx(memory(one).activations + 9 * x, rel=0.01)
 
 
-def test_short_products_keep_less():
+def test_low_precision_products_keep_less():
     whole, half = (
         memory(tiny_config(), dataclasses.replace(PARAMS, precision=p)).activations for p in ("fp32", "bf16")
     )
@@ -133,7 +133,7 @@ def test_short_products_keep_less():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_of_adapters_alone_are_gradients_and_optimizer_state_counted(dropout):
+def test_with_adapters_only_their_gradients_and_optimizer_state_are_counted(dropout):
     lora = LoRAParams(rank=2, alpha=4.0, dropout=dropout, targets=("q_proj", "down_proj"))
     model = build_trained(tiny_config(), lora)
     n_adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -183,7 +183,7 @@ def test_the_peak_is_that_of_products_in_the_runs_precision(precision, dtype):
     assert dtypes == {dtype}
 
 
-def test_the_command_tells_the_costs_and_warns_of_a_run_that_will_not_fit(params, command):  # noqa: F811
+def test_profile_prints_the_costs_and_warns_of_a_run_that_will_not_fit(params, command):  # noqa: F811
     folder = params.parent
     said = command("profile")
     for words in ("weights     1,066,368: embedding 131,072", "operations", "training", "generation", "MFU"):

@@ -29,7 +29,7 @@ def seconds(text: str) -> int:
     return 60 * int(minutes) + int(rest)
 
 
-def test_without_a_terminal_lines_tell_the_time_left_from_where_the_work_was_taken_up():
+def test_without_a_terminal_lines_show_the_remaining_time_of_resumed_work():
     done = subprocess.run(COMMAND, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "a line of the log\n"
     pattern = rf"train: (\d+) of {TOTAL} steps, \d+:\d\d elapsed, (\d+:\d\d) remaining"

@@ -31,7 +31,7 @@ def test_products_are_near_those_of_the_weights(kind, bias):
         assert (found - expected).norm() / expected.norm() < ERRORS[kind]
 
 
-def test_what_has_few_values_is_held_exactly():
+def test_weights_of_few_values_are_stored_exactly():
     linear = layer(32, 16, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.randint(-7, 9, (16, 32)).float())

@@ -1,4 +1,4 @@
-"""Training killed in every way goes on and ends with the same bytes."""
+"""Training that is killed in any way continues, and ends with the same bytes."""
 
 import itertools
 import json
@@ -67,7 +67,7 @@ def log(folder: Path) -> str:
     return (folder / "train.log").read_text()
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(project, undisturbed):
+def test_killed_at_any_moment_training_ends_with_the_same_bytes(project, undisturbed):
     for step, moment in [(14, lambda folder: True), (60, is_saving)]:
         process = start_trainer(project)
         wait_until(lambda step=step: newest_step(project) >= step, project)
@@ -80,7 +80,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(project, undisturbed):
     assert not is_saving(project)  # what a killed trainer left is cleared away
 
 
-def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed, command, monkeypatch):
+def test_asked_to_stop_training_saves_and_ends_with_a_status(project, undisturbed, command, monkeypatch):
     monkeypatch.chdir(project)
     for number, step in [(signal.SIGINT, 14), (signal.SIGTERM, 60)]:
         process = start_trainer(project)
@@ -95,7 +95,7 @@ def test_asked_to_stop_it_saves_and_leaves_with_a_status(project, undisturbed, c
     assert hashes(project) == hashes(undisturbed)
 
 
-def test_the_death_of_the_dvc_above_it_stops_it_whatever_stands_between(project):
+def test_the_death_of_its_dvc_stops_training_whatever_is_between_them(project):
     for ready in (lambda: any(project.glob("runs/*/lock")), lambda: newest_step(project) > 1):
         with open(project / "train.log", "w") as output:
             dvc = subprocess.Popen(
@@ -108,7 +108,7 @@ def test_the_death_of_the_dvc_above_it_stops_it_whatever_stands_between(project)
     assert 1 < newest_step(project) < 300
 
 
-def test_killing_dvc_stops_the_trainer_and_every_way_to_run_goes_on(done, undisturbed, tmp_path):
+def test_killing_dvc_stops_the_trainer_and_every_way_to_run_continues(done, undisturbed, tmp_path):
     project = Path(shutil.copytree(done, tmp_path / "project", symlinks=True))
     set_params(project, STEPS)
     commit(project, "longer")
@@ -143,7 +143,7 @@ def test_what_a_person_started_outlives_its_parent(project):
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
-def test_a_disk_that_fills_up_in_a_save_is_one_line_and_the_run_goes_on_afterwards(project, undisturbed):
+def test_a_disk_that_fills_up_in_a_save_is_one_line_and_the_run_continues_afterwards(project, undisturbed):
     process = start_trainer(project)
     wait_until(lambda: newest_step(project) >= 14, project)
     # A limit on the size of files stands for the end of the disk: write() fails there.
@@ -167,13 +167,13 @@ def test_a_finished_run_is_published_again_with_the_time_and_memory_of_its_train
     assert report == first
 
 
-def test_another_model_never_goes_on_from_this_ones_checkpoints(trained):
+def test_another_model_never_continues_from_these_checkpoints(trained):
     set_params(trained, {"model.n_layer": 2, "train.max_steps": 10})
     assert "continuing" not in run_stages("train", trained)
     assert len({path.parent for path in trained.glob("runs/*/step-*")}) == 3  # the first project's, too
 
 
-def test_an_interrupted_run_goes_on_after_a_change_of_code_but_of_what_decides_its_weights(project, monkeypatch):
+def test_an_interrupted_run_continues_after_a_change_of_code_that_decides_no_weight(project, monkeypatch):
     monkeypatch.setattr(code, "ROOT", project)
     set_params(project, {"train.max_steps": 20, "train.save_every": 100})
     asked = itertools.cycle([0, 0, 0, 0, signal.SIGTERM])

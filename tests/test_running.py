@@ -38,7 +38,7 @@ def begun(tokenizer, prompt: str, sampling: Sampling, seed: int, n: int, n_logpr
 @given(
     moments=st.lists(st.tuples(st.lists(NEW, max_size=3), st.integers(0, 3)), min_size=1, max_size=8), data=st.data()
 )
-def test_an_answer_does_not_depend_on_what_comes_and_goes_beside_it(moments, data, tiny_tokenizer):
+def test_an_answer_does_not_depend_on_what_comes_and_goes_next_to_it(moments, data, tiny_tokenizer):
     running, all_new, dropped = Running(MODEL), list[tuple[tuple, Answer]](), list[Answer]()
     for new, n_step in moments:
         answers = [begun(tiny_tokenizer, *each) for each in new]
@@ -84,7 +84,7 @@ def test_log_probabilities_are_those_of_the_model(sampling, tiny_tokenizer):
             assert [value for _, value in best] == pytest.approx([float(row[i]) for i, _ in best], abs=1e-4)
 
 
-def test_log_probabilities_are_kept_only_where_they_are_asked_for(tiny_tokenizer):
+def test_log_probabilities_are_kept_only_on_request(tiny_tokenizer):
     sampling, search = KINDS[2], Search(best_of=2)
     (plain,) = generate_batch(MODEL, tiny_tokenizer, ["a"], max_new_tokens=5, sampling=sampling)
     (best,) = generate_batch(

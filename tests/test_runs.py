@@ -63,7 +63,7 @@ def four_runs() -> None:
         training(name, step=step, finished=finished, age=7200 * (age + 1))
 
 
-def test_each_is_listed_with_its_state_the_newest_first(folder):
+def test_each_run_is_listed_with_its_state_the_newest_first(folder):
     four_runs()
     lines = [line.split() for line in command(folder).splitlines()]
     size = 3 * (4000 + 72)  # three files of 1000 float32 and safetensors' header
@@ -90,7 +90,7 @@ def test_each_is_listed_with_its_state_the_newest_first(folder):
         ("--keep 9", "abcd"),
     ],
 )
-def test_pruning_removes_what_was_asked_for(folder, options, left):
+def test_pruning_removes_what_was_requested(folder, options, left):
     four_runs()
     before = sum(found.size for found in runs.find_runs(folder))
     (folder / "notes").mkdir()  # somebody's own
@@ -101,7 +101,7 @@ def test_pruning_removes_what_was_asked_for(folder, options, left):
     assert said.endswith(f": {freed} freed\n")
 
 
-def test_a_run_is_kept_while_a_program_holds_it_and_goes_when_that_was_killed(folder):
+def test_a_run_is_kept_while_a_program_holds_it_and_removed_when_that_was_killed(folder):
     training(NAMES[0], step=40, finished=True, age=0)
     holder = subprocess.Popen([sys.executable, "-c", HOLD, folder / NAMES[0] / "lock"], stdout=subprocess.PIPE)
     try:
@@ -142,7 +142,7 @@ def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path):
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": 3}', '{"max_steps": "20", "finished": true}'])
 @pytest.mark.parametrize(("file", "done"), [("step-0000025/state.json", "20 of 40 steps"), ("run.json", "25 steps")])
-def test_a_damaged_checkpoint_leaves_the_one_before_to_tell(folder, file, done, damage):
+def test_where_a_checkpoint_is_damaged_the_one_before_is_listed(folder, file, done, damage):
     training(NAMES[0], step=20, age=0)
     training(NAMES[0], step=25, age=0)
     (folder / NAMES[0] / file).write_text(damage)
@@ -150,14 +150,14 @@ def test_a_damaged_checkpoint_leaves_the_one_before_to_tell(folder, file, done, 
     assert (found.state, found.done, found.best) == ("damaged", done, 3.5)
 
 
-def test_a_program_killed_while_it_noted_does_not_stop_the_next(folder):
+def test_a_program_killed_while_writing_run_json_does_not_stop_the_next(folder):
     training(NAMES[0], step=20, age=0)
     (folder / NAMES[0] / "run.json.partial").write_text("{")
     training(NAMES[0], step=25, age=0)
     assert runs.find_runs(folder)[0].done == "25 of 40 steps"
 
 
-def test_nothing_there_is_no_mistake(folder):
+def test_an_empty_runs_folder_is_not_a_mistake(folder):
     assert command(folder) == f"{folder} holds no run: training keeps its checkpoints there\n"
     assert command(folder, "--prune") == f"removed 0 of 0 in {folder}: 0 B freed\n"
 
@@ -169,6 +169,6 @@ def test_nothing_there_is_no_mistake(folder):
         ("--prune --keep -1", "--keep=-1 must be at least 0"),
     ],
 )
-def test_options_that_make_no_sense_are_told(folder, options, message):
+def test_options_that_make_no_sense_are_reported(folder, options, message):
     done = run(f"python -m tinygpt runs {options}", folder.parent, PYTHONPATH=str(ROOT))
     assert (done.returncode, done.stdout) == (1, f"error: {message}\n")

@@ -212,7 +212,7 @@ def test_min_p_by_hand(share, expected):
         },
     ),
 )
-def test_a_token_is_always_left_and_the_likeliest_is_among_them_but_for_typical(values, options):
+def test_a_token_is_always_left_and_except_for_typical_it_is_the_likeliest(values, options):
     logits = torch.tensor([values, values[::-1]], dtype=torch.float64)
     filtered = apply_filters(logits, Sampling(**options))
     assert not filtered.isnan().any()
@@ -252,7 +252,7 @@ def test_temperature_zero_takes_the_likeliest_after_penalties_and_without_filter
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_where_no_token_is_left_there_is_none_and_other_rows_have_theirs(temperature):
+def test_a_row_without_an_allowed_token_gives_none_and_others_give_theirs(temperature):
     past = Past([[0, 1, 2, 3], [1]], [[], []], EOS)
     sampling = Sampling(no_repeat_ngram_size=1, temperature=temperature, top_p=0.5, typical_p=0.5)
     ids = choose(LOGITS.expand(2, 4), sampling, past, [random.Random(0), random.Random(0)])
@@ -261,7 +261,7 @@ def test_where_no_token_is_left_there_is_none_and_other_rows_have_theirs(tempera
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_model_that_gives_no_numbers_is_told(bad):
+def test_logits_that_are_not_numbers_are_reported(bad):
     with pytest.raises(UserError, match="not finite"):
         drawn(Sampling(), 1, torch.tensor([[0.0, bad]]))
 
@@ -296,7 +296,7 @@ def test_a_model_that_gives_no_numbers_is_told(bad):
         (Search, {"n_beam": 2, "early_stopping": "yes"}, "early_stopping='yes' is not one of"),
     ],
 )
-def test_bad_values_and_options_that_contradict_each_other_are_told_by_name(cls, options, message):
+def test_bad_values_and_options_that_contradict_each_other_are_reported_by_name(cls, options, message):
     with pytest.raises(ParamsError, match=message):
         cls(**options)
 
@@ -309,13 +309,13 @@ def test_bad_values_and_options_that_contradict_each_other_are_told_by_name(cls,
         ({"best_of": 3}, {"temperature": 0}, "best_of=3 needs temperature above 0"),
     ],
 )
-def test_a_search_that_does_not_fit_the_sampling_is_told(search, sampling, message):
+def test_a_search_that_contradicts_the_sampling_is_reported(search, sampling, message):
     with pytest.raises(ParamsError, match=message):
         Search(**search).check(Sampling(**sampling))
 
 
 @pytest.mark.parametrize("option", [{"logit_bias": ((300, 1.0),)}, {"banned_ids": (-1,)}, {"stop_ids": (4, 300)}])
-def test_an_id_that_the_model_has_not_is_told(option):
+def test_an_id_that_the_model_does_not_have_is_reported(option):
     (name,) = option
     with pytest.raises(ParamsError, match=f"{name} has (300|-1), but the model's ids are 0 to 299"):
         Sampling(**option).check_ids(300)

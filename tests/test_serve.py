@@ -167,7 +167,7 @@ def test_a_stream_is_the_whole_in_parts(options, echo, served):
             assert told == choice["text"]
 
 
-def test_no_token_of_a_stop_text_is_told(served, tiny_tokenizer):
+def test_no_token_of_a_stop_text_is_sent(served, tiny_tokenizer):
     whole = complete(served, prompt="the", max_tokens=30, seed=1, ignore_eos=True, logprobs=0)["choices"][0]
     place = whole["logprobs"]["text_offset"][10] - 3  # where a token begins, counted without the prompt
     stop = whole["text"][place : place + 4]
@@ -181,7 +181,7 @@ def test_no_token_of_a_stop_text_is_told(served, tiny_tokenizer):
         assert choices[-1]["finish_reason"] == "stop"
 
 
-def test_a_seed_gives_the_same_text_whatever_runs_beside_it(served, tiny_tokenizer):
+def test_a_seed_gives_the_same_text_whatever_runs_next_to_it(served, tiny_tokenizer):
     asked = [
         {"prompt": prompt, "model": model, "max_tokens": 15 + 5 * seed, "seed": seed} | options
         for seed in range(2)
@@ -318,7 +318,7 @@ def test_bad_requests_are_refused_with_what_is_wrong(document, status, message, 
     ],
     ids=["empty", "torn", "latin-1", "deep", "nan", "huge", "large", "list"],
 )
-def test_what_is_no_request_is_refused(raw, message, served):
+def test_what_is_not_a_request_is_refused(raw, message, served):
     for path in ("/v1/completions", "/look"):
         response = WEB.post(served[0] + path, content=raw)
         assert response.status_code == 400
@@ -359,7 +359,7 @@ def test_a_length_that_is_not_a_number_is_refused(length, served):
         assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 
-def test_two_hundred_clients_at_once_are_served_or_told_to_come_back(served, tiny_tokenizer):
+def test_two_hundred_clients_at_once_are_served_or_asked_to_come_back(served, tiny_tokenizer):
     expected = {seed: alone(tiny_tokenizer, "the", 6, seed=seed) for seed in range(200)}
     begin = threading.Barrier(200)
 
@@ -442,7 +442,7 @@ def test_a_connection_is_kept_for_longer_than_openais_client_keeps_it(served):
     connection.close()
 
 
-def test_more_requests_than_may_be_at_work_have_status_503(tiny_tokenizer):
+def test_more_requests_than_may_run_get_status_503(tiny_tokenizer):
     with running(tiny_tokenizer, max_rows=1, max_waiting=1, max_tokens=100_000) as served:
         host, port = served[0].removeprefix("http://").split(":")
         document = LONG | {"stream": True}
@@ -478,7 +478,7 @@ def test_more_requests_than_may_be_at_work_have_status_503(tiny_tokenizer):
     ],
     ids=str,
 )
-def test_pages_of_others_may_not_ask(headers, status, served):
+def test_pages_of_other_sites_are_refused(headers, status, served):
     response = post(served, {"prompt": "a", "max_tokens": 1}, headers=headers)
     assert response.status_code == status
     assert "access-control-allow-origin" not in response.headers
@@ -500,7 +500,7 @@ def test_the_page_has_all_it_needs_and_loads_nothing_from_elsewhere(served):
     assert "<script>" not in page.text and "style=" not in page.text
 
 
-def test_what_a_model_looked_at_is_what_the_decoder_had(served, tiny_tokenizer):
+def test_the_attention_that_the_page_shows_is_that_of_the_decoder(served, tiny_tokenizer):
     found = complete(
         served, prompt="the file", max_tokens=60, seed=1, ignore_eos=True, return_token_ids=True, logprobs=5
     )
@@ -529,7 +529,7 @@ def test_what_a_model_looked_at_is_what_the_decoder_had(served, tiny_tokenizer):
 
 @settings(max_examples=12)
 @given(prompt=st.lists(st.integers(0, 299), min_size=1, max_size=40), text=st.lists(st.integers(0, 299), max_size=60))
-def test_what_the_decoder_has_before_it(prompt, text):
+def test_the_page_shows_what_the_decoder_has_read(prompt, text):
     decoder = Decoder(FIRST, [prompt])
     for i in text:
         decoder.step([i])
@@ -621,7 +621,7 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_served_is_told_in_one_line(args, message, folder, monkeypatch, capsys):
+def test_what_cannot_be_served_is_reported_in_one_line(args, message, folder, monkeypatch, capsys):
     from tinygpt.cli.main import main
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -106,7 +106,7 @@ def test_a_thinned_file_is_taken_evenly(file, max_bytes):
 
 
 @pytest.mark.parametrize("n_worker", [1, 2, 3])
-def test_results_are_the_same_whoever_computes_them_and_leave_nothing_behind(file, n_worker):
+def test_results_are_the_same_whoever_computes_them_and_nothing_is_left_behind(file, n_worker):
     assert results(file, n_worker=n_worker) == "".join(text.upper() + "|" for text in TEXTS)
     assert len({pid for pid, _ in log(file)}) <= n_worker
     assert not [path for path in (file.parent / "runs").iterdir() if path.suffix != ".lock"]
@@ -138,7 +138,7 @@ def test_other_texts_take_nothing_from_a_run_that_was_stopped(file):
 
 
 @pytest.mark.parametrize("n_worker", [1, 2])
-def test_a_mistake_in_a_worker_is_told_as_here(file, n_worker):
+def test_a_mistake_in_a_worker_is_reported_as_in_this_process(file, n_worker):
     with pytest.raises(UserError, match="cannot do 0000"):
         results(file, fail, n_worker=n_worker)
 
@@ -151,7 +151,7 @@ def test_ray_gives_the_same_results_though_a_worker_is_killed(file):
     assert str(os.getpid()) not in {pid for pid, _ in log(file)}
 
 
-def test_ray_tells_a_mistake_in_one_line(file):
+def test_ray_reports_a_mistake_in_one_line(file):
     pytest.importorskip("ray")
     with pytest.raises(UserError, match="cannot do 0000"):
         results(file, fail, engine="ray")

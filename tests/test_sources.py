@@ -97,7 +97,7 @@ def test_bad_download_params_are_refused(changes: dict[str, object], message: st
         ("https://host/..", "must end with the name of a file"),
     ],
 )
-def test_a_source_that_cannot_be_is_one_line(tmp_path: Path, source: str, message: str) -> None:
+def test_an_impossible_source_is_one_line(tmp_path: Path, source: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         fill(tmp_path, source)
     assert "download.source" in str(caught.value)
@@ -135,7 +135,7 @@ def test_a_mirror_folder_serves_a_named_source_under_either_name(mirror: Path, t
         (mirror / name).unlink()
 
 
-def test_the_manifest_knows_nothing_of_the_mirror(mirror: Path, tmp_path: Path) -> None:
+def test_the_manifest_does_not_depend_on_the_mirror(mirror: Path, tmp_path: Path) -> None:
     (mirror / "pg7.txt").write_text(
         f"x\n*** START OF THE PROJECT GUTENBERG EBOOK 7 ***\n{VERSE}*** END OF THE PROJECT GUTENBERG EBOOK 7 ***\n"
     )
@@ -145,7 +145,7 @@ def test_the_manifest_knows_nothing_of_the_mirror(mirror: Path, tmp_path: Path) 
     assert str(tmp_path) not in manifest
 
 
-def test_a_mirror_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_that_is_not_there_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYGPT_MIRROR", "nowhere")
     with pytest.raises(UserError, match="TINYGPT_MIRROR=nowhere is neither a folder"):
         fill(tmp_path, "tinyshakespeare")
@@ -306,7 +306,7 @@ def test_a_local_file_is_taken_as_it_is(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "raw" / "manifest.json").read_text()
 
 
-def test_a_folder_is_taken_whole_but_for_hidden_and_binary_files(tmp_path: Path) -> None:
+def test_a_folder_is_taken_whole_except_for_hidden_and_binary_files(tmp_path: Path) -> None:
     own = tmp_path / "own"
     for name, content in {
         "b.md": b"two\n",
@@ -435,7 +435,7 @@ def test_max_bytes_holds_for_each_official_split(mirror: Path, tmp_path: Path) -
     assert list(texts(tmp_path).values()) == [VERSE * 2, VERSE * 2]
 
 
-def test_a_manifest_of_another_version_is_told(tmp_path: Path) -> None:
+def test_a_manifest_of_another_version_is_reported(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text(VERSE)
     manifest = dataclasses.asdict(fill(tmp_path, "own.txt").manifest)
     manifest["colour"] = "red"

@@ -50,7 +50,7 @@ def generate(folders, monkeypatch, capsys):
         ["--prompt-lookup", "--ngram", 2, "--compile"],
     ],
 )
-def test_the_likeliest_text_is_the_same_and_the_end_tells_what_the_proposals_brought(options, folders, generate):
+def test_the_likeliest_text_is_the_same_and_the_last_line_shows_the_gain(options, folders, generate):
     options = [folders / each if each == "draft" else each for each in options]
     plain, quiet = generate("--temperature", 0)
     found, told = generate("--temperature", 0, *options)
@@ -77,7 +77,7 @@ def test_the_likeliest_text_is_the_same_and_the_end_tells_what_the_proposals_bro
         ("--prompt-lookup --model x.gguf", "--prompt-lookup is not available with llama.cpp"),
     ],
 )
-def test_what_does_not_go_together_is_told_by_option(options, message, folders, generate):
+def test_options_that_contradict_each_other_are_reported_by_name(options, message, folders, generate):
     names = {"draft", "other", "smaller", "nowhere"}
     printed, problems = generate(*(folders / each if each in names else each for each in options.split()))
     assert message in problems

@@ -64,7 +64,7 @@ PENALTIES = {"frequency_penalty": -0.5, "repetition_penalty": 0.8, "no_repeat_ng
 
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), n_draft=st.integers(1, 8), ngram=st.integers(1, 4), data=st.data())
-def test_with_looked_up_proposals_a_seed_draws_what_it_draws_without(seed, n_draft, ngram, data, tiny_tokenizer):
+def test_with_looked_up_proposals_a_seed_gives_the_same_text_as_without(seed, n_draft, ngram, data, tiny_tokenizer):
     options = data.draw(st.sampled_from([{"temperature": 0.3}, {"top_p": 0.9}, PENALTIES]))
     sampling, prompt = Sampling(seed=seed, **options), data.draw(st.sampled_from(PROMPTS))
     speculation = Speculation(n_draft=n_draft, ngram=ngram)
@@ -82,14 +82,14 @@ def test_every_family_and_windows(changes, tiny_tokenizer):
         assert whole(model, PROMPTS[1], tiny_tokenizer, GREEDY, speculation).ids == plain.ids
 
 
-def test_the_model_as_its_own_draft_needs_a_pass_for_n_draft_tokens_and_one(tiny_tokenizer):
+def test_the_model_as_its_own_draft_gives_n_draft_plus_one_tokens_a_pass(tiny_tokenizer):
     sampling, speculation = Sampling(temperature=0, ignore_eos=True), Speculation(draft=MODEL, n_draft=4)
     answer = whole(MODEL, "the", tiny_tokenizer, sampling, speculation, n=1 + 5 * 4)
     assert len(answer.ids) == 21
     assert answer.n_pass == 5  # the prompt's gives one token
 
 
-def test_a_text_that_repeats_itself_is_looked_up(tiny_tokenizer):
+def test_proposals_are_looked_up_in_a_text_that_repeats_itself(tiny_tokenizer):
     look_up = LookUp(3)
     answer = Answer([1, 2, 3, 4, 9, 2, 3], tiny_tokenizer, GREEDY, max_new_tokens=9, block_size=32)
     assert look_up(answer, 3).ids == [4, 9, 2]
@@ -181,7 +181,7 @@ def test_draws_have_the_distribution_of_the_model(options):
         ([0.2, 0.3, 0.5], [0.0, 1.0, 0.0]),
     ],
 )
-def test_one_proposed_id_and_the_one_behind_it_by_the_rule(wanted, drawn_from):
+def test_one_proposed_id_and_the_one_after_it_follow_the_rule(wanted, drawn_from):
     p, q, after = (torch.tensor(each, dtype=torch.float64) for each in (wanted, drawn_from, [0.1, 0.2, 0.7]))
     generator, n, first, second = random.Random(1), 1500, [0, 0, 0], [0, 0, 0]
     for _ in range(n):
@@ -196,7 +196,7 @@ def test_one_proposed_id_and_the_one_behind_it_by_the_rule(wanted, drawn_from):
     assert not taken or [found / taken for found in second] == pytest.approx(after.tolist(), abs=0.07)
 
 
-def test_where_no_token_may_follow_the_text_ends():
+def test_a_text_ends_where_no_token_may_follow():
     none = Sampling(banned_ids=tuple(range(V)))
     for draft in (SMALL_DRAFT, None):
         for sampling in (none, dataclasses.replace(none, temperature=0), Sampling(no_repeat_ngram_size=1)):
@@ -207,7 +207,7 @@ def test_where_no_token_may_follow_the_text_ends():
             assert len(set(answer.ids)) == len(answer.ids) <= V - 2
 
 
-def test_pieces_come_token_by_token_and_a_seed_says_what_comes(tiny_tokenizer):
+def test_pieces_come_token_by_token_and_a_seed_decides_them(tiny_tokenizer):
     sampling, speculation = Sampling(seed=4), Speculation(draft=DRAFT)
     options = {"max_new_tokens": 30, "sampling": sampling, "speculation": speculation}
     pieces = list(stream(MODEL, tiny_tokenizer, "the", **options))
@@ -227,7 +227,7 @@ def test_pieces_come_token_by_token_and_a_seed_says_what_comes(tiny_tokenizer):
         ({"ngram": 0}, Search(), r"ngram=0 must be within \[1, 16\]"),
     ],
 )
-def test_what_does_not_fit_is_told_by_name(speculation, search, message, tiny_tokenizer):
+def test_what_does_not_fit_is_reported_by_name(speculation, search, message, tiny_tokenizer):
     sampling = GREEDY if search.n_beam > 1 else Sampling()
     for function, prompt in ((generate, "a"), (stream, "a"), (generate_batch, ["a"])):
         with pytest.raises(ParamsError, match=message):

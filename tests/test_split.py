@@ -120,7 +120,7 @@ def test_tail_cuts_the_document_on_the_border(tmp_path: Path) -> None:
     assert found == {"train": ["abc", "de"], "val": ["fg", "hij"], "test": []}
 
 
-def test_tail_cuts_no_document_where_the_border_is_one(tmp_path: Path) -> None:
+def test_tail_cuts_no_document_where_a_document_ends_at_the_border(tmp_path: Path) -> None:
     found = tail(["abcde", "fghij"], Shares(0.5, 0.0, 0), tmp_path)
     assert found == {"train": ["abcde"], "val": ["fghij"], "test": []}
 
@@ -146,7 +146,7 @@ def real_or_made_shakespeare() -> str:
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_tiny_shakespeare_is_split_as_everybody_splits_it(tmp_path: Path, made: bool) -> None:
+def test_tiny_shakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path, made: bool) -> None:
     data = "É\tto be&c.--\n\n\nor not:\n" * 5_001 if made else real_or_made_shakespeare()
     raw = make_raw(tmp_path, {"tinyshakespeare.txt": data.encode()})
     rules = {**ON, "near_duplicates": 0.8, "min_bytes": 100, "split": "tail", "val_fraction": 0.1}
@@ -159,7 +159,7 @@ def test_tiny_shakespeare_is_split_as_everybody_splits_it(tmp_path: Path, made: 
 
 
 @given(texts=texts_lists, more=texts_lists, val=fractions, test=fractions)
-def test_hash_keeps_each_text_in_its_split_whatever_joins(
+def test_hash_keeps_each_text_in_its_split_when_others_are_added(
     texts: list[str], more: list[str], val: float, test: float
 ) -> None:
     shares = Shares(val, test, 3)
@@ -225,7 +225,7 @@ def test_auto_cuts_what_has_too_few_documents_for_val_and_test(
     assert all(choose_splitter(how, facts, shares) == how for how in SPLITTERS)
 
 
-def test_one_file_is_split_by_default_and_told(tmp_path: Path) -> None:
+def test_one_file_is_split_by_position_by_default_and_clean_says_so(tmp_path: Path) -> None:
     rules = {**ON, "split": "auto", "val_fraction": 0.05, "test_fraction": 0.05}
     result = clean(from_mapping(CleanParams, rules), make_raw(tmp_path, {"a.txt": LONG}), tmp_path / "clean", RUNTIME)
     assert result.split == "tail"
@@ -236,7 +236,7 @@ def test_one_file_is_split_by_default_and_told(tmp_path: Path) -> None:
     assert re.fullmatch(r"val has [0-9]+ B \(documents: 1\)", told)
 
 
-def test_little_held_out_text_is_told() -> None:
+def test_little_held_out_text_is_reported() -> None:
     many = {"val_documents": 5, "val_bytes": 10**6, "test_documents": 4, "test_bytes": 10**6}
     assert little_held_out(many, "hash") == ["test has 1.0 MB (documents: 4)"]
     assert little_held_out(many, "tail") == []
@@ -256,7 +256,7 @@ def test_little_held_out_text_is_told() -> None:
         ),
     ],
 )
-def test_another_split_to_evaluate_on_helps_evaluation_alone(val: int, test: int, asked: str, message: str) -> None:
+def test_another_evaluate_split_is_advised_only_for_evaluation(val: int, test: int, asked: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         check_held_out({"val": val, "test": test}, asked)
     check_held_out({"val": 5, "test": 0}, "val")
@@ -265,7 +265,7 @@ def test_another_split_to_evaluate_on_helps_evaluation_alone(val: int, test: int
 # Leaks
 
 
-def test_train_loses_what_stands_in_val_or_test(tmp_path: Path) -> None:
+def test_train_loses_what_is_in_val_or_test(tmp_path: Path) -> None:
     official = [TEST, VAL, TRAIN, TRAIN, TRAIN, TRAIN]
     found, n_leaked = split(tmp_path, ["x", "y", "x", "y", "z", "z"], "source", Shares(0, 0, 0), official)
     assert found == {"train": ["z", "z"], "val": ["y"], "test": ["x"]}

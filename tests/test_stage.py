@@ -90,14 +90,14 @@ def test_what_a_later_stage_would_refuse_is_refused_by_every_stage(name, folder,
     ],
     ids=str,
 )
-def test_a_model_that_this_machine_cannot_hold_is_told_before_any_work(changes, folder, monkeypatch, capsys):
+def test_a_model_that_this_machine_cannot_hold_is_reported_before_any_work(changes, folder, monkeypatch, capsys):
     set_params(folder, changes)
     assert start("download", monkeypatch=monkeypatch) == 1
     assert re.match(r"error: model: [\d,]+ weights and .* this machine has .*: lower model\.", capsys.readouterr().err)
     assert [path.name for path in folder.iterdir()] == ["params.yaml"]
 
 
-def test_a_stage_outside_of_the_project_says_where_to_go(tmp_path, monkeypatch, capsys):
+def test_a_stage_outside_the_project_says_where_to_run_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for arguments in ([], ["--help"]):
         assert start("plot", *arguments, monkeypatch=monkeypatch) == 1
@@ -105,7 +105,7 @@ def test_a_stage_outside_of_the_project_says_where_to_go(tmp_path, monkeypatch, 
     assert not [*Path().iterdir()]
 
 
-def test_a_small_book_goes_through_all_stages_also_the_last(tmp_path):
+def test_a_small_book_goes_through_all_stages(tmp_path):
     make_project(tmp_path, SMALL | {"clean.separator": None, "clean.split": "tail", "tokenizer.vocab_size": 290})
     (tmp_path / "corpus.txt").write_text(corpus()[:9000], encoding="utf-8")
     said = run_stages("download clean train_tokenizer encode train evaluate export", tmp_path)

@@ -76,7 +76,7 @@ def test_imports_are_written_in_full():
             assert not (isinstance(node, ast.Import) and any(a.name.startswith("tinygpt") for a in node.names)), path
 
 
-def test_every_stage_but_code_names_its_own_code_and_no_file_of_it():
+def test_every_stage_except_code_tracks_its_own_code_and_no_file_of_it():
     for name, stage in PIPELINE["stages"].items():
         named = [group for group in stage.get("params", []) if isinstance(group, dict)]
         assert named == ([] if name == "code" else [{str(paths.CODE): [name]}])
@@ -101,7 +101,7 @@ def test_every_stage_is_a_script_of_its_name_and_has_a_description():
     assert PIPELINE["stages"]["code"]["outs"] == [{str(paths.CODE): {"cache": False, "persist": True}}]  # it may refuse
 
 
-def test_stages_track_every_group_that_they_read_but_runtime():
+def test_stages_track_every_group_that_they_read_except_runtime():
     classes = {params_class(target).__name__: group for group, target in params.GROUPS.items()}
     for name, stage in PIPELINE["stages"].items():
         source = (ROOT / f"stages/{name}.py").read_text()
@@ -112,7 +112,7 @@ def test_stages_track_every_group_that_they_read_but_runtime():
         assert {group for group in stage.get("params", []) if isinstance(group, str)} == read - untracked, name
 
 
-def test_no_out_of_a_stage_is_lost_by_git_and_dvc_both():
+def test_no_output_of_a_stage_is_lost_by_both_git_and_dvc():
     ignored = (ROOT / ".gitignore").read_text()
     for stage in PIPELINE["stages"].values():
         for out in [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]:
@@ -173,7 +173,7 @@ def test_data_rooms_and_reports_need_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_params_are_checked_without_what_takes_seconds_to_import():
+def test_params_are_checked_without_slow_imports():
     code = (
         "import sys; from tinygpt.params import check_params; check_params();"
         "sys.exit(' '.join({'torch', 'pandas', 'matplotlib'} & set(sys.modules)) or None)"
@@ -181,7 +181,7 @@ def test_params_are_checked_without_what_takes_seconds_to_import():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_package_files_hold_no_work():
+def test_package_files_have_no_code():
     for path in LIBRARY:
         if path.name == "__init__.py":
             allowed = (ast.Expr, ast.ImportFrom, ast.Assign)

@@ -58,14 +58,14 @@ def test_settings_are_keys_with_values_of_which_one_is_searched():
         (["train.lr=log:0..1"], "above 0 after log:"),
     ],
 )
-def test_settings_that_make_no_search_are_told(texts, message):
+def test_settings_without_a_search_are_reported(texts, message):
     with pytest.raises(UserError, match=message):
         read_settings(texts)
 
 
 def test_other_settings_are_refused_in_a_study_that_has_begun(tmp_path):
     open_study(tmp_path / "study.db", "a", {"train.lr": "1..2"}, seed=1)
-    with pytest.raises(UserError, match=r"has trials of -S train.lr=1..2: give these, or another --name"):
+    with pytest.raises(UserError, match=r"has trials with -S train.lr=1..2: use these, or another --name"):
         open_study(tmp_path / "study.db", "a", {"train.lr": "1..3"}, seed=1)
     open_study(tmp_path / "study.db", "b", {"train.lr": "1..3"}, seed=1)
 

@@ -76,6 +76,6 @@ def test_half_a_character_waits_for_its_other_half():
     assert pushed(BYTES.encode("né"), [], BYTES) == ["n", "", "é", ""]
 
 
-def test_the_places_by_hand():
+def test_places_where_stop_texts_begin_by_hand():
     assert (find_stop("abcd", []), find_stop("abcd", ["x"]), find_stop("abcd", ["cd", "b"])) == (None, None, 1)
     assert (n_held("a en", ["end"]), n_held("a end", ["end"]), n_held("aa", ["aab"]), n_held("", ["x"])) == (2, 0, 2, 0)

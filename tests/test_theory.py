@@ -17,7 +17,7 @@ from tinygpt.tokenizer.plain_bpe import apply_merges, learn_merges
 PAGE = (ROOT / "docs/theory.md").read_text()
 
 
-def test_every_number_of_the_page_comes_out(monkeypatch):
+def test_every_number_of_the_theory_page_is_reproduced(monkeypatch):
     monkeypatch.chdir(ROOT)
     session = doctest.DocTestParser().get_doctest(
         re.sub(r"^```.*$", "", PAGE, flags=re.MULTILINE), {}, "theory", None, 0
@@ -26,7 +26,7 @@ def test_every_number_of_the_page_comes_out(monkeypatch):
     assert doctest.DocTestRunner().run(session).failed == 0
 
 
-def test_the_code_that_it_names_is_there():
+def test_the_code_that_the_theory_page_names_exists():
     for path in set(re.findall(r"`(tinygpt/[\w/]+\.py)`", PAGE)):
         assert (ROOT / path).is_file(), path
     for names, path in re.findall(r"Code: (.+?) in\s+`(tinygpt/[\w/]+)\.py`", PAGE):
@@ -35,7 +35,7 @@ def test_the_code_that_it_names_is_there():
             assert hasattr(module, name), f"{name} in {path}"
 
 
-def test_its_figures_are_there():
+def test_the_figures_of_the_theory_page_exist():
     figures = re.findall(r"!\[.+?\]\((figures/\w+\.svg)\)", PAGE)
     assert len(figures) >= 5
     of_the_readme = {ROOT / "docs/figures/overview.svg"}
@@ -56,7 +56,7 @@ def test_the_plain_tokenizer_learns_the_same_merges(text):
 
 @settings(max_examples=50, deadline=None)
 @given(TRICKY)
-def test_the_plain_tokenizer_is_the_fast_one(text):
+def test_the_plain_tokenizer_gives_the_ids_of_the_fast_one(text):
     try:
         train_bpe([text * 3], 260)
     except UserError:  # too few pairs

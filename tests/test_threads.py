@@ -1,4 +1,4 @@
-"""How threads wait, and how many they are."""
+"""How threads wait, and how many there are."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def test_a_container_s_quota_is_rounded_up(tmp_path, newer, older, expected):
 @pytest.mark.parametrize(
     "first", ["stages.train", "tinygpt.cli.main", "tinygpt.model.gpt", "benchmarks.training", "conftest"]
 )
-def test_it_is_set_before_pytorch_is_loaded(first):
+def test_thread_waiting_is_set_before_pytorch_is_loaded(first):
     code = f"""
 import builtins, os, sys
 original = builtins.__import__

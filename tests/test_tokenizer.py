@@ -64,7 +64,7 @@ def test_order_of_documents_does_not_matter():
     assert train_bpe(texts, 400).merges == train_bpe(texts[::-1], 400).merges
 
 
-def test_min_frequency_stops_early_and_too_little_text_is_told():
+def test_min_frequency_stops_early_and_too_little_text_is_reported():
     with pytest.raises(UserError, match=r"gives only 259 tokens: lower tokenizer.vocab_size=300"):
         train_bpe(["abab cdcd"], 300, min_frequency=2)  # ab and cd; abab occurs once
     with pytest.raises(UserError, match="only 257 tokens"):
@@ -117,7 +117,7 @@ def test_ids_out_of_range_are_refused(tiny_tokenizer, ids):
         tiny_tokenizer.decode(ids)
 
 
-def test_batches_and_empty_texts(tiny_tokenizer):
+def test_batches_and_empty_texts_are_encoded(tiny_tokenizer):
     assert tiny_tokenizer.encode("") == []
     assert tiny_tokenizer.decode([]) == ""
     assert tiny_tokenizer.encode_batch(["the file", ""]) == [tiny_tokenizer.encode("the file"), []]
@@ -206,7 +206,7 @@ def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"tokenizer.json is not a byte-level BPE"):
         load_tokenizer(tmp_path)

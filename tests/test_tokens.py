@@ -65,7 +65,7 @@ def test_tokens_of_another_tokenizer_are_refused_where_the_tokenizer_is_named(ti
     assert load_meta(tmp_path, tokenizer=tmp_path) == meta
 
 
-def test_the_map_cannot_be_written(tiny_tokenizer, tmp_path):
+def test_mapped_tokens_cannot_be_written(tiny_tokenizer, tmp_path):
     write_folder(tmp_path, tiny_tokenizer)
     with pytest.raises(ValueError, match="read-only"):
         load_tokens(tmp_path, "train")[0] = 1
@@ -81,7 +81,7 @@ def test_a_file_of_another_length_is_refused(tiny_tokenizer, tmp_path):
         load_tokens(tmp_path, "train")
 
 
-def test_too_few_tokens_are_told_with_the_params_to_change(tiny_tokenizer, tmp_path):
+def test_too_few_tokens_are_reported_with_the_params_to_change(tiny_tokenizer, tmp_path):
     write_folder(tmp_path, tiny_tokenizer)
     with pytest.raises(UserError, match=r"test.bin has 0 tokens, at least 1 .*a larger clean.test_fraction"):
         load_tokens(tmp_path, "test")
@@ -89,7 +89,7 @@ def test_too_few_tokens_are_told_with_the_params_to_change(tiny_tokenizer, tmp_p
         load_tokens(tmp_path, "train", at_least=1000)
 
 
-def test_missing_and_foreign_files_are_told(tiny_tokenizer, tmp_path):
+def test_missing_and_foreign_files_are_reported(tiny_tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"meta.json not found: run `dvc repro encode`"):
         load_tokens(tmp_path, "train")
     write_folder(tmp_path, tiny_tokenizer)

@@ -110,7 +110,7 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_step_that_will_not_fit_into_memory_is_told_before_the_first():
+def test_a_step_that_will_not_fit_into_memory_is_reported_before_the_first():
     with pytest.raises(UserError, match=r"a step will not fit into the memory: lower runtime\.micro_batch_size"):
         train(params=dataclasses.replace(PARAMS, batch_size=2**32))
 
@@ -120,7 +120,7 @@ def test_a_step_that_will_not_fit_into_memory_is_told_before_the_first():
 
 @given(n=st.integers(20, 300), seq_len=st.integers(1, 19), batch_size=st.integers(1, 7), seed=st.integers(0, 99))
 @settings(max_examples=100)
-def test_an_epoch_has_each_token_once_but_for_less_than_a_sequence(n, seq_len, batch_size, seed):
+def test_an_epoch_has_each_token_once_except_for_less_than_a_sequence(n, seq_len, batch_size, seed):
     ring = np.arange(n).astype(np.uint16)
     batches = Batches(np.r_[ring, ring[:1]], seq_len=seq_len, batch_size=batch_size, seed=seed)
     n_steps = -(-batches.per_epoch // batch_size)
@@ -182,7 +182,7 @@ def test_each_schedule_has_its_shape(schedule, shares):
 # ---- dropout ----
 
 
-def test_dropout_falls_to_zero_over_the_run_where_asked():
+def test_anneal_dropout_lets_dropout_fall_to_zero_over_the_run():
     annealed = dataclasses.replace(PARAMS, anneal_dropout=True)
     assert [dropout_frac_at(step, annealed) for step in (0, 5, 9)] == pytest.approx([1, 0.5, 0.1])
     assert dropout_frac_at(9, PARAMS) == 1
@@ -219,7 +219,7 @@ GROWING = {"lr": 0.5, "optimizer": "lion", "warmup_steps": 0, "schedule": "const
     ],
     ids=["all", "ema", "lora"],
 )
-def test_going_on_never_gives_worse_weights_than_the_base(changes, tmp_path):
+def test_training_from_a_base_never_gives_worse_weights_than_the_base(changes, tmp_path):
     base = train("base", params=dataclasses.replace(PARAMS, max_steps=40)).best
     params = dataclasses.replace(PARAMS, init_from="base", **GROWING, **changes)
     trainer = make_trainer(params=params, base=base)
@@ -240,7 +240,7 @@ def test_patience_counts_from_a_base_that_is_the_best():
     assert fit(make_trainer(params=params, base=base)).state.step == 6
 
 
-def test_a_validation_loss_that_is_not_a_number_is_told_with_its_step():
+def test_a_validation_loss_that_is_not_a_number_is_reported_with_its_step():
     wild = {"lr": 1e30, "max_steps": 1, "eval_every": 1, "warmup_steps": 0, "sample_tokens": 5}
     with pytest.raises(UserError, match=r"validation loss nan at step 1: lower train\.lr"):
         train(params=dataclasses.replace(PARAMS, **wild), tie_weights=False)
@@ -370,7 +370,7 @@ def test_a_run_without_a_lower_loss_ends_when_patience_does(monkeypatch):
     assert train(params=params).state == trained.state
 
 
-def test_a_finished_run_is_given_again_without_a_step(monkeypatch):
+def test_a_finished_run_is_returned_again_without_a_step(monkeypatch):
     first = train()
     monkeypatch.setattr(Trainer, "_train_step", lambda *_, **__: pytest.fail("it trained again"))
     again = train()
@@ -398,7 +398,7 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(part, damage, tmp_pat
     assert same(resumed.best, undisturbed.best)
 
 
-def test_where_no_checkpoint_is_whole_that_is_told_and_the_run_begins_again(tmp_path, capsys):
+def test_where_no_checkpoint_is_whole_the_run_says_so_and_begins_again(tmp_path, capsys):
     undisturbed = train("undisturbed")
     train("damaged")
     for state in (tmp_path / "runs/damaged").glob("step-*/state.json"):
@@ -409,7 +409,7 @@ def test_where_no_checkpoint_is_whole_that_is_told_and_the_run_begins_again(tmp_
     assert same(resumed.last, undisturbed.last)
 
 
-def test_whatever_became_of_a_checkpoint_it_is_passed_over_or_as_it_was(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_or_loads_as_it_was(tmp_path, capsys):
     train("a" * 16)
     with Checkpoints("a" * 16) as checkpoints:
         checkpoints.note(max_steps=10, finished=False)
@@ -433,7 +433,7 @@ def test_whatever_became_of_a_checkpoint_it_is_passed_over_or_as_it_was(tmp_path
     assert find_runs(runs_folder)[0].state == "interrupted"
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path):
+def test_a_checkpoint_without_read_permission_is_not_skipped(tmp_path):
     train()
     newest = sorted((tmp_path / "runs/run").glob("step-*"))[-1]
     (newest / "state.json").chmod(0)
@@ -524,7 +524,7 @@ def test_each_length_of_a_context_warmup_is_compiled_once(monkeypatch):
 
 
 @pytest.mark.parametrize(("lr", "grad_clip"), [(1e30, 1e30)])
-def test_a_loss_that_is_no_number_stops_the_run_with_its_step_and_keeps_the_last_good_checkpoint(
+def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step_and_keeps_the_last_good_checkpoint(
     lr, grad_clip, tmp_path
 ):
     params = dataclasses.replace(PARAMS, lr=lr, grad_clip=grad_clip, save_every=1)
@@ -550,7 +550,7 @@ def test_a_request_to_stop_saves_and_says_so(monkeypatch):
     assert stopped.value.signal == 15
 
 
-def test_validation_sequences_lie_side_by_side():
+def test_validation_sequences_are_consecutive():
     rows = validation_sequences(np.arange(30, dtype=np.uint16), 8, 1000)
     assert rows.tolist() == [list(range(start, start + 9)) for start in (0, 8, 16)]
     assert len(validation_sequences(np.arange(30, dtype=np.uint16), 8, 17)) == 2
@@ -615,7 +615,7 @@ def test_publishing_writes_the_same_bytes_twice(tmp_path, tiny_tokenizer, monkey
     assert report["epochs"] == pytest.approx(10 * 4 * 64 / 1999)
 
 
-def test_tokens_are_counted_and_a_warmup_leaves_their_number(tmp_path, monkeypatch):
+def test_tokens_are_counted_and_a_context_warmup_does_not_change_their_number(tmp_path, monkeypatch):
     params = dataclasses.replace(PARAMS, context_warmup=ContextWarmup(start=16, steps=6))
     seen, original = [], Learner.learn
 

@@ -128,7 +128,7 @@ def greedy(model: GPT, ids: list[int]) -> list[int]:
     return ids[-N_NEW:]
 
 
-def test_the_stream_of_the_command_line_is_that_continuation(tiny_tokenizer):
+def test_the_command_line_streams_that_continuation(tiny_tokenizer):
     model = trained({}, tiny_tokenizer)
     text = "".join(
         stream(model, tiny_tokenizer, PROMPTS[0], max_new_tokens=N_NEW, sampling=Sampling(temperature=0, seed=0))

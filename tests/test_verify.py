@@ -95,12 +95,12 @@ def test_a_tokenizer_with_another_merge_order_fails(check, model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("weight_type", ["f16", "q8_0", "q4_0"])
-def test_weights_too_small_for_float16_are_no_failure(weight_type, check, model):
+def test_weights_too_small_for_float16_do_not_fail(weight_type, check, model):
     small = changed(model, "blocks.1.mlp.down_proj.weight", lambda w: w * 1e-7)
     assert check(small, weight_type=weight_type)[1] == []
 
 
-def test_weights_that_are_no_numbers_fail_to_load(check, model):
+def test_weights_that_are_not_numbers_fail_to_load(check, model):
     with pytest.raises(UserError, match=r"cannot load .*invalid"):
         check(model, exported=changed(model, "blocks.1.mlp.down_proj.weight", lambda w: w * torch.nan))
 

@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-SPIN = "10000"  # rounds that a waiting thread spins before it sleeps (docs/performance.md); libgomp's default is 300,000
+SPIN = "10000"  # rounds that a waiting thread spins before it sleeps (docs/performance.md); libgomp's own is 300,000
 QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))  # cgroup version 2, version 1
 
 

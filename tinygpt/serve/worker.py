@@ -90,7 +90,7 @@ class Worker(threading.Thread):
             job.report(stopping())
 
     def _admit(self) -> bool:
-        """Drop the jobs of clients that left, begin those that fit; wait if there is nothing to do.  False at the end."""
+        """Drop the jobs of clients that left, begin those that fit; wait if nothing is to do.  False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self.is_stopped or self._waiting or self._gone or self._places)
             gone, self._gone = self._gone, []
