@@ -1,6 +1,6 @@
 """Measure the model on held-out text and let it write.
 
-Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json, samples.md and look.json.
+Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json, samples.md and details.json.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.config import EvaluateParams
-from tinygpt.report.look import look, make_samples, write_look, write_samples
+from tinygpt.report.details import details, make_samples, write_details, write_samples
 from tinygpt.report.perplexity import evaluate_model
 from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
@@ -34,7 +34,7 @@ def run(root: Path) -> None:
     samples = make_samples(model, tokenizer, tokens, params)
     write_samples(root / REPORTS / "samples.md", samples)
     splits = {name: load_tokens(root / TOKENS, name) for name in SPLITS if meta.split(name).tokens}
-    write_look(root / REPORTS / "look.json", look(model, tokenizer, meta, splits, samples))
+    write_details(root / REPORTS / "details.json", details(model, tokenizer, meta, splits, samples))
     print(
         f"evaluate: {params.split} split, {report['tokens']:,} tokens, context {report['context']}: "
         f"loss {report['loss']:.4f} ± {report['loss_error']:.4f} nats per token, perplexity {report['ppl']:.2f}, "

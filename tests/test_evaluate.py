@@ -16,7 +16,7 @@ from tinygpt.files import write_json
 from tinygpt.generate import Sampling
 from tinygpt.params import ParamsError
 from tinygpt.report.config import EvaluateParams
-from tinygpt.report.look import make_samples, sampling_of, write_samples
+from tinygpt.report.details import make_samples, sampling_of, write_samples
 from tinygpt.report.perplexity import (
     Estimate,
     bits_per_byte,

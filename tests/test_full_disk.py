@@ -35,7 +35,7 @@ LIVE = (
     "reports/train.csv",
     "reports/train_norms.csv",
     "reports/train_samples.md",
-)  # written at each look of a training
+)  # written at each evaluation of a training
 
 
 def test_every_stage_and_command_survives_a_full_disk(done, tmp_path):

@@ -35,13 +35,13 @@ def stopped(done, tmp_path_factory) -> Path:
     for name in SEEN:
         (folder / "reports" / name).unlink()  # as DVC does before it runs the stage
     trainer = start_trainer(folder)
-    wait_until(lambda: len(looks(folder / "reports")) >= 2, folder)
+    wait_until(lambda: len(evaluated_steps(folder / "reports")) >= 2, folder)
     os.kill(trainer.pid, signal.SIGINT)
     assert status_of(trainer) == 130
     return folder
 
 
-def looks(folder: Path) -> list[int]:
+def evaluated_steps(folder: Path) -> list[int]:
     """The steps of the curve that have a validation loss: each file that can be read is whole."""
     if not (folder / "train.csv").exists():
         return []
@@ -51,7 +51,7 @@ def looks(folder: Path) -> list[int]:
 
 
 def test_the_curve_and_the_samples_of_each_evaluation_are_there_before_the_end_and_after_ctrl_c(stopped):
-    steps = looks(stopped / "reports")
+    steps = evaluated_steps(stopped / "reports")
     assert steps[:2] in ([60, 120], [0, 60])
     (run,) = (stopped / "runs").iterdir()
     for name in SEEN:
@@ -107,7 +107,7 @@ def test_a_second_terminal_sees_each_evaluation_and_makes_a_page(stopped, comman
     (run,) = (stopped / "runs").iterdir()
     lines = command("watch").stdout.splitlines()
     assert lines[0] == f"watching runs/{run.name}; reports/live.html shows it in a browser"
-    assert [int(line.split()[1].replace(",", "")) for line in lines if line.startswith("step ")] == looks(run)
+    assert [int(line.split()[1].replace(",", "")) for line in lines if line.startswith("step ")] == evaluated_steps(run)
     assert any(line.startswith("    ") for line in lines)
     assert lines[-1].startswith(f"no training is running in runs/{run.name} any more: it is at step ")
     assert 'http-equiv="refresh"' not in (stopped / "reports/live.html").read_text()
@@ -130,18 +130,18 @@ def test_the_live_page_draws_the_curve_so_far(stopped, browser, tmp_path):  # no
     problems: list[str] = []
     page = opened(browser, tmp_path / "live.html", problems)
     page.locator("[data-chart=loss] .mark-line path >> nth=1").wait_for(state="attached")
-    assert page.locator("#lookat").text_content().startswith("step ")
+    assert page.locator("#evaluationstep").text_content().startswith("step ")
     page.close()
     assert problems == []
 
 
 def test_the_curve_of_a_resumed_run_is_there_at_once(stopped):
-    before = looks(stopped / "reports")
+    before = evaluated_steps(stopped / "reports")
     for name in SEEN:
         (stopped / "reports" / name).unlink()
     trainer = start_trainer(stopped)
     wait_until(lambda: (stopped / "reports/train_samples.md").exists(), stopped)
-    assert looks(stopped / "reports")[: len(before)] == before
+    assert evaluated_steps(stopped / "reports")[: len(before)] == before
     os.kill(trainer.pid, signal.SIGINT)
     assert status_of(trainer) == 130
 

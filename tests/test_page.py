@@ -19,7 +19,7 @@ from test_evaluate import PARAMS
 from test_playground import BROWSER, browser  # noqa: F401  a fixture
 
 from tinygpt.report.compare import comparison_data, comparison_view
-from tinygpt.report.look import held_out, look, make_samples, score
+from tinygpt.report.details import details, held_out, make_samples, score
 from tinygpt.report.page import render, verdict
 from tinygpt.report.reports import find_earlier
 from tinygpt.tokens import SplitMeta, TokensMeta
@@ -54,7 +54,7 @@ def hostile(done, tmp_path_factory) -> Path:
     """A project whose text, prompts and names are all of them HTML."""
     folder = tmp_path_factory.mktemp("hostile") / "project"
     shutil.copytree(done, folder, symlinks=True)
-    path = folder / "reports/look.json"
+    path = folder / "reports/details.json"
     found = json.loads(path.read_text())
     for sample in found["samples"]:
         sample["prompt"] = HOSTILE
@@ -128,7 +128,7 @@ def test_a_browser_runs_nothing_of_a_hostile_text(hostile, browser):  # noqa: F8
     page.locator("#samples .token").first.click()
     page.locator("#token li").first.wait_for()
     assert page.title().startswith("tinygpt: ") and page.title().endswith(HOSTILE)
-    assert page.locator("#looktext").text_content() == HOSTILE
+    assert page.locator("#evaluationtext").text_content() == HOSTILE
     assert page.locator("main img, main script").count() == 0
     page.close()
     assert problems == []
@@ -139,11 +139,11 @@ def test_the_slider_shows_what_was_written_at_each_evaluation(page, done):
     written = re.findall(
         r"## Step (\d+)\n\n```text\n(.*?)\n```", (done / "reports/train_samples.md").read_text(), re.DOTALL
     )
-    slider = page.locator("#look")
+    slider = page.locator("#evaluation")
     slider.press("Home")
     for step, text in written:
-        assert page.locator("#lookat").text_content().startswith(f"step {step}, validation loss ")
-        assert page.locator("#looktext").text_content() == text
+        assert page.locator("#evaluationstep").text_content().startswith(f"step {step}, validation loss ")
+        assert page.locator("#evaluationtext").text_content() == text
         slider.press("ArrowRight")
 
 
@@ -189,7 +189,7 @@ def test_smoothing_brings_neighbouring_steps_together(page):
 
 @in_chromium
 def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page, done):
-    sample = json.loads((done / "reports/look.json").read_text())["samples"][-1]  # one that is surely longer
+    sample = json.loads((done / "reports/details.json").read_text())["samples"][-1]  # one that is surely longer
     tokens = page.locator("#samples .sample").last.locator("p.text").first.locator(".token")
     tokens.nth(3).hover()
     first = page.locator("#token li").all_text_contents()
@@ -203,7 +203,7 @@ def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page, done):
 
 @in_chromium
 def test_heads_can_be_chosen_and_a_token_attends_only_to_earlier_ones(page, done):
-    found = json.loads((done / "reports/look.json").read_text())["attention"]
+    found = json.loads((done / "reports/details.json").read_text())["attention"]
     shape = found["shape"]
     assert page.locator("#heads button").count() == shape[0] * shape[1]
     page.locator("#heads button").nth(1).click()
@@ -228,8 +228,8 @@ def test_heads_can_be_chosen_and_a_token_attends_only_to_earlier_ones(page, done
 def test_the_page_of_a_run_fits_the_screen_in_light_and_dark(done, browser, width, scheme):  # noqa: F811
     problems: list[str] = []
     page = opened(browser, done / PAGE, problems, color_scheme=scheme, viewport={"width": width, "height": 800})
-    for details in page.locator("details").all():
-        details.evaluate("(found) => { found.open = true; }")
+    for folded in page.locator("details").all():
+        folded.evaluate("(found) => { found.open = true; }")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("[data-chart=loss] svg").bounding_box()["width"] <= width
     ink, paper = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
@@ -287,7 +287,7 @@ def test_a_difference_counts_from_two_errors_on():
 
 
 @pytest.mark.parametrize(
-    "name", ["clean.json", "train.csv", "train_norms.csv", "train.json", "eval.json", "look.json", "export.json"]
+    "name", ["clean.json", "train.csv", "train_norms.csv", "train.json", "eval.json", "details.json", "export.json"]
 )
 def test_a_report_that_is_missing_or_cut_is_one_line_that_says_what_to_run(project, name):
     path = project / "reports" / name
@@ -341,7 +341,7 @@ def test_the_page_stays_small_whatever_the_text_and_the_model(tiny_tokenizer):
     split = SplitMeta(tokens=len(tokens), documents=30, bytes=100_000, sha256="")
     meta = TokensMeta(dtype="<u2", vocab_size=300, eos_id=0, tokenizer_sha256="", train=split, val=split, test=split)
     samples = make_samples(model, tiny_tokenizer, tokens, params)
-    found = look(model, tiny_tokenizer, meta, {"train": tokens}, samples)
+    found = details(model, tiny_tokenizer, meta, {"train": tokens}, samples)
     assert math.prod(found["attention"]["shape"]) <= 200_000
     assert len(json.dumps(found)) < 700_000
     assert found["documents"]["train"]["median"] == len(tiny_tokenizer.encode("the naïve file\n" * 400))

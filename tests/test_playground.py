@@ -55,7 +55,7 @@ def write(page, prompt: str) -> None:
     page.fill("#prompt", prompt)
     page.keyboard.press("Control+Enter")
     for pane in page.locator(".pane:visible").all():
-        pane.get_by_text(re.compile("as long as asked|at its end")).wait_for()
+        pane.get_by_text(re.compile("at its full length|at its end")).wait_for()
 
 
 def texts(page, selector: str = ".token") -> list[str]:
@@ -157,12 +157,12 @@ def test_an_alternative_token_is_taken_and_the_text_continues_from_it(page):
     other = page.locator("#alternatives button:not(.taken)").first
     name = other.locator(".name").text_content()
     other.click()
-    page.get_by_text(re.compile("as long as asked|at its end")).wait_for()
+    page.get_by_text(re.compile("at its full length|at its end")).wait_for()
     assert texts(page)[0].startswith(before + name.replace("␣", " ").replace("↵", "\n"))
     assert page.locator("#look").is_hidden()
     length = page.locator(TOKEN).count()
     page.click("#onward")
-    page.get_by_text(re.compile("as long as asked|at its end")).wait_for()
+    page.get_by_text(re.compile("at its full length|at its end")).wait_for()
     assert page.locator(TOKEN).count() > length
 
 

@@ -199,19 +199,19 @@ def _age(seconds: float) -> str:
 def watch(args: Namespace) -> None:
     """Print a line and a sample for each evaluation, the past ones first, until the training ends or is stopped."""
     folder = find_run(args.run, "train.csv")
-    page, n_told = args.page or REPORTS / "live.html", 0
+    page, n_shown = args.page or REPORTS / "live.html", 0
     print(f"watching {folder}; {page} shows it in a browser")
     while True:
         running = is_locked(folder)
         rows = read_curve(folder)
-        looks = [row for row in rows if row["val_loss"] is not None]
-        if len(looks) > n_told or not running:
+        evaluations = [row for row in rows if row["val_loss"] is not None]
+        if len(evaluations) > n_shown or not running:
             samples = {sample["step"]: sample["text"] for sample in read_samples(folder)}
-            for at in range(n_told, len(looks)):
-                print(told(looks[: at + 1]))
-                if text := samples.get(looks[at]["step"]):
+            for at in range(n_shown, len(evaluations)):
+                print(evaluation_line(evaluations[: at + 1]))
+                if text := samples.get(evaluations[at]["step"]):
                     print(shortened(text))
-            n_told = len(looks)
+            n_shown = len(evaluations)
             write_live(folder, page, running=running)
         if not running:
             break
@@ -220,14 +220,14 @@ def watch(args: Namespace) -> None:
     print(f"no training is running in {folder} any more: {done}")
 
 
-def told(looks: list[dict[str, float | None]]) -> str:
+def evaluation_line(evaluations: list[dict[str, float | None]]) -> str:
     """The last evaluation in a line, with the losses up to it as a row of bars."""
-    losses = [row["val_loss"] or 0.0 for row in looks[-N_BAR:]]
+    losses = [row["val_loss"] or 0.0 for row in evaluations[-N_BAR:]]
     low, width = min(losses), max(losses) - min(losses) or 1.0
     bars = "".join(BARS[round((loss - low) / width * (len(BARS) - 1))] for loss in losses)
-    train = looks[-1]["train_loss"]
+    train = evaluations[-1]["train_loss"]
     said = "" if train is None else f"train loss {train:.4f}  "
-    return f"step {looks[-1]['step']:>6,.0f}  {said}val loss {losses[-1]:.4f}  {bars}"
+    return f"step {evaluations[-1]['step']:>6,.0f}  {said}val loss {losses[-1]:.4f}  {bars}"
 
 
 def compare(args: Namespace) -> None:

@@ -77,11 +77,11 @@ class Origin:
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
     """Read it from the stages' folders.  Raises UserError that names the file, its key, and the stage to run."""
     read_training(model)
-    look = read_json(reports / "look.json", stage="evaluate")
+    path = reports / "details.json"
     try:
-        prompt = prompt_to_try(look["samples"])
+        prompt = prompt_to_try(read_json(path, stage="evaluate")["samples"])
     except (KeyError, TypeError):
-        raise UserError(f"{reports / 'look.json'} was written by another version: run `dvc repro evaluate`") from None
+        raise UserError(f"{path} was written by another version: run `dvc repro evaluate`") from None
     return Origin(
         manifest=read_record(Source, raw / "manifest.json", stage="download"),
         training=read_json(model / TRAINING_FILE, stage="train"),

@@ -162,13 +162,15 @@ def read_curves(experiments: Sequence[Experiment]) -> dict[str, list[Row]]:
 def read_made(one: Experiment) -> Made | None:
     """The reports of a revision, or of the workspace; None where it has no curve. Samples only where DVC has them."""
     files = DVCFileSystem(rev=one.rev)
-    texts = {name: read_report(files, name) for name in ("train.csv", "train.json", "eval.json", "look.json")}
+    texts = {name: read_report(files, name) for name in ("train.csv", "train.json", "eval.json", "details.json")}
     if not (texts["train.csv"] and texts["train.json"]):
         return None
     curve = parse_curve(texts["train.csv"], f"{REPORTS}/train.csv of {one.name}")
     try:
-        train, evaluation, look = (json.loads(texts[name] or "{}") for name in ("train.json", "eval.json", "look.json"))
-        samples = {sample["prompt"]: sample["text"] for sample in look.get("samples", [])}
+        train, evaluation, details = (
+            json.loads(texts[name] or "{}") for name in ("train.json", "eval.json", "details.json")
+        )
+        samples = {sample["prompt"]: sample["text"] for sample in details.get("samples", [])}
         return Made(one, curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"]), evaluation, samples)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"the reports of {one.name} cannot be read ({error!r}): run it again, or name others") from None

@@ -123,13 +123,13 @@ def visible(token: str) -> str:
 
 def run_data(reports: Reports) -> dict[str, Any]:
     """What the script draws."""
-    look, train, rows = reports.look, reports.train, reports.look["tokenizer"]["lengths"]
+    details, train, rows = reports.details, reports.train, reports.details["tokenizer"]["lengths"]
     of_all = {"tokens": train["tokens"], "epochs": train["epochs"]}
     return curve_data(reports.curve, reports.norms, reports.samples, train["best_step"], **of_all) | {
         "lengths": [{**row, "label": f"{row['bytes']}{'+' * (row is rows[-1])}"} for row in rows],
-        "samples": look["samples"],
-        "paragraph": look["tokenizer"]["paragraph"],
-        "attention": look["attention"],
+        "samples": details["samples"],
+        "paragraph": details["tokenizer"]["paragraph"],
+        "attention": details["attention"],
     }
 
 
@@ -146,7 +146,7 @@ def curve_data(
             for part, norm in reversed(row.items())
             if part != "step"
         ],
-        "looks": samples,
+        "evaluations": samples,
     }
 
 
@@ -168,7 +168,7 @@ def curve_rows(
 def curve_view(curve: list[Row], samples: list[dict[str, Any]], best_step: float | None) -> dict[str, Any]:
     """What curve.html shows."""
     val_losses = {row["step"]: row["val_loss"] for row in curve if row["val_loss"] is not None}
-    return {"looks": samples, "best_step": best_step, "val_losses": val_losses}
+    return {"evaluations": samples, "best_step": best_step, "val_losses": val_losses}
 
 
 def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
@@ -178,8 +178,8 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
         "clean": reports.clean,
         "train": reports.train,
         "eval": reports.eval,
-        "look": reports.look,
-        "prompt": prompt_to_try(reports.look["samples"]),
+        "details": reports.details,
+        "prompt": prompt_to_try(reports.details["samples"]),
         "source": reports.params["download.source"],
         "numbers": numbers(reports, earlier),
         "earlier": earlier,
@@ -188,7 +188,7 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
         "removed": [(words, reports.clean[key]) for key, words in CLEANED.items() if reports.clean.get(key)],
         "hf": export.pop("hf", None),
         "gguf": export,
-        "operations": sum(part["operations"] for part in reports.look["model"]["parts"].values()),
+        "operations": sum(part["operations"] for part in reports.details["model"]["parts"].values()),
         "groups": [
             (group, list(rows)) for group, rows in groupby(reports.params.items(), lambda row: row[0].split(".")[0])
         ],

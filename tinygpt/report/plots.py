@@ -178,8 +178,8 @@ def plot_attention(maps: NDArray[np.float32], tokens: Sequence[str], path: Path)
             else:
                 axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        figure.supxlabel("token that is looked at")
-        figure.supylabel("token that looks")
+        figure.supxlabel("token attended to")
+        figure.supylabel("token that attends")
         figure.colorbar(image, ax=axes, shrink=0.6, label="weight")
         save(figure, path)
 

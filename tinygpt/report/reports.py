@@ -20,8 +20,8 @@ from tinygpt.yaml12 import load_yaml
 
 COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
 AGAIN = "run `dvc repro train`"
-LOOK = re.compile(r"^## Step ([\d,]+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
-JSON_REPORTS = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "look": "evaluate"}
+SAMPLE = re.compile(r"^## Step ([\d,]+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
+JSON_REPORTS = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "details": "evaluate"}
 MOST_COMMITS = 20  # that are read
 
 Row = dict[str, float | None]
@@ -34,7 +34,7 @@ class Reports(NamedTuple):
     train: dict[str, Any]
     eval: dict[str, Any]
     export: dict[str, Any]
-    look: dict[str, Any]
+    details: dict[str, Any]
     curve: list[Row]
     norms: list[Row]
     samples: list[dict[str, Any]]  # "step" and "text" of those written at each evaluation
@@ -70,7 +70,7 @@ def read_norms(folder: Path) -> list[Row]:
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The "step" and the "text" of the sample of each evaluation; empty before the first one."""
     path = folder / "train_samples.md"
-    found = LOOK.findall(_text(path)) if path.exists() else []
+    found = SAMPLE.findall(_text(path)) if path.exists() else []
     return [{"step": int(step.replace(",", "")), "text": text} for step, _, text in found]
 
 

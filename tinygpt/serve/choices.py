@@ -56,39 +56,39 @@ class Choice:
             new, self._n_sent = range(self._n_sent, last), last
         if not (piece or new or finish_reason or begins):
             return None
-        choice = {"index": self.index, **self._told(piece, new, offsets, begins), "finish_reason": finish_reason}
+        choice = {"index": self.index, **self._part(piece, new, offsets, begins), "finish_reason": finish_reason}
         if self.body.return_token_ids:
             choice["token_ids"] = [self.answer.ids[i] for i in new]
             choice["prompt_token_ids"] = self.prompt.ids if begins else None
         return choice
 
     def whole(self) -> dict[str, Any] | None:
-        """The answer at its end, or none of it where only the prompt is told."""
+        """The answer at its end, or none of it where only the prompt is sent."""
         answer = self.answer
         return self.take(answer.text, len(answer.ids), answer.finish_reason or "length")
 
-    def _told(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
+    def _part(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
         """The text and its tokens."""
         echoes = begins and self.body.echo
-        told: dict[str, Any] = {"text": self.prompt.text + piece if echoes else piece, "logprobs": None}
+        part: dict[str, Any] = {"text": self.prompt.text + piece if echoes else piece, "logprobs": None}
         if self.body.logprobs is not None:
             answer, n_before = self.answer, len(self.prompt.text)
             rows = [(answer.ids[i], answer.logprobs[i], answer.top_logprobs[i], n_before + offsets[i]) for i in new]
             before = prompt_rows(self.prompt, self._scores, self.tokenizer) if echoes and self._scores else []
-            told["logprobs"] = told_rows(self.tokenizer, [*before, *rows])
-        return told
+            part["logprobs"] = completion_logprobs(self.tokenizer, [*before, *rows])
+        return part
 
 
 class ChatChoice(Choice):
     """The same as a message, or as what is added to one."""
 
-    def _told(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
+    def _part(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
         content = {"content": piece} if piece or begins else {}
         role = {"role": "assistant", "refusal": None} if begins else {}
-        told: dict[str, Any] = {"delta" if self.body.stream else "message": role | content, "logprobs": None}
+        part: dict[str, Any] = {"delta" if self.body.stream else "message": role | content, "logprobs": None}
         if self.body.logprobs is not None:
-            told["logprobs"] = {"content": [self._token(i) for i in new], "refusal": None}
-        return told
+            part["logprobs"] = {"content": [self._token(i) for i in new], "refusal": None}
+        return part
 
     def _token(self, i: int) -> dict[str, Any]:
         best = [self._scored(*pair) for pair in self.answer.top_logprobs[i]]
@@ -108,7 +108,7 @@ class Offsets:
         self._found: list[int] = []
 
     def of(self, ids: Sequence[int], n: int) -> list[int]:
-        """Those of the first n ids, which go on from the ones of the last call."""
+        """Those of the first n ids, which continue those of the last call."""
         for i in ids[len(self._found) : n]:
             self._found.append(self._n_char)
             self._n_char += len(self._decoder.decode(self._tokenizer.decode_bytes([i])))
@@ -131,17 +131,17 @@ def prompt_rows(prompt: Given, scores: Scores, tokenizer: Tokenizer) -> list[Row
     return rows
 
 
-def told_rows(tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, list[Any]]:
+def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Tokens as a completion has them; of two likely ones with one text, the likelier."""
-    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    part: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for i, logprob, best, offset in rows:
         found: dict[str, float] = {}
         for each, p in [*(best or []), (i, logprob or 0.0)]:
             found.setdefault(token_text(tokenizer, each), finite(p))
         scored = (finite(logprob), found) if logprob is not None else (None, None)
-        for values, value in zip(told.values(), (token_text(tokenizer, i), *scored, offset), strict=True):
+        for values, value in zip(part.values(), (token_text(tokenizer, i), *scored, offset), strict=True):
             values.append(value)
-    return told
+    return part
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -154,7 +154,7 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinity: OpenAI's number for a token that never comes."""
+    """JSON has no infinity: OpenAI's number for a token that is never chosen."""
     return max(logprob, -9999.0)
 
 

@@ -57,8 +57,8 @@ def text_of(message: dict[str, Any]) -> Any:
     content = message.get("content") or ""
     if not isinstance(content, list):
         return content
-    told = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    texts = [text for text in told if isinstance(text, str)]
+    found = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [text for text in found if isinstance(text, str)]
     return "".join(texts) if len(texts) == len(content) else content
 
 

@@ -1,4 +1,4 @@
-// The page of a run or of several: charts, the slider over the looks, tokens with their alternatives, attention.
+// The page of a run or of several: charts, the slider over the evaluations, tokens with their alternatives, attention.
 // What comes from a model or a text is put in as text, never as HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -87,16 +87,16 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dr
 
 // ---- the text getting better ----
 
-function showLook() {
-  const { step, text } = data.looks[Number(pick("look").value)];
+function showEvaluation() {
+  const { step, text } = data.evaluations[Number(pick("evaluation").value)];
   const row = data.curve.findLast((found) => found.step <= step && found.seen !== null);
-  pick("lookat").textContent = `step ${count(step)}${row ? `, validation loss ${row.seen.toFixed(3)}` : ""}`;
-  pick("looktext").textContent = text;
+  pick("evaluationstep").textContent = `step ${count(step)}${row ? `, validation loss ${row.seen.toFixed(3)}` : ""}`;
+  pick("evaluationtext").textContent = text;
 }
 
-if (pick("look")) {
-  pick("look").addEventListener("input", showLook);
-  showLook();
+if (pick("evaluation")) {
+  pick("evaluation").addEventListener("input", showEvaluation);
+  showEvaluation();
 }
 
 // ---- tokens ----
@@ -208,7 +208,7 @@ function showHeads() {
   let looking = n - 1;
   const say = (head, from, to) => {
     pick("headname").textContent =
-      `Layer ${Math.floor(head / nHead)}, head ${head % nHead}: ${visible(data.attention.tokens[from])} looks at ` +
+      `Layer ${Math.floor(head / nHead)}, head ${head % nHead}: ${visible(data.attention.tokens[from])} attends to ` +
       `${visible(data.attention.tokens[to])} with ${percent(attends(head, from, to))}`;
   };
   const show = (at) => {

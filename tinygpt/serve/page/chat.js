@@ -33,7 +33,7 @@ export function startChat(found) {
     stopper?.abort();
     talk = [];
     pick("talk").replaceChildren();
-    tell("");
+    setStatus("");
     showButtons();
   };
   copyOn(pick("chat-copy"), () => talk.map(({ role, content }) => `${role}: ${content}`).join("\n\n"));
@@ -63,7 +63,7 @@ async function answer() {
   const system = pick("system").value;
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...talk];
   const model = models[pick("chat-model").selectedIndex];
-  tell("waiting");
+  setStatus("waiting");
   showButtons();
   let add = null;
   let end = "";
@@ -75,24 +75,24 @@ async function answer() {
       if (choice) {
         add ??= say("assistant", "");
         add(choice.delta.content ?? "");
-        end = choice.finish_reason === "length" ? ", as long as asked" : end;
+        end = choice.finish_reason === "length" ? ", at its full length" : end;
       }
       if (usage) {
         const lost = usage.prompt_tokens > model.block_size ? `, of which the model reads the last ${model.block_size}` : "";
         end = `${usage.completion_tokens} tokens after ${usage.prompt_tokens}${lost}${end}`;
       }
     }
-    tell(end);
+    setStatus(end);
   } catch (error) {
     if (stopper !== mine) return;
-    if (error.name === "AbortError") tell("stopped");
-    else tell(error.message, true); // what was said stays: Again asks once more
+    if (error.name === "AbortError") setStatus("stopped");
+    else setStatus(error.message, true); // what was said stays: Again asks once more
   }
   stopper = null;
   showButtons();
 }
 
-function tell(text, isWrong = false) {
+function setStatus(text, isWrong = false) {
   pick("chat-status").textContent = text;
   pick("chat-status").classList.toggle("wrong", isWrong);
 }

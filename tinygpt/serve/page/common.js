@@ -76,8 +76,8 @@ export async function post(path, document, signal) {
   const headers = { "content-type": "application/json" };
   const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(document), signal });
   if (!response.ok) {
-    const told = await response.json().catch(() => null); // what is not of ours, as a proxy's, may be no JSON
-    throw new Error(told?.error?.message ?? `the server says ${response.status} ${response.statusText}`);
+    const answer = await response.json().catch(() => null); // what is not of ours, as a proxy's, may be no JSON
+    throw new Error(answer?.error?.message ?? `the server says ${response.status} ${response.statusText}`);
   }
   return response;
 }

@@ -10,7 +10,7 @@ let looking = null; // what is shown of a token: its pane, its place, and the se
 
 // ---- tokens as text ----
 
-// The bytes of a token as the server tells it: text, or "bytes:\xe4…" where it is no whole character.
+// The bytes of a token as the server sends it: text, or "bytes:\xe4…" where it is not a whole character.
 function bytesOf(token) {
   const parts = token.startsWith("bytes:\\x") ? token.matchAll(/\\x([0-9a-f]{2})/g) : null;
   return parts ? Uint8Array.from(parts, (part) => parseInt(part[1], 16)) : new TextEncoder().encode(token);
@@ -51,10 +51,10 @@ function addPane() {
 
 function describe(pane) {
   const { n_weight, n_layer, n_head, block_size } = models[pane.model.selectedIndex];
-  tell(pane, `${n_weight.toLocaleString("en")} weights, ${n_layer} layers of ${n_head} heads, context ${block_size}`);
+  setStatus(pane, `${n_weight.toLocaleString("en")} weights, ${n_layer} layers of ${n_head} heads, context ${block_size}`);
 }
 
-function tell(pane, text, isWrong = false) {
+function setStatus(pane, text, isWrong = false) {
   pane.status.textContent = text;
   pane.status.classList.toggle("wrong", isWrong);
 }
@@ -76,8 +76,8 @@ async function write(pane, prompt, nHidden) {
   const isOld = () => pane.stopper !== stopper; // another run has the pane: this one must leave it alone
   const name = pane.model.value;
   pane.stopper = stopper;
-  pane.root.ariaBusy = "true"; // a screen reader is told the end, not each token
-  tell(pane, "waiting");
+  pane.root.ariaBusy = "true"; // a screen reader reports the end, not each token
+  setStatus(pane, "waiting");
   showState();
   const begun = performance.now();
   let reason = "stopped";
@@ -97,14 +97,14 @@ async function write(pane, prompt, nHidden) {
       receive(pane, choice);
       reason = choice.finish_reason ?? reason;
       const n = pane.ids.length - pane.nPrompt;
-      tell(pane, `${n} tokens, ${Math.round((1000 * n) / (performance.now() - begun))} a second`);
+      setStatus(pane, `${n} tokens, ${Math.round((1000 * n) / (performance.now() - begun))} a second`);
     }
     if (isOld()) return;
-    tell(pane, `${pane.status.textContent}, ${reason === "length" ? "as long as asked" : "at its end"}`);
+    setStatus(pane, `${pane.status.textContent}, ${reason === "length" ? "at its full length" : "at its end"}`);
   } catch (error) {
     if (isOld()) return;
-    if (error.name === "AbortError") tell(pane, `${isBegun ? pane.ids.length - pane.nPrompt : 0} tokens, stopped`);
-    else tell(pane, error.message, true);
+    if (error.name === "AbortError") setStatus(pane, `${isBegun ? pane.ids.length - pane.nPrompt : 0} tokens, stopped`);
+    else setStatus(pane, error.message, true);
   }
   pane.stopper = null;
   pane.root.classList.remove("writing");
@@ -182,7 +182,7 @@ async function choose(pane, place) {
     mine.found = await response.json();
     if (looking === mine) show(mine);
   } catch (error) {
-    if (error.name !== "AbortError") tell(pane, error.message, true);
+    if (error.name !== "AbortError") setStatus(pane, error.message, true);
   }
 }
 

@@ -1,4 +1,4 @@
-"""What the model writes, what surprises it and what it attends to: reports/samples.md, and look.json of bounded size.
+"""What the model writes, what surprises it and what it attends to: reports/samples.md, and details.json.
 
 N tokens, T tokens of a sequence, V vocab_size.
 """
@@ -150,7 +150,7 @@ def sampling_of(params: EvaluateParams) -> Sampling:
     return Sampling(**{name: getattr(params, name) for name in shared})
 
 
-def look(
+def details(
     model: GPT, tokenizer: Tokenizer, meta: TokensMeta, splits: Mapping[str, TokenIds], samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """All of it, as JSON; of the splits those that have tokens, training first."""
@@ -172,7 +172,7 @@ def look(
     }
 
 
-def write_look(path: Path, found: dict[str, Any]) -> None:
+def write_details(path: Path, found: dict[str, Any]) -> None:
     """Write it, a line for each of its parts."""
     with atomic_write(path) as file:
         lines = (f"{json.dumps(name)}: {json.dumps(part, ensure_ascii=False)}" for name, part in found.items())
