@@ -1,7 +1,8 @@
-"""Phrases over which a reader stumbles, in everything that people read: pages, params, help, errors, docstrings."""
+"""Phrases over which a reader stumbles, in everything that people read: pages, params, help, errors, code, tests."""
 
 import ast
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +17,15 @@ STUMBLES = {
     r"\blikewise\b": "the same, too",
     r"\bhours? gone\b|\bminutes? gone\b|\bseconds? gone\b": "elapsed",
 }
+IN_NAMES = STUMBLES | {r"\btold\b": "reported", r"\bgo(es|ing)? on\b": "continues", r"\bbehind\b": "after, past"}
 PAGES = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "params.yaml"))
 CODE = sorted(path.relative_to(ROOT) for folder in ("tinygpt", "stages") for path in (ROOT / folder).rglob("*.py"))
 
 
-def stumbles(text: str) -> list[str]:
+def stumbles(text: str, phrases: dict[str, str] = STUMBLES) -> list[str]:
     """Where a phrase is, and what to say instead."""
     found = []
-    for phrase, instead in STUMBLES.items():
+    for phrase, instead in phrases.items():
         for match in re.finditer(phrase, text, re.MULTILINE):
             around = " ".join(text[max(0, match.start() - 30) : match.end() + 30].split())
             found.append(f"{around!r}: {instead}")
@@ -31,10 +33,12 @@ def stumbles(text: str) -> list[str]:
 
 
 def strings(path: Path) -> Iterator[str]:
-    """Docstrings, messages and other texts of a file."""
+    """Docstrings, messages and other texts of a file, and its comments."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield node.value
+    with path.open("rb") as file:
+        yield from (token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -46,3 +50,8 @@ def test_pages_read_well(page):
 @pytest.mark.parametrize("path", CODE, ids=str)
 def test_messages_and_docstrings_read_well(path):
     assert [each for text in strings(ROOT / path) for each in stumbles(text)] == []
+
+
+def test_tests_are_named_in_plain_english():
+    names = (name for path in ROOT.glob("tests/*.py") for name in re.findall(r"def test_(\w+)", path.read_text()))
+    assert [each for name in names for each in stumbles(name.replace("_", " "), IN_NAMES)] == []

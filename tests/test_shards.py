@@ -106,7 +106,7 @@ def test_a_thinned_file_is_taken_evenly(file, max_bytes):
 
 
 @pytest.mark.parametrize("n_worker", [1, 2, 3])
-def test_results_are_the_same_whoever_computes_them_and_nothing_is_left_behind(file, n_worker):
+def test_results_are_the_same_whoever_computes_them_and_no_file_is_left(file, n_worker):
     assert results(file, n_worker=n_worker) == "".join(text.upper() + "|" for text in TEXTS)
     assert len({pid for pid, _ in log(file)}) <= n_worker
     assert not [path for path in (file.parent / "runs").iterdir() if path.suffix != ".lock"]

@@ -27,7 +27,7 @@ from tinygpt.files import atomic_folder, sha256_file
 from tinygpt.progress import progress
 
 MIRROR = "TINYGPT_MIRROR"  # environment: a folder or an http(s) address that is looked at first
-LEAST_BYTES = 131_072  # of a beginning: enough to tell a text from a picture
+LEAST_BYTES = 131_072  # of a beginning: enough to distinguish a text from a picture
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class CompiledStep(LeanGPT):
         self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
             self._logits,
             fullgraph=True,
-            dynamic=False,  # but for what is marked: a size that another model had otherwise is no variable here
+            dynamic=False,  # but for what is marked: a size that another model had otherwise is not a variable here
             isolate_recompiles=True,
             options=OPTIONS | {"guard_filter_fn": of_sizes},
         )
