@@ -77,6 +77,12 @@ def test_the_command_draws_and_refuses(tmp_path, tiny_tokenizer, monkeypatch, ca
     main()
     assert "a.svg has 2 layers of 4 heads, a.html shows one after the other" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "a.svg").read_text()
+    monkeypatch.setattr("sys.argv", [*command, "the file", "--plot", "b.svg", "--generate", "5", "--save", "b.npz"])
+    main()
+    with np.load("b.npz") as saved:
+        text = tiny_tokenizer.decode(saved["ids"])
+        assert text.startswith("<|endoftext|>the file") and saved["weights"].shape == (2, 4, *2 * saved["ids"].shape)
+        assert saved["ids"].shape > (len(tiny_tokenizer.encode("the file")) + 1,)
     for options, message in [
         (["x" * 200], "--prompt has 2[0-9]+ tokens, the model reads 64"),
         (["x", "--plot", "a.gif"], "the name must end in .svg or .png"),

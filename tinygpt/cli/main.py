@@ -86,7 +86,11 @@ def _tokenizer_report_flags(command: ArgumentParser) -> None:
 
 
 def _attention_flags(command: ArgumentParser) -> None:
-    command.add_argument("--prompt", required=True, help="the text to look at")
+    command.add_argument("-p", "--prompt", required=True, help="the text to look at")
+    command.add_argument("--generate", type=int, default=0, metavar="N", help="and N tokens that the model adds to it")
+    command.add_argument(
+        "--save", type=Path, metavar="FILE", help="save an .npz: `weights` (n_layer, n_head, T, T) and `ids` (T,)"
+    )
     add_path(command, "--model", paths.MODEL)
     add_path(command, "--tokenizer", paths.TOKENIZER)
     add_path(command, "--plot", paths.REPORTS / "attention.png", ".png or .svg; the page next to it ends in .html")

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from tinygpt.cli.flags import STDIN
 from tinygpt.errors import UserError, printable
-from tinygpt.files import human_bytes, parse_json
+from tinygpt.files import atomic_write, human_bytes, parse_json
 from tinygpt.options import MOST_BYTES, checked
 from tinygpt.params import ParamsError, require
 from tinygpt.tokenizer import load_tokenizer
@@ -75,7 +75,10 @@ def tokenizer_report(args: Namespace) -> None:
 
 
 def attention(args: Namespace) -> None:
-    """Draw where each head of the model attends to, as a picture and a page."""
+    """Draw what each head of the model attends to, as a picture and a page, and save the weights on request."""
+    import numpy as np
+
+    from tinygpt.generate import Sampling, generate_batch
     from tinygpt.model.attention_maps import attention_maps
     from tinygpt.model.weights import load_pair
     from tinygpt.report.page import attention_page
@@ -83,14 +86,22 @@ def attention(args: Namespace) -> None:
 
     check_picture(args.plot)
     model, tokenizer = load_pair(args.model, args.tokenizer)
-    ids = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))]
-    if len(ids) > model.config.block_size:
-        raise UserError(f"--prompt has {len(ids)} tokens, the model reads {model.config.block_size}: shorten it")
+    ids, n_new = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))], max(0, args.generate)
+    if len(ids) + n_new > model.config.block_size:
+        raise UserError(
+            f"--prompt has {len(ids) + n_new} tokens, the model reads {model.config.block_size}: shorten it"
+        )
+    if n_new:
+        likeliest = Sampling(temperature=0)
+        ids += generate_batch(model, tokenizer, [args.prompt], max_new_tokens=n_new, sampling=likeliest)[0].ids
     tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
     maps = attention_maps(model, ids)
     plot_attention(maps, tokens, args.plot)
     page = args.plot.with_suffix(".html")
     attention_page(maps, tokens, page)
+    if args.save:
+        with atomic_write(args.save, "wb") as file:
+            np.savez(file, weights=maps, ids=ids)
     print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")
 
 
