@@ -27,7 +27,7 @@ from tinygpt.generate import Sampling, generate
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.serve import worker as serve_worker
-from tinygpt.serve.choices import seen_before
+from tinygpt.serve.explain import seen_before
 from tinygpt.serve.limits import Limits
 from tinygpt.serve.worker import Job, Worker
 

@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinygpt.errors import Stopped, UserError
-from tinygpt.serve.choices import describe, explain
+from tinygpt.serve.choices import describe
+from tinygpt.serve.explain import explain
 from tinygpt.serve.limits import PIECE, Limits, Refusal
 from tinygpt.serve.request import find_model
 from tinygpt.serve.service import Service, complete, json_bytes, json_response, unless_gone
