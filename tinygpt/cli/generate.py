@@ -27,7 +27,7 @@ DIVIDER = "---"  # a line between two texts
 MOST_WARNINGS = 10
 MOST_NAMED = 10  # characters that a warning names
 SPECIAL = re.compile(rb"<\|.*\|>")  # how special tokens are named
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: they would command a terminal
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: they would control a terminal
 
 
 def generate(args: Namespace) -> None:

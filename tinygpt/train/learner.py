@@ -140,7 +140,7 @@ class Learner:
         }
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what `tensors` gave, whole, into a learner that has made no step."""
+        """Restore what `tensors` returned, whole, into a learner that has made no step."""
         weights = trained_tensors(self.model)
         for name, weight in weights.items():
             put(weight, tensors["weights"][name])
@@ -164,7 +164,7 @@ class Learner:
     def _compile(self, loss: Loss) -> None:
         """Let the loss run by torch.compile."""
         if self.model.rope is not None:
-            self.model.rope(self.config.block_size)  # its tables grow outside of what is compiled
+            self.model.rope(self.config.block_size)  # its tables grow outside the compiled code
         torch._dynamo.config.recompile_limit = 64  # for every length of a context warmup, not only the first 8
         loss.compile(dynamic=False, mode="reduce-overhead" if self.runtime.cuda_graphs else None)
 

@@ -143,7 +143,7 @@ WORTH_CASTS = 192  # n_embd: at 128 a step of 1024 tokens took 1.1 times as long
 def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
     """The precision that "auto" stands for: bf16 where the device's own units multiply it, else fp32.
 
-    By the device's features and not by a timing, which might choose otherwise when the run goes on, and so change its
+    By the device's features and not by a timing, which might choose otherwise when the run continues, and so change its
     weights. Only CPUs with AMX take it, and only for models whose products are worth the casts: AVX512-BF16 doubles
     the speed of products at most, which casts take back.
     """
@@ -174,9 +174,9 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """A context in which a GPU computes the same bits each time, as a run that goes on must.
+    """A context in which a GPU computes the same bits each time, as a resumed run must.
 
-    Else attention and embeddings add up their gradients in any order. Not for the whole process: what draws the next
+    Without it, attention and embeddings add up gradients in any order. Not for the whole process: what draws the next
     token has no such way on a GPU.
     """
     if device.type != "cuda":
@@ -196,13 +196,13 @@ def build_scaler(precision: str, device: torch.device) -> GradScaler:
 
 
 def scaler_tensors(scaler: GradScaler) -> dict[str, Tensor]:
-    """Its state as "loss_scale/<what>": tensor, for a checkpoint; empty where it does nothing."""
+    """The scaler's state as "loss_scale/<what>": tensor, for a checkpoint; empty where it does nothing."""
     state = scaler.state_dict()
     return {f"loss_scale/{key}": torch.tensor(state[key]) for key in ("scale", "_growth_tracker") if state}
 
 
 def load_scaler_tensors(scaler: GradScaler, tensors: dict[str, Tensor]) -> None:
-    """Put back what `scaler_tensors` gave."""
+    """Restore what `scaler_tensors` returned."""
     if state := scaler.state_dict():
         kept = {key: tensors[f"loss_scale/{key}"].item() for key in ("scale", "_growth_tracker")}
         scaler.load_state_dict(state | kept)

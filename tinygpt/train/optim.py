@@ -104,7 +104,7 @@ def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
 
 
 def state_bytes(model: GPT, params: TrainParams) -> int:
-    """What the optimizers will keep of a model, about."""
+    """About how many bytes the optimizers will keep for a model."""
     matrix, other = OPTIMIZERS[params.optimizer].state_bytes
     sizes = ((kind_of(model, name), tensor.numel()) for name, tensor in trained_tensors(model).items())
     return sum(n * (matrix if kind == "matrix" else other) for kind, n in sizes)
@@ -125,7 +125,7 @@ def optimizer_tensors(model: GPT, optimizers: Iterable[Optimizer]) -> dict[str, 
 
 
 def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, into optimizers that have not made a step."""
+    """Restore what `optimizer_tensors` returned, into optimizers that have not made a step."""
     if not tensors:
         return
     set_lr(optimizers, 0.0)
@@ -161,7 +161,7 @@ def _adamw(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
 
 
 def _adamw8bit(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
-    """AdamW that keeps its state in bytes (Dettmers et al., https://arxiv.org/abs/2110.02861), by torchao."""
+    """AdamW that keeps its state in 8 bits (Dettmers et al., https://arxiv.org/abs/2110.02861), by torchao."""
     from torchao.optim import AdamW8bit
 
     return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
@@ -172,7 +172,7 @@ def _lion(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
 
 
 def _muon(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for what it is not made for."""
+    """Muon for the matrices inside the blocks, AdamW for all other weights."""
     inner, outer = ([group for group in groups if (group["kind"] == "matrix") is which] for which in (True, False))
     muon = [Muon(inner, lr=params.lr, momentum=params.momentum)] if inner else []
     return [*muon, *(_adamw(outer, params) if outer else [])]
@@ -209,11 +209,11 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Change each weight that has a gradient."""
         for group in self.param_groups:
-            _momenta(self, group["params"])  # all before the first product, whose buffers would stand between them
+            _momenta(self, group["params"])  # all before the first product, whose buffers would lie between them
             for same in _by_shape(group["params"]):
                 momenta, gradients = _momenta(self, same), _gradients(same)
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; no one reads them after this
+                torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; nothing reads them after this
                 updates = orthogonalized(torch.stack([whole(matrix) for matrix in gradients]))
                 scale = RMS_OF_ADAMW * max(same[0].shape) ** 0.5
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
@@ -248,7 +248,7 @@ def _by_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class Lion(Optimizer):
-    """The sign of a momentum (Chen et al., https://arxiv.org/abs/2302.06675).  Wants a third of AdamW's lr, or less."""
+    """The sign of a momentum (Chen et al., https://arxiv.org/abs/2302.06675).  Needs a third of AdamW's lr."""
 
     def __init__(self, groups: Iterable[WeightGroup], *, lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})

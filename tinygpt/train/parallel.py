@@ -143,7 +143,7 @@ class SplitWeights(Parallel):
         self.model.set_requires_gradient_sync(True)
 
     def whole_model(self, model: GPT, build: Callable[[], GPT]) -> GPT:
-        """A copy, as a model in parts can only train."""
+        """A copy, because a model in parts can only train."""
         copy = build()
         for name, weight in copy.named_parameters():
             put(weight, whole(model.get_parameter(name)))

@@ -30,7 +30,7 @@ Row = dict[str, float | None]  # of the curve: numbers by name
 
 
 class Trainer:
-    """One run.  `Trainer(…).fit(keeper)` goes on from where the run stopped, to the last step."""
+    """One run.  `Trainer(…).fit(keeper)` continues from where the run stopped, to the last step."""
 
     def __init__(self, learner: Learner, *, train_tokens: TokenIds, val_tokens: TokenIds) -> None:
         self.learner, self.world = learner, learner.world
@@ -139,7 +139,7 @@ class Keeper(Protocol):
         """Show how far the run has come; called before the first step and after each."""
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Keep all that the run needs to go on from here."""
+        """Keep all that the run needs to continue from here."""
 
 
 @dataclass(frozen=True)
