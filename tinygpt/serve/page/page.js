@@ -161,7 +161,7 @@ function showState() {
   for (const pane of panes) pane.tokens.classList.toggle("shaded", pick("shade").checked);
 }
 
-// ---- a token looked at ----
+// ---- details of a token ----
 
 async function choose(pane, place) {
   if (!place) return;
@@ -202,7 +202,7 @@ function show({ pane, place, found }) {
   showAttention();
 }
 
-// A head by the token that it looked at most; pressed again, it gives way to the mean of all.
+// A head by the token that it attended to most; pressed again, it gives way to the mean of all.
 function headButton(layer, head, weights) {
   const most = Math.max(...weights);
   const token = visible(looking.found.tokens[weights.indexOf(most)]);
