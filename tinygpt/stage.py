@@ -69,7 +69,7 @@ def described(groups: Sequence[str]) -> str:
     blocks = [re.search(rf"^{group}:.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE) for group in groups]
     lines = [printable(line) for block in blocks if block for line in (*block[0].rstrip().split("\n"), "")]
     how = f"It takes no arguments: set keys in {PARAMS_FILE}, or for one run by `dvc exp run -S group.key=value`."
-    return "\n".join([how, *(["It reads, with the values that they have now:", "", *lines] if lines else [])])
+    return "\n".join([how, *(["Its params, with their present values:", "", *lines] if lines else [])])
 
 
 def refusal(arguments: Sequence[str], groups: Sequence[str]) -> str:
