@@ -35,7 +35,7 @@ from tinygpt.tokenizer.bpe import train_bpe
 settings.register_profile("shared machine", deadline=None)  # on one, any example can take a second
 settings.load_profile("shared machine")
 
-FUZZ = float(os.environ.get("TINYGPT_FUZZ", "1"))  # so many times as many damaged inputs
+FUZZ = float(os.environ.get("TINYGPT_FUZZ", "1"))  # how many times as many damaged inputs
 
 SMALL = {
     "vocab_size": 300,

@@ -18,7 +18,7 @@ EOS = 0
 
 
 def row_of(lengths: list[int]) -> np.ndarray:
-    """Documents of so many tokens, each token another one, with EOS before and behind each."""
+    """Documents of these numbers of tokens, all tokens different, with EOS before and after each."""
     ids = iter(range(1, sum(lengths) + 1))
     return np.array([*(id for n in lengths for id in (EOS, *(next(ids) for _ in range(n)))), EOS], np.uint32)
 

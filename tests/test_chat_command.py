@@ -49,7 +49,7 @@ def chat(command, model, tiny_tokenizer, tmp_path):
 
 @pytest.fixture
 def answer(model, tiny_tokenizer):
-    """What the model writes behind a text."""
+    """What the model writes after a text."""
 
     def run(past: str, n: int = 5, **options) -> str:
         return generate(model, tiny_tokenizer, past, max_new_tokens=n, sampling=Sampling(**DRAWN | options))
@@ -222,7 +222,7 @@ class Terminal:
         self.shown, self.at, self.status = b"", 0, None
 
     def wait(self, text: str, seconds: float = 60) -> None:
-        """Until the text is shown, behind what was waited for before."""
+        """Until the text is shown, after what was waited for before."""
         end = time.monotonic() + seconds
         while text.encode() not in self.shown[self.at :]:
             assert time.monotonic() < end, f"{text!r} is not in {self.shown[self.at :]!r}"

@@ -1,4 +1,4 @@
-"""Several processes train one model: as one would, and one that dies takes nothing along."""
+"""Several processes train one model: as one would, and nothing is lost when one dies."""
 
 import dataclasses
 import json

@@ -79,7 +79,7 @@ def test_a_stage_that_is_killed_leaves_no_half_file_and_ends_with_the_same_bytes
 
 
 def test_dvc_or_what_it_runs_is_killed_and_make_repro_ends_with_the_same_bytes(done, project):
-    """Each run goes on where the one before was killed; when all is made, everything begins again."""
+    """Each run continues where the one before was killed; when all is made, everything begins again."""
     expected, rng = made(done, BY_DVC), random.Random(0)
     forget(project, BY_DVC)
     for _ in range(N_DVC):
@@ -92,7 +92,7 @@ def test_dvc_or_what_it_runs_is_killed_and_make_repro_ends_with_the_same_bytes(d
 
 
 def start_repro(folder: Path) -> subprocess.Popen[bytes]:
-    """What `make repro` does, but for the packages, and so far as the stages that are killed here."""
+    """What `make repro` does, without installing packages, as far as the stages that are killed here."""
     if run(
         "python -m tinygpt mend", folder
     ).returncode:  # as something is broken, and what a killed DVC ran still goes on

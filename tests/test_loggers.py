@@ -160,7 +160,7 @@ def wandb_records(path: Path):
 
 
 def wandb_run(path: Path) -> tuple[object, list[dict[str, float]]]:
-    """What is told of the run, and its rows."""
+    """What the log says of the run, and its rows."""
     deadline, records = time.monotonic() + 30, []
     while not any(record.WhichOneof("record_type") == "exit" for record in records):  # W&B's own process writes it
         assert time.monotonic() < deadline, path

@@ -1,4 +1,4 @@
-"""The loss from the last hidden state on: by hand, and beside PyTorch's."""
+"""The loss from the last hidden state on: by hand, and compared with PyTorch's."""
 
 import math
 

@@ -39,7 +39,7 @@ CHOICES = {
 
 
 def pairwise_rows() -> list[dict]:
-    """Few rows in which every pair of choices of two switches stands somewhere."""
+    """Few rows in which every pair of choices of two switches occurs somewhere."""
     names = list(CHOICES)
     missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in CHOICES[a] for y in CHOICES[b]}
     rng, rows = np.random.default_rng(0), []

@@ -1,4 +1,4 @@
-"""Each optimizer makes the step that a reference makes, and goes on after its state was saved."""
+"""Each optimizer makes the step that a reference makes, and continues after its state was saved."""
 
 import math
 import sys

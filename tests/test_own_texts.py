@@ -1,4 +1,4 @@
-"""Texts that people bring: one rule for a folder, a glob and an archive, and whatever is not taken is told."""
+"""Texts that people bring: one rule for a folder, a glob and an archive, and whatever is not taken is reported."""
 
 from __future__ import annotations
 

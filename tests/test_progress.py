@@ -1,4 +1,4 @@
-"""Bars and lines that tell how far a long work is and how long it will take."""
+"""Bars and lines that show how far a long work is and how long it will take."""
 
 import os
 import re

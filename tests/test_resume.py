@@ -180,7 +180,7 @@ def test_an_interrupted_run_continues_after_a_change_of_code_that_decides_no_wei
     monkeypatch.setattr(Interrupts, "requested", lambda interrupts: next(asked))
 
     def stopped_after(*changed: str) -> int:
-        """The step after which training stops that goes on for five, after a change of these files."""
+        """The step after which a training that continues for five steps stops, after a change of these files."""
         for name in changed:
             path = project / "tinygpt" / name
             path.write_text(path.read_text() + "\nCHANGED = True\n")

@@ -1,4 +1,4 @@
-"""The list of runs: told right, and nothing removed that somebody may still need."""
+"""The list of runs: it is right, and nothing is removed that somebody may still need."""
 
 import os
 import signal

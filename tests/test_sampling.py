@@ -1,4 +1,4 @@
-"""Functions of logits by hand, beside those of transformers, and how tokens are drawn."""
+"""Functions of logits by hand, compared with those of transformers, and how tokens are drawn."""
 
 import dataclasses
 import math

@@ -87,7 +87,7 @@ def alone(tokenizer, prompt: str, n: int, model: str = "first", **options: Any) 
 
 
 def token_bytes(told: str) -> bytes:
-    """The bytes of a token as the server tells it."""
+    """The bytes of a token as the server sends it."""
     return bytes.fromhex(told[6:].replace("\\x", "")) if told.startswith("bytes:\\x") else told.encode()
 
 

@@ -36,7 +36,7 @@ def file(tmp_path, monkeypatch) -> Path:
 
 
 def upper(shard: Shard, path: Path) -> None:
-    """Work that tells who did it."""
+    """Work that says who did it."""
     with atomic_write(path) as out:
         out.writelines(text.upper() + "|" for text in shard_texts(shard))
     with open(path.parents[2] / "done.log", "a") as log:
