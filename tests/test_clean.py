@@ -417,8 +417,8 @@ def test_the_same_raw_files_give_the_same_bytes(tmp_path: Path) -> None:
     [
         ({"min_bytes": 5000}, r"0 B of text left .* clean\.min_bytes dropped 1 of 1 documents"),
         ({"split": "hash", "val_fraction": 0.99}, r"clean\.split=auto for one long text, smaller clean\.val_fraction"),
-        ({"split": "hash", "val_fraction": 0.01}, r"clean\.val_fraction=0\.01 of 1 documents is none"),
-        ({"split": "hash", "test_fraction": 0.01}, r"clean\.test_fraction=0\.01 of 1 documents is none"),
+        ({"split": "hash", "val_fraction": 0.01}, r"clean\.val_fraction=0\.01 of 1 documents gives none"),
+        ({"split": "hash", "test_fraction": 0.01}, r"clean\.test_fraction=0\.01 of 1 documents gives none"),
         ({"split": "source"}, r"clean\.split=source needs a source with official splits, and download\.source=own"),
     ],
 )

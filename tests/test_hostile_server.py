@@ -260,7 +260,7 @@ KINDS: dict[str, tuple[Behaviour, str | dict[str, str]]] = {
         lambda a: body(a.file, "Content-Encoding: gzip"),
         {**dict.fromkeys(NAMES, "damaged or cut off"), **GZ},
     ),
-    "packed_in_an_unknown_way": (lambda a: body(a.file, "Content-Encoding: br"), "packed it unasked"),
+    "packed_in_an_unknown_way": (lambda a: body(a.file, "Content-Encoding: br"), "compressed it unasked"),
     "empty": (always(*body(b"")), "empty file"),
     "empty_without_length": (always(head()), "empty file"),
     "empty_chunked": (lambda a: chunks(b""), "empty file"),
@@ -402,7 +402,7 @@ def test_max_bytes_takes_the_beginning_and_a_later_run_continues(
     kept = {name.rpartition(".")[2]: content for name, content in cache(tmp_path).items()}
     if name in WHOLE:
         assert list(kept.values()) == [file]
-        assert re.search(rf"{name} is needed whole, download.max_bytes or not: \d", capfd.readouterr().err)
+        assert re.search(rf"{name} is downloaded whole, whatever download.max_bytes is: \d", capfd.readouterr().err)
         return
     assert set(kept) == {"partial", "json"}
     assert file.startswith(kept["partial"])

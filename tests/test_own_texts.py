@@ -241,7 +241,7 @@ def test_another_encoding_is_guessed_and_taken_when_it_is_named(
 
 def test_an_encoding_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(FRENCH.encode("cp1252") * 10_000 + b"\x81")
-    with pytest.raises(UserError, match="download.encoding=cp1252 does not read x.txt"):
+    with pytest.raises(UserError, match="download.encoding=cp1252 cannot decode x.txt"):
         fill(tmp_path, "x.txt", encoding="cp1252")
     for name in ("utf9", "hex", "undefined"):
         with pytest.raises(ParamsError, match=f"download.encoding='{name}' is not one of Python's text encodings"):

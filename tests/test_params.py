@@ -202,7 +202,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"evaluate.context": 64, "evaluate.stride": 65}, "evaluate.stride=65 must be at most evaluate.context=64: set"),
     ({"clean.test_fraction": 0}, "evaluate.split=test, but clean.test_fraction=0 leaves no test text: set evaluate"),
     ({"clean.split": "tail", "clean.test_fraction": 0}, "evaluate.split=test, but clean.test_fraction=0 leaves no"),
-    ({"clean.val_fraction": 0}, "clean.val_fraction=0 leaves no validation text, which train looks at: set it to"),
+    ({"clean.val_fraction": 0}, "clean.val_fraction=0 leaves no validation text, on which train evaluates: set it to"),
     (
         {"clean.split": "source", "download.source": "tinystories"},
         "evaluate.split=test, but download.source=tinystories has no such split of its own: set evaluate.split to val",

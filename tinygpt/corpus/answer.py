@@ -88,7 +88,7 @@ class Answer:
                 f"the server sent a web page, perhaps to log in: get {name} by hand, name it as the source"
             )
         if self._encoding not in ("identity", "gzip", "x-gzip"):
-            raise self.refuse("the server packed it unasked, and not with gzip")
+            raise self.refuse("the server compressed it unasked, and not with gzip")
         if self.length == 0:
             raise self.refuse("the server sent an empty file")
 

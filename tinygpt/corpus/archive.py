@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from tinygpt.corpus.local import LEFT_OUT, Notes, Tell
+from tinygpt.corpus.local import LEFT_OUT, Note, Notes
 from tinygpt.corpus.parquet import parquet_lines
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
@@ -42,25 +42,25 @@ class UnpackError(UserError):
     """A packed file is damaged, cut off, or unpacks to an absurd size."""
 
 
-def iter_members(path: Path, name: str | None = None, tell: Tell | None = None) -> Iterator[Member]:
+def iter_members(path: Path, name: str | None = None, note: Note | None = None) -> Iterator[Member]:
     """The files of an archive, named `<archive>/<file>`; any other file itself.  Use each before the next.
 
     `name` is what to call `path` itself. Hidden files, links, devices and the like are left out and reported. Raises
     UserError for a damaged archive, one that would write outside its folder, and one that unpacks to an absurd size.
     """
-    name, tell = name or path.name, tell or Notes().add
+    name, note = name or path.name, note or Notes().add
     last = PurePosixPath(name).name.lower()
     endings = [ending for ending in READERS if last.endswith(ending) and last.removesuffix(ending).strip(".")]
     ending = max(endings, key=len, default="")  # ".tar.gz" rather than ".gz"
     with _damage(name):
-        yield from READERS.get(ending, _read_plain)(_File(path, name, name[: len(name) - len(ending)], tell))
+        yield from READERS.get(ending, _read_plain)(_File(path, name, name[: len(name) - len(ending)], note))
 
 
 class _File:
     """A file, `stem` its name without the ending, and how many bytes more it may unpack to."""
 
-    def __init__(self, path: Path, name: str, stem: str, tell: Tell) -> None:
-        self.path, self.name, self.stem, self.tell = path, name, stem, tell
+    def __init__(self, path: Path, name: str, stem: str, note: Note) -> None:
+        self.path, self.name, self.stem, self.note = path, name, stem, note
         self.left = max(SMALL_BYTES, MOST_RATIO * path.stat().st_size)
 
     def spend(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -77,11 +77,11 @@ class _File:
         """Whether a member is taken, by its name and kind.  Raises UserError where it leads out of the archive."""
         path = PureWindowsPath(name)  # which splits at both kinds of slashes
         if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
-            raise UserError(f"{self.name} holds a file of the unsafe name {name[:MOST_SHOWN]!r}: it is not unpacked")
+            raise UserError(f"{self.name} holds a file with the unsafe name {name[:MOST_SHOWN]!r}: it is not unpacked")
         if any(part.startswith(".") for part in PurePosixPath(name).parts):
-            self.tell(LEFT_OUT, "hidden", self.inner(name))
+            self.note(LEFT_OUT, "hidden", self.inner(name))
         elif not stat.S_ISREG(mode):
-            self.tell(LEFT_OUT, "links" if stat.S_ISLNK(mode) else "special files", self.inner(name))
+            self.note(LEFT_OUT, "links" if stat.S_ISLNK(mode) else "special files", self.inner(name))
         else:
             return True
         return False

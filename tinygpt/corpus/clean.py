@@ -255,6 +255,6 @@ def _check_result(params: CleanParams, counts: Counter[str]) -> None:
         if params.split != "source" and fraction and not counts[f"{split}_documents"]:
             n = sum(counts[f"{name}_documents"] for name in SPLITS)
             raise UserError(
-                f"clean.{split}_fraction={fraction} of {n} documents is none ({n_in} came in): set clean.separator "
+                f"clean.{split}_fraction={fraction} of {n} documents gives none ({n_in} came in): set clean.separator "
                 "where a file holds several, clean.split=auto, or another clean.split_seed"
             )

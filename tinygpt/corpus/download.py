@@ -19,7 +19,7 @@ from tinygpt.corpus.answer import NotThereError
 from tinygpt.corpus.archive import READ_WHOLE, READERS, TARS, UnpackError, iter_members
 from tinygpt.corpus.fetch import CHUNK_BYTES, cache_name, check_sha256, fetch, forget
 from tinygpt.corpus.folders import Manifest, RawDownload, text_line, write_manifest
-from tinygpt.corpus.local import LEFT_OUT, Notes, Tell, local_files
+from tinygpt.corpus.local import LEFT_OUT, Note, Notes, local_files
 from tinygpt.corpus.raw import RawFolder
 from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Remote, Source, find_source, iter_python_docs
 from tinygpt.errors import UserError
@@ -133,15 +133,15 @@ def _need_more() -> Iterator[bytes]:
 
 
 def _source_files(
-    params: DownloadParams, source: Source, root: Path, raw: Path, cache: Path, tell: Tell
+    params: DownloadParams, source: Source, root: Path, raw: Path, cache: Path, note: Note
 ) -> list[SourceFile]:
     """The files of a source; those on the web and in buckets are still to be copied."""
     if source.remotes:
         files = [web_file(remote, params, root, cache) for remote in source.remotes]
     elif "://" in params.source:
-        files = [*bucket_files(params, cache, tell)]
+        files = [*bucket_files(params, cache, note)]
     else:
-        found = local_files(params.source, root, raw, tell)
+        found = local_files(params.source, root, raw, note)
         files = [SourceFile(name, params.sha256, functools.partial(_whole, path)) for name, path in found]
     if params.sha256 and len(files) > 1:
         raise UserError(f"download.sha256 must be null: {params.source} holds {len(files)} files, not one")
@@ -178,7 +178,7 @@ def _whole(path: Path, _: int | None) -> tuple[Path, bool]:
 def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) -> SourceFile:
     """A file that the mirror has, or the web."""
     sha256, cached = params.sha256 or remote.sha256, cache / cache_name(remote.url, remote.name)
-    is_needed_whole = f"{remote.name} is needed whole, download.max_bytes or not" if params.max_bytes else ""
+    is_needed_whole = f"{remote.name} is downloaded whole, whatever download.max_bytes is" if params.max_bytes else ""
 
     def get(n_bytes: int | None) -> tuple[Path, bool]:
         fetch_from = functools.partial(
@@ -206,7 +206,7 @@ def _mirrors(remote: Remote, root: Path) -> list[Path] | list[str]:
     return [folder / name for name in names if mirror and (folder / name).is_file()]
 
 
-def bucket_files(params: DownloadParams, cache: Path, tell: Tell) -> Iterator[SourceFile]:
+def bucket_files(params: DownloadParams, cache: Path, note: Note) -> Iterator[SourceFile]:
     """The files of an address, a folder's or a glob's, sorted, each named relative to it.
 
     Raises UserError where it names nothing, is refused, or needs a package that is not installed.
@@ -220,7 +220,7 @@ def bucket_files(params: DownloadParams, cache: Path, tell: Tell) -> Iterator[So
     for name in found:
         inner = PurePosixPath(name).relative_to(base)
         if any(part.startswith(".") for part in inner.parts):
-            tell(LEFT_OUT, "hidden", str(inner))
+            note(LEFT_OUT, "hidden", str(inner))
         else:
             get = functools.partial(_copy_from_bucket, store, params.source, name, cache)
             yield SourceFile(str(inner), params.sha256, get)

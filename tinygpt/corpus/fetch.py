@@ -186,7 +186,7 @@ class _Transfer:
                 self._begin(known, answer)
             elif not answer.continues(known):
                 self.discard()  # what we have is not of the file that is there now
-                raise BrokenOffError("the server sent another part than was asked for")
+                raise BrokenOffError("the server sent another part than the one requested")
             enough = None if answer.is_packed else self.enough
             self._receive(response, known.total, enough)
             return self._is_whole(answer, known.total, enough)
@@ -233,7 +233,7 @@ class _Transfer:
     def _is_whole(self, answer: Answer, total: int | None, enough: int | None) -> bool:
         if self.size > (total or MOST_UNTOLD):
             self.discard()
-            raise answer.refuse(f"the server sent more than {human_bytes(total or MOST_UNTOLD)}, as it should not")
+            raise answer.refuse(f"the server sent more than {human_bytes(total or MOST_UNTOLD)}")
         if enough and self.size >= enough and self.size != total:
             return False
         if total is not None and self.size != total:
@@ -263,7 +263,7 @@ class _Transfer:
             unpacked.unlink(missing_ok=True)
 
     def _error(self, reason: str, advice: str) -> UserError:
-        goes_on = f", it goes on after {human_bytes(self.size)}" if self.size else ""
+        goes_on = f", it continues after {human_bytes(self.size)}" if self.size else ""
         return UserError(f"cannot download {self.url} ({reason}): {advice}{goes_on}")
 
 

@@ -97,7 +97,7 @@ def iter_texts(path: Path, *, begin: int = 0, end: int | None = None) -> Iterato
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                raise UserError(f'{path} byte {begin:,} begins no {{"text": …}} document: run `dvc repro clean`')
+                raise UserError(f'{path} byte {begin:,} does not begin a {{"text": …}} document: run `dvc repro clean`')
             yield text
             begin += len(line)
 

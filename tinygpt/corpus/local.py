@@ -22,7 +22,7 @@ ALL: Sequence[str] = ("**",)  # the pattern of a folder
 MOST_SHOWN = 3  # names of a kind
 LEFT_OUT, READ = "left out", "read"
 
-Tell = Callable[[str, str, str], None]  # takes LEFT_OUT or READ, why or how, and a file's name
+Note = Callable[[str, str, str], None]  # takes LEFT_OUT or READ, why or how, and a file's name
 
 
 class Notes:
@@ -46,7 +46,7 @@ class Notes:
         return "; ".join(f"{what}: {', '.join(kinds)}" for what, kinds in parts)
 
 
-def local_files(source: str, root: Path, raw: Path, tell: Tell) -> list[tuple[str, Path]]:
+def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[str, Path]]:
     """(name, path) of each file, sorted by name; the name is relative to the folder or to the glob's fixed part."""
     named = Path(os.path.expanduser(source))  # noqa: PTH111 (it leaves a user that is not there as it is)
     path = root / named
@@ -64,14 +64,14 @@ def local_files(source: str, root: Path, raw: Path, tell: Tell) -> list[tuple[st
     within, real = raw.resolve(), base.resolve()
     if within.is_relative_to(real) and _fits(within.relative_to(real).parts, pattern, whole=False):
         raise UserError(f"download.source={source} holds {raw} itself: put the texts into a folder of their own")
-    names = sorted(_walk(base, pattern, {within}, tell))
+    names = sorted(_walk(base, pattern, {within}, note))
     for name in names:
         if not name.isprintable():
-            tell(READ, "under this name", name)
+            note(READ, "under this name", name)
     return [(printable(name), base / name) for name in names]
 
 
-def _walk(base: Path, pattern: Sequence[str], read: set[Path], tell: Tell) -> list[str]:
+def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> list[str]:
     """Names relative to `base` of the files that fit; `read` are the folders that are not read again."""
     found: list[str] = []
     todo: deque[tuple[str, ...]] = deque([()])  # folders, links to some at its left end: after all others
@@ -81,13 +81,13 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], tell: Tell) -> li
         try:
             real = here.resolve()
             if real in read or (parts and base.resolve().is_relative_to(real)):
-                tell(LEFT_OUT, "links", str(Path(*parts)))
+                note(LEFT_OUT, "links", str(Path(*parts)))
                 continue
             read.add(real)
             names = sorted(os.listdir(here))
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             if parts:
-                tell(LEFT_OUT, "unreadable", str(Path(*parts)))
+                note(LEFT_OUT, "unreadable", str(Path(*parts)))
             elif isinstance(error, PermissionError):
                 raise
             continue
@@ -100,10 +100,10 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], tell: Tell) -> li
             if not is_inside and not fits:
                 continue
             if name.startswith(".") or (not is_inside and kind != "files"):
-                tell(LEFT_OUT, "hidden" if name.startswith(".") else kind, path)
+                note(LEFT_OUT, "hidden" if name.startswith(".") else kind, path)
                 continue
             if is_link:
-                tell(READ, "through links", path)
+                note(READ, "through links", path)
             if is_inside:
                 (todo.appendleft if is_link else todo.append)(inner)
             else:

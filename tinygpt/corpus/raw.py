@@ -115,7 +115,7 @@ def _recoded(chunks: Iterable[bytes], encoding: str, name: str) -> Iterator[byte
             yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
         yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
     except UnicodeError as error:
-        raise UserError(f"download.encoding={encoding} does not read {name} ({error}): set another") from None
+        raise UserError(f"download.encoding={encoding} cannot decode {name} ({error}): set another") from None
 
 
 def _copy_text(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
@@ -228,4 +228,4 @@ def bad_line(name: str, number: int, line: bytes) -> UserError:
     where = f"{name} line {number:,}"
     if len(line) > MOST_LINE:
         return UserError(f"{where} has more than {human_bytes(MOST_LINE)}: cut its text into several lines")
-    return UserError(f'{where} is not a JSON object with a "text", or is nested too deep: mend the source or rename it')
+    return UserError(f'{where} is not a JSON object with a "text", or is nested too deeply: mend it or rename it')

@@ -122,7 +122,7 @@ class TrainParams:
         if "clean" in groups:
             yield (
                 groups["clean"].val_fraction > 0 or groups["clean"].split == "source",
-                "clean.val_fraction=0 leaves no validation text, which train looks at: set it to 0.05, say",
+                "clean.val_fraction=0 leaves no validation text, on which train evaluates: set it to 0.05, say",
             )
 
     def _rules_with_model(self, model: Any) -> Iterable[tuple[bool, str]]:

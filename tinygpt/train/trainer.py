@@ -79,7 +79,7 @@ class Trainer:
                 if save or finished:
                     keeper.save(self.state, self.learner.tensors() | {"best": self.best})
                 if asked and not finished:
-                    raise Stopped(asked, f"train: stopped after step {done}; run it again to go on from there")
+                    raise Stopped(asked, f"train: stopped after step {done}; run it again to continue from there")
         with self.learner.evaluated() as model:
             last, best = (merged_tensors(model, part) for part in (_copied(trained_tensors(model)), self.best))
         return Trained(self.state, last, best, trained=self.best)
