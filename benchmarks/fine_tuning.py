@@ -11,14 +11,13 @@ table. A run that is finished is not run again, and one that was stopped goes on
 from __future__ import annotations
 
 import argparse
-import math
 from argparse import Namespace
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scaling import ROOT, WIDTHS, Trial, measure
+from benchmarks.scaling import ROOT, Trial, bits, measure
 from quickstart import new_project, run_stages
 from tinygpt import paths
 from tinygpt.cli.models import promote
@@ -26,6 +25,7 @@ from tinygpt.cli.project import PRESETS, apply_values, preset
 from tinygpt.errors import program
 from tinygpt.files import read_json
 from tinygpt.params import PARAMS_FILE
+from tinygpt.plan.recipe import LAYERS
 from tinygpt.tokens import load_meta
 
 # The text of the base, and the one that it goes on with; the last is the same, where nothing must become worse.
@@ -63,8 +63,7 @@ def go_on(project: Path, name: str, changes: dict[str, Any]) -> list[str]:
     apply_values(project / PARAMS_FILE, {"train": changes})
     run_stages(project, "train")
     report, val = read_json(project / "reports/train.json", stage="train"), load_meta(project / paths.TOKENS).val
-    bits = val.tokens / val.bytes / math.log(2)
-    losses = (f"{report[name] * bits:.3f}" for name in ("first_val_loss", "last_val_loss", "val_loss"))
+    losses = (f"{report[loss] * bits(val):.3f}" for loss in ("first_val_loss", "last_val_loss", "val_loss"))
     return [*losses, f"{report['best_step']}"]
 
 
@@ -75,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=SOURCE", help="a text, again for each")
     parser.add_argument("--base", action="append", default=[], metavar="NAME=FOLDER", help="a finished project")
-    parser.add_argument("--width", type=int, default=128, choices=WIDTHS, help="of the models that are trained here")
+    parser.add_argument("--width", type=int, default=128, choices=LAYERS, help="of the models that are trained here")
     arguments = parser.parse_args()
     sources = {"python-docs": "python-docs"} | dict(text.split("=", 1) for text in arguments.text)
     given = {name: Path(folder).resolve() for name, folder in (base.split("=", 1) for base in arguments.base)}
