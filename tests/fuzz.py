@@ -102,7 +102,12 @@ FORMATS = {
     "checkpoints": Format(("runs/*/step-*/*", "runs/*/run.json"), ("runs", "runs --prune", "stages.train"), DATA),
     "curves": Format(("reports/*.csv",), ("stages.plot",), ("params.yaml",)),
     "reports": Format((*REPORTED, "data/model/training.json"), ("stages.export",), DATA),
-    "base": Format(("data/base/*",), ("preset base", f"{GENERATE} --model data/base", "stages.train"), DATA, "lora"),
+    "base": Format(
+        ("data/base/*",),
+        ("preset base", f"{GENERATE} --model data/base", "stages.train"),
+        (*DATA, "presets/*"),
+        "lora",
+    ),
     "adapters": Format(("data/model/*",), ("stages.export",), (*DATA, *REPORTED, "data/base/*"), "lora"),
     "prompts": Format(("prompts.jsonl",), (f"{WRITE} --prompts prompts.jsonl --format jsonl",), PAIR),
     "lines": Format(("prompts.txt",), (f"{WRITE} --prompts prompts.txt --format jsonl",), PAIR),

@@ -176,7 +176,7 @@ def test_a_base_travels_with_experiments(here, command):
     said = succeed("dvc exp run --temp train -S train.max_steps=6 -S train.warmup_steps=1 -S train.lr=5", here)
     assert "at step 0: before the first, so the weights that it started from are published" in said
     assert "Stage 'base' didn't change" in said
-    succeed("dvc exp run --queue train -n waited -S train.max_steps=7", here)
+    succeed("dvc exp run --queue train -n waited -S train.max_steps=7 -S train.warmup_steps=1", here)
     succeed("dvc queue start", here)
     wait_until(lambda: "Success" in run("dvc queue status | grep waited", here).stdout, here / "dvc.yaml")
 

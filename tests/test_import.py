@@ -325,7 +325,7 @@ def test_training_starts_from_an_imported_and_a_promoted_model(project, command,
 
     assert command("import-hf", "data/export/hf").returncode == 0
     assert "train.init_from: scratch -> base" in command("preset", "base").stdout
-    set_params(project, {"train.max_steps": 10, "train.lr": 1e-4})
+    set_params(project, {"train.max_steps": 10, "train.warmup_steps": 5, "train.lr": 1e-4})
     run_stages("train_tokenizer encode train", project)
     second = json.loads((project / "reports/train.json").read_text())
     assert second["val_loss"] < first["val_loss"] + 0.02

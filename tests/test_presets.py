@@ -1,19 +1,29 @@
 """Presets: each fits params.yaml, and nothing but their values changes there."""
 
+import dataclasses
 import re
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from project import ROOT, run, succeed
 from ruamel.yaml import YAML
 
 from tinygpt.cli.project import apply_values, preset
 from tinygpt.errors import UserError
+from tinygpt.export.folders import write_base
+from tinygpt.files import write_json
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
+from tinygpt.model.weights import model_tensors
 from tinygpt.params import ParamsError, check_params, load_params
+from tinygpt.paths import TOKENS
+from tinygpt.tokens import SplitMeta, TokensMeta
+from tinygpt.train.config import TrainParams
+from tinygpt.yaml12 import load_yaml
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 SIZES = {
@@ -27,6 +37,8 @@ SIZES = {
     "gpt2": (12, 12, 768, 1024),
 }
 
+UNSIZED = ["base", "gpt2-style", "llama-style", "lora"]
+
 
 @pytest.fixture
 def params(tmp_path, monkeypatch):
@@ -36,6 +48,10 @@ def params(tmp_path, monkeypatch):
     return tmp_path / "params.yaml"
 
 
+def comments(lines: list[str]) -> list[str]:
+    return [comment for line in lines if (comment := line.partition("#")[2])]
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_changes_its_values_and_no_other_line(preset, params):
     before = params.read_text().splitlines()
@@ -43,10 +59,9 @@ def test_a_preset_changes_its_values_and_no_other_line(preset, params):
     changed = apply_values(params, values)
     check_params(params)
     after = params.read_text().splitlines()
-    assert len(after) == len(before)
-    differing = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-    assert len(differing) >= len(changed)  # a list is several lines
-    assert all(old.partition("#")[2] == new.partition("#")[2] for old, new in differing)  # comments stay
+    assert (len(after) == len(before)) is (preset.stem != "lora")  # whose adapters are lines of their own
+    assert len([line for line in after if line not in before]) >= len(changed)  # a list is several lines
+    assert comments(after) == comments(before)
     found = YAML(typ="safe", pure=True).load(params)
     assert all(found[group][key] == value for group, keys in values.items() for key, value in keys.items())
     assert apply_values(params, values) == []
@@ -54,7 +69,7 @@ def test_a_preset_changes_its_values_and_no_other_line(preset, params):
 
 
 def test_the_sizes_and_gpt2s_number_of_weights(params):
-    assert {path.stem for path in PRESETS} == {*SIZES, "gpt2-style", "llama-style", "shakespeare"}
+    assert {path.stem for path in PRESETS} == {*SIZES, *UNSIZED, "shakespeare"}
     for name, sizes in SIZES.items():
         apply_values(params, YAML(typ="safe", pure=True).load(params.parent / f"presets/{name}.yaml"))
         model = load_params(ModelParams, path=params)
@@ -73,9 +88,75 @@ def test_the_preset_command_lists_applies_and_suggests(params):
     assert (wrong.returncode, wrong.stdout) == (1, "error: there is no preset smal (did you mean small?)\n")
 
 
+def test_presets_are_listed_by_size_with_those_without_one_after_them(params, capsys):
+    (params.parent / "presets/odd.yaml").write_text("# odd\nmodel: {n_layer: [1], n_embd: 1e400}\n")
+    preset(Namespace(name=None))
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    sizes = ["shakespeare", "tiny", "toy", "mini", "wide", "small", "medium", "gpt2", "large"]
+    assert listed == [*sizes, *UNSIZED, "odd"]
+
+
 def test_a_base_that_is_not_there_is_reported(params):
-    wrong = run("python -m tinygpt preset base", params.parent, PYTHONPATH=str(ROOT))
-    assert wrong.stdout.startswith("error: data/base is empty: run `python -m tinygpt import-hf FOLDER`")
+    before = params.read_bytes()
+    for name in ("base", "lora"):
+        with pytest.raises(UserError, match=r"data/base is empty: run `python -m tinygpt import-hf FOLDER`"):
+            preset(Namespace(name=name))
+    assert params.read_bytes() == before
+
+
+def test_going_on_from_a_base_takes_its_model_and_rates_for_its_width(params, tiny_tokenizer, capsys):
+    model, rules = tiny_model(n_layer=2), load_yaml((ROOT / "presets/base.yaml").read_bytes())["train"]
+    assert model.config.n_embd == 32  # a quarter of what the rates are for
+    write_base(Path("data/base"), model.config, model_tensors(model), tiny_tokenizer)
+    before = comments(params.read_text().splitlines())
+    apply_values(params, {"train": {"context_warmup": {"start": 32, "steps": 400}, "embedding_lr": 0.5}})
+    for name in ("base", "lora", "base"):
+        preset(Namespace(name=name))
+        found, train = load_params(ModelParams, TrainParams)
+        assert found == ModelParams(**{field: getattr(model.config, field) for field in vars(found)})
+        assert (train.init_from, train.lora is None, train.context_warmup) == ("base", name == "base", None)
+        assert comments(params.read_text().splitlines()) == before
+    assert (train.lr, train.embedding_lr) == pytest.approx((2 * rules["lr"], 2 * rules["embedding_lr"]))
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["model: 3", "model: {n_embd: x}", "model: {n_embd: 0}", "- 1", "train: 3"])
+def test_a_damaged_base_is_reported_and_params_stay(text, params):
+    before = params.read_bytes()
+    (params.parent / "data/base").mkdir(parents=True)
+    (params.parent / "data/base/preset.yaml").write_text(text)
+    if text == "train: 3":  # which the rules replace
+        preset(Namespace(name="base"))
+        return
+    with pytest.raises(UserError, match=r"n_embd|must hold the groups|model"):
+        preset(Namespace(name="base"))
+    assert params.read_bytes() == before
+
+
+def test_a_model_that_is_far_too_large_for_the_run_or_the_text_is_warned_of(params, capsys):
+    def said(name: str) -> str:
+        preset(Namespace(name=name))
+        return next((line for line in capsys.readouterr().out.splitlines() if "warning" in line), "")
+
+    before = params.read_bytes()
+    assert [name for name in SIZES if said(name)] == ["toy", "wide", "small", "medium", "large", "gpt2"]
+    params.write_bytes(before)
+    warning = said("large")
+    assert "171,442,176 weights see 13,107,200 tokens in train.max_steps=1600" in warning
+    (enough,) = re.findall(r"set train.max_steps=(\d+) or more", warning)
+    apply_values(params, {"train": {"max_steps": int(enough)}})
+    assert not said("large")
+    apply_values(params, {"train": {"max_steps": int(enough) - 1}})
+    assert said("large")
+    split = SplitMeta(tokens=10**6, documents=1, bytes=10**6, sha256="")
+    splits = dict.fromkeys(("train", "val", "test"), split)
+    meta = TokensMeta(dtype="<u2", vocab_size=1024, eos_id=0, tokenizer_sha256="", **splits)
+    write_json(TOKENS / "meta.json", dataclasses.asdict(meta))
+    apply_values(params, {"train": {"max_steps": 10**6}})
+    assert "see 4,000,000 tokens in the text there is, read 4 times" in said("large")
+    assert not said("mini")
+    (TOKENS / "meta.json").write_text("{")
+    assert not said("large")
 
 
 def test_a_preset_that_does_not_fit_leaves_params_as_they_are(params):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 from argparse import Namespace
@@ -22,32 +23,67 @@ from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
+WIDTH = 128  # n_embd of a model that the rates of presets for going on from a base are for
 TEMPORARY = Path(".dvc/tmp")
 
 
 def preset(args: Namespace) -> None:
     """List the presets, or apply one and show what has changed."""
-    files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
-    if BASE.exists():
-        files["base"] = BASE
+    files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"), key=_size)}
     if args.name is None:
         width = max(map(len, files), default=0)
         for name, path in files.items():
             print(f"{name:{width}}  {printable(read_text(path).partition(chr(10))[0].removeprefix('# '))}")
         return
-    if args.name == "base" and not BASE.exists():
-        raise UserError(
-            f"{paths.BASE} is empty: run `python -m tinygpt import-hf FOLDER` or `python -m tinygpt promote`"
-        )
     if args.name not in files:
         hint = nearest(args.name, files) or f": {', '.join(files)}"
         raise UserError(f"there is no preset {args.name}{hint}")
-    changed = apply_values(PARAMS_FILE, read_groups(files[args.name]))
+    values = read_groups(files[args.name])
+    if _keys(values, "train").get("init_from") == "base":
+        values = going_on(values)
+    changed = apply_values(PARAMS_FILE, values)
     for change in changed:
         print(printable(change))
     print(
         f"{args.name}: {len(changed)} values changed in {PARAMS_FILE}" + ("; `dvc repro` uses them" if changed else "")
     )
+    if "model" in values:
+        from tinygpt.run.budget import too_few_tokens  # here, as the list need not wait for it
+
+        print(too_few_tokens(), end="")
+
+
+def going_on(rules: dict[str, Any]) -> dict[str, Any]:
+    """The values of the base, and over them those by which training goes on, with learning rates for its width.
+
+    Muon's rates fall with the square root of the width.  Raises UserError where there is no base.
+    """
+    if not BASE.exists():
+        raise UserError(
+            f"{paths.BASE} is empty: run `python -m tinygpt import-hf FOLDER` or `python -m tinygpt promote`"
+        )
+    base, train = read_groups(BASE), rules["train"]
+    try:
+        scale = math.sqrt(WIDTH / _keys(base, "model")["n_embd"])
+        rates = {key: rate * scale for key, rate in train.items() if key.endswith("lr") and rate is not None}
+        return base | rules | {"train": train | {key: float(f"{rate:.5g}") for key, rate in rates.items()}}
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return base | rules  # whoever applies the values says what is wrong with them
+
+
+def _keys(values: dict[str, Any], group: str) -> dict[str, Any]:
+    """A group of a preset, empty where there is none, or none that is right."""
+    keys = values.get(group)
+    return keys if isinstance(keys, dict) else {}
+
+
+def _size(path: Path) -> tuple[float, str]:
+    """By which presets are listed: small models before large ones, after them what has no size, or cannot be read."""
+    try:
+        model = _keys(read_groups(path), "model")
+        return float(model["n_layer"]) * float(model["n_embd"]) ** 2, path.stem
+    except (UserError, KeyError, TypeError, ValueError, ArithmeticError):
+        return math.inf, path.stem
 
 
 def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
