@@ -76,7 +76,7 @@ def tokenizer_report(args: Namespace) -> None:
 
 def attention(args: Namespace) -> None:
     """Draw where each head of the model attends to, as a picture and a page."""
-    from tinygpt.model.attention_maps import attention_maps
+    from tinygpt.model.inside import attention_maps
     from tinygpt.model.weights import load_pair
     from tinygpt.report.page import attention_page
     from tinygpt.report.plots import plot_attention
