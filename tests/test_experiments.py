@@ -106,7 +106,6 @@ def test_what_was_queued_is_done(project):
         assert time.monotonic() < deadline, status
         time.sleep(1)
     assert succeed("git status --porcelain", project) == ""
-    assert "n_layer" in succeed("dvc exp show --only-changed --md", project)
     assert len(list(project.glob("runs/*/lock"))) == 5  # of all of them, in the one folder
 
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from project import ROOT, run, succeed
+from project import ROOT
 from ruamel.yaml import YAML
 
 from tinygpt.cli.project import apply_values, preset
@@ -64,18 +64,18 @@ def test_the_sizes_and_gpt2s_number_of_weights(params):
                 assert GPT(GPTConfig(**config_fields(model), vocab_size=50257)).n_params() == 124_439_808
 
 
-def test_the_command_lists_applies_and_helps(params):
-    listed = succeed("python -m tinygpt preset", params.parent, PYTHONPATH=str(ROOT))
+def test_the_command_lists_applies_and_helps(params, command, monkeypatch):
+    monkeypatch.chdir(params.parent)
+    listed = command("preset").stdout
     assert "toy" in listed and "124,439,808 weights" in listed
-    said = succeed("python -m tinygpt preset small", params.parent, PYTHONPATH=str(ROOT))
-    assert "model.n_layer: 4 -> 8" in said
-    wrong = run("python -m tinygpt preset smal", params.parent, PYTHONPATH=str(ROOT))
-    assert (wrong.returncode, wrong.stdout) == (1, "error: there is no preset smal (did you mean small?)\n")
+    assert "model.n_layer: 4 -> 8" in command("preset", "small").stdout
+    assert command("preset", "smal")[::2] == (1, "error: there is no preset smal (did you mean small?)\n")
 
 
-def test_a_base_that_is_not_there_is_told(params):
-    wrong = run("python -m tinygpt preset base", params.parent, PYTHONPATH=str(ROOT))
-    assert wrong.stdout.startswith("error: data/base is empty: run `python -m tinygpt import-hf FOLDER`")
+def test_a_base_that_is_not_there_is_told(params, command, monkeypatch):
+    monkeypatch.chdir(params.parent)
+    said = command("preset", "base").stderr
+    assert said.startswith("error: data/base is empty: run `python -m tinygpt import-hf FOLDER`")
 
 
 def test_a_preset_that_does_not_fit_leaves_params_as_they_are(params):
