@@ -346,7 +346,7 @@ def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
 def test_neither_they_nor_the_compiler_nor_pandas_are_imported_unless_asked_for(tmp_path):
     """The compiler, torch._dynamo, takes as long as all the rest of torch; opening a model does without it, too."""
     save_model(tmp_path, tiny_config(), model_tensors(tiny_model()))
-    code = "import sys, stages.evaluate, stages.export, stages.train\n"
+    code = "import sys, stages.evaluate, stages.export, stages.plot, stages.train\n"
     code += "from tinygpt.model.weights import load_model\n"
     code += "load_model(sys.argv[1]); sys.exit(' '.join({*sys.argv[2:]} & {*sys.modules}) or None)"
     command = [sys.executable, "-c", code, tmp_path, *LOGGERS, "torch._dynamo", "pandas"]
