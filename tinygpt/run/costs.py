@@ -21,7 +21,6 @@ from tinygpt.errors import UserError
 from tinygpt.model.attention import attention_mask
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
-from tinygpt.model.inside import mean_seen
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import LoRAParams, TrainParams
