@@ -21,7 +21,8 @@ from tinygpt.generate.sampling import FILTERS
 from tinygpt.model.layers import rope_tables
 from tinygpt.params import from_mapping, load_params
 from tinygpt.paths import REPORTS
-from tinygpt.report.plots import BLUE, GREEN, GREY, NO_DATE, STYLE, VERMILION, read_tables
+from tinygpt.report.plots import BLUE, GREEN, GREY, NO_DATE, STYLE, VERMILION
+from tinygpt.report.reports import read_curve
 from tinygpt.train.config import TrainParams
 from tinygpt.train.optim import N_ITERATIONS, NEWTON_SCHULZ, SCHEDULES, lr_frac_at
 
@@ -90,7 +91,7 @@ def sampling() -> Figure:
 
 def loss() -> Figure:
     """The default run's loss by tokens seen, from where an even guess begins."""
-    curve = read_tables(REPORTS).curve
+    curve = pd.DataFrame(read_curve(REPORTS), dtype=float)
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     tokens = curve.step * TOKENS_A_STEP

@@ -10,7 +10,7 @@ import torch
 from conftest import random_ids, tiny_model
 
 from tinygpt.cli.main import main
-from tinygpt.model.attention_maps import attention_maps
+from tinygpt.model.inside import attention_maps
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.report.page import attention_page
 from tinygpt.report.plots import plot_attention

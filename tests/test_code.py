@@ -72,7 +72,7 @@ def test_comments_docstrings_and_layout_do_not_count(tree, before):
         ("report/plots.py", "dpi=", "dpi=1 + ", {"plot"}),
         ("model/attention.py", "is_causal=mask is None", "is_causal=False", {"train", "evaluate", "export", "trainer"}),
         ("train/loss.py", "1 - smoothing", "2 - smoothing", {"train", "trainer"}),
-        ("report/training.py", "%.8g", "%.7g", {"train"}),
+        ("report/training.py", ":.8g", ":.7g", {"train"}),
         ("generate/sampling.py", "/ temperature", "/ temperature / 3", {"evaluate"}),
         ("run/loggers.py", 'PROJECT = "tinygpt"', 'PROJECT = "mine"', set()),
         ("run/processes.py", "signal.SIGTERM", "signal.SIGINT", set()),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from project import ROOT, make_project, run, set_params
+from project import make_project, set_params
 
 from tinygpt.report.compare import Made, as_text, compare_table, comparison_view, experiment_of, marked
 from tinygpt.report.config import PlotParams
@@ -133,19 +133,21 @@ def test_experiments_are_read_from_commits_and_workspace_and_equal_ones_are_one(
     assert said.startswith("error: reports/train.csv of workspace must have the columns step, train_loss, val_loss")
 
 
-def test_before_anything_was_trained_there_is_nothing_to_draw(tmp_path):
+def test_before_anything_was_trained_there_is_nothing_to_draw(tmp_path, command, monkeypatch):
     make_project(tmp_path)
     set_params(tmp_path, {"train.lr": 0.01})
-    said = run("python -m tinygpt compare --plot curves.png", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    said = command("compare", "--plot", "curves.png")
     assert said.returncode == 1
-    assert "error: none of these has a reports/train.csv to draw: run `dvc repro train`" in said.stdout
+    assert "error: none of these has a reports/train.csv to draw: run `dvc repro train`" in said.stderr
     assert ["workspace", "0.01"] in [line.split() for line in said.stdout.splitlines()]
 
 
-def test_outside_a_project_the_error_is_dvcs(tmp_path):
-    said = run("python -m tinygpt compare", tmp_path, PYTHONPATH=str(ROOT))
+def test_outside_a_project_the_error_is_dvcs(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = command("compare")
     assert said.returncode == 1
-    assert said.stdout.startswith("error: DVC finds no project here (")
+    assert said.stderr.startswith("error: DVC finds no project here (")
 
 
 @pytest.mark.parametrize(

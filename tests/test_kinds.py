@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from conftest import RUNTIME, TRICKY, prose, tiny_config
 from hypothesis import HealthCheck, given, settings
-from project import ROOT, set_params, succeed
+from project import ROOT, run_stages, set_params
 from transformers import AutoTokenizer
 
 from tinygpt.corpus.folders import text_line
@@ -171,6 +171,6 @@ def test_the_stage_learns_from_max_bytes_alone(tmp_path):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     set_params(tmp_path, {"tokenizer.vocab_size": 259, "tokenizer.min_frequency": 1, "tokenizer.max_bytes": 700})
     taken = [*texts[:2], texts[2][: 700 - len(texts[0]) - len(texts[1])]]
-    succeed("python -m stages.train_tokenizer", tmp_path, PYTHONPATH=str(ROOT))
+    run_stages("train_tokenizer", tmp_path)
     assert load_tokenizer(tmp_path / "data/tokenizer").merges == train_bpe(taken, 259).merges
     assert train_bpe(taken, 259).merges != train_bpe(texts, 259).merges

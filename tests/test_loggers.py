@@ -10,11 +10,12 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import RUNTIME, tiny_config
+from conftest import RUNTIME, tiny_config, tiny_model
 from ruamel.yaml import YAML
 from test_train import PARAMS, fit, make_trainer, runs_in_tmp, same, train  # noqa: F401
 
 from tinygpt.errors import UserError
+from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.run.loggers import LOGGERS, Loggers
 from tinygpt.run.run import Run
@@ -342,8 +343,11 @@ def test_a_folder_with_the_name_of_a_package_is_not_one(tmp_path, monkeypatch):
         Loggers(["wandb"], tmp_path, tiny_config(), PARAMS)
 
 
-def test_loggers_and_the_compiler_are_imported_only_on_request():
-    """The compiler, torch._dynamo, takes as long as all the rest of torch."""
-    names = {*LOGGERS, "torch._dynamo"}
-    code = f"import sys, stages.train; sys.exit(' '.join({names} & set(sys.modules)) or None)"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+def test_loggers_the_compiler_and_pandas_are_imported_only_on_request(tmp_path):
+    """The compiler, torch._dynamo, takes as long as all the rest of torch; opening a model does without it, too."""
+    save_model(tmp_path, tiny_config(), model_tensors(tiny_model()))
+    code = "import sys, stages.evaluate, stages.export, stages.plot, stages.train\n"
+    code += "from tinygpt.model.weights import load_model\n"
+    code += "load_model(sys.argv[1]); sys.exit(' '.join({*sys.argv[2:]} & {*sys.modules}) or None)"
+    command = [sys.executable, "-c", code, tmp_path, *LOGGERS, "torch._dynamo", "pandas"]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True)

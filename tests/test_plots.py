@@ -1,34 +1,43 @@
 """Plots: the same bytes from the same numbers, and in them what they promise."""
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from tinygpt.errors import UserError
 from tinygpt.report.config import PlotParams
-from tinygpt.report.plots import FIGURES, Tables, read_tables, write_plots
-from tinygpt.report.reports import COLUMNS
+from tinygpt.report.plots import FIGURES, Tables, as_table, read_tables, smoothed, write_plots
+from tinygpt.report.reports import COLUMNS, Row
+from tinygpt.report.training import as_csv
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=3)
 
 
 @pytest.fixture
-def curve() -> pd.DataFrame:
+def curve() -> list[Row]:
     steps = range(1, 21)
     val = [3 - step / 10 if step % 5 == 0 and step < 20 else (1.9 if step == 20 else None) for step in steps]
-    return pd.DataFrame(
-        {"step": steps, "train_loss": [3 - s / 20 for s in steps], "val_loss": val, "lr": 1e-3, "grad_norm": 0.5}
-    )
+    rest = {"lr": 1e-3, "grad_norm": 0.5}
+    return [{"step": s, "train_loss": 3 - s / 20, "val_loss": v, **rest} for s, v in zip(steps, val, strict=True)]
 
 
-NORMS = pd.DataFrame({"step": [5, 10], "tok_emb": [0.5, 0.25], "block_0": [1.0, 0.0], "norm": [0.1, 0.2]})
+NORMS: list[Row] = [
+    {"step": 5, "tok_emb": 0.5, "block_0": 1.0, "norm": 0.1},
+    {"step": 10, "tok_emb": 0.25, "block_0": 0.0, "norm": 0.2},
+]
 
 
-def test_plots_are_whole_files_with_labels_and_the_best_step(curve, tmp_path):
-    names = write_plots(Tables(curve, NORMS), tmp_path / "plots", PARAMS)
+@pytest.fixture
+def tables(curve) -> Tables:
+    return Tables(as_table(curve), as_table(NORMS))
+
+
+def test_plots_are_whole_files_with_labels_and_the_best_step(tables, tmp_path):
+    names = write_plots(tables, tmp_path / "plots", PARAMS)
     assert names == ["loss.svg", "loss.png", "optimizer.svg", "optimizer.png", "norms.svg", "norms.png"]
     svg = (tmp_path / "plots/loss.svg").read_text()
     ElementTree.fromstring(svg)
@@ -39,9 +48,9 @@ def test_plots_are_whole_files_with_labels_and_the_best_step(curve, tmp_path):
     assert (tmp_path / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plots_have_the_same_bytes_each_time(curve, tmp_path):
+def test_plots_have_the_same_bytes_each_time(tables, tmp_path):
     for name in "ab":
-        write_plots(Tables(curve, NORMS), tmp_path / name, PARAMS)
+        write_plots(tables, tmp_path / name, PARAMS)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
@@ -49,15 +58,22 @@ def test_plots_have_the_same_bytes_each_time(curve, tmp_path):
 @pytest.fixture
 def reports(curve, tmp_path) -> Path:
     """A folder with both tables."""
-    curve.to_csv(tmp_path / "train.csv", index=False)
-    NORMS.to_csv(tmp_path / "train_norms.csv", index=False)
+    (tmp_path / "train.csv").write_text(as_csv(curve))
+    (tmp_path / "train_norms.csv").write_text(as_csv(NORMS))
     return tmp_path
 
 
-def test_tables_are_read_as_they_were_written(curve, reports):
-    tables = read_tables(reports)
-    pd.testing.assert_frame_equal(tables.curve, curve, check_dtype=False)
-    pd.testing.assert_frame_equal(tables.norms, NORMS, check_dtype=False)
+def test_tables_are_read_as_they_were_written(tables, reports):
+    for found, expected in zip(read_tables(reports), tables, strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_equal(found.tolist(), expected.tolist())
+
+
+@pytest.mark.parametrize(("n", "at_8"), [(1, 2.6), (2, 2.625), (3, 2.6), (4, 2.625), (100, 2.475)])
+def test_a_training_loss_is_the_mean_of_the_rows_around_it(n, at_8, tables):
+    steps, losses = smoothed(tables.curve, replace(PARAMS, smooth=n))
+    assert dict(zip(steps, losses, strict=True))[8] == pytest.approx(at_8)
+    assert len(losses) == 20 and losses[0] == pytest.approx(np.mean(tables.curve.train_loss[: (n + 1) // 2]))
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(COLUMNS) + "\n", ",".join(COLUMNS) + "\n1,2,3,4,5,6\n"])
@@ -100,7 +116,7 @@ def test_a_damaged_row_is_reported_with_its_line(line, text, reports):
 
 
 def test_a_curve_without_a_validation_loss_is_refused(curve, reports):
-    curve.assign(val_loss=None).to_csv(reports / "train.csv", index=False)
+    (reports / "train.csv").write_text(as_csv([row | {"val_loss": None} for row in curve]))
     with pytest.raises(UserError, match=r"train.csv has no validation loss: run `dvc repro train`"):
         read_tables(reports)
 
@@ -112,12 +128,12 @@ def test_norms_without_a_part_are_refused(text, reports):
         read_tables(reports)
 
 
-def test_a_figure_is_a_function_and_an_entry(curve, tmp_path, monkeypatch):
+def test_a_figure_is_a_function_and_an_entry(tables, tmp_path, monkeypatch):
     def plot_lr(tables: Tables, params: PlotParams) -> Figure:
         figure = Figure()
         figure.subplots().plot(tables.curve.step, tables.curve.lr)
         return figure
 
     monkeypatch.setitem(FIGURES, "lr", plot_lr)
-    assert "lr.png" in write_plots(Tables(curve, NORMS), tmp_path / "plots", PARAMS)
+    assert "lr.png" in write_plots(tables, tmp_path / "plots", PARAMS)
     assert (tmp_path / "plots/lr.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from project import ROOT, run, succeed
+from project import ROOT
 from ruamel.yaml import YAML
 
 from tinygpt.cli.project import apply_values, preset
@@ -79,13 +79,12 @@ def test_the_sizes_and_gpt2s_number_of_weights(params):
                 assert GPT(GPTConfig(**config_fields(model), vocab_size=50257)).n_params() == 124_439_808
 
 
-def test_the_preset_command_lists_applies_and_suggests(params):
-    listed = succeed("python -m tinygpt preset", params.parent, PYTHONPATH=str(ROOT))
+def test_the_preset_command_lists_applies_and_suggests(params, command, monkeypatch):
+    monkeypatch.chdir(params.parent)
+    listed = command("preset").stdout
     assert "toy" in listed and "124,439,808 weights" in listed
-    said = succeed("python -m tinygpt preset small", params.parent, PYTHONPATH=str(ROOT))
-    assert "model.n_layer: 4 -> 8" in said
-    wrong = run("python -m tinygpt preset smal", params.parent, PYTHONPATH=str(ROOT))
-    assert (wrong.returncode, wrong.stdout) == (1, "error: there is no preset smal (did you mean small?)\n")
+    assert "model.n_layer: 4 -> 8" in command("preset", "small").stdout
+    assert command("preset", "smal")[::2] == (1, "error: there is no preset smal (did you mean small?)\n")
 
 
 def test_presets_are_listed_by_size_with_those_without_one_after_them(params, capsys):

@@ -14,7 +14,7 @@ from test_train import PARAMS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygpt.model.gpt import GPT
-from tinygpt.model.parts import parts_of
+from tinygpt.model.inside import parts_of
 from tinygpt.run import costs as memory_module
 from tinygpt.run.costs import build_trained, fits, memory_of, most_activations
 from tinygpt.run.speed import flops_per_token, peak_flops, tokens_per_second

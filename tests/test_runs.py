@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RUNTIME
 from filelock import FileLock
-from project import ROOT, run, succeed
 
 from tinygpt.cli import runs
 from tinygpt.run.checkpoint import PARTS, Checkpoints
@@ -32,6 +32,7 @@ NAMES = [letter * 16 for letter in "abcd"]
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     return tmp_path / "runs"
 
 
@@ -47,10 +48,16 @@ def training(name: str, *, step: int, age: int, finished: bool = False) -> None:
         os.utime(path, (time.time() - age,) * 2)
 
 
-def command(folder: Path, options: str = "") -> str:
-    return succeed(
-        f"python -m tinygpt runs {options}", folder.parent, PYTHONPATH=str(ROOT), DVC_ROOT=str(folder.parent)
-    )
+@pytest.fixture
+def told(command) -> Callable[..., str]:
+    """What `python -m tinygpt runs` says, which must succeed."""
+
+    def run(options: str = "") -> str:
+        done = command("runs", *options.split())
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def names(folder: Path) -> list[str]:
@@ -63,9 +70,9 @@ def four_runs() -> None:
         training(name, step=step, finished=finished, age=7200 * (age + 1))
 
 
-def test_each_run_is_listed_with_its_state_the_newest_first(folder):
+def test_each_run_is_listed_with_its_state_the_newest_first(folder, told):
     four_runs()
-    lines = [line.split() for line in command(folder).splitlines()]
+    lines = [line.split() for line in told().splitlines()]
     size = 3 * (4000 + 72)  # three files of 1000 float32 and safetensors' header
     assert lines[0] == ["run", "state", "done", "best_val_loss", "last_val_loss", "size", "age", "called"]
     assert [line[:8] for line in lines[1:5]] == [
@@ -90,36 +97,36 @@ def test_each_run_is_listed_with_its_state_the_newest_first(folder):
         ("--keep 9", "abcd"),
     ],
 )
-def test_pruning_removes_what_was_requested(folder, options, left):
+def test_pruning_removes_what_was_requested(folder, options, left, told):
     four_runs()
     before = sum(found.size for found in runs.find_runs(folder))
     (folder / "notes").mkdir()  # somebody's own
-    said = command(folder, f"--prune {options}")
+    said = told(f"--prune {options}")
     assert names(folder) == [letter * 16 for letter in left] + ["notes"]
     freed = runs.human_bytes(before - sum(found.size for found in runs.find_runs(folder)))
     assert said.splitlines()[-1].startswith(f"removed {4 - len(left)} of 4 in ")
     assert said.endswith(f": {freed} freed\n")
 
 
-def test_a_run_is_kept_while_a_program_holds_it_and_removed_when_that_was_killed(folder):
+def test_a_run_is_kept_while_a_program_holds_it_and_removed_when_that_was_killed(folder, told):
     training(NAMES[0], step=40, finished=True, age=0)
     holder = subprocess.Popen([sys.executable, "-c", HOLD, folder / NAMES[0] / "lock"], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
-        assert command(folder).splitlines()[1].split()[1] == "running"
+        assert told().splitlines()[1].split()[1] == "running"
         found = runs.Run(folder / NAMES[0], "finished", "", None, None, 0, 0.0)  # what was seen a moment before
         assert not runs.remove(found)
-        assert "removed 0 of 1" in command(folder, "--prune --all")
+        assert "removed 0 of 1" in told("--prune --all")
         assert names(folder) == NAMES[:1]
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    assert command(folder).splitlines()[1].split()[1] == "finished"
-    assert "removed 1 of 1" in command(folder, "--prune")
+    assert told().splitlines()[1].split()[1] == "finished"
+    assert "removed 1 of 1" in told("--prune")
     assert names(folder) == []
 
 
-def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path):
+def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path, told):
     def work(shard: Shard, path: Path) -> None:
         if shard.spans[0].begin:
             raise OSError("the disk is gone")
@@ -136,8 +143,8 @@ def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path):
     assert found.name.startswith("encode-train-") and len(found.name) == len("encode-train-") + 8
     with FileLock(folder / "encode-train.lock"):
         assert runs.find_runs(folder)[0].state == "running"
-    assert "removed 0 of 1" in command(folder, "--prune")
-    assert "removed 1 of 1" in command(folder, "--prune --all")
+    assert "removed 0 of 1" in told("--prune")
+    assert "removed 1 of 1" in told("--prune --all")
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": 3}', '{"max_steps": "20", "finished": true}'])
@@ -157,9 +164,9 @@ def test_a_program_killed_while_writing_run_json_does_not_stop_the_next(folder):
     assert runs.find_runs(folder)[0].done == "25 of 40 steps"
 
 
-def test_an_empty_runs_folder_is_not_a_mistake(folder):
-    assert command(folder) == f"{folder} holds no run: training keeps its checkpoints there\n"
-    assert command(folder, "--prune") == f"removed 0 of 0 in {folder}: 0 B freed\n"
+def test_an_empty_runs_folder_is_not_a_mistake(folder, told):
+    assert told() == f"{folder} holds no run: training keeps its checkpoints there\n"
+    assert told("--prune") == f"removed 0 of 0 in {folder}: 0 B freed\n"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +176,6 @@ def test_an_empty_runs_folder_is_not_a_mistake(folder):
         ("--prune --keep -1", "--keep=-1 must be at least 0"),
     ],
 )
-def test_options_that_make_no_sense_are_reported(folder, options, message):
-    done = run(f"python -m tinygpt runs {options}", folder.parent, PYTHONPATH=str(ROOT))
-    assert (done.returncode, done.stdout) == (1, f"error: {message}\n")
+def test_options_that_make_no_sense_are_reported(command, options, message):
+    done = command("runs", *options.split())
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {message}\n")

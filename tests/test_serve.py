@@ -566,7 +566,7 @@ def test_a_model_that_fails_ends_its_answers_and_not_the_server(served, tiny_tok
 def folder(tmp_path_factory, tiny_tokenizer):
     """data/model and data/tokenizer; and a folder that holds both."""
     folder = tmp_path_factory.mktemp("serve")
-    model = tiny_model(n_embd=128)  # slow enough to be stopped
+    model = tiny_model(n_layer=1, n_embd=128)  # slow enough to be stopped, and soon compiled
     for name in ("data/model", "other"):
         save_model(folder / name, model.config, model_tensors(model))
     tiny_tokenizer.save(folder / "data/tokenizer")
@@ -594,7 +594,7 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
         line = process.stdout.readline()
         assert line.startswith("data/model, b at http://127.0.0.1:")
         listed = WEB.get(line.split()[-1] + "/v1/models").json()["data"]
-        assert [model["n_weight"] for model in listed] == [tiny_model(n_embd=128).n_params()] * 2
+        assert [model["n_weight"] for model in listed] == [tiny_model(n_layer=1, n_embd=128).n_params()] * 2
         with WEB.stream("POST", line.split()[-1] + "/v1/completions", json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()
             next(lines)

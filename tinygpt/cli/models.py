@@ -19,7 +19,7 @@ from tinygpt.export.folders import open_model, read_hf_pair, tokenizer_of, use_o
 from tinygpt.files import human_bytes
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
-from tinygpt.model.parts import parts_of
+from tinygpt.model.inside import parts_of
 from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.params import load_params
 from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of

@@ -79,7 +79,7 @@ def attention(args: Namespace) -> None:
     import numpy as np
 
     from tinygpt.generate import Sampling, generate_batch
-    from tinygpt.model.attention_maps import attention_maps
+    from tinygpt.model.inside import attention_maps
     from tinygpt.model.weights import load_pair
     from tinygpt.report.page import attention_page
     from tinygpt.report.plots import plot_attention

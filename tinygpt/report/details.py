@@ -24,10 +24,9 @@ from tinygpt.files import atomic_write, fenced
 from tinygpt.generate import Sampling
 from tinygpt.generate.answer import prompt_ids
 from tinygpt.generate.stream import generate_batch
-from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.config import config_fields
 from tinygpt.model.gpt import GPT
-from tinygpt.model.parts import parts_of
+from tinygpt.model.inside import attention_maps, parts_of
 from tinygpt.report.config import EvaluateParams
 from tinygpt.report.perplexity import token_logprobs
 from tinygpt.report.tokenizer import paragraph, vocabulary

@@ -6,13 +6,13 @@ style as well.  T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -42,11 +42,14 @@ STYLE: dict[Any, Any] = {
 NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
 
+Table = np.recarray[Any, Any]  # `table.step` is a column, float64; NaN where a row has no number
+
+
 class Tables(NamedTuple):
     """What training has written down on the way."""
 
-    curve: pd.DataFrame  # a row for one step or several
-    norms: pd.DataFrame  # the step of each evaluation, and the norm of each part's gradient
+    curve: Table  # a row for one step or several
+    norms: Table  # the step of each evaluation, and the norm of each part's gradient
 
 
 def read_tables(reports: Path) -> Tables:
@@ -55,9 +58,15 @@ def read_tables(reports: Path) -> Tables:
     return Tables(as_table(read_curve(reports)), as_table(read_norms(reports)))
 
 
-def as_table(rows: list[Row]) -> pd.DataFrame:
-    """Rows of numbers as pandas has them."""
-    return pd.DataFrame(rows, dtype=float)
+def as_table(rows: Sequence[Row]) -> Table:
+    """Rows of numbers, one at least, as columns.  (pandas takes as long to import as to draw.)"""
+    numbers = [tuple(math.nan if x is None else x for x in row.values()) for row in rows]
+    return np.array(numbers, [(name, float) for name in rows[0]]).view(np.recarray)
+
+
+def known(table: Table, column: str) -> Table:
+    """The rows that have a number there."""
+    return table[~np.isnan(table[column])]
 
 
 def write_plots(tables: Tables, folder: Path, params: PlotParams) -> list[str]:
@@ -78,9 +87,9 @@ def plot_loss(tables: Tables, params: PlotParams) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(*smoothed(curve, params), color=BLUE, linewidth=1.2, label="train")
-    val = curve.dropna(subset="val_loss")
+    val = known(curve, "val_loss")
     axes.plot(val.step, val.val_loss, "--o", color=VERMILION, markersize=3.5, label="validation")
-    best = val.sort_values("val_loss", kind="stable").iloc[0]
+    best = val[val.val_loss.argmin()]
     label = f"best: {best.val_loss:.3f} at step {best.step:,.0f}"
     axes.plot([best.step], [best.val_loss], "*", color=GREEN, markersize=14, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training and validation loss")
@@ -88,10 +97,11 @@ def plot_loss(tables: Tables, params: PlotParams) -> Figure:
     return figure
 
 
-def smoothed(curve: pd.DataFrame, params: PlotParams) -> tuple[pd.Series, pd.Series]:
-    """Steps, and the training loss as the mean of so many rows around each."""
-    train = curve.dropna(subset="train_loss")
-    return train.step, train.train_loss.rolling(params.smooth, min_periods=1, center=True).mean()
+def smoothed(curve: Table, params: PlotParams) -> tuple[NDArray[np.float64], list[float]]:
+    """Steps, and the training loss as the mean of so many rows around each, fewer at the ends."""
+    train, before, after = known(curve, "train_loss"), params.smooth // 2, (params.smooth + 1) // 2
+    losses = train.train_loss
+    return train.step, [losses[max(0, i - before) : i + after].mean() for i in range(len(losses))]
 
 
 def plot_optimizer(tables: Tables, params: PlotParams) -> Figure:
@@ -109,10 +119,10 @@ def plot_optimizer(tables: Tables, params: PlotParams) -> Figure:
 def plot_norms(tables: Tables, params: PlotParams) -> Figure:
     """The gradient of each part at each evaluation: a column for a step, a row for a part, the first one below."""
     norms = tables.norms
-    parts = norms.columns[1:]
+    parts = norms.dtype.names[1:]
     figure = Figure(figsize=(7, 1.4 + 0.3 * len(parts)), layout="constrained")
     axes = figure.subplots()
-    values = norms[parts].to_numpy(float).T
+    values = np.array([norms[part] for part in parts])
     low, high = _limits(values)
     shown = np.maximum(values, low)  # a zero has no logarithm
     image = axes.imshow(shown, aspect="auto", origin="lower", cmap="cividis", norm=LogNorm(low, high))
@@ -148,13 +158,13 @@ def plot_curves(curves: dict[str, list[Row]], path: Path, params: PlotParams) ->
         for (name, curve), (colour, style) in zip(tables.items(), run_styles([*tables]), strict=True):
             drawn = {"color": colour.replace("$ink", "#000000"), "linestyle": style}
             left.plot(*smoothed(curve, params), linewidth=1.2, **drawn)
-            val = curve.dropna(subset="val_loss")
+            val = known(curve, "val_loss")
             right.plot(
                 val.step, val.val_loss, marker="o", markersize=3.5, label=f"{name}: {val.val_loss.min():.3f}", **drawn
             )
         # the first losses, high above all that differs, are left out
-        low = min(curve[["train_loss", "val_loss"]].min().min() for curve in tables.values())
-        high = max(curve.val_loss[curve.step > 0].max() for curve in tables.values())
+        low = min(np.nanmin([curve.train_loss, curve.val_loss]) for curve in tables.values())
+        high = max(np.fmax.reduce(curve.val_loss[curve.step > 0], initial=low) for curve in tables.values())
         margin = 0.05 * (high - low) or 0.05
         left.set_ylim(low - margin, high + margin)
         left.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")

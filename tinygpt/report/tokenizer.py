@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from tinygpt.corpus.folders import iter_texts
@@ -16,6 +15,9 @@ from tinygpt.encode import BulkEncoder
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokens import TokenIds
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 N_LONGEST = 24  # tokens
 N_PARAGRAPH = 120  # tokens
@@ -56,6 +58,8 @@ def fit_file(tokenizer: Tokenizer, path: Path) -> Fit:
 
 def fit_table(fits: Mapping[tuple[str, str], Fit]) -> pd.DataFrame:
     """A row for each (tokenizer, split) with a text."""
+    import pandas as pd  # here, as the stages that count tokens need no table
+
     rows = [
         {
             "tokenizer": name,

@@ -10,7 +10,7 @@ from torch import nn
 
 from tinygpt.device import wait_for
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.parts import mean_seen
+from tinygpt.model.inside import mean_seen
 from tinygpt.run.costs import build_trained
 from tinygpt.train.config import LoRAParams
 from tinygpt.train.learner import Learner

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinygpt.generate.decoder import slide
-from tinygpt.model.attention_maps import attention_maps
 from tinygpt.model.gpt import GPT
+from tinygpt.model.inside import attention_maps
 from tinygpt.serve.choices import token_text
 from tinygpt.serve.limits import Refusal
 from tinygpt.serve.request import Served, check_ids, find_model, read_object
