@@ -501,6 +501,8 @@ def add_foreign(folder: Path) -> Path:
     (folder / "prompts.jsonl").write_text('{"prompt": "The file"}\n{"prompt": "Return"}\n')
     (folder / "prompts.txt").write_text("The file\nReturn a new\n")
     set_params(folder, {"download.source": "texts"})
+    for path in (folder / "params.yaml", *folder.glob("presets/*.yaml")):  # without comments, in which no damage tells
+        path.write_text(re.sub(r"(?m)^ *#.*\n|[ \t]+#.*$", "", path.read_text()))
     return folder
 
 
