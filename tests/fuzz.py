@@ -138,6 +138,13 @@ TEXTS = [
     "x" * 100_000,
     "<|a|>",
 ]
+EACH_ODD = 40  # one of so many files becomes something else: all that is not a file is refused, or left out
+ODD: list[Callable[[Path], object]] = [
+    Path.mkdir,
+    lambda path: path.symlink_to(path.name),
+    lambda path: path.symlink_to("/dev/zero"),
+    os.mkfifo,
+]
 PACKERS = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 
 
@@ -373,7 +380,7 @@ def _work(
 
 def trial(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path, log: int) -> str | None:
     """Damage a file, read it: what is wrong with how that went, or None."""
-    read = lay_out(name, kind, files, i, folder)
+    read, _ = lay_out(name, kind, files, i, folder)
     os.truncate(log, 0)
     had = reset_peak()
     signal.setitimer(signal.ITIMER_PROF, MOST_CPU_S)
@@ -385,16 +392,21 @@ def trial(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path
     return fault or wrong_words(said) or too_much(peak() - had) or refused
 
 
-def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path) -> Read:
-    """Write the files, one of them damaged, and go there.  -> who is to read them"""
+def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path) -> tuple[Read, str]:
+    """Write the files, one of them damaged, and go there.  -> who is to read them, and which is damaged"""
     rng = random.Random(f"{name}:{i}")
     shutil.rmtree(folder, ignore_errors=True)
     chosen = rng.choice([path for path in files if any(fnmatch(path, pattern) for pattern in kind.damaged)])
     for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(damaged(data, path, rng) if path == chosen and i >= 0 else data)
+        if path != chosen or i < 0:
+            (folder / path).write_bytes(data)
+        elif i % EACH_ODD == EACH_ODD - 1:
+            rng.choice(ODD)(folder / path)
+        else:
+            (folder / path).write_bytes(damaged(data, path, rng))
     os.chdir(folder)
-    return rng.choice(kind.read) if i >= 0 else kind.read[i]
+    return (rng.choice(kind.read) if i >= 0 else kind.read[i]), chosen
 
 
 def run_program(read: Read) -> tuple[str, str | None, bool]:
@@ -548,10 +560,9 @@ def show(name: str, i: int, sound: Path) -> None:
     """One damage again, in this process and in a folder that stays."""
     kind, folder = FORMATS[name], Path(tempfile.mkdtemp(prefix="tinygpt-damaged-"))
     files = read_files(sound, kind)
-    read = lay_out(name, kind, files, i, folder)
-    changed = [path for path, data in files.items() if (folder / path).read_bytes() != data]
+    read, chosen = lay_out(name, kind, files, i, folder)
     print(
-        f"cd {folder}; python -m {read if str(read).startswith('stages.') else f'tinygpt {read}'}  # damaged: {changed}"
+        f"cd {folder}; python -m {read if str(read).startswith('stages.') else f'tinygpt {read}'}  # damaged: {chosen}"
     )
     print(*run_program(read))
 

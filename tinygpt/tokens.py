@@ -62,7 +62,7 @@ def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMet
     """
     meta = read_record(TokensMeta, Path(folder) / META_FILE, stage="encode")
     if tokenizer is not None and (
-        sha256_file(tokenizer / TOKENIZER_FILE) != meta.tokenizer_sha256
+        sha256_file(must_exist(tokenizer / TOKENIZER_FILE, stage="train_tokenizer")) != meta.tokenizer_sha256
         or load_tokenizer(tokenizer).vocab_size != meta.vocab_size
     ):
         raise UserError(f"{folder} was not made with the tokenizer in {tokenizer}: run `dvc repro encode`")

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from tinygpt import paths
 from tinygpt.errors import UserError, printable
@@ -61,7 +62,14 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     if not all(isinstance(there.get(group), dict) and key in there[group] for group, key in names):
         check_params(path)  # which says what is missing
     yaml, written = YAML(), path.read_bytes().decode()
-    document = yaml.load(written.replace("\r\n", "\n"))
+    try:
+        document = yaml.load(written.replace("\r\n", "\n"))
+    except YAMLError:
+        document = None
+    if document != there:
+        raise UserError(
+            f"{path} is YAML that DVC reads otherwise, or not at all: end lines as usual, take out odd marks"
+        )
     changed = []
     for group, keys in values.items():
         for key, value in keys.items():
@@ -139,7 +147,7 @@ def is_json(path: Path) -> bool:
     """Whether it is whole: no part of an object is one."""
     try:
         return isinstance(json.loads(path.read_bytes()), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -155,7 +163,7 @@ def is_lockfile(path: Path) -> bool:
         if isinstance(document, dict) and document.get("schema", "2.0") != "2.0":
             return True
         COMPILED_LOCKFILE_SCHEMA(document)
-    except (DvcException, Invalid):
+    except (DvcException, Invalid, RecursionError):
         return b"<<<<<<<" in path.read_bytes()
     return True
 
