@@ -115,7 +115,9 @@ def runs_folder(root: Path = Path()) -> Path:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces."""
+    """Hex SHA-256 of a file's bytes, read in pieces.  Raises UserError for a pipe or a device, as read_file does."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
