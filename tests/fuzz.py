@@ -145,6 +145,7 @@ ODD: list[Callable[[Path], object]] = [
     lambda path: path.symlink_to("/dev/zero"),
     os.mkfifo,
 ]
+PIPED = ("prompts.jsonl", "prompts.txt")  # a pipe is waited for, as the shell's <(…) is one
 PACKERS = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 
 
@@ -402,7 +403,7 @@ def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Pa
         if path != chosen or i < 0:
             (folder / path).write_bytes(data)
         elif i % EACH_ODD == EACH_ODD - 1:
-            rng.choice(ODD)(folder / path)
+            rng.choice(ODD[:-1] if path in PIPED else ODD)(folder / path)
         else:
             (folder / path).write_bytes(damaged(data, path, rng))
     os.chdir(folder)
