@@ -138,7 +138,7 @@ TEXTS = [
     "x" * 100_000,
     "<|a|>",
 ]
-EACH_ODD = 40  # one of so many files becomes something else: all that is not a file is refused, or left out
+EACH_ODD = 20  # one of so many files becomes something else: all that is not a file is refused, or left out
 ODD: list[Callable[[Path], object]] = [
     Path.mkdir,
     lambda path: path.symlink_to(path.name),
