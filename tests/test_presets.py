@@ -140,6 +140,6 @@ ODD = [
 def test_a_file_that_dvc_would_read_otherwise_is_refused_and_left_alone(change, params):
     before = change(params.read_bytes())
     params.write_bytes(before)
-    with pytest.raises(UserError, match=r"params.yaml is (YAML that DVC reads otherwise|not valid YAML)"):
+    with pytest.raises(UserError, match=r"params.yaml is not (YAML as DVC reads it|valid YAML)"):
         apply_values(params, {"train": {"max_steps": 5}})
     assert params.read_bytes() == before

@@ -64,18 +64,14 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     yaml, written = YAML(), path.read_bytes().decode()
     try:
         document = yaml.load(written.replace("\r\n", "\n"))
-    except YAMLError:
-        document = None
-    if document != there:
-        raise UserError(
-            f"{path} is YAML that DVC reads otherwise, or not at all: end lines as usual, take out odd marks"
-        )
+        before = {(group, key): document[group][key] for group, key in names}
+    except (YAMLError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not YAML as DVC reads it: {' '.join(str(error).split())}") from None
     changed = []
-    for group, keys in values.items():
-        for key, value in keys.items():
-            if document[group][key] != value:
-                changed.append(f"{group}.{key}: {yaml_text(document[group][key])} -> {yaml_text(value)}")
-                document[group][key] = value
+    for (group, key), old in before.items():
+        if old != (value := values[group][key]):
+            changed.append(f"{group}.{key}: {yaml_text(old)} -> {yaml_text(value)}")
+            document[group][key] = value
     text = io.StringIO(newline="\r\n" if "\r\n" in written else "\n")
     yaml.dump(document, text)
     trial = path.with_name(path.name + ".trial")
