@@ -37,6 +37,7 @@ import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -51,8 +52,10 @@ from tinygpt.cli.main import main as tinygpt
 from tinygpt.corpus.folders import text_line
 from tinygpt.errors import program
 from tinygpt.stage import run_stage
+from tinygpt.threads import n_cpu
 
 FACTOR = float(os.environ.get("TINYGPT_FUZZ", "1"))
+MEMORY = "/dev/shm"  # a disk in memory, on Linux
 MOST_CPU_S = 20
 MOST_WALL_S = 120  # on a machine that does other things, too
 MOST_BYTES = 1_000_000_000  # above what the process had before
@@ -71,14 +74,8 @@ class Format(NamedTuple):
     project: str = ""  # the folder, of those next to each other, that all of it is in
 
 
-SLOW = (
-    "base",
-    "adapters",
-    "checkpoints",
-    "reports",
-    "curves",
-    "tokens",
-)  # a fifth of the files: their readers train, or draw
+# a fifth of the files: their readers train, draw, or start a Python
+SLOW = ("base", "adapters", "checkpoints", "reports", "curves", "tokens", "parquet")
 PAIR = ("data/model/*", "data/tokenizer/*")
 DATA = ("params.yaml", "data/tokens/*", *PAIR)
 REPORTED = ("data/raw/manifest.json", "reports/*.json")
@@ -89,7 +86,8 @@ GGUF = "data/export/gguf/tinygpt-q8_0.gguf"
 FORMATS = {
     "params": Format(("params.yaml",), ("profile --no-measure", "preset tiny"), ("presets/*", "data/tokenizer/*")),
     "presets": Format(("presets/tiny.yaml",), ("preset tiny", "preset"), ("params.yaml",)),
-    "texts": Format(("texts/*",), ("stages.download",), ("params.yaml",)),
+    "texts": Format(("texts/[!a]*",), ("stages.download",), ("params.yaml",)),
+    "parquet": Format(("texts/a.parquet",), ("stages.download",), ("params.yaml",)),
     "raw": Format(("data/raw/**/*",), ("stages.clean",), ("params.yaml",)),
     "clean": Format(
         ("data/clean/*",), ("stages.train_tokenizer", "stages.encode"), ("params.yaml", "data/tokenizer/*")
@@ -145,6 +143,14 @@ TEXTS = [
     "x" * 100_000,
     "<|a|>",
 ]
+EACH_ODD = 20  # one of so many files becomes something else: all that is not a file is refused, or left out
+ODD: list[Callable[[Path], object]] = [
+    Path.mkdir,
+    lambda path: path.symlink_to(path.name),
+    lambda path: path.symlink_to("/dev/zero"),
+    os.mkfifo,
+]
+PIPED = ("prompts.jsonl", "prompts.txt")  # a pipe is waited for, as the shell's <(…) is one
 PACKERS = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 
 
@@ -380,7 +386,7 @@ def _work(
 
 def trial(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path, log: int) -> str | None:
     """Damage a file, read it: what is wrong with how that went, or None."""
-    read = lay_out(name, kind, files, i, folder)
+    read, _ = lay_out(name, kind, files, i, folder)
     os.truncate(log, 0)
     had = reset_peak()
     signal.setitimer(signal.ITIMER_PROF, MOST_CPU_S)
@@ -392,16 +398,21 @@ def trial(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path
     return fault or wrong_words(said) or too_much(peak() - had) or refused
 
 
-def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path) -> Read:
-    """Write the files, one of them damaged, and go there.  -> who is to read them"""
+def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path) -> tuple[Read, str]:
+    """Write the files, one of them damaged, and go there.  -> who is to read them, and which is damaged"""
     rng = random.Random(f"{name}:{i}")
     shutil.rmtree(folder, ignore_errors=True)
     chosen = rng.choice([path for path in files if any(fnmatch(path, pattern) for pattern in kind.damaged)])
     for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(damaged(data, path, rng) if path == chosen and i >= 0 else data)
+        if path != chosen or i < 0:
+            (folder / path).write_bytes(data)
+        elif i % EACH_ODD == EACH_ODD - 1:
+            rng.choice(ODD[:-1] if path in PIPED else ODD)(folder / path)
+        else:
+            (folder / path).write_bytes(damaged(data, path, rng))
     os.chdir(folder)
-    return rng.choice(kind.read) if i >= 0 else kind.read[i]
+    return (rng.choice(kind.read) if i >= 0 else kind.read[i]), chosen
 
 
 def run_program(read: Read) -> tuple[str, str | None, bool]:
@@ -483,7 +494,7 @@ def add_foreign(folder: Path) -> Path:
     texts.mkdir()
     parquet.write_table(pa.table({"text": lines, "number": range(len(lines))}), texts / "a.parquet")
     for name, data in {
-        "a.txt": text,
+        "b.txt": text,
         "b.jsonl": documents,
         "c.txt.gz": gzip.compress(text),
         "d.jsonl.bz2": bz2.compress(documents),
@@ -508,6 +519,8 @@ def add_foreign(folder: Path) -> Path:
     (folder / "prompts.jsonl").write_text('{"prompt": "The file"}\n{"prompt": "Return"}\n')
     (folder / "prompts.txt").write_text("The file\nReturn a new\n")
     set_params(folder, {"download.source": "texts"})
+    for path in (folder / "params.yaml", *folder.glob("presets/*.yaml")):  # without comments, in which no damage tells
+        path.write_text(re.sub(r"(?m)^ *#.*\n|[ \t]+#.*$", "", path.read_text()))
     return folder
 
 
@@ -515,23 +528,29 @@ def main(arguments: list[str]) -> None:
     """See the top of this file."""
     n, names = next((int(a) for a in arguments if a.isdigit()), 1000), [a for a in arguments if not a.isdigit()]
     chosen = {name.partition(":")[0]: name.partition(":")[2] for name in names} or dict.fromkeys(FORMATS, "")
+    sys.stdout.reconfigure(line_buffering=True)
+    if os.access(MEMORY, os.W_OK):
+        os.environ.setdefault("TMPDIR", MEMORY)  # there is nothing to wait for when files are synced
     weights = {name: 0.2 if name in SLOW else 1.0 for name in chosen}
-    bad = 0
     with tempfile.TemporaryDirectory(prefix="tinygpt-sound-") as folder:
         sound = made_before() or make_sound(Path(folder) / "project")
         for name, number in chosen.items():
             if number:
                 show(name, int(number), sound)
-                continue
+                return
+        workers()  # before there are threads
+
+        def fuzz(name: str) -> int:
             began, share = time.monotonic(), math.ceil(n * weights[name] / sum(weights.values()))
             found = failures(name, sound=sound, n=share)
-            bad += len(found)
+            seconds = time.monotonic() - began
             print(
-                f"{name}: {share:,} files in {time.monotonic() - began:.0f} s, {len(found)} kinds of failures",
-                flush=True,
+                "\n    ".join([f"{name}: {share:,} files in {seconds:.0f} s, {len(found)} kinds of failures", *found])
             )
-            for line in found:
-                print(f"    {line}", flush=True)
+            return len(found)
+
+        with ThreadPoolExecutor(n_cpu()) as pool:
+            bad = sum(pool.map(fuzz, chosen))
     sys.exit(1 if bad else 0)
 
 
@@ -547,10 +566,9 @@ def show(name: str, i: int, sound: Path) -> None:
     """One damage again, in this process and in a folder that stays."""
     kind, folder = FORMATS[name], Path(tempfile.mkdtemp(prefix="tinygpt-damaged-"))
     files = read_files(sound, kind)
-    read = lay_out(name, kind, files, i, folder)
-    changed = [path for path, data in files.items() if (folder / path).read_bytes() != data]
+    read, chosen = lay_out(name, kind, files, i, folder)
     print(
-        f"cd {folder}; python -m {read if str(read).startswith('stages.') else f'tinygpt {read}'}  # damaged: {changed}"
+        f"cd {folder}; python -m {read if str(read).startswith('stages.') else f'tinygpt {read}'}  # damaged: {chosen}"
     )
     print(*run_program(read))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import resource
 import time
 import unicodedata
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +58,9 @@ def make_raw(folder: Path, files: dict[str, bytes], **changes: object) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         split = path.stem if path.stem in SPLITS else None
-        entries.append(RawFile(name=name, url=None, bytes=len(content), sha256="", split=split))
+        entries.append(
+            RawFile(name=name, url=None, bytes=len(content), sha256=sha256(content).hexdigest(), split=split)
+        )
     manifest = {"separator": None, "document_start": None, "python": None, **changes}
     write_manifest(
         folder / "raw", Manifest(source="own", licence="unknown", downloads=(), files=tuple(entries), **manifest)
@@ -489,3 +493,12 @@ def test_a_missing_raw_folder_names_its_stage(tmp_path: Path) -> None:
 def test_a_line_of_text_is_what_json_would_write() -> None:
     text = 'a"\\\n\t\x00\x7f\u2028é😀</'
     assert text_line(text) == json.dumps({"text": text}, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize("damaged", [b"", bytes(5000), b"a text" * 500 + b"A text" * 500, None])
+def test_a_raw_file_that_the_disk_has_damaged_is_refused(tmp_path: Path, damaged: bytes | None) -> None:
+    raw = make_raw(tmp_path, {"a.txt": b"a text" * 1000, "b.txt": b"b text" * 1000})
+    path = raw / "texts" / "b.txt"
+    path.write_bytes(damaged) if damaged is not None else (path.unlink(), os.mkfifo(path))
+    with pytest.raises(UserError, match=r"b\.txt is (damaged.*run `dvc repro -f -s download`|not a file)"):
+        clean(params(), raw, tmp_path / "clean", RUNTIME)

@@ -216,6 +216,13 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         read_json(tmp_path / "a.json", stage="train")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_not_a_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"a.json is not (valid JSON \(it is not )?a file"):
+        read_json(tmp_path / "a.json", stage="train")
+
+
 @pytest.mark.parametrize("write", [write_text, write_arrays, write_tensors, write_folder])
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_what_is_in_place_is_on_the_disk_and_has_the_mode_of_the_umask(write, umask, mode, tmp_path, monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -104,7 +106,14 @@ def test_links_are_followed_once_and_never_in_a_circle(tmp_path: Path) -> None:
         found = sorted(texts(tmp_path).values())  # one file by a link of its own, too
         assert found == ["elsewhere/b.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt", "own/a.txt"]
         assert "left out: 5 links (dead, self, " in notes
-        assert "through links (" in notes
+        assert "read: 3 through links (file.txt, again, more)" in notes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file that cannot be read is Linux's")
+def test_an_error_of_the_disk_names_the_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        fill(tmp_path, "/proc/self/mem")
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "mem")
 
 
 @pytest.fixture

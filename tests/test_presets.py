@@ -207,3 +207,19 @@ def test_a_damaged_preset_is_reported_and_presets_are_listed(params, monkeypatch
     (params.parent / "presets/toy.yaml").write_bytes(b"# \x1b[2J\xff\n")
     preset(Namespace(name=None))
     assert "toy          \\x1b[2J\ufffd\n" in capsys.readouterr().out
+
+
+ODD = [
+    lambda text: text.replace(b"\n  n_layer", "\u0085  n_layer".encode()),  # a line end in YAML 1.1
+    lambda text: text + b"...\n...\n",
+    lambda text: text.decode().encode("utf-16"),
+]
+
+
+@pytest.mark.parametrize("change", ODD)
+def test_a_file_that_dvc_would_read_otherwise_is_refused_and_left_alone(change, params):
+    before = change(params.read_bytes())
+    params.write_bytes(before)
+    with pytest.raises(UserError, match=r"params.yaml is not (YAML as DVC reads it|valid YAML)"):
+        apply_values(params, {"train": {"max_steps": 5}})
+    assert params.read_bytes() == before

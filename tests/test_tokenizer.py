@@ -201,7 +201,7 @@ def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer
         load_tokenizer(tmp_path)
     with open(file, "r+b") as big:
         big.truncate(2_000_000_000)  # a hole, which takes no room
-    with pytest.raises(UserError, match=r"tokenizer.json is larger than 500.0 MB"):
+    with pytest.raises(UserError, match=r"tokenizer.json is not .* at most 500.0 MB are read"):
         load_tokenizer(tmp_path)
 
 

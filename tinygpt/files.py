@@ -115,7 +115,9 @@ def runs_folder(root: Path = Path()) -> Path:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in pieces."""
+    """Hex SHA-256 of a file's bytes, read in pieces.  Raises UserError for a pipe or a device, as read_file does."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -154,15 +156,21 @@ def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:
 def read_object(path: str | Path, *, remedy: str, most_bytes: int = MOST_JSON) -> dict[str, Any]:
     """Read a JSON object from anywhere.  Raises UserError, whatever is wrong with it, that ends with the remedy."""
     try:
-        size = Path(path).stat().st_size
-        if size > most_bytes:
-            raise ValueError(f"it has {human_bytes(size)}, at most {human_bytes(most_bytes)} are read")
-        found = parse_json(Path(path).read_bytes())
+        found = parse_json(read_file(Path(path), most_bytes))
         if not isinstance(found, dict):
             raise ValueError(f"it is a {type(found).__name__}, not an object")
         return found
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): {remedy}") from None
+
+
+def read_file(path: Path, most_bytes: int = MOST_JSON) -> bytes:
+    """All bytes of a file.  Raises ValueError where they are too many, or it is a pipe or a device: these never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    if (size := path.stat().st_size) > most_bytes:
+        raise ValueError(f"it has {human_bytes(size)}, at most {human_bytes(most_bytes)} are read")
+    return path.read_bytes()
 
 
 def parse_json(raw: str | bytes, **hooks: Any) -> Any:
@@ -189,6 +197,8 @@ def must_exist(path: str | Path, *, stage: str) -> Path:
     if not path.exists():
         place = "" if Path("params.yaml").exists() else " in the project's top folder"
         raise UserError(f"{path} not found: run `dvc repro {stage}`{place} to make it")
+    if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise UserError(f"{path} is not a file: remove it and run `dvc repro {stage}`")
     return path
 
 

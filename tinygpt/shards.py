@@ -1,7 +1,7 @@
 """Text in shards: each is worked on by itself, on all cores or on a Ray cluster, into a result of its own.
 
 The work is a function of a shard that fills a path, and leaves no trace but that. So the results do not depend on who
-computes which shard, and a run that was stopped computes only the shards that are missing.
+computes which shard, and a run that was stopped computes only the shards that are missing, or damaged since.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from tinygpt.code import code_of
 from tinygpt.errors import UserError
-from tinygpt.files import runs_folder, sha256_json
+from tinygpt.files import runs_folder, sha256_file, sha256_json
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 from tinygpt.threads import n_cpu
@@ -87,7 +87,7 @@ def shard_results(
     with FileLock(folder.with_name(f"{name}.lock")):  # of all that do the same work, one at a time
         folder.mkdir(exist_ok=True)
         paths = [folder.absolute() / f"{i:06d}" for i in range(len(shards))]
-        missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
+        missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not _is_whole(path)]
         total, todo = sum(shard.size for shard in shards), sum(shard.size for shard, _ in missing)
         n_worker = min(runtime.n_worker or n_cpu(), len(missing), 1 + todo // WORTH_A_WORKER)
         with progress(name, total=total, unit="B", start=total - todo) as bar:
@@ -101,17 +101,42 @@ def shard_results(
         shutil.rmtree(folder)
 
 
+def _make(work: Work, shard: Shard, path: Path) -> None:
+    """Do the work, and note the digest of what it made: without one, it is made again."""
+    work(shard, path)
+    _seal(path).write_text(_digest(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard was made in an earlier call, and its bytes are still the same."""
+    try:
+        return _seal(path).read_bytes() == _digest(path).encode()
+    except OSError:  # missing, or the disk cannot read it
+        return False
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes, or of all names and bytes in a folder."""
+    if path.is_dir():
+        return sha256_json({each.name: sha256_file(each) for each in path.iterdir()})
+    return sha256_file(path)
+
+
 def _in_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> Iterator[int]:
     """In processes of this machine; the bytes of each shard as it is done."""
     if n_worker <= 1:
         for shard, path in jobs:
-            work(shard, path)
+            _make(work, shard, path)
             yield shard.size
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork: ready at once
     with ProcessPoolExecutor(n_worker, mp_context=context, initializer=_leave_with_parent) as pool:
         try:
-            yield from _sizes_of_done({pool.submit(work, shard, path): shard.size for shard, path in jobs})
+            yield from _sizes_of_done({pool.submit(_make, work, shard, path): shard.size for shard, path in jobs})
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, perhaps for want of memory: lower runtime.n_worker and run again; "
@@ -155,16 +180,12 @@ def _on_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> It
     environment = {"env_vars": {"PYTHONPATH": path}}
     ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        task = ray.remote(max_retries=3)(_do)
+        task = ray.remote(max_retries=3)(_make)
         yield from _sizes_of_done({task.remote(work, shard, path).future(): shard.size for shard, path in jobs})
     except RayTaskError as error:
         raise error.cause from None
     finally:
         ray.shutdown()
-
-
-def _do(work: Work, shard: Shard, path: Path) -> None:
-    work(shard, path)
 
 
 def _must_answer(address: str) -> None:

@@ -62,7 +62,7 @@ def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMet
     """
     meta = read_record(TokensMeta, Path(folder) / META_FILE, stage="encode")
     if tokenizer is not None and (
-        sha256_file(tokenizer / TOKENIZER_FILE) != meta.tokenizer_sha256
+        sha256_file(must_exist(tokenizer / TOKENIZER_FILE, stage="train_tokenizer")) != meta.tokenizer_sha256
         or load_tokenizer(tokenizer).vocab_size != meta.vocab_size
     ):
         raise UserError(f"{folder} was not made with the tokenizer in {tokenizer}: run `dvc repro encode`")
@@ -72,8 +72,8 @@ def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMet
 def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenIds:
     """Map a split's ids for reading.
 
-    Raises UserError when the file is missing, is not as long as meta.json says, holds fewer than `at_least` ids, or one
-    that is not in the vocabulary: so readers need not check ids.
+    Raises UserError when the file is missing, has not the length or the SHA-256 that meta.json says, holds fewer than
+    `at_least` ids, or one that is not in the vocabulary: so readers need not check ids.
     """
     meta, path = load_meta(folder), must_exist(Path(folder) / f"{split}.bin", stage="encode")
     n_tokens, found = meta.split(split).tokens, path.stat().st_size
@@ -85,6 +85,8 @@ def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenId
             f"{path} has {n_tokens} tokens, at least {at_least} are needed: "
             f"take more text{larger} or a smaller model.block_size"
         )
+    if sha256_file(path) != meta.split(split).sha256:  # the disk's doing, say, which DVC does not look for
+        raise UserError(f"{path} is damaged, meta.json promises another SHA-256: run `dvc repro -f -s encode`")
     ids = np.memmap(path, dtype=np.dtype(meta.dtype), mode="r", shape=(n_tokens,))
     highest = max(int(ids[start : start + PIECE].max()) for start in range(0, n_tokens, PIECE))
     if highest >= meta.vocab_size:

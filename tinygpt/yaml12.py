@@ -32,13 +32,13 @@ def load_yaml(text: bytes) -> Any:
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text):,} bytes, at most {MOST_BYTES:,} are read")
     try:
-        return load(text, _Loader)
+        return load(text.decode(), _Loader)  # in UTF-8 alone: PyYAML would take UTF-16, which DVC does not
     except (YAMLError, ValueError, OverflowError) as error:  # the last for "\Uffffffff"
-        raise ValueError(" ".join(str(error).replace('in "<byte string>",', "at").split())) from None
+        raise ValueError(" ".join(str(error).replace('in "<unicode string>",', "at").split())) from None
 
 
 class _Loader(SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    def __init__(self, text: bytes) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = self.n_node = 0  # of the node that is read; of nodes, each alias with all that it stands for
         self.sizes = dict[Node | None, int]()  # nodes of each

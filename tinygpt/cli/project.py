@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from tinygpt import paths
 from tinygpt.errors import UserError, printable
@@ -97,13 +98,16 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     if not all(isinstance(there.get(group), dict) and key in there[group] for group, key in names):
         check_params(path)  # which says what is missing
     yaml, written = YAML(), path.read_bytes().decode()
-    document = yaml.load(written.replace("\r\n", "\n"))
+    try:
+        document = yaml.load(written.replace("\r\n", "\n"))
+        before = {(group, key): document[group][key] for group, key in names}
+    except (YAMLError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not YAML as DVC reads it: {' '.join(str(error).split())}") from None
     changed = []
-    for group, keys in values.items():
-        for key, value in keys.items():
-            if document[group][key] != value:
-                changed.append(f"{group}.{key}: {yaml_text(document[group][key])} -> {yaml_text(value)}")
-                document[group][key] = value
+    for (group, key), old in before.items():
+        if old != (value := values[group][key]):
+            changed.append(f"{group}.{key}: {yaml_text(old)} -> {yaml_text(value)}")
+            document[group][key] = value
     text = io.StringIO(newline="\r\n" if "\r\n" in written else "\n")
     yaml.dump(document, text)
     trial = path.with_name(path.name + ".trial")
@@ -175,7 +179,7 @@ def is_json(path: Path) -> bool:
     """Whether it is whole: no part of an object is one."""
     try:
         return isinstance(json.loads(path.read_bytes()), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -191,7 +195,7 @@ def is_lockfile(path: Path) -> bool:
         if isinstance(document, dict) and document.get("schema", "2.0") != "2.0":
             return True
         COMPILED_LOCKFILE_SCHEMA(document)
-    except (DvcException, Invalid):
+    except (DvcException, Invalid, RecursionError):
         return b"<<<<<<<" in path.read_bytes()
     return True
 

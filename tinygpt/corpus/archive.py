@@ -185,7 +185,7 @@ class _Unpacked(io.RawIOBase):
 
 def _read_plain(source: _File) -> Iterator[Member]:
     with open(source.path, "rb") as file:
-        yield source.name, iter(partial(file.read, CHUNK_BYTES), b"")
+        yield source.name, source.checked(iter(partial(file.read, CHUNK_BYTES), b""))
 
 
 def _read_compressed(source: _File) -> Iterator[Member]:
@@ -240,6 +240,7 @@ def _damage(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of what it says
+            error.filename = error.filename or name
             raise
         reason = str(error)[:MOST_SHOWN] or type(error).__name__
         # zipfile: a password, an unknown method; the others: more memory than we allow

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, line_ends, shard_bytes
+from tinygpt.corpus.folders import MANIFEST, TEXTS, Manifest, RawFile, line_ends, shard_bytes
 from tinygpt.corpus.raw import MOST_LINE, bad_line, line_text, lines
+from tinygpt.errors import UserError
+from tinygpt.files import must_exist, sha256_file
 from tinygpt.shards import Shard, Span
 
 CHUNK_BYTES = 1 << 20
@@ -131,11 +133,21 @@ def _line_number(path: Path, position: int) -> int:
 
 
 def raw_shards(reader: Reader, files: Sequence[RawFile]) -> Iterator[tuple[Shard, str | None]]:
-    """The files in shards, in order, each with the official split of its files."""
+    """The files in shards, in order, each with the official split of its files.
+
+    Raises UserError where a file is not as `download` wrote it.
+    """
     n_bytes = shard_bytes(sum(file.bytes for file in files))
     for split, group in groupby(files, lambda file: file.split):
-        spans = (span for file in group for span in _cut(reader, reader.folder / file.name, n_bytes))
+        spans = (span for file in group for span in _cut(reader, _checked(reader.folder, file), n_bytes))
         yield from ((shard, split) for shard in join_spans(spans, n_bytes))
+
+
+def _checked(folder: Path, file: RawFile) -> Path:
+    path = must_exist(folder / file.name, stage="download")
+    if sha256_file(path) != file.sha256:  # the disk's doing, say, which DVC does not look for
+        raise UserError(f"{path} is damaged, {MANIFEST} promises another SHA-256: run `dvc repro -f -s download`")
+    return path
 
 
 def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:

@@ -243,6 +243,8 @@ def _copy_from_bucket(store: Any, source: str, name: str, cache: Path, n_bytes: 
             while chunk := there.read(CHUNK_BYTES if most is None else min(CHUNK_BYTES, most - here.tell())):
                 here.write(chunk)
                 bar.update(len(chunk))
+            here.flush()
+            os.fsync(here.fileno())  # a power cut must not leave its name to nothing
         if most != total and (total is not None or partial.stat().st_size == most):  # else it ended before
             return partial, False
         os.replace(partial, copy)

@@ -84,6 +84,8 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> li
                 note(LEFT_OUT, "links", str(Path(*parts)))
                 continue
             read.add(real)
+            if here.is_symlink() and parts:
+                note(READ, "through links", str(Path(*parts)))
             names = sorted(os.listdir(here))
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             if parts:
@@ -96,18 +98,17 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> li
             leads_on, fits = (_fits(inner, pattern, whole=whole) for whole in (False, True))
             kind = _kind(here / name) if leads_on or fits else ""
             is_inside, path = kind == "folders" and leads_on, str(Path(*inner))
-            is_link = (here / name).is_symlink()
             if not is_inside and not fits:
                 continue
             if name.startswith(".") or (not is_inside and kind != "files"):
                 note(LEFT_OUT, "hidden" if name.startswith(".") else kind, path)
                 continue
-            if is_link:
-                note(READ, "through links", path)
             if is_inside:
-                (todo.appendleft if is_link else todo.append)(inner)
-            else:
-                found.append(path)
+                (todo.appendleft if (here / name).is_symlink() else todo.append)(inner)
+                continue
+            if (here / name).is_symlink():
+                note(READ, "through links", path)
+            found.append(path)
     return found
 
 

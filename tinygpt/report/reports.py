@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinygpt.errors import UserError, printable
-from tinygpt.files import must_exist, read_json
+from tinygpt.files import must_exist, read_file, read_json
 from tinygpt.params import PARAMS_FILE, flat_params
 from tinygpt.paths import REPORTS
 from tinygpt.yaml12 import load_yaml
@@ -82,7 +82,10 @@ def prompt_to_try(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return read_file(path).decode("utf-8", errors="replace")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): run `dvc repro train`") from None
 
 
 def parse_curve(text: str, name: str) -> list[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, human_bytes, must_exist, parse_json
+from tinygpt.files import atomic_write, must_exist, parse_json, read_file
 from tinygpt.params import HALVES
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
@@ -128,10 +128,9 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
 
     Raises UserError with everything that is wrong with the file, such as a missing special token `required`.
     """
-    if must_exist(path, stage="train_tokenizer").stat().st_size > MOST_BYTES:
-        raise UserError(f"{path} is larger than {human_bytes(MOST_BYTES)}, too large for a tokenizer")
+    must_exist(path, stage="train_tokenizer")
     try:
-        document = parse_json(path.read_bytes(), object_pairs_hook=_each_once)
+        document = parse_json(read_file(path, MOST_BYTES), object_pairs_hook=_each_once)
         problems = _problems("", document, FILE)
         merges = [] if problems else _pairs(document["model"]["merges"])
     except (ValueError, RecursionError) as error:
