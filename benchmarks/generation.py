@@ -189,7 +189,7 @@ class LlamaSlots(LlamaCpp):
 
 def llama_of(path: Path, n_thread: int) -> Generate:
     """llama.cpp: one sequence as in our exports' check, in float32, several in slots, by its own defaults."""
-    alone, slots = (kind(path, n_threads=n_thread) for kind in (LlamaCpp, LlamaSlots))
+    alone, slots = LlamaCpp(path, n_threads=n_thread), LlamaSlots(path, n_threads=n_thread)
     return lambda prompts, n: [alone.greedy(prompts[0], n)] if len(prompts) == 1 else slots.generate(prompts, n)
 
 
