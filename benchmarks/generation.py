@@ -40,7 +40,7 @@ from benchmarks.export_matrix import EOS, random_model
 from benchmarks.pair import TARGET, repetitive_text
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
-from tinygpt.export.llamacpp import Batch, LlamaCpp
+from tinygpt.export.llamacpp import F32, Batch, LlamaCpp
 from tinygpt.generate import Answer, Sampling, Speculation
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
@@ -158,6 +158,8 @@ class LlamaSlots(LlamaCpp):
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max = BATCH_SIZE * self.n_ctx, BATCH_SIZE
         params.n_threads = params.n_threads_batch = n_threads
+        params.type_k = params.type_v = F32  # by default F16: other tokens
+        params.flash_attn_type = 0
         context: int = self._lib.llama_init_from_model(self._model, params)
         return context
 
@@ -188,7 +190,7 @@ class LlamaSlots(LlamaCpp):
 
 
 def llama_of(path: Path, n_thread: int) -> Generate:
-    """llama.cpp: one sequence as in our exports' check, in float32, several in slots, by its own defaults."""
+    """llama.cpp, one sequence or several in slots."""
     alone, slots = LlamaCpp(path, n_threads=n_thread), LlamaSlots(path, n_threads=n_thread)
     return lambda prompts, n: [alone.greedy(prompts[0], n)] if len(prompts) == 1 else slots.generate(prompts, n)
 
@@ -303,7 +305,7 @@ def speculative_programs(
 
 def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     """What is measured, by name."""
-    model, tokenizer = random_model(GPTConfig(**CONFIG)), pairs_tokenizer()
+    model, tokenizer = random_model(GPTConfig(**CONFIG)).half().float(), pairs_tokenizer()  # as an F16 file has it
     single, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
     tokenizer.save(folder)
     export_hf(model, tokenizer, folder, folder / "hf")

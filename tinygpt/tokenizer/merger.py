@@ -247,9 +247,9 @@ def _groups(
     ids: Ids, weight: NDArray[np.int64], at: Places, wanted: NDArray[np.bool_]
 ) -> Iterator[tuple[int, int, Places]]:
     """By each id among the wanted ones: the id, its weight in all, its places."""
-    wanted = np.flatnonzero(wanted & (ids >= 0))
-    if len(wanted):
-        keys = ids[wanted].astype(np.int64) << SHIFT | wanted  # sorted in much less time than by argsort
+    chosen = np.flatnonzero(wanted & (ids >= 0))
+    if len(chosen):
+        keys = ids[chosen].astype(np.int64) << SHIFT | chosen  # sorted in much less time than by argsort
         keys.sort()
         order, tokens = keys & (1 << SHIFT) - 1, keys >> SHIFT
         begin = np.flatnonzero(differs(tokens, tokens))
