@@ -1,29 +1,37 @@
-"""Speed of generation beside transformers, llama.cpp and no cache at all: same weights, same threads, side by side.
+"""Speed of generation beside transformers, llama.cpp, CTranslate2, OpenVINO GenAI and no cache at all: same weights,
+same threads, side by side.
 
     python -m benchmarks.generation                 # 11 million random weights, 2 threads
     python -m benchmarks.generation --threads 4 --rounds 9
     python -m benchmarks.generation --pair FOLDER   # speculative decoding alone, of what benchmarks/pair.py trained
 
-Every program takes the likeliest token, on the CPU in float32 or with 8-bit weights. A round runs all of them once, one
-after the other; the table has medians over the rounds. Prompts have 200 tokens, or 64 in a batch of 32, and are read
-outside of what the time for a token counts. Speculative decoding continues N_TEXT classes of made-up code.
+Every program takes the likeliest token, on the CPU in float32 or with 8-bit weights; in float32 all must take the same.
+A round runs all of them once, one after the other; the table has medians over the rounds. Prompts have 200 tokens, or
+64 in a batch of 32, and are read outside of what the time for a token counts. CTranslate2 and OpenVINO GenAI take part
+where they are installed (pip install ctranslate2 openvino-genai); the latter reads GGUF files, F16 ones for want of
+F32. Speculative decoding continues N_TEXT classes of made-up code.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import ctypes
 import dataclasses
+import importlib.util
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
@@ -32,7 +40,7 @@ from benchmarks.export_matrix import EOS, random_model
 from benchmarks.pair import TARGET, repetitive_text
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
-from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.export.llamacpp import F32, Batch, LlamaCpp
 from tinygpt.generate import Answer, Sampling, Speculation
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
@@ -46,28 +54,29 @@ from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 
 CONFIG: dict[str, Any] = TARGET | {"vocab_size": 2048}
 N_PROMPT, N_NEW = 200, 48
-BATCH_SIZE, N_BATCH_PROMPT, N_BATCH_NEW = 32, 64, 12
+BATCH_SIZE, N_BATCH_PROMPT, N_BATCH_NEW = 32, 64, 96
+N_SAME = 8  # tokens after each prompt that must be the same
 N_TEXT, N_TEXT_PROMPT, N_TEXT_NEW = 3, 300, 100  # texts, characters of each that are the prompt, tokens that follow
 Speed = tuple[float, float]  # seconds until the first token, and for each one after it
 Run = Callable[[], Speed]
+Rows = list[list[int]]
+Generate = Callable[[Rows, int], Rows]  # prompts of one length -> so many of the likeliest tokens after each
+# ours -> the others that do the same, alone and in a batch
+OTHERS = {
+    "": ("transformers", "llama.cpp F32", "CTranslate2", "OpenVINO GenAI F16"),
+    " int8": ("llama.cpp Q8_0", "CTranslate2 int8", "OpenVINO GenAI Q8_0"),
+}
 # (what is measured, ours, the other, which of the two times, rows)
 MEASURES = [
+    ("batch 1", "ours", "recompute at 256", 1, 1),
     *(
-        (f"batch 1{how}, tokens a second", f"ours{kind}{how}", theirs, 1, 1)
+        (f"batch {n_row}{kind}{how}", f"ours{kind}{batch}{how}", f"{other}{batch}", 1, n_row)
+        for batch, n_row in (("", 1), (" batch", BATCH_SIZE))
         for how in ("", ", compiled")
-        for kind, theirs in (
-            ("", "recompute at 256"),
-            ("", "transformers"),
-            ("", "llama.cpp F32"),
-            (" int8", "llama.cpp Q8_0"),
-        )
+        for kind, others in OTHERS.items()
+        for other in others
     ),
-    *(
-        (f"batch {BATCH_SIZE}{how}, tokens a second", f"ours batch{how}", "transformers batch", 1, BATCH_SIZE)
-        for how in ("", ", compiled")
-    ),
-    (f"first token after {N_PROMPT}, a second", "ours", "llama.cpp F32", 0, 1),
-    (f"first token after {N_PROMPT}, a second", "ours", "transformers", 0, 1),
+    *((f"first token after {N_PROMPT}", "ours", other, 0, 1) for other in OTHERS[""]),
 ]
 
 HOW = {"likeliest": Sampling(temperature=0, ignore_eos=True), "temperature 0.8": Sampling(temperature=0.8, top_p=0.95)}
@@ -120,16 +129,129 @@ def time_twice(generate: Callable[[int], object], n_new: int) -> Speed:
     return first, (time.perf_counter() - began - first) / n_new
 
 
-def time_transformers(model: Any, prompts: list[list[int]], n_new: int) -> Speed:
-    """Of `generate` with its cache."""
-    ids = torch.tensor(prompts)
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-    return time_twice(lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options), n_new)
+def transformers_of(folder: Path) -> Generate:
+    """`generate` of transformers, with its cache."""
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder / "hf").eval()
+
+    def generate(prompts: Rows, n: int) -> Rows:
+        ids = torch.tensor(prompts)
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+        found: torch.Tensor = model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)
+        return found[:, ids.size(1) :].tolist()
+
+    return generate
 
 
-def time_llama(llama: LlamaCpp, prompt: list[int], n_new: int) -> Speed:
-    """Of llama.cpp with its cache."""
-    return time_twice(lambda n: llama.greedy(prompt, n), n_new)
+class LlamaSlots(LlamaCpp):
+    """llama.cpp with a sequence in each of BATCH_SIZE slots, all decoded together."""
+
+    FIELDS: ClassVar[dict[str, Any]] = {
+        "token": ctypes.c_int32,
+        "pos": ctypes.c_int32,
+        "n_seq_id": ctypes.c_int32,
+        "seq_id": ctypes.c_void_p,
+        "logits": ctypes.c_int8,
+    }
+
+    def _open_context(self, n_threads: int) -> int:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = BATCH_SIZE * self.n_ctx, BATCH_SIZE
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k = params.type_v = F32  # by default F16: other tokens
+        params.flash_attn_type = 0
+        context: int = self._lib.llama_init_from_model(self._model, params)
+        return context
+
+    def generate(self, prompts: Rows, n: int) -> Rows:
+        """A slot for each row; as Generate."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        new = [self._append(prompts, 0)]
+        for at in range(len(prompts[0]), len(prompts[0]) + n - 1):
+            new.append(self._append([[id] for id in new[-1]], at))
+        return [list(row) for row in zip(*new, strict=True)]
+
+    def _append(self, rows: Rows, at: int) -> list[int]:
+        """Read so many tokens more in each slot, the first at the position `at` -> the likeliest token after each."""
+        slots = (ctypes.c_int32 * len(rows))(*range(len(rows)))
+        tokens = [  # the fields of Batch for each
+            (id, at + i, 1, ctypes.addressof(slots) + 4 * slot, i == len(row) - 1)
+            for slot, row in enumerate(rows)
+            for i, id in enumerate(row)
+        ]
+        columns = {
+            name: (kind * len(tokens))(*values)
+            for (name, kind), values in zip(self.FIELDS.items(), zip(*tokens, strict=True), strict=True)
+        }
+        fields = {name: ctypes.addressof(column) for name, column in columns.items()}
+        assert self._lib.llama_decode(self._context, Batch(n_tokens=len(tokens), **fields)) == 0
+        found = np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (len(rows), self.vocab_size))
+        return found.argmax(-1).tolist()
+
+
+def llama_of(path: Path, n_thread: int) -> Generate:
+    """llama.cpp, one sequence or several in slots."""
+    alone, slots = LlamaCpp(path, n_threads=n_thread), LlamaSlots(path, n_threads=n_thread)
+    return lambda prompts, n: [alone.greedy(prompts[0], n)] if len(prompts) == 1 else slots.generate(prompts, n)
+
+
+def ctranslate2_of(folder: Path, kind: str, n_thread: int, names: list[str]) -> Generate:
+    """CTranslate2, of the folder for transformers; it takes tokens by name."""
+    import ctranslate2
+    from ctranslate2.converters import TransformersConverter
+
+    TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"), force=True)
+    generator = ctranslate2.Generator(str(folder / "ct2"), compute_type=kind, intra_threads=n_thread)
+
+    def generate(prompts: Rows, n: int) -> Rows:
+        rows = [[names[id] for id in prompt] for prompt in prompts]
+        options = {"max_length": n, "min_length": n, "include_prompt_in_result": False}
+        return [found.sequences_ids[0] for found in generator.generate_batch(rows, **options)]
+
+    return generate
+
+
+def openvino_of(path: Path, n_thread: int) -> Generate:
+    """OpenVINO GenAI, of a GGUF file."""
+    import openvino
+    import openvino_genai
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": n_thread, "ATTENTION_BACKEND": "SDPA"}
+    pipeline = openvino_genai.LLMPipeline(str(path), "CPU", **settings)
+
+    def generate(prompts: Rows, n: int) -> Rows:
+        ids, seen = (openvino.Tensor(array) for array in (np.array(prompts), np.ones_like(prompts)))
+        config = openvino_genai.GenerationConfig(max_new_tokens=n, do_sample=False, ignore_eos=True)
+        return pipeline.generate(openvino_genai.TokenizedInputs(ids, seen), config).tokens
+
+    return generate
+
+
+def others(folder: Path, tokenizer: Tokenizer, n_thread: int) -> dict[str, Generate]:
+    """All that are installed, by the names in OTHERS."""
+    found = {
+        "transformers": transformers_of(folder),
+        "llama.cpp F32": llama_of(folder / "f32.gguf", n_thread),
+        "llama.cpp Q8_0": llama_of(folder / "q8_0.gguf", n_thread),
+    }
+    if importlib.util.find_spec("ctranslate2"):
+        found["CTranslate2"] = ctranslate2_of(folder, "float32", n_thread, tokenizer.tokens)
+        found["CTranslate2 int8"] = ctranslate2_of(folder, "int8", n_thread, tokenizer.tokens)
+    if importlib.util.find_spec("openvino_genai"):
+        found["OpenVINO GenAI F16"] = openvino_of(folder / "f16.gguf", n_thread)
+        found["OpenVINO GenAI Q8_0"] = openvino_of(folder / "q8_0.gguf", n_thread)
+    return found
+
+
+def check_same(model: GPT, theirs: dict[str, Generate], prompts: Rows) -> None:
+    """Raise where one that computes in float32 takes other tokens than we do."""
+    decoder, ours = Decoder(model, prompts), []
+    for _ in range(N_SAME):
+        ours.append(decoder.logits.argmax(-1).tolist())
+        decoder.step(ours[-1])
+    for name in OTHERS[""]:
+        if name in theirs:
+            assert [*zip(*theirs[name](prompts, N_SAME), strict=True)] == [*map(tuple, ours)], f"{name} differs"
 
 
 def time_proposals(model: GPT, answers: list[Answer], speculation: Speculation | None) -> Speed:
@@ -183,33 +305,28 @@ def speculative_programs(
 
 def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     """What is measured, by name."""
-    model, small, compiled, compiled_small = (random_model(GPTConfig(**CONFIG)) for _ in range(4))
-    for one in small, compiled_small:
-        quantize(one, "int8")
-    for one, n_row in (compiled, BATCH_SIZE), (compiled_small, 1):
-        compile_step(one, n_row=n_row)
-    tokenizer = pairs_tokenizer()
+    model, tokenizer = random_model(GPTConfig(**CONFIG)).half().float(), pairs_tokenizer()  # as an F16 file has it
+    single, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
     tokenizer.save(folder)
     export_hf(model, tokenizer, folder, folder / "hf")
-    export_gguf(model, tokenizer, folder / "f32.gguf", "f32")
-    export_gguf(model, tokenizer, folder / "q8_0.gguf", "q8_0")
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    theirs = load(folder / "hf").eval()
-    llamas = {kind: LlamaCpp(folder / f"{kind}.gguf", n_threads=n_thread) for kind in ("f32", "q8_0")}
-    single, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
-    return {
-        "ours": lambda: time_decoder(model, single, N_NEW),
-        "llama.cpp F32": lambda: time_llama(llamas["f32"], single[0], N_NEW),
-        "ours, compiled": lambda: time_decoder(compiled, single, N_NEW),
-        "ours int8": lambda: time_decoder(small, single, N_NEW),
-        "llama.cpp Q8_0": lambda: time_llama(llamas["q8_0"], single[0], N_NEW),
-        "ours int8, compiled": lambda: time_decoder(compiled_small, single, N_NEW),
-        "transformers": lambda: time_transformers(theirs, single, N_NEW),
-        "recompute at 256": lambda: time_recompute(model),
-        "ours batch": lambda: time_decoder(model, many, N_BATCH_NEW),
-        "ours batch, compiled": lambda: time_decoder(compiled, many, N_BATCH_NEW),
-        "transformers batch": lambda: time_transformers(theirs, many, N_BATCH_NEW),
-    }
+    for kind in ("f32", "f16", "q8_0"):
+        export_gguf(model, tokenizer, folder / f"{kind}.gguf", kind)
+    runs: dict[str, Run] = {"recompute at 256": lambda: time_recompute(model)}
+    for kind, how in product(("", " int8"), ("", ", compiled")):
+        one = copy.deepcopy(model)
+        if kind:
+            quantize(one, kind.strip())
+        if how:
+            compile_step(one, n_row=BATCH_SIZE)
+        runs[f"ours{kind}{how}"] = partial(time_decoder, one, single, N_NEW)
+        runs[f"ours{kind} batch{how}"] = partial(time_decoder, one, many, N_BATCH_NEW)
+    theirs = others(folder, tokenizer, n_thread)
+    for prompts in single, many:
+        check_same(model, theirs, prompts)
+    for name, generate in theirs.items():
+        runs[name] = partial(time_twice, partial(generate, single), N_NEW)
+        runs[f"{name} batch"] = partial(time_twice, partial(generate, many), N_BATCH_NEW)
+    return runs
 
 
 def medians(runs: dict[str, Run], n_round: int) -> dict[str, Speed]:
@@ -257,10 +374,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         speeds = medians(programs(Path(folder), args.threads), args.rounds)
-    print("| measure | tinygpt | beside | theirs | ratio |\n|---|---|---|---|---|")
+    print("| tokens a second | tinygpt | beside | theirs | ratio |\n|---|---|---|---|---|")
     for measure, our_name, their_name, at, n_row in MEASURES:
-        ours, theirs = (n_row / speeds[name][at] for name in (our_name, their_name))
-        print(f"| {measure} | {ours:,.1f} | {their_name} | {theirs:,.1f} | {ours / theirs:.2f} |")
+        if their_name in speeds:
+            ours, theirs = (n_row / speeds[name][at] for name in (our_name, their_name))
+            print(f"| {measure} | {ours:,.1f} | {their_name} | {theirs:,.1f} | {ours / theirs:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""Our tokenizer beside the tokenizers library and tiktoken: the same text, merges, ids and number of threads.
+"""Our tokenizer beside the tokenizers library, tiktoken and gigabpe: the same text, merges, ids and number of threads.
 
     python -m benchmarks.tokenizer                        # 64 MB of what this machine has installed
-    python -m benchmarks.tokenizer --megabytes 1000 --only train,encode
+    python -m benchmarks.tokenizer --megabytes 1000 --folder /usr --only train
 
-Each contender runs alone in a process of its own, in turn, `--repeat` times; the table has medians. The text is Python
-and C sources, documentation and type stubs of the Python installation, in an order that mixes them; where there is too
-little of it, it comes again with its lines in another order. Times are of the work: reading the text from a file for
-ours, from memory for the others, up to the merges or to ids on disk.
+Each contender runs alone in a process of its own, in turn, `--repeat` times; the table has medians. gigabpe takes part
+where it is installed (pip install gigabpe). The text is Python and C sources, documentation and type stubs of the
+Python installation and of each `--folder`, in an order that mixes them, no file twice. Times are of the work: reading
+the text from a file for ours and gigabpe, from memory for the others, up to the merges or to ids on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -23,7 +25,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -49,27 +51,29 @@ PROMPT = (
 )
 
 
-def gather(file: Path, n_bytes: int) -> None:
-    """Write about `n_bytes` of text as documents."""
-    rng, size = random.Random(0), 0
-    roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib", "include")}
-    sources = sorted({path for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES})
-    rng.shuffle(sources)
-    with open(file, "w", encoding="utf-8") as out:
-        for again in range(100):
-            for source in sources:
-                try:
-                    text = source.read_text(encoding="utf-8")
-                except (OSError, UnicodeDecodeError):
-                    continue
-                if again:
-                    lines = text.splitlines(keepends=True)
-                    rng.shuffle(lines)
-                    text = "".join(lines)
+def gather(folder: Path, n_bytes: int, more: Sequence[Path]) -> int:
+    """Write documents as text.jsonl and, a line each, as text.txt, until there are `n_bytes` of text -> bytes of it.
+
+    gigabpe takes each line for a document. So lines within one end in "\\r" here, which pretokens treat alike.
+    """
+    roots = {*(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib", "include")), *more}
+    sources = sorted({path for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()})
+    random.Random(0).shuffle(sources)
+    known: set[bytes] = set()
+    with open(folder / "text.jsonl", "w", encoding="utf-8") as out, open(folder / "text.txt", "wb") as lines:
+        for source in sources:
+            raw = source.read_bytes()
+            try:
+                text = raw.decode().replace("\n", "\r") + "\n"
+            except UnicodeDecodeError:
+                continue
+            if (digest := hashlib.sha256(raw).digest()) not in known:
+                known.add(digest)
                 out.write(text_line(text))
-                size += len(text.encode())
-                if size >= n_bytes:
-                    return
+                lines.write(text.encode())
+                if lines.tell() >= n_bytes:
+                    break
+        return lines.tell()
 
 
 def runtime(folder: Path, n_thread: int) -> RuntimeParams:
@@ -134,6 +138,24 @@ def train_tokenizers(folder: Path, n_thread: int, vocab_size: int) -> Callable[[
     def check() -> None:
         merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
         assert merges == load_tokenizer(folder).merges, "other merges than ours"
+
+    work.check = check  # type: ignore[attr-defined]
+    return work
+
+
+def train_gigabpe(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
+    """gigabpe, from a file; its alphabet is only the bytes that occur, so that it makes some merges more than we do."""
+    import gigabpe
+
+    merges: list[tuple[str, str]] = []
+
+    def work() -> None:
+        settings = {"special_tokens": [EOS], "pretokenizer": "bytelevel", "threads": n_thread}
+        merges.extend(gigabpe.train_bpe([str(folder / "text.txt")], vocab_size, **settings)[1])
+
+    def check() -> None:
+        ours = load_tokenizer(folder).merges
+        assert merges[: len(ours)] == ours, "other merges than ours"
 
     work.check = check  # type: ignore[attr-defined]
     return work
@@ -225,7 +247,7 @@ def prompt_tokenizers(folder: Path, n_thread: int, vocab_size: int) -> Callable[
 
 
 CONTENDERS = {
-    "train": {"tinygpt": train_ours, "tokenizers": train_tokenizers},
+    "train": {"tinygpt": train_ours, "tokenizers": train_tokenizers, "gigabpe": train_gigabpe},
     "encode": {"tinygpt": encode_ours, "tokenizers": encode_tokenizers, "tiktoken": encode_tiktoken},
     "prompt": {"tinygpt": prompt_ours, "tokenizers": prompt_tokenizers, "tiktoken": prompt_tiktoken},
 }
@@ -252,6 +274,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--folder", type=Path, action="append", default=[], help="more text; may be given again")
     parser.add_argument("--only", default="train,encode,prompt", help="tasks, of train, encode and prompt")
     parser.add_argument("--measure", nargs=3, metavar=("TASK", "NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -264,9 +287,7 @@ def main() -> None:
         + ", ".join(f"{p} {version(p)}" for p in ("tokenizers", "tiktoken", "numpy"))
     )
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "text.jsonl"
-        gather(text, args.megabytes * 1_000_000)
-        size = sum(len(t.encode()) for t in iter_texts(text))
+        size = gather(Path(folder), args.megabytes * 1_000_000, args.folder)
         print(f"{size / 1e6:.0f} MB of text, vocabulary {args.vocab_size}\n")
         for task in args.only.split(","):
             compare(task, Path(folder), size, args)
@@ -274,7 +295,8 @@ def main() -> None:
 
 def compare(task: str, folder: Path, size: int, args: argparse.Namespace) -> None:
     """Print one task's table."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS[task]}
+    names = [name for name in CONTENDERS[task] if importlib.util.find_spec(name)]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(args.repeat):
         for name in found:
             command = [sys.executable, "-m", "benchmarks.tokenizer", "--measure", task, name, str(folder)]

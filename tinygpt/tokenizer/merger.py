@@ -162,13 +162,12 @@ class Pairs:
         self, ids: NDArray[np.int32], row: NDArray[np.int32], weight: NDArray[np.int64], *, at_least: int = 1
     ) -> None:
         self.ids, self.row, self.weight, self.at_least = ids, row, weight, at_least
-        self._n_id = int(ids.max(initial=0)) + 1
         self.next = np.arange(1, len(ids) + 1, dtype=np.int32)
         self.next[-1:] -= 1
         self.previous = np.arange(-1, len(ids) - 1, dtype=np.int32)
         self.count: dict[int, int] = {}
         self._places: dict[int, Places] = {}  # where a pair has stood; some may have changed since
-        self._add(np.arange(len(ids), dtype=np.int32))
+        self._count_all()
 
     def again(self, *, at_least: int) -> Pairs:
         """The pairs as they are now."""
@@ -184,14 +183,31 @@ class Pairs:
         else:
             del self.count[pair]
         right, before = self.next[at], self.previous[at]
-        # A place stands for the pair that begins there. Two merges side by side share one: it counts once.
-        self._remove(right, before[differs(before, right)])
         after = self.next[right]
+        weight, x, y = self.weight[self.row[at]], self.ids[before], self.ids[after]
         self.ids[at], self.ids[right] = merged, EMPTY
-        self._n_id = max(self._n_id, merged + 1)
         self.next[at], self.previous[after] = after, at
-        before = self.previous[at]
-        return self._add(at, before[differs(before, at)])
+        (left_id, right_id), found = ids_of(pair), []
+        # Side by side, two merges share the pair between them, which counts once.
+        shared = np.append(~differs(before, right)[1:], False)
+        for token, total, places in _groups(x, weight, before, np.append(True, ~shared[:-1])):
+            found += self._replace(pair_of(token, left_id), pair_of(token, merged), total, places)
+        for token, total, places in _groups(y, weight, at, ~shared):
+            found += self._replace(pair_of(right_id, token), pair_of(merged, token), total, places)
+        if shared.any():
+            old, new = pair_of(right_id, left_id), pair_of(merged, merged)
+            found += self._replace(old, new, int(weight[shared].sum()), at[shared])
+        return found
+
+    def _replace(self, old: int, new: int, total: int, at: Places) -> list[int]:
+        """A pair has become another one at these places, `total` times -> [new] where that is frequent enough."""
+        if old in self.count:
+            self.count[old] -= total
+        if total < self.at_least:
+            return []
+        self.count[new] = self.count.get(new, 0) + total
+        self._places[new] = np.concatenate([self._places[new], at]) if new in self._places else at
+        return [new]
 
     def _places_of(self, pair: int) -> Places:
         """The places where the pair is now, leftmost first and without overlap: "aaa" has "aa" once."""
@@ -205,46 +221,41 @@ class Pairs:
         run_start = np.maximum.accumulate(np.where(overlaps, 0, index))
         return at[(index - run_start) % 2 == 0]
 
-    def _add(self, *places: Places) -> list[int]:
-        """Count the pairs that begin at these places; return those that are frequent enough."""
-        at, pairs, begin, totals = self._grouped(*places)
-        found = []
-        for i in np.flatnonzero(totals >= self.at_least).tolist():
-            pair = int(pairs[i])
-            self.count[pair] = self.count.get(pair, 0) + int(totals[i])
-            group = at[begin[i] : begin[i + 1]]
-            self._places[pair] = np.concatenate([self._places[pair], group]) if pair in self._places else group
-            found.append(pair)
-        return found
-
-    def _remove(self, *places: Places) -> None:
-        """Take the pairs that begin at these places out of the counts."""
-        _, pairs, _, totals = self._grouped(*places)
-        for pair, total in zip(pairs.tolist(), totals.tolist(), strict=True):
-            if pair in self.count:
-                self.count[pair] -= total
-
-    def _grouped(self, *places: Places) -> tuple[Places, NDArray[np.int64], NDArray[np.intp], NDArray[np.int64]]:
-        """Places by the pair that begins there: places, the groups' pairs, where each begins, each group's weight."""
-        at = places[0] if len(places) == 1 else np.concatenate(places)
-        at = at[(at >= 0) & (self.ids[at] >= 0)]
-        at = at[self.ids[self.next[at]] >= 0]
-        id_bits, place_bits = self._n_id.bit_length(), len(self.ids).bit_length()
+    def _count_all(self) -> None:
+        at = np.flatnonzero((self.ids[:-1] >= 0) & (self.ids[1:] >= 0)).astype(np.int32)  # not where a row ends
+        id_bits, place_bits = (int(self.ids.max(initial=0)) + 1).bit_length(), len(self.ids).bit_length()
         if 2 * id_bits + place_bits > KEY_BITS:
             raise UserError("too many different words to learn from: lower tokenizer.max_bytes or tokenizer.vocab_size")
         keys = self.ids[at].astype(np.int64)  # left, right and place in one number, sorted in place: in little memory
         keys <<= id_bits
-        keys |= self.ids[self.next[at]]
+        keys |= self.ids[at + 1]
         keys <<= place_bits
         keys |= at
         keys.sort()
         np.bitwise_and(keys, (1 << place_bits) - 1, out=at, casting="unsafe")
         keys >>= place_bits
-        begin = np.flatnonzero(np.concatenate([keys[:1] >= 0, keys[1:] != keys[:-1]]))
-        pairs = keys[begin]
+        begin = np.flatnonzero(differs(keys, keys))
         totals = np.add.reduceat(self.weight[self.row[at]], begin) if len(at) else np.zeros(0, np.int64)
-        pairs = (pairs >> id_bits) << SHIFT | pairs & (1 << id_bits) - 1
-        return at, pairs, np.append(begin, len(at)), totals
+        end = np.append(begin[1:], len(at))
+        for i in np.flatnonzero(totals >= self.at_least).tolist():
+            pair = int(keys[begin[i]])
+            pair = pair_of(pair >> id_bits, pair & (1 << id_bits) - 1)
+            self.count[pair], self._places[pair] = int(totals[i]), at[begin[i] : end[i]]
+
+
+def _groups(
+    ids: Ids, weight: NDArray[np.int64], at: Places, wanted: NDArray[np.bool_]
+) -> Iterator[tuple[int, int, Places]]:
+    """By each id among the wanted ones: the id, its weight in all, its places."""
+    chosen = np.flatnonzero(wanted & (ids >= 0))
+    if len(chosen):
+        keys = ids[chosen].astype(np.int64) << SHIFT | chosen  # sorted in much less time than by argsort
+        keys.sort()
+        order, tokens = keys & (1 << SHIFT) - 1, keys >> SHIFT
+        begin = np.flatnonzero(differs(tokens, tokens))
+        totals, places, ends = np.add.reduceat(weight[order], begin), at[order], [*begin[1:].tolist(), len(at)]
+        for token, total, first, end in zip(tokens[begin].tolist(), totals.tolist(), begin.tolist(), ends, strict=True):
+            yield token, total, places[first:end]
 
 
 def differs(places: Places, of_former: Places) -> NDArray[np.bool_]:

@@ -152,7 +152,13 @@ def count_pretokens(texts: Iterable[str], table: PretokenTable | None = None) ->
         more = np.bincount(numbers, minlength=len(table.pretokens))
         more[: len(counts)] += counts
         counts = more
-    found = Counter({table.pretokens[i]: int(counts[i]) for i in np.flatnonzero(counts)})
+    return _counter(table, counts)
+
+
+def _counter(table: PretokenTable, counts: NDArray[np.int64]) -> PretokenCounts:
+    """By pretoken, what is counted by number."""
+    at = np.flatnonzero(counts)
+    found = Counter(dict(zip(map(table.pretokens.__getitem__, at.tolist()), counts[at].tolist(), strict=True)))
     del found[DOCUMENT_BORDER]
     return found
 
@@ -191,11 +197,10 @@ def _table() -> PretokenTable:
 def sum_counts(paths: Iterable[Path]) -> PretokenCounts:
     """The counts of several files together."""
     _table.cache_clear()  # counting is over
-    found: PretokenCounts = Counter()
+    table, counts = PretokenTable(), np.zeros(0, np.int64)
     for path in paths:
         with np.load(path, allow_pickle=False) as arrays:
-            counts = arrays["counts"].tolist()
-            if counts:
-                pretokens = arrays["pretokens"].tobytes().split(DOCUMENT_BORDER)
-                found.update(dict(zip(pretokens, counts, strict=True)))
-    return found
+            numbers = table.number(arrays["pretokens"].tobytes())[::2]  # all different; between them are borders
+            counts = np.pad(counts, (0, len(table.pretokens) - len(counts)))
+            counts[numbers] += arrays["counts"]
+    return _counter(table, counts)
