@@ -103,7 +103,7 @@ def test_a_base_that_is_not_there_is_reported(params):
     assert params.read_bytes() == before
 
 
-def test_going_on_from_a_base_takes_its_model_and_rates_for_its_width(params, tiny_tokenizer, capsys):
+def test_a_run_from_a_base_takes_its_model_and_rates_for_its_width(params, tiny_tokenizer, capsys):
     model, rules = tiny_model(n_layer=2), load_yaml((ROOT / "presets/base.yaml").read_bytes())["train"]
     assert model.config.n_embd == 32  # a quarter of what the rates are for
     write_base(Path("data/base"), model.config, model_tensors(model), tiny_tokenizer)

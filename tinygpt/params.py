@@ -113,10 +113,10 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     Otherwise a mistake in `evaluate` would come to light after an hour of training.
     """
     document = read_groups(path)
-    groups, problems = dict[str, Any](), _name_problems(document)
+    groups, problems = dict[str, Any](), _key_problems(document, list(GROUPS), "")
     for name in GROUPS:
         try:
-            if name in document:  # else _name_problems has reported it
+            if name in document:  # else it is reported already
                 groups[name] = from_mapping(find_class(name), document[name], prefix=f"{name}.")
         except ParamsError as error:
             problems += error.problems
@@ -231,10 +231,6 @@ def read_groups(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold the groups {', '.join(GROUPS)}")
     return document
-
-
-def _name_problems(document: dict[str, Any]) -> list[str]:
-    return _key_problems(document, list(GROUPS), "")
 
 
 def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str, others: Sequence[str] = ()) -> list[str]:
