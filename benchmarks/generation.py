@@ -5,11 +5,12 @@ same threads, side by side.
     python -m benchmarks.generation --threads 4 --rounds 9
     python -m benchmarks.generation --pair FOLDER   # speculative decoding alone, of what benchmarks/pair.py trained
 
-Every program takes the likeliest token, on the CPU in float32 or with 8-bit weights; in float32 all must take the same.
-A round runs all of them once, one after the other; the table has medians over the rounds. Prompts have 200 tokens, or
-64 in a batch of 32, and are read outside of what the time for a token counts. CTranslate2 and OpenVINO GenAI take part
-where they are installed (pip install ctranslate2 openvino-genai); the latter reads GGUF files, F16 ones for want of
-F32. Speculative decoding continues N_TEXT classes of made-up code.
+Every program takes the likeliest token, on the CPU in float32 or with 8-bit weights; in float32 all must take the same
+(llama.cpp's slots, whose cache is in float16, in nine rows of ten). A round runs all of them once, one after the other;
+the table has medians over the rounds. Prompts have 200 tokens, or 64 in a batch of 32, and are read outside of what the
+time for a token counts. CTranslate2 and OpenVINO GenAI take part where they are installed (pip install ctranslate2
+openvino-genai); the latter reads GGUF files, F16 ones for want of F32. Speculative decoding continues N_TEXT classes of
+made-up code.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from benchmarks.export_matrix import EOS, random_model
 from benchmarks.pair import TARGET, repetitive_text
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
-from tinygpt.export.llamacpp import F32, Batch, LlamaCpp
+from tinygpt.export.llamacpp import Batch, LlamaCpp
 from tinygpt.generate import Answer, Sampling, Speculation
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
@@ -144,7 +145,10 @@ def transformers_of(folder: Path) -> Generate:
 
 
 class LlamaSlots(LlamaCpp):
-    """llama.cpp with a sequence in each of BATCH_SIZE slots, all decoded together."""
+    """llama.cpp with a sequence in each of BATCH_SIZE slots, all decoded together, by its defaults.
+
+    Keys and values are in float16 then: in float32 a step took twice the time.
+    """
 
     FIELDS: ClassVar[dict[str, Any]] = {
         "token": ctypes.c_int32,
@@ -158,8 +162,6 @@ class LlamaSlots(LlamaCpp):
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max = BATCH_SIZE * self.n_ctx, BATCH_SIZE
         params.n_threads = params.n_threads_batch = n_threads
-        params.type_k = params.type_v = F32  # by default F16: other tokens
-        params.flash_attn_type = 0
         context: int = self._lib.llama_init_from_model(self._model, params)
         return context
 
@@ -244,14 +246,16 @@ def others(folder: Path, tokenizer: Tokenizer, n_thread: int) -> dict[str, Gener
 
 
 def check_same(model: GPT, theirs: dict[str, Generate], prompts: Rows) -> None:
-    """Raise where one that computes in float32 takes other tokens than we do."""
-    decoder, ours = Decoder(model, prompts), []
+    """Raise where one that computes in float32 takes other tokens than we do in more than a tenth of the rows."""
+    decoder, steps = Decoder(model, prompts), []
     for _ in range(N_SAME):
-        ours.append(decoder.logits.argmax(-1).tolist())
-        decoder.step(ours[-1])
+        steps.append(decoder.logits.argmax(-1).tolist())
+        decoder.step(steps[-1])
+    ours = [list(row) for row in zip(*steps, strict=True)]
     for name in OTHERS[""]:
         if name in theirs:
-            assert [*zip(*theirs[name](prompts, N_SAME), strict=True)] == [*map(tuple, ours)], f"{name} differs"
+            differs = sum(a != b for a, b in zip(ours, theirs[name](prompts, N_SAME), strict=True))
+            assert differs <= len(prompts) // 10, f"{name} differs in {differs} rows"
 
 
 def time_proposals(model: GPT, answers: list[Answer], speculation: Speculation | None) -> Speed:
