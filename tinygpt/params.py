@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
 
 from tinygpt.errors import UserError
-from tinygpt.files import read_file, read_json
+from tinygpt.files import read_json
 from tinygpt.yaml12 import load_yaml
 
 PARAMS_FILE = Path("params.yaml")
@@ -208,24 +208,17 @@ def yaml_text(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def read_text(path: Path) -> str:
-    """The text of a params file, for people.  Raises UserError where there is none."""
-    return _bytes(path).decode("utf-8", errors="replace")
-
-
-def _bytes(path: Path) -> bytes:
-    if not path.exists():
+def read_bytes(path: Path) -> bytes:
+    """Read a params file.  Raises UserError where there is none; a pipe or a device is none."""
+    if not path.is_file():
         raise UserError(f"{path} not found: run this from the project's top folder")
-    try:
-        return read_file(path)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    return path.read_bytes()
 
 
 def read_groups(path: Path) -> dict[str, Any]:
     """The groups of a params file, or of a preset, as they stand there.  Raises UserError where there are none."""
     try:
-        document = load_yaml(_bytes(path))
+        document = load_yaml(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(document, dict):

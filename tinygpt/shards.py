@@ -120,7 +120,7 @@ def _seal(path: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """The digest of a file's bytes, or of all names and bytes in a folder."""
+    """The SHA-256 of a file, or of the names and files in a folder."""
     if path.is_dir():
         return sha256_json({each.name: sha256_file(each) for each in path.iterdir()})
     return sha256_file(path)

@@ -16,7 +16,7 @@ import psutil
 
 from tinygpt.errors import UserError, printable, program
 from tinygpt.files import human_bytes
-from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_text, require
+from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_bytes, require
 
 
 @program
@@ -65,7 +65,7 @@ def check_memory(groups: Mapping[str, Any]) -> None:
 
 def described(groups: Sequence[str]) -> str:
     """The lines of params.yaml that a stage reads."""
-    text = read_text(PARAMS_FILE)
+    text = read_bytes(PARAMS_FILE).decode(errors="replace").replace("\r\n", "\n")
     blocks = [re.search(rf"^{group}:.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE) for group in groups]
     lines = [printable(line) for block in blocks if block for line in (*block[0].rstrip().split("\n"), "")]
     how = f"It takes no arguments: set keys in {PARAMS_FILE}, or for one run by `dvc exp run -S group.key=value`."

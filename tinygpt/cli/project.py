@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 from tinygpt import paths
 from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_write
-from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read_groups, read_text, yaml_text
+from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read_bytes, read_groups, yaml_text
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
@@ -34,7 +34,8 @@ def preset(args: Namespace) -> None:
     if args.name is None:
         width = max(map(len, files), default=0)
         for name, path in files.items():
-            print(f"{name:{width}}  {printable(read_text(path).partition(chr(10))[0].removeprefix('# '))}")
+            first_line = read_bytes(path).decode(errors="replace").partition("\n")[0]
+            print(f"{name:{width}}  {printable(first_line.removeprefix('# '))}")
         return
     if args.name not in files:
         hint = nearest(args.name, files) or f": {', '.join(files)}"
