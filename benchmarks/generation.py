@@ -19,6 +19,7 @@ import argparse
 import copy
 import ctypes
 import dataclasses
+import importlib
 import importlib.util
 import os
 import statistics
@@ -309,6 +310,8 @@ def speculative_programs(
 
 def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     """What is measured, by name."""
+    if importlib.util.find_spec("openvino_genai"):
+        importlib.import_module("openvino_genai")  # first: opened after llama.cpp's library it crashes
     model, tokenizer = random_model(GPTConfig(**CONFIG)).half().float(), pairs_tokenizer()  # as an F16 file has it
     single, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
     tokenizer.save(folder)
