@@ -12,7 +12,7 @@ from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.config import EvaluateParams
-from tinygpt.report.details import details, make_samples, write_details, write_samples
+from tinygpt.report.details import details, make_samples, prompt_to_try, write_details, write_samples
 from tinygpt.report.perplexity import evaluate_model
 from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
@@ -27,11 +27,11 @@ def run(root: Path) -> None:
     meta = load_meta(root / TOKENS, tokenizer=root / TOKENIZER)
     tokens = load_tokens(root / TOKENS, params.split, at_least=2)
     report = evaluate_model(model, tokens, params, n_bytes=meta.split(params.split).bytes)
-    write_json(root / REPORTS / "eval.json", report)
     decisive = {"eval_loss": report["loss"], "eval_tokens": report["tokens"]}
     decisive |= {name: report[name] for name in ("ppl", "bpb", "bpb_error")}
     write_json(root / REPORTS / "metrics/eval.json", decisive)  # DVC's metrics
     samples = make_samples(model, tokenizer, tokens, params)
+    write_json(root / REPORTS / "eval.json", report | {"prompt": prompt_to_try(samples)})
     write_samples(root / REPORTS / "samples.md", samples)
     splits = {name: load_tokens(root / TOKENS, name) for name in SPLITS if meta.split(name).tokens}
     write_details(root / REPORTS / "details.json", details(model, tokenizer, meta, splits, samples))

@@ -1,7 +1,7 @@
 """Export the model for transformers and llama.cpp, and check every file against it.
 
-Reads data/model, data/tokenizer and data/tokens, for the card data/raw/manifest.json, reports/eval.json and
-details.json; writes data/export and reports/export.json.
+Reads data/model, data/tokenizer and data/tokens, for the card data/raw/manifest.json and
+reports/eval.json; writes data/export and reports/export.json.
 """
 
 from functools import partial

@@ -20,9 +20,10 @@ from tinygpt.corpus import clean as clean_module
 from tinygpt.corpus import folders
 from tinygpt.corpus.clean import Report, clean
 from tinygpt.corpus.documents import Reader, raw_shards
-from tinygpt.corpus.folders import read_manifest
+from tinygpt.corpus.folders import read_manifest, write_manifest
 from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError
+from tinygpt.files import sha256_file
 from tinygpt.shards import Shard
 
 WIKI_START = SOURCES["wikitext-2"].document_start
@@ -159,5 +160,8 @@ def test_a_mistake_in_the_text_is_reported_from_a_worker(corpus: Path) -> None:
     path = corpus / "texts" / "b.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:70], b"{}\n", *lines[71:]]))
+    manifest = read_manifest(corpus)  # which has its digest
+    files = (dataclasses.replace(file, sha256=sha256_file(corpus / "texts" / file.name)) for file in manifest.files)
+    write_manifest(corpus, dataclasses.replace(manifest, files=tuple(files)))
     with pytest.raises(UserError, match=r'b\.jsonl line 71 is not a JSON object with a "text"'):
         run(corpus, n_worker=2)

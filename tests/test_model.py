@@ -249,7 +249,7 @@ def test_a_device_that_is_not_there_is_refused():
     runtime = dataclasses.replace(RUNTIME, device="auto")
     assert open_device(runtime).type in ("cpu", "cuda", "mps")
     missing = "cuda" if not torch.cuda.is_available() else "mps"
-    with pytest.raises(ParamsError, match=f"runtime.device={missing} is not there"):
+    with pytest.raises(ParamsError, match=f"runtime.device={missing} is not available"):
         open_device(dataclasses.replace(RUNTIME, device=missing))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import shutil
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -144,6 +145,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "PROBE_STEPS", (12,))
     monkeypatch.setattr(measure, "MOST_S", 0.0)
     monkeypatch.setattr(speed, "MEASURE_S", 0.01)
+    monkeypatch.setattr(time, "process_time", lambda: 2.0)  # this process has not just been started
     return tmp_path
 
 

@@ -13,11 +13,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, read_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import read_record
-from tinygpt.report.reports import prompt_to_try
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import LoRAParams
 
@@ -62,6 +60,7 @@ class Evaluation:
     loss: float
     ppl: float
     bpb: float
+    prompt: str  # of the commands that run the model
 
 
 @dataclass(frozen=True)
@@ -71,22 +70,15 @@ class Origin:
     manifest: Source
     training: Mapping[str, Any]  # params
     evaluation: Evaluation
-    prompt: str  # of the commands that run it
 
 
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
     """Read it from the stages' folders.  Raises UserError that names the file, its key, and the stage to run."""
     read_training(model)
-    path = reports / "details.json"
-    try:
-        prompt = prompt_to_try(read_json(path, stage="evaluate")["samples"])
-    except (KeyError, TypeError):
-        raise UserError(f"{path} was written by another version: run `dvc repro evaluate`") from None
     return Origin(
         manifest=read_record(Source, raw / "manifest.json", stage="download"),
         training=read_json(model / TRAINING_FILE, stage="train"),
         evaluation=read_record(Evaluation, reports / "eval.json", stage="evaluate"),
-        prompt=prompt,
     )
 
 

@@ -6,13 +6,13 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinygpt.errors import UserError, printable
+from tinygpt.errors import UserError
 from tinygpt.files import must_exist, read_file, read_json
 from tinygpt.params import PARAMS_FILE, flat_params
 from tinygpt.paths import REPORTS
@@ -72,13 +72,6 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     path = folder / "train_samples.md"
     found = SAMPLE.findall(_text(path)) if path.exists() else []
     return [{"step": int(step.replace(",", "")), "text": text} for step, _, text in found]
-
-
-def prompt_to_try(samples: Sequence[Mapping[str, Any]]) -> str:
-    """A line to show how the model is run: the beginning of a held-out text, else of a prompt of evaluate.prompts."""
-    by_preference = sorted(samples, key=lambda sample: sample["followed"] is None)
-    lines = (re.search(r"\w.{0,60}(?!\S)", sample["prompt"]) for sample in by_preference)
-    return next((printable(line[0]) for line in lines if line), "The")
 
 
 def _text(path: Path) -> str:
