@@ -66,10 +66,10 @@ class Sample:
     followed: list[Scored] | None
 
 
-def prompt_to_try(samples: Sequence[Mapping[str, Any]]) -> str:
+def prompt_to_try(samples: Sequence[Sample]) -> str:
     """A line to show how the model is run: the beginning of a held-out text, else of a prompt of evaluate.prompts."""
-    by_preference = sorted(samples, key=lambda sample: sample["followed"] is None)
-    lines = (re.search(r"\w.{0,60}(?!\S)", sample["prompt"]) for sample in by_preference)
+    by_preference = sorted(samples, key=lambda sample: sample.followed is None)
+    lines = (re.search(r"\w.{0,60}(?!\S)", sample.prompt) for sample in by_preference)
     return next((printable(line[0]) for line in lines if line), "The")
 
 
