@@ -9,13 +9,20 @@ from ruamel.yaml import YAML
 
 from tinygpt.errors import UserError
 from tinygpt.export.card import Evaluation, Origin, Source, model_card, modelfile, read_origin
-from tinygpt.report.reports import prompt_to_try
+from tinygpt.report.details import Sample, prompt_to_try
 
 ORIGIN = Origin(
     manifest=Source(source="python-docs", licence="PSF-2.0"),
     training={"init_from": "scratch", "max_steps": 1600, "betas": [0.9, 0.95]},
-    evaluation=Evaluation(split="test", tokens=25013, context=128, loss=3.12086, ppl=22.6657, bpb=1.86304),
-    prompt='It\'s "new" `id` $HOME',
+    evaluation=Evaluation(
+        split="test",
+        tokens=25013,
+        context=128,
+        loss=3.12086,
+        ppl=22.6657,
+        bpb=1.86304,
+        prompt='It\'s "new" `id` $HOME',
+    ),
 )
 
 
@@ -52,13 +59,13 @@ def test_each_folders_card_shows_what_runs_there_and_the_context_of_its_files():
 def test_the_prompt_of_a_card_reaches_the_program_as_it_is():
     folder, files = (model_card(tiny_config(), 1_066_112, ORIGIN, 64, kind) for kind in (None, "q8_0"))
     llama, ollama = (shlex.split(line[2:]) for line in files.splitlines() if line.startswith("$ "))
-    assert llama[llama.index("-p") + 1] == ollama[-1] == ORIGIN.prompt
-    assert f"({ORIGIN.prompt!r})[0]" in folder
+    assert llama[llama.index("-p") + 1] == ollama[-1] == ORIGIN.evaluation.prompt
+    assert f"({ORIGIN.evaluation.prompt!r})[0]" in folder
 
 
 def test_the_prompt_to_try_is_a_line_of_a_held_out_text():
     def prompt(*samples):
-        return prompt_to_try([{"prompt": text, "followed": followed} for text, followed in samples])
+        return prompt_to_try([Sample(text, "", [], [], followed) for text, followed in samples])
 
     assert prompt(("Return a new", None), ("\n  GREMIO:\nGood morrow", [])) == "GREMIO:"
     assert prompt(("", None), ("Return a new", None), ("...", [])) == "Return a new"

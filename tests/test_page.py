@@ -54,6 +54,8 @@ def hostile(done, tmp_path_factory) -> Path:
     """A project whose text, prompts and names are all of them HTML."""
     folder = tmp_path_factory.mktemp("hostile") / "project"
     shutil.copytree(done, folder, symlinks=True)
+    evaluation = folder / "reports/eval.json"
+    evaluation.write_text(json.dumps(json.loads(evaluation.read_text()) | {"prompt": HOSTILE}))
     path = folder / "reports/details.json"
     found = json.loads(path.read_text())
     for sample in found["samples"]:
