@@ -213,10 +213,11 @@ def test_only_texts_that_are_computed_together_are_compiled_together():
     assert [rows_together(search, 100, 32) for search in (Search(n_beam=4), Search(best_of=8))] == [4, 8]
 
 
-def test_a_missing_compiler_is_one_line(generate, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))  # as CXX sets it when torch is imported
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    done = generate("--compile")
+def test_a_missing_compiler_is_one_line(folder, tmp_path):
+    command = [sys.executable, "-m", "tinygpt", "generate", "--model", folder / "model", "--compile"]
+    env = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    # in a process of its own: inductor remembers that there is no compiler
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "error: the step cannot be compiled (No working C++ compiler found" in done.stderr
     assert "install g++, or name yours in CXX, or leave --compile out" in done.stderr

@@ -152,7 +152,8 @@ class TestTheStory:
         monkeypatch.chdir(clone)
         assert command("import-hf", "data/export/hf").returncode == 0
         assert command("preset", "base").returncode == 0
-        set_params(clone, {"train.max_steps": 10, "train.warmup_steps": 5, "train.lr": 1e-4})
+        gentle = {"train.lr": 1e-3, "train.embedding_lr": 1e-3}
+        set_params(clone, {"train.max_steps": 10, "train.warmup_steps": 5, **gentle})
         assert ran(succeed("dvc repro train", clone)) == ["train_tokenizer", "train"]  # the same tokens as before
         assert command("promote").returncode == 0
         assert "train" in re.findall(r"^(\w+):$", succeed("dvc status", clone), re.MULTILINE)  # another base
