@@ -1,4 +1,4 @@
-"""Speed of generation beside transformers, llama.cpp, CTranslate2, OpenVINO GenAI and no cache at all: same weights,
+"""Speed of generation next to transformers, llama.cpp, CTranslate2, OpenVINO GenAI and no cache at all: same weights,
 same threads, side by side.
 
     python -m benchmarks.generation                 # 11 million random weights, 2 threads
@@ -381,7 +381,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         speeds = medians(programs(Path(folder), args.threads), args.rounds)
-    print("| tokens a second | tinygpt | beside | theirs | ratio |\n|---|---|---|---|---|")
+    print("| tokens a second | tinygpt | next to | theirs | ratio |\n|---|---|---|---|---|")
     for measure, our_name, their_name, at, n_row in MEASURES:
         if their_name in speeds:
             ours, theirs = (n_row / speeds[name][at] for name in (our_name, their_name))

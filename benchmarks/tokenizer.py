@@ -1,4 +1,4 @@
-"""Our tokenizer beside the tokenizers library, tiktoken and gigabpe: the same text, merges, ids and number of threads.
+"""Our tokenizer next to the tokenizers library, tiktoken and gigabpe: the same text, merges, ids and number of threads.
 
     python -m benchmarks.tokenizer                        # 64 MB of what this machine has installed
     python -m benchmarks.tokenizer --megabytes 1000 --folder /usr --only train

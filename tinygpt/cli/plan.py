@@ -66,7 +66,7 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
         print("plan: gets and cleans the text, where that is not done: dvc repro clean", file=sys.stderr)
         done = subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "clean"], check=False)
         if done.returncode:
-            raise UserError("there is no text to plan for: mend what `dvc repro clean` says above")
+            raise UserError("there is no text to plan for: `dvc repro clean` says above what is wrong")
     start_s = time.process_time()  # of Python with PyTorch, as each stage starts it
     began = time.perf_counter()
     device = open_device(runtime)
