@@ -83,12 +83,12 @@ def drawn(planner: Planner, seconds: float, seed: int) -> Values:
             max_steps=1,
             epochs=1,
         )
-        drawn = {
+        chosen = {
             "n_layer": rng.randint(2, 8),
             "block_size": rng.choice((64, 128, 256)),
             "dropout": rng.choice((0.0, 0.1, 0.2)),
         }
-        model = recipe.model() | drawn
+        model = recipe.model() | chosen
         config = GPTConfig(**config_fields(planner.model) | model, vocab_size=vocab_size)
         max_steps = int(seconds / planner.speeds.step(config, recipe.batch_size))
         if vocab_size in planner.text.bytes_per_token and max_steps >= 50:

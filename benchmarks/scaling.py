@@ -53,9 +53,6 @@ class Trial:
     lr_times: float = 1.0  # times the rule of the width
     dropout: float = 0.0
     weight_decay: float = 0.1
-    shuffle_documents: bool = False
-    ema: float = 0.0  # decay; 0 = none
-    seed: int = 1
 
     @property
     def name(self) -> str:
@@ -77,14 +74,11 @@ class Trial:
             "train.lr": 8e-3 * scale,
             "train.embedding_lr": 0.03 * scale,
             "train.weight_decay": self.weight_decay,
-            "train.shuffle_documents": self.shuffle_documents,
-            "train.ema": {"decay": self.ema, "start": self.max_steps // 2} if self.ema else None,
             "train.eval_every": self.max_steps // 8,
             "train.eval_tokens": 50_000,
             "train.save_every": self.max_steps // 4,
             "train.sample_tokens": 0,
             "train.precision": "fp32",
-            "train.seed": self.seed,
         }
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.scaling_fit          # prints both, draws docs/figures/scaling.svg
 
 Least squares of logarithms, by Levenberg and Marquardt's steps (https://doi.org/10.1137/0111030). Rows with other
-rates, an average of weights or shuffled documents do not count: the law is of the recipe.
+rates, weight decay or dropout than the recipe's do not count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Vector = NDArray[np.float64]
 FIGURE = Path("docs/figures/scaling.svg")
 WHOLE = 10_000_000  # max_bytes that cuts no text of the table by much
 FITTED = ("weights", "weights_power", "power", "repeats")
-OF_THE_RECIPE = {"lr_times": "1.0", "ema": "0.0", "shuffle_documents": "False", "weight_decay": "0.1"}
+OF_THE_RECIPE = {"lr_times": "1.0", "weight_decay": "0.1"}
 
 
 def read_rows(table: Path = TABLE) -> list[Row]:
@@ -47,7 +47,7 @@ def text_of(row: Row) -> str:
 
 def size_of(row: Row) -> Size:
     """What decides the loss of a run."""
-    number = {key: float(value) for key, value in row.items() if key not in ("text", "shuffle_documents")}
+    number = {key: float(value) for key, value in row.items() if key != "text"}
     return Size(
         n_weights=number["n_params"] - number["vocab"] * number["n_embd"],
         n_tokens=number["tokens"],

@@ -72,7 +72,7 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
     device = open_device(runtime)
     with out_of_memory(f"{device} has too little for the smallest model: stop what else uses it"):
         text = measure_text(paths.CLEAN, tokenizer, model, train, runtime, device)
-        speeds = measure_speeds(model, train, runtime, device, vocab_size=min(text.bytes_per_token, default=1024))
+        speeds = measure_speeds(model, train, runtime, device, vocab_size=min(text.bytes_per_token))
     others_s = START_TIMES * N_STAGES * start_s
     taken, n_width = time.perf_counter() - began, len(speeds.operations)
     print(f"plan: measured the text and {n_width} widths on {device} in {taken:.0f} s", file=sys.stderr)
