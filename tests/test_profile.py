@@ -44,7 +44,7 @@ def test_operations_by_hand():
 
 
 def kept_by_a_step(model) -> int:
-    """Bytes that a real forward pass of four sequences keeps for the backward pass, and its logits."""
+    """Bytes that a real forward pass of four sequences keeps for the backward pass; its logits and their logarithms."""
     ids, kept = random_ids(4, 65), {}
 
     def count(tensor):
@@ -55,7 +55,7 @@ def kept_by_a_step(model) -> int:
         loss = next_token_loss(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
     assert loss.isfinite()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return sum(size for place, size in kept.items() if place not in weights) + 4 * 4 * 64 * model.config.vocab_size
+    return sum(size for place, size in kept.items() if place not in weights) + 2 * 4 * 4 * 64 * model.config.vocab_size
 
 
 def memory(config, train=PARAMS, **runtime):

@@ -129,10 +129,10 @@ def _learning_bytes(model: GPT, params: TrainParams) -> tuple[int, int]:
 
 
 def _loss_bytes(model: GPT, n_tokens: int) -> int:
-    """What `next_token_loss` makes: gradients of the last hidden state and of the head, and logits at a time."""
+    """What `next_token_loss` makes: gradients of the last hidden state and of the head, logits and their logarithms."""
     c, v, chunk = model.config.n_embd, model.config.vocab_size, CHUNK[model.lm_head.weight.device.type]
     d_head = v * c if model.lm_head.weight.requires_grad else 0
-    return FLOAT * (n_tokens * c + d_head + v * min(max(1, chunk // v), n_tokens))
+    return FLOAT * (n_tokens * c + d_head + 2 * v * min(max(1, chunk // v), n_tokens))
 
 
 def _kept_bytes(model: GPT, forward: Callable[[], Tensor]) -> int:
