@@ -100,6 +100,15 @@ def test_the_time_for_a_loss_is_the_loss_of_that_time(minutes):
     assert found.seconds <= 60 * minutes * 1.06
 
 
+def test_a_time_that_is_too_short_is_answered_with_the_least_that_is_not():
+    with pytest.raises(UserError, match=r"--minutes 0.6 is too short: .* need --minutes ([\d.]+)$") as caught:
+        planner().best(36)
+    least = 60 * float(str(caught.value).split()[-1])
+    assert planner().best(least).seconds <= least
+    with pytest.raises(UserError):
+        planner().best(least / 1.05 - 6)  # it is rounded up to a tenth of a minute
+
+
 def test_the_steps_take_the_time():
     plan = planner(train_bytes=1e9).best(600)
     step = SPEEDS.step(plan.config, plan.recipe.batch_size)
@@ -191,7 +200,7 @@ def test_another_kind_of_tokenizer_stays(kind, folder, capsys):
         ("--minutes nan", r"--minutes nan must be a number above 0"),
         ("--minutes -5", r"--minutes -5 must be a number above 0"),
         ("--bpb inf", r"--bpb inf must be a number above 0"),
-        ("--minutes 0.01", r"--minutes 0.01 is too short: the other stages take .* minutes"),
+        ("--minutes 0.01", r"--minutes 0.01 is too short: 200 steps and all stages need --minutes [\d.]+"),
         ("--bpb 0.01", r"--bpb 0.01 is out of reach: a month on this machine brings .*as much text would bring"),
     ],
 )

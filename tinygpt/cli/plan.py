@@ -63,7 +63,7 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
     if train.init_from == "base":
         raise UserError("plan is for a start from scratch: set train.init_from=scratch, or take `preset base`")
     if Path(".dvc").exists():
-        print("plan: gets and cleans the text, where that is not done: dvc repro clean", file=sys.stderr)
+        print("plan: runs `dvc repro clean`, which gets and cleans the text where that is not done", file=sys.stderr)
         done = subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "clean"], check=False)
         if done.returncode:
             raise UserError("there is no text to plan for: `dvc repro clean` says above what is wrong")
@@ -74,10 +74,11 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
         text = measure_text(paths.CLEAN, tokenizer, model, train, runtime, device)
         speeds = measure_speeds(model, train, runtime, device, vocab_size=min(text.bytes_per_token))
     others_s = START_TIMES * N_STAGES * start_s
-    taken, n_width = time.perf_counter() - began, len(speeds.operations)
-    print(f"plan: measured the text and {n_width} widths on {device} in {taken:.0f} s", file=sys.stderr)
+    taken, widths = time.perf_counter() - began, ", ".join(map(str, speeds.operations))
+    print(f"plan: measured the text and models of width {widths} on {device} in {taken:.0f} s", file=sys.stderr)
     if speeds.busy > BUSY:
-        print(f"plan: other programs kept {speeds.busy:.1f} cores busy: a quiet machine is faster", file=sys.stderr)
+        advice = "a quiet machine is faster, and next to them runtime.n_thread=1 may be"
+        print(f"plan: other programs kept {speeds.busy:.1f} cores busy: {advice}", file=sys.stderr)
     return Planner(text=text, speeds=speeds, model=model, train=train, others_s=others_s), device, runtime
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,40 +54,33 @@ class Planner:
         Raises UserError where the time is too short.
         """
         plan = self._lowest(seconds)
+        if not plan:
+            least = f"--minutes {math.ceil(self._shortest(math.inf) / 6) / 10:g}"
+            raise UserError(f"--minutes {seconds / 60:g} is too short: {MIN_STEPS} steps and all stages need {least}")
         enough = plan.bpb * (1 + NOTHING)
-        while True:
-            try:
-                shorter = self._lowest(plan.seconds / SHORTER)
-            except UserError:
-                return plan
-            if shorter.bpb > enough:
-                return plan
+        while (shorter := self._lowest(plan.seconds / SHORTER)) and shorter.bpb <= enough:
             plan = shorter
+        return plan
 
-    def _lowest(self, seconds: float) -> Plan:
-        plans = list(self._plans(seconds))
-        if not plans:
-            raise UserError(
-                f"--minutes {seconds / 60:g} is too short: the other stages take {self.others_s / 60:.1f} minutes, and "
-                f"{MIN_STEPS} steps of the smallest model come on top"
-            )
-        return min(plans, key=lambda plan: plan.bpb)
+    def _lowest(self, seconds: float) -> Plan | None:
+        return min(self._plans(seconds), key=lambda plan: plan.bpb, default=None)
 
-    def reach(self, bpb: float) -> Plan:
-        """The shortest plan for this loss, to a twentieth of its time.  Raises UserError where none reaches it."""
-        longest = self._lowest(LONGEST_S)
-        if longest.bpb > bpb:
-            most = f"a month on this machine brings {longest.bpb:.2f}"
-            raise UserError(f"--bpb {bpb:g} is out of reach: {most}; {self.lever(longest)}")
+    def _shortest(self, bpb: float) -> float:
+        """Seconds in which a plan has this loss, to a twentieth; a month where none has."""
         short, long = self.others_s, LONGEST_S
         while long / short > 1.05:
             middle = (short * long) ** 0.5
-            try:
-                reached = self._lowest(middle).bpb <= bpb
-            except UserError:
-                reached = False
-            short, long = (short, middle) if reached else (middle, long)
-        return self._lowest(long)
+            plan = self._lowest(middle)
+            short, long = (short, middle) if plan and plan.bpb <= bpb else (middle, long)
+        return long
+
+    def reach(self, bpb: float) -> Plan:
+        """The shortest plan for this loss, to a twentieth of its time.  Raises UserError where none reaches it."""
+        plan = self._lowest(self._shortest(bpb)) or self.best(LONGEST_S)
+        if plan.bpb > bpb:
+            most = f"a month on this machine brings {plan.bpb:.2f}"
+            raise UserError(f"--bpb {bpb:g} is out of reach: {most}; {self.lever(plan)}")
+        return plan
 
     def lever(self, plan: Plan) -> str:
         """What would help most, in a sentence: more text or more time."""
