@@ -91,7 +91,7 @@ def test_presets_are_listed_by_size_with_those_without_one_after_them(params, ca
     (params.parent / "presets/odd.yaml").write_text("# odd\nmodel: {n_layer: [1], n_embd: 1e400}\n")
     preset(Namespace(name=None))
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    sizes = ["shakespeare", "tiny", "toy", "mini", "wide", "small", "medium", "gpt2", "large"]
+    sizes = ["shakespeare", "tiny", "toy", "mini", "small", "wide", "medium", "gpt2", "large"]
     assert listed == [*sizes, *UNSIZED, "odd"]
 
 

@@ -18,7 +18,8 @@ STUMBLES = {
     r"\bhours? gone\b|\bminutes? gone\b|\bseconds? gone\b": "elapsed",
 }
 IN_NAMES = STUMBLES | {r"\btold\b": "reported", r"\bgo(es|ing)? on\b": "continues", r"\bbehind\b": "after, past"}
-PAGES = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "params.yaml"))
+READ = ("*.md", "docs/*.md", "presets/*.yaml", "params.yaml")
+PAGES = sorted(path.relative_to(ROOT) for names in READ for path in ROOT.glob(names))
 CODE = sorted(path.relative_to(ROOT) for folder in ("tinygpt", "stages") for path in (ROOT / folder).rglob("*.py"))
 
 

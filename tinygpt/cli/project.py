@@ -82,8 +82,10 @@ def _keys(values: dict[str, Any], group: str) -> dict[str, Any]:
 def _size(path: Path) -> tuple[float, str]:
     """By which presets are listed: small models before large ones, after them what has no size, or cannot be read."""
     try:
-        model = _keys(read_groups(path), "model")
-        return float(model["n_layer"]) * float(model["n_embd"]) ** 2, path.stem
+        model, tokenizer = (_keys(read_groups(path), group) for group in ("model", "tokenizer"))
+        width = float(model["n_embd"])
+        rows = 2 * float(tokenizer.get("vocab_size", 1024))  # of embedding and head
+        return 12 * float(model["n_layer"]) * width**2 + rows * width, path.stem
     except (UserError, KeyError, TypeError, ValueError, ArithmeticError):
         return math.inf, path.stem
 
