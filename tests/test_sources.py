@@ -86,7 +86,7 @@ def test_bad_download_params_are_refused(changes: dict[str, object], message: st
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("tinyshakespere", r"neither a known source nor a file.*did you mean tinyshakespeare"),
+        ("tinyshakespere", r"neither a known source .* nor a file or folder.*did you mean tinyshakespeare"),
         ("wikitext2", "did you mean wikitext-2"),
         ("no/such/file.txt", "looked for .*no/such/file.txt"),
         ("no*such.txt", "names no files"),

@@ -142,7 +142,8 @@ class _Transfer:
                     failures = 1 if self.size > furthest else failures + 1
                     furthest = max(self.size, furthest)
                     if failures == ATTEMPTS:
-                        raise self._error(_reason(error), "check the network and run again") from None
+                        action = "check the network, or see TINYGPT_MIRROR in docs/data.md, and run again"
+                        raise self._error(_reason(error), action) from None
                     sleep(BACKOFF_S * 2 ** (failures - 1))
                 except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
                     raise UserError(f"cannot download {self.url} ({_reason(error)})") from None  # an odd redirect

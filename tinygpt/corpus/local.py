@@ -56,8 +56,8 @@ def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[st
     if not path.is_dir():
         if not glob.has_magic(source):
             raise UserError(
-                f"download.source={source} is neither a known source nor a file: looked for {path}"
-                + nearest(source, [*SOURCES, "gutenberg:<id>"])
+                f"download.source={source} is neither a known source (docs/data.md) nor a file or folder: "
+                f"looked for {path}" + nearest(source, [*SOURCES, "gutenberg:<id>"])
             )
         base = root.joinpath(*itertools.takewhile(lambda part: not glob.has_magic(part), named.parts))
         pattern = path.relative_to(base).parts
