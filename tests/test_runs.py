@@ -74,7 +74,7 @@ def test_each_run_is_listed_with_its_state_the_newest_first(folder, told):
     four_runs()
     lines = [line.split() for line in told().splitlines()]
     size = 3 * (4000 + 72)  # three files of 1000 float32 and safetensors' header
-    assert lines[0] == ["run", "state", "done", "best_val_loss", "last_val_loss", "size", "age", "called"]
+    assert lines[0] == ["run", "state", "done", "best_val_loss", "last_val_loss", "size", "age", "name"]
     assert [line[:8] for line in lines[1:5]] == [
         ["aaaaaaaa", "finished", "40", "of", "40", "steps", "3.5000", "3.7500"],
         ["bbbbbbbb", "interrupted", "20", "of", "40", "steps", "3.5000", "3.7500"],

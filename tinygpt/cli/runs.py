@@ -136,7 +136,7 @@ def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
             "last_val_loss": [_loss(found.last) for found in runs],
             "size": [human_bytes(found.size) for found in runs],
             "age": [_age(now - found.changed) for found in runs],
-            "called": [read_name(found.folder) or "-" for found in runs],
+            "name": [read_name(found.folder) or "-" for found in runs],
         }
     )
 

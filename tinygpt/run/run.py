@@ -163,7 +163,7 @@ class Run:
         state, tensors = found
         best = tensors.pop("best")
         learner.load(tensors)
-        print(f"continuing after step {state.step} of {self.params.max_steps} ({self.checkpoints.folder})")
+        print(f"continuing after step {state.step:,} of {self.params.max_steps:,} ({self.checkpoints.folder})")
         if state.is_over(self.params):
             print(f"it is complete, its results are written again; to train afresh: rm -r {self.checkpoints.folder}")
         return state, best
