@@ -1,4 +1,4 @@
-"""Planned runs next to random ones of the same time: does `python -m tinygpt plan` choose well, and foretell rightly?
+"""Planned runs next to random ones of the same time: does `python -m tinygpt plan` choose well, and predict the loss?
 
     python -m benchmarks.plan --out FOLDER --text kjv=kjv.txt --text headers=FOLDER [...] [--minutes 2 8] [--jobs 2]
 
@@ -135,7 +135,7 @@ def measure(row: Values, source: str, out: Path) -> Values:
 
 def summary(rows: list[dict[str, str]]) -> Iterator[str]:
     """A line for each text and time that has its runs."""
-    yield "| text | minutes | planned: foretold | seen | best random | median random |"
+    yield "| text | minutes | planned | reached | best random | median random |"
     yield "|---|---|---|---|---|---|"
     for text, minutes in dict.fromkeys((row["text"], row["minutes"]) for row in rows):
         mine = [row for row in rows if (row["text"], row["minutes"]) == (text, minutes)]
