@@ -12,7 +12,6 @@ from project import ROOT, run_stages, set_params
 from transformers import AutoTokenizer
 
 from tinygpt.corpus.folders import text_line
-from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
@@ -27,6 +26,7 @@ from tinygpt.tokenizer.kinds import TOKENIZERS, TokenizerParams, build_tokenizer
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import BEGIN, EOS, PAD, UNKNOWN
+from tinygpt.tokens import BulkEncoder
 
 PARAMS = TokenizerParams(
     kind="bpe", from_file=None, vocab_size=400, min_frequency=1, max_bytes=None, special_tokens=(BEGIN, PAD, UNKNOWN)

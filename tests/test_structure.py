@@ -37,7 +37,6 @@ ROOMS = [
     ["corpus"],
     ["tokenizer"],
     ["tokens"],
-    ["encode"],
     ["model"],
     ["stage"],
     ["train", "generate"],

@@ -117,10 +117,9 @@ def test_ids_out_of_range_are_refused(tiny_tokenizer, ids):
         tiny_tokenizer.decode(ids)
 
 
-def test_batches_and_empty_texts_are_encoded(tiny_tokenizer):
+def test_empty_texts_are_encoded(tiny_tokenizer):
     assert tiny_tokenizer.encode("") == []
     assert tiny_tokenizer.decode([]) == ""
-    assert tiny_tokenizer.encode_batch(["the file", ""]) == [tiny_tokenizer.encode("the file"), []]
 
 
 def test_saving_and_loading_gives_the_same_tokenizer_and_the_same_bytes(tiny_tokenizer, tmp_path):

@@ -27,15 +27,6 @@ SPACE, LETTER, NUMBER, OTHER, BORDER = range(5)  # classes of characters
 CLASSES = ((SPACE, r"\s+"), (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"))
 
 
-def split_chunks(text: str) -> tuple[str, list[str]]:
-    """Cut before each space before a non-space: "so it is" -> ("so", ["it", "is"]).
-
-    The first chunk is as it was; each of the others has lost the space that it began with.
-    """
-    first, *rest = CHUNK_BORDER.split(text)
-    return first, rest
-
-
 def to_utf8(text: str) -> bytes:
     """Text as UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
     try:

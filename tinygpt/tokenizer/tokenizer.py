@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ import numpy as np
 from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer.json_format import BYTE_TO_CHAR, read_tokenizer_json, to_bytes, write_tokenizer_json
 from tinygpt.tokenizer.merger import Merger
-from tinygpt.tokenizer.pretokenize import PATTERN, split_chunks, to_utf8
+from tinygpt.tokenizer.pretokenize import PATTERN, to_utf8
 
 EOS = "<|endoftext|>"  # before each document and after the last; ends a generated text
 BEGIN, PAD, UNKNOWN = "<|begin|>", "<|pad|>", "<|unk|>"  # special tokens whose part is known by their name
-MAX_CACHED = 500_000  # chunks remembered, about 100 MB; when full it starts anew
-MAX_CACHED_CHARS = 64  # longer chunks hardly ever recur
+MAX_CACHED = 100_000  # pretokens remembered, about 20 MB
+MAX_CACHED_CHARS = 64  # longer ones hardly ever recur
 
 
 class Tokenizer:
@@ -36,7 +37,7 @@ class Tokenizer:
         ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
         self.merger = Merger([ids[char] for char in BYTE_TO_CHAR], ranks)
         self._bytes = [t.encode() if i in special_ids else to_bytes(t) for i, t in enumerate(tokens)]
-        self._chunks: dict[str, list[int]] = {}  # ids of chunks that came before
+        self._remembered = lru_cache(MAX_CACHED)(self._merge)
 
     @classmethod
     def from_merges(cls, merges: Sequence[tuple[str, str]], special_tokens: Sequence[str] = ()) -> Tokenizer:
@@ -88,27 +89,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text to ids.  A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
-        first, rest = split_chunks(text)
-        ids = self._encode_chunk(first)
-        for chunk in rest:
-            ids += self._chunks.get(chunk) or self._learn_chunk(chunk)
+        ids: list[int] = []
+        for pretoken in PATTERN.findall(text):
+            ids += (self._remembered if len(pretoken) <= MAX_CACHED_CHARS else self._merge)(pretoken)
         return ids
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
-    def _learn_chunk(self, chunk: str) -> list[int]:
-        """The ids of a chunk that has lost its space, remembered for the next time."""
-        ids = self._encode_chunk(" " + chunk)
-        if len(chunk) <= MAX_CACHED_CHARS:
-            if len(self._chunks) >= MAX_CACHED:
-                self._chunks.clear()
-            self._chunks[chunk] = ids
-        return ids
-
-    def _encode_chunk(self, chunk: str) -> list[int]:
-        return [i for pretoken in PATTERN.findall(chunk) for i in self.merger.merge(to_utf8(pretoken))]
+    def _merge(self, pretoken: str) -> list[int]:
+        return self.merger.merge(to_utf8(pretoken))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the bytes they stand for, a special token to its name.  Raises ValueError for an id out of range."""
