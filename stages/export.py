@@ -59,7 +59,7 @@ def run(root: Path) -> None:
             failures += problems
             (path.parent / CARD_FILE).write_text(card(made.n_ctx, weight_type), encoding="utf-8")
             (path.parent / "Modelfile").write_text(modelfile(tokenizer, weight_type, made.n_ctx), encoding="utf-8")
-        adapters = export_adapters(folder, root / MODEL, root / BASE, model.config, params)
+        adapters = export_adapters(folder, root / MODEL, root / BASE, model, params)
         write_json(root / REPORT, report)
         if failures:
             raise UserError("\n       ".join([*failures, f"so {EXPORT} is not written, see {REPORT}"]))

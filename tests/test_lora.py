@@ -205,9 +205,9 @@ def trained_folder(tmp_path, monkeypatch) -> Path:
 
 
 def exported() -> list[str]:
-    config = random_model(**LLAMA, vocab_size=257).config
+    model = random_model(**LLAMA, vocab_size=257)
     params = ExportParams(hf=True, gguf=("f32",), check_tokens=512)
-    return export_adapters(Path("out"), paths.MODEL, paths.BASE, config, params)
+    return export_adapters(Path("out"), paths.MODEL, paths.BASE, model, params)
 
 
 @pytest.mark.parametrize("key", ["init_from", "lora", "base_sha256", *LORA])

@@ -32,7 +32,6 @@ from tinygpt.corpus.split import (
     by_hash,
     check_held_out,
     choose_splitter,
-    count_splits,
     drop_leaks,
     little_held_out,
     place,
@@ -88,9 +87,8 @@ def split(
     given_splits = np.array(official or [NOWHERE] * len(texts), np.int8)
     splits = SPLITTERS[how](cleaned.facts, given_splits, shares, cleaned.text)
     n_leaked = 0 if leaks else drop_leaks(splits, cleaned.facts)
-    write_splits(splits, enumerate(cleaned.lines()), folder)
+    counts = write_splits(splits, cleaned.facts, cleaned.lines(), folder)
     found_texts = {name: list(iter_texts(folder / f"{name}.jsonl")) for name in SPLITS}
-    counts = count_splits(splits, cleaned.facts)
     for name, written in found_texts.items():
         sizes = [len(text.encode()) for text in written]
         assert (counts[f"{name}_documents"], counts[f"{name}_bytes"]) == (len(sizes), sum(sizes))

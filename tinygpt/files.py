@@ -114,6 +114,12 @@ def runs_folder(root: Path = Path()) -> Path:
     return checkout_of(root) / "runs"
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text)
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces.  Raises UserError for a pipe or a device, as read_file does."""
     if Path(path).exists() and not Path(path).is_file():

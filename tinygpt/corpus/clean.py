@@ -29,7 +29,6 @@ from tinygpt.corpus.split import (
     Shares,
     check_held_out,
     choose_splitter,
-    count_splits,
     drop_leaks,
     place,
     save_cleaned,
@@ -232,8 +231,7 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
     how = choose_splitter(params.split, facts, shares)
     splits = SPLITTERS[how](facts, official[kept], shares, lambda i: cleaned.text(documents[i]))
     counts["leaked"] = drop_leaks(splits, facts)
-    counts.update(count_splits(splits, facts))
-    write_splits(splits, enumerate(compress(cleaned.lines(), kept)), folder)
+    counts.update(write_splits(splits, facts, compress(cleaned.lines(), kept), folder))
     return how
 
 

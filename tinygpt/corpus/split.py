@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.corpus.duplicates import DIGEST_BYTES, Signatures, digest
+from tinygpt.corpus.duplicates import DIGEST_BYTES, HASHES, Signatures, digest
 from tinygpt.corpus.folders import SPLITS, text_line
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, human_bytes, write_json
@@ -58,16 +57,9 @@ def save_cleaned(path: Path, documents: Iterable[CleanDocument], counts: Mapping
                 size = file.write(text_line(text).encode())
                 facts.append((digest, place, len(text.encode()), len(text), size))
                 signatures.append(signature)
-        _save(folder / "facts.npy", np.array(facts, FACTS))
-        _save(folder / "signatures.npy", np.array(signatures, np.uint32))
+        (folder / "facts").write_bytes(np.array(facts, FACTS).tobytes())
+        (folder / "signatures").write_bytes(np.array(signatures, np.uint32).tobytes())
         write_json(folder / "counts.json", counts)
-
-
-def _save(path: Path, array: NDArray[Any]) -> None:
-    """As np.save does, which on a full disk raises an error without a number."""
-    content = io.BytesIO()
-    np.save(content, array)
-    path.write_bytes(content.getbuffer())
 
 
 class Cleaned:
@@ -75,13 +67,13 @@ class Cleaned:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
-        parts = [np.load(folder / "facts.npy", allow_pickle=False) for folder in folders]
+        parts = [np.fromfile(folder / "facts", FACTS) for folder in folders]
         self.n_documents = [len(part) for part in parts]  # of each shard
         self.facts: Facts = np.concatenate([np.empty(0, FACTS), *parts])
 
     def signatures(self) -> Iterator[Signatures]:
         """Those of one shard after the other."""
-        return (np.load(folder / "signatures.npy", allow_pickle=False) for folder in self.folders)
+        return (np.fromfile(folder / "signatures", np.uint32).reshape(-1, HASHES) for folder in self.folders)
 
     def lines(self) -> Iterator[bytes]:
         """The line of each document."""
@@ -216,25 +208,18 @@ def drop_leaks(splits: Splits, facts: Facts) -> int:
     return n_leaked
 
 
-def count_splits(splits: Splits, facts: Facts) -> Counter[str]:
-    """Documents and UTF-8 bytes of text by split."""
+def write_splits(splits: Splits, facts: Facts, lines: Iterable[bytes], folder: Path) -> Counter[str]:
+    """Write train.jsonl, val.jsonl and test.jsonl from the documents' lines; count documents and bytes of text."""
     counts: Counter[str] = Counter()
-    whole = np.ones(len(facts), np.bool_)
-    whole[[*splits.parts]] = False
-    for split, name in enumerate(SPLITS):
-        sizes = [*facts["bytes"][whole & (splits.assigned == split)].tolist()]
-        sizes += [len(text.encode()) for pieces in splits.parts.values() for of, text in pieces if of == split]
-        counts[f"{name}_documents"], counts[f"{name}_bytes"] = len(sizes), sum(sizes)
-    return counts
-
-
-def write_splits(splits: Splits, lines: Iterable[tuple[int, bytes]], folder: Path) -> None:
-    """Write train.jsonl, val.jsonl and test.jsonl from (document, its line) of all documents."""
     with ExitStack() as stack:
         files = [stack.enter_context(open(folder / f"{name}.jsonl", "wb")) for name in SPLITS]
-        for document, line in lines:
+        for document, (line, n_bytes) in enumerate(zip(lines, facts["bytes"].tolist(), strict=True)):
+            pieces = [(splits.assigned[document], line, n_bytes)]
             if document in splits.parts:
-                for split, text in splits.parts[document]:
-                    files[split].write(text_line(text).encode())
-            elif splits.assigned[document] != NOWHERE:
-                files[splits.assigned[document]].write(line)
+                found = splits.parts[document]
+                pieces = [(split, text_line(text).encode(), len(text.encode())) for split, text in found]
+            for split, content, size in pieces:
+                if split != NOWHERE:
+                    files[split].write(content)
+                    counts.update({f"{SPLITS[split]}_documents": 1, f"{SPLITS[split]}_bytes": size})
+    return counts

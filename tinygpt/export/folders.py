@@ -9,21 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from ruamel.yaml import YAML
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinygpt.errors import UserError
 from tinygpt.export.card import TRAINING_FILE, read_training
 from tinygpt.export.config import ExportParams
 from tinygpt.export.hf import PEFT_FILE, export_peft, read_hf
-from tinygpt.files import atomic_folder, atomic_write, human_bytes, must_exist, read_json, sha256_file
+from tinygpt.files import atomic_folder, human_bytes, must_exist, read_json, sha256_file, write_text
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
-from tinygpt.model.lora import trained_tensors
+from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, fill, load_pair, read_fitting, save_model, unset_model
 from tinygpt.paths import BASE, MODEL, TOKENIZER_FILE
-from tinygpt.run.costs import build_trained
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
@@ -90,20 +88,14 @@ def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
 def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """Put a base in place of the folder, whole or not at all, and let DVC track it where it is the project's own.
 
-    Raises UserError when the tokenizer has another number of tokens than the model, or something else is in the folder.
+    Raises UserError when something else is in the folder.
     """
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: a padded "
-            "vocabulary cannot be imported"
-        )
     if others := sorted({path.name for path in folder.glob("*")} - FILES):
         raise UserError(f"{folder} holds {others[0]}, which does not belong to a base: name another folder")
     with atomic_folder(folder.absolute()) as partial:
         tokenizer.save(partial)
         save_model(partial, config, tensors, sha256_file(tokenizer_file(partial)))
-        with atomic_write(partial / PRESET_FILE) as file:
-            file.write(_preset(folder, config))
+        write_text(partial / PRESET_FILE, _preset(folder, config))
     if folder == BASE and Path(".dvc").is_dir():
         _record()
 
@@ -138,9 +130,7 @@ def use_of(folder: Path) -> str:
     return f"`python -m tinygpt generate --model {folder} --tokenizer {folder}` writes with them"
 
 
-def export_adapters(
-    folder: Path, model_dir: Path, base_dir: Path, config: GPTConfig, params: ExportParams
-) -> list[str]:
+def export_adapters(folder: Path, model_dir: Path, base_dir: Path, model: GPT, params: ExportParams) -> list[str]:
     """Write the adapters of a model on their own, for those who have the base.
 
     Returns a line for each file, none for a model without adapters.  Raises UserError when the base is another model,
@@ -158,16 +148,19 @@ def export_adapters(
     from tinygpt.export.gguf import export_gguf_adapter  # here, as what opens a model need not wait for it
 
     lora = dataclasses.asdict(training.lora)
-    with torch.device("meta"):
-        expected = trained_tensors(build_trained(config, training.lora))
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, layer in model.blocks.named_modules(prefix="blocks"):
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in training.lora.targets:
+            sizes = (training.lora.rank, layer.in_features), (layer.out_features, training.lora.rank)
+            expected |= {f"{name}.{part}.weight": size for part, size in zip(ADAPTER, sizes, strict=True)}
     adapter = read_fitting(must_exist(model_dir / ADAPTER_FILE, stage="train"), expected, TRAINING_FILE)
     files = []
     if params.hf:
-        export_peft(folder / "peft", adapter, config, lora)
+        export_peft(folder / "peft", adapter, model.config, lora)
         files.append(folder / "peft" / PEFT_FILE)
     if params.gguf:
         files.append(folder / "gguf" / "tinygpt-lora.gguf")
-        export_gguf_adapter(files[-1], adapter, config, lora)
+        export_gguf_adapter(files[-1], adapter, model.config, lora)
     return [
         f"{file.relative_to(folder)} {human_bytes(file.stat().st_size)}, adapters of rank {lora['rank']} for {BASE}"
         for file in files

@@ -41,8 +41,11 @@ def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int
         tensors = _fuse_qkv(tensors)
     theirs: Tensors = {}
     for name, tensor in tensors.items():
-        cut = tensor[:n_ctx] if _leaf(name) == "pos_emb" else tensor
-        theirs |= _for_each_head(name, _transposed(name, cut, layout).contiguous(), config, layout)
+        if _leaf(name) == "pos_emb":
+            tensor = tensor[:n_ctx]
+        if name.endswith(".weight") and _leaf(name) in layout.transposed:
+            tensor = tensor.T
+        theirs |= _for_each_head(name, tensor.contiguous(), config, layout)
     return theirs
 
 
@@ -58,27 +61,16 @@ def _add_zero_biases(tensors: Tensors, modules: tuple[str, ...]) -> Tensors:
 
 
 def _ordered(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensor:
-    """The rows of a weight, or of an adapter's B, as the program has them."""
-    tensor = _repeat_kv(name, tensor, config) if layout.repeated_kv else tensor
-    return _pair_rope(name, tensor, config) if layout.adjacent_rope else tensor
-
-
-def _repeat_kv(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    """Write each key/value head H/G times in a row, as GQA reads them.  (G·D, …) -> (H·D, …)"""
-    if _leaf(name) not in ("k_proj", "v_proj"):
-        return tensor
-    heads = tensor.unflatten(0, (config.n_kv_head, config.head_dim))
-    return heads.repeat_interleave(config.n_head // config.n_kv_head, dim=0).flatten(0, 1)
-
-
-def _pair_rope(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    """Reorder the rows of queries and keys: a head's 0 1 2 3 4 5 becomes 0 3 1 4 2 5, pairs (i, i + D/2) adjacent.
+    """The rows of a weight, or of an adapter's B, as the program has them.
 
     llama.cpp loads rows in the wrong order without a word and computes nonsense from them.
     """
-    if _leaf(name) not in ("q_proj", "k_proj"):
-        return tensor
-    return tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    if layout.repeated_kv and _leaf(name) in ("k_proj", "v_proj"):  # each H/G times: (G·D, …) -> (H·D, …)
+        heads = tensor.unflatten(0, (config.n_kv_head, config.head_dim))
+        tensor = heads.repeat_interleave(config.n_head // config.n_kv_head, dim=0).flatten(0, 1)
+    if layout.adjacent_rope and _leaf(name) in ("q_proj", "k_proj"):  # of each head 0 1 2 3 4 5 -> 0 3 1 4 2 5
+        tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    return tensor
 
 
 def _fuse_qkv(tensors: Tensors) -> Tensors:
@@ -161,10 +153,6 @@ def _fuse_adapters(pairs: dict[str, Pair], config: GPTConfig, layout: Layout) ->
         all_b = torch.block_diag(*(part[1] for part in there)) * (len(all_a) / len(a))
         fused[f"{owner}.{QKV[0]}"] = (all_a, all_b)
     return fused
-
-
-def _transposed(name: str, tensor: Tensor, layout: Layout) -> Tensor:
-    return tensor.T.contiguous() if name.endswith(".weight") and _leaf(name) in layout.transposed else tensor
 
 
 class Misfit(UserError):

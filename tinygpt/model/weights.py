@@ -80,7 +80,7 @@ def load_model(folder: str | Path) -> GPT:
         expected = expected_tensors(config, found)
     except UserError as error:
         raise UserError(f"{weights}: {error}") from None
-    return fill(unset_model(config), read_fitting(weights, expected, "its config.json"))
+    return fill(unset_model(config), read_fitting(weights, shapes_of(expected), "its config.json"))
 
 
 def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer]:
@@ -225,12 +225,12 @@ def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
     return model.eval()
 
 
-def read_fitting(path: Path, expected: dict[str, Tensor], fits: str) -> dict[str, Tensor]:
+def read_fitting(path: Path, expected: Shapes, fits: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file.  Raises UserError where they are others than expected, or of another shape.
 
     `fits` names what says which they should be.
     """
-    problems = misfits(read_shapes(path), shapes_of(expected))
+    problems = misfits(read_shapes(path), expected)
     if not problems:
         tensors = load_tensors(path)
         problems = not_weights(tensors)

@@ -16,7 +16,7 @@ from dvc.exceptions import DvcException
 from pygit2 import GitError
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write
+from tinygpt.files import write_text
 from tinygpt.params import GROUPS
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, comparison_chart, run_styles
@@ -147,9 +147,7 @@ def write_comparison(experiments: Sequence[Experiment], path: Path) -> int:
     made = list(unequal.values())
     if not made:
         raise UserError("none of these has reports to show: run `dvc repro`")
-    page = render("compare.html", comparison_data(made), **comparison_view(made))
-    with atomic_write(path) as file:
-        file.write(page)
+    write_text(path, render("compare.html", comparison_data(made), **comparison_view(made)))
     return len(made)
 
 

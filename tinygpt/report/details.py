@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import printable
-from tinygpt.files import atomic_write, fenced
+from tinygpt.files import fenced, write_text
 from tinygpt.generate import Sampling
 from tinygpt.generate.answer import prompt_ids
 from tinygpt.generate.stream import generate_batch
@@ -75,11 +75,11 @@ def prompt_to_try(samples: Sequence[Sample]) -> str:
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write them as Markdown."""
-    with atomic_write(path) as file:
-        file.write("# Samples\n")
-        for sample in samples:
-            heading = re.sub(r"([\\`*_<\[])", r"\\\1", printable(sample.prompt)) or "(none)"  # one line, only text
-            file.write(f"\n## Prompt: {heading}\n\n{fenced(f'{sample.prompt}{sample.text}')}")
+    text = "# Samples\n"
+    for sample in samples:
+        heading = re.sub(r"([\\`*_<\[])", r"\\\1", printable(sample.prompt)) or "(none)"  # one line, only text
+        text += f"\n## Prompt: {heading}\n\n{fenced(f'{sample.prompt}{sample.text}')}"
+    write_text(path, text)
 
 
 def make_samples(model: GPT, tokenizer: Tokenizer, tokens: TokenIds, params: EvaluateParams) -> list[Sample]:
@@ -180,9 +180,8 @@ def details(
 
 def write_details(path: Path, found: dict[str, Any]) -> None:
     """Write it, a line for each of its parts."""
-    with atomic_write(path) as file:
-        lines = (f"{json.dumps(name)}: {json.dumps(part, ensure_ascii=False)}" for name, part in found.items())
-        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+    lines = (f"{json.dumps(name)}: {json.dumps(part, ensure_ascii=False)}" for name, part in found.items())
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def documents(tokens: TokenIds, tokenizer: Tokenizer) -> dict[str, Any]:

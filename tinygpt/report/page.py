@@ -21,7 +21,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, human_bytes
+from tinygpt.files import human_bytes, write_text
 from tinygpt.params import flat_params
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, charts
@@ -57,8 +57,7 @@ def write_page(root: Path, path: Path) -> None:
         page = render("run.html", run_data(reports), **run_view(reports, find_earlier(root, reports.eval)))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, UndefinedError) as error:
         raise UserError(f"{REPORTS} is not what this version writes ({error!r}): run `dvc repro`") from None
-    with atomic_write(path) as file:
-        file.write(page)
+    write_text(path, page)
 
 
 def write_live(folder: Path, path: Path, *, running: bool) -> None:
@@ -68,18 +67,14 @@ def write_live(folder: Path, path: Path, *, running: bool) -> None:
     best_step = min(evaluated, key=lambda row: row["val_loss"] or 0.0)["step"]
     view = {"name": folder.name, "running": running, "last": curve[-1], "axes": STEPS[:1]}
     data = curve_data(curve, read_norms(folder), samples, best_step)
-    page = render("live.html", data, **view, **curve_view(curve, samples, best_step))
-    with atomic_write(path) as file:
-        file.write(page)
+    write_text(path, render("live.html", data, **view, **curve_view(curve, samples, best_step)))
 
 
 def attention_page(maps: NDArray[np.float32], tokens: Sequence[str], path: Path) -> None:
     """Write a page to choose a head and point at a token.  (n_layer, n_head, T, T)"""
     shares = base64.b64encode((maps * 255).round().astype(np.uint8).tobytes()).decode()
     data = {"attention": {"tokens": list(tokens), "shape": list(maps.shape), "maps": shares}}
-    page = render("attention.html", data, title="".join(tokens)[:80])
-    with atomic_write(path) as file:
-        file.write(page)
+    write_text(path, render("attention.html", data, title="".join(tokens)[:80]))
 
 
 def render(template: str, data: Mapping[str, Any], **view: Any) -> str:

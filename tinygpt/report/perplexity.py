@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,27 +25,14 @@ from tinygpt.tokens import TokenIds
 BATCH_TOKENS = 8192  # tokens of one forward pass
 
 
-class Estimate(NamedTuple):
-    """A mean and its standard error, which takes the tokens for independent."""
-
-    mean: float
-    error: float
-
-
-def estimate(nll: NDArray[np.float64]) -> Estimate:
-    """Mean nats per token, with standard deviation / √(n - 1)."""
-    return Estimate(float(nll.mean()), float(nll.std() / math.sqrt(max(1, len(nll) - 1))))
+def estimate(nll: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean nats per token, and its standard error, which takes the tokens for independent."""
+    return float(nll.mean()), float(nll.std() / math.sqrt(max(1, len(nll) - 1)))
 
 
 def perplexity(loss: float) -> float:
     """e to the mean nats per token; infinite where that is more than a float holds."""
     return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
-
-
-def bits_per_byte(loss: Estimate, n_tokens: int, n_bytes: int) -> Estimate:
-    """Nats per token as bits per byte of the text that the tokens stand for."""
-    scale = n_tokens / (n_bytes * math.log(2))
-    return Estimate(loss.mean * scale, loss.error * scale)
 
 
 def iter_windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -107,20 +94,20 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
     no_text = f"the {params.split} split has no text, only {len(tokens)} tokens: take another evaluate.split"
     require((n_bytes > 0, no_text))
     nll = token_nll(model, tokens, context=context, stride=stride)
-    loss = estimate(nll)
-    bpb = bits_per_byte(loss, len(nll), n_bytes)
+    loss, error = estimate(nll)
+    bits = len(nll) / (n_bytes * math.log(2))  # per byte of the text that the tokens stand for, for a nat per token
     return {
         "split": params.split,
         "context": context,
         "stride": stride,
         "tokens": len(nll),
         "bytes": n_bytes,
-        "loss": loss.mean,
-        "loss_error": loss.error,
-        "ppl": perplexity(loss.mean),
-        "ppl_error": perplexity(loss.mean) * loss.error,
-        "bpb": bpb.mean,
-        "bpb_error": bpb.error,
+        "loss": loss,
+        "loss_error": error,
+        "ppl": perplexity(loss),
+        "ppl_error": perplexity(loss) * error,
+        "bpb": loss * bits,
+        "bpb_error": error * bits,
         "llamacpp": llamacpp_report(model, tokens, n_ctx=context),
     }
 
@@ -134,9 +121,8 @@ def llamacpp_report(model: GPT, tokens: NDArray[np.integer], *, n_ctx: int) -> d
     if not len(chunks) or n_ctx < 4:
         return {"n_ctx": n_ctx}
     nll = np.concatenate([scored_nll(token_logprobs(model, chunk), chunk) for chunk in chunks]).astype(np.float64)
-    loss = estimate(nll)
-    ppl = perplexity(loss.mean)
-    return {"n_ctx": n_ctx, "tokens": len(nll), "ppl": ppl, "ppl_error": ppl * loss.error}
+    loss, error = estimate(nll)
+    return {"n_ctx": n_ctx, "tokens": len(nll), "ppl": perplexity(loss), "ppl_error": perplexity(loss) * error}
 
 
 @torch.inference_mode()

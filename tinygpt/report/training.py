@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tinygpt.files import atomic_folder, atomic_write, fenced, human_bytes, write_json
+from tinygpt.files import atomic_folder, fenced, human_bytes, write_json, write_text
 from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
 from tinygpt.train.trainer import Trained, Trainer, TrainState
 
@@ -55,8 +55,7 @@ def write_curve(state: TrainState, *folders: Path) -> None:
     texts["train_samples.md"] = "".join(["# Samples written while training\n", *samples])
     for folder in folders:
         for name, text in texts.items():
-            with atomic_write(folder / name) as file:
-                file.write(text)
+            write_text(folder / name, text)
 
 
 def as_csv(rows: Sequence[Mapping[str, float | None]]) -> str:
