@@ -1,5 +1,5 @@
 """Merge the bytes of pretokens into tokens: the pair of lowest rank first, of equal ranks the leftmost, until none is
-left (Sennrich et al., https://arxiv.org/abs/1508.07909). One pretoken at a time, or many at once in numpy.
+left (Sennrich et al., https://arxiv.org/abs/1508.07909). `Merger` does it for many pretokens at once in numpy.
 
 `Pairs` has many rows in one array, each place linked to its neighbours, so that a merge touches only the places of its
 pair: for very long rows here, and for all that bpe.py learns from.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,40 +20,18 @@ Ids = NDArray[np.int32]
 Places = NDArray[np.integer]  # indices into the array of all rows
 Ranks = Mapping[tuple[int, int], tuple[int, int]]  # a pair of ids -> its rank and the id that it becomes
 
-TOGETHER = 64  # bytes of the longest pretoken that is merged together with others
-LONG = 2000  # ids of the shortest row that `merge` gives to `merge_long`
+TOGETHER = 1024  # bytes of the longest pretoken that is merged together with others
 NO_RANK = np.iinfo(np.int64).max
 SHIFT = 32  # a pair of ids as one number: left << SHIFT | right
 KEY_BITS = 63  # a pair and its place as one number
 ROW_END, EMPTY = -1, -2  # instead of an id: after each row, and where a merge has taken the token away
 
 
-def merge(ids: list[int], ranks: Ranks) -> list[int]:
-    """Merge one row: merge([1, 2, 3], {(2, 3): (0, 4), (1, 4): (1, 5)}) -> [5]."""
-    if len(ids) >= LONG:
-        return merge_long(ids, ranks)
-    ids, end = list(ids), len(ids)
-    following, preceding = list(range(1, end + 1)), list(range(-1, end - 1))
-    heap = [(*ranks[pair], i, *pair) for i, pair in enumerate(pairwise(ids)) if pair in ranks]
-    heapq.heapify(heap)  # (rank, merged id, position, left id, right id): by rank, then by position
-    while heap:
-        _, merged, i, left, right = heapq.heappop(heap)
-        j = following[i]
-        if ids[i] != left or j == end or ids[j] != right:
-            continue  # one of the two has been merged with another neighbour since
-        ids[i], ids[j] = merged, EMPTY
-        following[i] = following[j]
-        if following[i] < end:
-            preceding[following[i]] = i
-        for start in (preceding[i], i):
-            after = following[start] if start >= 0 else end
-            if after < end and (pair := (ids[start], ids[after])) in ranks:
-                heapq.heappush(heap, (*ranks[pair], start, *pair))
-    return [i for i in ids if i != EMPTY]
-
-
 def merge_long(ids: list[int], ranks: Ranks) -> list[int]:
-    """The same for a row of millions, such as a long word of one letter: a pair is merged everywhere at once."""
+    """Merge one row: merge_long([1, 2, 3], {(2, 3): (0, 4), (1, 4): (1, 5)}) -> [5].
+
+    It may have millions of ids, such as a long word of one letter: a pair is merged everywhere at once.
+    """
     pairs = Pairs(np.array([*ids, ROW_END], np.int32), np.zeros(len(ids) + 1, np.int32), np.ones(1, np.int64))
     ranked = {pair_of(*pair): found for pair, found in ranks.items()}
     used_at: dict[int, int] = {}  # the lowest rank of the merges that a token takes part in
@@ -90,10 +67,6 @@ class Merger:
         for rank, merged in ranks.values():
             self._merged[rank] = merged
 
-    def merge(self, raw: bytes) -> list[int]:
-        """The ids of one pretoken."""
-        return merge(self.byte_ids[np.frombuffer(raw, np.uint8)].tolist(), self.ranks)
-
     def merge_all(self, pretokens: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """The ids of pretokens, one after the other, and how many each has."""
         length = np.array([len(pretoken) for pretoken in pretokens], np.int64)
@@ -102,8 +75,8 @@ class Merger:
         raw = b"".join([pretoken for pretoken in pretokens if len(pretoken) <= TOGETHER])
         parts = [*self._merge_rows(np.frombuffer(raw, np.uint8), row)]
         for i in np.flatnonzero(~together).tolist():
-            alone = np.array(self.merge(pretokens[i]), np.int32)
-            parts.append((alone, np.full(len(alone), i)))
+            alone = merge_long(self.byte_ids[np.frombuffer(pretokens[i], np.uint8)].tolist(), self.ranks)
+            parts.append((np.array(alone, np.int32), np.full(len(alone), i)))
         ids, rows = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return ids[np.argsort(rows, kind="stable")], np.bincount(rows, minlength=len(pretokens))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,6 @@ from tinygpt.tokenizer.pretokenize import PATTERN, to_utf8
 
 EOS = "<|endoftext|>"  # before each document and after the last; ends a generated text
 BEGIN, PAD, UNKNOWN = "<|begin|>", "<|pad|>", "<|unk|>"  # special tokens whose part is known by their name
-MAX_CACHED = 100_000  # pretokens remembered, about 20 MB
-MAX_CACHED_CHARS = 64  # longer ones hardly ever recur
 
 
 class Tokenizer:
@@ -37,7 +34,6 @@ class Tokenizer:
         ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
         self.merger = Merger([ids[char] for char in BYTE_TO_CHAR], ranks)
         self._bytes = [t.encode() if i in special_ids else to_bytes(t) for i, t in enumerate(tokens)]
-        self._remembered = lru_cache(MAX_CACHED)(self._merge)
 
     @classmethod
     def from_merges(cls, merges: Sequence[tuple[str, str]], special_tokens: Sequence[str] = ()) -> Tokenizer:
@@ -89,13 +85,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text to ids.  A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
-        ids: list[int] = []
-        for pretoken in PATTERN.findall(text):
-            ids += (self._remembered if len(pretoken) <= MAX_CACHED_CHARS else self._merge)(pretoken)
-        return ids
-
-    def _merge(self, pretoken: str) -> list[int]:
-        return self.merger.merge(to_utf8(pretoken))
+        pretokens = [to_utf8(pretoken) for pretoken in PATTERN.findall(text)]
+        different = list(dict.fromkeys(pretokens))
+        ids, length = self.merger.merge_all(different)
+        ids_of = dict(zip(different, np.split(ids, np.cumsum(length)[:-1]), strict=False))  # one too many for no text
+        return [i for pretoken in pretokens for i in ids_of[pretoken].tolist()]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the bytes they stand for, a special token to its name.  Raises ValueError for an id out of range."""
