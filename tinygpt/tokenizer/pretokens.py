@@ -1,4 +1,4 @@
-"""The different pretokens of a text, numbered by a hash table in numpy arrays, and how often each occurs."""
+"""The different pretokens of a text, numbered with the help of a cache in numpy arrays, and how often each occurs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,23 +22,14 @@ Numbers = NDArray[np.int32]
 PretokenCounts = Counter[bytes]
 
 MAX_PRETOKENS = 1_000_000  # different pretokens remembered, about 150 MB; more of them start the table anew
-UNKNOWN = -1
+SLOT_BITS = 18  # of the cache: 5 MB, which most of a text's pretokens are found in
 KEY_BYTES = 16  # pretokens up to this length are found by arrays, longer ones (about 1 in 100) by a dict
+PIECE = 1 << 13  # pretokens looked up together: those of the next piece find what this one has put into the cache
 # By number of bytes: the bits after them in a little-endian word. No UTF-8 has 0xFF, so different pretokens stay so.
 PADDING = np.array([2**64 - 2 ** (8 * n) for n in range(9)], np.uint64)
+NO_KEY = np.array([2**64 - 1, 0], np.uint64)  # that of no pretoken
 # Odd and without pattern: the golden ratio's and sqrt(2)'s digits.
 FACTORS = np.array([0x9E3779B97F4A7C15, 0x6A09E667F3BCC909], np.uint64)
-
-
-class _Keys(NamedTuple):
-    """Pretokens of at most 16 bytes as two words each, and their hash."""
-
-    first: Words
-    second: Words
-    hash: Words
-
-    def at(self, places: NDArray[np.int64]) -> _Keys:
-        return _Keys(self.first[places], self.second[places], self.hash[places])
 
 
 class PretokenTable:
@@ -51,77 +41,33 @@ class PretokenTable:
 
     def __init__(self) -> None:
         self.pretokens: list[bytes] = []
-        self._long: dict[bytes, int] = {}
-        self._first, self._second = np.empty(1 << 12, np.uint64), np.empty(1 << 12, np.uint64)  # keys by number
-        self._slots = np.full(1 << 14, UNKNOWN, np.int32)  # open addressing: the number whose key hashed here
+        self._numbers: dict[bytes, int] = {}
+        # The cache: the last pretoken of each hash, as a key of two words, and its number.
+        self._first, self._second = (np.full(1 << SLOT_BITS, word) for word in NO_KEY)
+        self._cached = np.zeros(1 << SLOT_BITS, np.int32)
 
     def number(self, block: bytes) -> Numbers:
         """The number of each pretoken of a block (as iter_blocks gives it), in their order."""
         starts = pretoken_starts(block)
-        begin, length = starts[:-1], np.diff(starts)
-        numbers = np.empty(len(begin), np.int32)
-        is_long = length > KEY_BYTES
-        long, short = np.flatnonzero(is_long), np.flatnonzero(~is_long)
-        numbers[long] = [self._number_long(pretoken) for pretoken in _slices(block, starts, long)]
-        keys = _keys(block, begin[short], length[short])
-        numbers[short] = found = self._find(keys)
-        unknown = np.flatnonzero(found == UNKNOWN)
-        while len(unknown):
-            of_unknown = keys.at(unknown)
-            new = np.sort(np.unique(of_unknown.hash, return_index=True)[1])
-            self._add(of_unknown.at(new), _slices(block, starts, short[unknown[new]]))
-            numbers[short[unknown]] = found = self._find(of_unknown)
-            unknown = unknown[found == UNKNOWN]  # different pretokens of one hash come one after another
+        first, second, is_long = _keys(block, starts)
+        slots = (_hash(first, second) >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
+        numbers = np.empty(len(slots), np.int32)
+        for begin in range(0, len(slots), PIECE):
+            piece = slice(begin, begin + PIECE)
+            at = slots[piece]
+            numbers[piece] = self._cached[at]
+            differs = (self._first[at] != first[piece]) | (self._second[at] != second[piece]) | is_long[piece]
+            missing = begin + np.flatnonzero(differs)
+            at = slots[missing]
+            numbers[missing] = self._cached[at] = self._learn(_slices(block, starts, missing))
+            self._first[at], self._second[at] = first[missing], second[missing]
         return numbers
 
-    def _number_long(self, pretoken: bytes) -> int:
-        number = self._long.setdefault(pretoken, len(self.pretokens))
-        if number == len(self.pretokens):
-            self.pretokens.append(pretoken)
-        return number
-
-    def _find(self, keys: _Keys) -> Numbers:
-        """Numbers of keys, UNKNOWN where they are not in the table."""
-        slots = self._slot(keys)
-        numbers = self._slots[slots]
-        others = np.flatnonzero(self._differs(numbers, keys))
-        while len(others):
-            slots[others] = (slots[others] + 1) % len(self._slots)
-            numbers[others] = self._slots[slots[others]]
-            others = others[self._differs(numbers[others], keys.at(others))]
-        return numbers
-
-    def _differs(self, numbers: Numbers, keys: _Keys) -> NDArray[np.bool_]:
-        """Where a slot is taken by another key."""
-        same = (self._first[numbers] == keys.first) & (self._second[numbers] == keys.second)
-        return ~same & (numbers != UNKNOWN)
-
-    def _slot(self, keys: _Keys) -> NDArray[np.int64]:
-        bits = len(self._slots).bit_length() - 1
-        return (keys.hash >> np.uint64(64 - bits)).astype(np.int64)
-
-    def _add(self, keys: _Keys, pretokens: list[bytes]) -> None:
-        """Learn keys, all different and none known."""
-        begin, end = len(self.pretokens), len(self.pretokens) + len(pretokens)
-        self.pretokens += pretokens
-        if end > len(self._first):
-            self._first, self._second = (np.resize(array, 2 * end) for array in (self._first, self._second))
-        self._first[begin:end], self._second[begin:end] = keys.first, keys.second
-        if 3 * end < len(self._slots):
-            self._place(keys, np.arange(begin, end, dtype=np.int32))
-        else:
-            self._slots = np.full(1 << (6 * end).bit_length(), UNKNOWN, np.int32)
-            short = np.flatnonzero([len(p) <= KEY_BYTES for p in self.pretokens])
-            first, second = self._first[short], self._second[short]
-            self._place(_Keys(first, second, _hash(first, second)), short.astype(np.int32))
-
-    def _place(self, keys: _Keys, numbers: Numbers) -> None:
-        slots = self._slot(keys)
-        while len(numbers):
-            free = self._slots[slots] == UNKNOWN
-            self._slots[slots[free]] = numbers[free]  # of several for one slot the last stays
-            homeless = np.flatnonzero(self._slots[slots] != numbers)
-            numbers, slots = numbers[homeless], (slots[homeless] + 1) % len(self._slots)
+    def _learn(self, pretokens: list[bytes]) -> list[int]:
+        for pretoken in pretokens:
+            if self._numbers.setdefault(pretoken, len(self.pretokens)) == len(self.pretokens):
+                self.pretokens.append(pretoken)
+        return [self._numbers[pretoken] for pretoken in pretokens]
 
 
 def _slices(block: bytes, starts: NDArray[np.int64], which: NDArray[np.int64]) -> list[bytes]:
@@ -129,14 +75,17 @@ def _slices(block: bytes, starts: NDArray[np.int64], which: NDArray[np.int64]) -
     return [block[begin:end] for begin, end in zip(starts[which].tolist(), starts[which + 1].tolist(), strict=True)]
 
 
-def _keys(block: bytes, begin: NDArray[np.int64], length: NDArray[np.int64]) -> _Keys:
+def _keys(block: bytes, starts: NDArray[np.int64]) -> tuple[Words, Words, NDArray[np.bool_]]:
+    """Two words for each pretoken, NO_KEY for a long one, and whether it is one."""
+    begin, length = starts[:-1], np.diff(starts)
     padded = np.frombuffer(block + bytes(2 * KEY_BYTES), np.uint8)
     words = np.ndarray((len(block) + KEY_BYTES,), "<u8", buffer=padded, strides=(1,))  # the word that begins at a byte
-    first = words[begin] | PADDING[np.minimum(length, 8)]
-    second = np.full(len(begin), PADDING[0])
-    longer = np.flatnonzero(length > 8)
+    first, second = words[begin] | PADDING[np.minimum(length, 8)], np.full(len(begin), PADDING[0])
+    is_long = length > KEY_BYTES
+    longer = np.flatnonzero((length > 8) & ~is_long)
     second[longer] = words[begin[longer] + 8] | PADDING[length[longer] - 8]
-    return _Keys(first, second, _hash(first, second))
+    first[is_long], second[is_long] = NO_KEY
+    return first, second, is_long
 
 
 def _hash(first: Words, second: Words) -> Words:
