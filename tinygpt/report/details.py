@@ -173,7 +173,10 @@ def details(
             "bytes_per_token": {name: meta.split(name).bytes / meta.split(name).tokens for name in splits},
             "paragraph": paragraph(tokenizer, held_out),
         },
-        "samples": [_shortened(dataclasses.asdict(sample)) for sample in samples[:MOST_SAMPLES]],
+        "samples": [
+            {key: value[:MOST_TOKENS] if isinstance(value, list) else value for key, value in sample.items()}
+            for sample in map(dataclasses.asdict, samples[:MOST_SAMPLES])
+        ],
         "attention": attention(model, tokenizer, samples),
     }
 
@@ -217,7 +220,3 @@ def attention(model: GPT, tokenizer: Tokenizer, samples: Sequence[Sample]) -> di
         "shape": list(maps.shape),
         "maps": base64.b64encode(maps.tobytes()).decode(),
     }
-
-
-def _shortened(sample: dict[str, Any]) -> dict[str, Any]:
-    return {key: value[:MOST_TOKENS] if isinstance(value, list) else value for key, value in sample.items()}
