@@ -208,6 +208,12 @@ def must_exist(path: str | Path, *, stage: str) -> Path:
     return path
 
 
+def some_of(problems: list[str], most: int) -> str:
+    """The first problems, and how many more there are."""
+    more = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
 def fenced(text: str) -> str:
     """A text as a block of Markdown, between longer rows of backticks than it has itself."""
     fence = "`" * max([3, *(len(row) + 1 for row in re.findall("`+", text))])

@@ -182,7 +182,10 @@ def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> G
     try:
         problems += _fixed_problems(document, family)
         config = from_mapping(GPTConfig, _fields(document, family), prefix="model.")
-        problems += _switch_problems(config, family)
+        if not find_family([family], config):
+            found, allowed = switches_of(config), family.switches
+            shown = ", ".join(f"{key}: {found[key]}" for key in allowed if found[key] not in allowed[key])
+            problems.append(f"a {family.name} is not the same here with {shown}")
     except KeyError as error:
         problems.append(f"it has no {error.args[0]}")
     except (TypeError, AttributeError) as error:
@@ -192,15 +195,6 @@ def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> G
     if problems:
         raise UserError(f"{path} is not a model that can be taken: {'; '.join(problems)}")
     return config
-
-
-def _switch_problems(config: GPTConfig, family: HFFamily) -> list[str]:
-    """What the class computes in another way than a model of the same switches here."""
-    if find_family([family], config):
-        return []
-    found = switches_of(config)
-    shown = ", ".join(f"{key}: {found[key]}" for key, allowed in family.switches.items() if found[key] not in allowed)
-    return [f"a {family.name} is not the same here with {shown}"]
 
 
 def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.export.families import QKV, Layout
+from tinygpt.files import some_of
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import TIED
 from tinygpt.model.lora import ADAPTER
-from tinygpt.model.weights import Shapes, expected_tensors, misshapen, shapes_of, some_of
+from tinygpt.model.weights import MOST_SHOWN, Shapes, expected_tensors, misshapen, shapes_of
 
 Pair = tuple[Tensor, Tensor]  # of an adapter: A (rank, in) and B (out, rank)
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
@@ -160,7 +161,7 @@ class Misfit(UserError):
 
     def __init__(self, problems: list[str]) -> None:
         self.n_problem = len(problems)
-        super().__init__(f"the tensors do not fit their config: {some_of(problems)}")
+        super().__init__(f"the tensors do not fit their config: {some_of(problems, MOST_SHOWN)}")
 
 
 def check_layout(found: Shapes, config: GPTConfig, layout: Layout) -> tuple[Tensors, Tensors]:

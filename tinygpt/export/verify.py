@@ -24,7 +24,6 @@ from tinygpt.report.perplexity import llamacpp_report, perplexity, scored_nll, t
 from tinygpt.tokenizer import Tokenizer
 
 Ids = NDArray[np.integer]
-Floats = NDArray[np.float32]
 
 CHUNK_SIZE = 512  # llama-perplexity's default context
 N_PROMPT, N_NEW = 8, 32  # greedy continuations: how many, and tokens in each
@@ -126,7 +125,7 @@ def compare_greedy(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, float]
     """
     size = chunks.shape[1]
     n_new = min(N_NEW, size // 2)
-    gaps: list[Floats] = []
+    gaps: list[NDArray[np.float32]] = []
     for chunk in chunks[:: max(1, len(chunks) // N_PROMPT)][:N_PROMPT]:
         prompt = chunk[: size - n_new].tolist()
         new = llama.greedy(prompt, n_new)

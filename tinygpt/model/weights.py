@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, write_json
+from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, some_of, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT, TIED
 from tinygpt.params import ParamsError, from_mapping, yaml_text
@@ -198,12 +198,6 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def some_of(problems: list[str]) -> str:
-    """The first few, and how many more there are."""
-    more = len(problems) - MOST_SHOWN
-    return "; ".join(problems[:MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-
-
 def unset_model(config: GPTConfig) -> GPT:
     """A model whose weights are left for `fill` to set.  Raises UserError where the memory for them is not there."""
     try:
@@ -231,5 +225,5 @@ def read_fitting(path: Path, expected: Shapes, fits: str) -> dict[str, Tensor]:
         tensors = load_tensors(path)
         problems = not_weights(tensors)
     if problems:
-        raise UserError(f"{path} does not fit {fits}: {some_of(problems)}: take both files from one run")
+        raise UserError(f"{path} does not fit {fits}: {some_of(problems, MOST_SHOWN)}: take both files from one run")
     return tensors

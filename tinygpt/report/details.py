@@ -43,8 +43,6 @@ MOST_ATTENDING = 48  # tokens of the text whose attention is shown
 N_DOCUMENTS = 3  # longest and shortest ones
 BEGINNING = 12  # tokens of a document that name it
 
-Alternative = tuple[str, float]  # a token and its share of the probability
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -52,7 +50,7 @@ class Scored:
 
     text: str  # empty where it ends within a character, which its last token shows
     nats: float  # minus the logarithm of its probability
-    likeliest: list[Alternative]
+    likeliest: list[tuple[str, float]]  # a token and its share of the probability
 
 
 @dataclass(frozen=True)

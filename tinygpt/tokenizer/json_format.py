@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, must_exist, parse_json, read_file
+from tinygpt.files import atomic_write, must_exist, parse_json, read_file, some_of
 from tinygpt.params import HALVES
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
@@ -136,14 +136,16 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
     if problems:
-        raise UserError(f"{path} is not a byte-level BPE tokenizer.json as GPT-2's is ({_some(problems)})")
+        raise UserError(
+            f"{path} is not a byte-level BPE tokenizer.json as GPT-2's is ({some_of(problems, MOST_PROBLEMS)})"
+        )
     vocab, added = document["model"]["vocab"], document["added_tokens"]
     special = {token["content"]: token["id"] for token in added}
     problems = _vocab_problems(vocab | special, merges, set(special)) + _special_problems(added, vocab)
     if required not in special:
         problems.append(f"there is no special token {required}")
     if problems:
-        raise UserError(f"{path}: {_some(problems)}")
+        raise UserError(f"{path}: {some_of(problems, MOST_PROBLEMS)}")
     return sorted(vocab | special, key=(vocab | special).__getitem__), merges, special
 
 
@@ -184,11 +186,6 @@ def _shown(value: Any) -> str:
     """The beginning of a value as the file has it."""
     text = "missing" if value is LEFT_OUT else json.dumps(value)
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
-
-
-def _some(problems: list[str]) -> str:
-    more = len(problems) - MOST_PROBLEMS
-    return "; ".join(problems[:MOST_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _special_problems(added: list[dict[str, Any]], vocab: dict[str, Any]) -> list[str]:

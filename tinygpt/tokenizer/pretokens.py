@@ -59,7 +59,8 @@ class PretokenTable:
             differs = (self._first[at] != first[piece]) | (self._second[at] != second[piece]) | is_long[piece]
             missing = begin + np.flatnonzero(differs)
             at = slots[missing]
-            numbers[missing] = self._cached[at] = self._learn(_slices(block, starts, missing))
+            places = zip(starts[missing].tolist(), starts[missing + 1].tolist(), strict=True)
+            numbers[missing] = self._cached[at] = self._learn([block[start:end] for start, end in places])
             self._first[at], self._second[at] = first[missing], second[missing]
         return numbers
 
@@ -68,11 +69,6 @@ class PretokenTable:
             if self._numbers.setdefault(pretoken, len(self.pretokens)) == len(self.pretokens):
                 self.pretokens.append(pretoken)
         return [self._numbers[pretoken] for pretoken in pretokens]
-
-
-def _slices(block: bytes, starts: NDArray[np.int64], which: NDArray[np.int64]) -> list[bytes]:
-    """The pretokens of these indices."""
-    return [block[begin:end] for begin, end in zip(starts[which].tolist(), starts[which + 1].tolist(), strict=True)]
 
 
 def _keys(block: bytes, starts: NDArray[np.int64]) -> tuple[Words, Words, NDArray[np.bool_]]:
