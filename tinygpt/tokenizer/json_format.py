@@ -136,9 +136,8 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
     if problems:
-        raise UserError(
-            f"{path} is not a byte-level BPE tokenizer.json as GPT-2's is ({some_of(problems, MOST_PROBLEMS)})"
-        )
+        found = some_of(problems, MOST_PROBLEMS)
+        raise UserError(f"{path} is not a byte-level BPE tokenizer.json as GPT-2's is ({found})")
     vocab, added = document["model"]["vocab"], document["added_tokens"]
     special = {token["content"]: token["id"] for token in added}
     problems = _vocab_problems(vocab | special, merges, set(special)) + _special_problems(added, vocab)
