@@ -19,6 +19,7 @@ PATTERN = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\
 # A pretoken always begins at a space before a non-space, so text may be cut there. `re` counts U+001C to
 # U+001F as white space and `regex` does not: those places are merely not cut.
 CHUNK_BORDER = re.compile(r" (?=\S)")
+CONTRACTION = re.compile(rb"'(?:[stmd]|re|ve|ll)")
 
 DOCUMENT_BORDER = b"\xff"  # between documents in a block: a byte that UTF-8 never has
 BLOCK_BYTES = 1 << 20  # as much text at a time as a processor's cache holds with what is computed from it
@@ -78,19 +79,11 @@ def pretoken_starts(block: bytes) -> NDArray[np.int64]:
     for _ in range(2):  # white space has up to three bytes: back to its first
         last = last - (raw[last] & 0xC0 == 0x80)
     starts[last] = True
-    apostrophes = np.flatnonzero((raw == ord("'")) & starts[:n])
-    for length, found in _contractions(block, apostrophes):
-        starts[found + 1] = False
-        starts[found + length] = True
+    spans = np.array([found.span() for found in CONTRACTION.finditer(block)], np.int64).reshape(-1, 2)
+    begin, end = spans[starts[spans[:, 0]]].T
+    starts[begin + 1] = False
+    starts[end] = True
     return np.flatnonzero(starts)
-
-
-def _contractions(block: bytes, at: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Which of the apostrophes begin 's 't 'm 'd (of length 2) and 're 've 'll (of length 3)."""
-    raw = np.frombuffer(block + b"\0\0", np.uint8)
-    first, second = raw[at + 1], raw[at + 2]
-    yield 2, at[np.isin(first, list(b"stmd"))]
-    yield 3, at[(second == ord("e")) & np.isin(first, list(b"rv")) | (second == ord("l")) & (first == ord("l"))]
 
 
 def _classes(block: bytes) -> NDArray[np.uint8]:
