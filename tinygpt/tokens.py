@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,17 +187,13 @@ def write_tokens(path: Path, parts: Iterable[TokenIds], tokenizer: Tokenizer) ->
     """Write parts of ids, `<|endoftext|>` before each document, into one token file."""
     sizes = np.array(tokenizer.token_bytes, np.uint32)
     n_documents = n_bytes = n_tokens = 0
-    digest = hashlib.sha256()
     with atomic_write(path, "wb") as file:
         for ids in parts:
             file.write(ids.data)
-            digest.update(ids.data)
             n_tokens += len(ids)
             n_bytes += sum(int(sizes[some].sum()) for some in np.array_split(ids, 1 + len(ids) // PIECE))
             n_documents += int(np.count_nonzero(ids == tokenizer.eos_id))
         if n_documents:
-            last = np.array([tokenizer.eos_id], tokenizer.dtype)
-            file.write(last.data)
-            digest.update(last.data)
+            file.write(np.array([tokenizer.eos_id], tokenizer.dtype).data)
             n_tokens += 1
-    return SplitMeta(tokens=n_tokens, documents=n_documents, bytes=n_bytes, sha256=digest.hexdigest())
+    return SplitMeta(tokens=n_tokens, documents=n_documents, bytes=n_bytes, sha256=sha256_file(path))

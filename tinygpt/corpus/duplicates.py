@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,8 @@ def near_duplicates(signatures: Callable[[], Iterable[Signatures]], kept: Mask, 
         for document, group in _shared(bands[:, band], kept):
             groups[document].append(group * n_band + band)
     documents = sorted(groups)
-    signature_of = dict(zip(documents, _rows(signatures(), documents), strict=True))
+    rows = enumerate(chain.from_iterable(signatures()))
+    signature_of = {document: row.copy() for document, row in rows if document in groups}
     alike = np.zeros(len(kept), np.bool_)
     staying: dict[int, list[int]] = defaultdict(list)  # group -> its documents
     for document in documents:
@@ -103,14 +105,6 @@ def _shared(hashes: NDArray[np.uint64], kept: Mask) -> Iterator[tuple[int, int]]
     _, group, size = np.unique(hashes[documents], return_inverse=True, return_counts=True)
     several = np.flatnonzero(size[group] > 1)
     return zip(documents[several].tolist(), group[several].tolist(), strict=True)
-
-
-def _rows(parts: Iterable[Signatures], rows: list[int]) -> Iterator[NDArray[np.uint32]]:
-    """These rows, ascending, of all parts."""
-    wanted, begin = np.array(rows, np.int64), 0
-    for part in parts:
-        yield from part[wanted[(wanted >= begin) & (wanted < begin + len(part))] - begin]
-        begin += len(part)
 
 
 def _n_band(threshold: float) -> int:

@@ -102,13 +102,12 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> li
                 continue
             if name.startswith(".") or (not is_inside and kind != "files"):
                 note(LEFT_OUT, "hidden" if name.startswith(".") else kind, path)
-                continue
-            if is_inside:
+            elif is_inside:
                 (todo.appendleft if (here / name).is_symlink() else todo.append)(inner)
-                continue
-            if (here / name).is_symlink():
-                note(READ, "through links", path)
-            found.append(path)
+            else:
+                if (here / name).is_symlink():
+                    note(READ, "through links", path)
+                found.append(path)
     return found
 
 

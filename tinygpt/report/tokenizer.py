@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,16 +93,9 @@ def vocabulary(tokenizer: Tokenizer, tokens: TokenIds) -> dict[str, Any]:
 
 def paragraph(tokenizer: Tokenizer, tokens: TokenIds) -> list[str]:
     """The first tokens of a text, as pieces; of a character that several make up the last one has all of it."""
-    pieces, held = list[str](), b""
-    for id in tokens[: N_PARAGRAPH + 1]:
-        if id in tokenizer.border_ids:
-            continue
-        held += tokenizer.decode_bytes([int(id)])
-        text = held.decode("utf-8", errors="replace")
-        if not text.endswith("\ufffd"):
-            pieces.append(text)
-            held = b""
-    return pieces
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    ids = [id for id in tokens[: N_PARAGRAPH + 1].tolist() if id not in tokenizer.border_ids]
+    return [*filter(None, (decoder.decode(tokenizer.decode_bytes([id])) for id in ids))]
 
 
 def longest_tokens(tokenizer: Tokenizer, n: int) -> list[bytes]:

@@ -97,11 +97,6 @@ def count_pretokens(texts: Iterable[str], table: PretokenTable | None = None) ->
         more = np.bincount(numbers, minlength=len(table.pretokens))
         more[: len(counts)] += counts
         counts = more
-    return _counter(table, counts)
-
-
-def _counter(table: PretokenTable, counts: NDArray[np.int64]) -> PretokenCounts:
-    """By pretoken, what is counted by number."""
     at = np.flatnonzero(counts)
     found = Counter(dict(zip(map(table.pretokens.__getitem__, at.tolist()), counts[at].tolist(), strict=True)))
     del found[DOCUMENT_BORDER]
@@ -142,10 +137,9 @@ def _table() -> PretokenTable:
 def sum_counts(paths: Iterable[Path]) -> PretokenCounts:
     """The counts of several files together."""
     _table.cache_clear()  # counting is over
-    table, counts = PretokenTable(), np.zeros(0, np.int64)
+    total = PretokenCounts()
     for path in paths:
         with np.load(path, allow_pickle=False) as arrays:
-            numbers = table.number(arrays["pretokens"].tobytes())[::2]  # all different; between them are borders
-            counts = np.pad(counts, (0, len(table.pretokens) - len(counts)))
-            counts[numbers] += arrays["counts"]
-    return _counter(table, counts)
+            pretokens = arrays["pretokens"].tobytes().split(DOCUMENT_BORDER)
+            total.update(dict(zip(pretokens, arrays["counts"].tolist(), strict=False)))  # one too many where none is
+    return total
