@@ -142,7 +142,7 @@ def _source_files(
         files = [*bucket_files(params, cache, note)]
     else:
         found = local_files(params.source, root, raw, note)
-        files = [SourceFile(name, params.sha256, lambda _, path=path: (path, True)) for name, path in found]
+        files = [SourceFile(name, params.sha256, functools.partial(_whole, path)) for name, path in found]
     if params.sha256 and len(files) > 1:
         raise UserError(f"download.sha256 must be null: {params.source} holds {len(files)} files, not one")
     return files
@@ -169,6 +169,10 @@ class SourceFile:
         if max_bytes is None or self.sha256 or name.endswith(READ_WHOLE):
             return None
         return max(LEAST_BYTES, max_bytes // 4 if name.endswith(tuple(READERS)) else max_bytes + 1)
+
+
+def _whole(path: Path, _: int | None) -> tuple[Path, bool]:
+    return path, True
 
 
 def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) -> SourceFile:
