@@ -11,7 +11,7 @@ from conftest import prose, tiny_config
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.gpt import GPT
-from tinygpt.tokenizer.bpe import train_bpe
+from tinygpt.tokenizer.kinds import train_bpe
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokens import BulkEncoder
 

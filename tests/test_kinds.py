@@ -20,9 +20,15 @@ from tinygpt.generate import Sampling, stream
 from tinygpt.generate.lean import LeanGPT
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
-from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.json_format import to_token
-from tinygpt.tokenizer.kinds import TOKENIZERS, TokenizerParams, build_tokenizer, learn_tokenizer, take_tokenizer
+from tinygpt.tokenizer.kinds import (
+    TOKENIZERS,
+    TokenizerParams,
+    build_tokenizer,
+    learn_tokenizer,
+    take_tokenizer,
+    train_bpe,
+)
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import BEGIN, EOS, PAD, UNKNOWN

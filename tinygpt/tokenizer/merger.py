@@ -2,7 +2,7 @@
 left (Sennrich et al., https://arxiv.org/abs/1508.07909). `Merger` does it for many pretokens at once in numpy.
 
 `Pairs` has many rows in one array, each place linked to its neighbours, so that a merge touches only the places of its
-pair: for very long rows here, and for all that bpe.py learns from.
+pair: for very long rows here, and for all that learn_bpe learns from.
 """
 
 from __future__ import annotations

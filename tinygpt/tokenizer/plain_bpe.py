@@ -1,4 +1,4 @@
-"""Byte-level BPE in its plainest form, to be read before `bpe.py` and `merger.py`, which do the same fast.
+"""Byte-level BPE in its plainest form, to be read before `learn_bpe` and `merger.py`, which do the same fast.
 
 Sennrich et al., https://arxiv.org/abs/1508.07909, on bytes as in GPT-2. Tokens are strings over the 256 printable
 stand-ins of bytes.
