@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, write_text
-from tinygpt.params import flat_params
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, charts
 from tinygpt.report.reports import (
@@ -223,10 +222,6 @@ def changed(reports: Reports, earlier: Earlier | None) -> list[tuple[str, str, s
     """Params that differ from those of an earlier run: name, before, now."""
     if earlier is None:
         return []
-    then = flat_params(earlier.params.encode())
-    names = dict.fromkeys([*reports.params, *then])
-    return [
-        (name, then.get(name, "-"), reports.params.get(name, "-"))
-        for name in names
-        if then.get(name) != reports.params.get(name)
-    ]
+    then, now = earlier.params, reports.params
+    names = dict.fromkeys([*now, *then])
+    return [(name, then.get(name, "-"), now.get(name, "-")) for name in names if then.get(name) != now.get(name)]

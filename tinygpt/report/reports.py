@@ -16,7 +16,6 @@ from tinygpt.errors import UserError
 from tinygpt.files import must_exist, read_file, read_json
 from tinygpt.params import PARAMS_FILE, flat_params
 from tinygpt.paths import REPORTS
-from tinygpt.yaml12 import load_yaml
 
 COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
 AGAIN = "run `dvc repro train`"
@@ -132,7 +131,7 @@ class Earlier:
 
     commit: str
     eval: dict[str, Any]  # as reports/eval.json, with the val_loss of training
-    params: str  # the text of params.yaml
+    params: dict[str, str]  # by "group.key", as of the present run
 
 
 def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
@@ -149,11 +148,10 @@ def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
             found, train = map(json.loads, texts)
             if found["eval_loss"] == evaluation["loss"]:
                 continue
-            params = _git(root, "show", f"{commit}:./{PARAMS_FILE}")
-            split = load_yaml(params.encode())["evaluate"]["split"]
-            of_train = {"split": split, "val_loss": float(train["val_loss"])}
+            params = flat_params(_git(root, "show", f"{commit}:./{PARAMS_FILE}").encode())
+            of_train = {"split": params["evaluate.split"], "val_loss": float(train["val_loss"])}
             return Earlier(commit[:9], of_train | _whole(found), params)
-        except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
+        except (UserError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
             continue
     return None
 
