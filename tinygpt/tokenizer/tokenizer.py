@@ -88,8 +88,9 @@ class Tokenizer:
         pretokens = [to_utf8(pretoken) for pretoken in PATTERN.findall(text)]
         different = list(dict.fromkeys(pretokens))
         ids, length = self.merger.merge_all(different)
-        ids_of = dict(zip(different, np.split(ids, np.cumsum(length)[:-1]), strict=False))  # one too many for no text
-        return [i for pretoken in pretokens for i in ids_of[pretoken].tolist()]
+        parts = np.split(ids, np.cumsum(length)[:-1])  # one too many for no text
+        ids_of = {pretoken: part.tolist() for pretoken, part in zip(different, parts, strict=False)}
+        return [i for pretoken in pretokens for i in ids_of[pretoken]]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the bytes they stand for, a special token to its name.  Raises ValueError for an id out of range."""
