@@ -21,7 +21,7 @@ Numbers = NDArray[np.int32]
 
 PretokenCounts = Counter[bytes]
 
-MAX_PRETOKENS = 1_000_000  # different pretokens remembered, about 150 MB; more of them start the table anew
+MAX_PRETOKENS = 1_000_000  # different pretokens remembered, about 180 MB; more of them start the table anew
 SLOT_BITS = 18  # of the cache: 5 MB, which most of a text's pretokens are found in
 KEY_BYTES = 16  # pretokens up to this length are found by arrays, longer ones (about 1 in 100) by a dict
 PIECE = 1 << 13  # pretokens looked up together: those of the next piece find what this one has put into the cache
