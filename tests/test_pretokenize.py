@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tinygpt.corpus.folders import cut_lines, text_line
 from tinygpt.tokenizer import pretokenize, pretokens
-from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, PATTERN, iter_blocks, pretoken_starts, to_utf8
+from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, PATTERN, iter_blocks, pretoken_starts, split_chunks, to_utf8
 from tinygpt.tokenizer.pretokens import PretokenTable, count_pretokens, save_counts, sum_counts
 
 LETTERS = list(" \n\t  ''''srtvemldSabZ12½Ⅷ.,!-é中文ß\u00a0\u3000\u2028\u200d😀\u0301\x00\x1c\u0085")
@@ -53,6 +53,13 @@ def test_a_long_text_is_cut_where_a_pretoken_begins(monkeypatch):
     assert len([*iter_blocks(texts)]) > 10
     assert by_arrays(texts) == by_regex(texts)
     assert b"".join(iter_blocks(texts)) == b"".join(DOCUMENT_BORDER + text.encode() for text in texts)
+
+
+@given(text=TRICKY)
+@settings(max_examples=200)
+def test_cutting_into_chunks_first_changes_no_pretoken(text):
+    pieces = [PATTERN.findall(chunk) for chunk in split_chunks(text)]
+    assert [pretoken for piece in pieces for pretoken in piece] == PATTERN.findall(text)
 
 
 def test_a_lone_surrogate_is_made_utf8_and_other_text_is_left_alone():

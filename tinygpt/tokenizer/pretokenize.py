@@ -28,6 +28,12 @@ SPACE, LETTER, NUMBER, OTHER, BORDER = range(5)  # classes of characters
 CLASSES = ((SPACE, r"\s+"), (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"))
 
 
+def split_chunks(text: str) -> list[str]:
+    """Cut before each space before a non-space, where a pretoken begins: "so it is" -> ["so", " it", " is"]."""
+    first, *rest = CHUNK_BORDER.split(text)
+    return [first, *[" " + chunk for chunk in rest]]
+
+
 def to_utf8(text: str) -> bytes:
     """Text as UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
     try:
