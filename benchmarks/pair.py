@@ -24,7 +24,7 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.params import load_params
 from tinygpt.runtime import RuntimeParams
-from tinygpt.tokenizer.kinds import train_bpe
+from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.train.config import TrainParams
 

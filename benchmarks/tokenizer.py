@@ -34,16 +34,16 @@ from typing import Any
 import numpy as np
 
 from tinygpt.corpus.folders import cut_lines, iter_texts, text_line
+from tinygpt.encode import save_ids, write_tokens
 from tinygpt.errors import program
 from tinygpt.runtime import RuntimeParams
 from tinygpt.shards import shard_results
 from tinygpt.tokenizer import load_tokenizer
+from tinygpt.tokenizer.bpe import learn_bpe
 from tinygpt.tokenizer.json_format import to_bytes
-from tinygpt.tokenizer.kinds import learn_bpe
 from tinygpt.tokenizer.pretokenize import PATTERN
 from tinygpt.tokenizer.pretokens import save_counts, sum_counts
 from tinygpt.tokenizer.tokenizer import EOS
-from tinygpt.tokens import save_ids, write_tokens
 
 SUFFIXES = {".py", ".pyi", ".txt", ".md", ".rst", ".h", ".c"}
 PROMPT = (

@@ -6,12 +6,12 @@ Reads data/clean and data/tokenizer, writes data/tokens/{train,val,test}.bin and
 from pathlib import Path
 
 from tinygpt.corpus.folders import SPLITS
+from tinygpt.encode import encode_corpus
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import CLEAN, TOKENIZER, TOKENS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
-from tinygpt.tokens import encode_corpus
 
 
 def run(root: Path) -> None:

@@ -30,7 +30,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.tokenizer.kinds import train_bpe
+from tinygpt.tokenizer.bpe import train_bpe
 
 settings.register_profile("shared machine", deadline=None)  # on one, any example can take a second
 settings.load_profile("shared machine")

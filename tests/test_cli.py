@@ -22,7 +22,7 @@ from tinygpt.model.quantize import QUANTIZED
 from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.options import options_of
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
-from tinygpt.tokenizer.kinds import train_bpe
+from tinygpt.tokenizer.bpe import train_bpe
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ from tinygpt.generate import Sampling, Search, Speculation
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.serve.limits import Limits
 from tinygpt.serve.request import Body
-from tinygpt.tokenizer.kinds import train_bpe
+from tinygpt.tokenizer.bpe import train_bpe
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from conftest import TRICKY, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt import tokens
+from tinygpt import encode
 from tinygpt.corpus.folders import cut_lines, text_line
+from tinygpt.encode import BulkEncoder, save_ids
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.json_format import byte_alphabet
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokenizer.tokenizer import EOS
-from tinygpt.tokens import BulkEncoder, save_ids
 
 
 def one_by_one(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
@@ -28,7 +28,7 @@ def test_encoding_in_bulk_gives_the_ids_of_encoding_one_by_one(tiny_tokenizer, t
 
 
 def test_a_full_table_starts_anew(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens, "MAX_PRETOKENS", 20)
+    monkeypatch.setattr(encode, "MAX_PRETOKENS", 20)
     texts, encoder = [prose(50, seed=seed) for seed in range(5)], BulkEncoder(tiny_tokenizer)
     ids = [int(i) for text in texts for block in iter_blocks([text]) for i in encoder.encode(block)]
     assert ids == one_by_one(tiny_tokenizer, texts)

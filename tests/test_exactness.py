@@ -8,12 +8,12 @@ import pytest
 import tokenizers
 from conftest import prose, tiny_config
 
+from tinygpt.encode import BulkEncoder
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.gpt import GPT
-from tinygpt.tokenizer.kinds import train_bpe
+from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.pretokenize import iter_blocks
-from tinygpt.tokens import BulkEncoder
 
 SPACES = [*" \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000", "  ", "\n\n", " \n "]
 WORDS = "'s 't 're 've 'm 'll 'd 'S ' ’s don't O'Neil''s the The of ing 1 23 ½ Ⅷ ٣ १ 七 x=y; ... -> </s> <unk>".split()

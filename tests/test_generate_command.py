@@ -23,7 +23,8 @@ from tinygpt.export.hf import export_hf
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.generate import Sampling, Search, generate_batch
 from tinygpt.model.weights import load_model, model_tensors, save_model
-from tinygpt.tokenizer.kinds import learn_chars, train_bpe
+from tinygpt.tokenizer.bpe import train_bpe
+from tinygpt.tokenizer.kinds import learn_chars
 
 GREEDY = ["--temperature", "0", "--ignore-eos"]
 

@@ -12,6 +12,7 @@ from project import ROOT, run_stages, set_params
 from transformers import AutoTokenizer
 
 from tinygpt.corpus.folders import text_line
+from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
 from tinygpt.export.hf import export_hf
@@ -20,6 +21,7 @@ from tinygpt.generate import Sampling, stream
 from tinygpt.generate.lean import LeanGPT
 from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.json_format import to_token
 from tinygpt.tokenizer.kinds import (
     TOKENIZERS,
@@ -27,12 +29,10 @@ from tinygpt.tokenizer.kinds import (
     build_tokenizer,
     learn_tokenizer,
     take_tokenizer,
-    train_bpe,
 )
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import BEGIN, EOS, PAD, UNKNOWN
-from tinygpt.tokens import BulkEncoder
 
 PARAMS = TokenizerParams(
     kind="bpe", from_file=None, vocab_size=400, min_frequency=1, max_bytes=None, special_tokens=(BEGIN, PAD, UNKNOWN)

@@ -5,7 +5,7 @@ from conftest import prose, tiny_model
 
 from tinygpt.cli.main import main
 from tinygpt.model.weights import model_tensors, save_model
-from tinygpt.tokenizer.kinds import train_bpe
+from tinygpt.tokenizer.bpe import train_bpe
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from project import ROOT
 
 from tinygpt.errors import UserError
-from tinygpt.tokenizer.kinds import train_bpe
+from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.plain_bpe import apply_merges, learn_merges
 
 PAGE = (ROOT / "docs/theory.md").read_text()

@@ -11,8 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinygpt.errors import UserError
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.json_format import byte_alphabet, to_bytes, to_token
-from tinygpt.tokenizer.kinds import train_bpe
 from tinygpt.tokenizer.tokenizer import EOS
 
 

@@ -9,12 +9,13 @@ import re
 import numpy as np
 import pytest
 
+from tinygpt.encode import write_tokens
 from tinygpt.errors import UserError
 from tinygpt.files import sha256_file, write_json
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.json_format import byte_alphabet
 from tinygpt.tokenizer.tokenizer import EOS
-from tinygpt.tokens import TokensMeta, load_meta, load_tokens, write_tokens
+from tinygpt.tokens import TokensMeta, load_meta, load_tokens
 
 DOCUMENTS = ["the first", "the sécond", ""]
 

@@ -1,4 +1,4 @@
-"""Token files: each split's documents as one row of ids on disk, written in bulk and mapped into memory to read.
+"""Token files: each split's documents as one row of ids on disk, mapped into memory to read.
 
     <|endoftext|> first document <|endoftext|> second document … <|endoftext|>
 
@@ -7,29 +7,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.corpus.folders import SPLITS, cut_lines, shard_texts, split_file
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_folder, atomic_write, must_exist, sha256_file, write_json
+from tinygpt.files import must_exist, sha256_file
 from tinygpt.params import Count, Within, read_record
 from tinygpt.paths import TOKENIZER_FILE
-from tinygpt.runtime import RuntimeParams
-from tinygpt.shards import Shard, shard_results
-from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, iter_blocks
-from tinygpt.tokenizer.pretokens import MAX_PRETOKENS, PretokenTable
-from tinygpt.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer.tokenizer import load_tokenizer
 
 META_FILE = "meta.json"
-PIECE = 1 << 20  # ids worked on together, so that memory does not grow with a file
+PIECE = 1 << 22  # ids read together, so that memory does not grow with a file
 
 TokenIds = NDArray[np.unsignedinteger]
 Number = Annotated[int, Within("[0, inf)")]
@@ -100,100 +92,3 @@ def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenId
     if highest >= meta.vocab_size:
         raise UserError(f"{path} has the id {highest}, of {meta.vocab_size} tokens: run `dvc repro encode`")
     return ids
-
-
-def encode_corpus(
-    clean: Path, tokenizer_folder: Path, tokens: Path, runtime: RuntimeParams, *, runs: Path | None = None
-) -> TokensMeta:
-    """Fill the folder `tokens` with train.bin, val.bin, test.bin and meta.json; `runs` is as in shard_results.
-
-    Raises UserError where the texts or the tokenizer are missing or broken.
-    """
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer_sha256 = sha256_file(tokenizer_folder / TOKENIZER_FILE)
-    work = functools.partial(save_ids, tokenizer=tokenizer_folder.absolute())
-    results = functools.partial(shard_results, code=__name__, runtime=runtime, runs=runs)
-    with atomic_folder(tokens) as folder:
-        splits = {}
-        for split in SPLITS:
-            file = split_file(clean, split)
-            key = [sha256_file(file), tokenizer_sha256]
-            with results(work, cut_lines(file), name=f"encode-{split}", key=key) as paths:
-                parts = (np.fromfile(path, tokenizer.dtype) for path in paths)
-                splits[split] = write_tokens(folder / f"{split}.bin", parts, tokenizer)
-        meta = TokensMeta(
-            dtype=cast(IdType, tokenizer.dtype.str),
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            tokenizer_sha256=tokenizer_sha256,
-            **splits,
-        )
-        write_json(folder / META_FILE, dataclasses.asdict(meta))
-    return meta
-
-
-def save_ids(shard: Shard, path: Path, *, tokenizer: Path) -> None:
-    """Encode a shard of texts with a saved tokenizer into a file of ids, its `border_ids` before each text."""
-    encoder = _encoder(tokenizer, sha256_file(tokenizer / TOKENIZER_FILE))
-    with atomic_write(path, "wb") as file:
-        for block in iter_blocks(shard_texts(shard)):
-            file.write(encoder.encode(block).data)
-
-
-@functools.lru_cache(maxsize=1)
-def _encoder(tokenizer: Path, sha256: str) -> BulkEncoder:
-    """One encoder for all shards of a worker: what it learned from one serves the next."""
-    return BulkEncoder(load_tokenizer(tokenizer))
-
-
-class BulkEncoder:
-    """The ids of `tokenizer`, for whole blocks of text.
-
-    `encode(block)` takes blocks as iter_blocks gives them and returns ids of the tokenizer's dtype, its `border_ids`
-    before each document.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._start()
-
-    def _start(self) -> None:
-        self._table = PretokenTable()
-        self._table.number(DOCUMENT_BORDER)  # the first pretoken, so that it is never merged
-        self._ids = np.array(self.tokenizer.border_ids, self.tokenizer.dtype)  # of all pretokens, one after the other
-        self._begin, self._length = np.array([0]), np.array([len(self._ids)])  # where those of a pretoken are
-
-    def encode(self, block: bytes) -> TokenIds:
-        """Ids of a block of UTF-8."""
-        if len(self._table.pretokens) > MAX_PRETOKENS:
-            self._start()
-        numbers = self._table.number(block)
-        self._learn(self._table.pretokens[len(self._begin) :])
-        length = self._length[numbers]
-        end = np.cumsum(length)
-        places = np.repeat(self._begin[numbers] - end + length, length)
-        places += np.arange(len(places))
-        return self._ids[places]
-
-    def _learn(self, pretokens: list[bytes]) -> None:
-        """Encode pretokens that have not come before."""
-        ids, length = self.tokenizer.merger.merge_all(pretokens)
-        self._begin = np.concatenate([self._begin, len(self._ids) + np.cumsum(length) - length])
-        self._length = np.concatenate([self._length, length])
-        self._ids = np.concatenate([self._ids, ids.astype(self._ids.dtype)])
-
-
-def write_tokens(path: Path, parts: Iterable[TokenIds], tokenizer: Tokenizer) -> SplitMeta:
-    """Write parts of ids, `<|endoftext|>` before each document, into one token file."""
-    sizes = np.array(tokenizer.token_bytes, np.uint32)
-    n_documents = n_bytes = n_tokens = 0
-    with atomic_write(path, "wb") as file:
-        for ids in parts:
-            file.write(ids.data)
-            n_tokens += len(ids)
-            n_bytes += sum(int(sizes[some].sum()) for some in np.array_split(ids, 1 + len(ids) // PIECE))
-            n_documents += int(np.count_nonzero(ids == tokenizer.eos_id))
-        if n_documents:
-            file.write(np.array([tokenizer.eos_id], tokenizer.dtype).data)
-            n_tokens += 1
-    return SplitMeta(tokens=n_tokens, documents=n_documents, bytes=n_bytes, sha256=sha256_file(path))

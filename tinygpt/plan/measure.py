@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from tinygpt.corpus.folders import cut_lines, iter_texts, shard_texts, split_file, thin
+from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.model.gpt import GPT
@@ -25,7 +26,7 @@ from tinygpt.tokenizer.kinds import TokenizerParams, learn_tokenizer, take_token
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import Tokenizer
-from tinygpt.tokens import BulkEncoder, TokenIds
+from tinygpt.tokens import TokenIds
 from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.corpus.folders import iter_texts
+from tinygpt.encode import BulkEncoder
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.pretokenize import iter_blocks
-from tinygpt.tokens import BulkEncoder, TokenIds
+from tinygpt.tokens import TokenIds
 
 if TYPE_CHECKING:
     import pandas as pd
