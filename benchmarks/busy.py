@@ -19,12 +19,11 @@ from statistics import median
 
 import torch
 
-from tinygpt.device import open_device
 from tinygpt.errors import program
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner

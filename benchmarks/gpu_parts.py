@@ -31,7 +31,6 @@ from torch import Tensor
 
 from benchmarks import training
 from benchmarks.plain_gpt import PlainGPT, loss_of, validation_loss
-from tinygpt.device import out_of_memory, wait_for
 from tinygpt.errors import UserError
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import Decoder
@@ -41,7 +40,7 @@ from tinygpt.model.quantize import quantize
 from tinygpt.params import load_params
 from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, memory_of
 from tinygpt.run.speed import flops_per_token
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, out_of_memory, wait_for
 from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner

@@ -24,13 +24,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tinygpt.device import open_device
 from tinygpt.errors import program
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
 from tinygpt.run.run import Run
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.tokens import TokenIds, load_meta, load_tokens
 from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import TrainParams

@@ -29,14 +29,13 @@ import torch
 
 from benchmarks.scaling import bits, prepare, train_in
 from tinygpt import paths
-from tinygpt.device import open_device
 from tinygpt.errors import program
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.plan.measure import VOCAB_SIZES, Speeds, measure_speeds, measure_text
 from tinygpt.plan.plan import Plan, Planner
 from tinygpt.plan.recipe import LAYERS, Recipe
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.tokens import load_meta
 from tinygpt.train.config import TrainParams

@@ -31,10 +31,9 @@ import numpy as np
 import torch
 
 from benchmarks.plain_gpt import PlainGPT, backward, train_by_params, validation_loss
-from tinygpt.device import open_device
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.params import load_params
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.loss import pick_precision

@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_gpt import PlainGPT, loss_of
-from tinygpt.device import open_device
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
 from tinygpt.run.speed import flops_per_token, peak_flops
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import autocast, set_matmul_precision

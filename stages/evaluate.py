@@ -6,7 +6,6 @@ Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json, samp
 from pathlib import Path
 
 from tinygpt.corpus.folders import SPLITS
-from tinygpt.device import open_device
 from tinygpt.files import write_json
 from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params
@@ -14,7 +13,7 @@ from tinygpt.paths import MODEL, REPORTS, TOKENIZER, TOKENS
 from tinygpt.report.config import EvaluateParams
 from tinygpt.report.details import details, make_samples, prompt_to_try, write_details, write_samples
 from tinygpt.report.perplexity import evaluate_model
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.stage import run_stage
 from tinygpt.tokens import load_meta, load_tokens
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinygpt.device import open_device
 from tinygpt.errors import UserError
 from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
@@ -20,7 +19,7 @@ from tinygpt.files import atomic_folder, write_json
 from tinygpt.model.weights import load_pair
 from tinygpt.params import PARAMS_FILE, load_params, require
 from tinygpt.paths import BASE, EXPORT, MODEL, RAW, REPORTS, TOKENIZER, TOKENS
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.stage import run_stage
 from tinygpt.tokens import load_meta, load_tokens
 

@@ -7,12 +7,12 @@ import torch
 from conftest import RUNTIME, random_ids, tiny_config, tiny_model
 from test_train import PARAMS, fit, runs_in_tmp, same, tokens  # noqa: F401  runs_in_tmp is used by pytest
 
-from tinygpt.device import out_of_memory
 from tinygpt.errors import Stopped, UserError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, memory_of
+from tinygpt.runtime import out_of_memory
 from tinygpt.train.batches import Prefetch
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import repeatable

@@ -8,9 +8,9 @@ import torch
 from conftest import RUNTIME, random_ids
 from test_train import PARAMS, fit, make_learner, make_trainer, runs_in_tmp, same, train  # noqa: F401  runs_in_tmp is used by pytest
 
-from tinygpt.device import out_of_memory
 from tinygpt.errors import UserError
 from tinygpt.run.costs import fastest, find_micro_batch_size, halves, largest
+from tinygpt.runtime import out_of_memory
 
 AUTO = dataclasses.replace(RUNTIME, micro_batch_size="auto")
 

@@ -12,7 +12,6 @@ from conftest import FAMILIES, RUNTIME, random_ids, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinygpt.device import open_device
 from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.attention import ATTENTION, attention_mask, explicit_attention, sdpa_attention
@@ -21,6 +20,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import NORMS, apply_rope, gelu, rope_tables
 from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.params import ParamsError
+from tinygpt.runtime import open_device
 
 CHOICES = {
     "position": ["learned", "rope"],

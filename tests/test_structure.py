@@ -32,7 +32,6 @@ ROOMS = [
     ["params"],
     ["options"],
     ["runtime"],
-    ["device"],
     ["shards"],
     ["corpus"],
     ["tokenizer"],

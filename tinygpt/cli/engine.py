@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from tinygpt.cli.flags import GGUF, DeviceOptions, EngineOptions, ProposalOptions, flag, read
-from tinygpt.device import find_device
 from tinygpt.errors import UserError
 from tinygpt.export.folders import must_be_there, open_model
 from tinygpt.export.llamacpp import LlamaCpp, open_gguf
@@ -28,6 +27,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.options import Settings
 from tinygpt.params import ParamsError, require
+from tinygpt.runtime import find_device
 from tinygpt.tokenizer import Tokenizer
 
 MOST_CONTEXT = 8192  # tokens: keys and values of all that a large model could read would not fit in memory

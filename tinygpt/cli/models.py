@@ -13,7 +13,6 @@ import torch
 from tinygpt import paths
 from tinygpt.cli.engine import compile_if_asked, is_gguf, place
 from tinygpt.cli.flags import DeviceOptions, read
-from tinygpt.device import find_device, open_device
 from tinygpt.errors import UserError
 from tinygpt.export.folders import open_model, read_hf_pair, tokenizer_of, use_of, write_base
 from tinygpt.files import human_bytes
@@ -24,7 +23,7 @@ from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.params import load_params
 from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.run.speed import flops_per_token, peak_flops, tokens_per_second
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, find_device, open_device
 from tinygpt.serve.limits import Limits
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.kinds import TokenizerParams

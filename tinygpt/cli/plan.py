@@ -16,7 +16,6 @@ import torch
 from tinygpt import paths
 from tinygpt.cli.models import duration
 from tinygpt.cli.project import apply_values
-from tinygpt.device import open_device, out_of_memory
 from tinygpt.errors import UserError, printable
 from tinygpt.export.config import ExportParams
 from tinygpt.export.gguf_types import bits_per_weight, tensor_types
@@ -24,11 +23,11 @@ from tinygpt.files import human_bytes
 from tinygpt.model.config import ModelParams
 from tinygpt.model.gpt import GPT
 from tinygpt.params import PARAMS_FILE, load_params, require
-from tinygpt.plan.law import SPREAD
 from tinygpt.plan.measure import BUSY, measure_speeds, measure_text
 from tinygpt.plan.plan import Plan, Planner
+from tinygpt.plan.recipe import SPREAD
 from tinygpt.run.costs import LESS_MEMORY, available_memory, memory_of
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device, out_of_memory
 from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.train.config import TrainParams
 

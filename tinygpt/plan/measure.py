@@ -18,8 +18,7 @@ from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.model.gpt import GPT
-from tinygpt.plan.law import LAW
-from tinygpt.plan.recipe import LAYERS, Recipe
+from tinygpt.plan.recipe import LAW, LAYERS, Recipe
 from tinygpt.run.speed import flops_per_token, step_seconds
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer.kinds import TokenizerParams, learn_tokenizer, take_tokenizer

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tinygpt.device import wait_for
 from tinygpt.errors import UserError
 from tinygpt.model.attention import attention_mask
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, wait_for
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner, recompute_blocks
 from tinygpt.train.loss import CHUNK, autocast, pick_precision

@@ -24,10 +24,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from tinygpt.device import open_device
 from tinygpt.errors import UserError
 from tinygpt.params import require
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import ALONE, World
 

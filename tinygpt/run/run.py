@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from tinygpt.device import out_of_memory
 from tinygpt.errors import UserError
 from tinygpt.files import write_json
 from tinygpt.generate import Sampling, generate
@@ -26,7 +25,7 @@ from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, fits, peak_mem
 from tinygpt.run.folder import keep_name
 from tinygpt.run.loggers import Loggers
 from tinygpt.run.processes import Interrupts
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, out_of_memory
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner

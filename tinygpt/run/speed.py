@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tinygpt.device import wait_for
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.inside import mean_seen
 from tinygpt.run.costs import build_trained
+from tinygpt.runtime import wait_for
 from tinygpt.train.config import LoRAParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
