@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import prose, tiny_config, tiny_model
 
 from tinygpt.model.gpt import GPT
-from tinygpt.serve.limits import Limits
+from tinygpt.options import Limits
 from tinygpt.serve.request import Served
 from tinygpt.serve.server import Server, listen
 from tinygpt.serve.service import Service

@@ -12,7 +12,7 @@ from docs.params import page
 from tinygpt.corpus import sources
 from tinygpt.generate import Sampling, Search, Speculation
 from tinygpt.model.weights import model_tensors, save_model
-from tinygpt.serve.limits import Limits
+from tinygpt.options import Limits
 from tinygpt.serve.request import Body
 from tinygpt.tokenizer.bpe import train_bpe
 

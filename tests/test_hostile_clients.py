@@ -15,9 +15,9 @@ import psutil
 import pytest
 from serving import FIRST, running, wait_until
 
-from tinygpt.serve.limits import PIECE, Limits
+from tinygpt.options import Limits
 from tinygpt.serve.request import Served
-from tinygpt.serve.server import REST_SECONDS, build_app
+from tinygpt.serve.server import PIECE, REST_SECONDS, build_app
 from tinygpt.serve.service import Service
 from tinygpt.tokenizer import Tokenizer
 

@@ -26,9 +26,9 @@ from serving import FIRST, MODELS, running, wait_until
 from tinygpt.generate import Sampling, generate
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.weights import model_tensors, save_model
+from tinygpt.options import Limits
 from tinygpt.serve import worker as serve_worker
-from tinygpt.serve.explain import seen_before
-from tinygpt.serve.limits import Limits
+from tinygpt.serve.choices import seen_before
 from tinygpt.serve.worker import Job, Worker
 
 LONG = {"prompt": "the", "max_tokens": 100_000, "ignore_eos": True}

@@ -57,10 +57,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
-        lists = [option.name for option in options_of(type(self)) if option.is_list]
-        require(  # "ab" would be two texts, "a" and "b"
-            *((isinstance(of(self, name), tuple), f"{name}={of(self, name)!r} must be a tuple") for name in lists),
-        )
+        lists = {option.name: getattr(self, option.name) for option in options_of(type(self)) if option.is_list}
+        # "ab" would be two texts, "a" and "b"
+        require(*((isinstance(each, tuple), f"{name}={each!r} must be a tuple") for name, each in lists.items()))
         require(
             *type_rules(self),
             (all(self.stop), f"stop={self.stop} has an empty text, which every text begins with: leave it out"),
@@ -124,14 +123,14 @@ class Search:
 
     def check(self, sampling: Sampling) -> None:
         """Raise ParamsError where the two contradict each other."""
-        off = Sampling()
-        drawn = [name for name in ("top_k", "top_p", "min_p", "typical_p") if of(sampling, name) != of(off, name)]
+        values, off = vars(sampling), vars(Sampling())
+        drawn = [name for name in ("top_k", "top_p", "min_p", "typical_p") if values[name] != off[name]]
         require(
             (
                 self.n_beam == 1 or sampling.temperature == 0,
                 f"n_beam={self.n_beam} does not sample: it needs temperature=0, found {sampling.temperature}",
             ),
-            *((self.n_beam == 1, f"{name}={of(sampling, name)} samples: n_beam needs it off") for name in drawn),
+            *((self.n_beam == 1, f"{name}={values[name]} samples: n_beam needs it off") for name in drawn),
             (
                 self.best_of == 1 or sampling.temperature > 0,
                 f"best_of={self.best_of} needs temperature above 0: at 0 all texts are the same",
@@ -149,6 +148,33 @@ class Proposals:
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
         require(*type_rules(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the server takes on: beyond it a request is refused, which bounds the memory that clients can take.
+
+    Those with a help text are flags.
+    """
+
+    max_tokens: Annotated[Count, "tokens of an answer, at most"] = 4096
+    max_rows: Annotated[int, Within("[1, 1024]"), "answers written at a time"] = 32  # each has a KV cache
+    max_waiting: Annotated[Count, "requests that may wait; one more is refused with status 429"] = 128
+    max_body: Annotated[Count, "bytes of a request"] = 2**18  # a larger one has status 413
+    max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt
+    max_prompts: Count = 2**15  # the same of all prompts of a request, each as often as it has answers
+    client_seconds: Count = 30  # for a client to send a head, then a body, and to read each PIECE of an answer
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        require(*type_rules(self))
+
+    @property
+    def max_requests(self) -> int:
+        """Requests of all kinds at a time; one more has status 503.  As many as can run or wait have room for others
+        next to them, which are refused at once or read a page.
+        """
+        return 2 * (self.max_rows + self.max_waiting)
 
 
 @dataclass(frozen=True)
@@ -235,14 +261,9 @@ class Option:
         return typing.get_origin(self.type) is tuple
 
 
-def options_of(cls: type) -> tuple[Option, ...]:
-    """The fields of a dataclass."""
-    hashable: Any = cls  # as classes are, whatever mypy says of dataclasses
-    return _options_of(hashable)
-
-
 @functools.cache  # a millisecond each, and a file of prompts makes many
-def _options_of(cls: type) -> tuple[Option, ...]:
+def options_of(cls: Any) -> tuple[Option, ...]:  # a class, whose hash mypy does not see
+    """The fields of a dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return tuple(_option(field.name, hints[field.name], field.default) for field in fields(cls))
 
@@ -264,7 +285,7 @@ def type_rules(options: Any) -> list[tuple[bool, str]]:
     """For `require`: each value is within the interval, or among the choices, that its field's type names."""
     rules: list[tuple[bool, str]] = []
     for option in options_of(type(options)):
-        value = of(options, option.name)
+        value = getattr(options, option.name)
         if option.type is int and value is not None and abs(value) >= 2**63:
             rules.append((False, f"{option.name}={value} must be below 2^63"))
         elif option.interval and value is not None:
@@ -273,8 +294,3 @@ def type_rules(options: Any) -> list[tuple[bool, str]]:
             names = ", ".join(map(repr, option.choices))
             rules.append((value in option.choices, f"{option.name}={value!r} is not one of {names}"))
     return rules
-
-
-def of(options: object, name: str) -> Any:
-    """The value of an option."""
-    return getattr(options, name)

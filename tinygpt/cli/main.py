@@ -23,9 +23,8 @@ from tinygpt.cli.flags import (
     add_path,
 )
 from tinygpt.errors import heed_interrupts, leave_at_once, printable, program
-from tinygpt.options import DRAWN, PARTS
+from tinygpt.options import DRAWN, PARTS, Limits
 from tinygpt.params import nearest
-from tinygpt.serve.limits import Limits
 
 
 def _generate_flags(command: ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.options import Sampling, of
+from tinygpt.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -166,20 +166,20 @@ FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 def apply_penalties(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
     """What a search for the likeliest changes.  (B, V) -> (B, V)"""
     for name in changed(sampling, PENALTIES):
-        logits = PENALTIES[name](logits, of(sampling, name), past)
+        logits = PENALTIES[name](logits, getattr(sampling, name), past)
     return logits
 
 
 def apply_filters(logits: Tensor, sampling: Sampling) -> Tensor:
     """What is changed besides before a draw.  (B, V) -> (B, V)"""
     for name in changed(sampling, FILTERS):
-        logits = FILTERS[name](logits, of(sampling, name))
+        logits = FILTERS[name](logits, getattr(sampling, name))
     return logits
 
 
 def changed(sampling: Sampling, names: Iterable[str]) -> list[str]:
     """Those of these options that are not at their default; a dataclass keeps defaults in its class."""
-    return [name for name in names if of(sampling, name) != of(type(sampling), name)]
+    return [name for name in names if getattr(sampling, name) != getattr(type(sampling), name)]
 
 
 def draw(logits: Tensor, uniform: Sequence[float]) -> Tensor:

@@ -16,9 +16,8 @@ from tinygpt.files import parse_json
 from tinygpt.generate import Answer, Sampling
 from tinygpt.generate.answer import prompt_ids
 from tinygpt.model.gpt import GPT
-from tinygpt.options import seed_after
+from tinygpt.options import Limits, seed_after
 from tinygpt.params import ParamsError, Within, from_mapping, require
-from tinygpt.serve.limits import Limits, Refusal
 from tinygpt.serve.template import PLAIN, Template, read_messages
 from tinygpt.tokenizer import Tokenizer
 
@@ -31,6 +30,20 @@ UNUSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pro
 NEUTRAL: dict[str, Any] = {"best_of": 1, "suffix": "", "response_format": {"type": "text"}, "tools": []}
 CHAT_KEYS = ("messages", "logprobs", "top_logprobs", "max_tokens", "max_completion_tokens", "tool_choice")
 N_NEW = 256  # tokens of an answer in a chat, where the request does not say
+
+
+class Refusal(Exception):
+    """A request that is not done, with the HTTP status and the error object of OpenAI's API."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        self.status, self.message, self.param, self.code = status, message[:1000], param, code
+        super().__init__(self.message)
+
+    def body(self) -> dict[str, Any]:
+        """The error as JSON."""
+        kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinygpt.errors import Stopped, UserError
-from tinygpt.serve.choices import describe
-from tinygpt.serve.explain import explain
-from tinygpt.serve.limits import PIECE, Limits, Refusal
-from tinygpt.serve.request import find_model
+from tinygpt.options import Limits
+from tinygpt.serve.choices import describe, explain
+from tinygpt.serve.request import Refusal, find_model
 from tinygpt.serve.service import Service, complete, json_bytes, json_response, unless_gone
 
 PAGE = Path(__file__).with_name("page")
@@ -45,6 +44,7 @@ HEADERS = [
     ("cross-origin-resource-policy", "same-origin"),
     ("cross-origin-opener-policy", "same-origin"),
 ]
+PIECE = 2**16  # most bytes of an answer that wait to be sent
 REST_SECONDS = 3  # without a request, after which memory is given back
 READ = ["GET", "HEAD"]
 

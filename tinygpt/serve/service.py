@@ -16,9 +16,9 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
+from tinygpt.options import Limits
 from tinygpt.serve.choices import ChatChoice, Choice, Scores, score, usage
-from tinygpt.serve.limits import Limits, Refusal
-from tinygpt.serve.request import Completion, Served, read_request
+from tinygpt.serve.request import Completion, Refusal, Served, read_request
 from tinygpt.serve.worker import Job, Update, Worker, stopping
 
 T = TypeVar("T")

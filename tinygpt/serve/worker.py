@@ -14,7 +14,8 @@ from tinygpt.errors import UserError
 from tinygpt.generate import Answer
 from tinygpt.generate.answer import Running
 from tinygpt.model.gpt import GPT
-from tinygpt.serve.limits import Limits, Refusal
+from tinygpt.options import Limits
+from tinygpt.serve.request import Refusal
 
 
 @dataclass(frozen=True)
