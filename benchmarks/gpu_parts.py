@@ -38,8 +38,8 @@ from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.params import load_params
+from tinygpt.plan.measure import flops_per_token
 from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, memory_of
-from tinygpt.run.speed import flops_per_token
 from tinygpt.runtime import RuntimeParams, out_of_memory, wait_for
 from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams

@@ -28,7 +28,7 @@ from benchmarks.plain_gpt import PlainGPT, loss_of
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.params import load_params
-from tinygpt.run.speed import flops_per_token, peak_flops
+from tinygpt.plan.measure import flops_per_token, peak_flops
 from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner

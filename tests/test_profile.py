@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import parts_of
+from tinygpt.plan.measure import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.run import costs as memory_module
 from tinygpt.run.costs import build_trained, fits, memory_of, most_activations
-from tinygpt.run.speed import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.train.config import EMAParams, LoRAParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import next_token_loss

@@ -22,8 +22,8 @@ from tinygpt.model.inside import parts_of
 from tinygpt.model.weights import load_pair, model_tensors
 from tinygpt.options import Limits
 from tinygpt.params import load_params
+from tinygpt.plan.measure import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
-from tinygpt.run.speed import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.runtime import RuntimeParams, find_device, open_device
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.kinds import TokenizerParams

@@ -1,41 +1,94 @@
-"""What a plan must know, measured: how hard the text is, and how fast the machine."""
+"""What a plan must know, counted and measured: operations, how fast the machine does them, how hard the text is."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from torch import nn
 
 from tinygpt.corpus.folders import cut_lines, iter_texts, shard_texts, split_file, thin
 from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.model.gpt import GPT
-from tinygpt.plan.recipe import LAW, LAYERS, Recipe
-from tinygpt.run.speed import flops_per_token, step_seconds
-from tinygpt.runtime import RuntimeParams
+from tinygpt.model.inside import mean_seen
+from tinygpt.plan.recipe import LAW, LAYERS, Recipe, linear_weights
+from tinygpt.run.costs import build_trained
+from tinygpt.runtime import RuntimeParams, wait_for
 from tinygpt.tokenizer.kinds import TokenizerParams, learn_tokenizer, take_tokenizer
 from tinygpt.tokenizer.pretokenize import iter_blocks
 from tinygpt.tokenizer.pretokens import count_pretokens
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds
 from tinygpt.train.batches import Batches, validation_sequences
-from tinygpt.train.config import TrainParams
+from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner
+from tinygpt.train.loss import PRECISIONS
 
 VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # that the plan chooses from
 SAMPLE_BYTES = 3_000_000  # of the training text, that tokenizers are learned from
 PROBE_STEPS = (200, 100, 50)  # of the small model: as many as take less than
 PROBE_S = 12.0
 MOST_S = 12.0  # for the widths, after which no other is measured
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show a device's peak
+MEASURE_S = 1.0  # seconds that a measurement takes at least
 BUSY = 0.3  # cores that others keep busy, above which the plan says so
+
+
+def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
+    """Floating-point operations of training on one token of a full context: three times those of a forward pass.
+
+    Two for each weight of a matrix, and two for each product of queries and keys and of shares and values, of which a
+    token has half a context on average, or a window's part of it (Kaplan et al., https://arxiv.org/abs/2001.08361).
+    A frozen matrix needs no gradient of its own and counts two times.
+    """
+    matrices = 3 * linear_weights(config)
+    if lora is not None:
+        with torch.device("meta"):
+            linear = [m.weight for m in build_trained(config, lora).modules() if isinstance(m, nn.Linear)]
+        matrices = sum(weight.numel() * (3 if weight.requires_grad else 2) for weight in linear)
+    seen = [mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
+    attention = sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
+    return 2 * matrices + 3 * attention
+
+
+def step_seconds(learner: Learner, batch_size: int) -> float:
+    """The least that a training step on random tokens takes of several, the first of which does not count."""
+    config = learner.model.config
+    ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=learner.device)
+    return _least_seconds(lambda: learner.learn(0, ids), learner.device)
+
+
+def tokens_per_second(learner: Learner) -> float:
+    """Tokens that training steps of the run's own size take in a second."""
+    batch_size = learner.params.batch_size
+    return batch_size * learner.model.config.block_size / step_seconds(learner, batch_size)
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Operations per second of a large matrix product in a run's precision (not auto), the best of several."""
+    size = MATMUL_SIZE[device.type]
+    a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision].dtype)
+    return 2 * size**3 / _least_seconds(lambda: a @ a, device)
+
+
+def _least_seconds(action: Callable[[], object], device: torch.device) -> float:
+    """The least that an action takes of several times; the first does not count."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times[1:]) < MEASURE_S:
+        began = time.perf_counter()
+        action()
+        wait_for(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 @dataclass(frozen=True)

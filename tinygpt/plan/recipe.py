@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
-from tinygpt.run.speed import linear_weights
 from tinygpt.train.config import TrainParams
 
 LAYERS = {64: 2, 96: 3, 128: 4, 192: 5, 256: 6, 384: 8, 512: 10, 768: 12, 1024: 16}  # n_embd: n_layer
@@ -104,6 +103,12 @@ class Recipe:
             batch_tokens=self.batch_size * self.block_size,
             bytes_per_token=bytes_per_token,
         )
+
+
+def linear_weights(config: GPTConfig) -> int:
+    """Weights of the blocks' matrices and of the head."""
+    rows = (0 if config.tie_weights else config.vocab_size) + config.block_size * (config.position == "learned")
+    return config.n_weights(config.vocab_size) - config.n_embd * rows
 
 
 def dropout_for(epochs: float) -> float:
