@@ -20,8 +20,7 @@ from typing import Any
 from benchmarks.scaling import ROOT, Trial, bits, measure
 from quickstart import new_project, run_stages
 from tinygpt import paths
-from tinygpt.cli.models import promote
-from tinygpt.cli.project import PRESETS, apply_values, preset
+from tinygpt.cli.project import PRESETS, apply_values, preset, promote
 from tinygpt.errors import program
 from tinygpt.files import read_json
 from tinygpt.params import PARAMS_FILE

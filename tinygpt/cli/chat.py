@@ -255,12 +255,9 @@ def _open_history() -> None:
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(MOST_LINES)
-    atexit.register(_keep_history, path)
 
-
-def _keep_history(path: Path) -> None:
-    import readline
-
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what people type is private
-        readline.write_history_file(path)
+    @atexit.register
+    def keep() -> None:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what people type is private
+            readline.write_history_file(path)

@@ -1,4 +1,4 @@
-"""`python -m tinygpt plan`: what to train in some minutes, on this machine and this text."""
+"""`python -m tinygpt profile`, `plan`: what a training costs, and what to train in some minutes, on this machine."""
 
 from __future__ import annotations
 
@@ -14,26 +14,102 @@ from pathlib import Path
 import torch
 
 from tinygpt import paths
-from tinygpt.cli.models import duration
 from tinygpt.cli.project import apply_values
 from tinygpt.errors import UserError, printable
 from tinygpt.export.config import ExportParams
 from tinygpt.export.gguf_types import bits_per_weight, tensor_types
 from tinygpt.files import human_bytes
-from tinygpt.model.config import ModelParams
+from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
+from tinygpt.model.inside import parts_of
 from tinygpt.params import PARAMS_FILE, load_params, require
-from tinygpt.plan.measure import BUSY, measure_speeds, measure_text
+from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
 from tinygpt.plan.recipe import SPREAD
-from tinygpt.run.costs import LESS_MEMORY, available_memory, memory_of
+from tinygpt.progress import duration
+from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams, open_device, out_of_memory
+from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.kinds import TokenizerParams
-from tinygpt.train.config import TrainParams
+from tinygpt.tokenizer.tokenizer import tokenizer_file
+from tinygpt.train.config import LoRAParams, TrainParams
+from tinygpt.train.learner import Learner
 
 N_STAGES = 11
 START_TIMES = 2.2  # the seconds of a stage, for each that it takes to start: 41 s of the default run's 250
 PROCESS_BYTES = 440e6  # of a training besides its step: the default run's
+
+
+# ---- what the run of params.yaml costs ----
+
+
+def profile(args: Namespace) -> None:
+    """Print the costs; leave with status 1 when the run will not fit."""
+    params = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
+    model_params, train, runtime, tokenizer = params
+    learned = tokenizer.kind == "bpe" and tokenizer.from_file is None  # then it has as many tokens as params.yaml says
+    is_there = tokenizer_file(paths.TOKENIZER).exists() and not learned
+    vocab_size = load_tokenizer(paths.TOKENIZER).vocab_size if is_there else tokenizer.vocab_size
+    config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
+    device = open_device(runtime)
+    micro = _micro_batch_size(config, train, runtime, device, measure=not args.no_measure)
+    _print_weights(config, train.lora)
+    flops = flops_per_token(config, train.lora)
+    n_tokens = train.max_steps * train.batch_size * config.block_size
+    print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
+    memory, free = memory_of(config, train, runtime, micro, device), available_memory(device)
+    print(
+        f"training    {human_bytes(memory.training)}: weights {human_bytes(memory.weights)}, gradients "
+        f"{human_bytes(memory.gradients)}, {train.optimizer} {human_bytes(memory.optimizer)}, activations "
+        f"{human_bytes(memory.activations)} of {micro} sequences; {human_bytes(free)} are free on {device}"
+    )
+    print(
+        f"generation  {human_bytes(memory.generation)}: weights, and keys and values of {config.block_size:,} tokens "
+        f"{human_bytes(memory.kv_cache)}"
+    )
+    if memory.training > free:
+        sys.stdout.flush()
+        raise UserError(f"the run will not fit: {LESS_MEMORY}")
+    if not args.no_measure:
+        sys.stdout.flush()
+        tokens = train.batch_size * config.block_size
+        steps = f"at least two training steps of {tokens:,} tokens"
+        print(f"profile: measures {steps}, which --no-measure leaves out", file=sys.stderr)
+        if runtime.micro_batch_size is not None:
+            runtime = dataclasses.replace(runtime, micro_batch_size=micro)
+        learner = Learner(GPT(config), train, runtime, device=device)
+        speed, peak = tokens_per_second(learner), peak_flops(device, learner.precision)
+        print(f"speed       {speed:,.0f} tokens a second, so about {duration(n_tokens / speed)}")
+        print(
+            f"            {speed * flops / 1e9:,.1f} billion operations a second, {speed * flops / peak:.0%} of the "
+            f"{peak / 1e9:,.1f} of a large matrix product in {learner.precision} (MFU)"
+        )
+
+
+def _micro_batch_size(
+    config: GPTConfig, train: TrainParams, runtime: RuntimeParams, device: torch.device, *, measure: bool
+) -> int:
+    """Sequences in a forward pass; what is yet to be found counts as all of the batch when nothing is measured."""
+    if runtime.micro_batch_size != "auto":
+        return min(runtime.micro_batch_size or train.batch_size, train.batch_size)
+    if not measure:
+        return train.batch_size
+    smallest = halves(train.batch_size)[-1]
+    if memory_of(config, train, runtime, smallest, device).training > available_memory(device):
+        return smallest  # the model is not even built
+    return find_micro_batch_size(Learner(GPT(config), train, runtime, device=device))
+
+
+def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
+    with torch.device("meta"):
+        model, adapted = GPT(config), build_trained(config, lora)
+    parts = ", ".join(f"{name} {part.n_weights:,}" for name, part in parts_of(model).items() if part.n_weights)
+    print(f"weights     {model.n_params():,}: {parts}")
+    if lora is not None:
+        print(f"adapters    {adapted.n_params() - model.n_params():,} weights, which alone are trained")
+
+
+# ---- what to train in some minutes ----
 
 
 def plan(args: Namespace) -> None:

@@ -1,4 +1,7 @@
-"""`python -m tinygpt preset`, `mend`: the project's own files: params.yaml, and what a killed DVC has left."""
+"""`python -m tinygpt preset`, `import-hf`, `promote`, `mend`: the project's own files.
+
+That is params.yaml, the model that training can start from, and what a killed DVC has left.
+"""
 
 from __future__ import annotations
 
@@ -153,6 +156,26 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     with atomic_write(path) as file:
         file.write(text.getvalue())
     return changed
+
+
+def import_hf(args: Namespace) -> None:
+    """Make a folder of transformers the model that training can start from."""
+    from tinygpt.export.folders import read_hf_pair, use_of, write_base  # here, as presets need no PyTorch
+
+    config, tensors, tokenizer = read_hf_pair(args.folder)
+    write_base(args.to, config, tensors, tokenizer)
+    n_weights = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{args.to}: {n_weights:,} weights; {use_of(args.to)}")
+
+
+def promote(args: Namespace) -> None:
+    """Make the trained model the one that training can start from."""
+    from tinygpt.export.folders import use_of, write_base
+    from tinygpt.model.weights import load_pair, model_tensors
+
+    model, tokenizer = load_pair(args.model, args.tokenizer)
+    write_base(args.to, model.config, model_tensors(model), tokenizer)
+    print(f"{args.to}: {model.n_params():,} weights; {use_of(args.to)}")
 
 
 # ---- what a killed DVC has left ----

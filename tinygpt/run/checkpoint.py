@@ -32,10 +32,10 @@ from torch import Tensor
 
 from tinygpt.code import code_of, version_of
 from tinygpt.errors import UserError, printable
-from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json
+from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
-from tinygpt.run.folder import Plan, read_state, write_plan, write_state
+from tinygpt.run.folder import PLAN_FILE, read_state, write_state
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.optim import OPTIMIZERS
@@ -84,8 +84,8 @@ class Checkpoints:
 
     def note(self, *, max_steps: int, finished: bool) -> None:
         """Say where the run ends, and whether it has and its results were published: for `python -m tinygpt runs`."""
-        plan = Plan(max_steps=max_steps, finished=finished)
-        self.world.first(lambda: write_plan(self.folder, plan))
+        plan = {"max_steps": max_steps, "finished": finished}
+        self.world.first(lambda: write_json(self.folder / PLAN_FILE, plan))
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write one checkpoint of the PARTS, and drop the oldest."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,10 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """run.json: what `python -m tinygpt runs` has to know besides checkpoints."""
+    """run.json: what `python -m tinygpt runs` has to know besides checkpoints.  Checkpoints writes it."""
 
     max_steps: Count
     finished: bool  # and its results were published
-
-
-def write_plan(folder: Path, plan: Plan) -> None:
-    """Into the folder of a run."""
-    write_json(folder / PLAN_FILE, asdict(plan))
 
 
 def read_plan(folder: Path) -> Plan | None:
