@@ -7,8 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import psutil
 
 from tinygpt.errors import UserError, printable, program
 from tinygpt.files import human_bytes
-from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_bytes, require
+from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_bytes
 
 
 @program
@@ -25,8 +24,12 @@ def run_stage(run: Callable[[Path], None]) -> None:
     module, arguments = sys.modules[run.__module__], sys.argv[1:]
     groups = [group for group in GROUPS if find_class(group) in vars(module).values()]  # those that it imports
     if not arguments:
-        with said_once():
+        try:
             check_memory(check_params())
+        except UserError:
+            if os.environ.get("RANK", "0") != "0":  # of several processes, which `torchrun` starts, the first reports
+                sys.exit(1)
+            raise
         run(Path())
     elif arguments in (["--help"], ["-h"]):
         print(f"{module.__doc__}\n{described(groups)}")
@@ -35,32 +38,19 @@ def run_stage(run: Callable[[Path], None]) -> None:
         sys.exit(2)
 
 
-@contextmanager
-def said_once() -> Iterator[None]:
-    """A context whose errors only the first of several processes reports, such as `torchrun` starts."""
-    try:
-        yield
-    except UserError:
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(1)
-        raise
-
-
 def check_memory(groups: Mapping[str, Any]) -> None:
-    """Raise ParamsError where not even the weights, of four bytes, and the ids of a step, of eight, can be held."""
+    """Raise UserError where not even the weights, of four bytes, and the ids of a step, of eight, can be held."""
     model, train, tokenizer = groups["model"], groups["train"], groups["tokenizer"]
     learned = tokenizer.kind == "bpe" and tokenizer.from_file is None
     n_weights = model.n_weights(tokenizer.vocab_size if learned else 257)
     needed = 4 * n_weights + 8 * train.batch_size * (model.block_size + 1)
     there = psutil.virtual_memory().total + psutil.swap_memory().total
-    require(
-        (
-            needed <= there,
+    if needed > there:
+        raise UserError(
             f"model: {n_weights:,} weights and the {train.batch_size:,} sequences of a step take {human_bytes(needed)} "
             f"at least, this machine has {human_bytes(there)}: lower model.n_layer, model.n_embd, model.block_size, "
-            "tokenizer.vocab_size or train.batch_size",
+            "tokenizer.vocab_size or train.batch_size"
         )
-    )
 
 
 def described(groups: Sequence[str]) -> str:

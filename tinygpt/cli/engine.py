@@ -211,12 +211,8 @@ def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None
 def open_draft(folder: Path, options: EngineOptions, tokenizer: Tokenizer) -> GPT:
     """The model that proposes.  Raises UserError with what is wrong with its files, or that its tokens are others."""
     draft, other = open_model(folder, options.tokenizer)
-    require(
-        (
-            other.tokens == tokenizer.tokens,
-            f"--draft={folder} has other tokens than the model: take one trained with the same tokenizer",
-        )
-    )
+    if other.tokens != tokenizer.tokens:
+        raise UserError(f"--draft={folder} has other tokens than the model: take one trained with the same tokenizer")
     return draft.to(find_device(options.device))
 
 

@@ -64,7 +64,7 @@ def profile(args: Namespace) -> None:
         f"{human_bytes(memory.activations)} of {micro} sequences; {human_bytes(free)} are free on {device}"
     )
     print(
-        f"generation  {human_bytes(memory.generation)}: weights, and keys and values of {config.block_size:,} tokens "
+        f"generation  {human_bytes(memory.weights + memory.kv_cache)}: weights, and keys and values of {config.block_size:,} tokens "
         f"{human_bytes(memory.kv_cache)}"
     )
     if memory.training > free:

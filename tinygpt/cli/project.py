@@ -131,14 +131,12 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     """
     names = [(group, key) for group, keys in values.items() for key in (keys if isinstance(keys, dict) else [""])]
     check_names(f"{group}.{key}" for group, key in names)
-    there = read_groups(path)
-    if not all(isinstance(there.get(group), dict) and key in there[group] for group, key in names):
-        check_params(path)  # which says what is missing
     yaml, written = YAML(), path.read_bytes().decode()
     try:
         document = yaml.load(written.replace("\r\n", "\n"))
         before = {(group, key): document[group][key] for group, key in names}
     except (YAMLError, LookupError, TypeError) as error:
+        check_params(path)  # which says what is missing
         raise UserError(f"{path} is not YAML as DVC reads it: {' '.join(str(error).split())}") from None
     changed = []
     for (group, key), old in before.items():
@@ -147,14 +145,10 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
             document[group][key] = value
     text = io.StringIO(newline="\r\n" if "\r\n" in written else "\n")
     yaml.dump(document, text)
-    trial = path.with_name(path.name + ".trial")
-    try:
-        trial.write_bytes(text.getvalue().encode())
-        check_params(trial)
-    finally:
-        trial.unlink(missing_ok=True)
     with atomic_write(path) as file:
         file.write(text.getvalue())
+        file.flush()
+        check_params(Path(file.name))
     return changed
 
 

@@ -52,11 +52,6 @@ class Memory:
         """All that a training step holds."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
-    @property
-    def generation(self) -> int:
-        """Weights and cache."""
-        return self.weights + self.kv_cache
-
 
 def memory_of(
     config: GPTConfig, params: TrainParams, runtime: RuntimeParams, micro_batch_size: int, device: torch.device

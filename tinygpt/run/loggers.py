@@ -114,13 +114,15 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         trial = folder.name
         folder = folder / "tensorboard" / read_name(folder)  # of its folders TensorBoard makes the run's name
         folder.mkdir(exist_ok=True, parents=True)
-        self.last_step = self._find_last_step(folder)
+        log = EventAccumulator(str(folder)).Reload()
+        self.last_step = max((log.Scalars(name)[-1].step for name in log.Tags()["scalars"]), default=-1)
         path = folder / f"events.out.tfevents.{time.time_ns()}"  # TensorBoard reads them in this order
         self._writer = RecordWriter(open(path, "wb", buffering=0))  # noqa: SIM115, close() does
         self._add(file_version="brain.Event:2")
@@ -147,13 +149,6 @@ class TensorBoard:
 
         self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
         self._writer.flush()
-
-    @staticmethod
-    def _find_last_step(folder: Path) -> int:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        log = EventAccumulator(str(folder)).Reload()
-        return max((log.Scalars(name)[-1].step for name in log.Tags()["scalars"]), default=-1)
 
 
 class WandB:

@@ -49,15 +49,11 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
 
 
 def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
-    """The device of this process.  Raises ParamsError where the processes cannot share the work."""
+    """The device of this process.  Raises UserError where the processes cannot share the work."""
     require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)}))
     device = open_device(runtime, number=world.local_rank, of=world.local_size)
-    require(
-        (
-            not runtime.cuda_graphs or (device.type == "cuda" and world.size == 1),
-            "runtime.cuda_graphs=true is for one process on a GPU: set it to false",
-        )
-    )
+    if runtime.cuda_graphs and (device.type != "cuda" or world.size > 1):
+        raise UserError("runtime.cuda_graphs=true is for one process on a GPU: set it to false")
     if device.index is not None:
         torch.cuda.set_device(device)  # FSDP takes the current one, whatever the weights are on
     return device
