@@ -64,8 +64,8 @@ def profile(args: Namespace) -> None:
         f"{human_bytes(memory.activations)} of {micro} sequences; {human_bytes(free)} are free on {device}"
     )
     print(
-        f"generation  {human_bytes(memory.weights + memory.kv_cache)}: weights, and keys and values of {config.block_size:,} tokens "
-        f"{human_bytes(memory.kv_cache)}"
+        f"generation  {human_bytes(memory.weights + memory.kv_cache)}: weights, and keys and values of "
+        f"{config.block_size:,} tokens {human_bytes(memory.kv_cache)}"
     )
     if memory.training > free:
         sys.stdout.flush()
