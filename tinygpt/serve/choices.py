@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tinygpt.generate.decoder import slide
 from tinygpt.model.gpt import GPT
@@ -198,7 +197,8 @@ def explain(raw: bytes, models: Mapping[str, Served]) -> dict[str, Any]:
         check_ids(key, ids, served)
     assert isinstance(prompt, list)
     seen = seen_before(prompt, text, served.model.config.block_size)
-    best, weights = candidates(served.model, seen, N_ALTERNATIVES, taken)
+    best = candidates(served.model, seen, N_ALTERNATIVES, taken)
+    weights = attention_maps(served.model, seen, rows=slice(-1, None))[:, :, 0]  # (n_layer, n_head, T)
     return {
         "alternatives": [{"id": i, "token": token_text(served.tokenizer, i), "p": p} for i, p in best],
         "tokens": [token_text(served.tokenizer, i) for i in seen],
@@ -207,24 +207,14 @@ def explain(raw: bytes, models: Mapping[str, Served]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def candidates(
-    model: GPT, ids: Sequence[int], n_best: int, taken: int | None
-) -> tuple[list[tuple[int, float]], NDArray[np.float32]]:
-    """The likeliest tokens after some ids, and the one that was taken, with their probabilities; and the attention of
-    each layer and head to the ids when they were computed.  -> pairs, (n_layer, n_head, T)
-    """
-    outputs: list[Tensor] = []
-    hook = model.register_forward_hook(lambda _model, _ids, logits: outputs.append(logits))
-    try:
-        weights = attention_maps(model, list(ids), rows=slice(-1, None))[:, :, 0]
-    finally:
-        hook.remove()
-    shares = outputs[0][0, -1].float().softmax(-1)
+def candidates(model: GPT, ids: Sequence[int], n_best: int, taken: int | None) -> list[tuple[int, float]]:
+    """The likeliest tokens after some ids, and the one that was taken, with their probabilities."""
+    shares = model(torch.tensor([ids], device=model.tok_emb.weight.device))[0, -1].float().softmax(-1)
     best = shares.topk(min(n_best, len(shares)))
     pairs = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     if taken is not None:
         pairs.setdefault(taken, float(shares[taken]))
-    return list(pairs.items()), weights
+    return list(pairs.items())
 
 
 def seen_before(prompt: Sequence[int], written: Sequence[int], block_size: int) -> list[int]:
