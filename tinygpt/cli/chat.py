@@ -100,8 +100,10 @@ class Conversation:
         """Print the answer to a line; Ctrl-C ends it where it is.  Raises UserError where there can be none."""
         prompt, seed = f"{self.text()}{line}\n", seed_after(self.settings.sampling.seed, n_retries)
         begun = self.engine.begin(prompt, self.settings, seed=seed)
-        self._warn_of_context(len(begun.prompt))
-        self.turns.append((line, ""))
+        n, most = len(begun.prompt), self.engine.block_size
+        if n > most and not self._has_warned:
+            print(f"(the conversation has {n} tokens: the last {most} are read)", file=sys.stderr)
+            self._has_warned = True
         self._n_retries = n_retries
         try:
             if self.settings.search == Search():
@@ -113,10 +115,7 @@ class Conversation:
                 say(begun.text)
         except KeyboardInterrupt:
             print("(stopped)", end="", file=sys.stderr, flush=True)
-        except UserError:
-            self.turns.pop()
-            raise
-        self.turns[-1] = (line, begun.text)
+        self.turns.append((line, begun.text))
         say("\n")
 
     def retry(self) -> None:
@@ -130,12 +129,6 @@ class Conversation:
         finally:
             if len(self.turns) == n:  # there was none, or Ctrl-C came before it began
                 self.turns.append((line, answer))
-
-    def _warn_of_context(self, n_token: int) -> None:
-        if n_token > self.engine.block_size and not self._has_warned:
-            most = self.engine.block_size
-            print(f"(the conversation has {n_token} tokens: the last {most} are read)", file=sys.stderr)
-            self._has_warned = True
 
 
 # ---- lines that begin with a slash ----
