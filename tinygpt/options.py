@@ -1,4 +1,4 @@
-"""The options of a text that is generated: each is one field, with its type, its interval and its help.
+"""The options of a text that is generated, and the limits of a server: a field each, with type, interval and help.
 
 Flags, chat's settings and the server's requests are made of these fields. Names are those of transformers where it has
 the option. Nothing here imports PyTorch.

@@ -1,4 +1,4 @@
-"""Answers and models in the form of OpenAI's API."""
+"""Answers and models in the form of OpenAI's API, and what the page shows of a token."""
 
 from __future__ import annotations
 

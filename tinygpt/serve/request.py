@@ -1,4 +1,4 @@
-"""What a client asks for, read and checked: OpenAI's names for completions and chats, and those of Sampling."""
+"""What a client asks for, read and checked or refused: OpenAI's names for completions and chats, and Sampling's."""
 
 from __future__ import annotations
 
