@@ -152,10 +152,7 @@ class Proposals:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the server takes on: beyond it a request is refused, which bounds the memory that clients can take.
-
-    Those with a help text are flags.
-    """
+    """What the server takes on: beyond it a request is refused, which bounds the memory that clients can take."""
 
     max_tokens: Annotated[Count, "tokens of an answer, at most"] = 4096
     max_rows: Annotated[int, Within("[1, 1024]"), "answers written at a time"] = 32  # each has a KV cache
@@ -261,9 +258,14 @@ class Option:
         return typing.get_origin(self.type) is tuple
 
 
-@functools.cache  # a millisecond each, and a file of prompts makes many
-def options_of(cls: Any) -> tuple[Option, ...]:  # a class, whose hash mypy does not see
+def options_of(cls: type) -> tuple[Option, ...]:
     """The fields of a dataclass."""
+    hashable: Any = cls  # as classes are, whatever mypy says of dataclasses
+    return _options_of(hashable)
+
+
+@functools.cache  # a millisecond each, and a file of prompts makes many
+def _options_of(cls: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return tuple(_option(field.name, hints[field.name], field.default) for field in fields(cls))
 
