@@ -1,4 +1,4 @@
-"""What people see of work: a progress bar in a terminal, plain lines elsewhere, times and samples in words."""
+"""A progress bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -58,11 +58,3 @@ def progress(
 def shortened(text: str) -> str:
     """The beginning of a text, indented, as lines that a terminal only shows."""
     return "\n".join(f"    {printable(line)}" for line in text[:MOST_LETTERS].strip("\n").splitlines())
-
-
-def duration(seconds: float) -> str:
-    """75 -> 75 s, 150 -> 2.5 min, 3600 -> 60 min, 9000 -> 2.5 h, 259200 -> 3.0 d"""
-    for unit, length, shortest in (("d", 86_400, 172_800), ("h", 3600, 5400), ("min", 60, 90)):
-        if seconds >= shortest:
-            return f"{seconds / length:.{int(seconds < 600 or unit != 'min')}f} {unit}"
-    return f"{seconds:.0f} s"

@@ -26,7 +26,6 @@ from tinygpt.params import PARAMS_FILE, load_params, require
 from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
 from tinygpt.plan.recipe import SPREAD
-from tinygpt.progress import duration
 from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams, open_device, out_of_memory
 from tinygpt.tokenizer import load_tokenizer
@@ -214,3 +213,12 @@ def rows(
 def expected(plan: Plan) -> str:
     """The loss and the range it is likely in."""
     return f"{plan.bpb:.2f} ({plan.bpb * (1 - SPREAD):.2f} to {plan.bpb * (1 + SPREAD):.2f})"
+
+
+def duration(seconds: float) -> str:
+    """75 -> 75 s, 150 -> 2.5 min, 3600 -> 60 min, 9000 -> 2.5 h"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.{seconds < 600:d}f} min"
+    return f"{seconds / 3600:.1f} h"

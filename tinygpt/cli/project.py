@@ -131,11 +131,12 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     """
     names = [(group, key) for group, keys in values.items() for key in (keys if isinstance(keys, dict) else [""])]
     check_names(f"{group}.{key}" for group, key in names)
-    yaml, written = YAML(), path.read_bytes().decode()
+    yaml = YAML()
     try:
+        written = read_bytes(path).decode()
         document = yaml.load(written.replace("\r\n", "\n"))
         before = {(group, key): document[group][key] for group, key in names}
-    except (YAMLError, LookupError, TypeError) as error:
+    except (YAMLError, LookupError, TypeError, ValueError) as error:
         check_params(path)  # which says what is missing
         raise UserError(f"{path} is not YAML as DVC reads it: {' '.join(str(error).split())}") from None
     changed = []

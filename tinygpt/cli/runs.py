@@ -29,7 +29,7 @@ from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
 from tinygpt.paths import PAGE, REPORTS
-from tinygpt.progress import duration, shortened
+from tinygpt.progress import shortened
 from tinygpt.report.compare import (
     MOST_CURVES,
     as_text,
@@ -135,7 +135,7 @@ def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
             "best_val_loss": [_loss(found.best) for found in runs],
             "last_val_loss": [_loss(found.last) for found in runs],
             "size": [human_bytes(found.size) for found in runs],
-            "age": [duration(max(0.0, now - found.changed)) for found in runs],
+            "age": [_age(now - found.changed) for found in runs],
             "name": [read_name(found.folder) or "-" for found in runs],
         }
     )
@@ -187,6 +187,13 @@ def _newest_progress(folder: Path) -> tuple[dict[str, Any], int]:
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def watch(args: Namespace) -> None:
