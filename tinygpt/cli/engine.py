@@ -1,4 +1,4 @@
-"""What computes a text, chosen by what is at --model: our own GPT, or llama.cpp on a GGUF file; `serve` shares ours.
+"""What computes a text, chosen by what is at --model: our own GPT, or llama.cpp on a GGUF file.
 
 llama.cpp gives tokens and logits; which token is taken is decided by the same code, so that options mean the same.
 """
@@ -6,7 +6,6 @@ llama.cpp gives tokens and logits; which token is taken is decided by the same c
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import sys
 from abc import ABC, abstractmethod
 from argparse import Namespace
@@ -15,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from tinygpt import paths
 from tinygpt.cli.flags import GGUF, DeviceOptions, EngineOptions, ProposalOptions, flag, read
 from tinygpt.errors import UserError
-from tinygpt.export.folders import must_be_there, open_model, tokenizer_of
+from tinygpt.export.folders import must_be_there, open_model
 from tinygpt.export.llamacpp import LlamaCpp, open_gguf
 from tinygpt.generate import Answer, Speculation, generate_batch
 from tinygpt.generate.answer import choose_rows, keep_logprobs
@@ -27,7 +25,7 @@ from tinygpt.generate.decoder import slide
 from tinygpt.generate.stream import extend
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
-from tinygpt.options import Limits, Settings
+from tinygpt.options import Settings
 from tinygpt.params import ParamsError, require
 from tinygpt.runtime import find_device
 from tinygpt.tokenizer import Tokenizer
@@ -240,48 +238,3 @@ def is_gguf(path: Path) -> bool:
         return path.suffix == ".gguf"
     with open(path, "rb") as file:
         return file.read(4) == b"GGUF"
-
-
-# ---- serve ----
-
-
-def serve(args: Namespace) -> None:
-    """Serve models by OpenAI's API until Ctrl-C."""
-    for package in ("fastapi", "uvicorn", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"serve needs {package}: run  pip install -r requirements-serve.txt")
-    from tinygpt.serve.request import Served
-    from tinygpt.serve.server import listen, serve
-    from tinygpt.serve.service import Service
-    from tinygpt.serve.template import load_template
-
-    if not 0 <= args.port <= 65535:
-        raise UserError(f"--port {args.port} must be within 0 and 65535")
-    limits, options = read(Limits, args), read(DeviceOptions, args)
-    find_device(options.device, "--device")
-    listener = listen(args.host, args.port)
-    models = []
-    for name, folder in named(args.model or [str(paths.MODEL)]).items():
-        if is_gguf(folder):
-            raise UserError(f"--model {folder}: serve does not read .gguf files: name the folder that it was made from")
-        model, tokenizer = open_model(folder, args.tokenizer)
-        n_weight = model.n_params()  # quantized ones are not counted
-        place(model, options)
-        compile_if_asked(model, options, n_row=limits.max_rows)
-        models.append(Served(name, model, tokenizer, n_weight, load_template(args.tokenizer or tokenizer_of(folder))))
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)
-    serve(Service(models, limits), listener, [args.host, *args.allow_host])
-
-
-def named(given: list[str]) -> dict[str, Path]:
-    """Folders by name: what comes before "=", or the path as it is given."""
-    found: dict[str, Path] = {}
-    for each in given:
-        name, equals, folder = each.partition("=")
-        if not name or name in found:
-            raise UserError(
-                f"--model {each}: " + ("its name is taken: give NAME=FOLDER" if name else "its name is empty")
-            )
-        found[name] = Path(folder if equals else name)
-    return found

@@ -150,7 +150,7 @@ def _watch_flags(command: ArgumentParser) -> None:
 COMMANDS = {
     "generate": (_generate_flags, "generate", "continue a prompt, or many"),
     "chat": (_chat_flags, "chat", "continue what you type, line by line"),
-    "serve": (_serve_flags, "engine", "serve models by OpenAI's API, with a page to play with them"),
+    "serve": (_serve_flags, "serve", "serve models by OpenAI's API, with a page to play with them"),
     "encode": (_encode_flags, "texts", "show the ids and pieces of a text"),
     "decode": (_decode_flags, "texts", "show the text of ids"),
     "attention": (_attention_flags, "texts", "draw what each head of the model attends to in a text"),

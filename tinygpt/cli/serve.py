@@ -1,0 +1,57 @@
+"""`python -m tinygpt serve`."""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+from pathlib import Path
+
+from tinygpt import paths
+from tinygpt.cli.engine import compile_if_asked, is_gguf, place
+from tinygpt.cli.flags import DeviceOptions, read
+from tinygpt.errors import UserError
+from tinygpt.export.folders import open_model, tokenizer_of
+from tinygpt.options import Limits
+from tinygpt.runtime import find_device
+
+
+def serve(args: Namespace) -> None:
+    """Serve models by OpenAI's API until Ctrl-C."""
+    for package in ("fastapi", "uvicorn", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"serve needs {package}: run  pip install -r requirements-serve.txt")
+    from tinygpt.serve.request import Served
+    from tinygpt.serve.server import listen, serve
+    from tinygpt.serve.service import Service
+    from tinygpt.serve.template import load_template
+
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port {args.port} must be within 0 and 65535")
+    limits, options = read(Limits, args), read(DeviceOptions, args)
+    find_device(options.device, "--device")
+    listener = listen(args.host, args.port)
+    models = []
+    for name, folder in named(args.model or [str(paths.MODEL)]).items():
+        if is_gguf(folder):
+            raise UserError(f"--model {folder}: serve does not read .gguf files: name the folder that it was made from")
+        model, tokenizer = open_model(folder, args.tokenizer)
+        n_weight = model.n_params()  # quantized ones are not counted
+        place(model, options)
+        compile_if_asked(model, options, n_row=limits.max_rows)
+        models.append(Served(name, model, tokenizer, n_weight, load_template(args.tokenizer or tokenizer_of(folder))))
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)
+    serve(Service(models, limits), listener, [args.host, *args.allow_host])
+
+
+def named(given: list[str]) -> dict[str, Path]:
+    """Folders by name: what comes before "=", or the path as it is given."""
+    found: dict[str, Path] = {}
+    for each in given:
+        name, equals, folder = each.partition("=")
+        if not name or name in found:
+            raise UserError(
+                f"--model {each}: " + ("its name is taken: give NAME=FOLDER" if name else "its name is empty")
+            )
+        found[name] = Path(folder if equals else name)
+    return found
