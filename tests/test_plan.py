@@ -150,7 +150,7 @@ def folder(tmp_path, monkeypatch):
         tmp_path, {key: value for key, value in SMALL.items() if key.startswith(("download", "clean", "runtime"))}
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measure, "PROBE_STEPS", (12,))
+    monkeypatch.setattr(measure, "PROBE_STEPS", 12)
     monkeypatch.setattr(measure, "MOST_S", 0.0)
     monkeypatch.setattr(speed, "MEASURE_S", 0.01)
     monkeypatch.setattr(time, "process_time", lambda: 2.0)  # this process has not just been started
