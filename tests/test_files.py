@@ -197,6 +197,7 @@ NOT_AN_OBJECT = {
     "two": b"{} {}",
     "cut": b'{"a": [1, 2',
     "control": b"{\x1b[2J}",
+    "half a character": b'{"a": "\\ud800"}',
 }
 
 

@@ -24,7 +24,6 @@ from tinygpt.plan.law import LAW, SPREAD, Size
 from tinygpt.plan.measure import Speeds, Text, flops_per_token
 from tinygpt.plan.plan import Planner
 from tinygpt.plan.recipe import LAYERS, Recipe
-from tinygpt.run import speed
 from tinygpt.train.config import TrainParams
 
 PARAMS = ROOT / "params.yaml"
@@ -152,7 +151,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "PROBE_STEPS", 12)
     monkeypatch.setattr(measure, "MOST_S", 0.0)
-    monkeypatch.setattr(speed, "MEASURE_S", 0.01)
+    monkeypatch.setattr(measure, "MEASURE_S", 0.01)
     monkeypatch.setattr(time, "process_time", lambda: 2.0)  # this process has not just been started
     return tmp_path
 

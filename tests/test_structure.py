@@ -36,6 +36,7 @@ ROOMS = [
     ["corpus"],
     ["tokenizer"],
     ["tokens"],
+    ["encode"],
     ["model"],
     ["stage"],
     ["train", "generate"],

@@ -162,9 +162,12 @@ def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:
 def read_object(path: str | Path, *, remedy: str, most_bytes: int = MOST_JSON) -> dict[str, Any]:
     """Read a JSON object from anywhere.  Raises UserError, whatever is wrong with it, that ends with the remedy."""
     try:
-        found = parse_json(read_file(Path(path), most_bytes))
+        raw = read_file(Path(path), most_bytes)
+        found = parse_json(raw)
         if not isinstance(found, dict):
             raise ValueError(f"it is a {type(found).__name__}, not an object")
+        if b"\\u" in raw:
+            json.dumps(found, ensure_ascii=False).encode()  # raises for half a character, which no file can hold
         return found
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): {remedy}") from None
