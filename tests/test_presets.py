@@ -181,6 +181,7 @@ DAMAGED = {
     "misspelled": ("modle:", r"unknown key modle \(did you mean model\?\)"),
     "a key is missing": ("", r"missing key model\.n_layer"),
     "not YAML": ("a: [", r"params\.yaml is not valid YAML"),
+    "deep": ("a: " + "[" * 5000, r"params\.yaml is not valid YAML: at most 20 levels"),
 }
 
 

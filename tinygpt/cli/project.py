@@ -136,7 +136,7 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
         written = read_bytes(path).decode()
         document = yaml.load(written.replace("\r\n", "\n"))
         before = {(group, key): document[group][key] for group, key in names}
-    except (YAMLError, LookupError, TypeError, ValueError) as error:
+    except (YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         check_params(path)  # which says what is missing
         raise UserError(f"{path} is not YAML as DVC reads it: {' '.join(str(error).split())}") from None
     changed = []

@@ -11,6 +11,7 @@ import codecs
 import io
 import sys
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -96,12 +97,16 @@ def attention(args: Namespace) -> None:
         ids += generate_batch(model, tokenizer, [args.prompt], max_new_tokens=n_new, sampling=likeliest)[0].ids
     tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
     maps = attention_maps(model, ids)
-    plot_attention(maps, tokens, args.plot)
     page = args.plot.with_suffix(".html")
-    attention_page(maps, tokens, page)
-    if args.save:
-        with atomic_write(args.save, "wb") as file:
-            np.savez(file, weights=maps, ids=ids)
+    with ExitStack() as files:  # all of them or, on a full disk, none
+        if args.save:
+            saved = files.enter_context(atomic_write(args.save, "wb"))
+            np.savez(saved, weights=maps, ids=ids)
+            saved.flush()
+        shown = files.enter_context(atomic_write(page))
+        shown.write(attention_page(maps, tokens))
+        shown.flush()
+        plot_attention(maps, tokens, args.plot)
     print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")
 
 

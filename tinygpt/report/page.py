@@ -69,11 +69,11 @@ def write_live(folder: Path, path: Path, *, running: bool) -> None:
     write_text(path, render("live.html", data, **view, **curve_view(curve, samples, best_step)))
 
 
-def attention_page(maps: NDArray[np.float32], tokens: Sequence[str], path: Path) -> None:
-    """Write a page to choose a head and point at a token.  (n_layer, n_head, T, T)"""
+def attention_page(maps: NDArray[np.float32], tokens: Sequence[str]) -> str:
+    """A page to choose a head and point at a token.  (n_layer, n_head, T, T)"""
     shares = base64.b64encode((maps * 255).round().astype(np.uint8).tobytes()).decode()
     data = {"attention": {"tokens": list(tokens), "shape": list(maps.shape), "maps": shares}}
-    write_text(path, render("attention.html", data, title="".join(tokens)[:80]))
+    return render("attention.html", data, title="".join(tokens)[:80])
 
 
 def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
