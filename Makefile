@@ -39,7 +39,7 @@ shakespeare: $(RUNTIME) ## Train on tiny Shakespeare, in the folder shakespeare/
 test: $(DEV) ## Run the test suite
 	$(PYTEST)
 
-fuzz: $(DEV) ## Damage N=50000 files, kill stages and DVC 200 times, fill disks: some hours
+fuzz: $(DEV) ## Damage N=50000 files, kill stages and DVC 200 times, fill disks: two hours
 	PYTHONPATH=. OMP_NUM_THREADS=1 python tests/fuzz.py $(N)
 	TINYGPT_FUZZ=20 OMP_NUM_THREADS=1 python -m pytest --timeout 7200 tests/test_kills.py tests/test_full_disk.py
 
