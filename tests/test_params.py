@@ -346,13 +346,17 @@ def test_any_tree_is_params_or_is_reported_within_a_second(tmp_path_factory, cha
 
 
 def assert_read_or_told(path: Path) -> None:
+    assert seconds_to_check(path) < 1 or seconds_to_check(path) < 1  # the first one imports all groups
+
+
+def seconds_to_check(path: Path) -> float:
     began = time.process_time()
     try:
         check_params(path)
     except UserError as error:
         assert str(error).replace(BREAK, "").isprintable()
         assert len(str(error)) < 25_000
-    assert time.process_time() - began < 1
+    return time.process_time() - began
 
 
 def load_edited(cls: type, **changes: Any) -> Any:
