@@ -24,7 +24,8 @@ from tinygpt.paths import REPORTS
 from tinygpt.report.plots import BLUE, GREEN, GREY, NO_DATE, STYLE, VERMILION
 from tinygpt.report.reports import read_curve
 from tinygpt.train.config import TrainParams
-from tinygpt.train.optim import N_ITERATIONS, NEWTON_SCHULZ, SCHEDULES, lr_frac_at
+from tinygpt.train.optim import N_ITERATIONS, NEWTON_SCHULZ
+from tinygpt.train.schedules import SCHEDULES, lr_frac_at
 
 FOLDER = Path("docs/figures")
 COLORS = (BLUE, VERMILION, GREEN, GREY)

@@ -344,10 +344,13 @@ def test_a_folder_with_the_name_of_a_package_is_not_one(tmp_path, monkeypatch):
 
 
 def test_loggers_the_compiler_and_pandas_are_imported_only_on_request(tmp_path):
-    """The compiler, torch._dynamo, takes as long as all the rest of torch; opening a model does without it, too."""
+    """The compiler, torch._dynamo, takes as long as all the rest of torch: models are opened and trained without it."""
     save_model(tmp_path, tiny_config(), model_tensors(tiny_model()))
-    code = "import sys, stages.evaluate, stages.export, stages.plot, stages.train\n"
-    code += "from tinygpt.model.weights import load_model\n"
-    code += "load_model(sys.argv[1]); sys.exit(' '.join({*sys.argv[2:]} & {*sys.modules}) or None)"
+    code = "import sys, torch, stages.evaluate, stages.export, stages.plot, stages.train\n"
+    code += "from tinygpt.model.weights import load_model\nfrom tinygpt.params import load_params\n"
+    code += "from tinygpt.runtime import RuntimeParams\nfrom tinygpt.train import learner\n"
+    code += "params, model = load_params(learner.TrainParams, RuntimeParams), load_model(sys.argv[1])\n"
+    code += "learner.Learner(model, *params, device=torch.device('cpu')).learn(0, torch.ones(8, 9).long())\n"
+    code += "sys.exit(' '.join({*sys.argv[2:]} & {*sys.modules}) or None)"
     command = [sys.executable, "-c", code, tmp_path, *LOGGERS, "torch._dynamo", "pandas"]
     subprocess.run(command, cwd=Path(__file__).parents[1], check=True)

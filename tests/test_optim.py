@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_train import PARAMS, same
 
 from tinygpt.errors import UserError
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.model.weights import load_tensors, save_tensors
+from tinygpt.model.weights import load_tensors, model_tensors, save_tensors
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import (
     OPTIMIZERS,
@@ -82,6 +83,27 @@ def test_one_step_of_adamw_by_hand():
     torch.testing.assert_close(
         norm, norm_before - PARAMS.lr * norm.grad / (norm.grad.abs() + 1e-8), atol=1e-6, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_adamw_makes_the_steps_and_keeps_the_state_of_torch_adamw_to_the_bit(tie_weights):
+    model, reference = (tiny_model(bias="all", tie_weights=tie_weights) for _ in range(2))
+    (ours,) = build_optimizers(model, params_with(embedding_lr=0.3))
+    kinds = groups_of(build_optimizers(reference, params_with(embedding_lr=0.3))).values()
+    theirs = torch.optim.AdamW(
+        [{**group, "lr": group["peak_lr"]} for group in kinds], betas=PARAMS.betas, weight_decay=0.0, fused=True
+    )
+    for step in range(N_STEPS):
+        for one, optimizer in ((model, ours), (reference, theirs)):
+            backward(one, step)
+            if step == 1:
+                one.norm.weight.grad = None  # of a weight that took no part
+            set_lr([optimizer], 1 / (step + 1))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close = partial(torch.testing.assert_close, atol=0, rtol=0)
+    assert_close(model_tensors(model), model_tensors(reference))
+    assert_close(optimizer_tensors(model, [ours]), optimizer_tensors(reference, [theirs]))
 
 
 def test_muon_makes_the_steps_of_torch_muon_and_adamw_the_others():

@@ -19,7 +19,7 @@ from tinygpt.model.config import ModelParams
 from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import kinds
 from tinygpt.tokenizer.kinds import TokenizerParams
-from tinygpt.train import loss, optim, parallel
+from tinygpt.train import loss, optim, parallel, schedules
 from tinygpt.train.config import TrainParams
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +153,7 @@ def test_a_config_in_python_has_the_defaults_of_params_yaml_which_must_name_them
         (ModelParams, "mlp", config.MLPS),
         (ModelParams, "attention", attention.ATTENTION),
         (TrainParams, "optimizer", optim.OPTIMIZERS),
-        (TrainParams, "schedule", optim.SCHEDULES),
+        (TrainParams, "schedule", schedules.SCHEDULES),
         (TrainParams, "precision", {"auto", *loss.PRECISIONS}),
         (RuntimeParams, "parallel", parallel.PARALLEL),
         (RuntimeParams, "engine", shards.ENGINES),

@@ -33,8 +33,9 @@ from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import ContextWarmup, EMAParams, LoRAParams, TrainParams
 from tinygpt.train.learner import Learner, part_norms
 from tinygpt.train.loss import next_token_loss
-from tinygpt.train.optim import OPTIMIZERS, SCHEDULES, OptimizerKind, Schedule, dropout_frac_at, lr_frac_at
+from tinygpt.train.optim import OPTIMIZERS, OptimizerKind
 from tinygpt.train.parallel import ALONE
+from tinygpt.train.schedules import SCHEDULES, Schedule, dropout_frac_at, lr_frac_at
 from tinygpt.train.trainer import Trainer
 
 PARAMS = TrainParams(

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +29,9 @@ from tinygpt.train.loss import (
     scaler_tensors,
     set_matmul_precision,
 )
-from tinygpt.train.optim import (
-    build_optimizers,
-    dropout_frac_at,
-    load_optimizer_tensors,
-    lr_frac_at,
-    optimizer_tensors,
-    set_lr,
-)
+from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from tinygpt.train.parallel import ALONE, PARALLEL, Parallel, World, part_of, put, whole
+from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
 
 
 class Learner:
@@ -96,7 +90,7 @@ class Learner:
                 loss += self._backward(part, len(part) / len(ids))
         loss += self._backward(last, len(last) / len(ids))
         for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(cast(torch.optim.Optimizer, optimizer))  # it reads the groups' gradients
         if with_part_norms:
             self.part_norms = part_norms(self.model)
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))

@@ -1,8 +1,7 @@
-"""How weights learn: the learning rate as a function of the step, and the optimizers, whose state is named tensors."""
+"""Optimizers, whose state is named tensors."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
@@ -21,36 +19,46 @@ from tinygpt.train.parallel import is_split, part_of, put, whole
 WeightGroup = dict[str, Any]  # of an optimizer: weights of one kind and how they are trained
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How the learning rate falls after its warmup."""
+class Optimizer:
+    """What ours have in common with PyTorch's: groups of weights, and a state for each weight.
 
-    decay: Callable[[float], float]  # progress from 0 to 1  ->  a share, from the peak (1) to the minimum (0)
-    at_end: bool = False  # only over the last train.decay_frac of the steps, at the peak before them
+    PyTorch's base class is not used: the first object of it imports the compiler, which takes more than a second.
+    """
+
+    def __init__(self, groups: Iterable[WeightGroup], **settings: Any) -> None:
+        """Each group has these settings where it has none of its own."""
+        self.param_groups = [{"weight_decay": 0.0} | settings | group for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Change each weight that has a gradient."""
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                self.change(weights, group)
+
+    def change(self, weights: list[Tensor], group: WeightGroup) -> None:
+        """Change weights that have gradients, which may be overwritten, by the settings of their group."""
+        raise NotImplementedError
+
+    def averages(self, weights: Sequence[Tensor], name: str) -> list[Tensor]:
+        """A tensor of each weight's state; zeros at first."""
+        for weight in weights:
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros_like(weight)
+        return [self.state[weight][name] for weight in weights]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
 
 
-SCHEDULES = {
-    "cosine": Schedule(lambda progress: 0.5 * (1 + math.cos(math.pi * progress))),  # https://arxiv.org/abs/1608.03983
-    "linear": Schedule(lambda progress: 1 - progress),
-    "wsd": Schedule(lambda progress: 1 - progress, at_end=True),  # https://arxiv.org/abs/2404.06395
-    "constant": Schedule(lambda progress: 1.0),
-}
-
-
-def lr_frac_at(step: int, params: TrainParams) -> float:
-    """Share of the peak at step 0, 1, … max_steps - 1: never 0 at first, 1 after the warmup, min_lr_frac at last."""
-    if step < params.warmup_steps:
-        return (step + 1) / (params.warmup_steps + 1)
-    schedule = SCHEDULES[params.schedule]
-    progress = (step - params.warmup_steps) / max(1, params.max_steps - 1 - params.warmup_steps)
-    if schedule.at_end:
-        progress = max(0.0, 1 - (1 - progress) / params.decay_frac)
-    return params.min_lr_frac + (1 - params.min_lr_frac) * schedule.decay(progress)
-
-
-def dropout_frac_at(step: int, params: TrainParams) -> float:
-    """Share of model.dropout at step `step`, counted from 0: one, or down to zero over the run."""
-    return 1 - step / params.max_steps if params.anneal_dropout else 1.0
+def gradients_of(weights: Iterable[Tensor]) -> list[Tensor]:
+    """The gradient of each that has one."""
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 
 def build_optimizers(model: GPT, params: TrainParams) -> list[Optimizer]:
@@ -156,8 +164,7 @@ class OptimizerKind:
 
 
 def _adamw(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
-    """Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, by PyTorch's fused kernel."""
-    return [AdamW(groups, lr=params.lr, betas=params.betas, fused=True)]
+    return [AdamW(groups, lr=params.lr, betas=params.betas)]
 
 
 def _adamw8bit(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
@@ -186,7 +193,36 @@ OPTIMIZERS = {
 }
 
 
-# ---- Muon and Lion ----
+# ---- those that are ours ----
+
+
+class AdamW(Optimizer):
+    """Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, by PyTorch's fused kernel."""
+
+    def __init__(self, groups: Iterable[WeightGroup], *, lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, lr=lr, betas=betas)
+
+    def change(self, weights: list[Tensor], group: WeightGroup) -> None:
+        """Each by the mean of its gradients over the root of the mean of their squares."""
+        means, squares = self.averages(weights, "exp_avg"), self.averages(weights, "exp_avg_sq")
+        counts = [self.state[weight].setdefault("step", torch.zeros((), device=weight.device)) for weight in weights]
+        torch._foreach_add_(counts, 1)
+        torch._fused_adamw_(
+            weights,
+            gradients_of(weights),
+            means,
+            squares,
+            [],
+            counts,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's, https://kellerjordan.github.io/posts/muon/
 N_ITERATIONS = 5
@@ -203,21 +239,19 @@ class Muon(Optimizer):
     """
 
     def __init__(self, groups: Iterable[WeightGroup], *, lr: float, momentum: float) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        super().__init__(groups, lr=lr, momentum=momentum)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Change each weight that has a gradient."""
-        for group in self.param_groups:
-            _momenta(self, group["params"])  # all before the first product, whose buffers would lie between them
-            for same in _by_shape(group["params"]):
-                momenta, gradients = _momenta(self, same), _gradients(same)
-                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; nothing reads them after this
-                updates = orthogonalized(torch.stack([whole(matrix) for matrix in gradients]))
-                scale = RMS_OF_ADAMW * max(same[0].shape) ** 0.5
-                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(same, [*map(part_of, updates, same)], alpha=-group["lr"] * scale)
+    def change(self, weights: list[Tensor], group: WeightGroup) -> None:
+        """Each by the nearest orthogonal matrix of its momentum."""
+        self.averages(weights, "momentum")  # all before the first product, whose buffers would lie between them
+        for same in _by_shape(weights):
+            momenta, gradients = self.averages(same, "momentum"), gradients_of(same)
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; nothing reads them after this
+            updates = orthogonalized(torch.stack([whole(matrix) for matrix in gradients]))
+            scale = RMS_OF_ADAMW * max(same[0].shape) ** 0.5
+            torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(same, [*map(part_of, updates, same)], alpha=-group["lr"] * scale)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -236,12 +270,11 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _by_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices of one shape that have a gradient, TOGETHER weights at a time, or one matrix that is larger."""
+def _by_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape, TOGETHER weights at a time, or one matrix that is larger."""
     shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            shapes[parameter.shape].append(parameter)
+    for matrix in matrices:
+        shapes[matrix.shape].append(matrix)
     for shape, same in shapes.items():
         n = max(1, TOGETHER[same[0].device.type] // shape.numel())
         yield from (same[start : start + n] for start in range(0, len(same), n))
@@ -251,31 +284,13 @@ class Lion(Optimizer):
     """The sign of a momentum (Chen et al., https://arxiv.org/abs/2302.06675).  Needs a third of AdamW's lr."""
 
     def __init__(self, groups: Iterable[WeightGroup], *, lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+        super().__init__(groups, lr=lr, betas=betas)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Change each weight that has a gradient."""
-        for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if not weights:
-                continue
-            momenta, gradients = _momenta(self, weights), _gradients(weights)
-            updates = torch._foreach_lerp(gradients, momenta, group["betas"][0])
-            torch._foreach_sign_(updates)
-            torch._foreach_lerp_(momenta, gradients, 1 - group["betas"][1])
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, updates, alpha=-group["lr"])
-
-
-def _momenta(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The momentum of each weight; zeros at first."""
-    states = [optimizer.state[weight] for weight in weights]
-    for weight, state in zip(weights, states, strict=True):
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(weight)
-    return [state["momentum"] for state in states]
-
-
-def _gradients(weights: Iterable[Tensor]) -> list[Tensor]:
-    return [weight.grad for weight in weights if weight.grad is not None]
+    def change(self, weights: list[Tensor], group: WeightGroup) -> None:
+        """Each by the sign of its momentum."""
+        momenta, gradients = self.averages(weights, "momentum"), gradients_of(weights)
+        updates = torch._foreach_lerp(gradients, momenta, group["betas"][0])
+        torch._foreach_sign_(updates)
+        torch._foreach_lerp_(momenta, gradients, 1 - group["betas"][1])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])

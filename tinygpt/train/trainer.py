@@ -18,7 +18,7 @@ from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import is_scaled
-from tinygpt.train.optim import lr_frac_at
+from tinygpt.train.schedules import lr_frac_at
 
 if TYPE_CHECKING:
     from tinygpt.tokens import TokenIds
