@@ -29,6 +29,7 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.runtime import RuntimeParams
+from tinygpt.threads import n_cpu
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 
@@ -213,6 +214,12 @@ TOGETHER = {  # tests that follow each other, or share what takes long to make: 
     "tests/test_page.py": "browser",
     "tests/test_playground.py": "browser",
 }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are CPUs, since tests wait for other processes a quarter of their time."""
+    return n_cpu() + 1
 
 
 class Scheduling(LoadScopeScheduling):

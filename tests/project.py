@@ -115,7 +115,7 @@ def refused(name: str, folder: Path) -> str:
 def workers() -> ForkServerContext:
     """Processes that need not import torch: forked from one that has, which itself has done nothing yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stages.train", "torch._dynamo"])  # torch imports that for any optimizer
+    context.set_forkserver_preload(["stages.train"])
     with contextlib.chdir(ROOT):  # from where it imports
         forkserver.ensure_running()
     return context

@@ -19,6 +19,8 @@ from fuzz import FACTOR, run_program, wrong_words
 from project import ROOT, environment
 from test_pipeline import STAGES
 
+from tinygpt.report.page import library
+
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
@@ -105,8 +107,9 @@ def written(folder: Path, since: float) -> int:
 
 def main(source: Path, folder: Path, n: int) -> None:
     """Run each program on disks with n sizes of room, write down what is wrong with it, and how many were full."""
-    for name in (*(f"stages.{name}" for name in STAGES), "torch._dynamo"):  # torch imports that for any optimizer
-        importlib.import_module(name)  # once, for all that are forked
+    for name in STAGES:
+        importlib.import_module(f"stages.{name}")  # once, for all that are forked
+    library()
     disk, rng, faults, full = Disk(folder / "disk"), random.Random(0), list[str](), 0
     for program in PROGRAMS:
         disk.copy(source)
