@@ -44,9 +44,9 @@ def run_part(name: str, setup: Setup, rows: Path) -> None:
                 row = {"part": name, "case": case, "what": what, "value": value, "note": note}
                 file.write(json.dumps(row | {"seconds": round(time.time() - began, 1)}) + "\n")
                 file.flush()
-            torch.compiler.reset()
-            gc.collect()
-            if torch.cuda.is_available():
+            if torch.cuda.is_available():  # on a CPU nothing is compiled, and a look for garbage takes half a second
+                torch.compiler.reset()
+                gc.collect()
                 torch._inductor.cudagraph_trees.reset_cudagraph_trees()
                 torch.cuda.empty_cache()
 

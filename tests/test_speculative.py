@@ -1,6 +1,7 @@
 """Proposals change the speed and nothing else: the same text where it is certain, the same distribution where not."""
 
 import dataclasses
+import functools
 import random
 
 import pytest
@@ -37,7 +38,7 @@ CERTAIN = {
 }
 
 
-def whole(model, prompt, tokenizer, sampling, speculation=None, n=70):
+def whole(model, prompt, tokenizer, sampling, speculation=None, n=56):
     if sampling.when_full == "stop":
         prompt = prompt[:20]
     (answer,) = generate_batch(
@@ -46,13 +47,16 @@ def whole(model, prompt, tokenizer, sampling, speculation=None, n=70):
     return answer
 
 
+whole_once = functools.cache(whole)  # without proposals: what all of them are compared with
+
+
 @pytest.mark.parametrize("sampling", CERTAIN.values(), ids=CERTAIN)
 @pytest.mark.parametrize("speculation", SPECULATIONS.values(), ids=SPECULATIONS)
 def test_the_likeliest_text_is_the_same_to_its_end_and_past_the_end_of_the_context(
     speculation, sampling, tiny_tokenizer
 ):
     for prompt in PROMPTS:
-        plain = whole(MODEL, prompt, tiny_tokenizer, sampling)
+        plain = whole_once(MODEL, prompt, tiny_tokenizer, sampling)
         found = whole(MODEL, prompt, tiny_tokenizer, sampling, speculation)
         assert (found.ids, found.text, found.finish_reason) == (plain.ids, plain.text, plain.finish_reason)
         assert found.logprobs == pytest.approx(plain.logprobs, abs=1e-3)
@@ -77,8 +81,8 @@ def test_with_looked_up_proposals_a_seed_gives_the_same_text_as_without(seed, n_
 @pytest.mark.parametrize("changes", [*FAMILIES.values(), {"window": 5}, {"window": 5, "full_every": 2, "n_kv_head": 1}])
 def test_every_family_and_windows(changes, tiny_tokenizer):
     model, draft = (tiny_model(block_size=48, seed=seed, **changes) for seed in (0, 5))
+    plain = whole(model, PROMPTS[1], tiny_tokenizer, GREEDY)
     for speculation in (Speculation(n_draft=6), Speculation(draft=draft)):
-        plain = whole(model, PROMPTS[1], tiny_tokenizer, GREEDY)
         assert whole(model, PROMPTS[1], tiny_tokenizer, GREEDY, speculation).ids == plain.ids
 
 
