@@ -13,11 +13,11 @@ def folders(tmp_path_factory, tiny_tokenizer):
     base = tmp_path_factory.mktemp("speculation")
     for name, tokenizer, changes in (
         ("model", tiny_tokenizer, {}),
-        ("draft", tiny_tokenizer, {"n_layer": 1}),
-        ("other", train_bpe([prose(500, seed=9)], 300, special_tokens=("<|user|>",)), {"n_layer": 1}),
-        ("smaller", train_bpe([prose(500)], 290), {"n_layer": 1, "vocab_size": 290}),
+        ("draft", tiny_tokenizer, {"seed": 5}),  # of the same sizes: compiled once for both
+        ("other", train_bpe([prose(500, seed=9)], 300, special_tokens=("<|user|>",)), {}),
+        ("smaller", train_bpe([prose(500)], 290), {"vocab_size": 290}),
     ):
-        model = tiny_model(**changes)
+        model = tiny_model(n_layer=1, **changes)
         save_model(base / name, model.config, model_tensors(model))
         tokenizer.save(base / name)
     return base
