@@ -1,6 +1,7 @@
 """The notebooks: clean as committed, and each runs from its first cell to its last, at small settings."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ from typing import Any
 
 import nbformat
 import pytest
-from jupyter_client.manager import KernelManager, start_new_kernel
+from ipykernel.kernelapp import launch_new_instance
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
-from project import ROOT, corpus, set_params
+from project import ROOT, corpus, set_params, workers
 from project import SMALL as PARAMS
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -26,7 +28,8 @@ def folder(tmp_path_factory) -> Path:
     for name in ("quickstart.py", "requirements.txt", "stages", "tinygpt", "docs"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "params.yaml", folder)
-    set_params(folder, {key: value for key, value in PARAMS.items() if key not in ("export.gguf", "model.n_layer")})
+    small = {key: value for key, value in PARAMS.items() if key not in ("export.gguf", "model.n_layer")}
+    set_params(folder, small | {"export.hf": False})  # which no notebook shows, and which imports transformers
     (folder / "corpus.txt").write_text(corpus(), encoding="utf-8")
     return folder
 
@@ -39,22 +42,34 @@ def small(notebook: Any) -> Any:
     return notebook
 
 
+class Running(KernelManager):
+    """Of a kernel that somebody else has started."""
+
+    has_kernel = True
+
+
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[KernelManager]:
-    """One for all, since each takes seconds to import PyTorch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.delenv("DVC_ROOT", raising=False)
-        manager, client = start_new_kernel()
-    client.stop_channels()
+def kernel(tmp_path_factory) -> Iterator[KernelManager]:
+    """One for all, in a process that has PyTorch already."""
+    connection = str(tmp_path_factory.mktemp("kernel") / "connection.json")
+    manager = Running(connection_file=connection, owns_kernel=False)
+    manager.write_connection_file()
+    process = workers().Process(target=run_kernel, args=(connection,), daemon=True)
+    process.start()
     yield manager
-    manager.shutdown_kernel(now=True)
+    process.kill()
+
+
+def run_kernel(connection: str) -> None:
+    """As `python -m ipykernel` does."""
+    os.environ.pop("DVC_ROOT", None)
+    launch_new_instance(argv=["-f", connection, "--IPKernelApp.quiet=True"])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, folder, kernel):
     notebook = small(nbformat.read(path, as_version=4))
-    begin = f"%reset -f\nimport os\nos.chdir({str(folder / 'notebooks')!r})\n%env PYTHONPATH={folder}"
+    begin = f"%reset -f\nimport os, sys\nsys.path[0] = ''\nos.chdir({str(folder / 'notebooks')!r})\n%env PYTHONPATH={folder}"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(begin))
     NotebookClient(notebook, timeout=300, km=kernel).execute()
     outputs = [output for cell in notebook.cells[1:] for output in cell.get("outputs", [])]
