@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import tracemalloc
 import zipfile
@@ -22,6 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import zstandard
+from fuzz import MEMORY
 from pyarrow import parquet as pq
 from test_sources import fill
 
@@ -36,6 +38,13 @@ TEXT = "".join(DOCUMENTS).encode()
 LINES = "".join(map(text_line, DOCUMENTS)).encode()
 MOST_CPU_S = 20
 MOST_KB = 300_000  # of a process with all its libraries
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder in memory where there is one: nearly ten thousand files are synced here, and taken away."""
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def tarred(members: list[tuple[str, bytes]], kind: int = tarfile.GNU_FORMAT) -> bytes:
