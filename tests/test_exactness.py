@@ -54,7 +54,7 @@ def test_a_hundred_thousand_strings_have_the_same_ids_everywhere(tokenizer, tmp_
         else:
             ours[-1].append(i)
     assert [tokenizer.decode(ids) for ids in ours] == texts
-    assert [*map(tokenizer.encode, texts[::5])] == ours[::5]  # one by one, which is slower
+    assert [*map(tokenizer.encode, texts[::20])] == ours[::20]  # one by one, which is much slower
     tokenizer.save(tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [found.ids for found in theirs.encode_batch_fast(texts)] == ours
