@@ -353,6 +353,7 @@ def lines(n: int) -> list[str]:
     return [f"{i} {draw.getrandbits(400):x}" for i in range(n)]
 
 
+@functools.cache
 def many(name: str) -> bytes:
     """A file of about 2.7 MB of text, packed as its name says."""
     drawn = lines(25_000)
