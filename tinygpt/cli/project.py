@@ -24,6 +24,7 @@ from tinygpt import paths
 from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_write
 from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read_bytes, read_groups, yaml_text
+from tinygpt.yaml12 import load_yaml
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
@@ -133,7 +134,9 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     check_names(f"{group}.{key}" for group, key in names)
     yaml = YAML()
     try:
-        written = read_bytes(path).decode()
+        raw = read_bytes(path)
+        load_yaml(raw)  # refuses what is nested deep, of which ruamel.yaml takes seconds
+        written = raw.decode()
         document = yaml.load(written.replace("\r\n", "\n"))
         before = {(group, key): document[group][key] for group, key in names}
     except (YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
