@@ -69,7 +69,8 @@ def run_kernel(connection: str) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, folder, kernel):
     notebook = small(nbformat.read(path, as_version=4))
-    begin = f"%reset -f\nimport os, sys\nsys.path[0] = ''\nos.chdir({str(folder / 'notebooks')!r})\n%env PYTHONPATH={folder}"
+    at = f"os.chdir({str(folder / 'notebooks')!r})\n%env PYTHONPATH={folder}"
+    begin = f"%reset -f\nimport os, sys\nsys.path[0] = ''\n{at}"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(begin))
     NotebookClient(notebook, timeout=300, km=kernel).execute()
     outputs = [output for cell in notebook.cells[1:] for output in cell.get("outputs", [])]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import parts_of
+from tinygpt.plan import measure
 from tinygpt.plan.measure import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.run import costs as memory_module
 from tinygpt.run.costs import build_trained, fits, memory_of, most_activations
@@ -24,6 +25,13 @@ from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import build_optimizers, optimizer_tensors
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """Nothing is timed well here."""
+    monkeypatch.setattr(measure, "MEASURE_S", 0.02)
+    monkeypatch.setitem(measure.MATMUL_SIZE, "cpu", 256)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": False, "position": "learned", "bias": "all", "qk_norm": True}])
