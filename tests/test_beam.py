@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -60,9 +61,14 @@ def theirs(model, prompt, search, *, n, ends, **options):
     return written[: next((i for i, each in enumerate(written) if each in ends), len(written))]
 
 
-@pytest.mark.parametrize("early_stopping", ["false", "true", "never"])
-@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.5])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "length_penalty", "early_stopping"),
+    [
+        *product(["llama"], [-1.0, 0.0, 1.0, 2.5], ["false", "true", "never"]),
+        # Texts are scored from logits, whatever the family; what differs is how its rows are kept.
+        *product(sorted(set(FAMILIES) - {"llama"}), [-1.0, 1.0], ["never"]),
+    ],
+)
 def test_beams_give_the_same_ids_as_transformers(family, length_penalty, early_stopping, pairs, tiny_tokenizer):
     model, hf = pairs[family]
     lengths = set()
