@@ -36,18 +36,26 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(served, browser):
-    """The page; at its end it has had no errors and has requested nothing from elsewhere."""
+@pytest.fixture(scope="module")
+def tab(served, browser):
+    """One for most tests, since the page keeps nothing in a browser; and what goes wrong in it."""
     page, problems = browser.new_page(), []
     page.set_default_timeout(20_000)
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: problems.append(request.url) if not request.url.startswith(served[0]) else None)
+    yield page, problems
+    page.close()
+
+
+@pytest.fixture
+def page(served, tab):
+    """The page; at its end it has had no errors and has requested nothing from elsewhere."""
+    page, problems = tab
+    problems.clear()
     page.goto(served[0])
     page.fill("#seed", "1")
     yield page
-    page.close()
     assert problems == []
 
 
