@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import re
 import sys
@@ -166,7 +167,7 @@ def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "", others: Sequen
     """
     if not isinstance(mapping, dict):
         raise ParamsError([f"{prefix.rstrip('.')} must be a mapping of keys to values, found {mapping!r}"])
-    hints = {k: v for k, v in typing.get_type_hints(cls, include_extras=True).items() if k in _field_names(cls)}
+    hints = _field_hints(cls)  # type: ignore[arg-type]  # mypy thinks that not every class can be hashed
     problems = _key_problems(mapping, list(hints), prefix, others)
     values: dict[str, Any] = {}
     for key, hint in hints.items():
@@ -233,6 +234,11 @@ def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str, others
 
 def _field_names(cls: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _field_hints(cls: Any) -> dict[str, Any]:
+    return {k: v for k, v in typing.get_type_hints(cls, include_extras=True).items() if k in _field_names(cls)}
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
