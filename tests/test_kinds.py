@@ -7,7 +7,7 @@ import shutil
 import pytest
 import tokenizers
 from conftest import RUNTIME, TRICKY, prose, tiny_config
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from project import ROOT, run_stages, set_params
 from transformers import AutoTokenizer
 
@@ -56,16 +56,23 @@ def exported(tokenizer, tmp_path_factory):
     return folder
 
 
-@given(text=TRICKY)
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_same_ids_everywhere_and_back_to_the_text(tokenizer, exported, text):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
+@pytest.fixture(scope="module")
+def readers(exported):
+    """What the tokenizers library and llama.cpp read of it."""
     theirs = tokenizers.Tokenizer.from_file(str(exported / "tokenizer/tokenizer.json"))
     theirs.encode_special_tokens = True  # a special token's name in a text is text, as with us
-    assert theirs.encode(text).ids == ids
     with LlamaCpp(exported / "model.gguf") as llama:
-        assert llama.tokenize(text) == ids
+        yield theirs, llama
+
+
+@given(text=TRICKY)
+@settings(max_examples=150)
+def test_the_same_ids_everywhere_and_back_to_the_text(tokenizer, readers, text):
+    theirs, llama = readers
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert theirs.encode(text).ids == ids
+    assert llama.tokenize(text) == ids
 
 
 def test_roles_of_special_tokens_reach_transformers_and_llama_cpp(tokenizer, exported):
