@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # set in containers: each process would compile our modules again
 
 import tinygpt  # noqa: F401  # likewise: how threads wait
 
@@ -208,6 +209,7 @@ TOGETHER = {  # tests that follow each other, or share what takes long to make: 
     "tests/test_generate_command.py::test_compiled_steps": "compiler",
     "tests/test_generate_command.py::test_without_a_compiler": "compiler",
     "tests/test_train.py::test_a_compiled_step": "compiler",
+    "tests/test_speculation_options.py": "compiler",
     "tests/test_beam.py": "beams",
     "tests/test_notebooks.py::test_a_notebook_runs": "notebooks",
     "tests/test_live.py": "browser",

@@ -193,9 +193,6 @@ OPTIMIZERS = {
 }
 
 
-# ---- those that are ours ----
-
-
 class AdamW(Optimizer):
     """Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, by PyTorch's fused kernel."""
 
