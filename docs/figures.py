@@ -24,7 +24,7 @@ from tinygpt.paths import REPORTS
 from tinygpt.report.plots import BLUE, GREEN, GREY, NO_DATE, STYLE, VERMILION
 from tinygpt.report.reports import read_curve
 from tinygpt.train.config import TrainParams
-from tinygpt.train.optim import POLYNOMIALS
+from tinygpt.train.optim import N_ITERATIONS, NEWTON_SCHULZ
 from tinygpt.train.schedules import SCHEDULES, lr_frac_at
 
 FOLDER = Path("docs/figures")
@@ -46,16 +46,19 @@ def rope() -> Figure:
     return figure
 
 
-def polar() -> Figure:
-    """A singular value after each polynomial, by where it began."""
+def newton_schulz() -> Figure:
+    """A singular value after each iteration, by where it began."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
-    begin = now = torch.logspace(-3.5, 0, 1000)
+    begin = torch.linspace(0.002, 1, 500)
+    a, b, c = NEWTON_SCHULZ
+    now = begin
     axes.plot(begin, now, ":", color=GREY, label="before")
-    for n, ((a, b, c), color) in enumerate(zip(POLYNOMIALS, COLORS, strict=False), 1):
+    for n in range(1, N_ITERATIONS + 1):
         now = a * now + b * now**3 + c * now**5
-        axes.plot(begin, now, color=color, label=f"after {n}")
-    axes.set(xscale="log", xlabel="singular value before", ylabel="after", title="Weak directions catch up")
+        if n in (1, 3, N_ITERATIONS):
+            axes.plot(begin, now, color=COLORS[n // 2], label=f"after {n}")
+    axes.set(xlabel="singular value before", ylabel="after", title="Newton–Schulz brings singular values near 1")
     axes.legend()
     return figure
 
@@ -127,7 +130,7 @@ def overview() -> Figure:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "rope": rope,
-    "polar": polar,
+    "newton_schulz": newton_schulz,
     "schedules": schedules,
     "sampling": sampling,
     "loss": loss,

@@ -12,11 +12,9 @@ from test_train import PARAMS, same
 from tinygpt.errors import UserError
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.model.weights import load_tensors, model_tensors, save_tensors
-from tinygpt.train import optim
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import (
     OPTIMIZERS,
-    POLYNOMIALS,
     build_optimizers,
     kind_of,
     load_optimizer_tensors,
@@ -108,8 +106,7 @@ def test_adamw_makes_the_steps_and_keeps_the_state_of_torch_adamw_to_the_bit(tie
     assert_close(optimizer_tensors(model, [ours]), optimizer_tensors(reference, [theirs]))
 
 
-def test_muon_makes_the_steps_of_torch_muon_and_adamw_the_others(monkeypatch):
-    monkeypatch.setattr(optim, "POLYNOMIALS", ((3.4445, -4.775, 2.0315),) * 5)  # those of torch
+def test_muon_makes_the_steps_of_torch_muon_and_adamw_the_others():
     model, reference = tiny_model(n_kv_head=2), tiny_model(n_kv_head=2)
     optimizers = build_optimizers(model, params_with(optimizer="muon", momentum=0.9))
     matrices = [p for name, p in reference.named_parameters() if kind_of(reference, name) == "matrix"]
@@ -145,20 +142,8 @@ def test_orthogonalized_matrices_have_the_directions_of_the_matrix_and_lengths_a
     for matrix, near in zip(matrices, found, strict=True):
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
         lengths = u.T @ near @ v.T
-        assert (lengths.diag() - 1).abs().max() < 0.57
+        assert (lengths.diag() - 1).abs().max() < 0.35
         assert (lengths - lengths.diag().diag()).abs().max() < 1e-4
-
-
-def test_the_polynomials_bring_all_singular_values_as_near_to_one_as_they_can():
-    s = 1.01 * torch.logspace(-3, 0, 20_000, dtype=torch.float64)
-    for a, b, c in POLYNOMIALS:
-        s = s.sort().values
-        s = a * s + b * s**3 + c * s**5
-        assert s.min().item() == pytest.approx(2 - s.max().item(), abs=1e-3)  # none is further below than above
-    slopes = s.diff()
-    turns = s[1:-1][slopes[:-1] * slopes[1:] < 0]
-    errors = (torch.stack([s[0], *turns, s[-1]]) - 1).tolist()  # four times as far, in turn (Chebyshev)
-    assert errors == pytest.approx([-errors[-1], errors[-1], -errors[-1], errors[-1]], abs=2e-3)
 
 
 def test_two_steps_of_lion_by_hand():

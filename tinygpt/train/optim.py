@@ -221,14 +221,8 @@ class AdamW(Optimizer):
         )
 
 
-# Odd polynomials of degree 5, each as near to 1 as can be over what those before make of singular values from 0.001 to
-# 1.01, since bfloat16 may leave more than 1 (Amsel et al., https://arxiv.org/abs/2505.16932).
-POLYNOMIALS = (
-    (8.2052, -22.9019, 16.4607),
-    (4.1071, -2.9478, 0.5448),
-    (3.9487, -2.9089, 0.5518),
-    (3.3184, -2.4885, 0.5100),
-)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's, https://kellerjordan.github.io/posts/muon/
+N_ITERATIONS = 5
 # Weights of one shape in one product, at most: 2 MiB fill a processor, a GPU takes as many as there are.
 TOGETHER = {"cpu": 2**19, "mps": 2**19, "cuda": 2**26}
 RMS_OF_ADAMW = 0.2  # root mean square of AdamW's updates; Muon's are scaled to it (https://arxiv.org/abs/2502.16982)
@@ -258,15 +252,16 @@ class Muon(Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, about, by polynomials of each.  (N, R, C) -> (N, R, C)
+    """The nearest (semi-)orthogonal matrices, about, by Newton and Schulz's iteration.  (N, R, C) -> (N, R, C)
 
-    Singular values come out between 0.4 and 1.6. In bfloat16 on a GPU: that is enough, and twice as fast.
+    Singular values come out between 0.7 and 1.2. In bfloat16 on a GPU: that is enough, and twice as fast.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else matrices.dtype)
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
-    for a, b, c in POLYNOMIALS:
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(N_ITERATIONS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
