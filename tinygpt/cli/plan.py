@@ -36,7 +36,7 @@ from tinygpt.train.learner import Learner
 
 N_STAGES = 11
 START_TIMES = 2.2  # the seconds of a stage, for each that it takes to start: 41 s of the default run's 250
-PROCESS_BYTES = 400e6  # of a training besides its step, as the default run has
+PROCESS_BYTES = 320e6  # of a training besides its step, as the default run has
 
 
 # ---- what the run of params.yaml costs ----
