@@ -23,7 +23,7 @@ def sound(done, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_damaged_file_is_taken_or_refused_in_one_line(name, sound):
-    assert failures(name, sound=sound, n=20) == []
+    assert failures(name, sound=sound, n=12) == []
 
 
 def dies() -> None:
