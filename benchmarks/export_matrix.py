@@ -114,10 +114,11 @@ def run(windows: Windows = PLAIN, head_dim: int | None = None) -> Found:
             if family := find_family(target.families, config):
                 entries, shortened = found[(*core, window, full_every)][target.name], family[1] < config.block_size
                 name = f"{family[0].name}, context {family[1]}" if shortened else family[0].name
-                if shortened and name in dict(entries):
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    entries.append((name, difference(model, tokenizer, Path(folder), min(N_TOKENS, family[1]))))
+                worst = dict(entries).get(name) if shortened else None  # of the one that stands for all
+                if worst is None:
+                    with tempfile.TemporaryDirectory() as folder:
+                        worst = difference(model, tokenizer, Path(folder), min(N_TOKENS, family[1]))
+                entries.append((name, worst))
     return found
 
 

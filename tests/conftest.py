@@ -220,8 +220,8 @@ TOGETHER = {  # tests that follow each other, or share what takes long to make: 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than there are CPUs, since tests wait for other processes a quarter of their time."""
-    return n_cpu() + 1
+    """One more than there are CPUs, since tests wait for other processes; or what the user wants of `-n auto`."""
+    return int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", n_cpu() + 1))
 
 
 class Scheduling(LoadScopeScheduling):

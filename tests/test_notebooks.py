@@ -58,6 +58,7 @@ def kernel(tmp_path_factory) -> Iterator[KernelManager]:
     process.start()
     yield manager
     process.kill()
+    process.join()
 
 
 def run_kernel(connection: str) -> None:

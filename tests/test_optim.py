@@ -101,9 +101,27 @@ def test_adamw_makes_the_steps_and_keeps_the_state_of_torch_adamw_to_the_bit(tie
             set_lr([optimizer], 1 / (step + 1))
             optimizer.step()
             optimizer.zero_grad()
+            assert all(weight.grad is None for weight in one.parameters())
     assert_close = partial(torch.testing.assert_close, atol=0, rtol=0)
     assert_close(model_tensors(model), model_tensors(reference))
     assert_close(optimizer_tensors(model, [ours]), optimizer_tensors(reference, [theirs]))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_a_weight_that_never_had_a_finite_gradient_has_no_state_and_the_run_goes_on(name):
+    model, resumed = tiny_model(), tiny_model()
+    optimizers, others = (build_optimizers(one, params_with(optimizer=name)) for one in (model, resumed))
+    load_optimizer_tensors(resumed, others, optimizer_tensors(model, optimizers))  # fp16: all overflowed so far
+    assert optimizer_tensors(resumed, others) == {}
+    backward(model)
+    model.norm.weight.grad = None
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = optimizer_tensors(model, optimizers)
+    load_optimizer_tensors(resumed, others, kept)
+    assert same(optimizer_tensors(resumed, others), kept)
+    assert not any(key.startswith("norm.weight/") for key in kept)
 
 
 def test_muon_makes_the_steps_of_torch_muon_and_adamw_the_others():

@@ -44,7 +44,7 @@ FAMILIES = {
 
 
 def trained(changes, tokenizer) -> GPT:
-    """A model that has learned something of `prose`, as a run of params.yaml does: its choices are clear."""
+    """A model that has learned something of `prose`, with the optimizers of params.yaml: its choices are clear."""
     model = GPT(tiny_config(**{"n_embd": 64, "block_size": 128} | changes), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor(tokenizer.encode(prose(4000, seed=1)))
     optimizers = build_optimizers(model, load_params(TrainParams))

@@ -17,17 +17,18 @@ from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import is_split, part_of, put, whole
 
 WeightGroup = dict[str, Any]  # of an optimizer: weights of one kind and how they are trained
+Begin = Callable[[Tensor], Tensor]  # a weight -> what its state has at first
 
 
 class Optimizer:
-    """What ours have in common with PyTorch's: groups of weights, and a state for each weight.
+    """Groups of weights, and a state for each weight, under the names that PyTorch's have.
 
     PyTorch's base class is not used: the first object of it imports the compiler, which takes more than a second.
     """
 
     def __init__(self, groups: Iterable[WeightGroup], **settings: Any) -> None:
         """Each group has these settings where it has none of its own."""
-        self.param_groups = [{"weight_decay": 0.0} | settings | group for group in groups]
+        self.param_groups = [settings | group for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
@@ -39,14 +40,14 @@ class Optimizer:
                 self.change(weights, group)
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
-        """Change weights that have gradients, which may be overwritten, by the settings of their group."""
+        """Change weights by their gradients, which it may overwrite, and by the settings of their group."""
         raise NotImplementedError
 
-    def averages(self, weights: Sequence[Tensor], name: str) -> list[Tensor]:
-        """A tensor of each weight's state; zeros at first."""
+    def states(self, weights: Sequence[Tensor], name: str, begin: Begin = torch.zeros_like) -> list[Tensor]:
+        """A tensor of each weight's state, as `begin` makes it at first."""
         for weight in weights:
             if name not in self.state[weight]:
-                self.state[weight][name] = torch.zeros_like(weight)
+                self.state[weight][name] = begin(weight)
         return [self.state[weight][name] for weight in weights]
 
     def zero_grad(self) -> None:
@@ -56,12 +57,15 @@ class Optimizer:
                 weight.grad = None
 
 
+AnyOptimizer = Optimizer | torch.optim.Optimizer
+
+
 def gradients_of(weights: Iterable[Tensor]) -> list[Tensor]:
     """The gradient of each that has one."""
     return [weight.grad for weight in weights if weight.grad is not None]
 
 
-def build_optimizers(model: GPT, params: TrainParams) -> list[Optimizer]:
+def build_optimizers(model: GPT, params: TrainParams) -> list[AnyOptimizer]:
     """The optimizers of a run.  Each group of weights has its `kind` and its `peak_lr`.
 
     Raises UserError where the package of the chosen one is missing.
@@ -101,7 +105,7 @@ def kind_of(model: GPT, name: str) -> str:
     return "matrix" if model.get_parameter(name).ndim == 2 else "vector"
 
 
-def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
+def set_lr(optimizers: Iterable[AnyOptimizer], share: float) -> None:
     """Let every weight learn at that share of its peak."""
     for group in _groups(optimizers):
         lr = group["peak_lr"] * share
@@ -118,7 +122,7 @@ def state_bytes(model: GPT, params: TrainParams) -> int:
     return sum(n * (matrix if kind == "matrix" else other) for kind, n in sizes)
 
 
-def optimizer_tensors(model: GPT, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+def optimizer_tensors(model: GPT, optimizers: Iterable[AnyOptimizer]) -> dict[str, Tensor]:
     """The optimizers' state as "<weight>/<what>": tensor; empty before the first step."""
     states = {weight: state for optimizer in optimizers for weight, state in optimizer.state.items()}
     tensors: dict[str, Tensor] = {}
@@ -132,14 +136,12 @@ def optimizer_tensors(model: GPT, optimizers: Iterable[Optimizer]) -> dict[str, 
     return tensors
 
 
-def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(model: GPT, optimizers: list[AnyOptimizer], tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_tensors` returned, into optimizers that have not made a step."""
-    if not tensors:
-        return
+    kept = {name.rpartition("/")[0] for name in tensors}  # a weight whose gradients all overflowed has no state
     set_lr(optimizers, 0.0)
-    for group in _groups(optimizers):
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    for name, weight in trained_tensors(model).items():
+        weight.grad = torch.zeros_like(weight) if name in kept else None
     for optimizer in optimizers:
         optimizer.step()  # makes the state, and at a learning rate of 0 changes no weight
         optimizer.zero_grad()
@@ -147,7 +149,7 @@ def load_optimizer_tensors(model: GPT, optimizers: list[Optimizer], tensors: dic
         put(tensor, tensors[name])
 
 
-def _groups(optimizers: Iterable[Optimizer]) -> Iterator[WeightGroup]:
+def _groups(optimizers: Iterable[AnyOptimizer]) -> Iterator[WeightGroup]:
     return (group for optimizer in optimizers for group in optimizer.param_groups)
 
 
@@ -158,27 +160,27 @@ def _groups(optimizers: Iterable[Optimizer]) -> Iterator[WeightGroup]:
 class OptimizerKind:
     """One choice of train.optimizer, and all that others must know of it."""
 
-    build: Callable[[list[WeightGroup], TrainParams], list[Optimizer]]
+    build: Callable[[list[WeightGroup], TrainParams], list[AnyOptimizer]]
     state_bytes: tuple[int, int]  # kept for a weight: of a matrix in a block, and of another
     package: str | None = None  # that it needs besides PyTorch, by its name in Python and for pip
 
 
-def _adamw(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
+def _adamw(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]:
     return [AdamW(groups, lr=params.lr, betas=params.betas)]
 
 
-def _adamw8bit(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
+def _adamw8bit(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]:
     """AdamW that keeps its state in 8 bits (Dettmers et al., https://arxiv.org/abs/2110.02861), by torchao."""
     from torchao.optim import AdamW8bit
 
     return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
 
 
-def _lion(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
+def _lion(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]:
     return [Lion(groups, lr=params.lr, betas=params.betas)]
 
 
-def _muon(groups: list[WeightGroup], params: TrainParams) -> list[Optimizer]:
+def _muon(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]:
     """Muon for the matrices inside the blocks, AdamW for all other weights."""
     inner, outer = ([group for group in groups if (group["kind"] == "matrix") is which] for which in (True, False))
     muon = [Muon(inner, lr=params.lr, momentum=params.momentum)] if inner else []
@@ -201,8 +203,8 @@ class AdamW(Optimizer):
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
         """Each by the mean of its gradients over the root of the mean of their squares."""
-        means, squares = self.averages(weights, "exp_avg"), self.averages(weights, "exp_avg_sq")
-        counts = [self.state[weight].setdefault("step", torch.zeros((), device=weight.device)) for weight in weights]
+        means, squares = self.states(weights, "exp_avg"), self.states(weights, "exp_avg_sq")
+        counts = self.states(weights, "step", lambda weight: torch.zeros((), device=weight.device))
         torch._foreach_add_(counts, 1)
         torch._fused_adamw_(
             weights,
@@ -240,9 +242,9 @@ class Muon(Optimizer):
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
         """Each by the nearest orthogonal matrix of its momentum."""
-        self.averages(weights, "momentum")  # all before the first product, whose buffers would lie between them
+        self.states(weights, "momentum")  # all before the first product, whose buffers would lie between them
         for same in _by_shape(weights):
-            momenta, gradients = self.averages(same, "momentum"), gradients_of(same)
+            momenta, gradients = self.states(same, "momentum"), gradients_of(same)
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; nothing reads them after this
             updates = orthogonalized(torch.stack([whole(matrix) for matrix in gradients]))
@@ -254,7 +256,8 @@ class Muon(Optimizer):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """The nearest (semi-)orthogonal matrices, about, by Newton and Schulz's iteration.  (N, R, C) -> (N, R, C)
 
-    Singular values come out between 0.7 and 1.2. In bfloat16 on a GPU: that is enough, and twice as fast.
+    Singular values above 0.002 of the norm come out between 0.7 and 1.2. In bfloat16 on a GPU: that is enough and
+    twice as fast.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else matrices.dtype)
     tall = x.size(1) > x.size(2)
@@ -285,7 +288,7 @@ class Lion(Optimizer):
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
         """Each by the sign of its momentum."""
-        momenta, gradients = self.averages(weights, "momentum"), gradients_of(weights)
+        momenta, gradients = self.states(weights, "momentum"), gradients_of(weights)
         updates = torch._foreach_lerp(gradients, momenta, group["betas"][0])
         torch._foreach_sign_(updates)
         torch._foreach_lerp_(momenta, gradients, 1 - group["betas"][1])
