@@ -49,4 +49,4 @@ class Law:
 
 
 LAW = Law(weights=0.2253, weights_power=0.6434, power=0.17828, repeats=0.6498, batch=32_768)  # batch is not fitted
-SPREAD = 0.1  # on three texts that it was not fitted on the law was 1, 5 and 26 percent off (docs/plan.md)
+SPREAD = 0.1  # two texts that it was not fitted on were 1 to 5 percent off, a third one a third (docs/plan.md)
