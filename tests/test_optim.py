@@ -108,7 +108,7 @@ def test_adamw_makes_the_steps_and_keeps_the_state_of_torch_adamw_to_the_bit(tie
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
-def test_a_weight_that_never_had_a_finite_gradient_has_no_state_and_the_run_goes_on(name):
+def test_a_weight_that_never_had_a_finite_gradient_has_no_state_and_training_continues(name):
     model, resumed = tiny_model(), tiny_model()
     optimizers, others = (build_optimizers(one, params_with(optimizer=name)) for one in (model, resumed))
     load_optimizer_tensors(resumed, others, optimizer_tensors(model, optimizers))  # fp16: all overflowed so far
