@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,12 +58,7 @@ class Optimizer:
                 weight.grad = None
 
 
-AnyOptimizer = Optimizer | torch.optim.Optimizer
-
-
-def gradients_of(weights: Iterable[Tensor]) -> list[Tensor]:
-    """The gradient of each that has one."""
-    return [weight.grad for weight in weights if weight.grad is not None]
+AnyOptimizer = Optimizer | torch.optim.Optimizer  # ours, or a package's
 
 
 def build_optimizers(model: GPT, params: TrainParams) -> list[AnyOptimizer]:
@@ -107,7 +103,7 @@ def kind_of(model: GPT, name: str) -> str:
 
 def set_lr(optimizers: Iterable[AnyOptimizer], share: float) -> None:
     """Let every weight learn at that share of its peak."""
-    for group in _groups(optimizers):
+    for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         lr = group["peak_lr"] * share
         if isinstance(group["lr"], Tensor):  # torchao's, whose step is compiled
             group["lr"].fill_(lr)
@@ -147,10 +143,6 @@ def load_optimizer_tensors(model: GPT, optimizers: list[AnyOptimizer], tensors: 
         optimizer.zero_grad()
     for name, tensor in optimizer_tensors(model, optimizers).items():
         put(tensor, tensors[name])
-
-
-def _groups(optimizers: Iterable[AnyOptimizer]) -> Iterator[WeightGroup]:
-    return (group for optimizer in optimizers for group in optimizer.param_groups)
 
 
 # ---- the choices of train.optimizer ----
@@ -208,7 +200,7 @@ class AdamW(Optimizer):
         torch._foreach_add_(counts, 1)
         torch._fused_adamw_(
             weights,
-            gradients_of(weights),
+            _gradients(weights),
             means,
             squares,
             [],
@@ -244,7 +236,7 @@ class Muon(Optimizer):
         """Each by the nearest orthogonal matrix of its momentum."""
         self.states(weights, "momentum")  # all before the first product, whose buffers would lie between them
         for same in _by_shape(weights):
-            momenta, gradients = self.states(same, "momentum"), gradients_of(same)
+            momenta, gradients = self.states(same, "momentum"), _gradients(same)
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; nothing reads them after this
             updates = orthogonalized(torch.stack([whole(matrix) for matrix in gradients]))
@@ -288,9 +280,13 @@ class Lion(Optimizer):
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
         """Each by the sign of its momentum."""
-        momenta, gradients = self.states(weights, "momentum"), gradients_of(weights)
+        momenta, gradients = self.states(weights, "momentum"), _gradients(weights)
         updates = torch._foreach_lerp(gradients, momenta, group["betas"][0])
         torch._foreach_sign_(updates)
         torch._foreach_lerp_(momenta, gradients, 1 - group["betas"][1])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, updates, alpha=-group["lr"])
+
+
+def _gradients(weights: Iterable[Tensor]) -> list[Tensor]:
+    return [weight.grad for weight in weights if weight.grad is not None]
