@@ -175,7 +175,7 @@ def main() -> None:
             print(f"{found['text']} {found['minutes']:g} {found['run']}: {found['val_bpb']}", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(run, sorted(wanted, key=lambda row: (row["minutes"], row["run"] != "plan"))))
+        list(pool.map(run, sorted(wanted, key=lambda row: (row["run"] != "plan", row["minutes"]))))
     print("\n".join(summary(list(csv.DictReader(TABLE.open())))))
 
 
