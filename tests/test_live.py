@@ -69,7 +69,7 @@ def test_the_log_has_one_kind_of_line_that_fits_and_a_sample_at_each_evaluation(
     assert all(re.search(r"  \d+:\d\d(:\d\d)? left$", line) for line in lines[2:])
     at = log.splitlines().index(next(line for line in lines if "val loss" in line))
     note, sample = log.splitlines()[at + 1 : at + 3]
-    assert note == "not trained yet, so what it writes is random:" and sample.startswith("    ")
+    assert note == "before the first step, it writes:" and sample.startswith("    ")
     assert log.count(note) == 1
 
 

@@ -123,7 +123,7 @@ class Run:
             self._show(state)
             if state.samples and state.samples[-1]["step"] == done:
                 if not done and self.params.init_from == "scratch":
-                    self._bar.write("not trained yet, so what it writes is random:")
+                    self._bar.write("before the first step, it writes:")
                 self._bar.write(shortened(state.samples[-1]["text"]))
         self._bar.update(min(done, 1))  # not before the first step
 

@@ -1,0 +1,99 @@
+"""Before the first step, the model's probabilities are those of counted token pairs."""
+
+from collections import Counter
+from itertools import pairwise
+from math import log
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+from tinygpt.model.gpt import GPT, INIT_STD
+from tinygpt.train import bigrams
+from tinygpt.train.bigrams import PRIOR, begin_with_bigrams, taken_evenly
+
+N_VOCAB = 30
+
+
+@pytest.fixture
+def tokens():
+    """A text in which the next token depends on the one before; the last three ids never occur."""
+    rng = np.random.default_rng(3)
+    chances = rng.dirichlet(np.full(N_VOCAB - 3, 0.3), size=N_VOCAB - 3)
+    ids = [0]
+    for _ in range(3000):
+        ids.append(rng.choice(N_VOCAB - 3, p=chances[ids[-1]]))
+    return np.array(ids, dtype="<u2")
+
+
+def begun(tokens, **config):
+    fields = {"vocab_size": N_VOCAB, "norm_eps": 1e-12, "tie_weights": False} | config
+    model = GPT(tiny_config(**fields), generator=torch.Generator().manual_seed(0))
+    begin_with_bigrams(model, tokens)
+    return model
+
+
+def log_probabilities(model):
+    with torch.inference_mode():
+        return model(torch.arange(N_VOCAB)[:, None])[:, 0].log_softmax(1)
+
+
+def test_with_enough_columns_they_are_exact(tokens):
+    found = log_probabilities(begun(tokens, n_embd=64))
+    pairs, firsts, all_tokens = (
+        Counter(pairwise(tokens)),
+        Counter(tokens[:-1]),
+        Counter(tokens),
+    )
+    for a in range(N_VOCAB):
+        for b in range(N_VOCAB):
+            share = (all_tokens[b] + 1) / (len(tokens) + N_VOCAB)
+            expected = log((pairs[a, b] + PRIOR * share) / (firsts[a] + PRIOR))
+            assert found[a, b].item() == pytest.approx(expected, abs=2e-4)
+
+
+def test_with_fewer_columns_they_are_near_and_better_than_shares_alone(tokens):
+    ids = torch.from_numpy(tokens.astype(np.int64))
+
+    def loss(log_p):
+        return -log_p[ids[:-1], ids[1:]].mean().item()
+
+    alone = (ids.bincount(minlength=N_VOCAB) / len(ids)).clamp(min=1e-9).log().expand(N_VOCAB, -1)
+    exact, near, far = (loss(log_probabilities(begun(tokens, n_embd=width))) for width in (64, 24, 8))
+    assert exact < near < far < loss(alone)
+    assert near - exact < 0.2 * (loss(alone) - exact)
+
+
+def test_layernorm_and_learned_positions_change_little(tokens):
+    exact = log_probabilities(begun(tokens, n_embd=64)).exp()
+    other = log_probabilities(begun(tokens, n_embd=64, norm="layernorm", position="learned")).exp()
+    assert (exact - other).abs().sum(1).mean() < 0.2  # of at most 2
+
+
+def test_tied_embeddings_stay_random(tokens):
+    weights = begun(tokens, tie_weights=True).tok_emb.weight
+    assert weights.std().item() == pytest.approx(INIT_STD, rel=0.1)
+
+
+def test_the_same_bits_each_time_and_no_random_number_of_others_is_used(tokens):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = begun(tokens).state_dict()
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(tensor, first[name]) for name, tensor in begun(tokens).state_dict().items())
+
+
+def test_a_long_text_is_counted_in_pieces_from_all_of_it(tokens, monkeypatch):
+    monkeypatch.setattr(bigrams, "MAX_TOKENS", 1000)
+    monkeypatch.setattr(bigrams, "N_PIECES", 10)
+    taken = taken_evenly(tokens)
+    assert len(taken) == 1000
+    assert np.array_equal(taken[:100], tokens[:100]) and np.array_equal(taken[-100:], tokens[-100:])
+    assert np.isfinite(log_probabilities(begun(tokens)).numpy()).all()
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 0], [1, 2], [7] * 500])
+def test_a_text_of_few_pairs_gives_numbers(ids):
+    assert log_probabilities(begun(np.array(ids, dtype="<u2"))).isfinite().all()
