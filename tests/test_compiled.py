@@ -75,8 +75,8 @@ def test_compiled_steps_allow_tokens_taken_back_and_rows_that_come_and_go(model)
     ids = random_ids(12).tolist()
     decoder = Decoder(model, [ids], room=ROOM)
     for new, n_back in ([5, 7, 9], 2), ([8], 0), ([3, 2, 1, 4, 6], 4):
-        decoder.advance([new])
-        decoder.back([n_back])
+        decoder.advance(new)
+        decoder.back(n_back)
         ids = [*ids, *new][: len(ids) + len(new) - n_back]
         decoder.step([11])
         ids.append(11)

@@ -79,27 +79,20 @@ class KVCache:
 
         return attend
 
-    def extend(self, at: Sequence[int], sizes: Sequence[int]) -> Attend:
-        """For some more tokens in each row, at most room + 1, the first of them at these positions; row after row."""
-        self.reserve(max(i + n for i, n in zip(at, sizes, strict=True)))
-        new = [torch.arange(i, i + n, device=self.device) for i, n in zip(at, sizes, strict=True)]
-        seen = [slice(0, i + n) for i, n in zip(at, sizes, strict=True)]
-        places = {window: [positions % n_slot for positions in new] for window, n_slot in self.n_slots.items()}
-        masks = {
-            window: [
-                self._mask(positions[:, None], positions[-1:], i, i + n - 1, window)
-                for i, n, positions in zip(at, sizes, new, strict=True)
-            ]
-            for window in self.n_slots
-        }
+    def extend(self, at: int, n: int) -> Attend:
+        """For n more tokens of the only row, at most room + 1, the first of them at this position."""
+        self.reserve(at + n)
+        new = torch.arange(at, at + n, device=self.device)
+        places = {window: new % n_slot for window, n_slot in self.n_slots.items()}
+        masks = {window: self._mask(new[:, None], new[-1:], at, at + n - 1, window) for window in self.n_slots}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            (keys, values), window, read = self.layers[layer], self.windows[layer], []
-            for row, (q1, k1, v1) in enumerate(_by_row(sizes, q, k, v)):
-                keys[row].index_copy_(1, places[window][row], k1)
-                values[row].index_copy_(1, places[window][row], v1)
-                read.append(_sdpa(q1, keys[row, :, seen[row]], values[row, :, seen[row]], masks[window][row]))
-            return _joined(read)
+            cached, window = self.layers[layer], self.windows[layer]
+            q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # (M, H, D) -> (H, M, D)
+            for slots, part in zip(cached, (k, v), strict=True):
+                slots[0].index_copy_(1, places[window], part)
+            keys, values = (slots[0, :, : at + n] for slots in cached)
+            return _joined([_sdpa(q, keys, values, masks[window])])
 
         return attend
 
@@ -237,24 +230,21 @@ class Decoder:
         return self._block_size - max(map(len, self._seen))
 
     @torch.inference_mode()
-    def advance(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Append some ids to each row, 1 to room + 1 and at most `n_free()` -> the logits after each, (T, V) a row."""
-        at, sizes = [len(seen) for seen in self._seen], [len(new) for new in ids]
-        positions = [begin + i for begin, size in zip(at, sizes, strict=True) for i in range(size)]
-        attend = self._cache.extend(at, sizes)
-        logits = self._logits([i for new in ids for i in new], positions, attend)
-        for seen, new in zip(self._seen, ids, strict=True):
-            seen += new
-        self.logits = logits[self._tensor(sizes).cumsum(0) - 1]
-        return list(logits.split(sizes))
+    def advance(self, ids: Sequence[int]) -> Tensor:
+        """Append some ids to the only row, 1 to room + 1 and at most `n_free()` -> the logits after each, (T, V)."""
+        (seen,) = self._seen
+        begin, seen[len(seen) :] = len(seen), ids
+        logits = self._logits(ids, range(begin, len(seen)), self._cache.extend(begin, len(ids)))
+        self.logits = logits[-1:]
+        return logits
 
-    def back(self, n: Sequence[int]) -> None:
-        """Forget the last n[i] tokens of row i: at most `room` of the longest that it has ever been.
+    def back(self, n: int) -> None:
+        """Forget the last n tokens of the only row: at most `room` of the longest that it has ever been.
 
         `logits` are of use again after the next token.
         """
-        for seen, k in zip(self._seen, n, strict=True):
-            del seen[len(seen) - k :]
+        (seen,) = self._seen
+        del seen[len(seen) - n :]
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:

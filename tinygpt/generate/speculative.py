@@ -77,11 +77,11 @@ def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[
             yield [answer]
             if answer.finish_reason:
                 return
-        decoder.back([len(proposal.ids) + 1 - len(chosen)])
+        decoder.back(len(proposal.ids) + 1 - len(chosen))
         n_wanted = min(speculation.n_draft, answer.max_new_tokens - len(answer.ids) - 1, decoder.n_free() - 1)
         proposal = propose(answer, n_wanted) if n_wanted > 0 else Proposal([])
         if proposal.ids:
-            (logits,) = decoder.advance([[answer.ids[-1], *proposal.ids]])
+            logits = decoder.advance([answer.ids[-1], *proposal.ids])
         else:
             decoder.step([answer.ids[-1]])  # may be the one for which the context has no place
             logits = decoder.logits
@@ -144,8 +144,8 @@ class Draft:
         n_wrong, missing = len(self.tried) - n_right, new[n_right:]
         n_free = -1 if self.decoder is None else self.decoder.n_free() + n_wrong
         if self.decoder is not None and len(missing) <= self.room + 1 and len(missing) + n - 1 <= n_free:
-            self.decoder.back([n_wrong])
-            self.decoder.advance([missing])
+            self.decoder.back(n_wrong)
+            self.decoder.advance(missing)
         else:
             n_kept = len(ids) if len(ids) + n - 1 <= size else max(1, size // 2)
             n = min(n, size - n_kept + 1)
