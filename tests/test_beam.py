@@ -38,7 +38,7 @@ def pairs(tmp_path_factory, tiny_tokenizer):
 
 def ours(model, tokenizer, prompt, search, sampling, n):
     answer = Answer(prompt, tokenizer, sampling, max_new_tokens=n, block_size=model.config.block_size)
-    beam_search(model, tokenizer, answer, search)
+    beam_search(model, answer, search)
     return answer
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from project import ROOT
 
 from tinygpt.cli.chat import COMMANDS, Conversation, follow, history_file
-from tinygpt.cli.engine import TorchEngine
+from tinygpt.cli.engine import torch_engine
 from tinygpt.cli.flags import parse_settings
 from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model.gpt import GPT
@@ -125,7 +125,7 @@ def test_beams_can_be_set(chat, answer, model, tiny_tokenizer):
 
 
 def test_ctrl_c_before_another_answer_begins_leaves_the_last_one(model, tiny_tokenizer, monkeypatch, capsys):
-    conversation = Conversation(TorchEngine(model, tiny_tokenizer), {"max_new_tokens": 5})
+    conversation = Conversation(torch_engine(model, tiny_tokenizer), {"max_new_tokens": 5})
     follow("the", conversation)
     turns = list(conversation.turns)
     with monkeypatch.context() as during:

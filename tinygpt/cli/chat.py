@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -21,7 +20,6 @@ from tinygpt.cli.generate import open_output, say
 from tinygpt.cli.texts import decode_utf8, read_some, standard_input
 from tinygpt.errors import UserError, answer_to, printable
 from tinygpt.files import atomic_write
-from tinygpt.generate import Search
 from tinygpt.options import Settings, checked, make_settings, seed_after, setting_options, together
 from tinygpt.params import nearest, require
 
@@ -106,13 +104,8 @@ class Conversation:
             self._has_warned = True
         self._n_retries = n_retries
         try:
-            if self.settings.search == Search():
-                for _ in self.engine.extend([begun], at_once=1):
-                    say(begun.piece)
-            else:
-                sampling = dataclasses.replace(self.settings.sampling, seed=seed)
-                begun = self.engine.search(prompt, dataclasses.replace(self.settings, sampling=sampling))
-                say(begun.text)
+            for _ in self.engine.extend([begun], at_once=1, search=self.settings.search):
+                say(begun.piece)
         except KeyboardInterrupt:
             print("(stopped)", end="", file=sys.stderr, flush=True)
         self.turns.append((line, begun.text))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tinygpt.cli.flags import GGUF, DeviceOptions, EngineOptions, ProposalOption
 from tinygpt.errors import UserError
 from tinygpt.export.folders import must_be_there, open_model
 from tinygpt.export.llamacpp import LlamaCpp, open_gguf
-from tinygpt.generate import Answer, Speculation, generate_batch
+from tinygpt.generate import Answer, Search, Speculation
 from tinygpt.generate.answer import choose_rows, keep_logprobs
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import slide
@@ -26,7 +27,7 @@ from tinygpt.generate.stream import extend
 from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.options import Settings
-from tinygpt.params import ParamsError, require
+from tinygpt.params import require
 from tinygpt.runtime import find_device
 from tinygpt.tokenizer import Tokenizer
 
@@ -58,11 +59,14 @@ class LlamaVocabulary:
         return b"".join(map(self._piece, ids))
 
 
-class Engine(ABC):
+@dataclass(frozen=True)
+class Engine:
     """What computes texts; `ends` are tokens that end one, besides the vocabulary's own."""
 
-    def __init__(self, vocabulary: Tokenizer | LlamaVocabulary, block_size: int, ends: tuple[int, ...] = ()) -> None:
-        self.vocabulary, self.block_size, self._ends = vocabulary, block_size, ends
+    vocabulary: Tokenizer | LlamaVocabulary
+    block_size: int
+    extend: Callable[..., Iterator[list[Answer]]]  # as that of stream.py, without its model
+    ends: tuple[int, ...] = ()
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
@@ -70,8 +74,8 @@ class Engine(ABC):
         sampling = dataclasses.replace(
             chosen,
             seed=seed,
-            stop_ids=(*chosen.stop_ids, *self._ends),
-            banned_ids=(*chosen.banned_ids, *(self._ends if chosen.ignore_eos else ())),
+            stop_ids=(*chosen.stop_ids, *self.ends),
+            banned_ids=(*chosen.banned_ids, *(self.ends if chosen.ignore_eos else ())),
         )
         return Answer(
             prompt,
@@ -82,66 +86,48 @@ class Engine(ABC):
             n_logprobs=n_logprobs,
         )
 
-    @abstractmethod
-    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
-        """Extend each to its end, this many together; yields those that just got a token."""
 
-    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        """The best of several texts.  Raises ParamsError where they cannot be computed side by side."""
-        raise ParamsError(["n_beam and best_of are not available with llama.cpp: searches need tinygpt's engine"])
-
-
-class TorchEngine(Engine):
+def torch_engine(model: GPT, tokenizer: Tokenizer, speculation: Speculation | None = None) -> Engine:
     """A model and its tokenizer; with speculation, answers are extended one after the other."""
-
-    def __init__(self, model: GPT, tokenizer: Tokenizer, speculation: Speculation | None = None) -> None:
-        super().__init__(tokenizer, model.config.block_size)
-        self._model, self._tokenizer, self._speculation = model, tokenizer, speculation
-
-    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
-        return extend(self._model, answers, at_once=at_once, speculation=self._speculation)
-
-    def search(self, prompt: str, settings: Settings, *, n_logprobs: int | None = None) -> Answer:
-        (answer,) = generate_batch(
-            self._model,
-            self._tokenizer,
-            [prompt],
-            max_new_tokens=settings.length.max_new_tokens,
-            sampling=settings.sampling,
-            search=settings.search,
-            n_logprobs=n_logprobs,
-        )
-        return answer
+    return Engine(tokenizer, model.config.block_size, partial(extend, model, speculation=speculation))
 
 
-class LlamaEngine(Engine):
-    """A GGUF file open in llama.cpp."""
+def llama_engine(path: Path) -> Engine:
+    """A GGUF file open in llama.cpp.
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError with llama.cpp's reason when it cannot load the file, or where no token ends a text."""
-        self._llama = open_gguf(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
-        if self._llama.eos_id < 0:
-            self._llama.close()
-            raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")
-        ends = tuple(self._llama.eog_ids())  # all of them, as llama.cpp has it
-        super().__init__(LlamaVocabulary(self._llama), self._llama.n_ctx, ends)
+    Raises UserError with llama.cpp's reason when it cannot load the file, or where no token ends a text.
+    """
+    llama = open_gguf(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
+    if llama.eos_id < 0:
+        llama.close()
+        raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")
+    ends = tuple(llama.eog_ids())  # all of them, as llama.cpp has it
+    return Engine(LlamaVocabulary(llama), llama.n_ctx, partial(extend_in_llama, llama), ends)
 
-    def extend(self, answers: Sequence[Answer], *, at_once: int) -> Iterator[list[Answer]]:
-        """Extend each to its end, one after the other; yields the one that just got a token."""
-        for answer in answers:
-            seen = answer.prompt[-self.block_size :]
-            logits = self._llama.read(seen)
-            while True:
-                rows = torch.from_numpy(logits)[None]
-                (chosen,) = choose_rows(rows, [answer])
-                keep_logprobs(rows, [answer], [chosen])
-                answer.add(chosen)
-                yield [answer]
-                if answer.finish_reason:
-                    break
-                seen.append(answer.ids[-1])
-                is_new = slide(seen, self.block_size)
-                logits = self._llama.read(seen) if is_new else self._llama.append(seen[-1])
+
+def extend_in_llama(
+    llama: LlamaCpp, answers: Sequence[Answer], *, at_once: int, search: Search
+) -> Iterator[list[Answer]]:
+    """Extend each to its end, one after the other; yields the one that just got a token.
+
+    Raises ParamsError where a search needs several side by side.
+    """
+    message = "n_beam and best_of are not available with llama.cpp: searches need tinygpt's engine"
+    require((search == Search(), message))
+    for answer in answers:
+        seen = answer.prompt[-llama.n_ctx :]
+        logits = llama.read(seen)
+        while True:
+            rows = torch.from_numpy(logits)[None]
+            (chosen,) = choose_rows(rows, [answer])
+            keep_logprobs(rows, [answer], [chosen])
+            answer.add(chosen)
+            yield [answer]
+            if answer.finish_reason:
+                break
+            seen.append(answer.ids[-1])
+            is_new = slide(seen, llama.n_ctx)
+            logits = llama.read(seen) if is_new else llama.append(seen[-1])
 
 
 # ---- from flags to an engine ----
@@ -195,15 +181,15 @@ def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None
     Raises UserError with what is wrong with the model's files, or its draft's.
     """
     if is_gguf(options.path):
-        return LlamaEngine(must_be_there(options.path, stage="export", wanted="a .gguf file"))
+        return llama_engine(must_be_there(options.path, stage="export", wanted="a .gguf file"))
     model, tokenizer = open_model(options.path, options.tokenizer)
     place(model, options)
     if proposals is None or not proposals.flag:
         compile_if_asked(model, options, n_row=n_row)
-        return TorchEngine(model, tokenizer)
+        return torch_engine(model, tokenizer)
     draft = open_draft(proposals.draft, options, tokenizer) if proposals.draft else None
     compile_if_asked(draft or model, options, room=proposals.n_draft)
-    return TorchEngine(model, tokenizer, Speculation(draft=draft, n_draft=proposals.n_draft, ngram=proposals.ngram))
+    return torch_engine(model, tokenizer, Speculation(draft=draft, n_draft=proposals.n_draft, ngram=proposals.ngram))
 
 
 def open_draft(folder: Path, options: EngineOptions, tokenizer: Tokenizer) -> GPT:

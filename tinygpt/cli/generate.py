@@ -43,17 +43,8 @@ def generate(args: Namespace) -> None:
     for warning in prompt_warnings(prompts, n_tokens, engine)[:MOST_WARNINGS]:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     began = time.monotonic()
-    output = FORMATS[texts.format](engine.vocabulary, with_logprobs=texts.logprobs is not None)
-    try:
-        if settings.search == Search():
-            steps = engine.extend(answers, at_once=texts.batch_size)
-            write_in_order([prompt.text for prompt in prompts for _ in range(texts.n)], answers, steps, output)
-        else:
-            for prompt in prompts:
-                output.start(prompt.text)
-                output.finish(prompt.text, engine.search(prompt.text, settings, n_logprobs=texts.logprobs))
-    finally:
-        output.close()
+    steps = engine.extend(answers, at_once=n_row, search=settings.search)
+    FORMATS[texts.format](in_order([prompt.text for prompt in prompts for _ in range(texts.n)], answers, steps))
     if proposals.flag:
         print(gain(answers, time.monotonic() - began), file=sys.stderr)
 
@@ -106,16 +97,15 @@ def begin_all(
     return answers
 
 
-def write_in_order(
-    prompts: Sequence[str], answers: Sequence[Answer], steps: Iterator[list[Answer]], output: Output
-) -> None:
-    """Print each answer as it comes, while those after it get tokens, too."""
+def in_order(
+    prompts: Sequence[str], answers: Sequence[Answer], steps: Iterator[list[Answer]]
+) -> Iterator[tuple[str, Answer]]:
+    """Each prompt with its answer as it comes, the last time with its end, while those after it get tokens, too."""
     for prompt, answer in zip(prompts, answers, strict=True):
-        output.start(prompt)
+        yield prompt, answer
         while not answer.finish_reason:
             next(steps)
-            output.update(answer)
-        output.finish(prompt, answer)
+            yield prompt, answer
 
 
 def gain(answers: Sequence[Answer], seconds: float) -> str:
@@ -155,88 +145,71 @@ def characters(vocabulary: Vocabulary) -> set[str] | None:
 # ---- how texts are printed: always UTF-8 ----
 
 
-class TextOutput:
+def print_text(updates: Iterator[tuple[str, Answer]]) -> None:
     """Prompt and text as they come, a line of dashes between two."""
-
-    def __init__(self, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
-        self._n_shown: int | None = None  # characters of the running text; None between two
-        self._is_first = True
-
-    def start(self, prompt: str) -> None:
-        """Print the prompt."""
-        say(prompt if self._is_first else f"{DIVIDER}\n{prompt}")
-        self._n_shown, self._is_first = 0, False
-
-    def update(self, answer: Answer) -> None:
-        """Print what is new."""
-        if len(answer.text) > (self._n_shown or 0):
-            say(answer.text[self._n_shown :])
-            self._n_shown = len(answer.text)
-
-    def finish(self, prompt: str, answer: Answer) -> None:
-        """Print the rest."""
-        self.update(answer)
-        self.close()
-
-    def close(self) -> None:
-        """End the line."""
-        if self._n_shown is not None:
-            self._n_shown = None
+    divider, n_shown = "", None  # characters of the running text; None between two
+    try:
+        for prompt, answer in updates:
+            if n_shown is None:
+                n_shown = 0
+                say(divider + prompt)
+                divider = f"{DIVIDER}\n"
+            if len(answer.text) > n_shown:
+                say(answer.text[n_shown:])
+                n_shown = len(answer.text)
+            if answer.finish_reason:
+                n_shown = None
+                say("\n")
+    finally:
+        if n_shown is not None:
             say("\n")
 
 
-class JsonLines:
+def print_lines(updates: Iterator[tuple[str, Answer]]) -> None:
     """An object a line, each as soon as its text is whole."""
-
-    first, between, after, last, nothing = "", "", "\n", "", ""
-
-    def __init__(self, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
-        self._vocabulary, self._with_logprobs, self._has_begun = vocabulary, with_logprobs, False
-
-    def start(self, prompt: str) -> None:
-        """Nothing is shown before a text is whole."""
-
-    def update(self, answer: Answer) -> None:
-        """Nothing is shown before a text is whole."""
-
-    def finish(self, prompt: str, answer: Answer) -> None:
-        """Print the object."""
-        found: dict[str, Any] = {
-            "prompt": prompt,
-            "text": answer.text,
-            "ids": answer.ids,
-            "finish_reason": answer.finish_reason,
-        }
-        if self._with_logprobs:
-            found["logprobs"] = logprobs_of(answer, self._vocabulary)
-        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
-        with uninterrupted():  # `close` must know what was written
-            say(f"{self.between if self._has_begun else self.first}{text}{self.after}")
-            self._has_begun = True
-
-    def close(self) -> None:
-        """End what was begun, or say that there is nothing."""
-        say(self.last if self._has_begun else self.nothing)
+    for prompt, answer in updates:
+        if answer.finish_reason:
+            with uninterrupted():
+                say(f"{as_json(prompt, answer)}\n")
 
 
-class JsonList(JsonLines):
+def print_list(updates: Iterator[tuple[str, Answer]]) -> None:
     """The same objects as one list."""
+    before = "[\n"
+    try:
+        for prompt, answer in updates:
+            if answer.finish_reason:
+                with uninterrupted():  # the end must know what was written
+                    say(before + as_json(prompt, answer))
+                    before = ",\n"
+    finally:
+        say("[]\n" if before == "[\n" else "\n]\n")
 
-    first, between, after, last, nothing = "[\n", ",\n", "", "\n]\n", "[]\n"
+
+FORMATS = {"text": print_text, "json": print_list, "jsonl": print_lines}
 
 
-Output = TextOutput | JsonLines
-FORMATS: dict[str, type[Output]] = {"text": TextOutput, "json": JsonList, "jsonl": JsonLines}
+def as_json(prompt: str, answer: Answer) -> str:
+    """An object with what was written, and with log-probabilities where they were asked for."""
+    found: dict[str, Any] = {
+        "prompt": prompt,
+        "text": answer.text,
+        "ids": answer.ids,
+        "finish_reason": answer.finish_reason,
+    }
+    if answer.n_logprobs is not None:
+        found["logprobs"] = logprobs_of(answer)
+    return json.dumps(found, ensure_ascii=False, allow_nan=False)
 
 
-def logprobs_of(answer: Answer, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+def logprobs_of(answer: Answer) -> list[dict[str, Any]]:
     """For each of the answer's ids its log-probability, in nats, and those of the likeliest in its place.
 
     They are the model's, before options change them. A token that is part of a character has U+FFFD as its text.
     """
 
     def entry(i: int, logprob: float) -> dict[str, Any]:
-        return {"id": i, "text": vocabulary.decode_bytes([i]).decode(errors="replace"), "logprob": logprob}
+        return {"id": i, "text": answer.tokenizer.decode_bytes([i]).decode(errors="replace"), "logprob": logprob}
 
     # not strict: the id that ended the text is not among its ids
     taken = zip(answer.ids, answer.logprobs, answer.top_logprobs, strict=False)

@@ -6,6 +6,7 @@ Text comes in pieces: never half a character, never the beginning of a stop text
 from __future__ import annotations
 
 import codecs
+import copy
 import dataclasses
 import math
 import random
@@ -17,7 +18,7 @@ from torch import Tensor
 from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.sampling import Past, as_double, choose
 from tinygpt.model.gpt import GPT
-from tinygpt.options import Sampling, checked
+from tinygpt.options import Sampling, checked, seed_after
 from tinygpt.params import require
 
 
@@ -133,6 +134,7 @@ class Answer:
             ),
         )
         sampling.check_ids(tokenizer.vocab_size)
+        self.tokenizer, self.seed = tokenizer, sampling.seed
         self.sampling = dataclasses.replace(sampling, seed=0)  # answers that share it are treated together
         self.ids: list[int] = []  # what follows, without the id that ended it
         self.n_logprobs = n_logprobs
@@ -162,6 +164,21 @@ class Answer:
         if self.finish_reason:
             self.piece += self._text.finish()
         self.text += self.piece
+
+    def write(self, ids: Sequence[int]) -> None:
+        """Append ids up to the one that ends it, or end after them, as one piece."""
+        for next_id in [*ids, None]:
+            if not self.finish_reason:
+                self.add(next_id)
+        self.piece = self.text
+
+    def another(self, n: int) -> Answer:
+        """The same, not begun, with the n-th seed after its own, and its log-probabilities."""
+        other = copy.copy(self)
+        other.ids, other.logprobs, other.top_logprobs, other.n_logprobs = [], [], [], self.n_logprobs or 0
+        other.generator = random.Random(seed_after(self.seed, n))
+        other._text = TextStream(self.tokenizer, self.sampling.stop)
+        return other
 
     def mean_logprob(self) -> float:
         """Mean log-probability of a token, in nats; -inf without one."""

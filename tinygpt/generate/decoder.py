@@ -233,7 +233,8 @@ class Decoder:
     def advance(self, ids: Sequence[int]) -> Tensor:
         """Append some ids to the only row, 1 to room + 1 and at most `n_free()` -> the logits after each, (T, V)."""
         (seen,) = self._seen
-        begin, seen[len(seen) :] = len(seen), ids
+        begin = len(seen)
+        seen += ids
         logits = self._logits(ids, range(begin, len(seen)), self._cache.extend(begin, len(ids)))
         self.logits = logits[-1:]
         return logits

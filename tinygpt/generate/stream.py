@@ -5,10 +5,10 @@ B beams, V vocab_size.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Required, TypedDict, Unpack
 
 import torch
@@ -19,18 +19,19 @@ from tinygpt.generate.decoder import Decoder
 from tinygpt.generate.sampling import apply_penalties
 from tinygpt.generate.speculative import Speculation, speculate
 from tinygpt.model.gpt import GPT
-from tinygpt.options import Sampling, Search, seed_after
+from tinygpt.options import Sampling, Search
 from tinygpt.params import ParamsError
 from tinygpt.tokenizer import Tokenizer
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of `generate` and `stream`."""
+    """The keyword arguments of `generate`, `stream` and `generate_batch`."""
 
     max_new_tokens: Required[int]
-    sampling: Sampling | None  # None = as the model has it: Sampling()
+    sampling: Sampling | Sequence[Sampling] | None  # for all prompts or one for each; None = as the model has it
     search: Search | None  # None = one text
     speculation: Speculation | None
+    n_logprobs: int | None  # that of Answer
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]) -> str:
@@ -41,83 +42,89 @@ def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Op
 def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
     """Pieces of the text that follows the prompt, until `<|endoftext|>`; never half a character.
 
-    A search for the best of several texts is done at once and gives one piece. Raises UserError, before the first
-    piece is asked for, as `generate_batch` does.
+    A search for the best of several texts gives one piece. Raises UserError, before the first piece is asked for, as
+    `generate_batch` does.
     """
-    search, speculation = options.get("search") or Search(), options.get("speculation")
-    if search != Search():
-        answers = generate_batch(model, tokenizer, [prompt], **options)
-        return iter([answer.text for answer in answers if answer.text])
-    if speculation is not None:
-        speculation.check(model, search)
-    n, block_size = options["max_new_tokens"], model.config.block_size
-    answer = Answer(prompt, tokenizer, options.get("sampling") or Sampling(), max_new_tokens=n, block_size=block_size)
-    return (answer.piece for _ in extend(model, [answer], speculation=speculation) if answer.piece)
+    (answer,), steps = begin(model, tokenizer, [prompt], options)
+    return (answer.piece for _ in steps if answer.piece)
 
 
 def generate_batch(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling | Sequence[Sampling] | None = None,
-    search: Search | None = None,
-    speculation: Speculation | None = None,
-    n_logprobs: int | None = None,
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], **options: Unpack[Options]
 ) -> list[Answer]:
     """What follows each prompt; the same as one by one, each with its own seed. With speculation it is one by one.
 
-    `sampling` is one for all or one for each prompt; `n_logprobs` is that of Answer. Raises ParamsError when options
-    are wrong or contradict each other, and UserError when a prompt is not a text.
+    Raises ParamsError when options are wrong or contradict each other, and UserError when a prompt is not a text.
     """
-    search = search or Search()
+    answers, steps = begin(model, tokenizer, prompts, options)
+    for _ in steps:
+        pass
+    return answers
+
+
+def begin(
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
+) -> tuple[list[Answer], Iterator[list[Answer]]]:
+    """An answer for each prompt, and the steps that extend them.  Raises as `generate_batch` does."""
+    search, speculation = options.get("search") or Search(), options.get("speculation")
+    sampling, n_logprobs = options.get("sampling") or Sampling(), options.get("n_logprobs")
     if search.n_beam > 1 and n_logprobs is not None:
         raise ParamsError([f"n_beam={search.n_beam} keeps no log-probabilities of its tokens: leave them out"])
-    each = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
+    each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
     for one in each:
         search.check(one)
     if speculation is not None:
         speculation.check(model, search)
-    kept = 0 if n_logprobs is None and search.best_of > 1 else n_logprobs
+    n, size = options["max_new_tokens"], model.config.block_size
     answers = [
-        Answer(
-            prompt,
-            tokenizer,
-            dataclasses.replace(one, seed=seed_after(one.seed, i)),
-            max_new_tokens=max_new_tokens,
-            block_size=model.config.block_size,
-            n_logprobs=kept,
-        )
+        Answer(prompt, tokenizer, one, max_new_tokens=n, block_size=size, n_logprobs=n_logprobs)
         for prompt, one in zip(prompts, each, strict=True)
-        for i in range(search.best_of)
     ]
-    if search.n_beam > 1:
-        for answer in answers:
-            beam_search(model, tokenizer, answer, search)
-        return answers
-    for _ in extend(model, answers, speculation=speculation):
-        pass
-    groups = [answers[i : i + search.best_of] for i in range(0, len(answers), search.best_of)]
-    return [max(group, key=Answer.mean_logprob) if len(group) > 1 else group[0] for group in groups]
+    return answers, extend(model, answers, search=search, speculation=speculation)
 
 
 def extend(
-    model: GPT, answers: Sequence[Answer], *, at_once: int | None = None, speculation: Speculation | None = None
+    model: GPT,
+    answers: Sequence[Answer],
+    *,
+    at_once: int | None = None,
+    search: Search | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, this many together (None: all), with proposals one after the other.
+    """Extend each answer to its end, this many rows together (None: all), with proposals one after the other.
 
-    Yields those that just got a token.
+    Yields those that just got a token, or, of a search, their whole text.
     """
     if speculation is not None:
         for answer in answers:
             yield from speculate(model, answer, speculation)
+        return
+    if search is not None and search != Search():
+        n = (at_once or search.n_row * len(answers)) // search.n_row or 1
+        for i in range(0, len(answers), n):
+            find_best(model, answers[i : i + n], search)
+            yield list(answers[i : i + n])
         return
     running, waiting = Running(model), deque(answers)
     while waiting or running.answers:
         n = min(len(waiting), (at_once or len(answers)) - len(running.answers))
         running.add([waiting.popleft() for _ in range(n)])
         yield running.step()
+
+
+def find_best(model: GPT, answers: Sequence[Answer], search: Search) -> None:
+    """Write the best of several texts into each answer; texts that are drawn are drawn together."""
+    if search.n_beam > 1:
+        for answer in answers:
+            beam_search(model, answer, search)
+        return
+    drawn = [[answer.another(i) for i in range(search.best_of)] for answer in answers]
+    for _ in extend(model, list(chain.from_iterable(drawn))):
+        pass
+    for answer, several in zip(answers, drawn, strict=True):
+        best = max(several, key=Answer.mean_logprob)
+        answer.logprobs, answer.top_logprobs = best.logprobs, best.top_logprobs
+        answer.write(best.ids)
 
 
 # ---- beam search: the likeliest text, as far as n_beam texts side by side show ----
@@ -132,7 +139,7 @@ class Beam:
     parent: int = 0  # the running beam that it continues
 
 
-def beam_search(model: GPT, tokenizer: Tokenizer, answer: Answer, search: Search) -> None:
+def beam_search(model: GPT, answer: Answer, search: Search) -> None:
     """Write the best ended beam into an answer.  The rules, step by step, are those of transformers.
 
     Each step keeps the n_beam likeliest continuations that do not end. Those among the first n_beam candidates that end
@@ -144,7 +151,7 @@ def beam_search(model: GPT, tokenizer: Tokenizer, answer: Answer, search: Search
     running, places = [Beam([], 0.0)], list[Beam]()
     while running:
         candidates = continue_beams(decoder.logits, running, answer, n * (1 + len(answer.end_ids)))
-        ended = [has_ended(beam, answer, tokenizer) for beam in candidates]
+        ended = [has_ended(beam, answer) for beam in candidates]
         places += [
             Beam(beam.ids, beam.score / len(beam.ids) ** search.length_penalty)
             for beam, end in zip(candidates[:n], ended, strict=False)
@@ -156,8 +163,7 @@ def beam_search(model: GPT, tokenizer: Tokenizer, answer: Answer, search: Search
             break
         decoder.keep([beam.parent for beam in running])
         decoder.step([beam.ids[-1] for beam in running])
-    for next_id in places[0].ids if places else [None]:
-        answer.add(next_id)
+    answer.write(places[0].ids if places else [])
 
 
 def continue_beams(logits: Tensor, beams: list[Beam], answer: Answer, n: int) -> list[Beam]:
@@ -170,11 +176,11 @@ def continue_beams(logits: Tensor, beams: list[Beam], answer: Answer, n: int) ->
     return [Beam([*beams[i].ids, next_id], score, i) for i, next_id, score in found if score > -torch.inf]
 
 
-def has_ended(beam: Beam, answer: Answer, tokenizer: Tokenizer) -> bool:
+def has_ended(beam: Beam, answer: Answer) -> bool:
     """Whether the last id ends the text, a stop text is in it, or it has all the ids it may have."""
     if beam.ids[-1] in answer.end_ids or len(beam.ids) == answer.max_new_tokens:
         return True
-    text = TextStream(tokenizer, answer.sampling.stop)
+    text = TextStream(answer.tokenizer, answer.sampling.stop)
     if answer.sampling.stop:
         for i in beam.ids:
             text.push(i)
