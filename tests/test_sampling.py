@@ -219,7 +219,7 @@ def test_a_token_is_always_left_and_except_for_typical_it_is_the_likeliest(value
     assert all(kept(filtered[row : row + 1]) for row in range(2))
     if "typical_p" not in options:
         assert filtered[0].max() == filtered[0, logits[0].argmax()]
-    ids = draw(filtered, [0.0, 1 - 2**-48])
+    ids = draw(filtered.double().softmax(-1), [0.0, 1 - 2**-48])
     assert all(filtered[row, i] > -math.inf for row, i in enumerate(ids.tolist()))
 
 
@@ -230,9 +230,9 @@ def test_typical_takes_a_share_that_rounding_keeps_the_sum_of_all_below():
 
 def test_a_draw_is_where_the_cumulated_probability_passes_the_number():
     numbers = [0.0, 0.49, 0.51, 0.79, 0.81, 0.94, 0.96, 1 - 2**-48]
-    assert draw(LOGITS.expand(8, 4), numbers).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert draw(LOGITS.double().softmax(-1).expand(8, 4), numbers).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     forbidden = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]]).expand(4, 5)
-    assert draw(forbidden, [0.0, 0.49, 0.5, 1 - 2**-48]).tolist() == [1, 1, 3, 3]
+    assert draw(forbidden.double().softmax(-1), [0.0, 0.49, 0.5, 1 - 2**-48]).tolist() == [1, 1, 3, 3]
 
 
 def drawn(sampling, n, logits=LOGITS, seed=3):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -102,18 +102,14 @@ class Search:
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
-        has_beams = self.n_beam > 1
+        of_beams = changed(self, ("length_penalty", "early_stopping"))
         require(
             *type_rules(self),
-            (
-                has_beams or self.length_penalty == 1,
-                f"length_penalty={self.length_penalty} is for beam search: it needs n_beam above 1",
+            *(
+                (self.n_beam > 1, f"{name}={value} is for beam search: it needs n_beam above 1")
+                for name, value in of_beams.items()
             ),
-            (
-                has_beams or self.early_stopping == "false",
-                f"early_stopping={self.early_stopping} is for beam search: it needs n_beam above 1",
-            ),
-            (not has_beams or self.best_of == 1, f"best_of={self.best_of} samples, n_beam={self.n_beam} does not"),
+            (min(self.n_beam, self.best_of) <= 1, f"best_of={self.best_of} samples, n_beam={self.n_beam} does not"),
         )
 
     @property
@@ -123,14 +119,13 @@ class Search:
 
     def check(self, sampling: Sampling) -> None:
         """Raise ParamsError where the two contradict each other."""
-        values, off = vars(sampling), vars(Sampling())
-        drawn = [name for name in ("top_k", "top_p", "min_p", "typical_p") if values[name] != off[name]]
+        drawn = changed(sampling, ("top_k", "top_p", "min_p", "typical_p"))
         require(
             (
                 self.n_beam == 1 or sampling.temperature == 0,
                 f"n_beam={self.n_beam} does not sample: it needs temperature=0, found {sampling.temperature}",
             ),
-            *((self.n_beam == 1, f"{name}={values[name]} samples: n_beam needs it off") for name in drawn),
+            *((self.n_beam == 1, f"{name}={value} samples: n_beam needs it off") for name, value in drawn.items()),
             (
                 self.best_of == 1 or sampling.temperature > 0,
                 f"best_of={self.best_of} needs temperature above 0: at 0 all texts are the same",
@@ -178,9 +173,9 @@ class Limits:
 class Settings:
     """All options of a text."""
 
+    length: Length
     sampling: Sampling
     search: Search
-    length: Length
 
     def values(self) -> dict[str, Any]:
         """Each by its name."""
@@ -196,10 +191,10 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
     defaults = {name: option.default for name, option in setting_options().items()}
     values = defaults | (DRAWN if given.get("n_beam", 1) == 1 else {"temperature": 0.0}) | {**given}
 
-    def part(cls: type) -> Callable[[], Any]:
-        return lambda: from_mapping(cls, {option.name: values[option.name] for option in options_of(cls)})
+    def part(cls: type) -> Any:
+        return from_mapping(cls, {option.name: values[option.name] for option in options_of(cls)})
 
-    settings = Settings(*together(part(Sampling), part(Search), part(Length)))
+    settings = Settings(*together(*(functools.partial(part, cls) for cls in PARTS)))
     least, most = settings.sampling.min_new_tokens, settings.length.max_new_tokens
     together(
         lambda: settings.search.check(settings.sampling),
@@ -268,6 +263,11 @@ def options_of(cls: type) -> tuple[Option, ...]:
 def _options_of(cls: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return tuple(_option(field.name, hints[field.name], field.default) for field in fields(cls))
+
+
+def changed(options: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Those of these options that are not at their default; a dataclass keeps defaults in its class."""
+    return {name: value for name in names if (value := getattr(options, name)) != getattr(type(options), name)}
 
 
 def setting_options() -> dict[str, Option]:

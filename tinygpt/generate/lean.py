@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard, TypeVar, cast
 
@@ -34,16 +33,18 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-@dataclass
 class LeanBlock:
     """The parts of one block as functions of (M, …)."""
 
-    attn_norm: TokenMap
-    qkv: TokenMaps
-    qk_norm: TokenMap | None
-    out: TokenMap
-    mlp_norm: TokenMap | None  # None: the MLP reads what attention reads
-    mlp: TokenMap
+    def __init__(self, block: Block, config: GPTConfig) -> None:
+        attn = block.attn
+        self.attn_norm = lean_norm(block.attn_norm)
+        self.qkv = products(attn.q_proj, attn.k_proj, attn.v_proj)
+        self.qk_norm = lean_qk_norm(attn.q_norm, attn.k_norm, config) if config.qk_norm else None
+        self.out = product(attn.o_proj)
+        # None: the MLP reads what attention reads
+        self.mlp_norm = None if block.mlp_norm is None else lean_norm(block.mlp_norm)
+        self.mlp = lean_mlp(block.mlp)
 
 
 class LeanGPT:
@@ -56,7 +57,7 @@ class LeanGPT:
         self.positions = None if model.pos_emb is None else model.pos_emb.weight.detach()
         self._rope, self._block_size = model.rope, config.block_size
         self._turns = self.embedding.new_empty(0, 2 * self.head_dim)
-        self.blocks = [lean_block(cast(Block, block), config) for block in model.blocks]
+        self.blocks = [LeanBlock(cast(Block, block), config) for block in model.blocks]
         self.norm = lean_norm(model.norm)
         self.lm_head = product(model.lm_head)
 
@@ -101,19 +102,6 @@ class LeanGPT:
     def _turned(self, x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
         """Pairs (i, i + D/2) by the angle of the position: each half meets the other one turned.  (M, …, D)"""
         return torch.addcmul(x * rope[0], x.roll(self.head_dim // 2, -1), rope[1])
-
-
-def lean_block(block: Block, config: GPTConfig) -> LeanBlock:
-    """The parts of a block."""
-    attn = block.attn
-    return LeanBlock(
-        attn_norm=lean_norm(block.attn_norm),
-        qkv=products(attn.q_proj, attn.k_proj, attn.v_proj),
-        qk_norm=lean_qk_norm(attn.q_norm, attn.k_norm, config) if config.qk_norm else None,
-        out=product(attn.o_proj),
-        mlp_norm=None if block.mlp_norm is None else lean_norm(block.mlp_norm),
-        mlp=lean_mlp(block.mlp),
-    )
 
 
 def is_plain(module: nn.Module, cls: type[AnyModule]) -> TypeGuard[AnyModule]:

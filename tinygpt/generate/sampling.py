@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError
-from tinygpt.options import Sampling
+from tinygpt.options import Sampling, changed
 
 
 @dataclass(frozen=True)
@@ -165,34 +165,24 @@ FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 def apply_penalties(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
     """What a search for the likeliest changes.  (B, V) -> (B, V)"""
-    for name in changed(sampling, PENALTIES):
-        logits = PENALTIES[name](logits, getattr(sampling, name), past)
+    for name, value in changed(sampling, PENALTIES).items():
+        logits = PENALTIES[name](logits, value, past)
     return logits
 
 
 def apply_filters(logits: Tensor, sampling: Sampling) -> Tensor:
     """What is changed besides before a draw.  (B, V) -> (B, V)"""
-    for name in changed(sampling, FILTERS):
-        logits = FILTERS[name](logits, getattr(sampling, name))
+    for name, value in changed(sampling, FILTERS).items():
+        logits = FILTERS[name](logits, value)
     return logits
 
 
-def changed(sampling: Sampling, names: Iterable[str]) -> list[str]:
-    """Those of these options that are not at their default; a dataclass keeps defaults in its class."""
-    return [name for name in names if getattr(sampling, name) != getattr(type(sampling), name)]
-
-
-def draw(logits: Tensor, uniform: Sequence[float]) -> Tensor:
+def draw(weights: Tensor, uniform: Sequence[float]) -> Tensor:
     """Where each row's cumulated probability passes its number of [0, 1): (B, V) -> ids (B,)
 
     0.6 of probabilities [0.5, 0.3, 0.2] draws id 1. One number a token, each row by itself: what a row draws does not
-    depend on the other rows.
+    depend on the other rows. Weights in proportion to the probabilities do, too, if not all are 0.
     """
-    return draw_weighted(logits.softmax(-1, dtype=torch.float64), uniform)
-
-
-def draw_weighted(weights: Tensor, uniform: Sequence[float]) -> Tensor:
-    """The same from weights in proportion to the probabilities, not all 0: (B, V) -> ids (B,)"""
     reached = weights.cumsum(-1)
     at = torch.tensor(uniform, dtype=reached.dtype, device=reached.device)[:, None] * reached[:, -1:]
     return torch.searchsorted(reached, at, right=True)[:, 0]  # right: never a token of probability 0
@@ -227,6 +217,6 @@ def choose(logits: Tensor, sampling: Sampling, past: Past, generators: Sequence[
     logits = penalized(logits, sampling, past)
     best, ids = logits.max(-1)
     if sampling.temperature > 0:
-        ids = draw(apply_filters(logits, sampling), [uniform(generator) for generator in generators])
+        ids = draw(apply_filters(logits, sampling).softmax(-1), [uniform(generator) for generator in generators])
     pairs = zip(ids.tolist(), best.tolist(), strict=True)
     return [None if value == -math.inf else i for i, value in pairs]

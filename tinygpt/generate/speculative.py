@@ -23,7 +23,7 @@ from tinygpt.generate.sampling import (
     apply_filters,
     apply_penalties,
     choose,
-    draw_weighted,
+    draw,
     penalized,
     uniform,
 )
@@ -199,4 +199,4 @@ def distributions(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
 def pick(probabilities: Tensor, generator: random.Random) -> int | None:
     """An id, by numbers in proportion to its probability; None where all are 0.  (V,)"""
     number = uniform(generator)
-    return int(draw_weighted(probabilities[None], [number])) if probabilities.any() else None
+    return int(draw(probabilities[None], [number])) if probabilities.any() else None
