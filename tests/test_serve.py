@@ -259,7 +259,7 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"n": 0}, 400, r"n=0 must be within \[1, 1024\]"),
         ({"n": 17}, 400, "prompt and n ask for 17 answers, a request may have 16"),
         ({"prompt": ["a"] * 5, "n": 4}, 400, "ask for 20 answers"),
-        ({"prompt": ["a"] * 17}, 400, "prompt has 17 texts, a request may have 16"),
+        ({"prompt": ["a"] * 17}, 400, "prompt and n ask for 17 answers, a request may have 16"),
         ({"max_tokens": 0}, 400, "max_tokens=0 needs echo"),
         ({"max_tokens": -1}, 400, "max_tokens=-1 must be within"),
         ({"max_tokens": 100_001}, 400, "max_tokens=100001 must be at most 100000"),

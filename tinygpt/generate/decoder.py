@@ -9,7 +9,7 @@ B rows, T tokens of one row, M of all, S slots, H query heads, G key/value heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -92,7 +92,7 @@ class KVCache:
             for slots, part in zip(cached, (k, v), strict=True):
                 slots[0].index_copy_(1, places[window], part)
             keys, values = (slots[0, :, : at + n] for slots in cached)
-            return _joined([_sdpa(q, keys, values, masks[window])])
+            return _sdpa(q, keys, values, masks[window])
 
         return attend
 
@@ -114,7 +114,8 @@ class KVCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             (keys, values), window, read = self.layers[layer], self.windows[layer], []
             n_slot, only_last = keys.size(2), layer == len(self.layers) - 1
-            for row, t, (q1, k1, v1) in zip(rows, sizes, _by_row(sizes, q, k, v), strict=True):
+            each = zip(*(part.transpose(0, 1).split(list(sizes), 1) for part in (q, k, v)), strict=True)  # (H, T, D)
+            for row, t, (q1, k1, v1) in zip(rows, sizes, each, strict=True):
                 places = torch.arange(max(0, t - n_slot), t, device=self.device) % n_slot
                 keys[row].index_copy_(1, places, k1[:, -n_slot:])
                 values[row].index_copy_(1, places, v1[:, -n_slot:])
@@ -124,7 +125,7 @@ class KVCache:
                 else:
                     mask = attention_mask(t, window, self.device)
                     read.append(_sdpa(q1, k1, v1, mask, is_causal=mask is None))
-            return _joined(read)
+            return torch.cat(read) if len(read) > 1 else read[0]
 
         return attend
 
@@ -142,22 +143,12 @@ def slot_mask(
     return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)
 
 
-def _by_row(sizes: Sequence[int], *heads: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Queries, keys and values of each row.  (M, H, D) -> (H, T, D)"""
-    return zip(*(part.transpose(0, 1).split(list(sizes), 1) for part in heads), strict=True)
-
-
-def _joined(read: Sequence[Tensor]) -> Tensor:
-    """What the heads of each row read, one row after the other.  (H, T, D) -> (M, H·D)"""
-    flat = [heads.transpose(0, 1).flatten(1) for heads in read]
-    return torch.cat(flat) if len(flat) > 1 else flat[0]
-
-
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
-    """(H, T, D), (G, T, D), (G, T, D) -> (H, T, D)"""
+    """(H, T, D), (G, T, D), (G, T, D) -> (T, H·D)"""
     q, k, v = q[None], k[None], v[None]
     many = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=many)[0]
+    read = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=many)[0]
+    return read.transpose(0, 1).flatten(1)
 
 
 # A faster step than the lean one, where a model has it (compiled.py): ids of one token a row, their positions and the

@@ -205,6 +205,13 @@ def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
 
 def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, param: str) -> None:
     """Raise Refusal where a prompt, or all together, each with n answers, are too much.  No text has been encoded."""
+    n_answers = len(prompts) * n
+    require(
+        (
+            n_answers <= limits.max_rows,
+            f"{param} and n ask for {n_answers} answers, a request may have {limits.max_rows}",
+        )
+    )
     sizes = [len(one.encode(errors="replace")) if isinstance(one, str) else len(one) for one in prompts]
     unit = "bytes" if isinstance(prompts[0], str) else "ids"
     for size, most, of in (
@@ -223,10 +230,8 @@ def check_ids(name: str, ids: list[int], served: Served) -> None:
         raise Refusal(400, f"{name} has the id {str(wrong[0])[:20]}, the model's are 0 to {n - 1}", param=name)
 
 
-def begin(served: Served, body: Body, prompts: list[Given], limits: Limits, *, is_chat: bool) -> Completion:
+def begin(served: Served, body: Body, prompts: list[Given], *, is_chat: bool) -> Completion:
     """A request whose answers can be written, each with a seed of its own.  Raises ParamsError where one cannot."""
-    n = len(prompts) * body.n
-    require((n <= limits.max_rows, f"prompt and n ask for {n} answers, a request may have {limits.max_rows}"))
     sampling = body.sampling()
     answers = [
         Answer(
@@ -254,11 +259,9 @@ def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], l
     each = given if isinstance(given, list) and not are_ids(given) else [given]
     if not each or not all(one is None or isinstance(one, str) or are_ids(one) for one in each):
         raise Refusal(400, "prompt must be a text, a list of texts, or of ids, or of lists of ids", param="prompt")
-    if len(each) > limits.max_rows:
-        raise Refusal(400, f"prompt has {len(each)} texts, a request may have {limits.max_rows}", param="prompt")
     prompts = ["" if one is None else one for one in each]
     check_sizes(prompts, body.n, limits, param="prompt")
-    return begin(served, body, [read_prompt(one, served) for one in prompts], limits, is_chat=False)
+    return begin(served, body, [read_prompt(one, served) for one in prompts], is_chat=False)
 
 
 def are_ids(value: Any) -> bool:
@@ -296,4 +299,4 @@ def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits:
     check_sizes([text], body.n, limits, param="messages")
     stop_ids = (*body.stop_ids, *template.stop_ids(served.tokenizer))
     body = dataclasses.replace(body, stop=(*body.stop, *template.stop()), stop_ids=stop_ids)
-    return begin(served, body, [Given(ids, text, 0)], limits, is_chat=True)
+    return begin(served, body, [Given(ids, text, 0)], is_chat=True)
