@@ -23,7 +23,16 @@ AnyNumber = Annotated[float, Within("(-inf, inf)")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Length:
+class Checked:
+    """Options with values that their types allow."""
+
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        require(*type_rules(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length(Checked):
     """How much to write."""
 
     max_new_tokens: Annotated[Count, "tokens of the text, at most"] = 200
@@ -134,19 +143,15 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proposals:
+class Proposals(Checked):
     """How much speculative decoding proposes."""
 
     n_draft: Annotated[int, Within("[1, 64]"), "tokens that are proposed for each pass of the model"] = 5
     ngram: Annotated[int, Within("[1, 16]"), "of a look-up: how many last tokens must recur, or fewer"] = 3
 
-    def __post_init__(self) -> None:
-        """Raises ParamsError with all that is wrong."""
-        require(*type_rules(self))
-
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(Checked):
     """What the server takes on: beyond it a request is refused, which bounds the memory that clients can take."""
 
     max_tokens: Annotated[Count, "tokens of an answer, at most"] = 4096
@@ -156,10 +161,6 @@ class Limits:
     max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt
     max_prompts: Count = 2**15  # the same of all prompts of a request, each as often as it has answers
     client_seconds: Count = 30  # for a client to send a head, then a body, and to read each PIECE of an answer
-
-    def __post_init__(self) -> None:
-        """Raises ParamsError with all that is wrong."""
-        require(*type_rules(self))
 
     @property
     def max_requests(self) -> int:

@@ -21,13 +21,13 @@ from tinygpt import paths
 from tinygpt.errors import UserError
 from tinygpt.files import runs_folder
 from tinygpt.options import (
+    Checked,
     Option,
     Proposals,
     Settings,
     make_settings,
     options_of,
     setting_options,
-    type_rules,
 )
 from tinygpt.params import Count, ParamsError, Within, nearest, require
 
@@ -103,7 +103,7 @@ class ProposalOptions(Proposals):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
+class TextOptions(Checked):
     """How many texts, and how they are printed."""
 
     n: Annotated[int, Within("[1, 1000]"), "texts for each prompt, each with the next seed"] = 1
@@ -114,16 +114,6 @@ class TextOptions:
         Within("[0, inf)"),
         "of each token, and of this many of the likeliest at its position; not with --format text",
     ] = None
-
-    def __post_init__(self) -> None:
-        """Raises ParamsError with all that is wrong."""
-        require(
-            *type_rules(self),
-            (
-                self.logprobs is None or self.format != "text",
-                f"logprobs={self.logprobs} is not shown in text: it needs --format json or jsonl",
-            ),
-        )
 
 
 def bias(text: str) -> tuple[int, float]:

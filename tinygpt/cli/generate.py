@@ -61,6 +61,10 @@ def check_texts(args: Namespace) -> TextOptions:
     n, has_beams = args.n or 1, args.n_beam not in (None, 1)
     rules = (
         (
+            args.logprobs is None or args.format not in (None, "text"),
+            f"--logprobs={args.logprobs} is not shown in text: it needs --format json or jsonl",
+        ),
+        (
             n <= 1 or not (has_beams or args.best_of not in (None, 1)),
             f"--n={n} prints all texts, --n-beam and --best-of only the best: give one of them",
         ),

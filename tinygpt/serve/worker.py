@@ -94,23 +94,19 @@ class Worker(threading.Thread):
         """Drop the jobs of clients that left, begin those that fit; wait if nothing is to do.  False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self.is_stopped or self._waiting or self._gone or self._places)
-            gone, self._gone = self._gone, []
-        for name, running in self._running.items():  # without the lock: it copies what the others have in the cache
-            left = [each for job in gone if job.model == name for each in job.answers if self._places.pop(each, None)]
-            self._guarded(name, partial(running.drop, left))
-        new: list[Job] = []
-        with self._changed:
             if self.is_stopped:
                 return False
-            free = self._limits.max_rows - len(self._places)
+            left = [answer for job in self._gone for answer in job.answers if self._places.pop(answer, None)]
+            self._gone.clear()
+            new, free = list[Job](), self._limits.max_rows - len(self._places)
             while self._waiting and len(self._waiting[0].answers) <= free:
                 new.append(self._waiting.popleft())
                 free -= len(new[-1].answers)
                 self._places |= {answer: (new[-1], i) for i, answer in enumerate(new[-1].answers)}
-        for name, running in self._running.items():  # prompts are read together
-            self._guarded(
-                name, partial(running.add, [each for job in new if job.model == name for each in job.answers])
-            )
+        for name in self._running:  # without the lock: it copies what the others have in the cache
+            self._guarded(name, partial(self._running[name].drop, left))
+            begun = [each for job in new if job.model == name for each in job.answers if each in self._places]
+            self._guarded(name, partial(self._running[name].add, begun))  # prompts are read together
         return True
 
     def _step(self, running: Running) -> None:
