@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,17 +86,14 @@ class Conversation:
         _, self.settings = together(lambda: require(*((False, problem) for problem in problems)), changed)
         self.given |= given
 
-    def text(self) -> str:
-        """What the model has read so far."""
-        return "".join(f"{line}\n{answer}\n" for line, answer in self.turns)
-
     def reset(self) -> None:
         """Forget all of it."""
         self.turns, self._has_warned = [], False
 
     def answer(self, line: str, *, n_retries: int = 0) -> None:
         """Print the answer to a line; Ctrl-C ends it where it is.  Raises UserError where there can be none."""
-        prompt, seed = f"{self.text()}{line}\n", seed_after(self.settings.sampling.seed, n_retries)
+        turns = self.turns[:-1] if n_retries else self.turns
+        prompt, seed = f"{text_of(turns)}{line}\n", seed_after(self.settings.sampling.seed, n_retries)
         begun = self.engine.begin(prompt, self.settings, seed=seed)
         n, most = len(begun.prompt), self.engine.block_size
         if n > most and not self._has_warned:
@@ -108,20 +105,19 @@ class Conversation:
                 say(begun.piece)
         except KeyboardInterrupt:
             print("(stopped)", end="", file=sys.stderr, flush=True)
-        self.turns.append((line, begun.text))
+        self.turns = [*turns, (line, begun.text)]
         say("\n")
 
     def retry(self) -> None:
         """Answer the last line again, with the next seed.  Raises UserError without one."""
         if not self.turns:
             raise UserError("nothing has been said yet: /retry answers the last line again")
-        line, answer = self.turns.pop()
-        n = len(self.turns)
-        try:
-            self.answer(line, n_retries=self._n_retries + 1)
-        finally:
-            if len(self.turns) == n:  # there was none, or Ctrl-C came before it began
-                self.turns.append((line, answer))
+        self.answer(self.turns[-1][0], n_retries=self._n_retries + 1)
+
+
+def text_of(turns: Sequence[tuple[str, str]]) -> str:
+    """What the model reads of lines and their answers."""
+    return "".join(f"{line}\n{answer}\n" for line, answer in turns)
 
 
 # ---- lines that begin with a slash ----
@@ -148,7 +144,7 @@ def show(conversation: Conversation, rest: str) -> None:
     values = conversation.settings.values()
     for name in setting_options():
         print(f"{name}={printable(json.dumps(values[name], ensure_ascii=False))}")
-    n = len(conversation.engine.vocabulary.encode(conversation.text()))
+    n = len(conversation.engine.vocabulary.encode(text_of(conversation.turns)))
     print(f"{answers(conversation)}, {n} tokens; the model reads {conversation.engine.block_size} at most")
 
 
