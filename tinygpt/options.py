@@ -242,16 +242,8 @@ class Option:
     default: Any
     interval: Within | None
     help: str | None  # None = it cannot be typed by a user
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        """What a Literal allows; nothing where the type is another."""
-        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
-
-    @property
-    def is_list(self) -> bool:
-        """Whether it takes several values."""
-        return typing.get_origin(self.type) is tuple
+    choices: tuple[Any, ...]  # of a Literal; nothing where the type is another
+    is_list: bool  # it takes several values
 
 
 def options_of(cls: type) -> tuple[Option, ...]:
@@ -280,8 +272,10 @@ def _option(name: str, hint: Any, default: Any) -> Option:
     kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
     interval = next((mark for mark in marks if isinstance(mark, Within)), None)
-    return Option(name, kind, default, interval, next((mark for mark in marks if isinstance(mark, str)), None))
+    help = next((mark for mark in marks if isinstance(mark, str)), None)
+    return Option(name, kind, default, interval, help, choices if origin is Literal else (), origin is tuple)
 
 
 def type_rules(options: Any) -> list[tuple[bool, str]]:
