@@ -164,7 +164,7 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"messages": [{"role": "tool", "content": "a"}]}, r"messages[0].role='tool' is not one of 'system', 'd"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be a text, or a list of parts"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "a text, or a list"),
-        ({"messages": [{"role": "user", "content": "a"} | {f"k{i}": 1 for i in range(30)}]}, "messages[0] has 32 keys"),
+        ({"messages": [{"role": "user", "content": "a"} | {f"k{i}": 1 for i in range(30)}]}, "and no more"),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
             "unknown key messages[0].tool_calls",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tinygpt.errors import UserError
 from tinygpt.files import read_object
 from tinygpt.options import checked
-from tinygpt.params import ParamsError, from_mapping
+from tinygpt.params import ParamsError, from_mapping, require
 from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
 
@@ -38,28 +38,24 @@ class Message:
 
 def read_messages(value: Any) -> list[dict[str, str]]:
     """Roles and texts.  Raises ParamsError where a message has more."""
-    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
-        raise ParamsError(["messages must be a list of objects with role and content"])
+    objects = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+    if not objects or len(objects) < len(value) or max(map(len, objects)) > MOST_FIELDS:
+        raise ParamsError(["messages must be a list of objects with role and content, and no more"])
     found = []
-    for i, each in enumerate(value):
-        if len(each) > MOST_FIELDS:
-            raise ParamsError([f"messages[{i}] has {len(each)} keys: a message has a role and a content"])
-        content = text_of(each)
-        if not isinstance(content, str):
-            raise ParamsError([f"messages[{i}].content must be a text, or a list of parts that are texts"])
+    for i, each in enumerate(objects):
+        content = text_of(each.get("content") or "", f"messages[{i}].content")
         given = {key: said for key, said in each.items() if key != "name" and said} | {"content": content}
         found.append(vars(from_mapping(Message, given, prefix=f"messages[{i}].")))
     return found
 
 
-def text_of(message: dict[str, Any]) -> Any:
-    """The content of a message; as one text where it is a list of texts."""
-    content = message.get("content") or ""
-    if not isinstance(content, list):
-        return content
-    found = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    texts = [text for text in found if isinstance(text, str)]
-    return "".join(texts) if len(texts) == len(content) else content
+def text_of(content: Any, name: str) -> str:
+    """The content of a message as one text.  Raises ParamsError where it is neither a text nor a list of texts."""
+    texts = [content]
+    if isinstance(content, list):
+        texts = [isinstance(part, dict) and part.get("type") == "text" and part.get("text") for part in content]
+    require((all(isinstance(text, str) for text in texts), f"{name} must be a text, or a list of parts that are texts"))
+    return "".join(texts)
 
 
 @dataclass(frozen=True)
