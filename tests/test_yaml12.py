@@ -1,4 +1,4 @@
-"""params.yaml is read as DVC reads it, by another library."""
+"""params.yaml is read as DVC reads it, and nothing in it takes long or much memory."""
 
 import datetime
 import math
@@ -30,7 +30,7 @@ def meaning(value: Any) -> Any:
 
 
 def readings(text: str) -> list[Any]:
-    """What PyYAML, ruamel.yaml and DVC find; "refused" where one finds none."""
+    """What tinygpt, ruamel.yaml and DVC find; "refused" where one finds none."""
     found = []
     for read in (lambda: load_yaml(text.encode()), lambda: YAML(typ="safe").load(text), lambda: parse_yaml(text, "")):
         try:
