@@ -41,8 +41,8 @@ from tinygpt.shards import shard_results
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.bpe import learn_bpe
 from tinygpt.tokenizer.json_format import to_bytes
+from tinygpt.tokenizer.kinds import save_counts, sum_counts
 from tinygpt.tokenizer.pretokenize import PATTERN
-from tinygpt.tokenizer.pretokens import save_counts, sum_counts
 from tinygpt.tokenizer.tokenizer import EOS
 
 SUFFIXES = {".py", ".pyi", ".txt", ".md", ".rst", ".h", ".c"}

@@ -30,8 +30,7 @@ from tinygpt.tokenizer.kinds import (
     learn_tokenizer,
     take_tokenizer,
 )
-from tinygpt.tokenizer.pretokenize import iter_blocks
-from tinygpt.tokenizer.pretokens import count_pretokens
+from tinygpt.tokenizer.pretokenize import count_pretokens, iter_blocks
 from tinygpt.tokenizer.tokenizer import BEGIN, EOS, PAD, UNKNOWN
 
 PARAMS = TokenizerParams(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinygpt.errors import UserError
-from tinygpt.tokenizer import Tokenizer, load_tokenizer, tokenizer
+from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.json_format import byte_alphabet, to_bytes, to_token
 from tinygpt.tokenizer.tokenizer import EOS
@@ -115,17 +115,6 @@ def test_a_lone_surrogate_becomes_the_replacement_character(tiny_tokenizer):
 def test_ids_out_of_range_are_refused(tiny_tokenizer, ids):
     with pytest.raises(ValueError, match=r"ids must be within \[0, 300\)"):
         tiny_tokenizer.decode(ids)
-
-
-def test_what_is_remembered_changes_no_id_and_is_bounded(tiny_tokenizer, monkeypatch):
-    texts = ["the file is a file", "a file", " the  naïve file", "x" * 100 + " file", "the file is a file"]
-    expected = [Tokenizer.from_merges(tiny_tokenizer.merges).encode(text) for text in texts]
-    monkeypatch.setattr(tokenizer, "MOST_KNOWN", 3)
-    small = Tokenizer.from_merges(tiny_tokenizer.merges)
-    for text, ids in zip(texts, expected, strict=True):
-        assert small.encode(text) == small.encode(text) == ids
-        assert len(small._known) <= max(3, len(text.split(" ")))
-    assert all(len(chunk) <= tokenizer.MOST_CHARS for chunk in small._known)
 
 
 def test_empty_texts_are_encoded(tiny_tokenizer):

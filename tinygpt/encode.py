@@ -15,8 +15,7 @@ from tinygpt.files import atomic_folder, atomic_write, sha256_file, write_json
 from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.runtime import RuntimeParams
 from tinygpt.shards import Shard, shard_results
-from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, iter_blocks
-from tinygpt.tokenizer.pretokens import MAX_PRETOKENS, PretokenTable
+from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, MAX_PRETOKENS, PretokenTable, iter_blocks
 from tinygpt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokens import META_FILE, IdType, SplitMeta, TokenIds, TokensMeta
 

@@ -25,8 +25,7 @@ from tinygpt.plan.recipe import LAYERS, Recipe, linear_weights
 from tinygpt.run.costs import build_trained
 from tinygpt.runtime import RuntimeParams, wait_for
 from tinygpt.tokenizer.kinds import TokenizerParams, learn_tokenizer, take_tokenizer
-from tinygpt.tokenizer.pretokenize import iter_blocks
-from tinygpt.tokenizer.pretokens import count_pretokens
+from tinygpt.tokenizer.pretokenize import count_pretokens, iter_blocks
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds
 from tinygpt.train.batches import Batches, validation_sequences

@@ -15,8 +15,7 @@ from tinygpt.errors import UserError
 from tinygpt.progress import progress
 from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 from tinygpt.tokenizer.merger import ROW_END, Pairs, ids_of
-from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER
-from tinygpt.tokenizer.pretokens import count_pretokens
+from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, count_pretokens
 from tinygpt.tokenizer.tokenizer import EOS, Tokenizer
 
 

@@ -6,19 +6,31 @@ tokenizer.json and one GGUF layout serve all kinds, with the same ids in llama.c
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
+
+from tinygpt.corpus.folders import cut_lines, shard_texts, split_file, thin
 from tinygpt.errors import UserError
+from tinygpt.files import atomic_write, sha256_file
 from tinygpt.params import Count, Within, require
 from tinygpt.runtime import RuntimeParams
+from tinygpt.shards import Shard, shard_results
 from tinygpt.tokenizer.bpe import learn_bpe
 from tinygpt.tokenizer.json_format import to_bytes, to_token
-from tinygpt.tokenizer.pretokenize import PATTERN
-from tinygpt.tokenizer.pretokens import count_corpus
+from tinygpt.tokenizer.pretokenize import (
+    DOCUMENT_BORDER,
+    MAX_PRETOKENS,
+    PATTERN,
+    PretokenCounts,
+    PretokenTable,
+    count_pretokens,
+)
 from tinygpt.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer
 
 
@@ -75,6 +87,47 @@ def build_tokenizer(
     if params.from_file:
         return take_tokenizer(params)
     return learn_tokenizer(count_corpus(clean, params.max_bytes, runtime, runs=runs), params)
+
+
+def count_corpus(
+    clean: Path, max_bytes: int | None, runtime: RuntimeParams, *, runs: Path | None = None
+) -> PretokenCounts:
+    """Count the training texts of data/clean, at most `max_bytes` of them, evenly taken: all that BPE learns from.
+
+    `runs` is as in shard_results.
+    """
+    file = split_file(clean, "train")
+    shards = thin(cut_lines(file), max_bytes or file.stat().st_size)
+    key = [sha256_file(file), max_bytes]
+    with shard_results(save_counts, shards, name="count", key=key, code=__name__, runtime=runtime, runs=runs) as paths:
+        return sum_counts(paths)
+
+
+def save_counts(shard: Shard, path: Path) -> None:
+    """Count the pretokens of a shard of texts into a file of two numpy arrays."""
+    found = count_pretokens(shard_texts(shard), _table())
+    if len(_table().pretokens) > MAX_PRETOKENS:
+        _table.cache_clear()
+    pretokens = np.frombuffer(DOCUMENT_BORDER.join(found), np.uint8)
+    with atomic_write(path, "wb") as file:
+        np.savez(file, pretokens=pretokens, counts=np.array([*found.values()], np.int64))
+
+
+@functools.cache
+def _table() -> PretokenTable:
+    """One table for all shards of a worker: what it learned from one serves the next."""
+    return PretokenTable()
+
+
+def sum_counts(paths: Iterable[Path]) -> PretokenCounts:
+    """The counts of several files together."""
+    _table.cache_clear()  # counting is over
+    total = PretokenCounts()
+    for path in paths:
+        with np.load(path, allow_pickle=False) as arrays:
+            pretokens = arrays["pretokens"].tobytes().split(DOCUMENT_BORDER)
+            total.update(dict(zip(pretokens, arrays["counts"].tolist(), strict=False)))  # one too many where none is
+    return total
 
 
 def learn_tokenizer(counts: Mapping[bytes, int], params: TokenizerParams) -> Tokenizer:

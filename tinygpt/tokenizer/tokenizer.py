@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,10 @@ import numpy as np
 from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer.json_format import BYTE_TO_CHAR, read_tokenizer_json, to_bytes, write_tokenizer_json
 from tinygpt.tokenizer.merger import Merger
-from tinygpt.tokenizer.pretokenize import PATTERN, split_chunks, to_utf8
+from tinygpt.tokenizer.pretokenize import PATTERN, to_utf8
 
 EOS = "<|endoftext|>"  # before each document and after the last; ends a generated text
 BEGIN, PAD, UNKNOWN = "<|begin|>", "<|pad|>", "<|unk|>"  # special tokens whose part is known by their name
-MOST_KNOWN = 500_000  # chunks remembered, about 100 MB; when full it starts anew
-MOST_CHARS = 64  # of one that is remembered: longer ones hardly ever recur
 
 
 class Tokenizer:
@@ -37,7 +34,6 @@ class Tokenizer:
         ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
         self.merger = Merger([ids[char] for char in BYTE_TO_CHAR], ranks)
         self._bytes = [t.encode() if i in special_ids else to_bytes(t) for i, t in enumerate(tokens)]
-        self._known: dict[str, list[int]] = {}  # chunks that were encoded before
 
     @classmethod
     def from_merges(cls, merges: Sequence[tuple[str, str]], special_tokens: Sequence[str] = ()) -> Tokenizer:
@@ -89,23 +85,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text to ids.  A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
-        chunks, known = split_chunks(text), self._known  # of one text the same dict: other threads encode, too
-        new = [chunk for chunk in dict.fromkeys(chunks) if chunk not in known]
-        if not new:
-            return [i for chunk in chunks for i in known[chunk]]
-        ids_of = dict(zip(new, self._merged(new), strict=True))
-        ids = [i for chunk in chunks for i in (ids_of if chunk in ids_of else known)[chunk]]
-        if len(known) + len(new) > MOST_KNOWN:
-            self._known = {}
-        self._known.update((chunk, found) for chunk, found in ids_of.items() if len(chunk) <= MOST_CHARS)
-        return ids
-
-    def _merged(self, chunks: Sequence[str]) -> list[list[int]]:
-        """The ids of each chunk, all merged together."""
-        pretokens = [[to_utf8(pretoken) for pretoken in PATTERN.findall(chunk)] for chunk in chunks]
-        ids, length = self.merger.merge_all([*chain.from_iterable(pretokens)])
-        ends = np.append(0, np.cumsum(length))[np.cumsum([len(part) for part in pretokens])]
-        return [part.tolist() for part in np.split(ids, ends[:-1])]
+        pretokens = PATTERN.findall(text)
+        different = dict.fromkeys(pretokens)
+        ids, length = self.merger.merge_all([*map(to_utf8, different)])
+        parts = (part.tolist() for part in np.split(ids, np.cumsum(length)[:-1]))
+        ids_of = dict(zip(different, parts, strict=False))  # of no pretokens, one part
+        return [i for pretoken in pretokens for i in ids_of[pretoken]]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the bytes they stand for, a special token to its name.  Raises ValueError for an id out of range."""
