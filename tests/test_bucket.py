@@ -49,8 +49,8 @@ def test_what_was_copied_before_is_not_copied_again_unless_it_changed(bucket, tm
     [
         ("memory://nowhere/*.txt", "memory://nowhere/.* names no files"),
         ("memory://nowhere", "memory://nowhere names no files"),
-        ("nosuch://bucket/x", "download.source=nosuch://bucket/x: Protocol not known: nosuch"),
-        ("s3://bucket/x", "download.source=s3://bucket/x: Install s3fs to access S3"),
+        ("nosuch://bucket/x", "download.source=nosuch://bucket/x cannot be read .Protocol not known: nosuch"),
+        ("s3://bucket/x", "download.source=s3://bucket/x cannot be read .Install s3fs to access S3"),
     ],
 )
 def test_an_address_that_gives_nothing_is_reported(tmp_path: Path, source: str, message: str):
@@ -63,7 +63,9 @@ def test_a_copy_that_breaks_off_leaves_nothing_under_its_name(bucket, tmp_path, 
         raise PermissionError(13, "no entry")
 
     monkeypatch.setattr(type(bucket), "_open", refuse)
-    with pytest.raises(UserError, match=r"memory://bucket/a cannot be read .*check the address and your rights"):
+    with pytest.raises(
+        UserError, match=r"memory://bucket/a cannot be read .*check the address, its package and your rights"
+    ):
         fill(tmp_path, "memory://bucket/a")
     assert not (tmp_path / "raw").exists()
 

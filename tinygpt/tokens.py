@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt.errors import UserError
-from tinygpt.files import must_exist, sha256_file
+from tinygpt.files import must_exist, sha256_file, unchanged
 from tinygpt.params import Count, Within, read_record
 from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer.tokenizer import load_tokenizer
 
 META_FILE = "meta.json"
-PIECE = 1 << 22  # ids read together, so that memory does not grow with a file
 
 TokenIds = NDArray[np.unsignedinteger]
 Number = Annotated[int, Within("[0, inf)")]
@@ -75,7 +74,8 @@ def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenId
     Raises UserError when the file is missing, has not the length or the SHA-256 that meta.json says, holds fewer than
     `at_least` ids, or one that is not in the vocabulary: so readers need not check ids.
     """
-    meta, path = load_meta(folder), must_exist(Path(folder) / f"{split}.bin", stage="encode")
+    meta = load_meta(folder)
+    path = unchanged(Path(folder) / f"{split}.bin", meta.split(split).sha256, stage="encode")
     n_tokens, found = meta.split(split).tokens, path.stat().st_size
     if found != n_tokens * np.dtype(meta.dtype).itemsize:
         raise UserError(f"{path} has {found} bytes, meta.json promises {n_tokens} tokens: run `dvc repro encode`")
@@ -85,10 +85,7 @@ def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenId
             f"{path} has {n_tokens} tokens, at least {at_least} are needed: "
             f"take more text{larger} or a smaller model.block_size"
         )
-    if sha256_file(path) != meta.split(split).sha256:  # the disk's doing, say, which DVC does not look for
-        raise UserError(f"{path} is damaged, meta.json promises another SHA-256: run `dvc repro -f -s encode`")
     ids = np.memmap(path, dtype=np.dtype(meta.dtype), mode="r", shape=(n_tokens,))
-    highest = max(int(ids[start : start + PIECE].max()) for start in range(0, n_tokens, PIECE))
-    if highest >= meta.vocab_size:
+    if (highest := int(ids.max())) >= meta.vocab_size:
         raise UserError(f"{path} has the id {highest}, of {meta.vocab_size} tokens: run `dvc repro encode`")
     return ids

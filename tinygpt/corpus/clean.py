@@ -238,17 +238,14 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
         raise UserError(f"clean.separator={params.separator!r} is in none of the text files: mend it or set it to null")
-    dropped = {param: n for param, n in counts.items() if param.startswith("clean.")}
-    worst = max(dropped, key=dropped.__getitem__, default="")
     n_in, left = counts["documents_in"], human_bytes(counts["train_bytes"])
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
-        why = (
-            f"{worst} dropped {dropped[worst]} of {n_in} documents"
-            if worst and dropped[worst]
-            else f"{n_in} documents came in; set clean.separator where a file holds several, clean.split=auto for one "
-            "long text, smaller clean.val_fraction and clean.test_fraction, or get more text"
+        dropped = [f"{param} dropped {n}" for param, n in counts.items() if param.startswith("clean.") and n]
+        raise UserError(
+            f"{left} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed: "
+            f"{', '.join([*dropped, ''])}{n_in} documents came in; set clean.separator where a file holds several, "
+            "clean.split=auto for one long text, smaller clean.val_fraction and clean.test_fraction, or get more text"
         )
-        raise UserError(f"{left} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed: {why}")
     for split, fraction in (("val", params.val_fraction), ("test", params.test_fraction)):
         if params.split != "source" and fraction and not counts[f"{split}_documents"]:
             n = sum(counts[f"{name}_documents"] for name in SPLITS)

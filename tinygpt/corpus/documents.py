@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from tinygpt.corpus.folders import MANIFEST, TEXTS, Manifest, RawFile, line_ends, shard_bytes
+from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, line_ends, shard_bytes
 from tinygpt.corpus.raw import MOST_LINE, bad_line, line_text, lines
-from tinygpt.errors import UserError
-from tinygpt.files import must_exist, sha256_file
+from tinygpt.files import unchanged
 from tinygpt.shards import Shard, Span
 
 CHUNK_BYTES = 1 << 20
@@ -139,15 +138,9 @@ def raw_shards(reader: Reader, files: Sequence[RawFile]) -> Iterator[tuple[Shard
     """
     n_bytes = shard_bytes(sum(file.bytes for file in files))
     for split, group in groupby(files, lambda file: file.split):
-        spans = (span for file in group for span in _cut(reader, _checked(reader.folder, file), n_bytes))
+        paths = (unchanged(reader.folder / file.name, file.sha256, stage="download") for file in group)
+        spans = (span for path in paths for span in _cut(reader, path, n_bytes))
         yield from ((shard, split) for shard in join_spans(spans, n_bytes))
-
-
-def _checked(folder: Path, file: RawFile) -> Path:
-    path = must_exist(folder / file.name, stage="download")
-    if sha256_file(path) != file.sha256:  # the disk's doing, say, which DVC does not look for
-        raise UserError(f"{path} is damaged, {MANIFEST} promises another SHA-256: run `dvc repro -f -s download`")
-    return path
 
 
 def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
@@ -167,15 +160,12 @@ def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
 def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:
     """A file in spans of about `n_bytes`; in one where its documents give no place to cut."""
     size = path.stat().st_size
-    if size <= n_bytes:
-        ends: Iterator[int] = iter([size])
-    elif path.name.lower().endswith(".jsonl"):
+    ends: Iterable[int] = [size]
+    if size > n_bytes and path.name.lower().endswith(".jsonl"):
         ends = line_ends(path, n_bytes)
-    elif reader.border:
+    elif size > n_bytes and reader.border:
         changes = reader.newlines and bool(reader.start or re.search("[\r\n]", reader.separator or ""))
         ends = _borders(path, n_bytes, reader.border, changes=changes)
-    else:
-        ends = iter([size])
     return (Span(path, begin, end) for begin, end in pairwise([0, *ends]))
 
 

@@ -256,13 +256,11 @@ def _refusals(source: str, cache: Path) -> Iterator[None]:
     """Make one line of what a store says; errors of our own disk, in `cache`, pass."""
     try:
         yield
-    except (ImportError, ValueError) as error:  # no such protocol, or a package that is missing for it
-        raise UserError(f"download.source={source}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"download.source={source} names no files") from None
     except Exception as error:  # the packages behind fsspec have classes of their own
         if str(cache) in str(getattr(error, "filename", "")):
             raise
         raise UserError(
-            f"download.source={source} cannot be read ({error}): check the address and your rights"
+            f"download.source={source} cannot be read ({error}): check the address, its package and your rights"
         ) from None

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,6 @@ FACTS = np.dtype(
         ("place", "<u8"),  # what the hash split looks at
         ("bytes", "<u8"),  # of UTF-8
         ("characters", "<u8"),
-        ("line_bytes", "<u8"),  # in texts.jsonl
     ]
 )
 
@@ -54,8 +54,8 @@ def save_cleaned(path: Path, documents: Iterable[CleanDocument], counts: Mapping
     with atomic_folder(path) as folder:
         with open(folder / "texts.jsonl", "wb") as file:
             for text, digest, place, signature in documents:
-                size = file.write(text_line(text).encode())
-                facts.append((digest, place, len(text.encode()), len(text), size))
+                file.write(text_line(text).encode())
+                facts.append((digest, place, len(text.encode()), len(text)))
                 signatures.append(signature)
         (folder / "facts").write_bytes(np.array(facts, FACTS).tobytes())
         (folder / "signatures").write_bytes(np.array(signatures, np.uint32).tobytes())
@@ -83,11 +83,7 @@ class Cleaned:
 
     def text(self, document: int) -> str:
         """One document's text, by its number."""
-        shard = int(np.searchsorted(np.cumsum(self.n_documents), document, side="right"))
-        first = sum(self.n_documents[:shard])
-        with open(self.folders[shard] / "texts.jsonl", "rb") as file:
-            file.seek(int(self.facts["line_bytes"][first:document].sum()))
-            return str(json.loads(file.readline())["text"])
+        return str(json.loads(next(islice(self.lines(), document, None)))["text"])
 
     def counts(self) -> tuple[Counter[str], Counter[str]]:
         """Counts by rule, and repaired bytes by file, of all shards together."""
