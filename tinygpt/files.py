@@ -214,7 +214,7 @@ def must_exist(path: str | Path, *, stage: str) -> Path:
 def unchanged(path: str | Path, sha256: str, *, stage: str) -> Path:
     """Return `path`.  Raises UserError where it is missing, or no more as its stage wrote it: DVC does not look."""
     if sha256_file(must_exist(path, stage=stage)) != sha256:
-        raise UserError(f"{path} is damaged, it has another SHA-256: run `dvc repro -f -s {stage}`")
+        raise UserError(f"{path} is damaged, its SHA-256 is not the recorded one: run `dvc repro -f -s {stage}`")
     return Path(path)
 
 

@@ -28,7 +28,7 @@ def load_yaml(text: bytes) -> Any:
     except (YAMLError, ValueError) as error:
         raise ValueError(" ".join(_reason(error).split())) from None
     except (LookupError, AttributeError, TypeError, OverflowError):  # each constructor has its own error
-        raise ValueError("a number, date or other value in it is none") from None
+        raise ValueError("a number, a date or another value in it is not valid") from None
 
 
 def _reason(error: Exception) -> str:
