@@ -93,9 +93,7 @@ def _write(
         numbers = {name: number for name, number in row.items() if number is not None}
         step = int(numbers.pop("step"))
         if step > logger.last_step:
-            logger.write(step, numbers | speed)
-            if step in texts:
-                logger.write_text(step, texts[step])
+            logger.write(step, numbers | speed, texts.get(step))
 
 
 def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -129,17 +127,15 @@ class TensorBoard:
         if self.last_step < 0:
             self._add(summary=hparams_pb(params, trial_id=trial))
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: dict[str, float], text: str | None) -> None:
         """One event for the row: it is in the file whole or not at all."""
         from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
-        self._add(step=step, summary=Summary(value=values))
-
-    def write_text(self, step: int, text: str) -> None:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        self._add(step=step, summary=text_pb("sample", fenced(text)))  # it shows Markdown
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()])
+        if text is not None:
+            summary.MergeFrom(text_pb("sample", fenced(text)))  # it shows Markdown
+        self._add(step=step, summary=summary)
 
     def close(self, finished: bool) -> None:
         self._writer.close()
@@ -172,13 +168,12 @@ class WandB:
             settings=wandb.Settings(console="off", quiet=True, finish_timeout=120),  # off: it leaves our output
         )
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        self._run.log(numbers, step=step)
-
-    def write_text(self, step: int, text: str) -> None:
+    def write(self, step: int, numbers: dict[str, float], text: str | None) -> None:
         import wandb
 
-        self._run.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
+        self._run.log(numbers, step=step)
+        if text is not None:  # in a call of its own: its file is named after the step before
+            self._run.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
 
     def close(self, finished: bool) -> None:
         """Online, this waits until all is sent."""
@@ -214,14 +209,13 @@ class MLflow:
         steps = [metric.step for name in names for metric in self._client.get_metric_history(self._id, name)]
         self.last_step = max(steps, default=-1)
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: dict[str, float], text: str | None) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)  # milliseconds since 1970
         self._client.log_batch(self._id, metrics=[Metric(name, number, now, step) for name, number in numbers.items()])
-
-    def write_text(self, step: int, text: str) -> None:
-        self._client.log_text(self._id, text, f"samples/{step:07}.txt")
+        if text is not None:
+            self._client.log_text(self._id, text, f"samples/{step:07}.txt")
 
     def close(self, finished: bool) -> None:
         """Leave the run as FINISHED or KILLED."""
@@ -240,15 +234,13 @@ class DVCLive:
         if self.last_step < 0:
             self._live.log_params(params)
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: dict[str, float], text: str | None) -> None:
+        """Of evaluations, without the text, for which it has no place."""
         if "val_loss" in numbers:
             self._live.step = step
             for name, number in numbers.items():
                 self._live.log_metric(name, number)
             self._live.next_step()
-
-    def write_text(self, step: int, text: str) -> None:
-        """It has no place for texts."""
 
     def close(self, finished: bool) -> None:
         """Without an experiment of its own: that is what `dvc exp run` makes."""
