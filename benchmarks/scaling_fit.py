@@ -1,4 +1,4 @@
-"""The constants of tinygpt/plan/law.py, fitted on the runs of benchmarks/scaling.csv, with the residuals.
+"""The constants of tinygpt/plan/recipe.py, fitted on the runs of benchmarks/scaling.csv, with the residuals.
 
     python -m benchmarks.scaling_fit          # prints both, draws docs/figures/scaling.svg
 
@@ -20,8 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.scaling import TABLE
-from tinygpt.plan.law import LAW, Law, Size
-from tinygpt.plan.recipe import dropout_for
+from tinygpt.plan.recipe import LAW, Law, Size, dropout_for
 from tinygpt.report.plots import BLUE, GREEN, GREY, NO_DATE, STYLE, VERMILION
 
 Row = Mapping[str, str]

@@ -20,10 +20,9 @@ from tinygpt.errors import UserError
 from tinygpt.model.config import ModelParams
 from tinygpt.params import check_params, load_params
 from tinygpt.plan import measure
-from tinygpt.plan.law import LAW, SPREAD, Size
 from tinygpt.plan.measure import Speeds, Text, flops_per_token
 from tinygpt.plan.plan import Planner
-from tinygpt.plan.recipe import LAYERS, Recipe
+from tinygpt.plan.recipe import LAW, LAYERS, SPREAD, Recipe, Size
 from tinygpt.train.config import TrainParams
 
 PARAMS = ROOT / "params.yaml"

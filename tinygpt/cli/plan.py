@@ -23,9 +23,9 @@ from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import parts_of
 from tinygpt.params import PARAMS_FILE, load_params, require
-from tinygpt.plan.law import SPREAD
 from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
+from tinygpt.plan.recipe import SPREAD
 from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams, open_device, out_of_memory
 from tinygpt.tokenizer import load_tokenizer

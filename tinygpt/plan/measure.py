@@ -20,8 +20,7 @@ from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import mean_seen
-from tinygpt.plan.law import LAW
-from tinygpt.plan.recipe import LAYERS, Recipe, linear_weights
+from tinygpt.plan.recipe import LAW, LAYERS, Recipe, linear_weights
 from tinygpt.run.costs import build_trained
 from tinygpt.runtime import RuntimeParams, wait_for
 from tinygpt.tokenizer.kinds import TokenizerParams, learn_tokenizer, take_tokenizer

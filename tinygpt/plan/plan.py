@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
-from tinygpt.plan.law import LAW
 from tinygpt.plan.measure import Speeds, Text
-from tinygpt.plan.recipe import BATCH_SIZES, LAYERS, MIN_STEPS, MOST_WEIGHTS, N_EVALUATIONS, Recipe
+from tinygpt.plan.recipe import BATCH_SIZES, LAW, LAYERS, MIN_STEPS, MOST_WEIGHTS, N_EVALUATIONS, Recipe
 from tinygpt.train.config import TrainParams
 
 LONGEST_S = 30 * 24 * 3600.0  # a month: no longer runs are looked for
