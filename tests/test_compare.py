@@ -106,8 +106,8 @@ def test_the_picture_names_each_curve_and_its_lowest_loss(tmp_path):
 def made(name: str, loss: float, error: float, **metrics: float) -> Made:
     """An experiment with its reports."""
     one = experiment_of(row(name, val_loss=loss, bpb=loss / 2, **{"train.lr": loss}, **metrics))
-    rows = curve_rows(curve(5.0, loss), tokens=200, epochs=1.5)
-    return Made(one, rows, {"loss_error": error, "bpb_error": 0.0}, {"The": " end"})
+    losses, errors = curve(5.0, loss), {"loss_error": error, "bpb_error": 0.0}
+    return Made(one, losses, curve_rows(losses, tokens=200, epochs=1.5), errors, {"The": " end"})
 
 
 def test_the_best_is_marked_and_what_the_error_may_explain_is_grey():
@@ -139,7 +139,7 @@ def test_before_anything_was_trained_there_is_nothing_to_draw(tmp_path, command,
     monkeypatch.chdir(tmp_path)
     said = command("compare", "--plot", "curves.png")
     assert said.returncode == 1
-    assert "error: none of these has a reports/train.csv to draw: run `dvc repro train`" in said.stderr
+    assert "error: none of these has reports to show: run `dvc repro`" in said.stderr
     assert ["workspace", "0.01"] in [line.split() for line in said.stdout.splitlines()]
 
 

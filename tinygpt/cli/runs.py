@@ -35,7 +35,7 @@ from tinygpt.report.compare import (
     as_text,
     compare_table,
     find_experiments,
-    read_curves,
+    find_made,
     write_comparison,
 )
 from tinygpt.report.config import PlotParams
@@ -239,16 +239,16 @@ def compare(args: Namespace) -> None:
     print(as_text(compare_table(experiments), width))
     if not args.rev and all(one.is_baseline for one in experiments):
         print("no experiments of this commit yet: `dvc exp run -S train.lr=1e-3` makes one")
+    if not (args.plot or args.page or args.open):
+        return
+    made = find_made(experiments)
+    shown = made[:MOST_CURVES]
     if args.plot:
-        curves = read_curves(experiments)
-        if not curves:
-            raise UserError("none of these has a reports/train.csv to draw: run `dvc repro train`")
-        shown = dict(list(curves.items())[:MOST_CURVES])
-        plot_curves(shown, args.plot, load_params(PlotParams))
-        print(f"{args.plot} shows {len(shown)} of {len(curves)} curves")
+        plot_curves({one.experiment.name: one.curve for one in shown}, args.plot, load_params(PlotParams))
+        print(f"{args.plot} shows {len(shown)} of {len(made)} curves")
     if args.page or args.open:
         page = args.page or PAGE.with_name("compare.html")
-        n = write_comparison(experiments[:MOST_CURVES], page)
-        print(f"{page} shows {n} of {len(experiments)}")
+        write_comparison(shown, page)
+        print(f"{page} shows {len(shown)} of {len(experiments)}")
         if args.open:
             webbrowser.open(page.absolute().as_uri())

@@ -23,15 +23,15 @@ from tinygpt.report.charts import STEPS, comparison_chart, run_styles
 from tinygpt.report.page import curve_rows, render
 from tinygpt.report.reports import Row, parse_curve
 
-METRICS = {  # column -> the report, the key in it, and how it is shown
-    "val_loss": ("reports/metrics/train.json", "val_loss", ".4f"),
-    "eval_loss": ("reports/metrics/eval.json", "eval_loss", ".4f"),  # of the split evaluate.split
-    "ppl": ("reports/metrics/eval.json", "ppl", ",.2f"),
-    "bpb": ("reports/metrics/eval.json", "bpb", ".4f"),
-    "n_params": ("reports/metrics/train.json", "n_params", ",.0f"),
-    "seconds": ("reports/metrics/train.json", "seconds", ",.0f"),
-    "tokens_per_s": ("reports/metrics/train.json", "tokens_per_s", ",.0f"),
-    "peak_mem_gib": ("reports/metrics/train.json", "peak_mem_gib", ".2f"),
+METRICS = {  # name -> the file in reports/metrics that has it, and how it is shown
+    "val_loss": ("train.json", ".4f"),
+    "eval_loss": ("eval.json", ".4f"),  # of the split evaluate.split
+    "ppl": ("eval.json", ",.2f"),
+    "bpb": ("eval.json", ".4f"),
+    "n_params": ("train.json", ",.0f"),
+    "seconds": ("train.json", ",.0f"),
+    "tokens_per_s": ("train.json", ",.0f"),
+    "peak_mem_gib": ("train.json", ".2f"),
 }
 WORDS = {"None": "null", "True": "true", "False": "false"}  # DVC's spelling -> that of params.yaml
 WORKSPACE = "workspace"
@@ -71,7 +71,7 @@ def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
 def experiment_of(row: dict[str, Any]) -> Experiment:
     """One of DVC's rows: it names a key alone, or with its file where two files have the same key."""
     state = (row["State"] or "").replace("Success", "")
-    found = {name: row.get(key, row.get(f"{file}:{key}")) for name, (file, key, _) in METRICS.items()}
+    found = {name: row.get(name, row.get(f"{REPORTS}/metrics/{file}:{name}")) for name, (file, _) in METRICS.items()}
     if state or not isinstance(found["val_loss"], float):  # not trained yet: its reports are those of the run before
         found = {}
     return Experiment(
@@ -92,7 +92,7 @@ def compare_table(experiments: Sequence[Experiment]) -> pd.DataFrame:
     for name in differing(experiments):
         values = [one.params.get(name, "-") for one in experiments]
         columns[name] = [value if len(value) <= WIDEST else value[: WIDEST - 1] + "…" for value in values]
-    for name, (_, _, form) in METRICS.items():
+    for name, (_, form) in METRICS.items():
         if any(name in one.metrics for one in experiments):
             columns[name] = [format(one.metrics[name], form) if name in one.metrics else "-" for one in experiments]
     return pd.DataFrame(columns)
@@ -135,26 +135,19 @@ class Made:
     """What an experiment has left."""
 
     experiment: Experiment
-    rows: list[dict[str, Any]]  # its curve, as the page draws it
+    curve: list[Row]
+    rows: list[dict[str, Any]]  # the curve as the page draws it
     eval: dict[str, Any]
     samples: dict[str, str]  # what it wrote, by prompt
 
 
-def write_comparison(experiments: Sequence[Experiment], path: Path) -> int:
-    """Write the page of those that are done; how many they are.  Raises UserError where none is."""
+def find_made(experiments: Sequence[Experiment]) -> list[Made]:
+    """Of those that are done; of equal ones, as HEAD and a clean workspace, the last.  Raises UserError without any."""
     found = [read_made(one) for one in experiments if one.metrics]
-    unequal = {json.dumps([one.rows, one.eval]): one for one in found if one is not None}  # HEAD may be the workspace
-    made = list(unequal.values())
-    if not made:
+    unequal = {json.dumps([one.curve, one.eval]): one for one in found if one is not None}
+    if not unequal:
         raise UserError("none of these has reports to show: run `dvc repro`")
-    write_text(path, render("compare.html", comparison_data(made), **comparison_view(made)))
-    return len(made)
-
-
-def read_curves(experiments: Sequence[Experiment]) -> dict[str, list[Row]]:
-    """The curve of each that has one, by name; of equal ones, as of HEAD and a clean workspace, the last."""
-    names = {read_report(DVCFileSystem(rev=one.rev), "train.csv"): one.name for one in experiments if one.metrics}
-    return {name: parse_curve(text, f"{REPORTS}/train.csv of {name}") for text, name in names.items() if text}
+    return [*unequal.values()]
 
 
 def read_made(one: Experiment) -> Made | None:
@@ -169,7 +162,8 @@ def read_made(one: Experiment) -> Made | None:
             json.loads(texts[name] or "{}") for name in ("train.json", "eval.json", "details.json")
         )
         samples = {sample["prompt"]: sample["text"] for sample in details.get("samples", [])}
-        return Made(one, curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"]), evaluation, samples)
+        rows = curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"])
+        return Made(one, curve, rows, evaluation, samples)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"the reports of {one.name} cannot be read ({error!r}): run it again, or name others") from None
 
@@ -181,6 +175,11 @@ def read_report(files: DVCFileSystem, name: str) -> str:
         return text
     except (DvcException, OSError, UnicodeDecodeError):
         return ""
+
+
+def write_comparison(made: Sequence[Made], path: Path) -> None:
+    """Write the page."""
+    write_text(path, render("compare.html", comparison_data(made), **comparison_view(made)))
 
 
 def comparison_data(made: Sequence[Made]) -> dict[str, Any]:
@@ -219,24 +218,18 @@ def comparison_view(made: Sequence[Made]) -> dict[str, Any]:
 
 def marked(name: str, made: Sequence[Made]) -> list[dict[str, str]]:
     """A metric of each: as text, and whether it is the best, or so near that the error may make the difference."""
-    values = [found.experiment.metrics.get(name) for found in made]
+    values, form = [found.experiment.metrics.get(name) for found in made], METRICS[name][1]
+    cells = [{"text": "-" if value is None else format(value, form), "kind": ""} for value in values]
     known = [value for value in values if value is not None]
     others = {param.split(".")[0] for param in differing([found.experiment for found in made])}
-    if name not in LESS_IS_BETTER or others & SAME_FOR.get(name, set()):  # of several texts none is the best
-        return [{"text": _text(name, value), "kind": ""} for value in values]
+    if name not in LESS_IS_BETTER or len(known) < 2 or others & SAME_FOR.get(name, set()):
+        return cells  # of one run, or of several texts, none is the best
     best = min(known) if LESS_IS_BETTER[name] else max(known)
     errors = [float(found.eval.get(ERRORS.get(name, ""), 0.0)) for found in made]
     of_best = errors[values.index(best)]
-
-    def kind(value: float | None, error: float) -> str:
-        if value is None or len(known) < 2:
-            return ""
-        return "best" if value == best else "greyed" if abs(value - best) < 2 * math.hypot(error, of_best) else ""
-
-    return [
-        {"text": _text(name, value), "kind": kind(value, error)} for value, error in zip(values, errors, strict=True)
-    ]
-
-
-def _text(name: str, value: float | None) -> str:
-    return "-" if value is None else format(value, METRICS[name][2])
+    for cell, value, error in zip(cells, values, errors, strict=True):
+        if value == best:
+            cell["kind"] = "best"
+        elif value is not None and abs(value - best) < 2 * math.hypot(error, of_best):
+            cell["kind"] = "greyed"
+    return cells
