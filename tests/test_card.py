@@ -8,22 +8,23 @@ from conftest import tiny_config
 from ruamel.yaml import YAML
 
 from tinygpt.errors import UserError
-from tinygpt.export.card import Evaluation, Origin, Source, model_card, modelfile, read_origin
+from tinygpt.export.card import model_card, modelfile, read_origin
 from tinygpt.report.details import Sample, prompt_to_try
 
-ORIGIN = Origin(
-    manifest=Source(source="python-docs", licence="PSF-2.0"),
-    training={"init_from": "scratch", "max_steps": 1600, "betas": [0.9, 0.95]},
-    evaluation=Evaluation(
-        split="test",
-        tokens=25013,
-        context=128,
-        loss=3.12086,
-        ppl=22.6657,
-        bpb=1.86304,
-        prompt='It\'s "new" `id` $HOME',
-    ),
-)
+PROMPT = 'It\'s "new" `id` $HOME'
+ORIGIN = {
+    "manifest": {"source": "python-docs", "licence": "PSF-2.0"},
+    "training": {"init_from": "scratch", "max_steps": 1600, "betas": [0.9, 0.95]},
+    "evaluation": {
+        "split": "test",
+        "tokens": 25013,
+        "context": 128,
+        "loss": 3.12086,
+        "ppl": 22.6657,
+        "bpb": 1.86304,
+        "prompt": PROMPT,
+    },
+}
 
 
 def test_the_card_has_data_params_and_metrics():
@@ -59,8 +60,8 @@ def test_each_folders_card_shows_what_runs_there_and_the_context_of_its_files():
 def test_the_prompt_of_a_card_reaches_the_program_as_it_is():
     folder, files = (model_card(tiny_config(), 1_066_112, ORIGIN, 64, kind) for kind in (None, "q8_0"))
     llama, ollama = (shlex.split(line[2:]) for line in files.splitlines() if line.startswith("$ "))
-    assert llama[llama.index("-p") + 1] == ollama[-1] == ORIGIN.evaluation.prompt
-    assert f"({ORIGIN.evaluation.prompt!r})[0]" in folder
+    assert llama[llama.index("-p") + 1] == ollama[-1] == PROMPT
+    assert f"({PROMPT!r})[0]" in folder
 
 
 def test_the_prompt_to_try_is_a_line_of_a_held_out_text():
@@ -81,6 +82,14 @@ def test_the_modelfile_names_the_file_its_context_and_its_end(tiny_tokenizer):
 
 
 def test_what_is_missing_is_reported_with_its_stage(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps(vars(ORIGIN.manifest)))
+    (tmp_path / "manifest.json").write_text(json.dumps(ORIGIN["manifest"]))
     with pytest.raises(UserError, match=r"training.json not found: run `dvc repro train`"):
         read_origin(tmp_path, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("bpb", "1.8"), ("tokens", None), ("prompt", 3)])
+def test_a_report_of_another_version_is_reported(key, value):
+    others = {name: found for name, found in ORIGIN["evaluation"].items() if name != key}
+    for evaluation in (others, others | {key: value}):
+        with pytest.raises(UserError, match=r"reports/eval.json is not what this version writes \(.*: run `dvc repro`"):
+            model_card(tiny_config(), 1_066_112, ORIGIN | {"evaluation": evaluation}, 64, "q8_0")

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
+from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, read_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import read_record
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import LoRAParams
+
+Origin = dict[str, dict[str, Any]]  # what the stages wrote of how a model was made, by file
 
 TRAINING_FILE = "training.json"
 
@@ -34,52 +37,20 @@ PARAMETER stop "{eos}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """What the card says of the text, from data/raw/manifest.json."""
-
-    source: str
-    licence: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Training:
     """What is read of data/model/training.json, which has all params of the training."""
 
-    init_from: str
     lora: LoRAParams | None
     base_sha256: str | None  # of the weights that it started from
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What the card says of the evaluation, from reports/eval.json."""
-
-    split: str
-    tokens: int
-    context: int
-    loss: float
-    ppl: float
-    bpb: float
-    prompt: str  # of the commands that run the model
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a model was made from, as the stages wrote it."""
-
-    manifest: Source
-    training: Mapping[str, Any]  # params
-    evaluation: Evaluation
-
-
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
-    """Read it from the stages' folders.  Raises UserError that names the file, its key, and the stage to run."""
-    read_training(model)
-    return Origin(
-        manifest=read_record(Source, raw / "manifest.json", stage="download"),
-        training=read_json(model / TRAINING_FILE, stage="train"),
-        evaluation=read_record(Evaluation, reports / "eval.json", stage="evaluate"),
-    )
+    """How a model was made, as the stages wrote it.  Raises UserError that names a file and the stage to run."""
+    return {
+        "manifest": read_json(raw / "manifest.json", stage="download"),
+        "training": read_json(model / TRAINING_FILE, stage="train"),
+        "evaluation": read_json(reports / "eval.json", stage="evaluate"),
+    }
 
 
 def read_training(model: Path) -> Training:
@@ -91,13 +62,17 @@ def model_card(config: GPTConfig, n_params: int, origin: Origin, n_ctx: int, wei
     """The README.md of an export: what it was made from and how well it does, in numbers that the run decides.
 
     `n_ctx` is the context of the file; `weight_type` names the GGUF file to run, None a folder for transformers.
+    Raises UserError where `origin` lacks what the card says.
     """
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"n": lambda value: f"{value:,}", "shell": shlex.quote, "python": repr}
     template = environment.from_string((CARDS / "model.md").read_text(encoding="utf-8"))
-    return template.render(
-        config=config_fields(config), n_params=n_params, n_ctx=n_ctx, weight_type=weight_type, **vars(origin)
-    )
+    shown = {"config": config_fields(config), "n_params": n_params, "n_ctx": n_ctx, "weight_type": weight_type}
+    try:
+        return template.render(shown | origin)
+    except (UndefinedError, TypeError, ValueError, AttributeError) as error:
+        made = "data/raw/manifest.json, data/model/training.json or reports/eval.json"
+        raise UserError(f"{made} is not what this version writes ({error}): run `dvc repro`") from None
 
 
 def modelfile(tokenizer: Tokenizer, weight_type: str, n_ctx: int) -> str:
