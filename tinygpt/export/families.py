@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from tinygpt.errors import UserError
@@ -34,7 +34,8 @@ class Layout:
     """How one program wants the tensors: what differs from tinygpt's own state dict."""
 
     names: Mapping[str, str]  # our module to theirs, {i} stands for the block; only modules that the models have
-    zero_bias: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model.bias -> modules that have one there
+    biased: tuple[str, ...] = ()  # modules that always have a bias there: of zeros where ours has none
+    biased_if_any: tuple[str, ...] = ()  # those that have one where any of our modules does
     untied: bool = False  # a tied head is written once more
     fused_qkv: bool = False  # q_proj, k_proj and v_proj are one matrix, rows in this order, named like q_proj
     adjacent_rope: bool = False  # rotation pairs are next to each other in a head, not half a head apart
@@ -202,28 +203,22 @@ GGUF_FAMILIES = (
     GGUFFamily(
         name="gpt2",
         switches=switches("learned", "layernorm", "gelu"),
-        layout=Layout(names=FUSED_GGUF_NAMES, zero_bias={"none": (*BIASED, *QKV), "qkv": BIASED}, fused_qkv=True),
+        layout=Layout(names=FUSED_GGUF_NAMES, biased=(*BIASED, *QKV), fused_qkv=True),
     ),
     GGUFFamily(
         name="starcoder2",
         switches=switches("rope", "layernorm", "gelu"),
-        layout=Layout(names=GGUF_NAMES, zero_bias={"none": BIASED, "qkv": BIASED}),
+        layout=Layout(names=GGUF_NAMES, biased=BIASED),
     ),
     GGUFFamily(
         name="phi2",
         switches=switches("rope", "layernorm", "gelu", parallel_block=(True,)),
-        layout=Layout(
-            names=GGUF_NAMES,
-            zero_bias=dict.fromkeys(("none", "qkv"), (*BIASED, "lm_head")) | {"all": ("lm_head",)},
-            untied=True,
-        ),
+        layout=Layout(names=GGUF_NAMES, biased=(*BIASED, "lm_head"), untied=True),
     ),
     GGUFFamily(
         name="stablelm",
         switches=STABLELM,
-        layout=Layout(
-            names=GGUF_NAMES, zero_bias=dict.fromkeys(("none", "qkv"), NORM_MODULES), untied=True, head_norms="stacked"
-        ),
+        layout=Layout(names=GGUF_NAMES, biased=NORM_MODULES, untied=True, head_norms="stacked"),
     ),
     GGUFFamily(name="cohere2", switches=COHERE2, layout=LLAMA_LAYOUT, keys=_window_keys),
     GGUFFamily(

@@ -134,7 +134,7 @@ def _starcoder2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     return _rope_config(config, n_ctx) | {"use_bias": config.bias != "none", "sliding_window": window}
 
 
-LLAMA_LAYOUT = Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)})  # attention has all biases or none
+LLAMA_LAYOUT = Layout(names=llama_names(), biased_if_any=("o_proj",))  # attention has all biases or none
 
 HF_FAMILIES = (
     HFFamily(
@@ -150,7 +150,7 @@ HF_FAMILIES = (
         switches=switches("learned", "layernorm", "gelu"),
         layout=Layout(
             names=GPT2_NAMES,
-            zero_bias={"none": BIASED, "qkv": BIASED},
+            biased=BIASED,
             fused_qkv=True,
             repeated_kv=True,
             transposed=("q_proj", "o_proj", "up_proj", "down_proj"),
@@ -164,9 +164,7 @@ HF_FAMILIES = (
         copied={"embedding_dropout": "dropout", "residual_dropout": "dropout"},
         silent={"tie_word_embeddings": True},
         switches=switches("rope", "layernorm", "gelu", window=(FULL, ALL)),
-        layout=Layout(
-            names=llama_names(up_proj="c_fc", down_proj="c_proj"), zero_bias={"none": NORM_MODULES, "qkv": BIASED}
-        ),
+        layout=Layout(names=llama_names(up_proj="c_fc", down_proj="c_proj"), biased=NORM_MODULES, biased_if_any=BIASED),
     ),
     HFFamily(
         name="phi",
@@ -177,7 +175,7 @@ HF_FAMILIES = (
         switches=switches("rope", "layernorm", "gelu", parallel_block=(True,), qk_norm=(False, True)),
         layout=Layout(
             names=llama_names(norm="final_layernorm", o_proj="dense", up_proj="fc1", down_proj="fc2", **HEAD_NORMS),
-            zero_bias=dict.fromkeys(("none", "qkv", "all"), (*BIASED, "q_norm", "k_norm", "lm_head")),
+            biased=(*BIASED, "q_norm", "k_norm", "lm_head"),
             untied=True,
         ),
     ),
@@ -188,11 +186,7 @@ HF_FAMILIES = (
         config=lambda config, n_ctx: _rope_config(config, n_ctx) | {"use_qkv_bias": config.bias != "none"},
         copied={"qk_layernorm": "qk_norm", "use_parallel_residual": "parallel_block", "hidden_dropout": "dropout"},
         switches=STABLELM,
-        layout=Layout(
-            names=llama_names(**HEAD_NORMS),
-            zero_bias={"none": NORM_MODULES, "qkv": NORM_MODULES},
-            head_norms="listed",
-        ),
+        layout=Layout(names=llama_names(**HEAD_NORMS), biased=NORM_MODULES, head_norms="listed"),
     ),
     HFFamily(
         name="cohere2",
@@ -202,7 +196,7 @@ HF_FAMILIES = (
         fixed={"logit_scale": 1.0},
         silent={"logit_scale": 0.0625, "tie_word_embeddings": True},
         switches=COHERE2,
-        layout=Layout(names=llama_names(), zero_bias={"qkv": ("o_proj",)}, adjacent_rope=True),
+        layout=Layout(names=llama_names(), biased_if_any=("o_proj",), adjacent_rope=True),
     ),
     HFFamily(
         name="llama",

@@ -32,7 +32,7 @@ def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int
     """A model's tensors by the names and in the shapes of `layout`, with `n_ctx` positions where they are learned."""
     if layout.untied and TIED not in tensors:
         tensors = tensors | {TIED: tensors["tok_emb.weight"].clone()}
-    tensors = _add_zero_biases(tensors, layout.zero_bias.get(config.bias, ()))
+    tensors = _add_zero_biases(tensors, layout.biased + (layout.biased_if_any if config.bias != "none" else ()))
     if layout.sinks:
         queries = [name for name in tensors if _leaf(name) == "q_proj" and name.endswith(".weight")]
         sinks = torch.full((config.n_head,), NO_SINK)
