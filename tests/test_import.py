@@ -16,10 +16,11 @@ from conftest import tiny_model
 from project import refused, run_stages, set_params
 from safetensors.torch import load_file, save_file
 from test_files import in_child
+from test_gguf import LLAMA, byte_tokenizer, random_model
 
 from tinygpt.errors import UserError
 from tinygpt.export import folders, layout
-from tinygpt.export.folders import write_base
+from tinygpt.export.folders import read_hf_pair, write_base
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_model, load_pair, model_tensors
@@ -291,10 +292,12 @@ def test_shards_and_old_names_are_read(tmp_path):
 
 
 def test_a_padded_vocabulary_is_refused(tmp_path, tiny_tokenizer):
-    model = tiny_model(vocab_size=320)
-    with pytest.raises(UserError, match=r"the model has 320 tokens and its tokenizer.json 300"):
-        write_base(tmp_path / "base", model.config, model_tensors(model), tiny_tokenizer)
-    assert not (tmp_path / "base").exists()
+    model = random_model(**LLAMA, vocab_size=tiny_tokenizer.vocab_size)
+    tiny_tokenizer.save(tmp_path)
+    export_hf(model, tiny_tokenizer, tmp_path, tmp_path / "hf")
+    byte_tokenizer().save(tmp_path / "hf")
+    with pytest.raises(UserError, match=r"the model has 300 tokens and its tokenizer.json 257: .* a padded"):
+        read_hf_pair(tmp_path / "hf")
 
 
 def test_a_base_whose_writer_is_killed_between_two_files_is_the_old_one(tmp_path, tiny_tokenizer, monkeypatch):

@@ -71,7 +71,7 @@ def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder}: the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: "
-            "name two that belong together"
+            "name two that belong together; a padded vocabulary cannot be imported"
         )
     return config, tensors, tokenizer
 
@@ -88,13 +88,8 @@ def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
 def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """Put a base in place of the folder, whole or not at all, and let DVC track it where it is the project's own.
 
-    Raises UserError when the tokenizer has another number of tokens than the model, or something else is in the folder.
+    Raises UserError when something else is in the folder.
     """
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: a padded "
-            "vocabulary cannot be imported"
-        )
     if others := sorted({path.name for path in folder.glob("*")} - FILES):
         raise UserError(f"{folder} holds {others[0]}, which does not belong to a base: name another folder")
     with atomic_folder(folder.absolute()) as partial:

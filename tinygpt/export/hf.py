@@ -25,12 +25,13 @@ from tinygpt.export.card import CARDS
 from tinygpt.export.families import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, TRANSFORMERS, HFFamily
 from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, check_layout, revert_layout
-from tinygpt.files import atomic_folder, must_exist, read_object, write_json
+from tinygpt.files import atomic_folder, must_exist, read_object, some_of, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import (
     CONFIG_FILE,
+    MOST_SHOWN,
     WEIGHTS_FILE,
     Shapes,
     load_tensors,
@@ -86,17 +87,14 @@ def model_config(config: GPTConfig, family: HFFamily, tokenizer: Tokenizer, n_ct
 
 
 def check_hf(model: GPT, folder: str | Path) -> None:
-    """Read the weights back and compare every bit.  Raises UserError that names the first tensor that differs."""
+    """Read the weights back and compare every bit.  Raises UserError that names the tensors that differ."""
     path = Path(folder) / WEIGHTS_FILE
     family, n_ctx = family_of(TRANSFORMERS, model.config)
     expected = apply_layout(model_tensors(model), model.config, family.layout, n_ctx)
     found = load_tensors(path)
-    if found.keys() != expected.keys():
-        odd = ", ".join(sorted(found.keys() ^ expected.keys()))
-        raise UserError(f"{path} and the model do not hold the same tensors, they differ in {odd}: export it again")
-    for name, tensor in expected.items():
-        if not torch.equal(tensor.cpu(), found[name]):
-            raise UserError(f"{path}: {name} is not the model's: export it again")
+    same = {name for name in found.keys() & expected.keys() if torch.equal(expected[name].cpu(), found[name])}
+    if wrong := sorted((found.keys() | expected.keys()) - same):
+        raise UserError(f"{path} is not the model in {some_of(wrong, MOST_SHOWN)}: export it again")
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:

@@ -168,10 +168,7 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
     """What the template shows."""
     export = dict(reports.export)
     return {
-        "clean": reports.clean,
-        "train": reports.train,
-        "eval": reports.eval,
-        "details": reports.details,
+        **reports._asdict(),
         "prompt": reports.eval["prompt"],
         "source": reports.params["download.source"],
         "numbers": numbers(reports, earlier),

@@ -6,6 +6,7 @@ T tokens, C n_embd, V vocab_size. Sizes are bytes.
 from __future__ import annotations
 
 import dataclasses
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -157,10 +158,6 @@ def peak_memory() -> int:
     """The most that this process has held at a time: on the current GPU if it uses one, else in the machine."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]  # it is there alone
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)  # else kB
 
 
