@@ -40,12 +40,14 @@ PARAMETER stop "{eos}"
 class Training:
     """What is read of data/model/training.json, which has all params of the training."""
 
+    init_from: str
     lora: LoRAParams | None
     base_sha256: str | None  # of the weights that it started from
 
 
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
     """How a model was made, as the stages wrote it.  Raises UserError that names a file and the stage to run."""
+    read_training(model)
     return {
         "manifest": read_json(raw / "manifest.json", stage="download"),
         "training": read_json(model / TRAINING_FILE, stage="train"),
