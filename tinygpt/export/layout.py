@@ -141,17 +141,16 @@ def _fuse_adapters(pairs: dict[str, Pair], config: GPTConfig, layout: Layout) ->
     """
     fused: dict[str, Pair] = {}
     n_kv_head = config.n_head if layout.repeated_kv else config.n_kv_head
-    rows = dict(zip(QKV, (config.n_head, n_kv_head, n_kv_head), strict=True))
+    n_heads = dict(zip(QKV, (config.n_head, n_kv_head, n_kv_head), strict=True))
     for name, (a, b) in pairs.items():
         if _leaf(f"{name}.weight") not in QKV:
             fused[name] = (a, b)
             continue
         owner = name.rpartition(".")[0]
-        parts = [pairs.get(f"{owner}.{part}") for part in QKV]
-        zero = [(a[:0], b.new_zeros(rows[part] * config.head_dim, 0)) for part in QKV]
-        there = [part or none for part, none in zip(parts, zero, strict=True)]
-        all_a = torch.cat([part[0] for part in there])
-        all_b = torch.block_diag(*(part[1] for part in there)) * (len(all_a) / len(a))
+        none = {part: (a[:0], b.new_zeros(n * config.head_dim, 0)) for part, n in n_heads.items()}
+        parts = [pairs.get(f"{owner}.{part}", none[part]) for part in QKV]
+        all_a = torch.cat([part_a for part_a, _ in parts])
+        all_b = torch.block_diag(*(part_b for _, part_b in parts)) * (len(all_a) / len(a))
         fused[f"{owner}.{QKV[0]}"] = (all_a, all_b)
     return fused
 

@@ -82,16 +82,16 @@ def _text(path: Path) -> str:
 
 def parse_curve(text: str, name: str) -> list[Row]:
     """The rows of a train.csv, with a validation loss at least.  Raises UserError that names it, and the line."""
-    rows = parse_rows(text, name, COLUMNS, ["train_loss", "lr"])
+    rows = parse_rows(text, name, COLUMNS)
     if all(row["val_loss"] is None for row in rows):
         raise UserError(f"{name} has no validation loss: {AGAIN}")
     return rows
 
 
-def parse_rows(text: str, name: str, columns: Sequence[str] = (), needed: Sequence[str] = ()) -> list[Row]:
+def parse_rows(text: str, name: str, columns: Sequence[str] = ()) -> list[Row]:
     """The rows of a CSV of numbers, None where a field is empty.  (pandas takes longer to import than the page.)
 
-    Without columns they are "step" and the parts of a model. Some are needed in each row after step 0.
+    Without columns they are "step" and the parts of a model.
     """
     header, *lines = text.split("\n")
     found = header.split(",")
@@ -102,7 +102,7 @@ def parse_rows(text: str, name: str, columns: Sequence[str] = (), needed: Sequen
     rows, step = list[Row](), -math.inf
     try:
         for line in lines[:-1]:
-            rows.append(_row(line, found, step, needed))
+            rows.append(_row(line, found, step))
             step = rows[-1]["step"] or 0.0
         if lines[-1]:
             raise ValueError("its last line is cut")
@@ -111,7 +111,7 @@ def parse_rows(text: str, name: str, columns: Sequence[str] = (), needed: Sequen
     return rows
 
 
-def _row(line: str, columns: Sequence[str], before: float, needed: Sequence[str]) -> Row:
+def _row(line: str, columns: Sequence[str], before: float) -> Row:
     """One row.  Raises ValueError unless it holds numbers and its step comes after the one before."""
     fields = line.split(",")
     if len(fields) > len(columns):
@@ -120,8 +120,6 @@ def _row(line: str, columns: Sequence[str], before: float, needed: Sequence[str]
     step = row["step"]
     if step is None or step <= before or not all(math.isfinite(value) for value in row.values() if value is not None):
         raise ValueError("no step after the one before, or a number that is not finite")
-    if step > 0 and any(row[name] is None for name in needed):
-        raise ValueError("a number is missing")
     return row
 
 

@@ -24,7 +24,7 @@ from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.params import yaml_text
 from tinygpt.run.folder import read_name
 from tinygpt.train.config import TrainParams
-from tinygpt.train.trainer import TrainState
+from tinygpt.train.trainer import Row, TrainState
 
 PROJECT = "tinygpt"  # the name of all runs together in W&B and MLflow
 PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where that is not the name of the module
@@ -48,7 +48,7 @@ class Loggers:
         self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
         self._tokens_per_step = params.batch_size * config.block_size
         self._loggers: dict[str, Logger] = {}
-        self._n_rows = self._n_samples = 0  # of the curve and of its samples, handed on
+        self._n_rows = 0  # of the curve, handed on
         self._since: tuple[int, float] | None = None  # tokens and seconds at the last of them
 
     def __enter__(self) -> Loggers:
@@ -63,15 +63,15 @@ class Loggers:
     def __call__(self, state: TrainState) -> None:
         """Write what is new of the curve, with the speed since the row before it where this start has measured that."""
         rows, self._n_rows = state.rows[self._n_rows :], len(state.rows)
-        samples, self._n_samples = state.samples[self._n_samples :], len(state.samples)
         if self._since is not None and not rows:
             return
         speed, tokens = {}, state.step * self._tokens_per_step
         if self._since is not None and tokens > self._since[0]:
             speed = {"tokens_per_s": (tokens - self._since[0]) / (state.seconds - self._since[1])}
         self._since = tokens, state.seconds
+        texts = {sample["step"]: sample["text"] for sample in state.samples}
         for name, logger in list(self._loggers.items()):
-            self._attempt(name, _write, logger, rows, speed, samples)
+            self._attempt(name, _write, logger, rows, speed, texts)
 
     def _open(self, name: str) -> None:
         self._loggers[name] = LOGGERS[name](self._folder, self._params)
@@ -85,10 +85,7 @@ class Loggers:
             self._loggers.pop(name, None)
 
 
-def _write(
-    logger: Logger, rows: list[dict[str, float | None]], speed: dict[str, float], samples: list[dict[str, Any]]
-) -> None:
-    texts = {sample["step"]: sample["text"] for sample in samples}
+def _write(logger: Logger, rows: list[Row], speed: dict[str, float], texts: dict[int, str]) -> None:
     for row in rows:
         numbers = {name: number for name, number in row.items() if number is not None}
         step = int(numbers.pop("step"))
