@@ -107,7 +107,8 @@ def made(name: str, loss: float, error: float, **metrics: float) -> Made:
     """An experiment with its reports."""
     one = experiment_of(row(name, val_loss=loss, bpb=loss / 2, **{"train.lr": loss}, **metrics))
     losses, errors = curve(5.0, loss), {"loss_error": error, "bpb_error": 0.0}
-    return Made(one, losses, curve_rows(losses, tokens=200, epochs=1.5), errors, {"The": " end"})
+    rows = curve_rows(losses, tokens=200, epochs=1.5)
+    return Made(**vars(one), curve=losses, rows=rows, eval=errors, samples={"The": " end"})
 
 
 def test_the_best_is_marked_and_what_the_error_may_explain_is_grey():

@@ -244,7 +244,7 @@ def compare(args: Namespace) -> None:
     made = find_made(experiments)
     shown = made[:MOST_CURVES]
     if args.plot:
-        plot_curves({one.experiment.name: one.curve for one in shown}, args.plot, load_params(PlotParams))
+        plot_curves({one.name: one.curve for one in shown}, args.plot, load_params(PlotParams))
         print(f"{args.plot} shows {len(shown)} of {len(made)} curves")
     if args.page or args.open:
         page = args.page or PAGE.with_name("compare.html")

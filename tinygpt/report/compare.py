@@ -131,10 +131,9 @@ def _value(value: float | str) -> str:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What an experiment has left."""
+class Made(Experiment):
+    """One that has left reports."""
 
-    experiment: Experiment
     curve: list[Row]
     rows: list[dict[str, Any]]  # the curve as the page draws it
     eval: dict[str, Any]
@@ -163,7 +162,7 @@ def read_made(one: Experiment) -> Made | None:
         )
         samples = {sample["prompt"]: sample["text"] for sample in details.get("samples", [])}
         rows = curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"])
-        return Made(one, curve, rows, evaluation, samples)
+        return Made(**vars(one), curve=curve, rows=rows, eval=evaluation, samples=samples)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"the reports of {one.name} cannot be read ({error!r}): run it again, or name others") from None
 
@@ -184,48 +183,43 @@ def write_comparison(made: Sequence[Made], path: Path) -> None:
 
 def comparison_data(made: Sequence[Made]) -> dict[str, Any]:
     """What the script draws."""
-    chart = comparison_chart([found.experiment.name for found in made])
     return {
-        "charts": {"loss": chart},
-        "curve": [{"name": found.experiment.name, **row} for found in made for row in found.rows],
+        "charts": {"loss": comparison_chart([one.name for one in made])},
+        "curve": [{"name": one.name, **row} for one in made for row in one.rows],
     }
 
 
 def comparison_view(made: Sequence[Made]) -> dict[str, Any]:
     """What the template shows."""
-    names = [name for name in METRICS if any(name in found.experiment.metrics for found in made)]
-    columns = {name: marked(name, made) for name in names}
-    prompts = dict.fromkeys(prompt for found in made for prompt in found.samples)
+    params = differing(made)
+    metrics = [name for name in METRICS if any(name in one.metrics for one in made)]
+    rows = zip(made, *(marked(name, made) for name in metrics), strict=True)
+    prompts = dict.fromkeys(prompt for one in made for prompt in one.samples)
     return {
-        "params": (params := differing([found.experiment for found in made])),
-        "metrics": names,
+        "params": params,
+        "metrics": metrics,
         "axes": STEPS,
         "styles": run_styles(made),
         "rows": [
-            {
-                "name": found.experiment.name,
-                "params": [found.experiment.params.get(name, "-") for name in params],
-                "cells": [columns[name][at] for name in names],
-            }
-            for at, found in enumerate(made)
+            {"name": one.name, "params": [one.params.get(name, "-") for name in params], "cells": cells}
+            for one, *cells in rows
         ],
         "samples": [
-            (prompt, [(found.experiment.name, found.samples[prompt]) for found in made if prompt in found.samples])
-            for prompt in prompts
+            (prompt, [(one.name, one.samples[prompt]) for one in made if prompt in one.samples]) for prompt in prompts
         ],
     }
 
 
 def marked(name: str, made: Sequence[Made]) -> list[dict[str, str]]:
     """A metric of each: as text, and whether it is the best, or so near that the error may make the difference."""
-    values, form = [found.experiment.metrics.get(name) for found in made], METRICS[name][1]
+    values, form = [one.metrics.get(name) for one in made], METRICS[name][1]
     cells = [{"text": "-" if value is None else format(value, form), "kind": ""} for value in values]
     known = [value for value in values if value is not None]
-    others = {param.split(".")[0] for param in differing([found.experiment for found in made])}
+    others = {param.split(".")[0] for param in differing(made)}
     if name not in LESS_IS_BETTER or len(known) < 2 or others & SAME_FOR.get(name, set()):
         return cells  # of one run, or of several texts, none is the best
     best = min(known) if LESS_IS_BETTER[name] else max(known)
-    errors = [float(found.eval.get(ERRORS.get(name, ""), 0.0)) for found in made]
+    errors = [float(one.eval.get(ERRORS.get(name, ""), 0.0)) for one in made]
     of_best = errors[values.index(best)]
     for cell, value, error in zip(cells, values, errors, strict=True):
         if value == best:
