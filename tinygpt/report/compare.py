@@ -141,7 +141,7 @@ class Made(Experiment):
 
 
 def find_made(experiments: Sequence[Experiment]) -> list[Made]:
-    """Of those that are done; of equal ones, as HEAD and a clean workspace, the last.  Raises UserError without any."""
+    """Those that are done; of equal ones, as HEAD and a clean workspace, the last.  Raises UserError without any."""
     found = [read_made(one) for one in experiments if one.metrics]
     unequal = {json.dumps([one.curve, one.eval]): one for one in found if one is not None}
     if not unequal:

@@ -232,7 +232,7 @@ class DVCLive:
             self._live.log_params(params)
 
     def write(self, step: int, numbers: dict[str, float], text: str | None) -> None:
-        """Of evaluations, without the text, for which it has no place."""
+        """Evaluations alone, without the text, for which it has no place."""
         if "val_loss" in numbers:
             self._live.step = step
             for name, number in numbers.items():
