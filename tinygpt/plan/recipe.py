@@ -140,11 +140,6 @@ class Size:
     batch_tokens: float  # in one step
     bytes_per_token: float
 
-    @property
-    def epochs(self) -> float:
-        """How many times the text is seen."""
-        return self.n_tokens / self.n_unique
-
 
 @dataclass(frozen=True, kw_only=True)
 class Law:
@@ -158,7 +153,7 @@ class Law:
 
     def loss(self, size: Size) -> float:
         """Bits per byte of validation text of difficulty 1."""
-        again = max(0.0, size.epochs - 1)
+        again = max(0.0, size.n_tokens / size.n_unique - 1)  # epochs after the first
         seen = min(size.n_tokens, size.n_unique) + size.n_unique * self.repeats * -math.expm1(-again / self.repeats)
         by_data = (1 + size.batch_tokens / self.batch) / (seen * size.bytes_per_token / 1e6)
         by_weights = self.weights / (size.n_weights / 1e6) ** self.weights_power
