@@ -350,6 +350,8 @@ def test_training_starts_from_an_imported_and_a_promoted_model(project, command,
     assert torch.equal(
         load_model(project / "data/base").lm_head.weight, load_model(project / "data/model").lm_head.weight
     )
+    weights = load_file(project / "data/base/model.safetensors")
+    save_file(weights | {"norm.weight": 2 * weights["norm.weight"]}, project / "data/base/model.safetensors")
     assert "data/base is not the model that these adapters were trained on" in refused("export", project)
     set_params(project, {"model.n_layer": 2})
     message = "data/base does not fit params.yaml (model.n_layer=2 there 1): run `python -m tinygpt preset base`"
