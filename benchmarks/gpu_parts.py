@@ -42,8 +42,8 @@ from tinygpt.plan.measure import flops_per_token
 from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, memory_of
 from tinygpt.runtime import RuntimeParams, out_of_memory, wait_for
 from tinygpt.train.batches import Batches, Prefetch, validation_sequences
-from tinygpt.train.bigrams import begin_with_bigrams
 from tinygpt.train.config import TrainParams
+from tinygpt.train.first_weights import set_first_weights
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import Loss, autocast
 from tinygpt.train.parallel import Replicas, SplitWeights
@@ -500,7 +500,7 @@ def shakespeare(setup: Setup) -> dict[str, Case]:
             n_steps = 3 if setup.brief else changes["max_steps"]
             began = time.perf_counter()
             learner = build_learner(config, device, "graphs", **(changes | {"warmup_steps": 30}))
-            begin_with_bigrams(learner.model, train_ids)
+            set_first_weights(learner.model, train_ids)
             first = {name: tensor.detach().clone() for name, tensor in learner.model.state_dict().items()}
             batches, at_device = read(changes["batch_size"]), torch.from_numpy(rows).to(device)
 

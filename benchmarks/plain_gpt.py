@@ -32,8 +32,8 @@ from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.tokens import TokenIds, load_meta, load_tokens
 from tinygpt.train.batches import Batches, validation_sequences
-from tinygpt.train.bigrams import begin_with_bigrams
 from tinygpt.train.config import TrainParams
+from tinygpt.train.first_weights import set_first_weights
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import autocast, pick_precision
 from tinygpt.train.trainer import Trainer
@@ -144,7 +144,7 @@ def train_by_params(
         os.environ["DVC_ROOT"] = folder
         with Run("benchmark", config, params, runtime) as run:
             model = GPT(config, generator=torch.Generator().manual_seed(params.seed))
-            begin_with_bigrams(model, train_tokens)
+            set_first_weights(model, train_tokens)
             learner = Learner(model, params, runtime, device=open_device(runtime))
             trainer = Trainer(learner, train_tokens=train_tokens, val_tokens=val_tokens)
             trainer.fit(run)

@@ -24,8 +24,8 @@ from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokens import load_meta, load_tokens
-from tinygpt.train.bigrams import begin_with_bigrams
 from tinygpt.train.config import TrainParams
+from tinygpt.train.first_weights import set_first_weights
 from tinygpt.train.learner import Learner
 from tinygpt.train.parallel import World
 from tinygpt.train.trainer import Trainer, TrainState
@@ -48,7 +48,7 @@ def train(root: Path, world: World) -> None:
         base_sha256 = sha256_file(root / BASE / WEIGHTS_FILE)
     else:
         model = GPT(config, generator=torch.Generator().manual_seed(params.seed))
-        begin_with_bigrams(model, train_tokens)
+        set_first_weights(model, train_tokens)
     name = fingerprint(config, params, meta, base_sha256)
     runs = runs_folder(root)
 

@@ -1,4 +1,4 @@
-"""Before the first step, the model's probabilities are those of counted token pairs."""
+"""Before the first step, probabilities are those of counted token pairs, and early heads look back."""
 
 from collections import Counter
 from itertools import pairwise
@@ -10,8 +10,9 @@ import torch
 from conftest import tiny_config
 
 from tinygpt.model.gpt import GPT, INIT_STD
-from tinygpt.train import bigrams
-from tinygpt.train.bigrams import PRIOR, begin_with_bigrams, taken_evenly
+from tinygpt.model.inside import attention_maps
+from tinygpt.train import first_weights
+from tinygpt.train.first_weights import PRIOR, set_first_weights, taken_evenly
 
 N_VOCAB = 30
 
@@ -30,7 +31,7 @@ def tokens():
 def begun(tokens, **config):
     fields = {"vocab_size": N_VOCAB, "norm_eps": 1e-12, "tie_weights": False} | config
     model = GPT(tiny_config(**fields), generator=torch.Generator().manual_seed(0))
-    begin_with_bigrams(model, tokens)
+    set_first_weights(model, tokens)
     return model
 
 
@@ -86,8 +87,8 @@ def test_the_same_bits_each_time_and_no_random_number_of_others_is_used(tokens):
 
 
 def test_a_long_text_is_counted_in_pieces_from_all_of_it(tokens, monkeypatch):
-    monkeypatch.setattr(bigrams, "MAX_TOKENS", 1000)
-    monkeypatch.setattr(bigrams, "N_PIECES", 10)
+    monkeypatch.setattr(first_weights, "MAX_TOKENS", 1000)
+    monkeypatch.setattr(first_weights, "N_PIECES", 10)
     taken = taken_evenly(tokens)
     assert len(taken) == 1000
     assert np.array_equal(taken[:100], tokens[:100]) and np.array_equal(taken[-100:], tokens[-100:])
@@ -97,3 +98,28 @@ def test_a_long_text_is_counted_in_pieces_from_all_of_it(tokens, monkeypatch):
 @pytest.mark.parametrize("ids", [[0, 0, 0], [1, 2], [7] * 500])
 def test_a_text_of_few_pairs_gives_numbers(ids):
     assert log_probabilities(begun(np.array(ids, dtype="<u2"))).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"qk_norm": True},
+        {"qk_norm": True, "n_kv_head": 2, "window": 8},
+        {"qk_norm": False, "norm": "layernorm"},
+        {"qk_norm": False, "head_dim": 8, "n_head": 3, "n_kv_head": 1},
+    ],
+)
+def test_the_first_heads_of_two_blocks_look_one_to_four_places_back(tokens, config):
+    model = begun(tokens, **({"n_embd": 64, "n_layer": 3} | config))
+    maps = attention_maps(model, tokens[:40].tolist())
+    for layer in maps[:2]:
+        for head, distance in zip(layer, (1, 2, 3, 4), strict=False):
+            assert (head[distance:].argmax(1) == np.arange(40 - distance)).all()
+            assert head[distance:].max(1).mean() > 0.4
+    assert maps[2].max(-1)[:, 20:].mean() < 0.3
+
+
+def test_learned_positions_leave_heads_random(tokens):
+    config = {"vocab_size": N_VOCAB, "tie_weights": False, "position": "learned"}
+    expected = GPT(tiny_config(**config), generator=torch.Generator().manual_seed(0)).blocks[0].attn.q_proj.weight
+    assert torch.equal(begun(tokens, position="learned").blocks[0].attn.q_proj.weight, expected)

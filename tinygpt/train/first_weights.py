@@ -1,4 +1,4 @@
-"""A start that knows bigrams: before the first step, embeddings and head say which token follows which.
+"""The first weights of a new model, where something better than random numbers is known: pairs of tokens, and places.
 
 The blocks of a new model add nothing yet, so its logits are those of the newest token alone, head · norm(embedding).
 These two matrices are made from counts of token pairs, by a truncated singular value decomposition, as Levy and
@@ -6,30 +6,58 @@ Goldberg make word vectors (https://papers.nips.cc/paper/5477). For a token a an
 
     head_b · norm(embedding_a)  ≈  log(PRIOR · p_b + count_ab) + what all b have in common
 
-V vocab_size, C n_embd, R rank.
+And some heads begin by looking at the token one, two, three or four places before, which language models soon learn to
+do (Elhage et al., https://transformer-circuits.pub/2021/framework).
+
+V vocab_size, C n_embd, D head_dim, R rank.
 """
 
 from __future__ import annotations
+
+import math
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinygpt.model.gpt import GPT
+from tinygpt.model.attention import Attention
+from tinygpt.model.config import GPTConfig
+from tinygpt.model.gpt import GPT, Block
+from tinygpt.model.layers import rope_tables
 from tinygpt.tokens import TokenIds
 
 PRIOR = 20.0  # pairs that are added to those of each token, shared out as tokens are in the whole text
-RMS = 0.2  # of an embedding's values: of 0.05 to 1, what trained best
+RMS = 0.2  # of an embedding's values: of 0.02 to 1, what trained best
 MAX_TOKENS = 10_000_000  # counted, of a longer text in pieces taken evenly
 N_PIECES = 100
 
+N_BLOCKS = 2  # whose first heads look back
+DISTANCES = (1, 2, 3, 4)  # of one head each
+N_PAIRS = 3  # of rope's that they use, the fastest: slower ones hardly change from one place to the next
+SHARPNESS = 11.0  # their score at the right place; it is 2.5 less at the next ones, and 8 or more at others nearby
+
 
 @torch.no_grad()
-def begin_with_bigrams(model: GPT, tokens: TokenIds) -> None:
-    """Set the embeddings and the head of a new model. Where they are one matrix, it stays random."""
+def set_first_weights(model: GPT, tokens: TokenIds) -> None:
+    """Set embeddings, head and early heads of a new model.
+
+    All stay random where embeddings and head are one matrix, and the heads where positions are learned.
+    """
     if model.config.tie_weights:
         return
+    column = set_bigrams(model, tokens)
+    if model.rope is not None:
+        for block in list(model.blocks)[:N_BLOCKS]:
+            look_back(cast(Block, block).attn, model.config, column)
+
+
+# ---- embeddings and head ----
+
+
+def set_bigrams(model: GPT, tokens: TokenIds) -> int:
+    """Let the newest token decide the logits -> the column in which all embeddings have the same value."""
     n_vocab, n_embd = model.tok_emb.weight.shape
     ids = torch.from_numpy(taken_evenly(tokens).astype(np.int64))
     shares = (ids.bincount(minlength=n_vocab) + 1.0) / (len(ids) + n_vocab)
@@ -44,6 +72,7 @@ def begin_with_bigrams(model: GPT, tokens: TokenIds) -> None:
     rms = same[0] * (2 / n_embd) ** 0.5
     for weight, values in (model.tok_emb.weight, embeddings / rms * RMS), (model.lm_head.weight, head * rms):
         weight.copy_(F.pad(values, (0, n_embd - values.size(1))))
+    return embeddings.size(1) - 1
 
 
 def taken_evenly(tokens: TokenIds) -> TokenIds:
@@ -70,3 +99,27 @@ def factors(ids: Tensor, shares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
         left, scales, right = torch.svd_lowrank(weighted, q=rank, niter=2)
     return left * scales.sqrt() / roots[:, None], right * scales.sqrt() / roots[:, None]
+
+
+# ---- heads that look back ----
+
+
+def look_back(attn: Attention, config: GPTConfig, column: int) -> None:
+    """Let the first heads of a block attend to the tokens DISTANCES places before, whatever they are.
+
+    From the column that is the same in all embeddings, keys get one vector and queries another, turned back by rope's
+    angles of the distance. So a score depends on the distance alone, and is largest at this one.
+    """
+    head_dim, n_pairs = config.head_dim, min(N_PAIRS, config.head_dim // 2)
+    cos, sin = (table[:, :n_pairs] for table in rope_tables(max(DISTANCES) + 1, head_dim, config.rope_theta))
+    normed = math.sqrt(config.n_embd / 2)  # the column's value after the block's norm
+    size = math.sqrt(SHARPNESS * math.sqrt(head_dim) / n_pairs) / normed
+    queries, keys = (
+        linear.weight.view(-1, 2, head_dim // 2, config.n_embd)[:, :, :n_pairs, column]
+        for linear in (attn.q_proj, attn.k_proj)
+    )
+    keys[:, 0], keys[:, 1] = size, 0
+    for query, distance in zip(queries, DISTANCES, strict=False):
+        query[0], query[1] = size * cos[distance], -size * sin[distance]
+    if config.qk_norm:  # which makes all queries √D long
+        cast(Tensor, attn.q_norm.weight).mul_(SHARPNESS / math.sqrt(head_dim))
