@@ -45,7 +45,7 @@ from tinygpt.train.trainer import TrainState
 N_KEPT = 2  # checkpoints: the newest, and the one before it in case the disk has lost part of the newest
 PARTS = ("weights", "optimizer", "best", "ema")
 SUFFIX = ".safetensors"
-CODE = "tinygpt.train.trainer"  # what it imports decides a trained weight
+CODE = ("tinygpt.train.first_weights", "tinygpt.train.trainer")  # they and what they import decide a trained weight
 
 
 def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base: str | None = None) -> str:
@@ -58,7 +58,7 @@ def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base
         "model": config_fields(config),
         "train": dataclasses.asdict(params),
         "data": data,
-        "code": code_of(CODE),
+        "code": [code_of(module) for module in CODE],
         "package": version_of(package) if (package := OPTIMIZERS[params.optimizer].package) else None,
     }
     return sha256_json(inputs)[:16]

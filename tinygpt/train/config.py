@@ -59,7 +59,7 @@ class TrainParams:
     group: ClassVar[str] = "train"
 
     seed: Annotated[int, Within("[0, 4294967295]")]  # of the first weights, the order of the data and dropout
-    init_from: Literal["scratch", "base"]  # a new model, or data/base
+    init_from: Literal["scratch", "base"]  # new weights, or those of data/base
     lora: LoRAParams | None  # adapters that are trained instead of the weights of the base; null = all weights
     max_steps: Count  # optimizer steps
     batch_size: Count  # sequences of model.block_size tokens in one step, over all processes and micro-batches

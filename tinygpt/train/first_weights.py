@@ -39,7 +39,6 @@ N_PAIRS = 3  # of rope's that they use, the fastest: slower ones hardly change f
 SHARPNESS = 11.0  # their score at the right place; it is 2.5 less at the next ones, and 8 or more at others nearby
 
 
-@torch.no_grad()
 def set_first_weights(model: GPT, tokens: TokenIds) -> None:
     """Set embeddings, head and early heads of a new model.
 
@@ -56,6 +55,7 @@ def set_first_weights(model: GPT, tokens: TokenIds) -> None:
 # ---- embeddings and head ----
 
 
+@torch.no_grad()
 def set_bigrams(model: GPT, tokens: TokenIds) -> int:
     """Let the newest token decide the logits -> the column in which all embeddings have the same value."""
     n_vocab, n_embd = model.tok_emb.weight.shape
@@ -104,6 +104,7 @@ def factors(ids: Tensor, shares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 # ---- heads that look back ----
 
 
+@torch.no_grad()
 def look_back(attn: Attention, config: GPTConfig, column: int) -> None:
     """Let the first heads of a block attend to the tokens DISTANCES places before, whatever they are.
 
