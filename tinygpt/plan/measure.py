@@ -196,7 +196,8 @@ def _small_learner(
     """The smallest model, which has not made a step."""
     recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
     recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
-    weights = GPT(recipe.config(model), generator=torch.Generator().manual_seed(train.seed))
+    generator = torch.Generator().manual_seed(train.seed)
+    weights = GPT(recipe.config(model), generator=generator)  # random, as those of the law's runs
     return recipe, Learner(weights, recipe.training(train), runtime, device=device)
 
 
