@@ -50,7 +50,11 @@ SIZES: dict[str, Any] = {
     "head_dim": None,
     "n_hidden": None,
 }
-SHORT: Changes = ({"block_size": 64}, {"batch_size": 12, "max_steps": 190, "warmup_steps": 5, "lr": 0.012}, {})
+SHORT: Changes = (
+    {"block_size": 64},
+    {"batch_size": 12, "max_steps": 150, "warmup_steps": 2, "lr": 0.018, "embedding_lr": 0.02},
+    {},
+)
 LONG: Changes = ({"block_size": 256}, {"batch_size": 6, "max_steps": 600, "warmup_steps": 20, "lr": 0.01}, {})
 BEST: Changes = (
     {"block_size": 256, "n_layer": 6, "n_embd": 256, "dropout": 0.2},
