@@ -48,7 +48,6 @@ def train(root: Path, world: World) -> None:
         base_sha256 = sha256_file(root / BASE / WEIGHTS_FILE)
     else:
         model = GPT(config, generator=torch.Generator().manual_seed(params.seed))
-        set_first_weights(model, train_tokens)
     name = fingerprint(config, params, meta, base_sha256)
     runs = runs_folder(root)
 
@@ -59,7 +58,10 @@ def train(root: Path, world: World) -> None:
     with Run(
         name, config, params, runtime, tokenizer=tokenizer, world=world, runs=runs, show=show, called=called
     ) as run:
-        learner = Learner(model, params, runtime, device=open_devices(runtime, world, params), world=world)
+        device = open_devices(runtime, world, params)
+        if params.init_from == "scratch":
+            set_first_weights(model, train_tokens)
+        learner = Learner(model, params, runtime, device=device, world=world)
         trainer = Trainer(learner, train_tokens=train_tokens, val_tokens=val_tokens)
         run.note(finished=False)  # now that nothing is refused any more
         trained, made_from = trainer.fit(run), {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}

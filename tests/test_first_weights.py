@@ -100,23 +100,46 @@ def test_a_text_of_few_pairs_gives_numbers(ids):
     assert log_probabilities(begun(np.array(ids, dtype="<u2"))).isfinite().all()
 
 
+def looking_back(model, tokens):
+    """The heads of each block that look one to four places back."""
+    maps = attention_maps(model, tokens[:40].tolist())
+    return [
+        [
+            distance
+            for distance, head in enumerate(layer[:4], 1)
+            if (head[distance:].argmax(1) == np.arange(40 - distance)).all() and head[distance:].max(1).mean() > 0.4
+        ]
+        for layer in maps
+    ]
+
+
 @pytest.mark.parametrize(
     "config",
     [
         {"qk_norm": True},
         {"qk_norm": True, "n_kv_head": 2, "window": 8},
+        {"qk_norm": True, "n_embd": 128, "n_head": 8, "parallel_block": True},
+        {"qk_norm": True, "norm": "layernorm"},
         {"qk_norm": False, "norm": "layernorm"},
-        {"qk_norm": False, "head_dim": 8, "n_head": 3, "n_kv_head": 1},
+        {"qk_norm": False, "head_dim": 16, "n_head": 3, "n_kv_head": 1},
     ],
 )
-def test_the_first_heads_of_two_blocks_look_one_to_four_places_back(tokens, config):
-    model = begun(tokens, **({"n_embd": 64, "n_layer": 3} | config))
-    maps = attention_maps(model, tokens[:40].tolist())
-    for layer in maps[:2]:
-        for head, distance in zip(layer, (1, 2, 3, 4), strict=False):
-            assert (head[distance:].argmax(1) == np.arange(40 - distance)).all()
-            assert head[distance:].max(1).mean() > 0.4
-    assert maps[2].max(-1)[:, 20:].mean() < 0.3
+@pytest.mark.parametrize(("n_layer", "n_block"), [(1, 0), (2, 1), (4, 2), (5, 2)])
+def test_the_first_heads_of_half_of_the_blocks_look_back(tokens, config, n_layer, n_block):
+    fields = {"n_embd": 64, "n_head": 4, "n_layer": n_layer} | config
+    found = looking_back(begun(tokens, **fields), tokens)
+    assert found[:n_block] == [list(range(1, min(4, fields["n_head"]) + 1))] * n_block
+    assert all(len(one) < 3 for one in found[n_block:])
+
+
+def test_narrow_heads_stay_random(tokens):
+    assert all(len(one) < 3 for one in looking_back(begun(tokens, n_embd=32, n_head=4, n_layer=4), tokens))
+
+
+@pytest.mark.parametrize("n_embd", [1, 2, 3, 4])
+def test_a_model_may_be_as_narrow_as_it_likes(tokens, n_embd):
+    model = begun(tokens, n_embd=n_embd, n_head=1, head_dim=2)
+    assert log_probabilities(model).isfinite().all()
 
 
 def test_learned_positions_leave_heads_random(tokens):

@@ -1,6 +1,7 @@
 """A model from a text in one call, as docs/training.md shows it, and a preset's run in a folder of its own."""
 
 import hashlib
+import math
 import re
 import shutil
 
@@ -28,6 +29,8 @@ def test_the_page_trains_writes_and_counts_weights(folder, capsys):
     exec(code.replace('"train.max_steps": 300', '"train.max_steps": 21'), {})
     said = capsys.readouterr().out
     assert "step     21 of 21" in said
+    first = float(re.search(r"val loss (\S+)", said)[1])  # before the first step
+    assert first < math.log(512) - 1  # an even guess of its tokens
     assert said.endswith("1,870,464 weights\n")
     assert sorted(path.name for path in folder.iterdir()) == ["mine", "my.txt"]  # nothing of the project is touched
 

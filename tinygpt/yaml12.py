@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
@@ -19,16 +19,12 @@ def load_yaml(text: bytes) -> Any:
     """One document of plain values.  Raises ValueError in one line, whatever is wrong with it."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text):,} bytes, at most {MOST_BYTES:,} are read")
-    if re.search(rb"^%YAML", text, re.MULTILINE):  # which could ask for 1.1
-        raise ValueError("YAML 1.2 is read here: remove the line %YAML")
     reader = YAML(typ="safe", pure=True)
-    reader.Composer = _Composer
+    reader.Composer, reader.Constructor = _Composer, _Constructor
     try:
         return reader.load(text.decode())  # in UTF-8 alone: ruamel.yaml would take UTF-16, which DVC does not
-    except (YAMLError, ValueError) as error:
-        raise ValueError(" ".join(_reason(error).split())) from None
-    except (LookupError, AttributeError, TypeError, OverflowError):  # each constructor has its own error
-        raise ValueError("a number, a date or another value in it is not valid") from None
+    except (YAMLError, ValueError, OverflowError) as error:  # the last for "\Uffffffff"
+        raise ValueError(" ".join(_reason(error).replace('in "<unicode string>",', "at").split())) from None
 
 
 def _reason(error: Exception) -> str:
@@ -47,6 +43,13 @@ class _Composer(Composer):
         self.level = self.n_node = 0  # of the node that is read; of nodes, each alias with all that it stands for
         self.sizes = dict[Node, int]()  # nodes of each
 
+    def compose_document(self) -> Node:
+        """Refuse `%YAML 1.1`, in which `on` is true."""
+        event = self.parser.peek_event()
+        if event.version and tuple(event.version) != (1, 2):
+            raise ComposerError(None, None, "YAML 1.2 is read here: remove %YAML", event.start_mark)
+        return super().compose_document()
+
     def compose_node(self, parent: Any, index: Any) -> Node:
         """The next node, and all that is in it."""
         before, is_alias, mark = self.n_node, self.parser.check_event(AliasEvent), self.parser.peek_event().start_mark
@@ -63,3 +66,14 @@ class _Composer(Composer):
             raise ComposerError(None, None, f"at most {MOST_DIGITS} digits are read", mark)
         self.sizes.setdefault(node, self.n_node - before)
         return node
+
+
+class _Constructor(SafeConstructor):
+    """Says where a number, date or other value is not valid: each kind has an error of its own, without a place."""
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        """The value of a node."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError, LookupError, AttributeError, TypeError):
+            raise ConstructorError(None, None, "this value is not valid", node.start_mark) from None

@@ -50,8 +50,8 @@ class Tolerance(NamedTuple):
 # deeper models. A wrong layout is off by whole units, and doubles the perplexity of a trained model.
 EXACT, GELU_TABLE = Tolerance(1e-3, 1e-4, 0.0), Tolerance(3e-2, 1e-3, 0.0)
 F16, BF16 = Tolerance(0.1, 1e-3, 1e-3), Tolerance(0.6, 5e-3, 4e-3)
-# Rounding to so few bits changes Gaussian weights by about a third of this share of their length; blocks with one value
-# far above the others, as a model's first weights have, by up to four fifths: √32 / (127 √12) of 32 values in 8 bits.
+# Rounding to so few bits changes Gaussian weights by a third to a half of this share of their length; blocks with one
+# value far above the others, as first weights have, by up to four fifths: √32 / (127 √12) of 32 values in 8 bits.
 Q8, Q6, Q5, Q4, Q3, Q2 = (Tolerance(2.0, 2e-2, weight) for weight in (0.016, 0.045, 0.13, 0.26, 0.38, 0.6))
 
 

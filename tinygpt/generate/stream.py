@@ -45,7 +45,7 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Opti
     A search for the best of several texts gives one piece. Raises UserError, before the first piece is asked for, as
     `generate_batch` does.
     """
-    (answer,), steps = begin(model, tokenizer, [prompt], options)
+    (answer,), steps = begin(model, tokenizer, [prompt], **options)
     return (answer.piece for _ in steps if answer.piece)
 
 
@@ -56,18 +56,25 @@ def generate_batch(
 
     Raises ParamsError when options are wrong or contradict each other, and UserError when a prompt is not a text.
     """
-    answers, steps = begin(model, tokenizer, prompts, options)
+    answers, steps = begin(model, tokenizer, prompts, **options)
     for _ in steps:
         pass
     return answers
 
 
 def begin(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], options: Options
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    search: Search | None = None,
+    speculation: Speculation | None = None,
+    n_logprobs: int | None = None,
 ) -> tuple[list[Answer], Iterator[list[Answer]]]:
     """An answer for each prompt, and the steps that extend them.  Raises as `generate_batch` does."""
-    search, speculation = options.get("search") or Search(), options.get("speculation")
-    sampling, n_logprobs = options.get("sampling") or Sampling(), options.get("n_logprobs")
+    search, sampling = search or Search(), sampling or Sampling()
     if search.n_beam > 1 and n_logprobs is not None:
         raise ParamsError([f"n_beam={search.n_beam} keeps no log-probabilities of its tokens: leave them out"])
     each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
@@ -75,9 +82,9 @@ def begin(
         search.check(one)
     if speculation is not None:
         speculation.check(model, search)
-    n, size = options["max_new_tokens"], model.config.block_size
+    size = model.config.block_size
     answers = [
-        Answer(prompt, tokenizer, one, max_new_tokens=n, block_size=size, n_logprobs=n_logprobs)
+        Answer(prompt, tokenizer, one, max_new_tokens=max_new_tokens, block_size=size, n_logprobs=n_logprobs)
         for prompt, one in zip(prompts, each, strict=True)
     ]
     return answers, extend(model, answers, search=search, speculation=speculation)

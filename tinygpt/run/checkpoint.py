@@ -51,7 +51,7 @@ CODE = ("tinygpt.train.first_weights", "tinygpt.train.trainer")  # they and what
 def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base: str | None = None) -> str:
     """Names a run by all that decides its weights: params, tokens, and the code with the packages that compute.
 
-    `base` is the SHA-256 of the weights that it starts from, None where it starts from its seed.
+    `base` is the SHA-256 of the weights that it starts from, None where it starts from scratch.
     """
     data = {"train": tokens.train.sha256, "val": tokens.val.sha256, "tokenizer": tokens.tokenizer_sha256, "base": base}
     inputs = {

@@ -206,7 +206,9 @@ def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
 def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, param: str) -> None:
     """Raise Refusal where a prompt, or all together, each with n answers, are too much.  No text has been encoded."""
     n_all = len(prompts) * n
-    require((n_all <= limits.max_rows, f"{param} and n ask for {n_all} answers, a request may have {limits.max_rows}"))
+    if n_all > limits.max_rows:
+        message = f"{param} and n ask for {n_all} answers, a request may have {limits.max_rows}"
+        raise Refusal(400, message, param=param)
     sizes = [len(one.encode(errors="replace")) if isinstance(one, str) else len(one) for one in prompts]
     unit = "bytes" if isinstance(prompts[0], str) else "ids"
     for size, most, of in (

@@ -1,6 +1,6 @@
 """Cut text into the pretokens inside which byte pairs are merged, and number and count these.
 
-It is done by GPT-2's pattern: as a regex, and as array arithmetic for much text at a time.
+Cutting is done by GPT-2's pattern: as a regex, and as array arithmetic for much text at a time.
 
 The pattern is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), which llama.cpp
 calls `gpt-2` and the tokenizers library `ByteLevel`. Classes of characters are those of the `regex` module.

@@ -58,7 +58,7 @@ class TrainParams:
 
     group: ClassVar[str] = "train"
 
-    seed: Annotated[int, Within("[0, 4294967295]")]  # of the first weights, the order of the data and dropout
+    seed: Annotated[int, Within("[0, 4294967295]")]  # of random first weights, the order of the data and dropout
     init_from: Literal["scratch", "base"]  # new weights, or those of data/base
     lora: LoRAParams | None  # adapters that are trained instead of the weights of the base; null = all weights
     max_steps: Count  # optimizer steps

@@ -1,4 +1,4 @@
-"""The first weights of a new model, where something better than random numbers is known: pairs of tokens, and places.
+"""The first weights of a new model, where more is known than random numbers: pairs of tokens, and places.
 
 The blocks of a new model add nothing yet, so its logits are those of the newest token alone, head · norm(embedding).
 These two matrices are made from counts of token pairs, by a truncated singular value decomposition, as Levy and
@@ -15,7 +15,7 @@ V vocab_size, C n_embd, D head_dim, R rank.
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -26,17 +26,21 @@ from tinygpt.model.attention import Attention
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT, Block
 from tinygpt.model.layers import rope_tables
-from tinygpt.tokens import TokenIds
+
+if TYPE_CHECKING:  # what it imports would be code of the weights
+    from tinygpt.tokens import TokenIds
 
 PRIOR = 20.0  # pairs that are added to those of each token, shared out as tokens are in the whole text
 RMS = 0.2  # of an embedding's values: of 0.02 to 1, what trained best
 MAX_TOKENS = 10_000_000  # counted, of a longer text in pieces taken evenly
 N_PIECES = 100
+MAX_RANK = 256  # more take minutes for a large vocabulary
 
-N_BLOCKS = 2  # whose first heads look back
+N_BLOCKS = 2  # whose first heads look back, at most: half of the model's blocks stay random
+MIN_HEAD_DIM = 16  # of heads that can: narrower ones repeat themselves every few places
 DISTANCES = (1, 2, 3, 4)  # of one head each
 N_PAIRS = 3  # of rope's that they use, the fastest: slower ones hardly change from one place to the next
-SHARPNESS = 11.0  # their score at the right place; it is 2.5 less at the next ones, and 8 or more at others nearby
+SHARPNESS = 11.0  # their score at the right place; with 32 values 2.5 less at the next ones, 8 less at others nearby
 
 
 def set_first_weights(model: GPT, tokens: TokenIds) -> None:
@@ -44,12 +48,13 @@ def set_first_weights(model: GPT, tokens: TokenIds) -> None:
 
     All stay random where embeddings and head are one matrix, and the heads where positions are learned.
     """
-    if model.config.tie_weights:
+    config = model.config
+    if config.tie_weights or config.n_embd < 3:
         return
     column = set_bigrams(model, tokens)
-    if model.rope is not None:
-        for block in list(model.blocks)[:N_BLOCKS]:
-            look_back(cast(Block, block).attn, model.config, column)
+    if config.position == "rope" and config.head_dim >= MIN_HEAD_DIM:
+        for block in list(model.blocks)[: min(N_BLOCKS, config.n_layer // 2)]:
+            look_back(cast(Block, block).attn, config, column)
 
 
 # ---- embeddings and head ----
@@ -61,7 +66,7 @@ def set_bigrams(model: GPT, tokens: TokenIds) -> int:
     n_vocab, n_embd = model.tok_emb.weight.shape
     ids = torch.from_numpy(taken_evenly(tokens).astype(np.int64))
     shares = (ids.bincount(minlength=n_vocab) + 1.0) / (len(ids) + n_vocab)
-    left, right = factors(ids, shares, rank=min(n_embd - 2, n_vocab))
+    left, right = factors(ids, shares, rank=min(n_embd - 2, n_vocab, MAX_RANK))
     # Two more columns. One makes all embeddings equally long, so that the norm divides each by the same number; one
     # has the same value in all, by which the head adds log(p_b).
     lengths = left.square().sum(1, keepdim=True)
@@ -109,7 +114,8 @@ def look_back(attn: Attention, config: GPTConfig, column: int) -> None:
     """Let the first heads of a block attend to the tokens DISTANCES places before, whatever they are.
 
     From the column that is the same in all embeddings, keys get one vector and queries another, turned back by rope's
-    angles of the distance. So a score depends on the distance alone, and is largest at this one.
+    angles of the distance. So a score depends on the distance alone, and is largest at this one. Further heads share
+    the keys, and the longer queries where these are normed; their own queries stay random.
     """
     head_dim, n_pairs = config.head_dim, min(N_PAIRS, config.head_dim // 2)
     cos, sin = (table[:, :n_pairs] for table in rope_tables(max(DISTANCES) + 1, head_dim, config.rope_theta))
