@@ -65,9 +65,9 @@ def test_order_of_documents_does_not_matter():
 
 
 def test_min_frequency_stops_early_and_too_little_text_is_reported():
-    with pytest.raises(UserError, match=r"gives only 259 tokens: lower tokenizer.vocab_size=300"):
+    with pytest.raises(UserError, match=r"gives only 259 of 300 tokens: set tokenizer.vocab_size=259"):
         train_bpe(["abab cdcd"], 300, min_frequency=2)  # ab and cd; abab occurs once
-    with pytest.raises(UserError, match="only 257 tokens"):
+    with pytest.raises(UserError, match="only 257 of 300 tokens"):
         train_bpe([], 300)
 
 

@@ -242,9 +242,10 @@ def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
         dropped = [f"{param} dropped {n}" for param, n in counts.items() if param.startswith("clean.") and n]
         raise UserError(
-            f"{left} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed: "
-            f"{', '.join([*dropped, ''])}{n_in} documents came in; set clean.separator where a file holds several, "
-            "clean.split=auto for one long text, smaller clean.val_fraction and clean.test_fraction, or get more text"
+            f"{left} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed "
+            f"({', '.join([f'documents that came in: {n_in}', *dropped])}): get more text, set clean.separator where a "
+            "file holds several documents, or smaller clean.val_fraction and clean.test_fraction"
+            + ("" if params.split == "auto" else ", or clean.split=auto for one long text")
         )
     for split, fraction in (("val", params.val_fraction), ("test", params.test_fraction)):
         if params.split != "source" and fraction and not counts[f"{split}_documents"]:

@@ -66,8 +66,8 @@ def learn_bpe(
                 heap = _heap(pairs)
     if len(tokens) < vocab_size:
         raise UserError(
-            f"the training text gives only {len(tokens)} tokens: lower tokenizer.vocab_size={vocab_size} "
-            f"or tokenizer.min_frequency={min_frequency}, raise tokenizer.max_bytes, or take more text"
+            f"the training text gives only {len(tokens)} of {vocab_size} tokens: "
+            f"set tokenizer.vocab_size={len(tokens)}, lower tokenizer.min_frequency={min_frequency}, or take more text"
         )
     return Tokenizer.from_merges(merges, special_tokens)
 
