@@ -99,7 +99,7 @@ def test_a_seed_gives_the_same_text_whatever_runs_next_to_it(rows, tiny_tokenize
         assert answer.text == generate(MODEL, tiny_tokenizer, prompt, max_new_tokens=12, sampling=one)
 
 
-def test_an_option_that_is_of_the_sampling_is_no_argument(tiny_tokenizer):
+def test_options_of_sampling_and_misspelled_ones_are_refused(tiny_tokenizer):
     for name in ("temperature", "n_logprob"):
         with pytest.raises(TypeError, match=name):
             generate_batch(MODEL, tiny_tokenizer, ["a"], max_new_tokens=3, **{name: 1})
