@@ -46,7 +46,8 @@ SHARPNESS = 11.0  # their score at the right place; with 32 values 2.5 less at t
 def set_first_weights(model: GPT, tokens: TokenIds) -> None:
     """Set embeddings, head and early heads of a new model.
 
-    All stay random where embeddings and head are one matrix, and the heads where positions are learned.
+    All stay random where embeddings and head are one matrix or less than three wide, and the heads where they are
+    narrow or positions are learned.
     """
     config = model.config
     if config.tie_weights or config.n_embd < 3:
@@ -117,12 +118,12 @@ def look_back(attn: Attention, config: GPTConfig, column: int) -> None:
     angles of the distance. So a score depends on the distance alone, and is largest at this one. Further heads share
     the keys, and the longer queries where these are normed; their own queries stay random.
     """
-    head_dim, n_pairs = config.head_dim, min(N_PAIRS, config.head_dim // 2)
-    cos, sin = (table[:, :n_pairs] for table in rope_tables(max(DISTANCES) + 1, head_dim, config.rope_theta))
+    head_dim = config.head_dim
+    cos, sin = (table[:, :N_PAIRS] for table in rope_tables(max(DISTANCES) + 1, head_dim, config.rope_theta))
     normed = math.sqrt(config.n_embd / 2)  # the column's value after the block's norm
-    size = math.sqrt(SHARPNESS * math.sqrt(head_dim) / n_pairs) / normed
+    size = math.sqrt(SHARPNESS * math.sqrt(head_dim) / N_PAIRS) / normed
     queries, keys = (
-        linear.weight.view(-1, 2, head_dim // 2, config.n_embd)[:, :, :n_pairs, column]
+        linear.weight.view(-1, 2, head_dim // 2, config.n_embd)[:, :, :N_PAIRS, column]
         for linear in (attn.q_proj, attn.k_proj)
     )
     keys[:, 0], keys[:, 1] = size, 0
