@@ -46,7 +46,7 @@ SHARPNESS = 11.0  # their score at the right place; with 32 values 2.5 less at t
 N_FITTED = 131_072  # tokens that values are fitted on
 MAX_VOCAB = 20_000  # more take minutes
 STEP = 0.2  # of Newton's: each head is fitted as if it were alone
-RIDGE = 0.1  # of the mean variance, added to each
+RIDGE = 0.1  # of the mean variance, added to that of each direction
 
 
 def set_first_weights(model: GPT, tokens: TokenIds) -> None:
@@ -167,16 +167,17 @@ def fit_values(model: GPT, tokens: TokenIds) -> None:
     def at(shift: int) -> Tensor:
         return torch.from_numpy(tokens[places + shift].astype(np.int64))
 
-    residuals = head[at(1)] - expected[at(0)]
-    out, into = inverse_root(residuals), inverse_root(inputs[at(0)])
+    residuals = (head[at(1)] - expected[at(0)]) / math.sqrt(len(places))
+    shares = at(0).bincount(minlength=config.vocab_size) / len(places)
+    out, into = inverse_root(residuals), inverse_root(inputs * shares.sqrt()[:, None])
     values = block.attn.v_proj.weight.view(config.n_kv_head, -1, config.n_embd)
     outputs = block.attn.o_proj.weight.view(config.n_embd, config.n_head, -1)
     n_shared = config.n_head // config.n_kv_head
     for index, distance in enumerate(DISTANCES[: config.n_head]):
         if index % n_shared or distance >= (config.window_of(0) or config.block_size):
             continue
-        product = (residuals.T @ inputs[at(-distance)]).double() / len(places)
-        left, scales, right = torch.linalg.svd(out @ product @ into)
+        by_token = torch.zeros_like(head).index_add_(0, at(-distance), residuals) / math.sqrt(len(places))
+        left, scales, right = torch.linalg.svd(out @ (by_token.T @ inputs).double() @ into)
         rank = min(config.head_dim, config.n_embd)
         value = scales[:rank, None].sqrt() * right[:rank] @ into
         size = INIT_STD * math.sqrt(value.numel()) / value.norm().clamp(min=1e-12)  # as large as it was
@@ -185,6 +186,6 @@ def fit_values(model: GPT, tokens: TokenIds) -> None:
 
 
 def inverse_root(rows: Tensor) -> Tensor:
-    """The inverse root of the mean of x xᵀ, of rows x.  (N, C) -> (C, C) float64"""
-    variances, directions = torch.linalg.eigh((rows.T @ rows).double() / len(rows))
+    """The inverse root of the sum of x xᵀ, of rows x.  (N, C) -> (C, C) float64"""
+    variances, directions = torch.linalg.eigh((rows.T @ rows).double())
     return directions * (variances.clamp(min=0) + RIDGE * variances.mean() + 1e-12).rsqrt() @ directions.T
