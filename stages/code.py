@@ -14,6 +14,7 @@ from tinygpt.files import checkout_of, write_json
 from tinygpt.params import PARAMS_FILE, check_params
 from tinygpt.paths import CODE
 from tinygpt.stage import run_stage
+from tinygpt.yaml12 import shown
 
 
 def run(root: Path) -> None:
@@ -31,7 +32,7 @@ def lost_experiments(checkout: Path, *, is_copy: bool) -> list[str]:
     found = []
     if not str(checkout).isascii() or unquote(urlsplit(f"file://{checkout}").path) != str(checkout):  # DVC makes a URL
         found.append(
-            f"`dvc exp run --temp` and queues fail in a folder with this name, {str(checkout)!r}: rename it to ASCII "
+            f"`dvc exp run --temp` and queues fail in the folder {shown(str(checkout))}: rename it to ASCII "
             "letters without # ? %, or run experiments without them"
         )
     shallow = ["git", "rev-parse", "--is-shallow-repository"]

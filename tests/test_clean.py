@@ -24,6 +24,7 @@ from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, TEXT_RULES, CleanPa
 from tinygpt.corpus.documents import Reader, raw_shards
 from tinygpt.corpus.duplicates import near_duplicates, shingles, signature
 from tinygpt.corpus.folders import SPLITS, Manifest, RawFile, iter_texts, read_manifest, text_line, write_manifest
+from tinygpt.corpus.raw import RawFolder
 from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError, from_mapping
@@ -104,18 +105,18 @@ def texts_of(made: Reader, raw: Path) -> list[str]:
     ("changes", "message"),
     [
         ({"separator": ""}, "clean.separator is empty"),
-        ({"newlines": "yes"}, "clean.newlines='yes' must be true or false"),
+        ({"newlines": "yes"}, "clean.newlines=yes must be true or false"),
         ({"control_characters": 1}, "clean.control_characters=1 must be true or false"),
-        ({"unicode_nfc": None}, "clean.unicode_nfc=None must be true or false"),
-        ({"min_bytes": 0}, "clean.min_bytes=0 must be within"),
-        ({"exact_duplicates": "no"}, "clean.exact_duplicates='no' must be true or false"),
-        ({"near_duplicates": 0.0}, "clean.near_duplicates=0.0 must be within"),
-        ({"near_duplicates": 1.1}, "clean.near_duplicates=1.1 must be within"),
-        ({"split": "tial"}, "clean.split='tial' is not one of .*did you mean tail"),
-        ({"val_fraction": 1.0}, "clean.val_fraction=1.0 must be within"),
-        ({"test_fraction": -0.1}, "clean.test_fraction=-0.1 must be within"),
+        ({"unicode_nfc": None}, "clean.unicode_nfc=null must be true or false"),
+        ({"min_bytes": 0}, "clean.min_bytes=0 must be"),
+        ({"exact_duplicates": "no"}, "clean.exact_duplicates=no must be true or false"),
+        ({"near_duplicates": 0.0}, "clean.near_duplicates=0.0 must be"),
+        ({"near_duplicates": 1.1}, "clean.near_duplicates=1.1 must be"),
+        ({"split": "tial"}, "clean.split=tial is not one of .*did you mean tail"),
+        ({"val_fraction": 1.0}, "clean.val_fraction=1.0 must be"),
+        ({"test_fraction": -0.1}, "clean.test_fraction=-0.1 must be"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "clean.val_fraction=0.5 and clean.test_fraction=0.5 must sum"),
-        ({"split_seed": -1}, "clean.split_seed=-1 must be within"),
+        ({"split_seed": -1}, "clean.split_seed=-1 must be"),
         ({"min_byte": 1}, "unknown key clean.min_byte"),
     ],
 )
@@ -190,10 +191,32 @@ def test_a_byte_order_mark_before_json_lines_is_skipped(tmp_path: Path) -> None:
     assert read(tmp_path, b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}', name="x.jsonl") == ["a", "b"]
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b"7", b'{"txt": "a"}', b'{"text": 7}', b'{"text": null}', b'"text"'])
-def test_a_broken_json_line_is_named(tmp_path: Path, line: bytes) -> None:
-    with pytest.raises(UserError, match=r"x\.jsonl line 2 is not a JSON object with a .text."):
-        read(tmp_path, b'{"text": "a"}\n' + line, name="x.jsonl")
+BAD_LINES = {
+    b"{": "is not JSON (Expecting property name enclosed in double quotes at character 2): {",
+    b"hello": "is not JSON (Expecting value at character 1): hello",
+    b"[]": "is JSON, but not an object: []",
+    b'"text"': 'is JSON, but not an object: "text"',
+    b'{"txt": "a", "my id": 1}': 'has no "text", but txt, "my id": {"txt": "a", "my id": 1}',
+    b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7}': 'has no "text", but a, b, c, d, e, …: {"a":1',
+    b"{}": 'has no "text", but nothing: {}',
+    b'{"text": 7}': 'has a "text" that is not a text: {"text": 7}',
+    b'{"text": null}': 'has a "text" that is not a text: {"text": null}',
+    b"[" * 200_000: f"is nested too deeply: {'[' * 40}…",
+}
+
+
+@pytest.mark.parametrize(("line", "problem"), BAD_LINES.items(), ids=range(len(BAD_LINES)))
+def test_a_broken_json_line_is_named_with_what_is_wrong_and_how_many_there_are(tmp_path, line, problem):
+    content = b'{"text": "a"}\n' + line + b'\n\n{"text": "b"}\n' + line
+    counted = " (wrong from there on: 2 of 3 lines): mend it, or rename the file to have it read as plain text"
+    for find in (
+        lambda: read(tmp_path, content, name="x.jsonl"),
+        lambda: RawFolder(tmp_path / "limited", 100).add("x.jsonl", iter([content])),
+    ):
+        with pytest.raises(UserError) as caught:
+            find()
+        told = str(caught.value)
+        assert told.startswith(f"x.jsonl line 2 {problem}") and told.endswith(counted) and "\n" not in told
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 1 << 20])
@@ -475,7 +498,7 @@ def test_a_full_disk_is_reported_with_the_file_at_each_write(tmp_path: Path) -> 
 
 
 def test_a_separator_that_occurs_nowhere_is_reported_and_nothing_is_kept_for_another_try(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"clean.separator='---' is in none of the text files"):
+    with pytest.raises(UserError, match='clean.separator="---" is in none of the texts'):
         run(tmp_path, {"a.txt": LONG}, separator="---")
     assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
 

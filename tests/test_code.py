@@ -123,7 +123,7 @@ def test_the_stage_writes_what_dvc_compares(tmp_path):
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "für"])
 def test_a_path_that_dvc_takes_for_an_address_is_warned_of(name):
     (warning,) = lost_experiments(Path("/texts") / name, is_copy=False)
-    assert f"fail in a folder with this name, '/texts/{name}': rename it" in warning
+    assert f'fail in the folder "/texts/{name}": rename it' in warning
 
 
 def test_a_shallow_clone_of_which_dvc_keeps_no_experiment_is_warned_of(tmp_path):

@@ -294,7 +294,7 @@ def test_choices_are_the_keys_of_the_registry():
 
 def test_a_log_that_is_named_twice_is_refused():
     fields = dataclasses.asdict(RUNTIME) | {"log_to": ["wandb", "wandb"]}
-    with pytest.raises(ParamsError, match=r"runtime.log_to=\['wandb', 'wandb'\] names one twice"):
+    with pytest.raises(ParamsError, match=r'runtime.log_to=\["wandb", "wandb"\] names one twice'):
         from_mapping(RuntimeParams, fields)
 
 

@@ -253,7 +253,7 @@ def test_an_encoding_that_does_not_fit_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="download.encoding=cp1252 cannot decode x.txt"):
         fill(tmp_path, "x.txt", encoding="cp1252")
     for name in ("utf9", "hex", "undefined"):
-        with pytest.raises(ParamsError, match=f"download.encoding='{name}' is not one of Python's text encodings"):
+        with pytest.raises(ParamsError, match=f"download.encoding={name} is not a text encoding of Python"):
             params("x", encoding=name)
 
 

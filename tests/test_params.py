@@ -83,22 +83,22 @@ def test_good_values_are_read_as_their_types():
     ("key", "value", "message"),
     [
         ("whole", 8.5, "model.whole=8.5 must be a whole number"),
-        ("whole", True, "model.whole=True must be a whole number"),
-        ("whole", "8", "model.whole='8' must be a whole number"),
-        ("whole", 0, r"model.whole=0 must be within \[1, inf\)"),
-        ("whole", None, "model.whole=None must be a whole number"),
-        ("derived", 0, r"model.derived=0 must be within \[1, inf\)"),
-        ("real", "1e-5", "model.real='1e-5' must be a finite number"),
+        ("whole", True, "model.whole=true must be a whole number"),
+        ("whole", "8", 'model.whole="8" must be a whole number'),
+        ("whole", 0, r"model.whole=0 must be 1 or more"),
+        ("whole", None, "model.whole=null must be a whole number"),
+        ("derived", 0, r"model.derived=0 must be 1 or more"),
+        ("real", "1e-5", 'model.real="1e-5" must be a finite number'),
         ("real", float("nan"), "model.real=nan must be a finite number"),
-        ("real", 0, r"model.real=0.0 must be within \(0, 1\]"),
+        ("real", 0, "model.real=0 must be above 0 and at most 1"),
         ("text", 5, "model.text=5 must be a text"),
-        ("switch", "on", "model.switch='on' must be true or false"),
+        ("switch", "on", "model.switch=on must be true or false"),
         ("switch", 1, "model.switch=1 must be true or false"),
-        ("choice", "gren", r"model.choice='gren' is not one of 'red', 'green' \(did you mean green\?\)"),
+        ("choice", "gren", r"model.choice=gren is not one of red, green \(did you mean green\?\)"),
         ("pair", [1.0], r"model.pair=\[1.0\] must have 2 values"),
         ("pair", 1.0, "model.pair=1.0 must be a list"),
         ("names", ["a", 1], r"model.names\[1\]=1 must be a text"),
-        ("inner", {"size": 0}, "model.inner.size=0 must be within"),
+        ("inner", {"size": 0}, "model.inner.size=0 must be"),
         ("inner", 3, "model.inner must be a mapping"),
     ],
 )
@@ -164,7 +164,7 @@ def test_yaml_is_version_1_2(tmp_path):
     path = edited(tmp_path, r"  lr: \S+", "  lr: 1e-05")  # what `-S train.lr=1e-5` writes; YAML 1.1 reads a text
     assert load_params(TrainParams, path=path).lr == 1e-5
     path = edited(tmp_path, r"position: \w+", "position: on")  # YAML 1.1 reads true
-    with pytest.raises(ParamsError, match="model.position='on'"):
+    with pytest.raises(ParamsError, match="model.position=on is"):
         load_params(ModelParams, path=path)
 
 
@@ -257,8 +257,8 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"model.position": "learned"}, "no model of transformers and llama.cpp has model.position=learned, "),
     ({"model.block_size": 3}, "model.block_size=3 is too short to check export.gguf: at least 4"),
-    ({"tokenizer.special_tokens": ["the"]}, "tokenizer.special_tokens names 'the', which the text may teach as a"),
-    ({"tokenizer.special_tokens": ["Ã©"], "tokenizer.kind": "char"}, "tokenizer.special_tokens names 'Ã©', which the"),
+    ({"tokenizer.special_tokens": ["the"]}, "tokenizer.special_tokens names the, which the text may teach as a"),
+    ({"tokenizer.special_tokens": ["Ã©"], "tokenizer.kind": "char"}, 'tokenizer.special_tokens names "Ã©", which the'),
 ]
 
 
@@ -291,14 +291,14 @@ def test_pairs_of_params_that_work_are_accepted(tmp_path, changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.n_layer": 10**7}, r"model\.n_layer=10000000 must be within \[1, 1000\]"),
-        ({"model.n_embd": 2**40}, r"model\.n_embd=1099511627776 must be within \[1, 131072\]"),
+        ({"model.n_layer": 10**7}, r"model\.n_layer=10000000 must be from 1 to 1000"),
+        ({"model.n_embd": 2**40}, r"model\.n_embd=1099511627776 must be from 1 to 131072"),
         ({"train.max_steps": 2**63}, r"train\.max_steps=9223372036854775808 must be below 2\^63"),
         ({"train.eval_every": 1e300}, r"train\.eval_every=1.* must be below 2\^63"),
-        ({"runtime.n_process": 10**6}, r"runtime\.n_process=1000000 must be within"),
-        ({"train.lr": 1e30}, r"train\.lr=1e\+30 must be within \(0, 100\]"),
-        ({"train.head_lr": 1e30}, r"train\.head_lr=1e\+30 must be within"),
-        ({"model.rope_theta": 1e-300}, r"model\.rope_theta=1e-300 must be within"),
+        ({"runtime.n_process": 10**6}, r"runtime\.n_process=1000000 must be"),
+        ({"train.lr": 1e30}, r"train\.lr=1e\+30 must be above 0 and at most 100"),
+        ({"train.head_lr": 1e30}, r"train\.head_lr=1e\+30 must be"),
+        ({"model.rope_theta": 1e-300}, r"model\.rope_theta=1e-300 must be"),
     ],
 )
 def test_a_size_or_rate_beyond_any_machine_is_refused(tmp_path, changes, message):
@@ -308,7 +308,7 @@ def test_a_size_or_rate_beyond_any_machine_is_refused(tmp_path, changes, message
 
 def test_half_a_character_is_refused_in_every_text(tmp_path):
     path = edited(tmp_path, r"  - Return a new", r'  - "\\ud800"')
-    with pytest.raises(ParamsError, match=r"evaluate\.prompts\[1\]=.* must be whole characters") as caught:
+    with pytest.raises(ParamsError, match=r"evaluate\.prompts\[1\]=.* must not have half characters") as caught:
         check_params(path)
     assert str(caught.value).isprintable()
 
@@ -385,11 +385,11 @@ def load_edited(cls: type, **changes: Any) -> Any:
         (
             TrainParams,
             {"init_from": "base", "lora": {"rank": 2, "alpha": 4, "dropout": 0, "targets": ["q_proj", "q_proj"]}},
-            r"train.lora.targets=\['q_proj', 'q_proj'\] names a layer twice",
+            r'train.lora.targets=\["q_proj", "q_proj"\] names a layer twice',
         ),
         (TrainParams, {"seed": -1}, "train.seed"),
         (TrainParams, {"context_warmup": {"start": 1.5, "steps": 9}}, "train.context_warmup.start=1.5 must be a whole"),
-        (TrainParams, {"context_warmup": {"start": 4, "steps": 0}}, "train.context_warmup.steps=0 must be within"),
+        (TrainParams, {"context_warmup": {"start": 4, "steps": 0}}, "train.context_warmup.steps=0 must be"),
         (TrainParams, {"lr": 0}, "train.lr"),
         (TrainParams, {"min_lr_frac": 2}, "train.min_lr_frac"),
         (TrainParams, {"betas": [0.9, 1.0]}, r"train.betas\[1\]"),
@@ -411,9 +411,9 @@ def load_edited(cls: type, **changes: Any) -> Any:
         (PlotParams, {"formats": []}, "plot.formats"),
         (PlotParams, {"formats": ["gif"]}, "plot.formats"),
         (PlotParams, {"dpi": 1}, "plot.dpi"),
-        (RuntimeParams, {"device": "gpu"}, "runtime.device='gpu' is not one of 'auto', 'cpu', 'cuda', 'mps'$"),
-        (RuntimeParams, {"micro_batch_size": 0}, r"runtime.micro_batch_size=0 must be within \[1, inf\)"),
-        (RuntimeParams, {"micro_batch_size": "outo"}, r"not one of 'auto' \(did you mean auto\?\)"),
+        (RuntimeParams, {"device": "gpu"}, "runtime.device=gpu is not one of auto, cpu, cuda, mps$"),
+        (RuntimeParams, {"micro_batch_size": 0}, r"runtime.micro_batch_size=0 must be 1 or more"),
+        (RuntimeParams, {"micro_batch_size": "outo"}, r"not one of auto \(did you mean auto\?\)"),
         (RuntimeParams, {"micro_batch_size": 1.5}, "runtime.micro_batch_size=1.5 must be a whole number"),
         (RuntimeParams, {"n_thread": -1}, "runtime.n_thread"),
         (RuntimeParams, {"log_every": 0}, "runtime.log_every"),

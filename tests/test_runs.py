@@ -173,7 +173,7 @@ def test_an_empty_runs_folder_is_not_a_mistake(folder, told):
     ("options", "message"),
     [
         ("--all", "--all and --keep say what --prune removes: add --prune"),
-        ("--prune --keep -1", "--keep=-1 must be at least 0"),
+        ("--prune --keep -1", "--keep=-1 must be 0 or more"),
     ],
 )
 def test_options_that_make_no_sense_are_reported(command, options, message):

@@ -98,7 +98,7 @@ def is_idle(served) -> bool:
 def test_the_models_are_listed_with_their_sizes(client):
     assert [model.id for model in client.models.list()] == ["first", "second"]
     assert client.models.retrieve("second").owned_by == "tinygpt"
-    with pytest.raises(openai.NotFoundError, match="model 'third' is not served here, these are: first, second"):
+    with pytest.raises(openai.NotFoundError, match="model third is not served here, these are: first, second"):
         client.models.retrieve("third")
 
 
@@ -252,34 +252,34 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
     ("document", "status", "message"),
     [
         ({"promt": "a"}, 400, r"unknown key promt \(did you mean prompt\?\)"),
-        ({"temperature": -1}, 400, r"temperature=-1.0 must be within \[0, inf\)"),
-        ({"top_p": 2}, 400, r"top_p=2.0 must be within \[0, 1\]"),
-        ({"top_p": "0.5"}, 400, "top_p='0.5' must be a finite number"),
+        ({"temperature": -1}, 400, r"temperature=-1 must be 0 or more"),
+        ({"top_p": 2}, 400, r"top_p=2 must be from 0 to 1"),
+        ({"top_p": "0.5"}, 400, 'top_p="0.5" must be a finite number'),
         ({"n_beam": 0}, 400, "unknown key n_beam"),
-        ({"n": 0}, 400, r"n=0 must be within \[1, 1024\]"),
+        ({"n": 0}, 400, r"n=0 must be from 1 to 1024"),
         ({"n": 17}, 400, "prompt and n ask for 17 answers, a request may have 16"),
         ({"prompt": ["a"] * 5, "n": 4}, 400, "ask for 20 answers"),
         ({"prompt": ["a"] * 17}, 400, "prompt and n ask for 17 answers, a request may have 16"),
         ({"max_tokens": 0}, 400, "max_tokens=0 needs echo"),
-        ({"max_tokens": -1}, 400, "max_tokens=-1 must be within"),
+        ({"max_tokens": -1}, 400, "max_tokens=-1 must be"),
         ({"max_tokens": 100_001}, 400, "max_tokens=100001 must be at most 100000"),
         ({"max_tokens": 5, "min_new_tokens": 9}, 400, "min_new_tokens=9 is more than max_tokens=5"),
-        ({"logprobs": 99}, 400, r"logprobs=99 must be within \[0, 20\]"),
+        ({"logprobs": 99}, 400, r"logprobs=99 must be from 0 to 20"),
         ({"max_tokens": 0, "echo": True, "stream": True}, 400, "max_tokens=0 has nothing to stream"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options needs stream"),
-        ({"stop": [""]}, 400, "has an empty text"),
+        ({"stop": [""]}, 400, 'stop="" is a text that every'),
         ({"stop": ["a"] * 17}, 400, "stop has more than 16 texts"),
         ({"stop": ["b", "a" * 257]}, 400, "stop has a text of more than 256 characters"),
         ({"banned_ids": [1] * 2000}, 400, "banned_ids has more than 1024 items"),
-        ({"no_repeat_ngram_size": 17}, 400, r"no_repeat_ngram_size=17 must be within \[0, 16\]"),
+        ({"no_repeat_ngram_size": 17}, 400, r"no_repeat_ngram_size=17 must be from 0 to 16"),
         ({"stop_ids": [300]}, 400, "stop_ids has 300, but the model's ids are 0 to 299"),
         ({"logit_bias": {"x": 1}}, 400, "must be a whole number"),
         ({"logit_bias": {"999": 1}}, 400, "logit_bias has 999"),
-        ({"logit_bias": {"9": 101}}, 400, "logit_bias must be within"),
-        ({"frequency_penalty": 1e300}, 400, r"must be within \[-2, 2\]"),
-        ({"repetition_penalty": 1e-300}, 400, r"must be within \[0.01, 100\]"),
+        ({"logit_bias": {"9": 101}}, 400, "logit_bias must be"),
+        ({"frequency_penalty": 1e300}, 400, r"must be from -2 to 2"),
+        ({"repetition_penalty": 1e-300}, 400, r"must be from 0.01 to 100"),
         ({"seed": 2**64}, 400, r"seed=18446744073709551616 must be "),
-        ({"model": "third"}, 404, "model 'third' is not served here"),
+        ({"model": "third"}, 404, "model third is not served here"),
         ({"prompt": 5}, 400, "prompt must be a text"),
         ({"prompt": []}, 400, "prompt must be a text"),
         ({"prompt": [[]]}, 400, "prompt must be a text"),
@@ -291,7 +291,7 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"prompt": "no \udcff text"}, 400, "prompt is not UTF-8 from character 3 on"),
         ({"prompt": "a", "when_full": "slid"}, 400, r"did you mean slide\?"),
         ({"prompt": "the file " * 50, "when_full": "stop"}, 400, "which leaves no room in a context of 32"),
-        ({"stop": "\ud800", "top_k": -1}, 400, "top_k=-1 must be within"),
+        ({"stop": "\ud800", "top_k": -1}, 400, "top_k=-1 must be"),
     ],
     ids=str,
 )
@@ -612,12 +612,12 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
     ("args", "message"),
     [
         (["--port", "{taken}"], "error: port {taken} of 127.0.0.1 is in use"),
-        (["--port", "70000"], "error: --port 70000 must be within"),
+        (["--port", "70000"], "error: --port=70000 must be from 0 to 65535"),
         (["--host", "203.0.113.7"], "error: cannot listen on 203.0.113.7, port 0"),
         (["--model", "a", "--model", "a"], "error: --model a: its name is taken"),
         (["--model", "nothing"], "error: nothing not found: name a folder with config.json"),
         (["--model", "a=b.gguf"], "error: --model b.gguf: serve does not read .gguf files"),
-        (["--max-rows", "0"], "error: --max-rows=0 must be within"),
+        (["--max-rows", "0"], "error: --max-rows=0 must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -71,9 +71,9 @@ def no_mirror_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"source": ""}, "download.source is empty"),
         ({"source": 7}, "download.source=7 must be a text"),
-        ({"sha256": "abc"}, "download.sha256='abc' must be 64 characters"),
+        ({"sha256": "abc"}, "download.sha256=abc must be 64 characters"),
         ({"sha256": "A" * 64}, "download.sha256"),
-        ({"max_bytes": 0}, "download.max_bytes=0 must be within"),
+        ({"max_bytes": 0}, "download.max_bytes=0 must be"),
         ({"max_bytes": 1.5}, "download.max_bytes=1.5 must be a whole number"),
         ({"max_byte": 1}, "unknown key download.max_byte .did you mean download.max_bytes"),
     ],

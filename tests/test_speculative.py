@@ -227,8 +227,8 @@ def test_pieces_come_token_by_token_and_a_seed_decides_them(tiny_tokenizer):
         ({"draft": tiny_model(vocab_size=301)}, Search(), "draft has 301 tokens, the model 300"),
         ({}, Search(n_beam=2), "n_beam=2 follows several texts"),
         ({}, Search(best_of=2), "best_of=2 draws several texts"),
-        ({"n_draft": 0}, Search(), r"n_draft=0 must be within \[1, 64\]"),
-        ({"ngram": 0}, Search(), r"ngram=0 must be within \[1, 16\]"),
+        ({"n_draft": 0}, Search(), r"n_draft=0 must be from 1 to 64"),
+        ({"ngram": 0}, Search(), r"ngram=0 must be from 1 to 16"),
     ],
 )
 def test_what_does_not_fit_is_reported_by_name(speculation, search, message, tiny_tokenizer):

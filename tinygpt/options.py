@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
-from tinygpt.params import Count, ParamsError, Within, from_mapping, require
+from tinygpt.params import Count, ParamsError, Within, from_mapping, require, typed
+from tinygpt.yaml12 import shown
 
 MOST_BYTES = 20_000_000  # of a prompt or a file of them: no model reads so much at a time
 NotNegative = Annotated[int, Within("[0, inf)")]
@@ -24,11 +25,12 @@ AnyNumber = Annotated[float, Within("(-inf, inf)")]
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Options with values that their types allow."""
+    """Options whose values are what their types ask for."""
 
     def __post_init__(self) -> None:
-        """Raises ParamsError with all that is wrong."""
-        require(*type_rules(self))
+        """Make 8.0 an 8 and lists tuples.  Raises ParamsError with all that is wrong."""
+        for name, value in typed(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Length(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Checked):
     """How to choose tokens, and where a text ends.  Each option's default changes nothing."""
 
     temperature: Annotated[float, Within("[0, inf)"), "divide the logits; 0 takes the likeliest token"] = 1.0
@@ -66,16 +68,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
-        lists = {option.name: getattr(self, option.name) for option in options_of(type(self)) if option.is_list}
-        # "ab" would be two texts, "a" and "b"
-        require(*((isinstance(each, tuple), f"{name}={each!r} must be a tuple") for name, each in lists.items()))
+        super().__post_init__()
+        most = max([abs(bias) for _, bias in self.logit_bias], default=0)
         require(
-            *type_rules(self),
-            (all(self.stop), f"stop={self.stop} has an empty text, which every text begins with: leave it out"),
-            (
-                all(abs(bias) <= 1e9 for _, bias in self.logit_bias),
-                f"logit_bias={self.logit_bias} must be between -1e9 and 1e9; banned_ids forbids a token",
-            ),
+            (all(self.stop), 'stop="" is a text that every text begins with: leave it out'),
+            (most <= 1e9, f"logit_bias={shown(most)} must be from -1e9 to 1e9; banned_ids forbids a token"),
         )
 
     def check_ids(self, vocab_size: int) -> None:
@@ -95,7 +92,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class Search(Checked):
     """How many texts to follow at once, and which of them to take."""
 
     n_beam: Annotated[
@@ -111,9 +108,9 @@ class Search:
 
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
+        super().__post_init__()
         of_beams = changed(self, ("length_penalty", "early_stopping"))
         require(
-            *type_rules(self),
             *(
                 (self.n_beam > 1, f"{name}={value} is for beam search: it needs n_beam above 1")
                 for name, value in of_beams.items()
@@ -240,7 +237,6 @@ class Option:
     name: str
     type: Any  # without None
     default: Any
-    interval: Within | None
     help: str | None  # None = it cannot be typed by a user
     choices: tuple[Any, ...]  # of a Literal; nothing where the type is another
     is_list: bool  # it takes several values
@@ -273,21 +269,5 @@ def _option(name: str, hint: Any, default: Any) -> Option:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (each for each in typing.get_args(kind) if each is not type(None))
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
-    interval = next((mark for mark in marks if isinstance(mark, Within)), None)
     help = next((mark for mark in marks if isinstance(mark, str)), None)
-    return Option(name, kind, default, interval, help, choices if origin is Literal else (), origin is tuple)
-
-
-def type_rules(options: Any) -> list[tuple[bool, str]]:
-    """For `require`: each value is within the interval, or among the choices, that its field's type names."""
-    rules: list[tuple[bool, str]] = []
-    for option in options_of(type(options)):
-        value = getattr(options, option.name)
-        if option.type is int and value is not None and abs(value) >= 2**63:
-            rules.append((False, f"{option.name}={value} must be below 2^63"))
-        elif option.interval and value is not None:
-            rules.append((value in option.interval, f"{option.name}={value} must be within {option.interval.interval}"))
-        if option.choices and value is not None:
-            names = ", ".join(map(repr, option.choices))
-            rules.append((value in option.choices, f"{option.name}={value!r} is not one of {names}"))
-    return rules
+    return Option(name, kind, default, help, choices if origin is Literal else (), origin is tuple)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overloa
 
 from tinygpt.errors import UserError
 from tinygpt.files import read_json
-from tinygpt.yaml12 import load_yaml
+from tinygpt.yaml12 import load_yaml, shown
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -70,9 +70,16 @@ class Within:
 
     def __contains__(self, value: float) -> bool:
         low, high = (float(bound) for bound in self.interval[1:-1].split(","))
-        above = value >= low if self.interval[0] == "[" else value > low
-        below = value <= high if self.interval[-1] == "]" else value < high
-        return above and below
+        above = value > low or (value == low and self.interval[0] == "[")
+        return above and (value < high or (value == high and self.interval[-1] == "]"))
+
+    def __str__(self) -> str:
+        """In words: "1 or more", "above 0 and at most 1", "from 0 to 1"."""
+        first, (low, high), last = self.interval[0], self.interval[1:-1].split(", "), self.interval[-1]
+        if first + last == "[]":
+            return f"from {low} to {high}"
+        least = f"{low} or more" if first == "[" else "a finite number" if low == "-inf" else f"above {low}"
+        return least + ("" if high == "inf" else f" and {'at most' if last == ']' else 'below'} {high}")
 
 
 HALVES = re.compile("[\ud800-\udfff]")  # of characters, which UTF-8 cannot hold
@@ -115,10 +122,9 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     """
     document = read_groups(path)
     groups, problems = dict[str, Any](), _key_problems(document, list(GROUPS), "")
-    for name in GROUPS:
+    for name in filter(document.__contains__, GROUPS):  # others are reported already
         try:
-            if name in document:  # else it is reported already
-                groups[name] = from_mapping(find_class(name), document[name], prefix=f"{name}.")
+            groups[name] = from_mapping(find_class(name), document[name], prefix=f"{name}.")
         except ParamsError as error:
             problems += error.problems
     for group in groups.values():
@@ -131,16 +137,12 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
 
 def check_names(names: Iterable[str]) -> None:
     """Raises ParamsError with every name that is not a "group.key", and the nearest one."""
-    fields = {group: sorted(_field_names(find_class(group))) for group in GROUPS}
-    problems = []
-    for name in names:
-        group, field, *_ = f"{name}.".split(".")
-        if group not in fields:
-            problems.append(_unknown(group, list(fields), ""))
-        elif field not in fields[group]:
-            problems.append(_unknown(field, fields[group], f"{group}."))
-    if problems:
-        raise ParamsError(problems)
+
+    def rule(group: str, field: str) -> tuple[bool, str]:
+        known = sorted(_field_hints(find_class(group))) if group in GROUPS else []
+        return field in known, _unknown(field, known, f"{group}.") if known else _unknown(group, list(GROUPS), "")
+
+    require(*(rule(*f"{name}.".split(".")[:2]) for name in names))
 
 
 def find_class(group: str) -> Any:
@@ -166,19 +168,23 @@ def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "", others: Sequen
     Raises ParamsError with all problems.
     """
     if not isinstance(mapping, dict):
-        raise ParamsError([f"{prefix.rstrip('.')} must be a mapping of keys to values, found {mapping!r}"])
-    hints = _field_hints(cls)  # type: ignore[arg-type]  # mypy thinks that not every class can be hashed
-    problems = _key_problems(mapping, list(hints), prefix, others)
-    values: dict[str, Any] = {}
-    for key, hint in hints.items():
+        raise ParamsError([f"{prefix.rstrip('.')} must be a mapping of keys to values, found {shown(mapping)}"])
+    names = [*_field_hints(cls)]  # type: ignore[arg-type]  # mypy thinks that not every class can be hashed
+    return cls(**typed(cls, mapping, prefix, _key_problems(mapping, names, prefix, others)))
+
+
+def typed(cls: Any, mapping: dict[str, Any], prefix: str = "", problems: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a dataclass's fields as their types ask for.  Raises ParamsError with these problems and all new"""
+    found, values = [*problems], dict[str, Any]()
+    for key, hint in _field_hints(cls).items():
         if key in mapping:
             try:
-                values[key] = _coerce(mapping[key], hint, prefix + key)
+                values[key] = coerce(mapping[key], hint, prefix + key)
             except ParamsError as error:
-                problems += error.problems
-    if problems:
-        raise ParamsError(problems)
-    return cls(**values)
+                found += error.problems
+    if found:
+        raise ParamsError(found)
+    return values
 
 
 def read_record(cls: type[T], path: Path, *, stage: str) -> T:
@@ -186,9 +192,9 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
 
     Raises UserError that names the file and every key that is missing or of another type.
     """
-    document = read_json(path, stage=stage)
+    document, names = read_json(path, stage=stage), _field_hints(cls)  # type: ignore[arg-type]  # as above
     try:
-        return from_mapping(cls, {key: document[key] for key in document if key in _field_names(cls)})
+        return from_mapping(cls, {key: document[key] for key in document if key in names})
     except ParamsError as error:
         problems = "; ".join(error.problems)
         raise UserError(f"{path} was written by another version ({problems}): run `dvc repro {stage}`") from None
@@ -232,37 +238,32 @@ def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str, others
     return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
 
 
-def _field_names(cls: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
-
-
 @functools.cache
 def _field_hints(cls: Any) -> dict[str, Any]:
-    return {k: v for k, v in typing.get_type_hints(cls, include_extras=True).items() if k in _field_names(cls)}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _coerce(value: Any, hint: Any, key: str) -> Any:
+def coerce(value: Any, hint: Any, key: str) -> Any:
     """Return `value` as the type that `hint` asks for, or raise a ParamsError that names `key`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        if value is None and DERIVED in args:
-            return None
-        value = _coerce(value, args[0], key)
-        for interval in (arg for arg in args if isinstance(arg, Within)):
-            require((value in interval, f"{key}={value} must be within {interval.interval}"))
-        return value
+        found: Any = None if value is None and DERIVED in args else coerce(value, args[0], key)
+        intervals = [arg for arg in args if isinstance(arg, Within) and found is not None]
+        require(*((found in each, f"{key}={shown(value)} must be {each}") for each in intervals))
+        return found
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
         inner = [arg for arg in args if arg is not type(None)]
         names = [arg for arg in inner if typing.get_origin(arg) is Literal]
-        return _coerce(value, names[0] if names and isinstance(value, str) else inner[0], key)
+        return coerce(value, names[0] if names and isinstance(value, str) else inner[0], key)
     if origin is Literal:
         return _choice(value, args, key)
     if origin is tuple:
         return _sequence(value, args, key)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value, prefix=key + ".")
+        return value if isinstance(value, hint) else from_mapping(hint, value, prefix=f"{key}.")
     return _scalar(value, hint, key)
 
 
@@ -270,16 +271,15 @@ def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
     if value in choices:
         return value
     near = nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
-    raise ParamsError([f"{key}={value!r} is not one of {', '.join(map(repr, choices))}{near}"])
+    raise ParamsError([f"{key}={shown(value)} is not one of {', '.join(map(shown, choices))}{near}"])
 
 
 def _sequence(value: Any, args: tuple[Any, ...], key: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ParamsError([f"{key}={value!r} must be a list, such as [a, b]"])
-    if args[-1] is Ellipsis:
-        args = (args[0],) * len(value)
-    require((len(value) == len(args), f"{key}={value!r} must have {len(args)} values"))
-    return tuple(_coerce(item, arg, f"{key}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
+        raise ParamsError([f"{key}={shown(value)} must be a list, such as [a, b]"])
+    args = (args[0],) * len(value) if args[-1] is Ellipsis else args
+    require((len(value) == len(args), f"{key}={shown(value)} must have {len(args)} values"))
+    return tuple(coerce(item, arg, f"{key}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
 
 
 def _scalar(value: Any, kind: type, key: str) -> Any:
@@ -291,9 +291,9 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
     if kind is float and is_number:
         return float(value)
     if kind is str and isinstance(value, str):
-        require((not HALVES.search(value), f"{key}={value!r} must be whole characters, not halves such as \\ud800"))
+        require((not HALVES.search(value), f"{key}={shown(value)} must not have half characters such as \\ud800"))
         return value
-    if kind is bool and isinstance(value, bool):
+    if kind not in (int, float, str) and isinstance(value, kind):
         return value
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
-    raise ParamsError([f"{key}={value!r} must be {names[kind]}"])
+    raise ParamsError([f"{key}={shown(value)} must be {names.get(kind, 'a path')}"])

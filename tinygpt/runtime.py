@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tinygpt.errors import UserError, is_out_of_memory
 from tinygpt.params import Count, ParamsError, Within, require
+from tinygpt.yaml12 import shown
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ class RuntimeParams:
     def __post_init__(self) -> None:
         alone = self.n_process == 1 and self.micro_batch_size is None  # else gradients outlive the pass they are of
         require(
-            (len(set(self.log_to)) == len(self.log_to), f"runtime.log_to={list(self.log_to)} names one twice"),
+            (len(set(self.log_to)) == len(self.log_to), f"runtime.log_to={shown(self.log_to)} names one twice"),
             (
                 not self.cuda_graphs or (self.compile and alone),
                 "runtime.cuda_graphs=true needs compile=true, n_process=1 and micro_batch_size=null",

@@ -6,13 +6,12 @@ contradictions are those of the user; without it, the field's own default counts
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -29,7 +28,8 @@ from tinygpt.options import (
     options_of,
     setting_options,
 )
-from tinygpt.params import Count, ParamsError, Within, nearest, require
+from tinygpt.params import Count, ParamsError, Within, coerce, nearest, require
+from tinygpt.yaml12 import shown
 
 STDIN = "-"
 GGUF = paths.EXPORT / "gguf/tinygpt-f32.gguf"
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
+class DeviceOptions(Checked):
     """Where and with what weights our own model computes."""
 
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "for tinygpt's engine"] = "auto"
@@ -118,17 +118,31 @@ class TextOptions(Checked):
 
 def bias(text: str) -> tuple[int, float]:
     """17=-2.5 -> (17, -2.5)"""
-    found = re.fullmatch(r"(\d+)=([-+.\deE]+)", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=BIAS, such as 17=-2.5")
-    return int(found[1]), float(found[2])
+    token, _, added = text.partition("=")
+    try:
+        return int(token), float(added)
+    except ValueError:
+        raise ParamsError([f"--logit-bias={text} must be ID=BIAS, such as 17=-2.5"]) from None
+
+
+def number(text: str) -> int | float | str:
+    """What was typed as a number, or as it is where it is none: `typed` says so, with all else that is wrong."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 SHORT = {"model": ["-m"], "max_new_tokens": ["-n"]}  # and -p for the prompt: as in llama.cpp
 # How values, and the items of a list, are typed.
-VALUES: dict[type, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+VALUES: dict[type, dict[str, Any]] = {
+    int: {"type": number, "metavar": "N"},
+    float: {"type": number, "metavar": "X"},
+    str: {"metavar": "NAME"},
+    Path: {"type": Path, "metavar": "PATH"},
+}
 LISTS: dict[Any, dict[str, Any]] = {
-    int: {"type": int, "metavar": "ID", "nargs": "+", "action": "extend"},
+    int: {"type": number, "metavar": "ID", "nargs": "+", "action": "extend"},
     str: {"metavar": "TEXT", "action": "append"},
     tuple[int, float]: {"type": bias, "metavar": "ID=BIAS", "action": "append"},
 }
@@ -148,15 +162,20 @@ def add_path(command: ArgumentParser, name: str, default: Path, help: str = "fol
     command.add_argument(name, type=Path, default=default, help=f"{help} (default: %(default)s)")
 
 
+def add_number(command: ArgumentParser, name: str, hint: Any, help: str, default: int | None = None) -> None:
+    """A number that is of no dataclass; ParamsError is raised where another is typed."""
+    command.add_argument(
+        name, type=lambda text: coerce(number(text), hint, name), default=default, metavar="N", help=help
+    )
+
+
 def reading(option: Option) -> dict[str, Any]:
     """How argparse reads an option."""
     if option.type is bool:
         return {"action": "store_true", "default": None}
     if option.choices:
-        return {"choices": option.choices}
-    if option.is_list:
-        return LISTS[typing.get_args(option.type)[0]]
-    return {"type": option.type, "metavar": VALUES[option.type]}
+        return {"metavar": f"{{{','.join(option.choices)}}}"}
+    return LISTS[typing.get_args(option.type)[0]] if option.is_list else VALUES[option.type]
 
 
 def flag(name: str) -> str:
@@ -204,7 +223,7 @@ def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
         named = re.match(r"([\w-]+)=", text)
         if not named:
             word, text = _word(text)
-            problems.append(f"{word!r} is not of the form NAME=VALUE")
+            problems.append(f"{shown(word)} is not of the form NAME=VALUE")
             continue
         name = named[1].replace("-", "_")
         option = options.get(name)

@@ -58,17 +58,20 @@ def read_all(args: Namespace) -> tuple[TextOptions, Settings, EngineOptions, Pro
 
 def check_texts(args: Namespace) -> TextOptions:
     """How many texts, and of what form.  Raises ParamsError with what contradicts how they are chosen."""
-    n, has_beams = args.n or 1, args.n_beam not in (None, 1)
+    many, has_beams = args.n not in (None, 1), args.n_beam not in (None, 1)
     rules = (
         (
             args.logprobs is None or args.format not in (None, "text"),
             f"--logprobs={args.logprobs} is not shown in text: it needs --format json or jsonl",
         ),
         (
-            n <= 1 or not (has_beams or args.best_of not in (None, 1)),
-            f"--n={n} prints all texts, --n-beam and --best-of only the best: give one of them",
+            not (many and (has_beams or args.best_of not in (None, 1))),
+            f"--n={args.n} prints all texts, --n-beam and --best-of only the best: give one of them",
         ),
-        (n <= 1 or args.temperature != 0, f"--n={n} needs --temperature above 0: at 0 all texts are the same"),
+        (
+            not many or args.temperature != 0,
+            f"--n={args.n} needs --temperature above 0: at 0 all texts are the same",
+        ),
         (
             args.logprobs is None or not has_beams,
             f"--logprobs={args.logprobs} does not go with beam search: leave out --n-beam={args.n_beam}",
@@ -129,8 +132,8 @@ def prompt_warnings(prompts: Sequence[NamedPrompt], n_tokens: Sequence[int], eng
     known = characters(engine.vocabulary) if any(foreign.values()) else None
     for prompt, chars in foreign.items():
         if known is not None and (unknown := [char for char in chars if char not in known]):
-            shown = " ".join(map(repr, unknown[:MOST_NAMED])) + (" …" if len(unknown) > MOST_NAMED else "")
-            found.append(f"{prompt.name} has characters that the model has not learned and reads as bytes: {shown}")
+            named = " ".join(unknown[:MOST_NAMED]) + (" …" if len(unknown) > MOST_NAMED else "")
+            found.append(f"{prompt.name} has characters that the model has not learned and reads as bytes: {named}")
     return found
 
 

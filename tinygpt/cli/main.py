@@ -10,7 +10,7 @@ import re
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any, Never
+from typing import Annotated, Any, Never
 
 from tinygpt import paths
 from tinygpt.cli.flags import (
@@ -20,11 +20,15 @@ from tinygpt.cli.flags import (
     ProposalOptions,
     TextOptions,
     add_flags,
+    add_number,
     add_path,
 )
 from tinygpt.errors import heed_interrupts, leave_at_once, printable, program
-from tinygpt.options import DRAWN, PARTS, Limits
-from tinygpt.params import nearest
+from tinygpt.options import DRAWN, PARTS, Limits, NotNegative
+from tinygpt.params import Within, nearest
+
+Port = Annotated[int, Within("[0, 65535]")]
+Positive = Annotated[float, Within("(0, inf)")]
 
 
 def _generate_flags(command: ArgumentParser) -> None:
@@ -59,7 +63,7 @@ def _serve_flags(command: ArgumentParser) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
     )
-    command.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 = any that is free)")
+    add_number(command, "--port", Port, "(default: %(default)s; 0 = any that is free)", 8000)
     command.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="another host name that clients may use"
     )
@@ -86,7 +90,7 @@ def _tokenizer_report_flags(command: ArgumentParser) -> None:
 
 def _attention_flags(command: ArgumentParser) -> None:
     command.add_argument("-p", "--prompt", required=True, help="the text to look at")
-    command.add_argument("--generate", type=int, default=0, metavar="N", help="and N tokens that the model adds to it")
+    add_number(command, "--generate", NotNegative, "and N tokens that the model adds to it", 0)
     command.add_argument(
         "--save", type=Path, metavar="FILE", help="save an .npz: `weights` (n_layer, n_head, T, T) and `ids` (T,)"
     )
@@ -115,15 +119,15 @@ def _preset_flags(command: ArgumentParser) -> None:
 
 
 def _plan_flags(command: ArgumentParser) -> None:
-    command.add_argument("--minutes", type=float, metavar="N", help="how long the whole pipeline may take")
-    command.add_argument("--bpb", type=float, metavar="X", help="or what it must reach, in bits per byte")
+    add_number(command, "--minutes", Positive, "how long the whole pipeline may take")
+    add_number(command, "--bpb", Positive, "or what it must reach, in bits per byte")
     command.add_argument("--write", action="store_true", help="put it into params.yaml")
 
 
 def _runs_flags(command: ArgumentParser) -> None:
     command.add_argument("--prune", action="store_true", help="remove the finished runs, never one that is running")
     command.add_argument("--all", action="store_true", help="with --prune: the interrupted runs, too")
-    command.add_argument("--keep", type=int, metavar="N", help="with --prune: keep the newest N of them")
+    add_number(command, "--keep", NotNegative, "with --prune: keep the newest N of them")
 
 
 def _compare_flags(command: ArgumentParser) -> None:
@@ -176,7 +180,7 @@ class Parser(ArgumentParser):
         found, unknown = super().parse_known_args([self.dashed(each) for each in typed], *rest)
         if unknown:
             near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
-            self.error(f"unknown argument {unknown[0]!r}{near}")
+            self.error(f"unknown argument {unknown[0]}{near}")
         return found, unknown
 
     def dashed(self, argument: str) -> str:
@@ -187,8 +191,9 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> Never:
         """Leave with status 2."""
-        if chosen := re.match(r"argument command: (invalid choice: '(\S+)')", message):
-            message = f"{chosen[1]}{nearest(chosen[2], COMMANDS)}"
+        if chosen := re.match(r"argument command: invalid choice: '(.*)' \(", message):
+            message = f"unknown command {chosen[1]}{nearest(chosen[1], COMMANDS)}"
+        message = re.sub(r"argument (\S+): ignored explicit argument '(.*)'", r"\1=\2: it takes no value", message)
         self.exit(2, f"error: {printable(message)}: see {self.prog} --help\n")
 
 

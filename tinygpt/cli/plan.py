@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import subprocess
 import sys
 import time
@@ -113,11 +112,8 @@ def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
 
 def plan(args: Namespace) -> None:
     """Print the plan, and with --write put it into params.yaml."""
-    given = {name: value for name, value in (("--minutes", args.minutes), ("--bpb", args.bpb)) if value is not None}
-    require(
-        (len(given) == 1, "give --minutes 30, how long it may take, or --bpb 1.9, how good it must be"),
-        *((0 < value < math.inf, f"{name} {value:g} must be a number above 0") for name, value in given.items()),
-    )
+    is_one = (args.minutes is None) != (args.bpb is None)
+    require((is_one, "give --minutes 30, how long it may take, or --bpb 1.9, how good it must be"))
     planner, device, runtime = build_planner()
     seconds = None if args.minutes is None else 60 * args.minutes
     chosen = planner.reach(args.bpb) if seconds is None else planner.best(seconds)

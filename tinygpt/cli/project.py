@@ -23,8 +23,8 @@ from ruamel.yaml.error import YAMLError
 from tinygpt import paths
 from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_write
-from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read_bytes, read_groups, yaml_text
-from tinygpt.yaml12 import load_yaml
+from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read_bytes, read_groups
+from tinygpt.yaml12 import load_yaml, shown
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
@@ -145,7 +145,7 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     changed = []
     for (group, key), old in before.items():
         if old != (value := values[group][key]):
-            changed.append(f"{group}.{key}: {yaml_text(old)} -> {yaml_text(value)}")
+            changed.append(f"{group}.{key}: {shown(old)} -> {shown(value)}")
             document[group][key] = value
     text = io.StringIO(newline="\r\n" if "\r\n" in written else "\n")
     yaml.dump(document, text)

@@ -73,8 +73,6 @@ def runs(args: Namespace) -> None:
     """Print the table, or remove and say what it freed."""
     if (args.all or args.keep is not None) and not args.prune:
         raise UserError("--all and --keep say what --prune removes: add --prune")
-    if args.keep is not None and args.keep < 0:
-        raise UserError(f"--keep={args.keep} must be at least 0")
     folder = runs_folder()
     there = find_runs(folder)
     if args.prune:

@@ -25,8 +25,6 @@ def serve(args: Namespace) -> None:
     from tinygpt.serve.service import Service
     from tinygpt.serve.template import load_template
 
-    if not 0 <= args.port <= 65535:
-        raise UserError(f"--port {args.port} must be within 0 and 65535")
     limits, options = read(Limits, args), read(DeviceOptions, args)
     find_device(options.device, "--device")
     listener = listen(args.host, args.port)

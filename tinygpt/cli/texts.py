@@ -22,6 +22,7 @@ from tinygpt.files import atomic_write, human_bytes, parse_json
 from tinygpt.options import MOST_BYTES, checked
 from tinygpt.params import ParamsError, require
 from tinygpt.tokenizer import load_tokenizer
+from tinygpt.yaml12 import shown
 
 N_LONGEST = 12
 
@@ -40,7 +41,7 @@ def decode(args: Namespace) -> None:
     """Print the text of ids, byte for byte."""
     words = [word for arg in args.ids or [read_input()] for word in arg.replace(",", " ").split()]
     if odd := [word for word in words if not word.isdecimal() or len(word) > 18]:
-        raise UserError(f"{odd[0]!r} is not an id: give whole numbers, such as `decode 72 101`")
+        raise UserError(f"{shown(odd[0])} is not an id: give whole numbers, such as `decode 72 101`")
     try:
         raw = load_tokenizer(args.tokenizer).decode_bytes(map(int, words))
     except ValueError as error:
@@ -87,7 +88,7 @@ def attention(args: Namespace) -> None:
 
     check_picture(args.plot)
     model, tokenizer = load_pair(args.model, args.tokenizer)
-    ids, n_new = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))], max(0, args.generate)
+    ids, n_new = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))], args.generate
     if len(ids) + n_new > model.config.block_size:
         raise UserError(
             f"--prompt has {len(ids) + n_new} tokens, the model reads {model.config.block_size}: shorten it"
@@ -218,6 +219,5 @@ def _prompt_of(line: str) -> str:
     except (ValueError, LookupError, TypeError):
         text = None
     if not isinstance(text, str):
-        shown = line if len(line) <= 40 else f"{line[:40]}…"
-        raise UserError(f'{shown!r} is not {{"prompt": …}} with a text')
+        raise UserError(f'not {{"prompt": …}} with a text, but {line[:40] or "nothing"}')
     return text

@@ -23,6 +23,7 @@ from tinygpt.corpus.local import LEFT_OUT, Note, Notes
 from tinygpt.corpus.parquet import parquet_lines
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes
+from tinygpt.yaml12 import shown
 
 CHUNK_BYTES = 1 << 17  # not more: a chunk that is cut off cannot be read, and a beginning must do
 # A file may unpack to MOST_RATIO times its size, text compresses to a tenth or so; a small one to SMALL_BYTES.
@@ -77,7 +78,7 @@ class _File:
         """Whether a member is taken, by its name and kind.  Raises UserError where it leads out of the archive."""
         path = PureWindowsPath(name)  # which splits at both kinds of slashes
         if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
-            raise UserError(f"{self.name} holds a file with the unsafe name {name[:MOST_SHOWN]!r}: it is not unpacked")
+            raise UserError(f"{self.name} holds a file with the unsafe name {shown(name[:MOST_SHOWN])}: remove it")
         if any(part.startswith(".") for part in PurePosixPath(name).parts):
             self.note(LEFT_OUT, "hidden", self.inner(name))
         elif not stat.S_ISREG(mode):

@@ -39,6 +39,7 @@ from tinygpt.files import atomic_folder, human_bytes
 from tinygpt.params import Count, Fraction, Within, require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.shards import Shard, shard_results
+from tinygpt.yaml12 import shown
 
 LEAST_TRAIN_BYTES = 1000  # less text than this teaches no tokenizer and no model
 
@@ -237,7 +238,7 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
 
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
-        raise UserError(f"clean.separator={params.separator!r} is in none of the text files: mend it or set it to null")
+        raise UserError(f"clean.separator={shown(params.separator)} is in none of the texts: mend it or set it to null")
     n_in, left = counts["documents_in"], human_bytes(counts["train_bytes"])
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
         dropped = [f"{param} dropped {n}" for param, n in counts.items() if param.startswith("clean.") and n]

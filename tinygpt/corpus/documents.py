@@ -11,6 +11,7 @@ import mmap
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -57,11 +58,11 @@ class Reader:
         begin = span.begin
         with open(span.path, "rb") as file:
             file.seek(begin)
-            while begin < span.end:
-                line = file.readline(MOST_LINE + 1)
+            rest = iter(partial(file.readline, MOST_LINE + 1), b"")
+            while begin < span.end and (line := next(rest, b"")):
                 if line.strip():
                     if len(line) > MOST_LINE or (found := line_text(line)) is None:
-                        raise bad_line(name, _line_number(span.path, begin), line)
+                        raise bad_line(name, _line_number(span.path, begin), line, rest)
                     text = self._repair(found, name)  # "\ud800" in JSON is half a character
                     yield from self._split_at(self._with_newlines([text]) if self.newlines else [text], None)
                 begin += len(line)

@@ -22,11 +22,13 @@ from tinygpt.corpus.local import LEFT_OUT, READ, Notes
 from tinygpt.corpus.sources import MOST_NAME
 from tinygpt.errors import UserError, printable
 from tinygpt.files import human_bytes, sha256_file
+from tinygpt.yaml12 import shown
 
 MOST_PATH = 1000  # bytes
 MOST_LINE = 64 << 20  # bytes: to read a line takes up to nine times its size
 SNIFF_BYTES = 65_536  # what a guess looks at
 SNIFF_LINES = 20
+MOST_SHOWN, MOST_FIELDS, MOST_COUNTED = 40, 5, 1000  # of a line without a text: bytes, fields, lines after it
 MOST_BAD = 0.001  # share of bytes that are not UTF-8 in a text that is; and of what is not ASCII, a tenth
 UNICODE = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"]  # in which zeros are a part of text
 ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
@@ -140,12 +142,13 @@ def _copy_text(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name
 def _copy_jsonl(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
     """Copy whole lines up to `limit` bytes of their texts.  -> bytes used of it"""
     size = 0
-    for number, line in enumerate(lines(chunks, b"\n", MOST_LINE), 1):
+    rest = lines(chunks, b"\n", MOST_LINE)
+    for number, line in enumerate(rest, 1):
         if len(line) > MOST_LINE:
             raise bad_line(name, number, line)
         if limit is not None and line.strip():
             if (text := line_text(line)) is None:
-                raise bad_line(name, number, line)
+                raise bad_line(name, number, line, rest)
             size += len(text.encode("utf-8", "replace"))
             if size > limit:
                 return limit
@@ -223,9 +226,28 @@ def line_text(line: bytes) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def bad_line(name: str, number: int, line: bytes) -> UserError:
-    """The error for a line without a text."""
+def line_problem(line: bytes) -> str:
+    """What is wrong with a line without a text."""
+    try:
+        found = DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").rstrip())
+    except RecursionError:
+        return "is nested too deeply"
+    except json.JSONDecodeError as error:
+        return f"is not JSON ({error.msg} at character {error.pos + 1})"
+    if not isinstance(found, dict):
+        return "is JSON, but not an object"
+    names = ", ".join(map(shown, [*found][:MOST_FIELDS])) + (", …" if len(found) > MOST_FIELDS else "")
+    return 'has a "text" that is not a text' if "text" in found else f'has no "text", but {names or "nothing"}'
+
+
+def bad_line(name: str, number: int, line: bytes, rest: Iterable[bytes] = ()) -> UserError:
+    """The error for a line without a text, or one that is too long; the lines after it say how many are such."""
     where = f"{name} line {number:,}"
     if len(line) > MOST_LINE:
         return UserError(f"{where} has more than {human_bytes(MOST_LINE)}: cut its text into several lines")
-    return UserError(f'{where} is not a JSON object with a "text", or is nested too deeply: mend it or rename it')
+    wrong = [True, *(line_text(each) is None for each in itertools.islice(rest, MOST_COUNTED) if each.strip())]
+    begin = line[:MOST_SHOWN].decode(errors="replace").rstrip() + ("…" if len(line) > MOST_SHOWN else "")
+    return UserError(
+        f"{where} {line_problem(line)}: {begin} (wrong from there on: {sum(wrong):,} of {len(wrong):,} lines): "
+        "mend it, or rename the file to have it read as plain text"
+    )

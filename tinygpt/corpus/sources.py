@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from tinygpt.errors import UserError
 from tinygpt.params import Count, require
+from tinygpt.yaml12 import shown
 
 MOST_NAME = 255  # bytes of a file's name, as file systems take them
 
@@ -37,12 +38,12 @@ class DownloadParams:
             (bool(self.source.strip()), "download.source is empty: give a name, URL, file, folder or glob"),
             (
                 self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256) is not None,
-                f"download.sha256={self.sha256!r} must be 64 characters of 0-9 and a-f",
+                f"download.sha256={shown(self.sha256)} must be 64 characters of 0-9 and a-f",
             ),
-            ("\0" not in self.source, f"download.source={self.source!r} must not have zero bytes"),
+            ("\0" not in self.source, f"download.source={shown(self.source)} must not have zero bytes"),
             (
                 self.encoding is None or _is_encoding(self.encoding),
-                f"download.encoding={self.encoding!r} is not one of Python's text encodings, such as cp1252 or utf-16",
+                f"download.encoding={shown(self.encoding)} is not a text encoding of Python, such as cp1252 or utf-16",
             ),
         )
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from tinygpt.export.families import LLAMA_CPP, find_family, refusal
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.params import Within, require
+from tinygpt.yaml12 import shown
 
 GGUFType = Literal[
     "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
@@ -28,7 +29,7 @@ class ExportParams:
     check_tokens: Annotated[int, Within("[512, inf)")]  # test (or else val) tokens that each file is checked on
 
     def __post_init__(self) -> None:
-        require((len(set(self.gguf)) == len(self.gguf), f"export.gguf={list(self.gguf)} names a type twice"))
+        require((len(set(self.gguf)) == len(self.gguf), f"export.gguf={shown(self.gguf)} names a type twice"))
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
         """The rule that the model can be exported, where the `model` group is loaded too."""

@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeVar
 
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
-from tinygpt.params import ParamsError, yaml_text
+from tinygpt.params import ParamsError
+from tinygpt.yaml12 import shown
 
 N_ADVICE = 2  # changes that a refusal names
 CHOICES = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(ModelParams).items()}
@@ -130,7 +131,7 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
     names = " and ".join(target.name for target in lacking)
     off = " and ".join(target.off for target in lacking)
     found["head_dim"] = config.head_dim if found["head_dim"] == "own" else found["head_dim"]
-    plain = ", ".join(f"model.{key}={yaml_text(value)}" for key, value in found.items() if key != "window")
+    plain = ", ".join(f"model.{key}={shown(value)}" for key, value in found.items() if key != "window")
     return f"no model of {names} has {plain}: set {', or '.join(advice)}, or turn that export off with {off}"
 
 
@@ -155,7 +156,7 @@ def misfit(found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> 
 
 
 def _settings(changes: Mapping[str, tuple[Any, ...]]) -> str:
-    return " and ".join(f"model.{key}={'|'.join(map(yaml_text, allowed))}" for key, allowed in changes.items())
+    return " and ".join(f"model.{key}={'|'.join(map(shown, allowed))}" for key, allowed in changes.items())
 
 
 # The architectures of llama.cpp (https://github.com/ggml-org/llama.cpp, src/models/)

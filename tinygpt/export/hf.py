@@ -43,6 +43,7 @@ from tinygpt.model.weights import (
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.yaml12 import shown
 
 OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # of activations, for the same
 DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params
@@ -282,5 +283,5 @@ def _weight_files(folder: Path) -> list[Path]:
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(f"{index} has no weight_map of tensors to files")
     if outside := sorted(name for name in files.values() if Path(name).name != name):
-        raise UserError(f"{index} names {outside[0]!r}, which is not a file of its folder")
+        raise UserError(f"{index} names {shown(outside[0])}, which is not a file of its folder")
     return [folder / name for name in sorted(set(files.values()))]

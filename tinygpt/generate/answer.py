@@ -122,7 +122,7 @@ class Answer:
         self.prompt = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         room = block_size - len(self.prompt) if sampling.when_full == "stop" else max_new_tokens
         require(
-            (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be within [1, inf)"),
+            (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be 1 or more"),
             (
                 sampling.min_new_tokens <= max_new_tokens,
                 f"min_new_tokens={sampling.min_new_tokens} is more than max_new_tokens={max_new_tokens}",

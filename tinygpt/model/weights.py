@@ -18,9 +18,10 @@ from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, some_of, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT, TIED
-from tinygpt.params import ParamsError, from_mapping, yaml_text
+from tinygpt.params import ParamsError, from_mapping
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
+from tinygpt.yaml12 import shown
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -109,7 +110,7 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
     base, theirs = load_model(folder), load_tokenizer(folder)
     ours = config_fields(config)
     differing = [
-        f"model.{key}={yaml_text(ours[key])} there {yaml_text(value)}"
+        f"model.{key}={shown(ours[key])} there {shown(value)}"
         for key, value in config_fields(base.config).items()
         if key not in (*FREE, "vocab_size") and ours[key] != value
     ]

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from tinygpt.errors import UserError, printable
 from tinygpt.files import fenced
 from tinygpt.model.config import GPTConfig, config_fields
-from tinygpt.params import yaml_text
 from tinygpt.run.folder import read_name
 from tinygpt.train.config import TrainParams
 from tinygpt.train.trainer import Row, TrainState
+from tinygpt.yaml12 import shown
 
 PROJECT = "tinygpt"  # the name of all runs together in W&B and MLflow
 PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where that is not the name of the module
@@ -97,7 +97,7 @@ def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Numbers, texts and switches as they are, the rest as params.yaml has it."""
     plain = (bool, int, float, str)
     lists = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    return {f"{group}.{key}": v if isinstance(v, plain) else yaml_text(v) for key, v in lists.items()}
+    return {f"{group}.{key}": v if isinstance(v, plain) else shown(v) for key, v in lists.items()}
 
 
 class TensorBoard:

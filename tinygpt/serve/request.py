@@ -20,6 +20,7 @@ from tinygpt.options import Limits, seed_after
 from tinygpt.params import ParamsError, Within, from_mapping, require
 from tinygpt.serve.template import PLAIN, Template, read_messages
 from tinygpt.tokenizer import Tokenizer
+from tinygpt.yaml12 import shown
 
 MOST_KEYS = 100  # of a request: for each that is unknown the nearest name is searched
 MOST_ITEMS = 1024  # ids of a list in the options
@@ -91,7 +92,7 @@ class Body(Sampling):
             *((len(ids) <= MOST_ITEMS, f"{name} has more than {MOST_ITEMS} items") for name, ids in lists.items()),
             (len(self.stop) <= MOST_STOPS, f"stop has more than {MOST_STOPS} texts"),
             (all(len(text) <= STOP_SIZE for text in self.stop), f"stop has a text of more than {STOP_SIZE} characters"),
-            (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be within [-100, 100]"),
+            (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be from -100 to 100"),
             (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: there would be nothing to answer"),
             (self.max_tokens > 0 or not self.stream, "max_tokens=0 has nothing to stream"),
             (self.stream or not self.stream_options, "stream_options needs stream"),
@@ -159,7 +160,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {name[:100]!r} appears twice")
+        raise ValueError(f"key {shown(name[:100])} appears twice")
     return found
 
 
@@ -198,7 +199,7 @@ def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
     if name is None:
         return next(iter(models.values()))
     if name not in models:
-        message = f"model {name!r} is not served here, these are: {', '.join(models)}"
+        message = f"model {shown(name)} is not served here, these are: {', '.join(models)}"
         raise Refusal(404, message, param="model", code="model_not_found")
     return models[name]
 
@@ -281,7 +282,7 @@ def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits:
     """The options in the form of a completion, and the prompt that messages make.  Raises Refusal or UserError."""
     has_scores, n_best = document.get("logprobs") or False, document.get("top_logprobs")
     require(
-        (isinstance(has_scores, bool), f"logprobs={has_scores!r} must be true or false"),
+        (isinstance(has_scores, bool), f"logprobs={shown(has_scores)} must be true or false"),
         (n_best is None or bool(has_scores), "top_logprobs needs logprobs"),
         *((name not in document, f"unknown key {name}") for name in ("prompt", "echo")),
     )

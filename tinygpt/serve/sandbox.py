@@ -35,7 +35,7 @@ class Names(Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise SecurityError(f"a namespace may not have the name {name[:100]!r}")
+            raise SecurityError(f"a namespace may not have the name {name[:100]}")
         super().__setitem__(name, value)
 
 

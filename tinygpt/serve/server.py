@@ -156,9 +156,9 @@ class Guard:
     def _refusal(self, headers: Headers) -> Refusal | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not is_known(host, self._hosts):
-            return Refusal(403, f"this server does not answer to the name {host[:100]!r}: --allow-host adds a name")
+            return Refusal(403, f"this server does not answer to the name {host[:100]}: --allow-host adds a name")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-            return Refusal(403, f"pages of {origin[:100]!r} may not use this server")
+            return Refusal(403, f"pages of {origin[:100]} may not use this server")
         if self._n_running >= self._most:
             return Refusal(503, f"{self._n_running} requests are running: try again later", code="too_many_requests")
         return None

@@ -14,6 +14,7 @@ from typing import Any
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, must_exist, parse_json, read_file, some_of
 from tinygpt.params import HALVES
+from tinygpt.yaml12 import shown
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -152,7 +153,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name!r} is in it twice")
+        raise ValueError(f"{shown(name)} is in it twice")
     return found
 
 
@@ -210,7 +211,7 @@ def _vocab_problems(vocab: dict[str, Any], merges: list[tuple[str, str]], specia
     if missing := [char for char in BYTE_TO_CHAR if char not in vocab]:
         problems.append(f"{len(missing)} of the 256 bytes have no token")
     if foreign := [t for t in vocab if t not in special and not (t and set(t) <= CHAR_TO_BYTE.keys())]:
-        problems.append(f"{len(foreign)} tokens are not byte-level, such as {foreign[0]!r}")
+        problems.append(f"{len(foreign)} tokens are not byte-level, such as {shown(foreign[0])}")
     if unknown := [m for m in merges if any(part not in vocab or part in special for part in (*m, "".join(m)))]:
-        problems.append(f"{len(unknown)} merges have unknown parts, such as {' '.join(unknown[0])!r}")
+        problems.append(f"{len(unknown)} merges have unknown parts, such as {shown(' '.join(unknown[0]))}")
     return problems

@@ -32,6 +32,7 @@ from tinygpt.tokenizer.pretokenize import (
     count_pretokens,
 )
 from tinygpt.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer
+from tinygpt.yaml12 import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class TokenizerParams:
             *(
                 (
                     self.from_file is not None or self.kind == "byte" or not can_be_learned(name),
-                    f"tokenizer.special_tokens names {name!r}, which the text may teach as a token of its own: "
-                    f"name it {f'<|{name}|>'!r}, say",
+                    f"tokenizer.special_tokens names {shown(name)}, which the text may teach as a token of its own: "
+                    f"name it <|{name}|>, say",
                 )
                 for name in self.special_tokens
             ),

@@ -95,8 +95,8 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids to the bytes they stand for, a special token to its name.  Raises ValueError for an id out of range."""
         ids = list(ids)
-        if not all(0 <= i < self.vocab_size for i in ids):
-            raise ValueError(f"ids must be within [0, {self.vocab_size}), found {[*map(int, ids)]}")
+        if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"ids must be from 0 to {self.vocab_size - 1}, found {wrong[0]:d}")
         return b"".join(self._bytes[i] for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:

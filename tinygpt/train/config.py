@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tinygpt.model.config import MLPS
 from tinygpt.params import Count, Fraction, Within, require
+from tinygpt.yaml12 import shown
 
 Positive = Annotated[float, Within("(0, inf)")]
 Rate = Annotated[float, Within("(0, 100]")]  # of learning
@@ -28,7 +29,7 @@ class LoRAParams:
             (bool(self.targets), "train.lora.targets is empty: name a layer, such as q_proj"),
             (
                 len(set(self.targets)) == len(self.targets),
-                f"train.lora.targets={list(self.targets)} names a layer twice",
+                f"train.lora.targets={shown(self.targets)} names a layer twice",
             ),
         )
 
