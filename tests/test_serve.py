@@ -311,7 +311,7 @@ def test_bad_requests_are_refused_with_what_is_wrong(document, status, message, 
         (b"{", "is not JSON"),
         (b'{"prompt": "\xff"}', "is not UTF-8 from byte 12 on"),
         (b"[" * 100_000, "is not JSON"),
-        (b'{"top_p": NaN}', "NaN is not a finite number"),
+        (b'{"top_p": NaN}', "top_p=nan must be a finite number"),
         (b'{"n": ' + b"9" * 5000 + b"}", "is not JSON"),
         (b'{"n": ' + b"9" * 400 + b"}", "n=999"),
         (b"[]", "must be a JSON object"),
@@ -322,7 +322,7 @@ def test_what_is_not_a_request_is_refused(raw, message, served):
     for path in ("/v1/completions", "/look"):
         response = WEB.post(served[0] + path, content=raw)
         assert response.status_code == 400
-        if path == "/v1/completions" or message != "n=999":
+        if path == "/v1/completions" or "=" not in message:
             assert message in response.json()["error"]["message"]
 
 

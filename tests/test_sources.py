@@ -7,8 +7,10 @@ import functools
 import gzip
 import hashlib
 import json
+import os
 import platform
 import re
+import socket
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -102,6 +104,15 @@ def test_an_impossible_source_is_one_line(tmp_path: Path, source: str, message: 
         fill(tmp_path, source)
     assert "download.source" in str(caught.value)
     assert files_below(tmp_path) == []
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for source in ("pipe", "socket", "/dev/null"):
+            with pytest.raises(UserError, match=f"source={source} is a device, a pipe or a socket, not a file"):
+                fill(tmp_path, source)
 
 
 # Named sources

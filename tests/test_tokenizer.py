@@ -196,7 +196,7 @@ def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer
         load_tokenizer(tmp_path)
     assert whole.count('"vocab": {') == 1
     file.write_text(whole.replace('"vocab": {', '"vocab": {"a": 299,'))
-    with pytest.raises(UserError, match="ValueError: a is in it twice"):
+    with pytest.raises(UserError, match='ValueError: "a" is in it twice'):
         load_tokenizer(tmp_path)
     with open(file, "r+b") as big:
         big.truncate(2_000_000_000)  # a hole, which takes no room

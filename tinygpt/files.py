@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,9 +190,18 @@ def parse_json(raw: str | bytes, **hooks: Any) -> Any:
     """
     try:
         text = raw if isinstance(raw, str) else raw.decode()
-        return json.loads(text, parse_constant=_finite, parse_float=_finite, **hooks)
+        return json.loads(text, **{"parse_constant": _finite, "parse_float": _finite} | hooks)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `parse_json`: an object whose keys differ.  Raises ValueError that names one that does not."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f'"{name[:100]}" is in it twice')
+    return found
 
 
 def _finite(number: str) -> float:

@@ -234,7 +234,8 @@ def read_groups(path: Path) -> dict[str, Any]:
 
 
 def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str, others: Sequence[str] = ()) -> list[str]:
-    problems = [_unknown(str(key), [*known, *others], prefix) for key in mapping if key not in known]
+    names = [key if isinstance(key, str) else shown(key) for key in mapping if key not in known]
+    problems = [_unknown(name, [*known, *others], prefix) for name in names]
     return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
 
 

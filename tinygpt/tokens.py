@@ -74,11 +74,11 @@ def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenId
     Raises UserError when the file is missing, has not the length or the SHA-256 that meta.json says, holds fewer than
     `at_least` ids, or one that is not in the vocabulary: so readers need not check ids.
     """
-    meta = load_meta(folder)
-    path = unchanged(Path(folder) / f"{split}.bin", meta.split(split).sha256, stage="encode")
+    meta, path = load_meta(folder), must_exist(Path(folder) / f"{split}.bin", stage="encode")
     n_tokens, found = meta.split(split).tokens, path.stat().st_size
     if found != n_tokens * np.dtype(meta.dtype).itemsize:
-        raise UserError(f"{path} has {found} bytes, meta.json promises {n_tokens} tokens: run `dvc repro encode`")
+        raise UserError(f"{path} has {found:,} bytes, {META_FILE} says {n_tokens:,} ids: run `dvc repro -f -s encode`")
+    unchanged(path, meta.split(split).sha256, stage="encode")
     if n_tokens < at_least:
         larger = "" if split == "train" else f", a larger clean.{split}_fraction"
         raise UserError(

@@ -1,6 +1,6 @@
 """Which files a folder or a glob names: one rule for both, and archive.py keeps to it as well.
 
-Hidden files and folders are left out, and so is what cannot be read and what is not a regular file. A link is taken for
+Hidden files and folders are left out, and so is what cannot be read and what is not a file. A link is taken for
 what it leads to, unless that is nowhere or a folder that was read already.
 """
 
@@ -54,6 +54,8 @@ def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[st
         return [(printable(path.name), path)]
     base, pattern = path, ALL
     if not path.is_dir():
+        if path.exists():
+            raise UserError(f"download.source={source} is a device, a pipe or a socket, not a file")
         if not glob.has_magic(source):
             raise UserError(
                 f"download.source={source} is neither a known source (docs/data.md) nor a file or folder: "

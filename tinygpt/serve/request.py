@@ -6,18 +6,17 @@ import dataclasses
 import re
 import secrets
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import parse_json
+from tinygpt.files import each_once, parse_json
 from tinygpt.generate import Answer, Sampling
 from tinygpt.generate.answer import prompt_ids
 from tinygpt.model.gpt import GPT
 from tinygpt.options import Limits, seed_after
-from tinygpt.params import ParamsError, Within, from_mapping, require
+from tinygpt.params import ParamsError, Within, coerce, from_mapping, require
 from tinygpt.serve.template import PLAIN, Template, read_messages
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.yaml12 import shown
@@ -26,6 +25,7 @@ MOST_KEYS = 100  # of a request: for each that is unknown the nearest name is se
 MOST_ITEMS = 1024  # ids of a list in the options
 MOST_STOPS, STOP_SIZE = 16, 256  # texts, and characters of one: each is searched for at each token
 Penalty = Annotated[float, Within("[-2, 2]")]
+Alternatives = Annotated[int, Within("[0, 20]")]
 # Of OpenAI's API and of no use here, whatever they are; and those that are taken with the value that changes nothing.
 UNUSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 NEUTRAL: dict[str, Any] = {"best_of": 1, "suffix": "", "response_format": {"type": "text"}, "tools": []}
@@ -74,7 +74,7 @@ class Body(Sampling):
     n: Annotated[int, Within("[1, 1024]")] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Within("[0, 20]")] | None = None  # alternatives at each token
+    logprobs: Alternatives | None = None  # at each token
     echo: bool = False  # the text begins with the prompt
     return_token_ids: bool = False  # of what was read and written
     top_p: Annotated[float, Within("[0, 1]")] = 1.0
@@ -87,9 +87,9 @@ class Body(Sampling):
     def __post_init__(self) -> None:
         """Raises ParamsError with all that is wrong."""
         super().__post_init__()
-        lists = {"stop_ids": self.stop_ids, "banned_ids": self.banned_ids, "logit_bias": self.logit_bias}
+        sizes = {name: len(getattr(self, name)) for name in ("stop_ids", "banned_ids", "logit_bias")}
         require(
-            *((len(ids) <= MOST_ITEMS, f"{name} has more than {MOST_ITEMS} items") for name, ids in lists.items()),
+            *((size <= MOST_ITEMS, f"{name} has more than {MOST_ITEMS} items") for name, size in sizes.items()),
             (len(self.stop) <= MOST_STOPS, f"stop has more than {MOST_STOPS} texts"),
             (all(len(text) <= STOP_SIZE for text in self.stop), f"stop has a text of more than {STOP_SIZE} characters"),
             (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be from -100 to 100"),
@@ -130,7 +130,8 @@ def read_request(raw: bytes, models: Mapping[str, Served], limits: Limits, *, is
     try:
         return (read_chat if is_chat else read_completion)(document, models, limits)
     except ParamsError as error:
-        problems = [problem.replace("max_new_tokens", "max_tokens") for problem in error.problems]
+        length = "max_completion_tokens" if is_chat and document.get("max_completion_tokens") else "max_tokens"
+        problems = [re.sub(r"\bmax_(new_)?tokens\b", length, problem) for problem in error.problems]
         named = re.match(r"(?:unknown key )?(\w+)", problems[0])
         param = named[1] if named and named[1] in document else None
         raise Refusal(400, "; ".join(problems), param=param) from None
@@ -143,7 +144,7 @@ def read_request(raw: bytes, models: Mapping[str, Served], limits: Limits, *, is
 def read_object(raw: bytes) -> dict[str, Any]:
     """A JSON object.  Raises Refusal."""
     try:
-        document = parse_json(raw, object_pairs_hook=once)
+        document = parse_json(raw, object_pairs_hook=each_once, parse_constant=float, parse_float=float)
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the request is not UTF-8 from byte {error.start} on") from None
     except ValueError as error:
@@ -153,15 +154,6 @@ def read_object(raw: bytes) -> dict[str, Any]:
     if len(document) > MOST_KEYS:
         raise Refusal(400, f"the request has {len(document):,} keys, it may have {MOST_KEYS}")
     return document
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {shown(name[:100])} appears twice")
-    return found
 
 
 def read_body(
@@ -289,7 +281,7 @@ def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits:
     options = {name: value for name, value in document.items() if name not in CHAT_KEYS}
     lengths = [document[name] for name in ("max_completion_tokens", "max_tokens") if document.get(name) is not None]
     options["max_tokens"] = lengths[0] if lengths else min(N_NEW, limits.max_tokens)
-    options["logprobs"] = (n_best or 0) if has_scores else None  # in a completion it is a number
+    options["logprobs"] = coerce(n_best or 0, Alternatives, "top_logprobs") if has_scores else None  # now a number
     body, served = read_body(options, models, limits, others=CHAT_KEYS)
     messages, template = read_messages(document.get("messages")), served.template
     check_sizes(["".join(each["content"] for each in messages)], body.n, limits, param="messages")

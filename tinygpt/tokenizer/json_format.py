@@ -7,12 +7,11 @@ alphabet (Radford et al. 2019, "Language Models are Unsupervised Multitask Learn
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, must_exist, parse_json, read_file, some_of
+from tinygpt.files import atomic_write, each_once, must_exist, parse_json, read_file, some_of
 from tinygpt.params import HALVES
 from tinygpt.yaml12 import shown
 
@@ -131,7 +130,7 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     """
     must_exist(path, stage="train_tokenizer")
     try:
-        document = parse_json(read_file(path, MOST_BYTES), object_pairs_hook=_each_once)
+        document = parse_json(read_file(path, MOST_BYTES), object_pairs_hook=each_once)
         problems = _problems("", document, FILE)
         merges = [] if problems else _pairs(document["model"]["merges"])
     except (ValueError, RecursionError) as error:
@@ -147,14 +146,6 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     if problems:
         raise UserError(f"{path}: {some_of(problems, MOST_PROBLEMS)}")
     return sorted(vocab | special, key=(vocab | special).__getitem__), merges, special
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{shown(name)} is in it twice")
-    return found
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
