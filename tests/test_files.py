@@ -217,6 +217,26 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         read_json(tmp_path / "a.json", stage="train")
 
 
+def test_what_is_of_another_kind_is_never_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("text")
+    before = sorted((path.name, path.stat().st_ino) for path in tmp_path.iterdir())
+    for write, kind, names in (
+        (atomic_write, "file", ["folder", "pipe"]),
+        (atomic_folder, "folder", ["text", "pipe", "link"]),
+    ):
+        for name in names:
+            with pytest.raises(UserError, match=f"{name} is not a {kind}: name another"), write(tmp_path / name):
+                raise AssertionError("it was opened")
+    assert sorted((path.name, path.stat().st_ino) for path in tmp_path.iterdir()) == before
+    for write in (atomic_write, atomic_folder):
+        with pytest.raises(OSError) as caught, write("/proc/nowhere"):
+            pass
+        assert caught.value.filename == "/proc/nowhere"  # not that of the partial one
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_what_is_not_a_file_is_not_waited_for(tmp_path, make):
     make(tmp_path / "a.json")

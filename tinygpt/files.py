@@ -24,10 +24,12 @@ MOST_JSON = 200_000_000  # bytes of a file: a manifest of a million texts
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open `path` for writing (`"w"` UTF-8 text or `"wb"`); it appears under its name only when the block ends well.
 
-    The block may also put another file in place of the one that it gets, as safetensors does: its bytes are
+    Raises UserError where a folder or a device has that name. The block may also put another file in place of the one that it gets, as safetensors does: its bytes are
     on the disk, too, and its mode is what the umask says.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a file: name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
@@ -41,20 +43,25 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         _sync(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
             error.filename = str(path)  # a full disk is reported by write(), which knows no name
         raise
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the place of `path` only when the block ends well."""
+    """Yield an empty folder to fill; it takes the place of `path` only when the block ends well.
+
+    Raises UserError where `path` is not a folder.
+    """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is not a folder: name another")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # its own, should two programs write the same
     _remove_abandoned(path)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         for parent, _, names in os.walk(partial):
             for each in (*names, ""):  # and the folder itself
@@ -66,7 +73,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # the old one
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
             error.filename = str(path)
         raise
 

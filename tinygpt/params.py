@@ -272,7 +272,7 @@ def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
     if value in choices:
         return value
     near = nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
-    raise ParamsError([f"{key}={shown(value)} is not one of {', '.join(map(shown, choices))}{near}"])
+    raise ParamsError([f"{key}={shown(value)} is not one of {', '.join(map(str, choices))}{near}"])
 
 
 def _sequence(value: Any, args: tuple[Any, ...], key: str) -> tuple[Any, ...]:

@@ -90,9 +90,9 @@ def attention(args: Namespace) -> None:
     model, tokenizer = load_pair(args.model, args.tokenizer)
     ids, n_new = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))], args.generate
     if len(ids) + n_new > model.config.block_size:
-        raise UserError(
-            f"--prompt has {len(ids) + n_new} tokens, the model reads {model.config.block_size}: shorten it"
-        )
+        with_new = f" with --generate={n_new}" if n_new else ""
+        n, most = len(ids) + n_new, model.config.block_size
+        raise UserError(f"--prompt{with_new} has {n} tokens, the model reads {most}: shorten it")
     if n_new:
         likeliest = Sampling(temperature=0)
         ids += generate_batch(model, tokenizer, [args.prompt], max_new_tokens=n_new, sampling=likeliest)[0].ids
@@ -157,7 +157,7 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
     name = "standard input" if args.prompts == STDIN else args.prompts
     if args.prompts == STDIN:
         raw = read_some(standard_input(), name)
-    elif not Path(args.prompts).exists():
+    elif not args.prompts or not Path(args.prompts).exists():
         raise UserError(f"--prompts {args.prompts} not found: name a file with a prompt on each line")
     else:
         with open(args.prompts, "rb") as file:
