@@ -165,7 +165,7 @@ def test_a_bias_that_is_not_one_is_told_in_our_words(value, command):
         (["--format", "xml"], "error: --format=xml is not one of text, json, jsonl\n"),
         (["--device", "cdua"], "error: --device=cdua is not one of auto, cpu, cuda, mps (did you mean cuda?)\n"),
         (["--quantize", "4"], 'error: --quantize="4" is not one of int8, int4\n'),
-        (["--prompt-lookup=1"], "error: --prompt-lookup=1: it takes no value: see python -m tinygpt generate --help\n"),
+        (["--prompt-lookup=1"], "error: --prompt-lookup=1: it has no value: see python -m tinygpt generate --help\n"),
         (["--seed", "1e3", "--seed", "-1"], "error: --seed=-1 must be from 0 to 4294967295\n"),
     ],
 )

@@ -24,8 +24,8 @@ MOST_JSON = 200_000_000  # bytes of a file: a manifest of a million texts
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open `path` for writing (`"w"` UTF-8 text or `"wb"`); it appears under its name only when the block ends well.
 
-    Raises UserError where a folder or a device has that name. The block may also put another file in place of the one that it gets, as safetensors does: its bytes are
-    on the disk, too, and its mode is what the umask says.
+    The block may also put another file in place of the one that it gets, as safetensors does: its bytes are
+    on the disk, too, and its mode is what the umask says. Raises UserError where `path` is a folder or a device.
     """
     path = Path(path)
     if path.exists() and not path.is_file():

@@ -48,7 +48,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError):  # without its advice on how to use ruamel.yaml
         mark = error.problem_mark or error.context_mark
         return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}" if mark else f"{error.problem}"
-    return str(error)
+    return f"byte {error.start + 1} is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 class _Composer(Composer):

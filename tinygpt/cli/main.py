@@ -193,9 +193,7 @@ class Parser(ArgumentParser):
         """Leave with status 2."""
         if chosen := re.match(r"argument command: invalid choice: '(.*)' \(", message):
             message = f"unknown command {chosen[1]}{nearest(chosen[1], COMMANDS)}"
-        message = re.sub(
-            r"argument (?:-\w/)?(\S+): ignored explicit argument '(.*)'", r"\1=\2: it takes no value", message
-        )
+        message = re.sub(r"argument (?:-\w/)?(\S+): ignored explicit \w+ '(.*)'", r"\1=\2: it has no value", message)
         self.exit(2, f"error: {printable(message)}: see {self.prog} --help\n")
 
 

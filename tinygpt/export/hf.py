@@ -155,11 +155,9 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     path = folder / CONFIG_FILE
     document = _read_json(path)
     families = {family.name: family for family in TRANSFORMERS.families}
-    family = families.get(str(document.get("model_type")))
-    if family is None:
-        raise UserError(
-            f"{path} is of model_type {shown(document.get('model_type'))}, supported are {', '.join(families)}"
-        )
+    kind = document.get("model_type")
+    if (family := families.get(str(kind))) is None:
+        raise UserError(f"{path} is of model_type {shown(kind)}, supported are {', '.join(families)}")
     config = _read_config(path, document, family)
     shapes = {path: read_shapes(path) for path in _weight_files(folder)}
     misfits: list[Misfit] = []

@@ -130,7 +130,8 @@ def read_request(raw: bytes, models: Mapping[str, Served], limits: Limits, *, is
     try:
         return (read_chat if is_chat else read_completion)(document, models, limits)
     except ParamsError as error:
-        length = "max_completion_tokens" if is_chat and document.get("max_completion_tokens") else "max_tokens"
+        is_new = is_chat and document.get("max_completion_tokens") is not None  # OpenAI's later name
+        length = "max_completion_tokens" if is_new else "max_tokens"
         problems = [re.sub(r"\bmax_(new_)?tokens\b", length, problem) for problem in error.problems]
         named = re.match(r"(?:unknown key )?(\w+)", problems[0])
         param = named[1] if named and named[1] in document else None
