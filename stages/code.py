@@ -10,11 +10,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tinygpt.code import code_of
+from tinygpt.errors import shown
 from tinygpt.files import checkout_of, write_json
 from tinygpt.params import PARAMS_FILE, check_params
 from tinygpt.paths import CODE
 from tinygpt.stage import run_stage
-from tinygpt.yaml12 import shown
 
 
 def run(root: Path) -> None:

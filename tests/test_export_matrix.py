@@ -13,6 +13,7 @@ from conftest import tiny_config
 from project import ROOT
 
 from benchmarks.export_matrix import PLAIN, SLIDING, random_model, run
+from tinygpt.errors import shown
 from tinygpt.export.config import ExportParams
 from tinygpt.export.families import ANY_BIAS, CORE, FULL, LLAMA_CPP, Target, find_family, misfit, switches_of
 from tinygpt.export.gguf import export_gguf
@@ -20,7 +21,7 @@ from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.export.llamacpp import LlamaCpp
 from tinygpt.model.config import MLPS, MLPKind
-from tinygpt.params import ParamsError, check_params, from_mapping, require, yaml_text
+from tinygpt.params import ParamsError, check_params, from_mapping, require
 
 COMBINATIONS = [dict(zip(CORE, values, strict=True)) for values in product(*CORE.values())]
 BOTH = ExportParams(hf=True, gguf=("f32",), check_tokens=4096)
@@ -156,7 +157,7 @@ def coverage_table(*targets: Target) -> str:
     for values in product(*CORE.values()):
         cells = [cell(target, dict(zip(CORE, values, strict=True))) for target in targets]
         if any(cells):
-            rows.append([*map(yaml_text, values), *(cell or "–" for cell in cells)])
+            rows.append([*map(shown, values), *(cell or "–" for cell in cells)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -13,9 +13,10 @@ from conftest import tiny_model
 from tinygpt import options
 from tinygpt.cli import flags
 from tinygpt.cli.main import COMMANDS, build_parser
+from tinygpt.errors import shown
 from tinygpt.params import GROUPS, PARAMS_FILE, ParamsError, Within, find_class, from_mapping, read_groups
 from tinygpt.serve.request import Body, Refusal, Served, read_request
-from tinygpt.yaml12 import load_yaml, shown
+from tinygpt.yaml12 import load_yaml
 
 OPTIONS = [
     *(cls for cls in vars(options).values() if isinstance(cls, type) and issubclass(cls, options.Checked)),

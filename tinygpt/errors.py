@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import ParamSpec
 
@@ -17,6 +19,7 @@ P = ParamSpec("P")
 
 NO_MEMORY = re.compile("can't allocate memory|(CUDA|MPS).{,20}out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 BREAK = "\n       "  # between two problems of one error
+WORD = re.compile(r"(?!(?i:null|true|false)$)[^\W\d][\w.-]*")  # a text that needs no quotes
 MOST_PROBLEMS = 20  # that one error lists
 MOST_CHARACTERS = 1000  # of each
 
@@ -30,6 +33,17 @@ def printable(text: object) -> str:
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS * 2 // 3]} … {text[-MOST_CHARACTERS // 3 :]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object) -> str:
+    """A value as one would write it in YAML, in one line: texts that are not a word in quotes, as in JSON."""
+    if isinstance(value, float | date) or (isinstance(value, str) and WORD.fullmatch(value)):
+        return str(value)
+    return printable(json.dumps(value, ensure_ascii=False, skipkeys=True, default=_kind))
+
+
+def _kind(value: object) -> str:
+    return str(value) if isinstance(value, date) else type(value).__name__
 
 
 class UserError(Exception):

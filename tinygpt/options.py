@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import human_bytes
 from tinygpt.params import Count, ParamsError, Within, from_mapping, require, typed
-from tinygpt.yaml12 import shown
 
 MOST_BYTES = 20_000_000  # of a prompt or a file of them: no model reads so much at a time
 NotNegative = Annotated[int, Within("[0, inf)")]
@@ -77,11 +76,8 @@ class Sampling(Checked):
 
     def check_ids(self, vocab_size: int) -> None:
         """Raise ParamsError where an option names an id that the model does not have."""
-        named = {
-            "logit_bias": [i for i, _ in self.logit_bias],
-            "banned_ids": self.banned_ids,
-            "stop_ids": self.stop_ids,
-        }
+        biased = [i for i, _ in self.logit_bias]
+        named = {"logit_bias": biased, "banned_ids": self.banned_ids, "stop_ids": self.stop_ids}
         require(
             *(
                 (0 <= i < vocab_size, f"{name} has {i}, but the model's ids are 0 to {vocab_size - 1}")

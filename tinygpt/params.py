@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import read_json
-from tinygpt.yaml12 import load_yaml, shown
+from tinygpt.yaml12 import load_yaml
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -205,14 +205,10 @@ def flat_params(raw: bytes) -> dict[str, str]:
     try:
         groups = load_yaml(raw).items()
         rows = [(f"{group}.{key}", value) for group, values in groups for key, value in values.items()]
-        return {name: yaml_text(value) for name, value in rows if not name.startswith("runtime.")}
+        plain = {name: shown(value) if isinstance(value, bool | None) else str(value) for name, value in rows}
+        return {name: text for name, text in plain.items() if not name.startswith("runtime.")}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{PARAMS_FILE} holds no groups of keys ({error})") from None
-
-
-def yaml_text(value: Any) -> str:
-    """A plain value as params.yaml has it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from tinygpt.errors import UserError, is_out_of_memory
+from tinygpt.errors import UserError, is_out_of_memory, shown
 from tinygpt.params import Count, ParamsError, Within, require
-from tinygpt.yaml12 import shown
 
 if TYPE_CHECKING:
     import torch

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-from datetime import date
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -14,11 +11,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
 
-from tinygpt.errors import printable
-
 MOST_BYTES, MOST_NODES, MOST_DEPTH = 200_000, 10_000, 20  # read within a second; params.yaml has 9,000, 300 and 4
 MOST_DIGITS = 400  # of a number: no float has more before its point
-WORD = re.compile(r"(?!(?i:null|true|false)$)[^\W\d][\w.-]*")  # a text that needs no quotes
 
 
 def load_yaml(text: bytes) -> Any:
@@ -31,17 +25,6 @@ def load_yaml(text: bytes) -> Any:
         return reader.load(text.decode())  # in UTF-8 alone: ruamel.yaml would take UTF-16, which DVC does not
     except (YAMLError, ValueError, OverflowError) as error:  # the last for "\Uffffffff"
         raise ValueError(" ".join(_reason(error).replace('in "<unicode string>",', "at").split())) from None
-
-
-def shown(value: Any) -> str:
-    """A value as one would write it in YAML, in one line: texts that are not a word in quotes, as in JSON."""
-    if isinstance(value, float | date) or (isinstance(value, str) and WORD.fullmatch(value)):
-        return str(value)
-    return printable(json.dumps(value, ensure_ascii=False, skipkeys=True, default=_kind))
-
-
-def _kind(value: object) -> str:
-    return str(value) if isinstance(value, date) else type(value).__name__
 
 
 def _reason(error: Exception) -> str:

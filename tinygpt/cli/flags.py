@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from tinygpt import paths
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import runs_folder
 from tinygpt.options import (
     Checked,
@@ -29,7 +29,6 @@ from tinygpt.options import (
     setting_options,
 )
 from tinygpt.params import Count, ParamsError, Within, coerce, nearest, require
-from tinygpt.yaml12 import shown
 
 STDIN = "-"
 GGUF = paths.EXPORT / "gguf/tinygpt-f32.gguf"
@@ -135,12 +134,7 @@ def number(text: str) -> int | float | str:
 
 SHORT = {"model": ["-m"], "max_new_tokens": ["-n"]}  # and -p for the prompt: as in llama.cpp
 # How values, and the items of a list, are typed.
-VALUES: dict[type, dict[str, Any]] = {
-    int: {"type": number, "metavar": "N"},
-    float: {"type": number, "metavar": "X"},
-    str: {"metavar": "NAME"},
-    Path: {"type": Path, "metavar": "PATH"},
-}
+VALUES: dict[type, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 LISTS: dict[Any, dict[str, Any]] = {
     int: {"type": number, "metavar": "ID", "nargs": "+", "action": "extend"},
     str: {"metavar": "TEXT", "action": "append"},
@@ -175,7 +169,9 @@ def reading(option: Option) -> dict[str, Any]:
         return {"action": "store_true", "default": None}
     if option.choices:
         return {"metavar": f"{{{','.join(option.choices)}}}"}
-    return LISTS[typing.get_args(option.type)[0]] if option.is_list else VALUES[option.type]
+    if option.is_list:
+        return LISTS[typing.get_args(option.type)[0]]
+    return {"type": number if option.type in (int, float) else option.type, "metavar": VALUES[option.type]}
 
 
 def flag(name: str) -> str:

@@ -21,10 +21,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from tinygpt import paths
-from tinygpt.errors import UserError, printable
+from tinygpt.errors import UserError, printable, shown
 from tinygpt.files import atomic_write
 from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read_bytes, read_groups
-from tinygpt.yaml12 import load_yaml, shown
+from tinygpt.yaml12 import load_yaml
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there

@@ -11,18 +11,17 @@ import codecs
 import io
 import sys
 from argparse import Namespace
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from tinygpt.cli.flags import STDIN
-from tinygpt.errors import UserError, printable
+from tinygpt.errors import UserError, printable, shown
 from tinygpt.files import atomic_write, human_bytes, parse_json
 from tinygpt.options import MOST_BYTES, checked
 from tinygpt.params import ParamsError, require
 from tinygpt.tokenizer import load_tokenizer
-from tinygpt.yaml12 import shown
 
 N_LONGEST = 12
 
@@ -214,10 +213,7 @@ def decode_utf8(raw: bytes, name: str, *, line: int = 1) -> str:
 
 
 def _prompt_of(line: str) -> str:
-    try:
-        text = parse_json(line)["prompt"]
-    except (ValueError, LookupError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f'not {{"prompt": …}} with a text, but {line[:40] or "nothing"}')
-    return text
+    with suppress(ValueError, LookupError, TypeError):
+        if isinstance(text := parse_json(line)["prompt"], str):
+            return text
+    raise UserError(f'not {{"prompt": …}} with a text, but {line[:40] or "nothing"}')

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 
 from tinygpt.corpus.local import LEFT_OUT, Note, Notes
 from tinygpt.corpus.parquet import parquet_lines
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import human_bytes
-from tinygpt.yaml12 import shown
 
 CHUNK_BYTES = 1 << 17  # not more: a chunk that is cut off cannot be read, and a beginning must do
 # A file may unpack to MOST_RATIO times its size, text compresses to a tenth or so; a small one to SMALL_BYTES.

@@ -34,12 +34,11 @@ from tinygpt.corpus.split import (
     save_cleaned,
     write_splits,
 )
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import atomic_folder, human_bytes
 from tinygpt.params import Count, Fraction, Within, require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.shards import Shard, shard_results
-from tinygpt.yaml12 import shown
 
 LEAST_TRAIN_BYTES = 1000  # less text than this teaches no tokenizer and no model
 

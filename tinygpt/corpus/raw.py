@@ -20,9 +20,8 @@ from tinygpt.corpus.archive import READERS
 from tinygpt.corpus.folders import TEXTS, RawFile
 from tinygpt.corpus.local import LEFT_OUT, READ, Notes
 from tinygpt.corpus.sources import MOST_NAME
-from tinygpt.errors import UserError, printable
+from tinygpt.errors import UserError, printable, shown
 from tinygpt.files import human_bytes, sha256_file
-from tinygpt.yaml12 import shown
 
 MOST_PATH = 1000  # bytes
 MOST_LINE = 64 << 20  # bytes: to read a line takes up to nine times its size

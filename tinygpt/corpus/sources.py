@@ -15,9 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.params import Count, require
-from tinygpt.yaml12 import shown
 
 MOST_NAME = 255  # bytes of a file's name, as file systems take them
 

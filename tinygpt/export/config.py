@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+from tinygpt.errors import shown
 from tinygpt.export.families import LLAMA_CPP, find_family, refusal
 from tinygpt.export.hf_families import TRANSFORMERS
 from tinygpt.params import Within, require
-from tinygpt.yaml12 import shown
 
 GGUFType = Literal[
     "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.params import ParamsError
-from tinygpt.yaml12 import shown
 
 N_ADVICE = 2  # changes that a refusal names
 CHOICES = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(ModelParams).items()}

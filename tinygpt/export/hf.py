@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.export.card import CARDS
 from tinygpt.export.families import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, TRANSFORMERS, HFFamily
@@ -43,7 +43,6 @@ from tinygpt.model.weights import (
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.yaml12 import shown
 
 OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # of activations, for the same
 DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params

@@ -14,14 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, some_of, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT, TIED
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
-from tinygpt.yaml12 import shown
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

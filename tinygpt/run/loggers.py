@@ -18,13 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinygpt.errors import UserError, printable
+from tinygpt.errors import UserError, printable, shown
 from tinygpt.files import fenced
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.run.folder import read_name
 from tinygpt.train.config import TrainParams
 from tinygpt.train.trainer import Row, TrainState
-from tinygpt.yaml12 import shown
 
 PROJECT = "tinygpt"  # the name of all runs together in W&B and MLflow
 PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where that is not the name of the module

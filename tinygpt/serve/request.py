@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import each_once, parse_json
 from tinygpt.generate import Answer, Sampling
 from tinygpt.generate.answer import prompt_ids
@@ -19,7 +19,6 @@ from tinygpt.options import Limits, seed_after
 from tinygpt.params import ParamsError, Within, coerce, from_mapping, require
 from tinygpt.serve.template import PLAIN, Template, read_messages
 from tinygpt.tokenizer import Tokenizer
-from tinygpt.yaml12 import shown
 
 MOST_KEYS = 100  # of a request: for each that is unknown the nearest name is searched
 MOST_ITEMS = 1024  # ids of a list in the options

@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import atomic_write, each_once, must_exist, parse_json, read_file, some_of
 from tinygpt.params import HALVES
-from tinygpt.yaml12 import shown
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

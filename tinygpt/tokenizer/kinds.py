@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 
 from tinygpt.corpus.folders import cut_lines, shard_texts, split_file, thin
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, shown
 from tinygpt.files import atomic_write, sha256_file
 from tinygpt.params import Count, Within, require
 from tinygpt.runtime import RuntimeParams
@@ -32,7 +32,6 @@ from tinygpt.tokenizer.pretokenize import (
     count_pretokens,
 )
 from tinygpt.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer
-from tinygpt.yaml12 import shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+from tinygpt.errors import shown
 from tinygpt.model.config import MLPS
 from tinygpt.params import Count, Fraction, Within, require
-from tinygpt.yaml12 import shown
 
 Positive = Annotated[float, Within("(0, inf)")]
 Rate = Annotated[float, Within("(0, 100]")]  # of learning
