@@ -68,7 +68,7 @@ def test_every_option_takes_a_value_of_its_type_or_refuses_it_by_name(cls):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_param_that_is_refused_is_told_as_it_was_written(group):
+def test_every_param_that_is_refused_is_reported_as_it_was_written(group):
     cls, right = find_class(group), read_groups(PARAMS_FILE)[group]
     for key in right:
         for value in [*ODD, *map(load_yaml, (b"2024-01-01", b"{2024-01-01: x}", b"!!binary aGk=", b"!!set {a}", b"~"))]:
@@ -79,7 +79,7 @@ def test_every_param_that_is_refused_is_told_as_it_was_written(group):
                 assert any(key in problem for problem in error.problems)
 
 
-def test_a_date_is_told_as_it_was_written():
+def test_a_date_is_reported_as_it_was_written():
     right = read_groups(PARAMS_FILE)["train"]
     for text in ("2024-01-01", "2024-01-01 10:00:00"):
         with pytest.raises(ParamsError, match=f"^train.seed={text} must be a whole number$"):
@@ -143,7 +143,7 @@ def numbers_of(name: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if numbers_of(name)])
-def test_a_flag_that_is_not_a_number_is_told_in_our_words_whatever_the_command(name, command):
+def test_a_flag_that_is_not_a_number_is_reported_in_our_words_whatever_the_command(name, command):
     others = {"attention": ["-p", "a"], "runs": ["--prune"]}.get(name, [])
     for flag, kind in numbers_of(name):
         at = r"\[0\]" if kind == "ID" else ""
@@ -155,7 +155,7 @@ def test_a_flag_that_is_not_a_number_is_told_in_our_words_whatever_the_command(n
 
 
 @pytest.mark.parametrize("value", ["", "5", "5=", "=1", "5=x", "x=5", "5=1=1", "5=--1", "5=1e"])
-def test_a_bias_that_is_not_one_is_told_in_our_words(value, command):
+def test_a_bias_that_is_not_one_is_reported_in_our_words(value, command):
     done = command("generate", "--logit-bias", value)
     assert (done.returncode, done.stderr) == (1, f"error: --logit-bias={value} must be ID=BIAS, such as 17=-2.5\n")
 
@@ -170,7 +170,7 @@ def test_a_bias_that_is_not_one_is_told_in_our_words(value, command):
         (["--seed", "1e3", "--seed", "-1"], "error: --seed=-1 must be from 0 to 4294967295\n"),
     ],
 )
-def test_a_choice_that_is_not_there_is_told_with_those_that_are(args, message, command):
+def test_a_choice_that_is_not_there_is_reported_with_those_that_are(args, message, command):
     assert command("generate", *args, "--model", "nowhere").stderr == message
 
 
