@@ -50,10 +50,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the place of `path` only when the block ends well.
-
-    Raises UserError where `path` is not a folder.
-    """
+    """Yield an empty folder to fill; it takes the place of the folder `path` only when the block ends well."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is not a folder: name another")

@@ -240,12 +240,6 @@ class Option:
 
 def options_of(cls: type) -> tuple[Option, ...]:
     """The fields of a dataclass."""
-    hashable: Any = cls  # as classes are, whatever mypy says of dataclasses
-    return _options_of(hashable)
-
-
-@functools.cache  # a millisecond each, and a file of prompts makes many
-def _options_of(cls: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return tuple(_option(field.name, hints[field.name], field.default) for field in fields(cls))
 

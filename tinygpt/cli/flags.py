@@ -240,10 +240,7 @@ def _value(text: str) -> tuple[Any, str]:
     except (ValueError, RecursionError):
         pass
     word, rest = _word(text)
-    try:
-        return float(word), rest  # .5 is not JSON
-    except ValueError:
-        return word, rest
+    return number(word), rest  # .5 is not JSON
 
 
 def _word(text: str) -> tuple[str, str]:
