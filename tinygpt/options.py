@@ -184,11 +184,8 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
     """Settings of some values by name, and of defaults.  Raises ParamsError with all that is wrong."""
     defaults = {name: option.default for name, option in setting_options().items()}
     values = defaults | (DRAWN if given.get("n_beam", 1) == 1 else {"temperature": 0.0}) | {**given}
-
-    def part(cls: type) -> Any:
-        return from_mapping(cls, {option.name: values[option.name] for option in options_of(cls)})
-
-    settings = Settings(*together(*(functools.partial(part, cls) for cls in PARTS)))
+    parts = {cls: {option.name: values[option.name] for option in options_of(cls)} for cls in PARTS}
+    settings = Settings(*together(*(functools.partial(from_mapping, *part) for part in parts.items())))
     least, most = settings.sampling.min_new_tokens, settings.length.max_new_tokens
     together(
         lambda: settings.search.check(settings.sampling),

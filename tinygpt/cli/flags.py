@@ -156,11 +156,9 @@ def add_path(command: ArgumentParser, name: str, default: Path, help: str = "fol
     command.add_argument(name, type=Path, default=default, help=f"{help} (default: %(default)s)")
 
 
-def add_number(command: ArgumentParser, name: str, hint: Any, help: str, default: int | None = None) -> None:
+def add_number(command: ArgumentParser, name: str, hint: Any, **more: Any) -> None:
     """A number that is of no dataclass; ParamsError is raised where another is typed."""
-    command.add_argument(
-        name, type=lambda text: coerce(number(text), hint, name), default=default, metavar="N", help=help
-    )
+    command.add_argument(name, type=lambda text: coerce(number(text), hint, name), metavar="N", **more)
 
 
 def reading(option: Option) -> dict[str, Any]:

@@ -68,10 +68,7 @@ def check_texts(args: Namespace) -> TextOptions:
             not (many and (has_beams or args.best_of not in (None, 1))),
             f"--n={args.n} prints all texts, --n-beam and --best-of only the best: give one of them",
         ),
-        (
-            not many or args.temperature != 0,
-            f"--n={args.n} needs --temperature above 0: at 0 all texts are the same",
-        ),
+        (not many or args.temperature != 0, f"--n={args.n} needs --temperature above 0: at 0 all are the same"),
         (
             args.logprobs is None or not has_beams,
             f"--logprobs={args.logprobs} does not go with beam search: leave out --n-beam={args.n_beam}",

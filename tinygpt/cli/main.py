@@ -63,7 +63,7 @@ def _serve_flags(command: ArgumentParser) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
     )
-    add_number(command, "--port", Port, "(default: %(default)s; 0 = any that is free)", 8000)
+    add_number(command, "--port", Port, default=8000, help="(default: %(default)s; 0 = any that is free)")
     command.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="another host name that clients may use"
     )
@@ -90,7 +90,7 @@ def _tokenizer_report_flags(command: ArgumentParser) -> None:
 
 def _attention_flags(command: ArgumentParser) -> None:
     command.add_argument("-p", "--prompt", required=True, help="the text to look at")
-    add_number(command, "--generate", NotNegative, "and N tokens that the model adds to it", 0)
+    add_number(command, "--generate", NotNegative, default=0, help="and N tokens that the model adds to it")
     command.add_argument(
         "--save", type=Path, metavar="FILE", help="save an .npz: `weights` (n_layer, n_head, T, T) and `ids` (T,)"
     )
@@ -119,15 +119,15 @@ def _preset_flags(command: ArgumentParser) -> None:
 
 
 def _plan_flags(command: ArgumentParser) -> None:
-    add_number(command, "--minutes", Positive, "how long the whole pipeline may take")
-    add_number(command, "--bpb", Positive, "or what it must reach, in bits per byte")
+    add_number(command, "--minutes", Positive, help="how long the whole pipeline may take")
+    add_number(command, "--bpb", Positive, help="or what it must reach, in bits per byte")
     command.add_argument("--write", action="store_true", help="put it into params.yaml")
 
 
 def _runs_flags(command: ArgumentParser) -> None:
     command.add_argument("--prune", action="store_true", help="remove the finished runs, never one that is running")
     command.add_argument("--all", action="store_true", help="with --prune: the interrupted runs, too")
-    add_number(command, "--keep", NotNegative, "with --prune: keep the newest N of them")
+    add_number(command, "--keep", NotNegative, help="with --prune: keep the newest N of them")
 
 
 def _compare_flags(command: ArgumentParser) -> None:

@@ -48,8 +48,7 @@ def named(given: list[str]) -> dict[str, Path]:
     for each in given:
         name, equals, folder = each.partition("=")
         if not name or name in found:
-            raise UserError(
-                f"--model {each}: " + ("its name is taken: give NAME=FOLDER" if name else "its name is empty")
-            )
+            problem = "its name is taken: give NAME=FOLDER" if name else "its name is empty"
+            raise UserError(f"--model {each}: {problem}")
         found[name] = Path(folder if equals else name)
     return found

@@ -89,9 +89,8 @@ def attention(args: Namespace) -> None:
     model, tokenizer = load_pair(args.model, args.tokenizer)
     ids, n_new = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))], args.generate
     if len(ids) + n_new > model.config.block_size:
-        with_new = f" with --generate={n_new}" if n_new else ""
-        n, most = len(ids) + n_new, model.config.block_size
-        raise UserError(f"--prompt{with_new} has {n} tokens, the model reads {most}: shorten it")
+        more, n = f" with --generate={n_new}" if n_new else "", len(ids) + n_new
+        raise UserError(f"--prompt{more} has {n} tokens, the model reads {model.config.block_size}: shorten it")
     if n_new:
         likeliest = Sampling(temperature=0)
         ids += generate_batch(model, tokenizer, [args.prompt], max_new_tokens=n_new, sampling=likeliest)[0].ids

@@ -94,8 +94,7 @@ def _write(logger: Logger, rows: list[Row], speed: dict[str, float], texts: dict
 
 def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Numbers, texts and switches as they are, the rest as params.yaml has it."""
-    plain = (bool, int, float, str)
-    return {f"{group}.{key}": v if isinstance(v, plain) else shown(v) for key, v in fields.items()}
+    return {f"{group}.{key}": v if isinstance(v, int | float | str) else shown(v) for key, v in fields.items()}
 
 
 class TensorBoard:
