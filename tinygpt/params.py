@@ -204,9 +204,7 @@ def flat_params(raw: bytes) -> dict[str, str]:
     """What decides a result in a params file, as it stands there, by "group.key".  Raises UserError for others."""
     try:
         groups = load_yaml(raw).items()
-        rows = [
-            (f"{group}.{key}", value) for group, values in groups for key, value in values.items() if group != "runtime"
-        ]
+        rows = [(f"{name}.{key}", value) for name, keys in groups for key, value in keys.items() if name != "runtime"]
         return {name: shown(value) if isinstance(value, bool | None) else str(value) for name, value in rows}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{PARAMS_FILE} holds no groups of keys ({error})") from None
