@@ -115,7 +115,8 @@ def refused(name: str, folder: Path) -> str:
 def workers() -> ForkServerContext:
     """Processes that need not import torch: forked from one that has, which itself has done nothing yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stages.train"])
+    # the last two are what several processes need; forked, they have the compiler, too, which DDP imports
+    context.set_forkserver_preload(["stages.train", "torch._dynamo", "torch.distributed.fsdp"])
     with contextlib.chdir(ROOT):  # from where it imports
         forkserver.ensure_running()
     return context

@@ -78,9 +78,13 @@ RUNS = {  # changes of train, of the model and of runtime
 
 
 RUNS_OF = {  # by the number of processes, a start-up of which costs most, and by how they share the model
-    2: {"ddp": [kind for kind in RUNS if kind != "lion"], "fsdp": list(RUNS)},
+    2: {
+        "ddp": [kind for kind in RUNS if kind != "lion"],
+        "fsdp": [kind for kind in RUNS if kind != "one sequence to evaluate on"],  # on whole models, in both
+    },
     3: {"ddp": ["muon"], "fsdp": ["muon", "adamw, tied, ema"]},
 }
+CUT = {2: 2, 3: 1}  # how many of them are cut and resumed
 
 
 def tokens(n: int) -> np.ndarray:
@@ -104,7 +108,7 @@ def train(name: str, world: World, parallel: str, kind: str) -> dict[str, torch.
 
 
 def many(rank: int, folder: Path) -> None:
-    """What one process does: two train together, then three, as RUNS_OF says; the first runs are cut and resumed."""
+    """What one process does: two train together, then three, as RUNS_OF says; the first CUT are cut and resumed."""
     for size in RUNS_OF:
         if rank < size:
             together(World(rank, size, rank, size), folder)
@@ -119,13 +123,14 @@ def together(world: World, folder: Path) -> None:
     for parallel, kinds in RUNS_OF[size].items():
         for kind in kinds:
             found[f"{kind}, {parallel}"] = train(f"{kind} {parallel}", world, parallel, kind)
-        for kind in kinds[:2]:
+        for kind in kinds[: CUT[size]]:
             newest = folder / f"runs{size}/runs/{kind} {parallel}/step-0000006"
             world.first(lambda newest=newest: shutil.rmtree(newest))
             found[f"resumed {kind}, {parallel}"] = train(f"{kind} {parallel}", world, parallel, kind)
-    whole, name = folder / f"runs{size}/runs/muon ddp/step-0000004", "from a whole checkpoint"
-    world.first(lambda: shutil.copytree(whole, folder / f"runs{size}/runs/{name}/step-0000004"))
-    found[name] = train(name, world, "fsdp", "muon")
+    if size == 2:
+        whole, name = folder / "runs2/runs/muon ddp/step-0000004", "from a whole checkpoint"
+        world.first(lambda: shutil.copytree(whole, folder / f"runs2/runs/{name}/step-0000004"))
+        found[name] = train(name, world, "fsdp", "muon")
     with pytest.raises(UserError, match="no room"):
         world.first(lambda: (_ for _ in ()).throw(UserError("no room")))
     if rank == 0:
@@ -160,10 +165,10 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(
         for kind in kinds:
             for name, tensor in alone[kind].items():
                 torch.testing.assert_close(found[f"{kind}, {parallel}/{name}"], tensor, atol=2e-3, rtol=1e-3)
-        for kind in kinds[:2]:
+        for kind in kinds[: CUT[size]]:
             for name in alone[kind]:
                 assert torch.equal(found[f"resumed {kind}, {parallel}/{name}"], found[f"{kind}, {parallel}/{name}"])
-    for name, tensor in alone["muon"].items():
+    for name, tensor in alone["muon"].items() if size == 2 else ():
         torch.testing.assert_close(found[f"from a whole checkpoint/{name}"], tensor, atol=2e-3, rtol=1e-3)
     runs = trained / f"runs{size}/runs"
     folder = runs / "muon fsdp/step-0000004/weights"
@@ -208,7 +213,7 @@ def test_cuda_graphs_are_refused_where_they_cannot_be():
 
 # ---- the stage ----
 
-LAST = 120  # step
+LAST = 90  # step
 
 
 @pytest.fixture
@@ -216,7 +221,8 @@ def project(done, tmp_path) -> Path:
     """A project before some seconds of training by two processes."""
     folder = Path(shutil.copytree(done, tmp_path / "project"))
     shutil.rmtree(folder / "runs")
-    set_params(folder, {"train.max_steps": LAST, "train.save_every": 5, "runtime.n_process": 2})
+    often = {"train.save_every": 5, "train.eval_every": 45}
+    set_params(folder, {"train.max_steps": LAST, "runtime.n_process": 2, **often})
     return folder
 
 
@@ -315,7 +321,7 @@ def test_the_starter_ends_with_the_status_of_its_processes_and_gives_up_on_kille
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
-    set_params(project, {"runtime.parallel": "fsdp"})
+    set_params(project, {"runtime.parallel": "fsdp", "train.max_steps": 25})
     pair = start_pair(project)
     wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
     # A limit on the size of files stands for the end of the disk: in one process, and the other must hear of it.
@@ -330,7 +336,7 @@ def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
     shard.write_bytes(bytes([*kept, last ^ 1]))
     log = train_in_pair(project)
     assert f"({shard.relative_to(shard.parents[1])} is not what was written): taking the one before" in log
-    assert f"continuing after step {stopped - 5} of {LAST}" in log
+    assert f"continuing after step {stopped - 5} of 25" in log
 
 
 def test_a_users_mistake_is_one_line_for_all_processes_together(project):
