@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.cudagraph_trees
 
 from benchmarks.gpu_parts import PARTS, Case, Finding, Setup
 
@@ -47,7 +46,9 @@ def run_part(name: str, setup: Setup, rows: Path) -> None:
             if torch.cuda.is_available():  # on a CPU nothing is compiled, and a look for garbage takes half a second
                 torch.compiler.reset()
                 gc.collect()
-                torch._inductor.cudagraph_trees.reset_cudagraph_trees()
+                from torch._inductor.cudagraph_trees import reset_cudagraph_trees  # takes as long as PyTorch
+
+                reset_cudagraph_trees()
                 torch.cuda.empty_cache()
 
 

@@ -209,6 +209,7 @@ TOGETHER = {  # tests that follow each other, or share what takes long to make: 
     "tests/test_generate_command.py::test_compiled_steps": "compiler",
     "tests/test_generate_command.py::test_without_a_compiler": "compiler",
     "tests/test_train.py::test_a_compiled_step": "compiler",
+    "tests/test_serve.py::test_a_signal": "compiler",
     "tests/test_speculation_options.py": "compiler",
     "tests/test_beam.py": "beams",
     "tests/test_notebooks.py::test_a_notebook_runs": "notebooks",

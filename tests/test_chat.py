@@ -5,7 +5,6 @@ import os
 import time
 
 import httpx
-import openai
 import pytest
 from serving import FIRST, running
 
@@ -55,6 +54,8 @@ def served(tokenizer):
 
 @pytest.fixture(scope="module")
 def client(served):
+    import openai  # takes a second
+
     with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="any", max_retries=0) as client:
         yield client
 

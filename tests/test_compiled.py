@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import FAMILIES, random_ids, tiny_model
-from torch._dynamo.utils import counters
 
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import STEPS, Decoder
@@ -15,26 +14,45 @@ pytestmark = pytest.mark.slow
 # Few, and of one row or up to several, since each takes seconds to compile; together they have every branch.
 KINDS = {
     "gpt2": (1, {"n_layer": 1, **FAMILIES["gpt2"]}),
-    "windows, gqa, qk_norm": (4, {"window": 7, "full_every": 2, "n_kv_head": 2, "qk_norm": True}),
-    "parallel, mqa": (
+    "parallel, mqa, window": (
         1,
-        {"n_layer": 1, "parallel_block": True, "n_kv_head": 1, "norm": "layernorm", "mlp": "relu2", "bias": "qkv"},
+        {
+            "n_layer": 1,
+            "parallel_block": True,
+            "n_kv_head": 1,
+            "norm": "layernorm",
+            "mlp": "relu2",
+            "bias": "qkv",
+            "window": 7,
+        },
+    ),
+    "growing, windows, gqa, qk_norm": (
+        3,
+        {"block_size": 56, "window": 40, "full_every": 2, "n_kv_head": 2, "qk_norm": True},
     ),
 }
+FIRST_ROOM = 32  # tokens that there is room for at first: that of the longer context grows
 ROOM = 4  # tokens that can be taken back: a model with windows is compiled for one such number
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def model(request):
     n_row, config = request.param
-    model = tiny_model(block_size=32, **config)
-    compile_step(model, n_row=n_row, room=ROOM)
-    return model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "FIRST_ROOM", FIRST_ROOM)
+        model = tiny_model(**{"block_size": FIRST_ROOM, **config})
+        compile_step(model, n_row=n_row, room=ROOM)
+        yield model
 
 
 def expected_after(model, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.tensor([ids]))[:, -1]
+
+
+def n_graphs() -> int:
+    """Pieces that have been compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def operations_of_a_step(model, n_row: int) -> set[str]:
@@ -49,26 +67,28 @@ def test_a_compiled_step_calls_only_these_operations(model):
     for n_row in range(1, most + 1):
         assert operations_of_a_step(model, n_row) == ({"aten::bmm"} if n_row > 1 else set())
     assert operations_of_a_step(model, most + 1) == {"aten::bmm", "aten::add", "aten::embedding"}
-    n_graph = counters["stats"]["unique_graphs"]
+    n_graph = n_graphs()
     for n_row in range(1, most + 1):
         decoder = Decoder(model, [[1]] * n_row, room=ROOM)
-        for _ in range(30):
+        for _ in range(model.config.block_size - 2):
             decoder.step([3] * n_row)
-    assert counters["stats"]["unique_graphs"] == n_graph  # for all lengths and numbers of rows
+    assert n_graphs() == n_graph  # for all lengths, rooms and numbers of rows
 
 
 def test_compiled_rows_have_any_length_up_to_a_full_context_and_past_it(model):
-    rows = [[1], random_ids(9).tolist(), random_ids(20).tolist(), [2, 3]][: STEPS[model].n_row]
+    most, full = STEPS[model].n_row, model.config.block_size
+    rows = [[1], random_ids(9).tolist(), random_ids(20).tolist()][:most]
     decoder = Decoder(model, rows, room=ROOM)
     for step in range(40):
         added = [(17 * step + 5 * row) % 300 for row in range(len(rows))]
         decoder.step(added)
-        rows = [[*ids, new] if len(ids) < 32 else [*ids, new][-17:] for ids, new in zip(rows, added, strict=True)]
+        rows = [[*ids, new] for ids, new in zip(rows, added, strict=True)]
+        rows = [ids if len(ids) <= full else ids[-1 - full // 2 :] for ids in rows]
         for row, ids in enumerate(rows):
             torch.testing.assert_close(decoder.logits[row : row + 1], expected_after(model, ids), atol=2e-5, rtol=2e-5)
         if step == 15:
             del rows[1:-1]
-            decoder.keep([0, 3][: len(rows)])
+            decoder.keep([0, most - 1][: len(rows)])
 
 
 def test_compiled_steps_allow_tokens_taken_back_and_rows_that_come_and_go(model):
@@ -104,7 +124,7 @@ def test_each_model_has_its_own_code_and_changed_weights_are_compiled_again(mode
 
 
 def test_compiled_steps_use_int8_weights():
-    plain, model = (tiny_model(n_layer=1) for _ in range(2))
+    plain, model = (tiny_model(n_layer=1, n_embd=128) for _ in range(2))  # as test_serve.py has it: compiled once
     quantize(plain, "int8")
     quantize(model, "int8")
     compile_step(model, n_row=2)
@@ -114,17 +134,3 @@ def test_compiled_steps_use_int8_weights():
             decoder.step([3] * len(prompts))
         # a last bit of float32 that differs may be one of bfloat16 before the next product
         torch.testing.assert_close(decoders[1].logits, decoders[0].logits, atol=0.05, rtol=0.02)
-
-
-def test_a_long_context_takes_room_as_it_fills_and_is_compiled_once(monkeypatch):
-    monkeypatch.setattr(layers, "FIRST_ROOM", 16)
-    model = tiny_model(block_size=10**7, window=40, full_every=2)
-    compile_step(model, n_row=3)
-    n_graph = counters["stats"]["unique_graphs"]
-    for n_row in (1, 3):
-        decoder = Decoder(model, [[1]] * n_row)
-        for _ in range(69):
-            decoder.step([3] * n_row)
-        torch.testing.assert_close(decoder.logits[:1], expected_after(model, [1] + [3] * 69), atol=2e-5, rtol=2e-5)
-        assert [keys.size(2) for keys, _ in decoder._cache.layers] == [40, 128]
-    assert counters["stats"]["unique_graphs"] == n_graph

@@ -33,7 +33,7 @@ GREEDY = ["--temperature", "0", "--ignore-eos"]
 def folder(tmp_path_factory, tiny_tokenizer) -> Path:
     """A model of ours with its tokenizer, and both its exports."""
     folder = tmp_path_factory.mktemp("generate")
-    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size)
+    model = tiny_model(vocab_size=tiny_tokenizer.vocab_size, n_layer=1)
     save_model(folder / "model", model.config, model_tensors(model))
     tiny_tokenizer.save(folder / "tokenizer")
     export_hf(model, tiny_tokenizer, folder / "tokenizer", folder / "hf")

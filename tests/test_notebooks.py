@@ -10,7 +10,6 @@ from typing import Any
 
 import nbformat
 import pytest
-from ipykernel.kernelapp import launch_new_instance
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from project import ROOT, corpus, set_params, workers
@@ -63,6 +62,8 @@ def kernel(tmp_path_factory) -> Iterator[KernelManager]:
 
 def run_kernel(connection: str) -> None:
     """As `python -m ipykernel` does."""
+    from ipykernel.kernelapp import launch_new_instance
+
     os.environ.pop("DVC_ROOT", None)
     launch_new_instance(argv=["-f", connection, "--IPKernelApp.quiet=True"])
 

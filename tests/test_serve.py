@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 from conftest import tiny_model
@@ -52,6 +51,8 @@ def served(tiny_tokenizer):
 
 @pytest.fixture
 def client(served):
+    import openai  # takes a second, which no other test has to wait for
+
     with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="any", max_retries=0) as client:
         yield client
 
@@ -96,6 +97,8 @@ def is_idle(served) -> bool:
 
 
 def test_the_models_are_listed_with_their_sizes(client):
+    import openai
+
     assert [model.id for model in client.models.list()] == ["first", "second"]
     assert client.models.retrieve("second").owned_by == "tinygpt"
     with pytest.raises(openai.NotFoundError, match="model third is not served here, these are: first, second"):

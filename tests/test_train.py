@@ -16,7 +16,6 @@ from conftest import RUNTIME, random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_files import in_child
-from torch._dynamo.utils import counters
 
 from tinygpt.cli.runs import find_runs
 from tinygpt.errors import Stopped, UserError
@@ -514,6 +513,7 @@ def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_length_of_a_context_warmup_is_compiled_once(monkeypatch):
     compile_by("eager", monkeypatch)
     monkeypatch.setattr(layers, "FIRST_ROOM", 16)  # rope's tables grow, and not in what is compiled
+    counters = torch._dynamo.utils.counters
     counters.clear()
     params = dataclasses.replace(PARAMS, context_warmup=ContextWarmup(start=1, steps=9))
     eager, compiled = (
