@@ -160,7 +160,7 @@ def tiny_tokenizer() -> Tokenizer:
     return train_bpe([prose(2000)], 300, special_tokens=("<|user|>",))
 
 
-STEPS = {"train.max_steps": 300, "train.save_every": 7, "train.eval_every": 60}  # some seconds of training
+STEPS = {"train.max_steps": 200, "train.save_every": 7, "train.eval_every": 60}  # some seconds of training
 
 
 @pytest.fixture(scope="session")

@@ -85,14 +85,14 @@ def succeed(command: str, folder: Path, **env: str) -> str:
     return done.stdout
 
 
-def dvc(folder: Path, *commands: str) -> list[str]:
+def dvc(folder: Path, *commands: str, **env: str) -> list[str]:
     """What DVC prints for each of several commands, in one process, which imports it once.  All must succeed."""
     code = "import sys\nfrom dvc.cli import main\n"
     code += "".join(
         f"if main({command.split()}): sys.exit('{command}')\nprint('\\f', flush=True)\n" for command in commands
     )
     (folder.parent / "commands.py").write_text(code)
-    return succeed(f"python {folder.parent / 'commands.py'}", folder).split("\f\n")[:-1]
+    return succeed(f"python {folder.parent / 'commands.py'}", folder, **env).split("\f\n")[:-1]
 
 
 def run_stages(names: str, folder: Path) -> str:

@@ -119,11 +119,6 @@ def test_the_result_does_not_depend_on_the_workers(corpus: Path, monkeypatch: py
     assert run(corpus, n_worker=1) == alone
 
 
-def test_ray_gives_the_same_bytes(corpus: Path) -> None:
-    pytest.importorskip("ray")
-    assert run(corpus, engine="ray", n_worker=2) == run(corpus, n_worker=1)
-
-
 clean_shard = clean_module.clean_shard
 
 
@@ -134,6 +129,14 @@ def die_in_the_third(shard: Shard, path: Path, **rest: object) -> None:
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     clean_shard(shard, path, **rest)  # type: ignore[arg-type]
+
+
+def test_ray_gives_the_same_bytes_though_a_worker_is_killed(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    expected = run(corpus, n_worker=1)
+    monkeypatch.setattr(clean_module, "clean_shard", die_in_the_third)
+    assert run(corpus, engine="ray", n_worker=2) == expected
+    assert (corpus.parent / "killed").exists()
 
 
 def test_a_killed_worker_costs_its_shard_alone(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

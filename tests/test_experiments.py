@@ -20,7 +20,7 @@ from tinygpt.files import read_json, sha256_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.story]
 
-SWEEP = "python -m sweeps.optuna_sweep --trials {} -S train.lr=log:1e-3..3e-2 -S train.max_steps=150"
+SWEEP = "python -m sweeps.optuna_sweep --trials {} -S train.lr=log:1e-3..3e-2 -S train.max_steps=100"
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,14 @@ def test_without_experiments_compare_says_so(here, command):
 
 
 def test_a_queue_leaves_the_folder_alone(project):
-    succeed("dvc exp run --queue train -S 'model.n_layer=2,3'", project)
+    succeed("dvc exp run --queue train -S model.n_layer=2", project)
     assert succeed("git status --porcelain", project) == ""
 
 
 def test_a_queued_experiment_has_no_metrics(here, command):
     rows = rows_of(command("compare").stdout)
     assert rows["experiment"][:4] == ["experiment", "state", "model.n_layer", "val_loss"]
-    assert sorted(row[1:4] for row in rows.values() if "Queued" in row) == [["Queued", "2", "-"], ["Queued", "3", "-"]]
+    assert [row[1:4] for row in rows.values() if "Queued" in row] == [["Queued", "2", "-"]]
 
 
 def test_the_python_of_the_page_shows_params_metrics_and_the_curve(project):
@@ -86,27 +86,22 @@ def test_a_sweep_whose_trial_was_interrupted_continues_from_its_checkpoint(proje
     os.killpg(sweep.pid, signal.SIGINT)  # what a terminal does
     assert sweep.wait(timeout=60) == 130
     (first,) = [line for line in log.read_text().splitlines() if line.startswith("sweep-0: ")]
-    said = succeed(SWEEP.format(1), project)
+    said = succeed(SWEEP.format(2), project)
     assert f"sweep-1: {first.removeprefix('sweep-0: ')}\n" in said
     assert "continuing after step" in said
-    assert "sweep-1 has the lowest val_loss of 1" in said
-
-
-def test_the_sweep_continues_where_it_was(project):
-    said = succeed(SWEEP.format(2), project)
-    assert "sweep-1:" not in said and "sweep-2: train.lr=" in said
+    assert "sweep-2: train.lr=" in said and "has the lowest val_loss of 2" in said
     assert succeed("git status --porcelain", project) == ""
 
 
 def test_queued_experiments_are_done(project):
-    wait_until(lambda: len(experiments(project)) >= 4, project.parent / "queue.log", seconds=240)  # two of the sweep
+    wait_until(lambda: len(experiments(project)) >= 3, project.parent / "queue.log", seconds=240)  # two of the sweep
     deadline = time.monotonic() + 120
-    while (status := succeed("dvc queue status", project)).count("Success") < 2:
+    while (status := succeed("dvc queue status", project)).count("Success") < 1:
         assert "Failed" not in status, succeed("cat .dvc/tmp/exps/run/*/*.out", project)
         assert time.monotonic() < deadline, status
         time.sleep(1)
     assert succeed("git status --porcelain", project) == ""
-    assert len(list(project.glob("runs/*/lock"))) == 5  # of all of them, in the one folder
+    assert len(list(project.glob("runs/*/lock"))) == 4  # of all of them, in the one folder
 
 
 def test_experiments_are_compared_and_drawn(here, command):
@@ -119,10 +114,10 @@ def test_experiments_are_compared_and_drawn(here, command):
     for name in ("workspace", "main"):
         assert [shown[name][key] for key in ("train.lr", "train.max_steps")] == ["0.008", "40"]
         assert shown[name]["val_loss"] == f"{first:.4f}"
-    assert sorted(row["model.n_layer"] for row in shown.values()) == ["1", "1", "1", "1", "2", "3", "model.n_layer"]
+    assert sorted(row["model.n_layer"] for row in shown.values()) == ["1", "1", "1", "1", "2", "model.n_layer"]
     loss = float(shown["sweep-1"]["val_loss"])
-    assert shown["sweep-1"]["train.max_steps"] == "150" and loss < first
-    assert said.endswith("curves.svg shows 5 of 5 curves\n")  # the workspace is that of the commit
+    assert shown["sweep-1"]["train.max_steps"] == "100" and loss < first
+    assert said.endswith("curves.svg shows 4 of 4 curves\n")  # the workspace is that of the commit
     svg = (here / "curves.svg").read_text()
     assert f"sweep-1: {loss:.3f}" in svg and f"main: {first:.3f}" in svg
     named = command("compare", "sweep-1", "workspace").stdout.splitlines()
@@ -181,9 +176,6 @@ def test_a_base_travels_with_experiments(here, command):
     said = succeed("dvc exp run --temp train -S train.max_steps=6 -S train.warmup_steps=1 -S train.lr=5", here)
     assert "at step 0: before the first, so the weights that it started from are published" in said
     assert "Stage 'base' didn't change" in said
-    succeed("dvc exp run --queue train -n waited -S train.max_steps=7 -S train.warmup_steps=1", here)
-    start("dvc queue start", here, "waited.log")  # not through a pipe, which its worker would keep open
-    wait_until(lambda: "waited" in experiments(here), here.parent / "waited.log", seconds=240)
 
 
 def test_a_base_comes_back_to_its_folder_and_to_a_clone(here):

@@ -188,14 +188,6 @@ def test_a_mistake_in_a_worker_is_reported_as_in_this_process(file, n_worker):
         results(file, fail, n_worker=n_worker)
 
 
-def test_ray_gives_the_same_results_though_a_worker_is_killed(file):
-    pytest.importorskip("ray")
-    work = partial(die_once, parent=os.getpid())
-    assert results(file, work, engine="ray", n_worker=2) == "".join(text.upper() + "|" for text in TEXTS)
-    assert (file.parent / "killed").exists()
-    assert str(os.getpid()) not in {pid for pid, _ in log(file)}
-
-
 def test_ray_reports_a_mistake_in_one_line(file):
     pytest.importorskip("ray")
     with pytest.raises(UserError, match="cannot do 0000"):
