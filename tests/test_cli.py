@@ -239,6 +239,16 @@ def keep_ids(logits, ids, past):
 PENALTIES["only_ids"] = keep_ids
 """
 
+ONE_AFTER_THE_OTHER = """
+import contextlib, json, sys
+from tinygpt.cli.main import main
+for i, arguments in enumerate(json.loads(sys.argv[1])):
+    sys.argv = ["tinygpt", *arguments]
+    print(end="\f" if i else "")
+    with contextlib.suppress(SystemExit):
+        main()
+"""
+
 
 def test_a_new_option_is_a_field_and_a_function_and_then_a_flag_and_a_setting(folders, tiny_tokenizer, tmp_path):
     shutil.copytree(ROOT / "tinygpt", tmp_path / "tinygpt")
@@ -247,15 +257,19 @@ def test_a_new_option_is_a_field_and_a_function_and_then_a_flag_and_a_setting(fo
     options.write_text(f"{before}{NEW_FIELD}    seed: Annotated[{after}")
     sampling.write_text(sampling.read_text() + NEW_FUNCTION)
 
-    def run_there(*args: str, text: str = "") -> str:
-        command = [sys.executable, "-m", "tinygpt", *args, *folders]
-        return subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True, check=True).stdout
-
     a, b = tiny_tokenizer.encode("ab")
-    assert re.search(r"--only-ids ID \[ID \.\.\.\]\s+nothing but these tokens\n", run_there("generate", "--help"))
-    written = json.loads(run_there("generate", "--only-ids", str(a), str(b), "--seed", "1", "--format", "jsonl"))
-    assert set(written["ids"]) == {a, b}
-    said = run_there("chat", text=f"/set only-ids={a} max_new_tokens=5\nx\n/set only_ids=[{a}, {b}]\n/show\n")
+    write = ["generate", "--only-ids", str(a), str(b), "--seed", "1", "--format", "jsonl", *folders]
+    command = [
+        sys.executable,
+        "-c",
+        ONE_AFTER_THE_OTHER,
+        json.dumps([["generate", "--help"], write, ["chat", *folders]]),
+    ]
+    text = f"/set only-ids={a} max_new_tokens=5\nx\n/set only_ids=[{a}, {b}]\n/show\n"
+    done = subprocess.run(command, cwd=tmp_path, input=text, capture_output=True, text=True, check=True).stdout
+    told, written, said = done.split("\f")
+    assert re.search(r"--only-ids ID \[ID \.\.\.\]\s+nothing but these tokens\n", told)
+    assert set(json.loads(written)["ids"]) == {a, b}
     assert said.startswith("aaaaa\n")
     assert f"only_ids=[{a}, {b}]" in said.splitlines()
 

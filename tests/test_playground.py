@@ -85,7 +85,7 @@ def test_two_models_write_side_by_side_what_each_writes_alone(page, served, tiny
 
 
 def test_tokens_are_seen_as_they_come_and_escape_stops_them(page, served):
-    page.fill("#max_tokens", "4000")
+    page.fill("#max_tokens", "1500")
     page.click("#write")
     tokens = page.locator(".pane").first.locator(".token:not(.read)")
     page.locator(f"{WRITTEN} >> nth=5").wait_for(state="attached")
@@ -279,7 +279,7 @@ def test_a_chat_has_answers_stops_and_keeps_what_was_said(page, served, tiny_tok
     page.get_by_text("tokens after").wait_for()
     assert len(said(page)) == 2
     assert said(page)[1] != answer
-    page.fill("#max_tokens", "4000")
+    page.fill("#max_tokens", "1500")
     page.fill("#line", "and?")
     page.click("#send")
     page.wait_for_function(STOP_ONCE_IT_WRITES)  # in the page: an answer of a busy machine may end before we look
