@@ -195,7 +195,8 @@ def project(done, tmp_path) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Machine code that torch.compile makes is kept for all tests, and for the next time."""
+    """Machine code that torch.compile makes is kept for all tests, and for the next time; so are rewritten tests."""
+    sys.dont_write_bytecode = False
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.cache.mkdir("inductor"))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, which take five seconds to start
 
@@ -211,6 +212,11 @@ TOGETHER = {  # tests that follow each other, or share what takes long to make: 
     "tests/test_train.py::test_a_compiled_step": "compiler",
     "tests/test_serve.py::test_a_signal": "compiler",
     "tests/test_speculation_options.py": "compiler",
+    "tests/test_serve.py": "server",
+    "tests/test_chat.py": "server",
+    "tests/test_resume.py": "killed",
+    "tests/test_kills.py": "killed",
+    "tests/test_fuzz.py": "killed",
     "tests/test_beam.py": "beams",
     "tests/test_notebooks.py::test_a_notebook_runs": "notebooks",
     "tests/test_live.py": "browser",
