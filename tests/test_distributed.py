@@ -69,17 +69,19 @@ RUNS = {  # changes of train, of the model and of runtime
         {"tie_weights": True},
         {},
     ),
-    "lion": ({"optimizer": "lion", "lr": 1e-4, "embedding_lr": None}, {}, {}),
     "one sequence to evaluate on": ({"eval_tokens": 1}, {}, {}),
     "lora": ({"lora": LORA, "init_from": "base"}, {}, {}),
-    "warmup, micro-batches": (WARMUP, {}, {"micro_batch_size": 1}),
-    "recomputed": ({}, {}, {"gradient_checkpointing": True}),
+    "lion, warmup, micro-batches, recomputed": (
+        {"optimizer": "lion", "lr": 1e-4, "embedding_lr": None, **WARMUP},
+        {},
+        {"micro_batch_size": 2, "gradient_checkpointing": True},
+    ),
 }
 
 
 RUNS_OF = {  # by the number of processes, a start-up of which costs most, and by how they share the model
     2: {
-        "ddp": [kind for kind in RUNS if kind != "lion"],
+        "ddp": list(RUNS),
         "fsdp": [kind for kind in RUNS if kind != "one sequence to evaluate on"],  # on whole models, in both
     },
     3: {"ddp": ["muon"], "fsdp": ["muon", "adamw, tied, ema"]},
