@@ -153,12 +153,12 @@ def status_of(process: ForkServerProcess, *, seconds: float = 120) -> int:
     return process.exitcode
 
 
-def wait_until(condition: Callable[[], object], log: Path, *, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], log: Path, *, seconds: float = 120, pause: float = 0.01) -> None:
     """Wait; fail after some seconds with what stands in a log, or in the train.log of a folder."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, (log / "train.log" if log.is_dir() else log).read_text()
-        time.sleep(0.002)
+        time.sleep(pause)
 
 
 def hashes(folder: Path) -> dict[str, str]:

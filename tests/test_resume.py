@@ -72,7 +72,7 @@ def test_killed_at_any_moment_training_ends_with_the_same_bytes(project, undistu
     for step, moment in [(14, lambda folder: True), (40, is_saving)]:
         process = start_trainer(project)
         wait_until(lambda step=step: newest_step(project) >= step, project)
-        wait_until(lambda moment=moment: moment(project), project)
+        wait_until(lambda moment=moment: moment(project), project, pause=0.001)
         process.kill()
         assert status_of(process) == -signal.SIGKILL
         assert not (project / "data/model").exists()
