@@ -199,6 +199,7 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.dont_write_bytecode = False
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.cache.mkdir("inductor"))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, which take five seconds to start
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # trying out each instruction set of the CPU takes eight
 
 
 TOGETHER = {  # tests that follow each other, or share what takes long to make: in one worker, and first
