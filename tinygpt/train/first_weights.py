@@ -6,9 +6,9 @@ Goldberg make word vectors (https://papers.nips.cc/paper/5477). For a token a an
 
     head_b · norm(embedding_a)  ≈  log p_b + f_a · log(1 + count_ab / (PRIOR · p_b)) + what all b have in common
 
-f_a is 1, or less for tokens whose vector would be longer than most. Some heads begin by looking at the token one, two,
-three or four places before, which language models soon learn to do (Elhage et al.,
-https://transformer-circuits.pub/2021/framework). Those of the first block add what this token says of the next one.
+f_a is 1, or less for tokens whose vector would be longer than the mean. And some heads begin by looking at the token
+one, two, three or four places before, which language models soon learn to do (Elhage et al.,
+https://transformer-circuits.pub/2021/framework).
 
 V vocab_size, C n_embd, D head_dim, R rank.
 """
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from tinygpt.model.attention import Attention
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.gpt import GPT, INIT_STD, Block
+from tinygpt.model.gpt import GPT, Block
 from tinygpt.model.layers import rope_tables
 
 if TYPE_CHECKING:  # what it imports would be code of the weights
@@ -43,11 +43,6 @@ DISTANCES = (1, 2, 3, 4)  # of one head each
 N_PAIRS = 3  # of rope's that they use, the fastest: slower ones hardly change from one place to the next
 SHARPNESS = 11.0  # their score at the right place; with 32 values 2.5 less at the next ones, 8 less at others nearby
 
-N_FITTED = 131_072  # tokens that values are fitted on
-MAX_VOCAB = 20_000  # more take minutes
-STEP = 0.2  # of Newton's: each head is fitted as if it were alone
-RIDGE = 0.1  # of the mean variance, added to that of each direction
-
 
 def set_first_weights(model: GPT, tokens: TokenIds) -> None:
     """Set embeddings, head and early heads of a new model.
@@ -59,12 +54,9 @@ def set_first_weights(model: GPT, tokens: TokenIds) -> None:
     if config.tie_weights or config.n_embd < 3:
         return
     column = set_bigrams(model, tokens)
-    if config.position == "learned" or config.head_dim < MIN_HEAD_DIM or config.n_layer < 2:
-        return
-    for block in list(model.blocks)[: min(N_BLOCKS, config.n_layer // 2)]:
-        look_back(cast(Block, block).attn, config, column)
-    if config.vocab_size <= MAX_VOCAB and len(tokens) > max(DISTANCES) + 1:
-        fit_values(model, tokens)
+    if config.position == "rope" and config.head_dim >= MIN_HEAD_DIM:
+        for block in list(model.blocks)[: min(N_BLOCKS, config.n_layer // 2)]:
+            look_back(cast(Block, block).attn, config, column)
 
 
 # ---- embeddings and head ----
@@ -82,10 +74,10 @@ def set_bigrams(model: GPT, tokens: TokenIds) -> int:
     # little. Two more columns: one makes all equally long, so that the norm divides each by the same number; one has
     # the same value in all, by which the head adds log(p_b).
     squares = left.square().sum(1, keepdim=True)
-    longest = squares.sum() / counts.count_nonzero()
-    left = left * (longest / squares).sqrt().clamp(max=1)
-    same = longest.sqrt().expand(n_vocab, 1)
-    embeddings = torch.cat([left, (longest - squares).clamp(min=0).sqrt(), same], 1)
+    limit = squares.sum() / counts.count_nonzero()
+    left = left * (limit / squares).sqrt().clamp(max=1)
+    same = limit.sqrt().expand(n_vocab, 1)
+    embeddings = torch.cat([left, (limit - squares).clamp(min=0).sqrt(), same], 1)
     log_shares = shares.log() - (shares * shares.log()).sum()
     head = torch.cat([right, torch.zeros(n_vocab, 1), log_shares[:, None] / same], 1)
     rms = same[0] * (2 / n_embd) ** 0.5
@@ -144,48 +136,3 @@ def look_back(attn: Attention, config: GPTConfig, column: int) -> None:
         query[0], query[1] = size * cos[distance], -size * sin[distance]
     if config.qk_norm:  # which makes all queries √D long
         cast(Tensor, attn.q_norm.weight).mul_(SHARPNESS / math.sqrt(head_dim))
-
-
-@torch.no_grad()
-def fit_values(model: GPT, tokens: TokenIds) -> None:
-    """Let the first heads of the first block add what the token they look at says of the next one.
-
-    It is a part of one Newton step. With r, how far the target's row of the head is from the mean that the model
-    expects, and z, the block's normed input at the token looked at, the product of a head's output and value weights
-    becomes
-
-        E[r rᵀ]⁻¹ · E[r zᵀ] · E[z zᵀ]⁻¹
-
-    as nearly as D columns can. Of heads that share values the first one is set.
-    """
-    config, block = model.config, cast(Block, model.blocks[0])
-    inputs, head = block.attn_norm(model.tok_emb.weight), model.lm_head.weight
-    expected = torch.cat([(rows @ head.T).softmax(1) @ head for rows in model.norm(model.tok_emb.weight).split(1024)])
-    first, last = max(DISTANCES), len(tokens) - 2
-    places = np.linspace(first, last, min(N_FITTED, last - first + 1)).astype(np.int64)
-
-    def at(shift: int) -> Tensor:
-        return torch.from_numpy(tokens[places + shift].astype(np.int64))
-
-    residuals = (head[at(1)] - expected[at(0)]) / math.sqrt(len(places))
-    shares = at(0).bincount(minlength=config.vocab_size) / len(places)
-    out, into = inverse_root(residuals), inverse_root(inputs * shares.sqrt()[:, None])
-    values = block.attn.v_proj.weight.view(config.n_kv_head, -1, config.n_embd)
-    outputs = block.attn.o_proj.weight.view(config.n_embd, config.n_head, -1)
-    n_shared = config.n_head // config.n_kv_head
-    for index, distance in enumerate(DISTANCES[: config.n_head]):
-        if index % n_shared or distance >= (config.window_of(0) or config.block_size):
-            continue
-        by_token = torch.zeros_like(head).index_add_(0, at(-distance), residuals) / math.sqrt(len(places))
-        left, scales, right = torch.linalg.svd(out @ (by_token.T @ inputs).double() @ into)
-        rank = min(config.head_dim, config.n_embd)
-        value = scales[:rank, None].sqrt() * right[:rank] @ into
-        size = INIT_STD * math.sqrt(value.numel()) / value.norm().clamp(min=1e-12)  # as large as it was
-        values[index // n_shared, :rank] = value * size
-        outputs[:, index, :rank] = out @ left[:, :rank] * scales[:rank].sqrt() / size * RMS * STEP
-
-
-def inverse_root(rows: Tensor) -> Tensor:
-    """The inverse root of the sum of x xᵀ, of rows x.  (N, C) -> (C, C) float64"""
-    variances, directions = torch.linalg.eigh((rows.T @ rows).double())
-    return directions * (variances.clamp(min=0) + RIDGE * variances.mean() + 1e-12).rsqrt() @ directions.T
