@@ -198,7 +198,7 @@ BAD_LINES = {
     b'"text"': 'is JSON, but not an object: "text"',
     b'{"txt": "a", "my id": 1}': 'has no "text", but txt, "my id": {"txt": "a", "my id": 1}',
     b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7}': 'has no "text", but a, b, c, d, e, …: {"a":1',
-    b"{}": 'has no "text", but nothing: {}',
+    b"{}": 'has no "text", but no key: {}',
     b'{"text": 7}': 'has a "text" that is not a text: {"text": 7}',
     b'{"text": null}': 'has a "text" that is not a text: {"text": null}',
     b"[" * 200_000: f"is nested too deeply: {'[' * 40}…",

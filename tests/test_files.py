@@ -224,11 +224,14 @@ def test_what_is_of_another_kind_is_never_replaced(tmp_path):
     (tmp_path / "link").symlink_to("text")
     before = sorted((path.name, path.stat().st_ino) for path in tmp_path.iterdir())
     for write, kind, names in (
-        (atomic_write, "file", ["folder", "pipe"]),
+        (atomic_write, "regular file", ["folder", "pipe"]),
         (atomic_folder, "folder", ["text", "pipe", "link"]),
     ):
         for name in names:
-            with pytest.raises(UserError, match=f"{name} is not a {kind}: name another"), write(tmp_path / name):
+            with (
+                pytest.raises(UserError, match=f"{name} is not a {kind}: remove it, or name another"),
+                write(tmp_path / name),
+            ):
                 raise AssertionError("it was opened")
     assert sorted((path.name, path.stat().st_ino) for path in tmp_path.iterdir()) == before
     for write in (atomic_write, atomic_folder):

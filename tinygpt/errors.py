@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import ParamSpec
 
 P = ParamSpec("P")
@@ -43,7 +43,7 @@ def shown(value: object) -> str:
 
 
 def _kind(value: object) -> str:
-    return str(value) if isinstance(value, date) else type(value).__name__
+    return str(value) if isinstance(value, date | PurePath) else f"<{type(value).__name__}>"
 
 
 class UserError(Exception):

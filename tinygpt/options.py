@@ -246,6 +246,7 @@ def changed(options: Any, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(options, name)) != getattr(type(options), name)}
 
 
+@functools.cache  # a millisecond
 def setting_options() -> dict[str, Option]:
     """All options of Settings by name."""
     return {option.name: option for part in PARTS for option in options_of(part)}

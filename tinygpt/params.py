@@ -267,7 +267,7 @@ def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
     if value in choices:
         return value
     near = nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
-    raise ParamsError([f"{key}={shown(value)} is not one of {', '.join(map(str, choices))}{near}"])
+    raise ParamsError([f"{key}={shown(value)} is not one of {', '.join(map(shown, choices))}{near}"])
 
 
 def _sequence(value: Any, args: tuple[Any, ...], key: str) -> tuple[Any, ...]:
@@ -282,7 +282,7 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_number = is_number and abs(value) <= sys.float_info.max  # no infinity, no NaN, nothing that overflows
     if kind is int and is_number and float(value).is_integer():
-        require((abs(value) < 2**63, f"{key}={int(value)} must be below 2^63"))
+        require((abs(value) < 2**63, f"{key}={shown(value)} must be between -2^63 and 2^63"))
         return int(value)
     if kind is float and is_number:
         return float(value)
@@ -291,5 +291,7 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
         return value
     if kind not in (int, float, str) and isinstance(value, kind):
         return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
     raise ParamsError([f"{key}={shown(value)} must be {names.get(kind, 'a path')}"])

@@ -58,14 +58,14 @@ def read_all(args: Namespace) -> tuple[TextOptions, Settings, EngineOptions, Pro
 
 def check_texts(args: Namespace) -> TextOptions:
     """How many texts, and of what form.  Raises ParamsError with what contradicts how they are chosen."""
-    many, has_beams = args.n not in (None, 1), args.n_beam not in (None, 1)
+    many, has_beams, has_best = (isinstance(n, int | float) and n > 1 for n in (args.n, args.n_beam, args.best_of))
     rules = (
         (
             args.logprobs is None or args.format not in (None, "text"),
             f"--logprobs={args.logprobs} is not shown in text: it needs --format json or jsonl",
         ),
         (
-            not (many and (has_beams or args.best_of not in (None, 1))),
+            not (many and (has_beams or has_best)),
             f"--n={args.n} prints all texts, --n-beam and --best-of only the best: give one of them",
         ),
         (not many or args.temperature != 0, f"--n={args.n} needs --temperature above 0: at 0 all are the same"),

@@ -23,7 +23,7 @@ from tinygpt.cli.flags import (
     add_number,
     add_path,
 )
-from tinygpt.errors import heed_interrupts, leave_at_once, printable, program
+from tinygpt.errors import heed_interrupts, leave_at_once, printable, program, shown
 from tinygpt.options import DRAWN, PARTS, Limits, NotNegative
 from tinygpt.params import Within, nearest
 
@@ -191,9 +191,11 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> Never:
         """Leave with status 2."""
-        if chosen := re.match(r"argument command: invalid choice: '(.*)' \(", message):
-            message = f"unknown command {chosen[1]}{nearest(chosen[1], COMMANDS)}"
-        message = re.sub(r"argument (?:-\w/)?(\S+): ignored explicit \w+ '(.*)'", r"\1=\2: it has no value", message)
+        if chosen := re.match(r"argument command: invalid choice: (['\"])(.*)\1 \(", message):
+            message = f"unknown command {shown(chosen[2])}{nearest(chosen[2], COMMANDS)}"
+        message = re.sub(
+            r"argument (?:-\w/)?(\S+): ignored explicit \w+ (['\"])(.*)\2", r"\1 takes no value, found \3", message
+        )
         self.exit(2, f"error: {printable(message)}: see {self.prog} --help\n")
 
 

@@ -156,7 +156,7 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
     if args.prompts == STDIN:
         raw = read_some(standard_input(), name)
     elif not args.prompts or not Path(args.prompts).exists():
-        raise UserError(f"--prompts {args.prompts} not found: name a file with a prompt on each line")
+        raise UserError(f"--prompts={shown(args.prompts)} not found: name a file with a prompt on each line")
     else:
         with open(args.prompts, "rb") as file:
             raw = read_some(file, name)

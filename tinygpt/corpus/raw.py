@@ -27,7 +27,7 @@ MOST_PATH = 1000  # bytes
 MOST_LINE = 64 << 20  # bytes: to read a line takes up to nine times its size
 SNIFF_BYTES = 65_536  # what a guess looks at
 SNIFF_LINES = 20
-MOST_SHOWN, MOST_FIELDS, MOST_COUNTED = 40, 5, 1000  # of a line without a text: bytes, fields, lines after it
+MOST_SHOWN, MOST_FIELDS, MOST_COUNTED = 40, 5, 100  # of a line without a text: bytes, fields, lines after it
 MOST_BAD = 0.001  # share of bytes that are not UTF-8 in a text that is; and of what is not ASCII, a tenth
 UNICODE = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"]  # in which zeros are a part of text
 ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
@@ -236,7 +236,7 @@ def line_problem(line: bytes) -> str:
     if not isinstance(found, dict):
         return "is JSON, but not an object"
     names = ", ".join(map(shown, [*found][:MOST_FIELDS])) + (", …" if len(found) > MOST_FIELDS else "")
-    return 'has a "text" that is not a text' if "text" in found else f'has no "text", but {names or "nothing"}'
+    return 'has a "text" that is not a text' if "text" in found else f'has no "text", but {names or "no key"}'
 
 
 def bad_line(name: str, number: int, line: bytes, rest: Iterable[bytes] = ()) -> UserError:
@@ -246,7 +246,7 @@ def bad_line(name: str, number: int, line: bytes, rest: Iterable[bytes] = ()) ->
         return UserError(f"{where} has more than {human_bytes(MOST_LINE)}: cut its text into several lines")
     wrong = [True, *(line_text(each) is None for each in itertools.islice(rest, MOST_COUNTED) if each.strip())]
     begin = line[:MOST_SHOWN].decode(errors="replace").rstrip() + ("…" if len(line) > MOST_SHOWN else "")
+    more = f" (wrong from there on: {sum(wrong):,} of {len(wrong):,} lines)" if len(wrong) > 1 else ""
     return UserError(
-        f"{where} {line_problem(line)}: {begin} (wrong from there on: {sum(wrong):,} of {len(wrong):,} lines): "
-        "mend it, or rename the file to have it read as plain text"
+        f"{where} {line_problem(line)}: {begin}{more}: mend it, or rename the file to have it read as plain text"
     )

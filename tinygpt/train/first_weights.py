@@ -6,8 +6,8 @@ Goldberg make word vectors (https://papers.nips.cc/paper/5477). For a token a an
 
     head_b · norm(embedding_a)  ≈  log p_b + f_a · log(1 + count_ab / (PRIOR · p_b)) + what all b have in common
 
-f_a is 1, or less for tokens whose vector would be longer than the mean. And some heads begin by looking at the token
-one, two, three or four places before, which language models soon learn to do (Elhage et al.,
+f_a is 1, or less for tokens whose vector would be longer than the root mean square. And some heads begin by looking at
+the token one, two, three or four places before, which language models soon learn to do (Elhage et al.,
 https://transformer-circuits.pub/2021/framework).
 
 V vocab_size, C n_embd, D head_dim, R rank.
@@ -70,9 +70,9 @@ def set_bigrams(model: GPT, tokens: TokenIds) -> int:
     counts = ids.bincount(minlength=n_vocab)
     shares = (counts + 1.0) / (len(ids) + n_vocab)
     left, right = factors(ids, shares, rank=min(n_embd - 2, n_vocab, MAX_RANK))
-    # No embedding is longer than those of the text's tokens are on average: a few long ones would leave the others
-    # little. Two more columns: one makes all equally long, so that the norm divides each by the same number; one has
-    # the same value in all, by which the head adds log(p_b).
+    # No embedding is longer than the root mean square of all that occur: a few long ones would leave the others little.
+    # Two more columns: one makes all equally long, so that the norm divides each by the same number; one has the same
+    # value in all, by which the head adds log(p_b).
     squares = left.square().sum(1, keepdim=True)
     limit = squares.sum() / counts.count_nonzero()
     left = left * (limit / squares).sqrt().clamp(max=1)
