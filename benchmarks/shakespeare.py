@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
 }
 SHORT: Changes = (
     {"block_size": 64},
-    {"batch_size": 12, "max_steps": 150, "warmup_steps": 2, "lr": 0.018, "embedding_lr": 0.02},
+    {"batch_size": 12, "max_steps": 140, "warmup_steps": 2, "lr": 0.018, "embedding_lr": 0.02},
     {},
 )
 LONG: Changes = ({"block_size": 256}, {"batch_size": 6, "max_steps": 600, "warmup_steps": 20, "lr": 0.01}, {})
