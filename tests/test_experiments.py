@@ -139,7 +139,7 @@ def test_a_mistake_is_one_line(here, command):
 
 def test_a_trial_that_fails_has_no_loss(here, capfd):
     assert run_experiment("bad", ["train.lr=-1"]) is None
-    assert "train.lr=-1.0 must be above 0" in "".join(capfd.readouterr())
+    assert "train.lr=-1 must be above 0" in "".join(capfd.readouterr())
 
 
 def test_nothing_is_left_to_do_and_the_best_is_applied(here, project, command):

@@ -154,7 +154,7 @@ def test_heads_that_share_a_norm_here_must_have_equal_ones(tmp_path, tiny_tokeni
         ({"intermediate_size": 10**12}, r"model.n_hidden=1000000000000 must be"),
         ({"intermediate_size": 10**6}, "the sizes in its config.json make 384,031,488 numbers, and there are 50,208"),
         ({"num_hidden_layers": 900}, "the sizes in its config.json make"),
-        ({"vocab_size": 10**300}, "model.vocab_size=1000.* must be below"),
+        ({"vocab_size": 10**300}, "model.vocab_size=1000.* must be between"),
         ({"vocab_size": 2**62}, "the sizes in its config.json make 295,147,905,179,352,856,576 numbers"),
         ({"layer_types": ["chunked_attention"] * 4}, "layer_types that are not one for each layer"),
         ({"layer_types": ["full_attention"], "sliding_window": 8}, "layer_types that are not one for each layer"),

@@ -23,7 +23,7 @@ ANY_BIAS: tuple[Any, ...] = CHOICES["bias"]  # from fewest to most
 CORE: dict[str, tuple[Any, ...]] = {  # the switches that decide the computation, and their values
     name: CHOICES[name] or (False, True) for name in ("position", "norm", "mlp", "parallel_block", "qk_norm")
 }
-ANY_HEAD_DIM = ("null", "own")  # head_dim = n_embd / n_head, or another
+ANY_HEAD_DIM = (None, "own")  # head_dim = n_embd / n_head, or another
 FULL, ALL, MIXED = "null", "in all layers", "in some layers"  # of window
 QKV = ("q_proj", "k_proj", "v_proj")
 NORM_MODULES = ("attn_norm", "mlp_norm", "norm")  # our modules whose bias many programs demand
@@ -76,7 +76,7 @@ def switches(position: str, norm: str, *mlps: str, **others: tuple[Any, ...]) ->
         "qk_norm": (False,),
         "bias": ANY_BIAS,
         "tie_weights": (False, True),
-        "head_dim": ("null",),
+        "head_dim": (None,),
         "window": (FULL,),
     }
     return plain | others
@@ -93,7 +93,7 @@ QWEN3 = switches("rope", "rmsnorm", "swiglu", qk_norm=(True,), bias=("none", "qk
 def switches_of(config: ModelParams) -> dict[str, Any]:
     """What decides the family of a model."""
     return {name: getattr(config, name) for name in (*CORE, "bias", "tie_weights")} | {
-        "head_dim": "null" if config.head_dim * config.n_head == config.n_embd else "own",
+        "head_dim": None if config.head_dim * config.n_head == config.n_embd else "own",
         "window": FULL if config.windows == {None} else MIXED if None in config.windows else ALL,
     }
 
