@@ -195,8 +195,7 @@ def project(done, tmp_path) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Machine code that torch.compile makes is kept for all tests, and for the next time; so are rewritten tests."""
-    sys.dont_write_bytecode = False
+    """Machine code that torch.compile makes is kept for all tests, and for the next time."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.cache.mkdir("inductor"))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, which take five seconds to start
     os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # trying out each instruction set of the CPU takes eight

@@ -229,7 +229,7 @@ def test_what_is_of_another_kind_is_never_replaced(tmp_path):
     ):
         for name in names:
             with (
-                pytest.raises(UserError, match=f"{name} is not a {kind}: remove it, or name another"),
+                pytest.raises(UserError, match=f"{name} is not a {kind}: name another"),
                 write(tmp_path / name),
             ):
                 raise AssertionError("it was opened")

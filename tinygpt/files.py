@@ -29,7 +29,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file: remove it, or name another")
+        raise UserError(f"{path} is not a regular file: name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
@@ -53,7 +53,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it takes the place of the folder `path` only when the block ends well."""
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is not a folder: remove it, or name another")
+        raise UserError(f"{path} is not a folder: name another")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # its own, should two programs write the same
     _remove_abandoned(path)
     shutil.rmtree(partial, ignore_errors=True)

@@ -205,6 +205,7 @@ def flat_params(raw: bytes) -> dict[str, str]:
     try:
         groups = load_yaml(raw).items()
         rows = [(f"{name}.{key}", value) for name, keys in groups for key, value in keys.items() if name != "runtime"]
+        # texts without the quotes that they have elsewhere
         return {name: shown(value) if isinstance(value, bool | None) else str(value) for name, value in rows}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{PARAMS_FILE} holds no groups of keys ({error})") from None
