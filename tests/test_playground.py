@@ -84,18 +84,23 @@ def test_two_models_write_side_by_side_what_each_writes_alone(page, served, tiny
     assert page.locator(".pane:visible").count() == 1
 
 
+# In the page, since an answer that a busy machine looks at from outside may have ended.
+ESCAPE_ONCE_IT_GROWS = """() => {
+  const seen = document.querySelectorAll(".pane .token:not(.read)").length;
+  const grows = window.first && seen > first + 5 && !document.querySelector("#write").disabled;
+  window.first ||= seen;
+  if (grows) document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+  return grows;
+}"""
+
+
 def test_tokens_are_seen_as_they_come_and_escape_stops_them(page, served):
     page.fill("#max_tokens", "1500")
     page.click("#write")
-    tokens = page.locator(".pane").first.locator(".token:not(.read)")
-    page.locator(f"{WRITTEN} >> nth=5").wait_for(state="attached")
-    first = tokens.count()
-    wait_until(lambda: tokens.count() > first + 5)
-    assert page.locator("#write").is_enabled()
-    page.keyboard.press("Escape")
+    page.wait_for_function(ESCAPE_ONCE_IT_GROWS)
     page.get_by_text("stopped").first.wait_for()
     wait_until(lambda: served[1].worker.counts()["running"] == 0)
-    assert 0 < tokens.count() < 4000
+    assert 0 < page.locator(".pane").first.locator(".token:not(.read)").count() < 1500
     assert page.locator("#stop").is_disabled()
 
 
@@ -289,7 +294,7 @@ def test_a_chat_has_answers_stops_and_keeps_what_was_said(page, served, tiny_tok
     page.click("#fresh")
     assert said(page) == []
     page.click("text=Write")
-    assert page.locator("#prompt").is_visible()
+    page.locator("#prompt").wait_for()  # a tab opens after the click, once the page hears of its new address
 
 
 def test_an_error_leaves_what_was_said_in_a_chat(served, browser):
