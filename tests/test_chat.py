@@ -174,6 +174,8 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"mesages": TALK}, "unknown key mesages (did you mean messages?)"),
         ({"messages": TALK, "echo": True}, "unknown key echo"),
         ({"messages": TALK, "top_logprobs": 2}, "top_logprobs needs logprobs"),
+        ({"messages": TALK, "logprobs": True, "top_logprobs": ""}, 'top_logprobs="" must be a whole number'),
+        ({"messages": TALK, "logprobs": ""}, 'logprobs="" must be true or false'),
         ({"messages": TALK, "logprobs": 2}, "logprobs=2 must be true or false"),
         ({"messages": TALK, "tools": [{"type": "function"}]}, "unknown key tools"),
         ({"messages": TALK, "response_format": {"type": "json_object"}}, "unknown key response_format"),
@@ -182,7 +184,7 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"messages": [{"role": "user", "content": "a" * 9000}], "n": 8}, "messages has 72,000 bytes with all answers"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "must not have half characters"),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_bad_chats_are_refused_with_what_is_wrong(document, message, served):
     response = httpx.post(f"{served[0]}/v1/chat/completions", content=json.dumps(document))

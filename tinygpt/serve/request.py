@@ -272,16 +272,16 @@ def read_prompt(value: str | list[int], served: Served) -> Given:
 
 def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
     """The options in the form of a completion, and the prompt that messages make.  Raises Refusal or UserError."""
-    has_scores, n_best = document.get("logprobs") or False, document.get("top_logprobs")
+    has_scores, n_best = document.get("logprobs"), document.get("top_logprobs")
     require(
-        (isinstance(has_scores, bool), f"logprobs={shown(has_scores)} must be true or false"),
+        (isinstance(has_scores, bool | None), f"logprobs={shown(has_scores)} must be true or false"),
         (n_best is None or bool(has_scores), "top_logprobs needs logprobs"),
         *((name not in document, f"unknown key {name}") for name in ("prompt", "echo")),
     )
     options = {name: value for name, value in document.items() if name not in CHAT_KEYS}
     lengths = [document[name] for name in ("max_completion_tokens", "max_tokens") if document.get(name) is not None]
     options["max_tokens"] = lengths[0] if lengths else min(N_NEW, limits.max_tokens)
-    options["logprobs"] = coerce(n_best or 0, Alternatives, "top_logprobs") if has_scores else None  # now a number
+    options["logprobs"] = (coerce(n_best, Alternatives | None, "top_logprobs") or 0) if has_scores else None
     body, served = read_body(options, models, limits, others=CHAT_KEYS)
     messages, template = read_messages(document.get("messages")), served.template
     check_sizes(["".join(each["content"] for each in messages)], body.n, limits, param="messages")
