@@ -1,4 +1,4 @@
-"""Answers and models in the form of OpenAI's API, and what the page shows of a token."""
+"""Answers and models in the form of OpenAI's API, and what the page shows about a token."""
 
 from __future__ import annotations
 
@@ -18,33 +18,36 @@ from tinygpt.model.inside import attention_maps
 from tinygpt.serve.request import Completion, Given, Refusal, Served, check_ids, find_model, read_object
 from tinygpt.tokenizer import Tokenizer
 
-N_ALTERNATIVES = 20  # that the page shows for a token
+N_ALTERNATIVES = 20  # shown on the page for a token
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The last n ids of some, scored in nats by what is before them; others have nothing there, or too much."""
+    """Log-probabilities, in nats, of the last n ids of a text.
+
+    The first id has none: nothing precedes it. Nor have ids too far back for the context.
+    """
 
     logprobs: NDArray[np.float32]  # (n,)
-    best: NDArray[np.int32]  # (n, k), the likeliest ids at its place
+    best: NDArray[np.int32]  # (n, k), the likeliest ids at each position
     best_logprobs: NDArray[np.float32]  # (n, k)
 
 
 class Choice:
-    """One answer of a request.  What `take` gives is the same text and tokens in one part or in many.
+    """One answer of a request.  Whether `take` is called once or often, the parts add up to the same text and tokens.
 
-    A token is sent as soon as its text is: one that may belong to a stop text is held back with it.
+    A token is sent with its text: while text that may belong to a stop text is held back, so are its tokens.
     """
 
     def __init__(self, index: int, asked: Completion, scores: Scores | None) -> None:
-        """`scores` are those of the prompt, where they are asked for."""
+        """`scores` are those of the prompt, if the request asks for them."""
         self.answer, self.body, self.tokenizer = asked.answers[index], asked.body, asked.served.tokenizer
         self.index, self.prompt, self._scores = index, asked.prompts[index // asked.body.n], scores
         self._offsets = Offsets(self.tokenizer)
         self._n_char, self._n_sent, self.has_begun = 0, 0, False
 
     def take(self, piece: str, n_ids: int, finish_reason: str | None) -> dict[str, Any] | None:
-        """What a piece and the ids of the answer so far add to what was sent; None when that is nothing."""
+        """What to send for a new piece, when the answer has n_ids ids so far; None if there is nothing new."""
         begins, self.has_begun = not self.has_begun, True
         self._n_char += len(piece)
         new, offsets = range(0), list[int]()
@@ -61,7 +64,7 @@ class Choice:
         return choice
 
     def whole(self) -> dict[str, Any] | None:
-        """The answer at its end, or none of it where only the prompt is sent."""
+        """The finished answer; it is empty where only the prompt is sent."""
         answer = self.answer
         return self.take(answer.text, len(answer.ids), answer.finish_reason or "length")
 
@@ -78,7 +81,7 @@ class Choice:
 
 
 class ChatChoice(Choice):
-    """The same as a message, or as what is added to one."""
+    """An answer in a chat: a message, or in a stream what is added to one."""
 
     def _part(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
         content = {"content": piece} if piece or begins else {}
@@ -98,7 +101,7 @@ class ChatChoice(Choice):
 
 
 class Offsets:
-    """Where in a text each token begins, in characters; one in the middle of a character has that one's place."""
+    """Where each token begins in a text, in characters; one that continues a character has that character's place."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._n_char = tokenizer, 0
@@ -106,31 +109,31 @@ class Offsets:
         self._found: list[int] = []
 
     def of(self, ids: Sequence[int], n: int) -> list[int]:
-        """Those of the first n ids, which continue those of the last call."""
+        """Offsets of the first n ids, which begin with the ids of the last call."""
         for i in ids[len(self._found) : n]:
             self._found.append(self._n_char)
             self._n_char += len(self._decoder.decode(self._tokenizer.decode_bytes([i])))
         return self._found
 
 
-# A token's id, its log-probability, the likeliest in its place and where its text begins; a first one has no score.
+# A token's id, its log-probability, the likeliest at its position and where its text begins; a first one has no score.
 Row = tuple[int, float | None, list[tuple[int, float]] | None, int]
 
 
 def prompt_rows(prompt: Given, scores: Scores, tokenizer: Tokenizer) -> list[Row]:
-    """The tokens of a prompt's text.  What has nothing before it, or too much, has no score."""
+    """The tokens of a prompt's text.  The first, and those too far back for the context, have no score."""
     ids = prompt.ids[prompt.n_added :]
     offsets, n_unknown = Offsets(tokenizer).of(ids, len(ids)), max(0, len(ids) - len(scores.logprobs))
     rows: list[Row] = [(ids[i], None, None, offsets[i]) for i in range(n_unknown)]
     for i in range(n_unknown, len(ids)):
-        at = i - len(ids)  # scores are those of the last
+        at = i - len(ids)  # from the end, as scores are of the last ids
         best = zip(scores.best[at].tolist(), scores.best_logprobs[at].tolist(), strict=True)
         rows.append((ids[i], float(scores.logprobs[at]), list(best), offsets[i]))
     return rows
 
 
 def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Tokens as a completion has them; of two likely ones with one text, the likelier."""
+    """Tokens in the form of a completion; where two likely tokens have the same text, the likelier one counts."""
     part: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for i, logprob, best, offset in rows:
         found: dict[str, float] = {}
@@ -143,7 +146,7 @@ def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, 
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    r"""A token as text, or as OpenAI writes what is not UTF-8: "bytes:\xe4"."""
+    r"""A token as text; bytes that are not UTF-8 as OpenAI writes them: "bytes:\xe4"."""
     raw = tokenizer.decode_bytes([token_id])
     try:
         return raw.decode()
@@ -152,19 +155,19 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinity: OpenAI's number for a token that is never chosen."""
+    """A number for JSON, which has no infinity: -9999 is OpenAI's value for a token that is never chosen."""
     return max(logprob, -9999.0)
 
 
 def usage(asked: Completion, n_written: int) -> dict[str, int]:
-    """Tokens of a request."""
+    """How many tokens a request read and wrote."""
     n_read = sum(len(prompt.ids) for prompt in asked.prompts)
     return {"prompt_tokens": n_read, "completion_tokens": n_written, "total_tokens": n_read + n_written}
 
 
 @torch.inference_mode()
 def score(model: GPT, ids: Sequence[int], n_best: int) -> Scores:
-    """Score ids by one reading of the last block_size of them."""
+    """Score ids in one forward pass over the last block_size of them."""
     seen = list(ids[-model.config.block_size :])
     logprobs = model(torch.tensor([seen], device=model.tok_emb.weight.device))[0, :-1].float().log_softmax(-1)  # (T, V)
     chosen = logprobs.gather(1, torch.tensor(seen[1:], device=logprobs.device)[:, None])[:, 0]
@@ -173,19 +176,19 @@ def score(model: GPT, ids: Sequence[int], n_best: int) -> Scores:
 
 
 def describe(served: Served, created: int) -> dict[str, Any]:
-    """A model as OpenAI's list has it, and what a page needs to know of it."""
+    """A model as in OpenAI's list, with what the page needs to know about it."""
     sizes = {name: getattr(served.model.config, name) for name in ("n_layer", "n_head", "block_size")}
     head = {"id": served.name, "object": "model", "created": created, "owned_by": "tinygpt"}
     return head | {"n_weight": served.n_weight} | sizes
 
 
-# ---- what the page shows of a token: what might have been there, and what each head attended to ----
+# ---- what the page shows about a token: its alternatives, and what each head attended to ----
 
 
 def explain(raw: bytes, models: Mapping[str, Served]) -> dict[str, Any]:
-    """What might have followed `prompt` and `text`, both ids, and the id that was `taken`; what each head attended to.
+    """The likeliest tokens after `prompt` and `text`, with the one `taken`, and what each head attended to there.
 
-    `raw` is the body of a request. Raises Refusal.
+    `raw` is the body of a request; all three are ids in it. Raises Refusal.
     """
     document = read_object(raw)
     name = document.get("model")
@@ -218,8 +221,8 @@ def candidates(model: GPT, ids: Sequence[int], n_best: int, taken: int | None) -
 
 
 def seen_before(prompt: Sequence[int], written: Sequence[int], block_size: int) -> list[int]:
-    """What of prompt and text the decoder has before it when it chooses the next token: a full context has forgotten
-    its older half.
+    """The ids in the decoder's context when it chooses the token after prompt and text: whenever the context is full,
+    its older half is dropped.
     """
     seen = list(prompt[-block_size:])
     for i in written:

@@ -1,4 +1,4 @@
-"""What a client asks for, read and checked or refused: OpenAI's names for completions and chats, and Sampling's."""
+"""Read and check what a client asks for, or refuse it: completions and chats with OpenAI's options, and Sampling's."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tinygpt.params import ParamsError, Within, coerce, from_mapping, require
 from tinygpt.serve.template import PLAIN, Template, read_messages
 from tinygpt.tokenizer import Tokenizer
 
-MOST_KEYS = 100  # of a request: for each that is unknown the nearest name is searched
+MOST_KEYS = 100  # of a request: each unknown one costs a search for the nearest name
 MOST_ITEMS = 1024  # ids of a list in the options
-MOST_STOPS, STOP_SIZE = 16, 256  # texts, and characters of one: each is searched for at each token
+MOST_STOPS, STOP_SIZE = 16, 256  # texts, and characters of one: every token costs a search for each
 Penalty = Annotated[float, Within("[-2, 2]")]
 Alternatives = Annotated[int, Within("[0, 20]")]
-# Of OpenAI's API and of no use here, whatever they are; and those that are taken with the value that changes nothing.
+# Options of OpenAI's API that are ignored here; and those that are accepted only with the value that changes nothing.
 UNUSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 NEUTRAL: dict[str, Any] = {"best_of": 1, "suffix": "", "response_format": {"type": "text"}, "tools": []}
 CHAT_KEYS = ("messages", "logprobs", "top_logprobs", "max_tokens", "max_completion_tokens", "tool_choice")
-N_NEW = 256  # tokens of an answer in a chat, where the request does not say
+N_NEW = 256  # tokens of an answer in a chat, unless the request has a limit of its own
 
 
 class Refusal(Exception):
-    """A request that is not done, with the HTTP status and the error object of OpenAI's API."""
+    """A request is refused, with the HTTP status and the error object of OpenAI's API."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         self.status, self.message, self.param, self.code = status, message[:1000], param, code
@@ -66,25 +66,25 @@ class StreamOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Body(Sampling):
-    """The fields of a request but `prompt`.  Penalties have OpenAI's bounds: within them all logits stay finite."""
+    """The fields of a request except `prompt`.  Penalties have OpenAI's bounds, within which all logits stay finite."""
 
     model: str | None = None  # None = the first one
     max_tokens: Annotated[int, Within("[0, inf)")] = 16
     n: Annotated[int, Within("[1, 1024]")] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: Alternatives | None = None  # at each token
+    logprobs: Alternatives | None = None  # how many alternatives for each token
     echo: bool = False  # the text begins with the prompt
-    return_token_ids: bool = False  # of what was read and written
+    return_token_ids: bool = False  # those of the prompt and of the answer
     top_p: Annotated[float, Within("[0, 1]")] = 1.0
     seed: Annotated[int, Within("[-9223372036854775808, 9223372036854775807]")] = 0
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Within("[0.01, 100]")] = 1.0
-    no_repeat_ngram_size: Annotated[int, Within("[0, 16]")] = 0  # all of a text are compared at each token
+    no_repeat_ngram_size: Annotated[int, Within("[0, 16]")] = 0  # each token costs a comparison with all n-grams
 
     def __post_init__(self) -> None:
-        """Raises ParamsError with all that is wrong."""
+        """Raises ParamsError with everything that is wrong."""
         super().__post_init__()
         sizes = {name: len(getattr(self, name)) for name in ("stop_ids", "banned_ids", "logit_bias")}
         require(
@@ -98,33 +98,33 @@ class Body(Sampling):
         )
 
     def sampling(self) -> Sampling:
-        """The options that are of generation; seeds have 32 bits there, and top_p is not 0."""
+        """The options of generation, where seeds have 32 bits and top_p is above 0."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(Sampling)}
         return Sampling(**values | {"seed": self.seed % 2**32, "top_p": self.top_p or sys.float_info.min})
 
 
 @dataclass(frozen=True)
 class Given:
-    """A prompt: what is continued."""
+    """A prompt."""
 
     ids: list[int]
     text: str
-    n_added: int  # ids before the text: the one that begins a document, or none
+    n_added: int  # ids before the text: 1, which begins a document, or 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A request that can be done."""
+    """A request that has been read and can be answered."""
 
     served: Served
     body: Body
     prompts: list[Given]
-    answers: list[Answer] = field(repr=False)  # n of each prompt, one prompt after the other
+    answers: list[Answer] = field(repr=False)  # n for each prompt, in the order of the prompts
     is_chat: bool
 
 
 def read_request(raw: bytes, models: Mapping[str, Served], limits: Limits, *, is_chat: bool) -> Completion:
-    """Read the body of a request.  Raises Refusal with all that is wrong."""
+    """Read the body of a request.  Raises Refusal with everything that is wrong."""
     document = read_object(raw)
     try:
         return (read_chat if is_chat else read_completion)(document, models, limits)
@@ -159,9 +159,9 @@ def read_object(raw: bytes) -> dict[str, Any]:
 def read_body(
     options: Mapping[str, Any], models: Mapping[str, Served], limits: Limits, *, others: Sequence[str]
 ) -> tuple[Body, Served]:
-    """The options of a request, which has `others` besides, and its model.
+    """The options of a request, and its model; `others` are names of fields that the caller reads.
 
-    Raises ParamsError, or Refusal where there is no such model.
+    Raises ParamsError, or Refusal if there is no such model.
     """
     values: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(Body)}
     values["seed"] = secrets.randbits(32)
@@ -176,7 +176,7 @@ def read_body(
 
 
 def plain(name: str, value: Any) -> Any:
-    """OpenAI's shorter forms in ours: one stop text for a list of one, an object of biases for a list of pairs."""
+    """Turn OpenAI's shorter forms into ours: one stop text into a list of one, an object of biases into pairs."""
     if name == "stop" and isinstance(value, str):
         return [value]
     if name == "stream_options" and isinstance(value, dict):
@@ -187,7 +187,7 @@ def plain(name: str, value: Any) -> Any:
 
 
 def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
-    """The model of a name, the first one without.  Raises Refusal when there is none."""
+    """The model with this name; without a name, the first one.  Raises Refusal if there is none."""
     if name is None:
         return next(iter(models.values()))
     if name not in models:
@@ -197,7 +197,7 @@ def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
 
 
 def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, param: str) -> None:
-    """Raise Refusal where a prompt, or all together, each with n answers, are too much.  No text has been encoded."""
+    """Raise Refusal if a prompt is too long, or all of them with n answers each are.  This comes before encoding."""
     n_all = len(prompts) * n
     if n_all > limits.max_rows:
         message = f"{param} and n ask for {n_all} answers, a request may have {limits.max_rows}"
@@ -214,21 +214,21 @@ def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, p
 
 
 def check_ids(name: str, ids: list[int], served: Served) -> None:
-    """Raise Refusal where the model has no such id."""
+    """Raise Refusal if the model lacks one of these ids."""
     n = served.tokenizer.vocab_size
     if wrong := [i for i in ids if not 0 <= i < n]:
         raise Refusal(400, f"{name} has the id {str(wrong[0])[:20]}, the model's are 0 to {n - 1}", param=name)
 
 
 def begin(served: Served, body: Body, prompts: list[Given], *, is_chat: bool) -> Completion:
-    """A request whose answers can be written, each with a seed of its own.  Raises ParamsError where one cannot."""
+    """The request with its answers, each with a seed of its own.  Raises ParamsError if one does not fit the model."""
     sampling = body.sampling()
     answers = [
         Answer(
             prompt.ids,
             served.tokenizer,
             dataclasses.replace(sampling, seed=seed_after(sampling.seed, index)),
-            max_new_tokens=max(1, body.max_tokens),  # where it is 0, nothing is run
+            max_new_tokens=max(1, body.max_tokens),  # with 0, the model is not run
             block_size=served.model.config.block_size,
             n_logprobs=body.logprobs,
         )
@@ -242,7 +242,7 @@ def begin(served: Served, body: Body, prompts: list[Given], *, is_chat: bool) ->
 
 
 def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
-    """One prompt or several, as texts or ids; none begins a new document.  Raises Refusal or UserError."""
+    """One prompt or several, as texts or ids; without one, a new document begins.  Raises Refusal or UserError."""
     options, given = dict(document), document.get("prompt")
     options.pop("prompt", None)
     body, served = read_body(options, models, limits, others=["prompt"])
@@ -255,12 +255,12 @@ def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], l
 
 
 def are_ids(value: Any) -> bool:
-    """Whether this is a list of whole numbers, and not empty."""
+    """Whether this is a list of whole numbers that is not empty."""
     return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
 def read_prompt(value: str | list[int], served: Served) -> Given:
-    """One prompt.  A text begins a document, ids are taken as they are."""
+    """One prompt.  A text begins a new document; ids are used unchanged."""
     if isinstance(value, str):
         return Given(prompt_ids(served.tokenizer, value), value, 1)
     check_ids("prompt", value, served)
@@ -271,7 +271,7 @@ def read_prompt(value: str | list[int], served: Served) -> Given:
 
 
 def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
-    """The options in the form of a completion, and the prompt that messages make.  Raises Refusal or UserError."""
+    """A chat's options as those of a completion, and its messages as a prompt.  Raises Refusal or UserError."""
     has_scores, n_best = document.get("logprobs"), document.get("top_logprobs")
     require(
         (isinstance(has_scores, bool | None), f"logprobs={shown(has_scores)} must be true or false"),

@@ -1,9 +1,9 @@
-"""A program that renders chat templates: each line of JSON that it reads is a template with its values, each that it
-writes a text or what is wrong.
+"""A program that renders chat templates.  It reads lines of JSON, each a template with its values, and answers each
+with a line of JSON: the text, or an error.
 
-Templates come from elsewhere. Jinja's sandbox keeps them from all but their values, as transformers does; and as a
-process of its own, with a bound on its memory, this may be killed by who waits for it (`template.py`). It imports
-nothing of tinygpt.
+Templates come from elsewhere, so they are not trusted. Jinja's sandbox, set up as in transformers, gives them access to
+their values alone. This program is a process of its own with bounded memory, which `template.py` kills when it takes
+too long. It imports nothing from tinygpt.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 
-MOST_MEMORY = 2**29  # bytes of addresses, of which Python takes less than half
+MOST_MEMORY = 2**29  # bytes of address space; Python itself takes less than half
 
 
 class Names(Namespace):
-    """A namespace without names such as `__class__`, with which it could pass for another object."""
+    """A namespace that refuses names such as `__class__`, which would let it pass for another object."""
 
     def __init__(self, **values: Any) -> None:
         super().__init__()
@@ -40,28 +40,28 @@ class Names(Namespace):
 
 
 class Generation(Extension):
-    """`{% generation %}`, with which templates mark answers for training: its content."""
+    """Renders the content of `{% generation %}`, with which templates mark answers for training."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[Node]:
-        """What is between the two tags."""
+        """The nodes between the two tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def raise_exception(message: str) -> NoReturn:
-    """With which templates refuse messages."""
+    """Let a template refuse messages."""
     raise TemplateError(message)
 
 
 def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """As transformers has it: Jinja's own is for HTML."""
+    """The same as in transformers: Jinja's own tojson is for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """With what transformers lets templates use."""
+    """A sandbox with the filters and functions that transformers gives to templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -77,7 +77,7 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 
 def render(environment: ImmutableSandboxedEnvironment, source: str, values: dict[str, Any] | None, most: int) -> str:
-    """The text of a template, nothing without values.  Raises exceptions of all kinds: a template is a program."""
+    """The text of a template; without values it is only parsed.  Raises any exception: a template is a program."""
     template, text = environment.from_string(source), ""
     for part in template.generate(values) if values is not None else ():
         text += part
@@ -87,8 +87,8 @@ def render(environment: ImmutableSandboxedEnvironment, source: str, values: dict
 
 
 def main() -> None:
-    """Answer until the input ends."""
-    with suppress(ImportError, ValueError, OSError):  # another system, or a stricter bound
+    """Answer each line until the input ends."""
+    with suppress(ImportError, ValueError, OSError):  # another system, or a stricter bound already set
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))

@@ -1,4 +1,4 @@
-"""The server: the routes of OpenAI's API and of the page, who may ask and how fast, and a clean shutdown."""
+"""The server: the routes of OpenAI's API and of the page, limits on clients, and a clean shutdown."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ HEADERS = [
     ("cross-origin-resource-policy", "same-origin"),
     ("cross-origin-opener-policy", "same-origin"),
 ]
-PIECE = 2**16  # most bytes of an answer that wait to be sent
-REST_SECONDS = 3  # without a request, after which memory is given back
+PIECE = 2**16  # at most so many bytes of an answer wait to be sent
+REST_SECONDS = 3  # after so long without a request, freed memory goes back to the system
 READ = ["GET", "HEAD"]
 
 
 def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
-    """The whole server; `hosts` are names that it may be called by, in addition to localhost and addresses."""
+    """The whole server; `hosts` are names that clients may use for it, besides localhost and IP addresses."""
     app = FastAPI(
-        openapi_url=None,  # nor the pages about it, which load scripts from elsewhere
+        openapi_url=None,  # this also leaves out FastAPI's pages about the API, which load scripts from elsewhere
         exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), refuse),
     )
 
@@ -106,7 +106,7 @@ async def refuse(request: Request, error: Exception) -> Response:
 
 
 def refusal_response(refusal: Refusal, more: Mapping[str, str] | None = None) -> Response:
-    """A refusal; the connection is closed where the request may not have been read whole."""
+    """A refusal; it closes the connection if the request may not have been read to its end."""
     headers = dict(more or {})
     headers |= {"retry-after": "1"} if refusal.status in (429, 503) else {}
     headers |= {"connection": "close"} if refusal.status in (403, 408, 413, 503) else {}
@@ -114,12 +114,12 @@ def refusal_response(refusal: Refusal, more: Mapping[str, str] | None = None) ->
 
 
 class Guard:
-    """Who may ask, and how many at a time.
+    """Decides which clients may use the server, and how many at a time.
 
-    A page of another site cannot use its visitor's server: a browser names the page's origin, which must be
-    ours, and the host it believes to speak to, which must be an address or a name of ours, so that a foreign name
-    that is made to point here (DNS rebinding) is refused. Starlette's TrustedHostMiddleware takes no address that it
-    was not given, and its CORSMiddleware lets such requests in.
+    A page of another site cannot use its visitor's server. The browser sends the page's origin, which must be ours,
+    and the host it believes it is talking to, which must be an IP address or one of our names: this refuses a foreign
+    name that was made to point here (DNS rebinding). Starlette's TrustedHostMiddleware accepts only addresses that it
+    was given, and its CORSMiddleware lets such requests in.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, hosts: Sequence[str]) -> None:
@@ -133,7 +133,7 @@ class Guard:
 
         async def send_pieces(message: Message) -> None:
             body = memoryview(message.get("body", b""))
-            while len(body) > PIECE:  # a client must take each in time
+            while len(body) > PIECE:  # the client must read each piece in time
                 await send(dict(message) | {"body": bytes(body[:PIECE]), "more_body": True})
                 body = body[PIECE:]
             await send(dict(message) | {"body": bytes(body)} if body.nbytes else message)
@@ -147,7 +147,7 @@ class Guard:
                 self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
 
     def _rest(self) -> None:
-        """Give memory back to the system that was freed, which glibc keeps, where nothing is at work."""
+        """If nothing is running, give freed memory, which glibc keeps, back to the system."""
         self._resting = None
         if not self._n_running:
             with suppress(AttributeError, OSError, TypeError):  # another C library, or system
@@ -165,7 +165,7 @@ class Guard:
 
 
 def is_known(host: str, names: set[str]) -> bool:
-    """Whether a Host header, with or without a port, has an address or one of these names."""
+    """Whether a Host header, with or without a port, is an IP address or one of these names."""
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
@@ -175,21 +175,21 @@ def is_known(host: str, names: set[str]) -> bool:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when the head of its next request is late, or what was sent is not read in time.
+    """A connection that is closed if the head of its next request is late, or if the client does not read in time.
 
-    uvicorn's timer begins after an answer and ends with the next byte: a connection that never sends a whole head
-    would stay. It has none for a client that does not read, and no longer sees one go that has sent its next request.
+    uvicorn's timer starts after an answer and ends with the next byte: a connection that never sends a whole head would
+    stay. It has none for a client that does not read, nor does it notice one that leaves after its next request.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # pause_writing comes as soon as anything has to wait
+        transport.set_write_buffer_limits(high=0)  # call pause_writing as soon as anything has to wait
         self._unread: asyncio.TimerHandle | None = None
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
-        """Read on, without an end of the timer; what comes before an answer is whole waits, up to a piece."""
+        """Keep reading, and let the timer run.  A request sent before an answer has ended waits, up to PIECE bytes."""
         self.conn.receive_data(data)
         if self.conn.their_state not in (h11.DONE, h11.MUST_CLOSE):
             self.handle_events()
@@ -197,14 +197,14 @@ class Connection(H11Protocol):
             self.transport.abort()
 
     def handle_events(self) -> None:
-        """End the timer with a whole head."""
+        """End the timer when the head is whole."""
         last = self.cycle
         super().handle_events()
         if self.cycle is not last:
             self._unset_keepalive_if_required()
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP, or has a head of more than 16 kB, gets an error in the same form as all others."""
+        """Answer what is not HTTP, or has a head of more than 16 kB, with an error in the form of all others."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -219,7 +219,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def pause_writing(self) -> None:
-        """The client must read what waits for it, or it is let go with all that it holds."""
+        """Close the connection, and free all it holds, unless the client reads what waits for it in time."""
         super().pause_writing()
         self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
 
@@ -237,14 +237,14 @@ class Connection(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at this place.  Raises UserError when it is taken, or is not one of this machine's."""
+    """A listening socket.  Raises UserError if the port is in use, or the host is not this machine."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)  # Linux would take megabytes that nobody reads
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)  # Linux would buffer megabytes
         listener.bind(address)
-        listener.listen(1024)  # bound alone, a second server could bind it too
+        listener.listen(1024)  # while it is only bound, a second server could bind it too
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is in use: stop that program, or choose another --port") from None
@@ -253,7 +253,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """A server whose answers end when it is asked to stop."""
+    """A server that ends its answers when it is asked to stop."""
 
     def __init__(self, service: Service, hosts: Sequence[str]) -> None:
         config = uvicorn.Config(
@@ -267,8 +267,8 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             headers=HEADERS,
-            limit_concurrency=2 * service.limits.max_requests,  # connections, also those that ask nothing
-            timeout_keep_alive=service.limits.client_seconds,  # uvicorn's 5 s are also httpx's: it lost requests by it
+            limit_concurrency=2 * service.limits.max_requests,  # connections, idle ones too
+            timeout_keep_alive=service.limits.client_seconds,  # at uvicorn's 5 s, also httpx's, requests were lost
             timeout_graceful_shutdown=5,
         )
         super().__init__(config)
@@ -276,12 +276,12 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
         """Ctrl-C and SIGTERM."""
-        # not here: the interrupted code may hold locks
+        # later, as the interrupted code may hold locks
         asyncio.get_running_loop().call_soon_threadsafe(self._service.stop)
         super().handle_exit(sig, frame)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve, with the worker, until the end."""
+        """Start the worker, and serve until the end."""
         self._service.worker.start()
         try:
             super().run(sockets)

@@ -1,4 +1,4 @@
-"""A completion from its request to its answer, whole or as a stream."""
+"""From a request for a completion to its answer, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Service:
         self.models = {served.name: served for served in models}
         self.limits, self.worker = limits, Worker({s.name: s.model for s in models}, limits)
         self.created = int(time.time())
-        self._reader = ThreadPoolExecutor(1)  # reads prompts and scores them, while the loop continues
-        self._writer = ThreadPoolExecutor(1)  # makes JSON of long answers
+        self._reader = ThreadPoolExecutor(1)  # reads and scores prompts while the event loop runs
+        self._writer = ThreadPoolExecutor(1)  # writes the JSON of long answers
 
     def stop(self) -> None:
-        """Refuse all requests that wait: the server ends."""
+        """Refuse all waiting requests, as the server ends."""
         self.worker.stop()
         self._reader.shutdown(wait=False, cancel_futures=True)
 
@@ -47,7 +47,7 @@ class Service:
         self._writer.shutdown(cancel_futures=True)
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
-        """Do some work in the reader's thread, unless the client that waits for it is gone by then."""
+        """Do some work in the reader's thread, unless its client has left by then."""
         if self.worker.is_stopped:
             raise stopping()
         try:
@@ -62,9 +62,9 @@ class Service:
         return await asyncio.wrap_future(self._writer.submit(make))
 
     async def body(self, request: Request) -> bytes:
-        """The body of a request.  Raises Refusal when it is too large, or too slow to come."""
+        """The body of a request.  Raises Refusal if it is too large, or comes too slowly."""
         raw, most = bytearray(), self.limits.max_body
-        size = int(request.headers.get("content-length", 0))  # uvicorn has refused what is not a number
+        size = int(request.headers.get("content-length", 0))  # uvicorn has refused anything but a number
         try:
             async with asyncio.timeout(self.limits.client_seconds):
                 parts = request.stream()
@@ -79,7 +79,7 @@ class Service:
         return bytes(raw)
 
     def begin(self, asked: Completion) -> tuple[Job, asyncio.Queue[list[Update] | Refusal]]:
-        """Let the worker do what is asked for; its updates come in the queue."""
+        """Give a request to the worker; updates arrive in the queue."""
         loop, updates = asyncio.get_running_loop(), asyncio.Queue[list[Update] | Refusal]()
 
         def report(news: list[Update] | Refusal) -> None:
@@ -95,7 +95,7 @@ class Service:
 
 
 class Events(StreamingResponse):
-    """Server-sent events; `on_end` is called when all are sent or the client went away."""
+    """Server-sent events; `on_end` is called when all have been sent or the client has left."""
 
     def __init__(self, parts: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
         super().__init__(parts, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -109,9 +109,9 @@ class Events(StreamingResponse):
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, which ends when the client goes away.  The request must have been read.
+    """The result of some work, which is cancelled if the client leaves.  The request must have been read.
 
-    Raises ClientDisconnect then.
+    Raises ClientDisconnect if the client leaves.
     """
     working, leaving = asyncio.create_task(work), asyncio.ensure_future(request.receive())
     try:
@@ -127,7 +127,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def complete(service: Service, raw: bytes, *, is_chat: bool) -> Response:
     """Answer a completion or a chat, whole or as a stream."""
     asked = await service.aside(partial(read_request, raw, service.models, service.limits, is_chat=is_chat))
-    del raw  # up to max_body, for as long as the answer takes
+    del raw  # it may be as large as max_body, and an answer takes long
     scores: list[Scores | None] = [None] * len(asked.prompts)
     if asked.body.echo and asked.body.logprobs is not None:
         for i, prompt in enumerate(asked.prompts):
@@ -151,7 +151,7 @@ async def complete(service: Service, raw: bytes, *, is_chat: bool) -> Response:
 
 
 def is_long(asked: Completion) -> bool:
-    """Whether an answer has more than its text, and takes time to make: a line for each token, or the prompt."""
+    """Whether the JSON of an answer takes time to write: it has an entry for each token, or the prompt."""
     return asked.body.logprobs is not None or asked.body.echo
 
 
@@ -163,7 +163,7 @@ def head_of(asked: Completion) -> dict[str, Any]:
 
 
 async def whole(service: Service, asked: Completion, choices: list[Choice]) -> AsyncIterator[bytes]:
-    """The answers as one object: only the JSON of one of them is there at a time."""
+    """The answers as one object; the JSON of only one of them is in memory at a time."""
     yield json_bytes(head_of(asked))[:-1] + b',"choices":['
     for choice in choices:
         make = partial(lambda each: json_bytes(each.whole()), choice)
@@ -174,7 +174,7 @@ async def whole(service: Service, asked: Completion, choices: list[Choice]) -> A
 async def events(
     service: Service, asked: Completion, choices: list[Choice], updates: asyncio.Queue[list[Update] | Refusal]
 ) -> AsyncIterator[bytes]:
-    """The answers as they come, one event for what a step gives to one of them."""
+    """The answers as they come: an event for each answer that a step has extended."""
     head, n_left, n_written = head_of(asked), len(choices), 0
     has_usage = asked.body.stream_options is not None and asked.body.stream_options.include_usage
     empty = {"usage": None} if has_usage else {}
@@ -193,7 +193,7 @@ async def events(
                 if update.finish_reason:
                     n_left -= 1
                     n_written += update.n_ids
-            await asyncio.sleep(0)  # where many updates wait, others have their turn, and a client may be seen to go
+            await asyncio.sleep(0)  # even if many updates wait, let other tasks run and notice a client that leaves
     except Refusal as error:
         yield event(error.body())
         return
@@ -203,19 +203,19 @@ async def events(
 
 
 def raised(news: list[Update] | Refusal) -> list[Update]:
-    """Updates; a refusal is raised."""
+    """The updates; raises a Refusal that came in their place."""
     if isinstance(news, Refusal):
         raise news
     return news
 
 
 def json_bytes(content: Any) -> bytes:
-    """JSON in ASCII, which holds even half a surrogate pair, without spaces."""
+    """JSON in ASCII, which can hold even half a surrogate pair, without spaces."""
     return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """The same as a response."""
+    """A response with this content as JSON."""
     return Response(json_bytes(content), status, headers, "application/json")
 
 

@@ -1,4 +1,4 @@
-"""The messages of a chat, read and turned into a prompt: by the tokenizer's chat template, or a plain one."""
+"""Turn the messages of a chat into a prompt, with the tokenizer's chat template or a plain one."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from tinygpt.tokenizer import Tokenizer
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
 REMEDY = "mend it, or take it away"
-MOST_SECONDS = 5.0  # for a template, which takes a thousandth of it; the first one also starts Python
-MOST_FIELDS = 20  # of a message: for each that is unknown the nearest name is searched
+MOST_SECONDS = 5.0  # for a template, which usually takes a thousandth of that; the first one also starts Python
+MOST_FIELDS = 20  # of a message: each unknown one costs a search for the nearest name
 PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
 
 
 @dataclass(frozen=True)
 class Message:
-    """What is taken of a message in OpenAI's form: tools and pictures are not."""
+    """A message in OpenAI's form, without tools and pictures."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
-    """Roles and texts.  Raises ParamsError where a message has more."""
+    """Roles and texts of messages.  Raises ParamsError if a message has anything else."""
     objects = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
     if not objects or len(objects) < len(value) or max(map(len, objects)) > MOST_FIELDS:
         raise ParamsError(["messages must be a list of objects with role and content, and no more"])
@@ -50,7 +50,7 @@ def read_messages(value: Any) -> list[dict[str, str]]:
 
 
 def text_of(content: Any, name: str) -> str:
-    """The content of a message as one text.  Raises ParamsError where it is neither a text nor a list of texts."""
+    """The content of a message as one text.  Raises ParamsError unless it is a text or a list of texts."""
     texts = [content]
     if isinstance(content, list):
         texts = [isinstance(part, dict) and part.get("type") == "text" and part.get("text") for part in content]
@@ -60,16 +60,16 @@ def text_of(content: Any, name: str) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """How messages become a prompt, and what ends an answer besides `<|endoftext|>`."""
+    """Turns messages into a prompt, and says what ends an answer besides `<|endoftext|>`."""
 
-    source: str | None = None  # None = plain
-    tokens: Mapping[str, str] = field(default_factory=dict)  # special ones, by the names that the template has for them
+    source: str | None = None  # None = the plain template
+    tokens: Mapping[str, str] = field(default_factory=dict)  # special tokens by the template's names, such as eos_token
 
     def prompt(self, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, most: int) -> tuple[str, list[int]]:
         """The text of messages up to the answer, and its ids.
 
-        The special tokens of the template become ids; what looks like one in a message stays text. Raises UserError
-        where the template fails, takes too long or writes more than `most` characters, or where there is no text.
+        Special tokens of the template become single ids; what looks like one in a message stays text. Raises UserError
+        if the template fails, takes too long or writes more than `most` characters, or if that is not UTF-8.
         """
         names = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
         said = {char for message in messages for text in message.values() for char in text}
@@ -87,11 +87,11 @@ class Template:
         return "".join(parts).replace(mark, ""), ids
 
     def stop(self) -> tuple[str, ...]:
-        """The text that ends an answer: a plain one has no token for it."""
+        """Texts that end an answer: the plain template has no token for it."""
         return ("\nUser:",) if self.source is None else ()
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The token with which the template ends a message."""
+        """The token that ends a message in the template."""
         name = self.tokens.get("eos_token")
         return (tokenizer.special_tokens[name],) if name in tokenizer.special_tokens else ()
 
@@ -108,9 +108,9 @@ PLAIN = Template()
 
 
 def load_template(folder: Path) -> Template:
-    """The chat template of a tokenizer's folder, as transformers saves it, or the plain one.
+    """The chat template in a tokenizer's folder, as transformers saves it, or the plain one.
 
-    Raises UserError where it is not a template.
+    Raises UserError if it is not a valid template.
     """
     path, own = folder / CONFIG_FILE, folder / TEMPLATE_FILE
     config = read_object(path, remedy=REMEDY, most_bytes=MOST_FILE) if path.exists() else {}
@@ -138,14 +138,14 @@ def load_template(folder: Path) -> Template:
 
 
 class Renderer:
-    """`sandbox.py` as a process, which is started for the first template, and again when one has ended it."""
+    """`sandbox.py` as a process, started for the first template, and again after one has made it die."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def render(self, source: str, values: Mapping[str, Any] | None, most: int) -> str:
-        """A template's text of at most so many characters; without values it is only read.  Raises UserError."""
+        """A template's text, of at most `most` characters; without values it is only parsed.  Raises UserError."""
         line = json.dumps({"source": source, "values": values, "most": most})
         with self._lock:
             answer = json.loads(self._ask(line) or '{"error": "it takes too long, or too much memory"}')
@@ -154,7 +154,7 @@ class Renderer:
         return str(answer["text"])
 
     def _ask(self, line: str) -> str:
-        """The line that answers; nothing where the process died of it."""
+        """The line that the process answers; an empty one if it died."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", sandbox.__file__],
@@ -162,7 +162,7 @@ class Renderer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                start_new_session=True,  # Ctrl-C is not for it; it ends with its input
+                start_new_session=True,  # Ctrl-C does not reach it; it ends with its input
             )
         process = self._process
         assert process.stdin is not None
@@ -174,7 +174,7 @@ class Renderer:
             process.stdin.write(line + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
-        except OSError:  # it is gone
+        except OSError:  # the process has ended
             pass
         timer.cancel()
         if not answer:

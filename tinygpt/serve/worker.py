@@ -1,4 +1,4 @@
-"""The thread that extends the answers of all requests together, a token at a time."""
+"""The thread that extends the answers of all requests together, one token at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinygpt.serve.request import Refusal
 
 @dataclass(frozen=True)
 class Update:
-    """What a step gave to one answer of a job."""
+    """What a step added to one answer of a job."""
 
     index: int
     piece: str
@@ -30,7 +30,7 @@ class Update:
 
 @dataclass(eq=False, frozen=True)
 class Job:
-    """The answers of a request, which begin together; `report` is called in the worker's thread."""
+    """The answers of a request, which start together; `report` is called in the worker's thread."""
 
     model: str
     answers: list[Answer]
@@ -38,20 +38,20 @@ class Job:
 
 
 class Worker(threading.Thread):
-    """Jobs wait in the order in which they came until their rows are free."""
+    """Runs jobs.  They wait, first come, first served, until there are enough free rows."""
 
     def __init__(self, models: Mapping[str, GPT], limits: Limits) -> None:
         super().__init__(name="worker")
         self._models, self._limits = models, limits
         self._running = {name: Running(model) for name, model in models.items()}
-        self._places: dict[Answer, tuple[Job, int]] = {}  # of the answers that run
+        self._places: dict[Answer, tuple[Job, int]] = {}  # of running answers: the job, and the index in it
         self._changed = threading.Condition()  # guards what follows
         self._waiting: deque[Job] = deque()
         self._gone: list[Job] = []
-        self.is_stopped = False  # or was asked to end
+        self.is_stopped = False  # or asked to stop
 
     def submit(self, job: Job) -> None:
-        """Take a job.  Raises Refusal when too many wait, or the server ends."""
+        """Accept a job.  Raises Refusal if too many wait, or the server is stopping."""
         with self._changed:
             if self.is_stopped:
                 raise stopping()
@@ -62,7 +62,7 @@ class Worker(threading.Thread):
             self._changed.notify()
 
     def drop(self, job: Job) -> None:
-        """Free the rows of a job, where it still has some or waits for them."""
+        """Free the rows of a job, if it still has some or waits for them."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -71,18 +71,18 @@ class Worker(threading.Thread):
                 self._changed.notify()
 
     def stop(self) -> None:
-        """End the thread after its step; all jobs get a refusal."""
+        """End the thread after the current step; all jobs get a refusal."""
         with self._changed:
             self.is_stopped = True
             self._changed.notify()
 
     def counts(self) -> dict[str, int]:
-        """Answers that run and requests that wait."""
+        """How many answers are running, and how many requests wait."""
         with self._changed:
             return {"running": len(self._places), "waiting": len(self._waiting)}
 
     def run(self) -> None:
-        """The thread."""
+        """Run jobs until stop()."""
         while self._admit():
             for name, running in self._running.items():
                 if running.answers:
@@ -91,7 +91,7 @@ class Worker(threading.Thread):
             job.report(stopping())
 
     def _admit(self) -> bool:
-        """Drop the jobs of clients that left, begin those that fit; wait if nothing is to do.  False at the end."""
+        """Drop jobs of clients that left, start jobs that fit; wait while there is nothing to do.  False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self.is_stopped or self._waiting or self._gone or self._places)
             if self.is_stopped:
@@ -103,14 +103,14 @@ class Worker(threading.Thread):
                 new.append(self._waiting.popleft())
                 free -= len(new[-1].answers)
                 self._places |= {answer: (new[-1], i) for i, answer in enumerate(new[-1].answers)}
-        for name in self._running:  # without the lock: it copies what the others have in the cache
+        for name in self._running:  # without the lock: this copies the cache of the other answers
             self._guarded(name, partial(self._running[name].drop, left))
             begun = [each for job in new if job.model == name for each in job.answers if each in self._places]
             self._guarded(name, partial(self._running[name].add, begun))  # prompts are read together
         return True
 
     def _step(self, running: Running) -> None:
-        """Give each answer a token and report it to its job."""
+        """Extend each answer by a token, and report it to its job."""
         updates: dict[Job, list[Update]] = {}
         for answer in running.step():
             job, index = self._places.pop(answer) if answer.finish_reason else self._places[answer]
@@ -120,7 +120,7 @@ class Worker(threading.Thread):
             job.report(each)
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
-        """A model that fails, such as one without memory for another row, ends its jobs and not the server."""
+        """Do some work of a model.  If it fails, such as for lack of memory, its jobs end, but not the server."""
         try:
             work()
         except Exception as error:
@@ -135,5 +135,5 @@ class Worker(threading.Thread):
 
 
 def stopping() -> Refusal:
-    """The refusal of a server that ends."""
+    """The refusal from a server that is stopping."""
     return Refusal(503, "the server is stopping", code="stopping")

@@ -1,10 +1,10 @@
-// The tab for chats: messages go to /v1/chat/completions, and the answer comes as it is written.
+// The tab for chats: messages go to /v1/chat/completions, and the answer is shown as it is written.
 
 import { copyOn, drawSeed, element, events, pick, post, sampling } from "./common.js";
 
 let models = [];
-let talk = []; // {role, content} of what was said
-let stopper = null; // of the answer that is being written
+let talk = []; // {role, content} of each message so far
+let stopper = null; // aborts the answer that is being written
 
 export function startChat(found) {
   models = found;
@@ -86,7 +86,7 @@ async function answer() {
   } catch (error) {
     if (stopper !== mine) return;
     if (error.name === "AbortError") setStatus("stopped");
-    else setStatus(error.message, true); // what was said stays: Again asks once more
+    else setStatus(error.message, true); // the messages stay: Again asks once more
   }
   stopper = null;
   showButtons();

@@ -1,8 +1,8 @@
-// What both tabs share: the options, and the server.  What comes from a model is put in as text, never as HTML.
+// What both tabs share: the options, and the server.  The output of a model is inserted as text, never as HTML.
 
 export const pick = (id) => document.getElementById(id);
 const OPTIONS = [
-  // name, least, most, step of the slider, start
+  // name, minimum, maximum, step of the slider, initial value
   ["temperature", 0, 2, 0.05, 0.8],
   ["top_p", 0.05, 1, 0.05, 0.95],
   ["top_k", 0, 200, 1, 0],
@@ -38,12 +38,12 @@ function addOption([name, least, most, step, start]) {
 
 export function startOptions() {
   OPTIONS.forEach(addOption);
-  pick("sampling").open = matchMedia("(min-width: 44rem)").matches; // on a telephone it would hide what is written
+  pick("sampling").open = matchMedia("(min-width: 44rem)").matches; // on a phone it would hide the text
   pick("seed").oninput = () => { pick("keep").checked = true; };
   drawSeed();
 }
 
-// A new seed for each text, which is shown, unless it is kept.
+// Draw and show a new seed for each text, unless the user keeps the old one.
 export function drawSeed() {
   if (!pick("keep").checked) [pick("seed").value] = crypto.getRandomValues(new Uint32Array(1));
 }
@@ -54,7 +54,7 @@ export function sampling() {
   return { ...Object.fromEntries(numbers), stop };
 }
 
-// Let a button copy a text.  Only pages of this machine, or by https, have a clipboard: elsewhere a field is copied.
+// Let a button copy a text.  Only local or https pages have a clipboard: elsewhere it is copied from a field.
 export function copyOn(button, text) {
   button.onclick = async () => {
     if (navigator.clipboard) await navigator.clipboard.writeText(text());
@@ -76,7 +76,7 @@ export async function post(path, document, signal) {
   const headers = { "content-type": "application/json" };
   const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(document), signal });
   if (!response.ok) {
-    const answer = await response.json().catch(() => null); // what is not of ours, as a proxy's, may be no JSON
+    const answer = await response.json().catch(() => null); // a proxy's answer may not be JSON
     throw new Error(answer?.error?.message ?? `the server says ${response.status} ${response.statusText}`);
   }
   return response;

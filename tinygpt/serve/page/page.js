@@ -1,26 +1,26 @@
-// The playground: asks the server's completions, shows tokens as they come, and what was behind each.
-// What comes from a model is put in as text, never as HTML.
+// The playground: asks the server for completions, shows tokens as they come, and how each was chosen.
+// The output of a model is inserted as text, never as HTML.
 
 import { startChat } from "./chat.js";
 import { copyOn, drawSeed, element, events, pick, post, sampling, startOptions } from "./common.js";
 
 const panes = [];
 let models = [];
-let looking = null; // what is shown of a token: its pane, its place, and the server's answer
+let looking = null; // the token whose details are shown: its pane, its place, and the server's answer
 
 // ---- tokens as text ----
 
-// The bytes of a token as the server sends it: text, or "bytes:\xe4…" where it is not a whole character.
+// The bytes of a token that the server sends as text, or as "bytes:\xe4…" if it is not valid UTF-8.
 function bytesOf(token) {
   const parts = token.startsWith("bytes:\\x") ? token.matchAll(/\\x([0-9a-f]{2})/g) : null;
   return parts ? Uint8Array.from(parts, (part) => parseInt(part[1], 16)) : new TextEncoder().encode(token);
 }
 
-// A token as a name: spaces and line ends can be seen.
+// A token with its spaces and line ends visible.
 const visible = (token) => token.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "∅";
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)} %`;
 
-// Tokens as spans; half a character shows with the token that completes it.
+// Tokens as spans; part of a character is shown with the token that completes it.
 function tokenSpans(tokens, decoder) {
   return tokens.map((token) => {
     const text = decoder.decode(bytesOf(token), { stream: true });
@@ -69,14 +69,14 @@ function clear(pane) {
   }
 }
 
-// Let a pane's model go on with a text, or with ids of which the first nHidden are not shown.
+// Let a pane's model continue a text, or ids, the first nHidden of which are not shown.
 async function write(pane, prompt, nHidden) {
   pane.stopper?.abort();
   const stopper = new AbortController();
-  const isOld = () => pane.stopper !== stopper; // another run has the pane: this one must leave it alone
+  const isOld = () => pane.stopper !== stopper; // another run has taken over the pane
   const name = pane.model.value;
   pane.stopper = stopper;
-  pane.root.ariaBusy = "true"; // a screen reader reports the end, not each token
+  pane.root.ariaBusy = "true"; // so that a screen reader reads the finished text, not each token
   setStatus(pane, "waiting");
   showState();
   const begun = performance.now();
@@ -87,7 +87,7 @@ async function write(pane, prompt, nHidden) {
     const response = await post("/v1/completions", asked, stopper.signal);
     for await (const event of events(response)) {
       if (isOld()) return;
-      if (!isBegun) { // what was there stays until there is something new
+      if (!isBegun) { // the old text stays until there is a new one
         isBegun = true;
         clear(pane);
         Object.assign(pane, { nHidden, name });
@@ -112,12 +112,12 @@ async function write(pane, prompt, nHidden) {
   showState();
 }
 
-// Put in what is new: with the first part also the prompt.
+// Insert a new part; the first one also has the prompt.
 function receive(pane, { token_ids, prompt_token_ids, logprobs }) {
   if (prompt_token_ids) {
     pane.ids = [...prompt_token_ids];
     pane.nPrompt = prompt_token_ids.length;
-    pane.nHidden ||= pane.nPrompt - (logprobs.tokens.length - token_ids.length); // what the server put before a text
+    pane.nHidden ||= pane.nPrompt - (logprobs.tokens.length - token_ids.length); // added by the server
   }
   pane.ids.push(...token_ids);
   const first = pane.ids.length - logprobs.tokens.length;
@@ -136,7 +136,7 @@ function addToken(pane, span, place, logprob) {
   if (place > 0) {
     span.dataset.place = place;
     span.setAttribute("role", "button");
-    span.tabIndex = pane.spans.length ? -1 : 0; // one stop of the Tab key for all; arrow keys go on
+    span.tabIndex = pane.spans.length ? -1 : 0; // Tab stops at one token only; arrow keys move on
     pane.spans.push(span);
   }
   pane.text += span.textContent;
@@ -144,7 +144,7 @@ function addToken(pane, span, place, logprob) {
 }
 
 function walk(pane, event) {
-  const at = pane.spans.indexOf(document.activeElement); // -1: none has been chosen yet
+  const at = pane.spans.indexOf(document.activeElement); // -1: none has the focus yet
   const last = pane.spans.length - 1;
   const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last, Enter: at, " ": at }[event.key];
   if (to === undefined || !pane.spans.length) return;
@@ -202,7 +202,7 @@ function show({ pane, place, found }) {
   showAttention();
 }
 
-// A head by the token that it attended to most; pressed again, it gives way to the mean of all.
+// A button for a head, labelled with the token it attended to most; pressed again, it returns to the mean of all heads.
 function headButton(layer, head, weights) {
   const most = Math.max(...weights);
   const token = visible(looking.found.tokens[weights.indexOf(most)]);
@@ -264,7 +264,7 @@ function showAttention() {
 
 const isChat = () => location.hash === "#chat";
 
-// The tab that the address names.  Both have the options.
+// Show the tab that the address names.  Both tabs share the options.
 function showTab() {
   for (const tab of document.querySelectorAll("nav a")) {
     const isOpen = (tab.hash === "#chat") === isChat();
