@@ -35,8 +35,8 @@ def model_from_text(
 ) -> tuple[GPT, Tokenizer]:
     """Train on a text and return the model, in eval mode, and its tokenizer.
 
-    `source` is a file, a folder, or a name such as tinyshakespeare; `params` has values by "group.key". Called again
-    with the same values, it reads the finished run. Raises UserError as the stages do.
+    `source` is a file, a folder, or a name such as tinyshakespeare; `params` has values by "group.key". A second call
+    with the same values loads the finished run. Raises the UserErrors of the stages.
     """
     project = new_project(folder, {**(params or {}), "download.source": str(source)})
     run_stages(project, *TO_A_MODEL)
@@ -44,7 +44,7 @@ def model_from_text(
 
 
 def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
-    """Put the project's params.yaml, with some values changed by "group.key", into a folder."""
+    """Copy params.yaml into a folder, and change values there by "group.key".  Returns the folder."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in params.items():
         group, _, key = name.partition(".")
@@ -65,7 +65,7 @@ def run_stages(project: Path, *names: str) -> None:
 
 @program
 def main() -> None:
-    """Run a preset's project from the text to the page."""
+    """Run all stages with a preset, from the text to the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", help="a file of presets/; the folder gets its name")
     name = parser.parse_args().preset

@@ -1,4 +1,4 @@
-"""`python -m tinygpt chat`: answer each line with what the model makes of all lines so far, or run its command."""
+"""`python -m tinygpt chat`: answer each typed line with the model's continuation of the chat, or run its command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinygpt.files import atomic_write
 from tinygpt.options import Settings, checked, make_settings, seed_after, setting_options, together
 from tinygpt.params import nearest, require
 
-MOST_LINES = 1000  # of the history
+MOST_LINES = 1000  # kept in the history
 MARK = "> "
 
 
@@ -39,16 +39,16 @@ def chat(args: Namespace) -> None:
         try:
             for line in lines_of_chat():
                 follow(line, conversation)
-        finally:  # another Ctrl-C would take the history or, late in Python's end, which ends this handler, the status
+        finally:  # another Ctrl-C would lose the history or, as Python exits and drops its handlers, the exit status
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:  # at the prompt, where it means to leave
+    except KeyboardInterrupt:  # at the prompt, where it means "leave"
         print(file=sys.stderr)
     except EOFError:  # /quit
         pass
 
 
 def follow(line: str, conversation: Conversation) -> None:
-    """Answer a line, or run its command.  What cannot be done is printed; only EOFError is raised, to leave."""
+    """Answer a line, or run its command.  Errors are printed.  Raises EOFError to leave."""
     try:
         if line.startswith("/"):
             obey(line, conversation)
@@ -59,24 +59,24 @@ def follow(line: str, conversation: Conversation) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if error.filename is None:  # the output itself is gone
+        if error.filename is None:  # it is standard output that failed
             raise
         print(answer_to(error)[1], file=sys.stderr)
 
 
 class Conversation:
-    """What was said, and how the next answer is chosen."""
+    """The messages so far, and the settings for the next answer."""
 
     def __init__(self, engine: Engine, given: dict[str, Any]) -> None:
-        """`given` are settings by name.  Raises ParamsError with all that is wrong with them."""
+        """`given` are settings by name.  Raises ParamsError with everything that is wrong with them."""
         self.engine, self.given = engine, dict[str, Any]()
         self.turns: list[tuple[str, str]] = []  # lines and answers
         self.set(given)
         self._n_retries = 0
-        self._has_warned = False  # that the beginning is no longer read
+        self._has_warned = False  # that the model no longer reads the beginning
 
     def set(self, given: dict[str, Any], problems: Iterable[str] = ()) -> None:
-        """Change settings.  Raises ParamsError with all that is wrong; then all stay as they are."""
+        """Change settings.  Raises ParamsError with everything that is wrong, and then changes none."""
 
         def changed() -> Settings:
             settings = make_settings(self.given | given)
@@ -87,11 +87,11 @@ class Conversation:
         self.given |= given
 
     def reset(self) -> None:
-        """Forget all of it."""
+        """Forget the conversation."""
         self.turns, self._has_warned = [], False
 
     def answer(self, line: str, *, n_retries: int = 0) -> None:
-        """Print the answer to a line; Ctrl-C ends it where it is.  Raises UserError where there can be none."""
+        """Print the answer to a line; Ctrl-C cuts it short.  Raises UserError if the line cannot be answered."""
         turns = self.turns[:-1] if n_retries else self.turns
         prompt, seed = f"{text_of(turns)}{line}\n", seed_after(self.settings.sampling.seed, n_retries)
         begun = self.engine.begin(prompt, self.settings, seed=seed)
@@ -109,14 +109,14 @@ class Conversation:
         say("\n")
 
     def retry(self) -> None:
-        """Answer the last line again, with the next seed.  Raises UserError without one."""
+        """Answer the last line again, with the next seed.  Raises UserError if there is none yet."""
         if not self.turns:
             raise UserError("nothing has been said yet: /retry answers the last line again")
         self.answer(self.turns[-1][0], n_retries=self._n_retries + 1)
 
 
 def text_of(turns: Sequence[tuple[str, str]]) -> str:
-    """What the model reads of lines and their answers."""
+    """Lines and their answers as the text that the model reads."""
     return "".join(f"{line}\n{answer}\n" for line, answer in turns)
 
 
@@ -124,7 +124,7 @@ def text_of(turns: Sequence[tuple[str, str]]) -> str:
 
 
 def obey(line: str, conversation: Conversation) -> None:
-    """Run the command of a line.  Raises UserError where there is none, or where it cannot be done, and EOFError."""
+    """Run the command in a line.  Raises UserError if it is unknown or fails, EOFError to leave."""
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or ": /help lists the commands, a space before it makes it text"
@@ -140,7 +140,7 @@ def show_help(conversation: Conversation, rest: str) -> None:
 
 
 def show(conversation: Conversation, rest: str) -> None:
-    """Print the settings and how much was said."""
+    """Print the settings, and how long the conversation is."""
     values = conversation.settings.values()
     for name in setting_options():
         print(f"{name}={printable(json.dumps(values[name], ensure_ascii=False))}")
@@ -171,7 +171,7 @@ def save(conversation: Conversation, rest: str) -> None:
 
 
 def answers(conversation: Conversation) -> str:
-    """How many there are, in words."""
+    """The number of answers, in words."""
     n = len(conversation.turns)
     return "1 answer" if n == 1 else f"{n} answers"
 
@@ -181,7 +181,7 @@ def leave(conversation: Conversation, rest: str) -> None:
     raise EOFError
 
 
-# By name: what comes after it, what it does, and how.
+# By name: its arguments, its help text and its function.
 COMMANDS: dict[str, tuple[str, str, Callable[[Conversation, str], None]]] = {
     "/help": ("", "this list", show_help),
     "/set": ("NAME=VALUE …", """change how answers are chosen: temperature=0.5 stop=["\\n"]""", set_options),
@@ -193,11 +193,11 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Conversation, str], None]]] = {
 }
 
 
-# ---- lines that are typed ----
+# ---- typed lines ----
 
 
 def lines_of_chat() -> Iterator[str]:
-    """Each line without its end, until the input ends.  Raises UserError where a file is not UTF-8."""
+    """Each line without its line end, until the input ends.  Raises UserError if a file is not UTF-8."""
     if sys.stdin and sys.stdin.isatty():
         yield from _typed_lines()
         return
@@ -207,7 +207,7 @@ def lines_of_chat() -> Iterator[str]:
 
 
 def history_file() -> Path:
-    """Where typed lines are kept: tinygpt/history in the folder for state (XDG), which is ~/.local/state."""
+    """Where typed lines are kept: tinygpt/history in XDG's folder for state, by default ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME", "")
     return (Path(state) if state.startswith("/") else Path("~/.local/state").expanduser()) / "tinygpt" / "history"
 
@@ -216,7 +216,7 @@ def _typed_lines() -> Iterator[str]:
     _open_history()
     while True:
         try:
-            if not sys.stdout.isatty():  # the answers go into a file, and the prompt need not
+            if not sys.stdout.isatty():  # keep the prompt out of the file that the answers go to
                 print(MARK, end="", file=sys.stderr, flush=True)
             yield checked(input(MARK if sys.stdout.isatty() else ""))
         except EOFError:
@@ -227,7 +227,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _open_history() -> None:
-    """Typed lines can be edited, and are there the next time; not so without readline or a home folder."""
+    """Let typed lines be edited, and keep them for the next time.  This needs readline and a home folder."""
     try:
         import readline
 

@@ -1,6 +1,6 @@
-"""What computes a text, chosen by what is at --model: our own GPT, or llama.cpp on a GGUF file.
+"""The engine that computes a text: our own GPT, or llama.cpp if --model is a GGUF file.
 
-llama.cpp gives tokens and logits; which token is taken is decided by the same code, so that options mean the same.
+From llama.cpp come the tokenizer and the logits. The same code then chooses a token, so all options mean the same.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tinygpt.params import require
 from tinygpt.runtime import find_device
 from tinygpt.tokenizer import Tokenizer
 
-MOST_CONTEXT = 8192  # tokens: keys and values of all that a large model could read would not fit in memory
-# What llama.cpp cannot do here, by option, and what can be done instead.
+MOST_CONTEXT = 8192  # tokens: at the full context of a large model, keys and values would not fit in memory
+# Options that do not work with llama.cpp, and what to do instead.
 NOT_IN_LLAMA_CPP = {
     "tokenizer": "a .gguf file has its own",
     "device": "it computes on the CPU here",
@@ -43,7 +43,7 @@ NOT_IN_LLAMA_CPP = {
     "draft": "name a tinygpt folder",
     "prompt_lookup": "name a tinygpt folder",
 }
-UNCHANGED = (None, "auto", "cpu", 1)
+UNCHANGED = (None, "auto", "cpu", 1)  # values with which these options change nothing
 
 
 class LlamaVocabulary:
@@ -61,15 +61,15 @@ class LlamaVocabulary:
 
 @dataclass(frozen=True)
 class Engine:
-    """What computes texts; `ends` are tokens that end one, besides the vocabulary's own."""
+    """Computes texts; `ends` are tokens that end one, besides the vocabulary's own."""
 
     vocabulary: Tokenizer | LlamaVocabulary
     block_size: int
-    extend: Callable[..., Iterator[list[Answer]]]  # as that of stream.py, without its model
+    extend: Callable[..., Iterator[list[Answer]]]  # like extend() of stream.py, without its argument `model`
     ends: tuple[int, ...] = ()
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
-        """An answer without a token.  Raises UserError where the prompt or the settings do not fit the model."""
+        """An answer that has no token yet.  Raises UserError if the prompt or the settings do not fit the model."""
         chosen = settings.sampling
         sampling = dataclasses.replace(
             chosen,
@@ -88,29 +88,29 @@ class Engine:
 
 
 def torch_engine(model: GPT, tokenizer: Tokenizer, speculation: Speculation | None = None) -> Engine:
-    """A model and its tokenizer; with speculation, answers are extended one after the other."""
+    """An engine of our own model; with speculation, it extends answers one after the other."""
     return Engine(tokenizer, model.config.block_size, partial(extend, model, speculation=speculation))
 
 
 def llama_engine(path: Path) -> Engine:
-    """A GGUF file open in llama.cpp.
+    """An engine that runs a GGUF file in llama.cpp.
 
-    Raises UserError with llama.cpp's reason when it cannot load the file, or where no token ends a text.
+    Raises UserError, with llama.cpp's reason, if it cannot load the file, or if no token ends a text.
     """
     llama = open_gguf(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
     if llama.eos_id < 0:
         llama.close()
         raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")
-    ends = tuple(llama.eog_ids())  # all of them, as llama.cpp has it
+    ends = tuple(llama.eog_ids())  # all tokens at which llama.cpp ends a text
     return Engine(LlamaVocabulary(llama), llama.n_ctx, partial(extend_in_llama, llama), ends)
 
 
 def extend_in_llama(
     llama: LlamaCpp, answers: Sequence[Answer], *, at_once: int, search: Search
 ) -> Iterator[list[Answer]]:
-    """Extend each to its end, one after the other; yields the one that just got a token.
+    """Extend each answer to its end, one after the other; yields the one that just got a token.
 
-    Raises ParamsError where a search needs several side by side.
+    Raises ParamsError for a search, which would need several answers side by side.
     """
     message = "n_beam and best_of are not available with llama.cpp: searches need tinygpt's engine"
     require((search == Search(), message))
@@ -134,14 +134,14 @@ def extend_in_llama(
 
 
 def read_engine(args: Namespace) -> EngineOptions:
-    """Which engine is asked for.  Raises ParamsError with all options that it cannot follow."""
+    """The options of the engine.  Raises ParamsError with all options that it does not support."""
     options = read(EngineOptions, args)
     path, engine = options.path, options.engine
     if not is_gguf(path):
         require((engine != "llama.cpp", f"--engine=llama.cpp reads .gguf files, and {path} is not one: try {GGUF}"))
         find_device(options.device, "--device")
         return options
-    asked = {name: getattr(args, name, None) for name in NOT_IN_LLAMA_CPP}  # chat has no proposals
+    asked = {name: getattr(args, name, None) for name in NOT_IN_LLAMA_CPP}  # chat has no flags for proposals
     refused = {name: value for name, value in asked.items() if value is True or value not in UNCHANGED}
     require(
         (engine != "tinygpt", f"--engine=tinygpt does not read {path}: it takes folders, llama.cpp .gguf files"),
@@ -154,7 +154,7 @@ def read_engine(args: Namespace) -> EngineOptions:
 
 
 def read_proposals(args: Namespace) -> ProposalOptions:
-    """What proposes tokens, if anything does.  Raises ParamsError with all options that do not go together."""
+    """The options of speculative decoding.  Raises ParamsError with all options that contradict each other."""
     proposals = read(ProposalOptions, args)
     name, looks_up = proposals.flag, proposals.prompt_lookup
     searched = {each: getattr(args, each) for each in ("n_beam", "best_of") if getattr(args, each) not in (None, 1)}
@@ -176,9 +176,9 @@ def as_typed(name: str, value: object) -> str:
 
 
 def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None, *, n_row: int = 1) -> Engine:
-    """The engine of the options, for this many texts together.
+    """The engine that the options ask for, for n_row texts together.
 
-    Raises UserError with what is wrong with the model's files, or its draft's.
+    Raises UserError with what is wrong with the files of the model, or of its draft.
     """
     if is_gguf(options.path):
         return llama_engine(must_be_there(options.path, stage="export", wanted="a .gguf file"))
@@ -193,7 +193,7 @@ def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None
 
 
 def open_draft(folder: Path, options: EngineOptions, tokenizer: Tokenizer) -> GPT:
-    """The model that proposes.  Raises UserError with what is wrong with its files, or that its tokens are others."""
+    """The draft model.  Raises UserError with what is wrong with its files, or if its tokens are not the model's."""
     draft, other = open_model(folder, options.tokenizer)
     if other.tokens != tokenizer.tokens:
         raise UserError(f"--draft={folder} has other tokens than the model: take one trained with the same tokenizer")
@@ -201,16 +201,16 @@ def open_draft(folder: Path, options: EngineOptions, tokenizer: Tokenizer) -> GP
 
 
 def place(model: GPT, options: DeviceOptions) -> None:
-    """Move a model to its device and quantize it there.  Raises UserError where its weights cannot be quantized so."""
+    """Move a model to its device and quantize it there.  Raises UserError if its weights cannot be quantized so."""
     model.to(find_device(options.device))
     if options.quantize:
-        quantize(model, options.quantize)  # on the device: each has its own form
+        quantize(model, options.quantize)  # on the device, as the format depends on it
 
 
 def compile_if_asked(model: GPT, options: DeviceOptions, *, n_row: int = 1, room: int = 0) -> None:
-    """Compile the steps of a model, for this many rows, or tokens to take back.
+    """Compile the steps of a model, for n_row rows, and room for as many tokens to take back.
 
-    In a terminal, it says why there is a wait. Raises UserError where there is no compiler.
+    In a terminal, print why the user has to wait. Raises UserError if there is no compiler.
     """
     if options.compile:
         if sys.stderr.isatty():
@@ -219,7 +219,7 @@ def compile_if_asked(model: GPT, options: DeviceOptions, *, n_row: int = 1, room
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is one of GGUF, by its name or its first bytes."""
+    """Whether this is a GGUF file, by its name or its first bytes."""
     if path.suffix == ".gguf" or not path.is_file():
         return path.suffix == ".gguf"
     with open(path, "rb") as file:

@@ -1,7 +1,8 @@
-"""From the fields of dataclasses to flags, and back from what is typed.  Nothing here imports PyTorch or pandas.
+"""Turn the fields of dataclasses into flags, and what the user typed into dataclasses.
 
-A field with a help text in its type is a flag (`tinygpt/options.py`). None of these has a default for argparse, so that
-contradictions are those of the user; without it, the field's own default counts.
+A field whose type has a help text becomes a flag (`tinygpt/options.py`). argparse gets no defaults, so that only flags
+that the user typed can contradict each other; all others have the field's own default. Nothing here imports PyTorch or
+pandas.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Checked):
-    """Where and with what weights our own model computes."""
+    """The device of our own model, and how its weights are stored."""
 
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "for tinygpt's engine"] = "auto"
     quantize: Annotated[
@@ -52,7 +53,7 @@ class DeviceOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions(DeviceOptions):
-    """Which model, and what computes it."""
+    """Which model, and which engine computes it."""
 
     model: Annotated[Path | None, f"a tinygpt or transformers folder, or a .gguf file (default: {paths.MODEL})"] = None
     tokenizer: Annotated[
@@ -65,7 +66,7 @@ class EngineOptions(DeviceOptions):
 
     @property
     def path(self) -> Path:
-        """Where the model is.  Raises UserError where the run has none, or there are several of that name."""
+        """Where the model is.  Raises UserError if the run has none, or if several runs fit the name."""
         if self.run is not None:
             require((self.model is None, f"--run and --model={self.model} both name a model: give one of them"))
             return find_run(None if self.run == "newest" else self.run, "model/model.safetensors") / "model"
@@ -73,9 +74,9 @@ class EngineOptions(DeviceOptions):
 
 
 def find_run(name: str | None, file: str) -> Path:
-    """The folder in runs/ that has this file and whose name begins so, or of all these the one that wrote last.
+    """The folder in runs/ that has this file and whose name begins with `name`; without a name, the newest.
 
-    Raises UserError unless it is one.
+    Raises UserError if there is none, or more than one with that name.
     """
     files = sorted(runs_folder().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
     there = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
@@ -90,14 +91,14 @@ def find_run(name: str | None, file: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ProposalOptions(Proposals):
-    """Where speculative decoding takes its proposals from, and how many."""
+    """Where speculative decoding gets its proposals, and how many."""
 
     draft: Annotated[Path | None, "folder of a smaller model with the same tokenizer, which proposes tokens"] = None
     prompt_lookup: Annotated[bool, "propose what followed the last tokens where they occurred before"] = False
 
     @property
     def flag(self) -> str | None:
-        """What asks for proposals; None where nothing does."""
+        """The flag that asks for proposals; None if there is none."""
         return "--draft" if self.draft else "--prompt-lookup" if self.prompt_lookup else None
 
 
@@ -125,15 +126,15 @@ def bias(text: str) -> tuple[int, float]:
 
 
 def number(text: str) -> int | float | str:
-    """What was typed as a number, or as it is where it is none: `typed` says so, with all else that is wrong."""
+    """What was typed, as a number if it is one; otherwise `typed` reports it later, with all other mistakes."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
     return text
 
 
-SHORT = {"model": ["-m"], "max_new_tokens": ["-n"]}  # and -p for the prompt: as in llama.cpp
-# How values, and the items of a list, are typed.
+SHORT = {"model": ["-m"], "max_new_tokens": ["-n"]}  # as in llama.cpp, and so is -p for the prompt
+# How help texts name values; how argparse reads lists, by the type of their items.
 VALUES: dict[type, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 LISTS: dict[Any, dict[str, Any]] = {
     int: {"type": number, "metavar": "ID", "nargs": "+", "action": "extend"},
@@ -143,7 +144,7 @@ LISTS: dict[Any, dict[str, Any]] = {
 
 
 def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, Any] | None = None) -> None:
-    """A flag for each field with a help text; `defaults` are those to show in place of the fields' own."""
+    """Add a flag for each field with a help text; the help shows `defaults` in place of the fields' own."""
     for option in (option for cls in classes for option in options_of(cls) if option.help):
         default = (defaults or {}).get(option.name, option.default)
         shown = "" if option.type is bool or default in (None, ()) else f" (default: {default})"
@@ -152,17 +153,17 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
 
 
 def add_path(command: ArgumentParser, name: str, default: Path, help: str = "folder") -> None:
-    """A file or folder that the pipeline has a place for."""
+    """Add a flag for a file or folder that has a place in the pipeline."""
     command.add_argument(name, type=Path, default=default, help=f"{help} (default: %(default)s)")
 
 
 def add_number(command: ArgumentParser, name: str, hint: Any, **more: Any) -> None:
-    """A number that is of no dataclass; ParamsError is raised where another is typed."""
+    """Add a flag for a number that is not in a dataclass.  Parsing raises ParamsError for a value that does not fit."""
     command.add_argument(name, type=lambda text: coerce(number(text), hint, name), metavar="N", **more)
 
 
 def reading(option: Option) -> dict[str, Any]:
-    """How argparse reads an option."""
+    """The arguments with which argparse reads an option."""
     if option.type is bool:
         return {"action": "store_true", "default": None}
     if option.choices:
@@ -178,14 +179,14 @@ def flag(name: str) -> str:
 
 
 def read(cls: type[T], args: Namespace) -> T:
-    """The options of a dataclass.  Raises ParamsError with all that is wrong, each by its flag."""
+    """The options of a dataclass.  Raises ParamsError with everything that is wrong, by the names of flags."""
     names = [option.name for option in options_of(cls) if option.help]
     with named_as_flags(names):
         return cls(**given(args, names))
 
 
 def read_settings(args: Namespace) -> Settings:
-    """How texts are chosen.  Raises ParamsError with all that is wrong, each by its flag."""
+    """The settings of generation.  Raises ParamsError with everything that is wrong, by the names of flags."""
     with named_as_flags():
         return make_settings(given(args, setting_options()))
 
@@ -198,7 +199,7 @@ def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
 @contextmanager
 def named_as_flags(names: Iterable[str] | None = None) -> Iterator[None]:
     """Report mistakes by the names of flags: --top-p for top_p."""
-    # a name that is a word, too, is one only before its value
+    # a name that could be an ordinary word counts as a name only before "="
     pattern = "|".join(rf"\b{name}\b" if "_" in name else rf"\b{name}(?==)" for name in names or setting_options())
     try:
         yield
@@ -207,9 +208,9 @@ def named_as_flags(names: Iterable[str] | None = None) -> Iterator[None]:
 
 
 def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
-    """'top_k=5 stop=["a b", "c"]' -> {"top_k": 5, "stop": ["a b", "c"]} and what is wrong.
+    """'top_k=5 stop=["a b", "c"]' -> {"top_k": 5, "stop": ["a b", "c"]}, and a list of what is wrong.
 
-    Values are JSON, or else a word.
+    A value is JSON or, if it is not, a word.
     """
     options, found = setting_options(), dict[str, Any]()
     problems: list[str] = []
@@ -230,10 +231,10 @@ def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _value(text: str) -> tuple[Any, str]:
-    """The value that a text begins with, and what comes after it."""
+    """The value at the beginning of a text, and the rest."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
-        if not text[end : end + 1].strip():  # else it is a word such as 5th
+        if not text[end : end + 1].strip():  # otherwise it is a word such as 5th
             return value, text[end:]
     except (ValueError, RecursionError):
         pass

@@ -1,4 +1,4 @@
-"""`python -m tinygpt generate`: print prompts and what follows them, as it comes."""
+"""`python -m tinygpt generate`: print prompts and their continuations, token by token."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tinygpt.params import ParamsError, require
 
 DIVIDER = "---"  # a line between two texts
 MOST_WARNINGS = 10
-MOST_NAMED = 10  # characters that a warning names
+MOST_NAMED = 10  # characters in a warning
 SPECIAL = re.compile(rb"<\|.*\|>")  # how special tokens are named
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: they would control a terminal
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # they would control a terminal; tab and newline may pass
 
 
 def generate(args: Namespace) -> None:
@@ -50,14 +50,14 @@ def generate(args: Namespace) -> None:
 
 
 def read_all(args: Namespace) -> tuple[TextOptions, Settings, EngineOptions, ProposalOptions]:
-    """What was asked for.  Raises ParamsError with all that is wrong, and all that contradicts each other."""
+    """All options.  Raises ParamsError with all that are wrong or contradict each other."""
     checks = (read_settings, check_prompts, check_texts, read_engine, read_proposals)
     settings, _, texts, engine, proposals = together(*(partial(check, args) for check in checks))
     return texts, settings, engine, proposals
 
 
 def check_texts(args: Namespace) -> TextOptions:
-    """How many texts, and of what form.  Raises ParamsError with what contradicts how they are chosen."""
+    """How many texts, and in which format.  Raises ParamsError where this contradicts the settings of generation."""
     many, has_beams, has_best = (isinstance(n, int | float) and n > 1 for n in (args.n, args.n_beam, args.best_of))
     rules = (
         (
@@ -79,14 +79,14 @@ def check_texts(args: Namespace) -> TextOptions:
 
 
 def rows_together(search: Search, n_text: int, batch_size: int) -> int:
-    """How many texts are computed at a time, out of this many in all: each prompt is searched by itself."""
+    """How many of n_text texts are computed at a time.  A search takes one prompt at a time."""
     return min(batch_size, n_text) if search == Search() else search.n_row
 
 
 def begin_all(
     engine: Engine, prompts: Sequence[NamedPrompt], settings: Settings, *, n: int, n_logprobs: int | None
 ) -> list[Answer]:
-    """n answers of each prompt.  Raises ParamsError with what does not fit the model, and in which prompts."""
+    """n answers for each prompt.  Raises ParamsError with what does not fit the model, and in which prompts."""
     settings.sampling.check_ids(engine.vocabulary.vocab_size)
     answers: list[Answer] = []
     problems: list[str] = []
@@ -104,7 +104,7 @@ def begin_all(
 def in_order(
     prompts: Sequence[str], answers: Sequence[Answer], steps: Iterator[list[Answer]]
 ) -> Iterator[tuple[str, Answer]]:
-    """Each prompt with its answer as it comes, the last time with its end, while those after it get tokens, too."""
+    """Yield each prompt with its answer as this grows, until it is finished; later answers grow meanwhile."""
     for prompt, answer in zip(prompts, answers, strict=True):
         yield prompt, answer
         while not answer.finish_reason:
@@ -113,13 +113,13 @@ def in_order(
 
 
 def gain(answers: Sequence[Answer], seconds: float) -> str:
-    """One line on what the proposals brought."""
+    """A line that says how much the proposals helped."""
     n_token, n_pass = sum(len(answer.ids) for answer in answers), sum(answer.n_pass for answer in answers)
     return f"{n_token / max(1, n_pass):.2f} tokens a pass of the model, {n_token / seconds:,.0f} tokens a second"
 
 
 def prompt_warnings(prompts: Sequence[NamedPrompt], n_tokens: Sequence[int], engine: Engine) -> list[str]:
-    """A line for each prompt that is longer than the context, and for each that has characters without a token."""
+    """A line for each prompt longer than the context, and for each with characters that have no token."""
     found = [
         f"{prompt.name} has {n:,} tokens: the last {engine.block_size:,} are read, which is the model's context"
         for prompt, n in zip(prompts, n_tokens, strict=True)
@@ -135,13 +135,13 @@ def prompt_warnings(prompts: Sequence[NamedPrompt], n_tokens: Sequence[int], eng
 
 
 def characters(vocabulary: Vocabulary) -> set[str] | None:
-    """Those of several bytes that have a token, where tokens are characters; None where they are anything else.
+    """All characters of several bytes that have a token, if tokens are characters; otherwise None.
 
-    A tokenizer of bytes has none of them. One of characters that saw ASCII alone is the same, and gives None, too.
+    A tokenizer of bytes has no such characters, nor has one of characters that saw only ASCII: None for both.
     """
     pieces = [vocabulary.decode_bytes([i]) for i in range(vocabulary.vocab_size)]
     texts = [piece.decode(errors="ignore") for piece in pieces if not SPECIAL.fullmatch(piece)]
-    if any(len(text) > 1 for text in texts):  # the beginning of a character is none
+    if any(len(text) > 1 for text in texts):  # part of a character became ""
         return None
     return {text for text in texts if text and ord(text) > 127} or None
 
@@ -150,8 +150,8 @@ def characters(vocabulary: Vocabulary) -> set[str] | None:
 
 
 def print_text(updates: Iterator[tuple[str, Answer]]) -> None:
-    """Prompt and text as they come, a line of dashes between two."""
-    divider, n_shown = "", None  # characters of the running text; None between two
+    """Print each prompt, and its text as it comes, with a line of dashes between two."""
+    divider, n_shown = "", None  # n_shown: characters printed of the current text; None between texts
     try:
         for prompt, answer in updates:
             if n_shown is None:
@@ -170,7 +170,7 @@ def print_text(updates: Iterator[tuple[str, Answer]]) -> None:
 
 
 def print_lines(updates: Iterator[tuple[str, Answer]]) -> None:
-    """An object a line, each as soon as its text is whole."""
+    """Print a JSON object a line, each as soon as its text is finished."""
     for prompt, answer in updates:
         if answer.finish_reason:
             with uninterrupted():
@@ -178,12 +178,12 @@ def print_lines(updates: Iterator[tuple[str, Answer]]) -> None:
 
 
 def print_list(updates: Iterator[tuple[str, Answer]]) -> None:
-    """The same objects as one list."""
+    """Print the same objects as one JSON list."""
     before = "[\n"
     try:
         for prompt, answer in updates:
             if answer.finish_reason:
-                with uninterrupted():  # the end must know what was written
+                with uninterrupted():  # `before` must match what was printed
                     say(before + as_json(prompt, answer))
                     before = ",\n"
     finally:
@@ -194,7 +194,7 @@ FORMATS = {"text": print_text, "json": print_list, "jsonl": print_lines}
 
 
 def as_json(prompt: str, answer: Answer) -> str:
-    """An object with what was written, and with log-probabilities where they were asked for."""
+    """A JSON object with prompt and text, and with log-probabilities if the user wants them."""
     found: dict[str, Any] = {
         "prompt": prompt,
         "text": answer.text,
@@ -207,21 +207,21 @@ def as_json(prompt: str, answer: Answer) -> str:
 
 
 def logprobs_of(answer: Answer) -> list[dict[str, Any]]:
-    """For each of the answer's ids its log-probability, in nats, and those of the likeliest in its place.
+    """The log-probability of each of the answer's ids, in nats, and of the likeliest ids at its position.
 
-    They are the model's, before options change them. A token that is part of a character has U+FFFD as its text.
+    They are the model's own, before any option changes them. A token that is part of a character has the text U+FFFD.
     """
 
     def entry(i: int, logprob: float) -> dict[str, Any]:
         return {"id": i, "text": answer.tokenizer.decode_bytes([i]).decode(errors="replace"), "logprob": logprob}
 
-    # not strict: the id that ended the text is not among its ids
+    # not strict: an id that ended the text has a log-probability, but is not among the answer's ids
     taken = zip(answer.ids, answer.logprobs, answer.top_logprobs, strict=False)
     return [entry(i, logprob) | {"top": [entry(*pair) for pair in top]} for i, logprob, top in taken]
 
 
 def say(text: str) -> None:
-    """Print at once: what is written stays, whatever comes.  A terminal shows control characters as escapes."""
+    """Print without buffering, so that nothing is lost.  In a terminal, control characters become escapes."""
     if sys.stdout.isatty():
         text = CONTROLS.sub(lambda found: printable(found[0]), text)
     print(text, end="", flush=True)
@@ -229,7 +229,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done."""
+    """Make Ctrl-C wait for the end of the block."""
     before, caught = signal.getsignal(signal.SIGINT), list[int]()
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
@@ -243,6 +243,6 @@ def uninterrupted() -> Iterator[None]:
 
 
 def open_output() -> None:
-    """Print UTF-8 whatever the language of the machine."""
+    """Print UTF-8 in every locale."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

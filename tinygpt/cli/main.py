@@ -1,6 +1,6 @@
 """The commands and their flags.
 
-The file of a command is imported only once its flags are read: --help and a typo are answered at once.
+A command's file is imported only after its flags are parsed, so --help and a typo are answered at once.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _watch_flags(command: ArgumentParser) -> None:
     command.add_argument("--page", type=Path, metavar="FILE", help="the page (default: reports/live.html)")
 
 
-# Name -> its flags, the file with the function of its name, and what it does.
+# Name -> its flags, the file with the function of that name, and the help text.
 COMMANDS = {
     "generate": (_generate_flags, "generate", "continue a prompt, or many"),
     "chat": (_chat_flags, "chat", "continue what you type, line by line"),
@@ -172,10 +172,10 @@ COMMANDS = {
 
 
 class Parser(ArgumentParser):
-    """Says what is wrong with arguments in one line."""
+    """A parser that reports wrong arguments in one line."""
 
     def parse_known_args(self, args: Any = None, *rest: Any) -> tuple[Any, list[str]]:  # type: ignore[override]  # it has overloads
-        """Arguments -> what they mean, and nothing that is unknown: that is an error, with the nearest name."""
+        """Parse all arguments; an unknown one is an error, with the nearest name."""
         typed = sys.argv[1:] if args is None else args
         found, unknown = super().parse_known_args([self.dashed(each) for each in typed], *rest)
         if unknown:
@@ -184,13 +184,13 @@ class Parser(ArgumentParser):
         return found, unknown
 
     def dashed(self, argument: str) -> str:
-        """--top_p=1 -> --top-p=1, where that is a flag: other programs spell theirs so."""
+        """--top_p=1 -> --top-p=1 if that is a flag, as other programs spell their flags with underscores."""
         name, *value = argument.split("=", 1)
         known = name.replace("_", "-")
         return "=".join([known, *value]) if known in self._option_string_actions else argument
 
     def error(self, message: str) -> Never:
-        """Leave with status 2."""
+        """Print the message in one line, and exit with status 2."""
         if chosen := re.match(r"argument command: invalid choice: (['\"])(.*)\1 \(", message):
             message = f"unknown command {shown(chosen[2])}{nearest(chosen[2], COMMANDS)}"
         message = re.sub(
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def build_parser() -> ArgumentParser:
-    """All commands with their flags."""
+    """A parser of all commands and their flags."""
     parser = Parser(prog="python -m tinygpt", description="Use what the pipeline has made.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (add_own_flags, _, help) in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""`python -m tinygpt profile`, `plan`: what a training costs, and what to train in some minutes, on this machine."""
+"""`python -m tinygpt profile`, `plan`: what a training costs on this machine, and what to train in a given time."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner
 
 N_STAGES = 11
-START_TIMES = 2.2  # the seconds of a stage, for each that it takes to start: 41 s of the default run's 250
-PROCESS_BYTES = 320e6  # of a training besides its step, as the default run has
+START_TIMES = 2.2  # seconds of a stage per second that it takes to start: 41 of the default run's 250 s
+PROCESS_BYTES = 320e6  # of a training process, besides its step; measured in the default run
 
 
 # ---- what the run of params.yaml costs ----
 
 
 def profile(args: Namespace) -> None:
-    """Print the costs; leave with status 1 when the run will not fit."""
+    """Print the costs; exit with status 1 if the run will not fit."""
     params = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
     model_params, train, runtime, tokenizer = params
-    learned = tokenizer.kind == "bpe" and tokenizer.from_file is None  # then it has as many tokens as params.yaml says
+    learned = tokenizer.kind == "bpe" and tokenizer.from_file is None  # then vocab_size is that of params.yaml
     is_there = tokenizer_file(paths.TOKENIZER).exists() and not learned
     vocab_size = load_tokenizer(paths.TOKENIZER).vocab_size if is_there else tokenizer.vocab_size
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
@@ -87,14 +87,14 @@ def profile(args: Namespace) -> None:
 def _micro_batch_size(
     config: GPTConfig, train: TrainParams, runtime: RuntimeParams, device: torch.device, *, measure: bool
 ) -> int:
-    """Sequences in a forward pass; what is yet to be found counts as all of the batch when nothing is measured."""
+    """Sequences in a forward pass; for "auto" this is the whole batch when nothing is measured."""
     if runtime.micro_batch_size != "auto":
         return min(runtime.micro_batch_size or train.batch_size, train.batch_size)
     if not measure:
         return train.batch_size
     smallest = halves(train.batch_size)[-1]
     if memory_of(config, train, runtime, smallest, device).training > available_memory(device):
-        return smallest  # the model is not even built
+        return smallest  # without building the model
     return find_micro_batch_size(Learner(GPT(config), train, runtime, device=device))
 
 
@@ -107,11 +107,11 @@ def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
         print(f"adapters    {adapted.n_params() - model.n_params():,} weights, which alone are trained")
 
 
-# ---- what to train in some minutes ----
+# ---- what to train in a given time ----
 
 
 def plan(args: Namespace) -> None:
-    """Print the plan, and with --write put it into params.yaml."""
+    """Print the plan; with --write, also put it into params.yaml."""
     is_one = (args.minutes is None) != (args.bpb is None)
     require((is_one, "give --minutes 30, how long it may take, or --bpb 1.9, how good it must be"))
     planner, device, runtime = build_planner()
@@ -137,7 +137,7 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
         done = subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "clean"], check=False)
         if done.returncode:
             raise UserError("there is no text to plan for: `dvc repro clean` says above what is wrong")
-    start_s = time.process_time()  # of Python with PyTorch, as each stage starts it
+    start_s = time.process_time()  # so far Python has imported PyTorch, as each stage does
     began = time.perf_counter()
     device = open_device(runtime)
     with out_of_memory(f"{device} has too little for the smallest model: stop what else uses it"):
@@ -155,7 +155,7 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
 def rows(
     plan: Plan, planner: Planner, runtime: RuntimeParams, device: torch.device, *, seconds: float | None
 ) -> Iterator[tuple[str, str]]:
-    """The table: names and texts."""
+    """The rows of the table: a name and a text."""
     recipe, config = plan.recipe, plan.config
     params = recipe.training(planner.train)
     with torch.device("meta"):
@@ -207,7 +207,7 @@ def rows(
 
 
 def expected(plan: Plan) -> str:
-    """The loss and the range it is likely in."""
+    """The expected bits per byte and their likely range."""
     return f"{plan.bpb:.2f} ({plan.bpb * (1 - SPREAD):.2f} to {plan.bpb * (1 + SPREAD):.2f})"
 
 

@@ -28,18 +28,18 @@ from tinygpt.yaml12 import load_yaml
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
-WIDTH = 128  # n_embd of a model that the rates of presets for going on from a base are for
+WIDTH = 128  # n_embd of the models that the learning rates are for in presets that continue from a base
 TEMPORARY = Path(".dvc/tmp")
-# Tokens that a run sees for each weight, at least. On four texts (benchmarks/scaling.csv) models that saw 0.2, 0.4 and
-# 0.8 were 0.20 to 0.25, 0.08 to 0.14 and 0.04 to 0.07 bits per byte worse than one of half or a quarter of the size
-# that saw 3 to 7 with as many operations. The default sees 1.5; far larger models are best at 20
+# A run should see at least this many tokens per weight. On four texts (benchmarks/scaling.csv) models that saw 0.2, 0.4
+# and 0.8 were 0.20 to 0.25, 0.08 to 0.14 and 0.04 to 0.07 bits per byte worse than a model of half or a quarter of the
+# size that saw 3 to 7, with as many operations. The default sees 1.5; far larger models are best at 20
 # (https://arxiv.org/abs/2203.15556).
 MIN_TOKENS = 0.5
-MAX_EPOCHS = 4  # times that a text is worth nearly as much as a new one (https://arxiv.org/abs/2305.16264)
+MAX_EPOCHS = 4  # reading a text so often is nearly as good as reading new text (https://arxiv.org/abs/2305.16264)
 
 
 def preset(args: Namespace) -> None:
-    """List the presets, or apply one and show what has changed."""
+    """List the presets, or apply one and print the changes."""
     files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"), key=_size)}
     if args.name is None:
         width = max(map(len, files), default=0)
@@ -64,9 +64,9 @@ def preset(args: Namespace) -> None:
 
 
 def going_on(rules: dict[str, Any]) -> dict[str, Any]:
-    """The values of the base, and over them those by which training goes on, with learning rates for its width.
+    """The values of the base, overridden by `rules`, the preset for continuing, with learning rates for its width.
 
-    Muon's rates fall with the square root of the width.  Raises UserError where there is no base.
+    Muon's rates fall with the square root of the width.  Raises UserError if there is no base.
     """
     if not BASE.exists():
         raise UserError(
@@ -78,15 +78,15 @@ def going_on(rules: dict[str, Any]) -> dict[str, Any]:
         rates = {key: rate * scale for key, rate in train.items() if key.endswith("lr") and rate is not None}
         return base | rules | {"train": train | {key: float(f"{rate:.5g}") for key, rate in rates.items()}}
     except (KeyError, TypeError, ValueError, ArithmeticError):
-        return base | rules  # whoever applies the values says what is wrong with them
+        return base | rules  # apply_values reports what is wrong with them
 
 
 def too_few_tokens(path: Path = PARAMS_FILE) -> str:
-    """A line where the run of params.yaml, or the text that is there, is far too short for the weights; else nothing.
+    """A warning, if the run of params.yaml or the text is far too short for so many weights; otherwise "".
 
-    A run that goes on from a base needs no more than it takes to change it.
+    There is none for a run that continues from a base, whose weights have been trained already.
     """
-    from tinygpt.tokens import load_meta  # here, as a list of presets need not wait for it
+    from tinygpt.tokens import load_meta  # here, so that listing the presets does not wait for it
 
     groups = check_params(path)
     model, train, tokenizer = (groups[name] for name in ("model", "train", "tokenizer"))
@@ -109,13 +109,13 @@ def too_few_tokens(path: Path = PARAMS_FILE) -> str:
 
 
 def _keys(values: dict[str, Any], group: str) -> dict[str, Any]:
-    """A group of a preset, empty where there is none, or none that is right."""
+    """A group of a preset; empty if it is missing or not a mapping."""
     keys = values.get(group)
     return keys if isinstance(keys, dict) else {}
 
 
 def _size(path: Path) -> tuple[float, str]:
-    """By which presets are listed: small models before large ones, after them what has no size, or cannot be read."""
+    """Sort key of presets: small models before large ones, then files without a size, or that cannot be read."""
     try:
         model, tokenizer = (_keys(read_groups(path), group) for group in ("model", "tokenizer"))
         width = float(model["n_embd"])
@@ -126,16 +126,16 @@ def _size(path: Path) -> tuple[float, str]:
 
 
 def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
-    """Set values by group and key in a params file, whole or not at all; return a line for each that was another.
+    """Set values by group and key in a params file, all or none; return a line for each that changed.
 
-    Raises ParamsError when the file lacks one, or would not be right with them.
+    Raises ParamsError if the file lacks one, or would be invalid with them.
     """
     names = [(group, key) for group, keys in values.items() for key in (keys if isinstance(keys, dict) else [""])]
     check_names(f"{group}.{key}" for group, key in names)
     yaml = YAML()
     try:
         raw = read_bytes(path)
-        load_yaml(raw)  # refuses what is nested deep, of which ruamel.yaml takes seconds
+        load_yaml(raw)  # refuses deep nesting, for which ruamel.yaml takes seconds
         written = raw.decode()
         document = yaml.load(written.replace("\r\n", "\n"))
         before = {(group, key): document[group][key] for group, key in names}
@@ -157,8 +157,8 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def import_hf(args: Namespace) -> None:
-    """Make a folder of transformers the model that training can start from."""
-    from tinygpt.export.folders import read_hf_pair, use_of, write_base  # here, as presets need no PyTorch
+    """Make a transformers folder the base, which training can start from."""
+    from tinygpt.export.folders import read_hf_pair, use_of, write_base  # here, as presets do not need PyTorch
 
     config, tensors, tokenizer = read_hf_pair(args.folder)
     write_base(args.to, config, tensors, tokenizer)
@@ -167,7 +167,7 @@ def import_hf(args: Namespace) -> None:
 
 
 def promote(args: Namespace) -> None:
-    """Make the trained model the one that training can start from."""
+    """Make the trained model the base, which training can start from."""
     from tinygpt.export.folders import use_of, write_base
     from tinygpt.model.weights import load_pair, model_tensors
 
@@ -178,14 +178,13 @@ def promote(args: Namespace) -> None:
 
 # ---- what a killed DVC has left ----
 #
-# DVC (3.67) writes two files in place, so that one that is killed may leave them empty or cut off; every later command
-# then fails.
+# DVC (3.67) writes two files in place. If killed, it may leave one empty or cut off, and every later command fails.
 
 
 def mend(args: Namespace) -> None:
-    """Put git's version in the place of each file that was cut off, or nothing where git has none, and say so.
+    """Replace each file that was cut off with git's version, or remove it if git has none, and print that.
 
-    Raises UserError where a DVC is at work, which may just be writing it, and where nothing can be written at all.
+    Raises UserError if DVC is running, as it may be writing the file just now, or if the folder is not writable.
     """
     there = [folder for folder in (TEMPORARY, TEMPORARY.parent) if folder.exists()]
     if there and not os.access(there[0], os.W_OK):
@@ -197,15 +196,15 @@ def mend(args: Namespace) -> None:
 
 
 def cut_off() -> list[Path]:
-    """Those of DVC's files that it can no longer read."""
+    """DVC's files that it can no longer read."""
     return [path for path, is_whole in IS_WHOLE.items() if path.exists() and not is_whole(path)]
 
 
 @contextmanager
 def no_dvc() -> Iterator[None]:
-    """Keep every DVC out of the project.  Raises UserError where one is in it.
+    """Keep every DVC out of the project for the block.  Raises UserError if one is running there.
 
-    DVC holds its lock except while a stage runs; then its process can be seen, or that of the stage.
+    DVC holds its lock except while a stage runs; then we find its process, or the stage's.
     """
     from dvc.config import Config
     from dvc.lock import LockError, make_lock
@@ -221,17 +220,17 @@ def no_dvc() -> Iterator[None]:
 
 
 def is_dvc(process: psutil.Process) -> bool:
-    """Whether it is a DVC that works in this project, or a stage of one."""
+    """Whether this is a DVC that works in this project, or one of its stages."""
     here = Path.cwd()
     try:
         is_named = any(Path(argument).name == "dvc" for argument in process.cmdline()[:3])
         return (is_named and Path(process.cwd()).is_relative_to(here)) or process.environ().get("DVC_ROOT") == str(here)
-    except (psutil.Error, OSError):  # it has ended, or is somebody else's
+    except (psutil.Error, OSError):  # it has ended, or belongs to another user
         return False
 
 
 def is_json(path: Path) -> bool:
-    """Whether it is whole: no part of an object is one."""
+    """Whether the file is whole: a JSON object that is cut off does not parse."""
     try:
         return isinstance(json.loads(path.read_bytes()), dict)
     except (ValueError, RecursionError):
@@ -239,7 +238,7 @@ def is_json(path: Path) -> bool:
 
 
 def is_lockfile(path: Path) -> bool:
-    """Whether DVC can read it, or it is not cut off: a DVC of another version wrote it, or git could not merge it."""
+    """Whether DVC can read the file, or cannot for another reason: DVC's version, or a conflict in a merge of git."""
     from dvc.exceptions import DvcException
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from dvc.utils.serialize import load_yaml
@@ -256,7 +255,7 @@ def is_lockfile(path: Path) -> bool:
 
 
 def replace(path: Path) -> str:
-    """Put git's version in its place.  -> what was done"""
+    """Put git's version in the place of a file; returns a line that says what was done."""
     kept = TEMPORARY / f"{path.name}.cut"
     os.replace(path, kept)
     subprocess.run(["git", "checkout", "--quiet", "--", path], stderr=subprocess.DEVNULL, check=False)

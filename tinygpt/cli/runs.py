@@ -1,7 +1,7 @@
-"""`python -m tinygpt runs`, `watch`, `compare`: what was trained: the folders of runs/, and DVC's experiments.
+"""`python -m tinygpt runs`, `watch`, `compare`: what has been trained, in runs/ and in DVC's experiments.
 
-Training keeps its checkpoints in runs/<fingerprint>, other stages their shards in runs/<name>-<fingerprint> until they
-are done. Whatever else is in runs/ is not ours and is left alone.
+Training keeps its checkpoints in runs/<fingerprint>; other stages keep their shards in runs/<name>-<fingerprint> until
+they are done. Anything else in runs/ is left alone.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from tinygpt.report.reports import read_curve, read_samples
 from tinygpt.run.folder import STATE_FILE, read_name, read_plan, read_state
 
 NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
-SHORT = 8  # letters of a fingerprint that are shown
-EVERY_S = 1.0  # seconds between two looks at the files of a run that is watched
+SHORT = 8  # digits shown of a fingerprint
+EVERY_S = 1.0  # seconds between two reads of the files of a run that is watched
 BARS = "▁▂▃▄▅▆▇█"
-N_BAR = 24  # validation losses drawn in a line
+N_BAR = 24  # at most so many validation losses in a row of bars
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class Run:
     best: float | None  # lowest validation loss, nats per token
     last: float | None  # newest validation loss
     size: int  # bytes
-    changed: float  # when, in seconds since 1970
+    changed: float  # time of the last change, in seconds since 1970
 
     @property
     def name(self) -> str:
-        """The folder's name with its fingerprint cut short."""
+        """The folder's name with a shortened fingerprint."""
         return self.folder.name[: SHORT - 16]
 
 
 def runs(args: Namespace) -> None:
-    """Print the table, or remove and say what it freed."""
+    """Print the table of runs, or remove some and print how much space that freed."""
     if (args.all or args.keep is not None) and not args.prune:
         raise UserError("--all and --keep say what --prune removes: add --prune")
     folder = runs_folder()
@@ -91,17 +91,17 @@ def runs(args: Namespace) -> None:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """What is in runs/, the newest first."""
+    """The runs in runs/, newest first."""
     paths = [path for path in folder.glob("*") if path.is_dir() and NAME.fullmatch(path.name)]
     return sorted(map(read_run, paths), key=lambda found: (-found.changed, found.folder.name))
 
 
 def read_run(folder: Path) -> Run:
-    """One of them; it may grow meanwhile."""
+    """Read one run, which a trainer may be changing meanwhile."""
     stats = []
     for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # of a checkpoint that its trainer has just dropped
+            with contextlib.suppress(FileNotFoundError):  # in a checkpoint that the trainer has just removed
                 stats.append(Path(parent, name).stat())
     size = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())  # a file may have two names
     changed = max((stat.st_mtime for stat in stats), default=0.0)
@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Run:
 
 
 def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
-    """A row for each, as text."""
+    """A row of text for each run."""
     return pd.DataFrame(
         {
             "run": [found.name for found in runs],
@@ -140,7 +140,7 @@ def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
 
 
 def remove(found: Run) -> bool:
-    """Remove a folder unless somebody works in it (again); whether it is gone."""
+    """Remove a run's folder unless a program works in it (again); returns whether it was removed."""
     with _held(found.folder) as free:
         if free:
             shutil.rmtree(found.folder)
@@ -148,19 +148,19 @@ def remove(found: Run) -> bool:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a living program works there: the lock of a dead one is free."""
+    """Whether a running program works in the folder: the lock of a killed one is free."""
     with _held(folder) as free:
         return not free
 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder for the block, if nobody else does."""
+    """Hold the lock of a folder for the block, unless another program does; yields whether it is ours."""
     work = _work(folder)
     path = folder.with_name(f"{work}.lock") if work else folder / "lock"
     with contextlib.ExitStack() as held:
         is_free = True
-        if path.exists():  # else nobody was there yet: we leave no lock behind
+        if path.exists():  # otherwise it was never locked, and we do not create the file
             try:
                 held.enter_context(FileLock(path, timeout=0))
             except Timeout:
@@ -169,13 +169,13 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def _work(folder: Path) -> str | None:
-    """What the shards in a folder are for, None for a training."""
+    """The name of the work whose shards are in a folder; None for a training."""
     match = NAME.fullmatch(folder.name)
     return match["work"] if match else None
 
 
 def _newest_progress(folder: Path) -> tuple[dict[str, Any], int]:
-    """That of the newest checkpoint that can be read, and how many newer ones cannot."""
+    """The progress in the newest readable checkpoint, and how many newer ones cannot be read."""
     checkpoints = sorted(folder.glob(f"step-*/{STATE_FILE}"), reverse=True)
     for damaged, path in enumerate(checkpoints):
         with contextlib.suppress(UserError):
@@ -195,7 +195,7 @@ def _age(seconds: float) -> str:
 
 
 def watch(args: Namespace) -> None:
-    """Print a line and a sample for each evaluation, the past ones first, until the training ends or is stopped."""
+    """Print a line and a sample for each evaluation, past ones first, until the training ends or stops."""
     folder = find_run(args.run, "train.csv")
     page, n_shown = args.page or REPORTS / "live.html", 0
     print(f"watching {folder}; {page} shows it in a browser")
@@ -219,7 +219,7 @@ def watch(args: Namespace) -> None:
 
 
 def evaluation_line(evaluations: list[dict[str, float | None]]) -> str:
-    """The last evaluation in a line, with the losses up to it as a row of bars."""
+    """The last evaluation as a line, with the losses up to it as a row of bars."""
     losses = [row["val_loss"] or 0.0 for row in evaluations[-N_BAR:]]
     low, width = min(losses), max(losses) - min(losses) or 1.0
     bars = "".join(BARS[round((loss - low) / width * (len(BARS) - 1))] for loss in losses)

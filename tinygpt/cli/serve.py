@@ -33,7 +33,7 @@ def serve(args: Namespace) -> None:
         if is_gguf(folder):
             raise UserError(f"--model {folder}: serve does not read .gguf files: name the folder that it was made from")
         model, tokenizer = open_model(folder, args.tokenizer)
-        n_weight = model.n_params()  # quantized ones are not counted
+        n_weight = model.n_params()  # before quantizing, after which they would not be counted
         place(model, options)
         compile_if_asked(model, options, n_row=limits.max_rows)
         models.append(Served(name, model, tokenizer, n_weight, load_template(args.tokenizer or tokenizer_of(folder))))
@@ -43,7 +43,7 @@ def serve(args: Namespace) -> None:
 
 
 def named(given: list[str]) -> dict[str, Path]:
-    """Folders by name: what comes before "=", or the path as it is given."""
+    """Folders by name: the part before "=", or the path itself."""
     found: dict[str, Path] = {}
     for each in given:
         name, equals, folder = each.partition("=")

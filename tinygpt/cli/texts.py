@@ -1,8 +1,8 @@
 """`python -m tinygpt encode`, `decode`, `tokenizer-report`, `attention`: a text as the tokenizer and the model see it.
 
-And how texts are given: as arguments, by the standard input or in a file of many.
+This file also reads texts from arguments, from standard input or from a file of many.
 
-`encode` answers at once: what others import is imported where they need it.
+The other commands import what they need in their functions, so that `encode` answers at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ N_LONGEST = 12
 
 
 def encode(args: Namespace) -> None:
-    """Print ids, and pieces between bars: a space is a middle dot, a byte that is not a character its number."""
+    """Print ids, and pieces between bars.  A space is a middle dot, a byte of half a character by its number."""
     tokenizer = load_tokenizer(args.tokenizer)
     ids = tokenizer.encode(read_input() if args.text is None else checked(args.text))
     print(*ids)
@@ -49,7 +49,7 @@ def decode(args: Namespace) -> None:
 
 
 def tokenizer_report(args: Namespace) -> None:
-    """Print the table and the longest tokens, write the plot."""
+    """Print the table and the longest tokens, and write the plot."""
     from tinygpt.corpus.folders import SPLITS, split_file
     from tinygpt.report.plots import plot_fit
     from tinygpt.report.tokenizer import fit_file, fit_table, longest_tokens
@@ -97,7 +97,7 @@ def attention(args: Namespace) -> None:
     tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
     maps = attention_maps(model, ids)
     page = args.plot.with_suffix(".html")
-    with ExitStack() as files:  # all of them or, on a full disk, none
+    with ExitStack() as files:  # write all files or, on a full disk, none
         if args.save:
             saved = files.enter_context(atomic_write(args.save, "wb"))
             np.savez(saved, weights=maps, ids=ids)
@@ -115,30 +115,30 @@ def visible(raw: bytes) -> str:
 
 
 def check_picture(path: Path) -> None:
-    """Raises UserError where a plot has the name of another kind of file."""
+    """Raises UserError if a plot's name does not end like that of a picture."""
     from tinygpt.report.plots import NO_DATE
 
     if path.suffix[1:] not in NO_DATE:
         raise UserError(f"--plot {path}: the name must end in .{' or .'.join(NO_DATE)}")
 
 
-# ---- how texts are given ----
+# ---- reading texts ----
 
 
 @dataclass(frozen=True)
 class NamedPrompt:
-    """A text to continue, and what messages call it."""
+    """A text to continue, and its name in messages."""
 
     text: str
     name: str  # "prompt", "prompt 2" or "prompts.txt:3"
 
     def named(self, problem: str) -> str:
-        """A problem of the prompt with its name before it."""
+        """A problem, with the prompt's name before it."""
         return problem if problem.startswith(self.name) else f"{self.name}: {problem}"
 
 
 def check_prompts(args: Namespace) -> None:
-    """Raises ParamsError where two sources are named, or one twice."""
+    """Raises ParamsError if two sources of prompts are given, or standard input twice."""
     require(
         (args.prompt is None or args.prompts is None, "--prompt and --prompts contradict each other: give one"),
         ((args.prompt or []).count(STDIN) <= 1, f"--prompt {STDIN} is given twice: the standard input is read once"),
@@ -146,11 +146,11 @@ def check_prompts(args: Namespace) -> None:
 
 
 def collect_prompts(args: Namespace) -> list[NamedPrompt]:
-    """The prompts that the flags name.  Raises UserError with the place of what is not a prompt."""
+    """The prompts that the flags ask for.  Raises UserError with the place of anything that is not a prompt."""
     if args.prompts is None:
         texts = args.prompt or [""]
         names = ["prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
-        read = [read_input().removesuffix("\n") if text == STDIN else text for text in texts]  # that of `echo`
+        read = [read_input().removesuffix("\n") if text == STDIN else text for text in texts]  # `echo` adds it
         return [NamedPrompt(checked(text), name) for text, name in zip(read, names, strict=True)]
     name = "standard input" if args.prompts == STDIN else args.prompts
     if args.prompts == STDIN:
@@ -167,12 +167,12 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
 
 
 def read_input() -> str:
-    """All of the standard input.  Raises UserError where it is not UTF-8."""
+    """All of standard input.  Raises UserError if it is not UTF-8."""
     return decode_utf8(read_some(standard_input(), "standard input"), "standard input")
 
 
 def read_some(file: BinaryIO, name: str, *, line: bool = False) -> bytes:
-    """All of a file, or a line.  Raises UserError where that is too much to be prompts."""
+    """All of a file, or a line of it.  Raises UserError if it has more than MOST_BYTES."""
     raw = (file.readline if line else file.read)(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
         raise UserError(f"{name} has more than {human_bytes(MOST_BYTES)}: give it in parts")
@@ -180,12 +180,12 @@ def read_some(file: BinaryIO, name: str, *, line: bool = False) -> bytes:
 
 
 def standard_input() -> BinaryIO:
-    """Its bytes; none where it is closed."""
+    """Standard input as a file of bytes, which is empty if it is closed."""
     return sys.stdin.buffer if sys.stdin else io.BytesIO()
 
 
 def prompts_of(lines: list[str], name: str) -> list[NamedPrompt]:
-    """Prompts of a file's lines.  Raises ParamsError with all lines that are not prompts."""
+    """The prompts in a file's lines.  Raises ParamsError with all lines that are not prompts."""
     found: list[NamedPrompt] = []
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):
@@ -201,7 +201,7 @@ def prompts_of(lines: list[str], name: str) -> list[NamedPrompt]:
 
 
 def decode_utf8(raw: bytes, name: str, *, line: int = 1) -> str:
-    """Bytes to text, without a byte order mark.  Raises UserError that names the line and the byte."""
+    """Bytes to text, without a byte order mark.  Raises UserError with the line and byte of what is not UTF-8."""
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         return raw.decode()
