@@ -1,11 +1,11 @@
-"""What many tests share: small configs and one small tokenizer."""
+"""What many tests share: small configs and models, one small tokenizer, trained projects, and how tests are run."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel; set before torch is imported
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # set in containers: each process would compile our modules again
 
-import tinygpt  # noqa: F401  # likewise: how threads wait
+import tinygpt  # noqa: F401  # before torch, too: sets how threads wait
 
 # isort: split
 
@@ -34,10 +34,10 @@ from tinygpt.threads import n_cpu
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 
-settings.register_profile("shared machine", deadline=None)  # on one, any example can take a second
+settings.register_profile("shared machine", deadline=None)  # there, any example can take a second
 settings.load_profile("shared machine")
 
-FUZZ = float(os.environ.get("TINYGPT_FUZZ", "1"))  # how many times as many damaged inputs
+FUZZ = float(os.environ.get("TINYGPT_FUZZ", "1"))  # multiplies the number of damaged inputs
 
 SMALL = {
     "vocab_size": 300,
@@ -103,7 +103,7 @@ def tiny_config(**changes: Any) -> GPTConfig:
 
 
 def tiny_model(*, seed: int = 0, **changes: Any) -> GPT:
-    """A model of random weights, in eval mode.
+    """A model with random weights, in eval mode.
 
     The weights are ten times as large as at the start of training, so that logits differ enough to compare.
     """
@@ -123,7 +123,7 @@ def tiny_model(*, seed: int = 0, **changes: Any) -> GPT:
 
 
 def random_ids(*shape: int, vocab_size: int = 300, seed: int = 0) -> torch.Tensor:
-    """Ids drawn evenly, int64."""
+    """Ids drawn uniformly, int64."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -138,7 +138,7 @@ def prose(n_words: int, *, seed: int = 0) -> str:
 
 
 def save_cycle(folder: Path) -> str:
-    """Write a folder with a model that repeats "é😀中" behind each line's end, a byte a token; return that text."""
+    """Write a folder with a model of bytes that repeats "é😀中" after a line end; return that text."""
     text, tokenizer = "é😀中", Tokenizer.from_merges([])
     model = tiny_model(vocab_size=tokenizer.vocab_size, tie_weights=False)
     ids = tokenizer.encode("\n" + text)
@@ -147,7 +147,7 @@ def save_cycle(folder: Path) -> str:
             layer.attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
-        for i, next_id in zip(ids, [*ids[1:], ids[1]], strict=True):  # what follows is in the token's own embedding
+        for i, next_id in zip(ids, [*ids[1:], ids[1]], strict=True):  # the embedding of a token decides the next one
             model.lm_head.weight[next_id] += 100 * model.norm(model.tok_emb.weight[i])
     save_model(folder, model.config, model_tensors(model))
     tokenizer.save(folder)
@@ -165,7 +165,7 @@ STEPS = {"train.max_steps": 200, "train.save_every": 7, "train.eval_every": 60} 
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory) -> Path:
-    """A project after all stages, as `dvc repro` leaves it, all of it committed."""
+    """A project after `dvc repro` has run all stages, with everything committed."""
 
     def make(folder: Path) -> None:
         make_project(folder)
@@ -178,7 +178,7 @@ def done(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(done, tmp_path_factory) -> Path:
-    """The same project after a longer training in one go."""
+    """The same project after a longer training without interruption."""
 
     def make(folder: Path) -> None:
         shutil.copytree(done, folder, symlinks=True)
@@ -195,13 +195,13 @@ def project(done, tmp_path) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Machine code that torch.compile makes is kept for all tests, and for the next time."""
+    """Keep the machine code of torch.compile for all tests, and for the next run."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(config.cache.mkdir("inductor"))
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, which take five seconds to start
-    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # trying out each instruction set of the CPU takes eight
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would be processes, which take five seconds to start
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # trying each instruction set of the CPU takes eight seconds
 
 
-TOGETHER = {  # tests that follow each other, or share what takes long to make: in one worker, and first
+TOGETHER = {  # tests that need an order, or share a slow fixture: they run in one worker, and first
     "tests/test_pipeline.py::TestTheStory": "pipeline",
     "tests/test_experiments.py": "experiments",
     "tests/test_distributed.py::test_processes_train_the_model": "distributed",
@@ -227,12 +227,12 @@ TOGETHER = {  # tests that follow each other, or share what takes long to make: 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than there are CPUs, since tests wait for other processes; or what the user wants of `-n auto`."""
+    """For `-n auto`: one more than there are CPUs, as tests wait for other processes, unless the user sets a number."""
     return int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS", n_cpu() + 1))
 
 
 class Scheduling(LoadScopeScheduling):
-    """Which tests go to one of xdist's workers together.  (pytest 9.2 drops the marks that xdist 3.8 has for it.)"""
+    """Sends tests that belong together to one worker.  (pytest 9.2 drops the marks that xdist 3.8 has for this.)"""
 
     def _split_scope(self, nodeid: str) -> str:
         return next((scope for name, scope in TOGETHER.items() if nodeid.startswith(name)), nodeid)
@@ -240,12 +240,12 @@ class Scheduling(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
-    """Use it for any number of workers."""
+    """Use our scheduling."""
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests before the others, so that no worker is left alone with one at the end."""
+    """Run slow tests first, so that no worker is left alone with one at the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -260,13 +260,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the steps after it."""
+    """Skip the steps after a failed one."""
     if failed := getattr(item.parent, "failed_step", None):
         pytest.skip(f"the step before failed: {failed}")
 
 
 class Done(NamedTuple):
-    """How a command ended."""
+    """The result of a command."""
 
     returncode: int
     stdout: str
@@ -275,7 +275,7 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def command(monkeypatch, capsys) -> Callable[..., Done]:
-    """Run `python -m tinygpt ...` in this process, which has what takes seconds to import."""
+    """Run `python -m tinygpt ...` in this process, where slow imports are done already."""
 
     def run(*args: object, stdin: bytes = b"") -> Done:
         monkeypatch.setattr("sys.argv", ["tinygpt", *map(str, args)])
@@ -289,7 +289,7 @@ def command(monkeypatch, capsys) -> Callable[..., Done]:
             if isinstance(code, str):
                 print(code, file=sys.stderr)
         finally:
-            signal.signal(signal.SIGINT, handler)  # a chat ignores it when it leaves
+            signal.signal(signal.SIGINT, handler)  # a chat ignores SIGINT when it leaves
         return Done(1 if isinstance(code, str) else code or 0, *capsys.readouterr())
 
     return run

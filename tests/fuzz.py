@@ -1,11 +1,11 @@
-"""Damaged files: a sound project, one of its files damaged at random, and a program that reads it.
+"""Fuzzing with damaged files: damage one file of a sound project at random, and run a program that reads it.
 
-    PYTHONPATH=. python tests/fuzz.py 50000              # so many files of all formats; `make fuzz` does this
-    PYTHONPATH=. python tests/fuzz.py 500 tokens gguf    # of these formats
-    PYTHONPATH=. python tests/fuzz.py tokens:17          # one again, with what was damaged and what the program says
+    PYTHONPATH=. python tests/fuzz.py 50000              # so many files of all formats, as `make fuzz` does
+    PYTHONPATH=. python tests/fuzz.py 500 tokens gguf    # only these formats
+    PYTHONPATH=. python tests/fuzz.py tokens:17          # repeat one, and show the damage and the program's output
 
-A program must take the file, or refuse it in one line: no traceback, no abort, no character that steers a terminal, at
-most 20 s of CPU time and 1 GB of memory. A number is a damage: it is the same every time.
+A program must accept the file, or refuse it in one line: no traceback, no abort, no control characters, at most 20 s of
+CPU time and 1 GB of memory. A number such as 17 always stands for the same damage.
 
 In a test: `assert failures("tokens", sound=done, n=100) == []`, with the fixture `done`. TINYGPT_FUZZ multiplies n.
 """
@@ -57,24 +57,24 @@ from tinygpt.threads import n_cpu
 FACTOR = float(os.environ.get("TINYGPT_FUZZ", "1"))
 MEMORY = "/dev/shm"  # a disk in memory, on Linux
 MOST_CPU_S = 20
-MOST_WALL_S = 120  # on a machine that does other things, too
-MOST_BYTES = 1_000_000_000  # above what the process had before
-MOST_CHARS = 2000  # of a line that is to be read
-MOST_LINES = 21  # of an error, where there are several problems
+MOST_WALL_S = 120  # the machine may be busy
+MOST_BYTES = 1_000_000_000  # more than the process had before
+MOST_CHARS = 2000  # in a line of a message
+MOST_LINES = 21  # in an error with several problems
 
 Read = str | Callable[[], object]
 
 
 class Format(NamedTuple):
-    """What is damaged, and who reads it."""
+    """Which files are damaged, and which programs read them."""
 
     damaged: tuple[str, ...]  # globs: one of these files is damaged
-    read: tuple[Read, ...]  # one of them reads: a stage, a command of `python -m tinygpt`, a function of a module
-    sound: tuple[str, ...] = ()  # globs: what the programs read as well
-    project: str = ""  # the folder, of those next to each other, that all of it is in
+    read: tuple[Read, ...]  # one of these reads it: a stage, a command of `python -m tinygpt`, a function of a module
+    sound: tuple[str, ...] = ()  # globs: other files that the programs read
+    project: str = ""  # a folder in the sound project, if the files are in one
 
 
-# a fifth of the files: their readers train, draw, or start a Python
+# a fifth as many files of these: their readers train, draw, or start Python
 SLOW = ("base", "adapters", "checkpoints", "reports", "curves", "tokens", "parquet")
 PAIR = ("data/model/*", "data/tokenizer/*")
 DATA = ("params.yaml", "data/tokens/*", *PAIR)
@@ -143,21 +143,21 @@ TEXTS = [
     "x" * 100_000,
     "<|a|>",
 ]
-EACH_ODD = 20  # one of so many files becomes something else: all that is not a file is refused, or left out
+EACH_ODD = 20  # one in so many files becomes a folder, link or pipe, which must be refused or left out
 ODD: list[Callable[[Path], object]] = [
     Path.mkdir,
     lambda path: path.symlink_to(path.name),
     lambda path: path.symlink_to("/dev/zero"),
     os.mkfifo,
 ]
-PIPED = ("prompts.jsonl", "prompts.txt")  # a pipe is waited for, as the shell's <(…) is one
+PIPED = ("prompts.jsonl", "prompts.txt")  # these may be pipes, as the shell's <(…) is one: the reader waits
 PACKERS = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 
 
 def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
-    """The content of a file, with one to four damages of the kinds that its name lets expect."""
+    """The content of a file with one to four damages, of kinds that fit its name."""
     packer = PACKERS.get(Path(name).suffix)
-    if packer and rng.random() < 0.7:  # within: outside, a checksum finds everything
+    if packer and rng.random() < 0.7:  # inside the packing, whose checksum would find any other damage
         return packer.compress(damaged(packer.decompress(data), Path(name).stem, rng))
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         data = rng.choice(kinds(name))(data, rng)
@@ -165,7 +165,7 @@ def damaged(data: bytes, name: str, rng: random.Random) -> bytes:
 
 
 def kinds(name: str) -> list[Callable[[bytes, random.Random], bytes]]:
-    """Ways to damage a file of this name; what may be a file's own way more often than the others."""
+    """Ways to damage a file of this name; those made for its format are more frequent."""
     if name.endswith(".json"):
         return [flipped, cut, numbered, *[retyped] * 4]
     if name.endswith((".jsonl", ".yaml", ".csv", ".txt")):
@@ -176,7 +176,7 @@ def kinds(name: str) -> list[Callable[[bytes, random.Random], bytes]]:
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
-    """Some bits turned, half of the time near the beginning, where headers are."""
+    """Flip some bits, half of the time near the beginning, where headers are."""
     found, end = bytearray(data or b"\0"), rng.choice([len(data), min(len(data), 2000)])
     for _ in range(rng.choice([1, 1, 3, 30])):
         found[rng.randrange(max(1, end))] ^= 1 << rng.randrange(8)
@@ -184,13 +184,13 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 
 def cut(data: bytes, rng: random.Random) -> bytes:
-    """The end, the middle or all of it is missing, or a part is there twice."""
+    """Remove the beginning, the middle, the end or all of it, or repeat a part."""
     a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     return rng.choice([data[:a], data[:a] + data[b:], data[:b] + data[a:], data[a:], b""])
 
 
 def resized(data: bytes, rng: random.Random) -> bytes:
-    """A number of 1 to 8 bytes is another, as a size or an offset may be."""
+    """Change a number of 1 to 8 bytes, which may be a size or an offset."""
     width, end = rng.choice([1, 2, 4, 8]), rng.choice([len(data), min(len(data), 2000)])
     at = rng.randrange(max(1, end))
     number = rng.choice(SIZES) & ((1 << 8 * width) - 1)
@@ -198,7 +198,7 @@ def resized(data: bytes, rng: random.Random) -> bytes:
 
 
 def numbered(data: bytes, rng: random.Random) -> bytes:
-    """A number that is written out is another."""
+    """Change a number written in digits."""
     found = list(re.finditer(rb"-?\d[\d.e+-]*", data))
     if not found:
         return flipped(data, rng)
@@ -207,7 +207,7 @@ def numbered(data: bytes, rng: random.Random) -> bytes:
 
 
 def reworded(data: bytes, rng: random.Random) -> bytes:
-    """A word is another one of the file, or an odd text, or bytes that are not UTF-8."""
+    """Replace a word by another of the file, by an odd text, or by bytes that are not UTF-8."""
     found = list(re.finditer(rb"[A-Za-z_.]{3,40}", data))
     if not found:
         return flipped(data, rng)
@@ -226,10 +226,10 @@ def reworded(data: bytes, rng: random.Random) -> bytes:
 
 
 def retyped(data: bytes, rng: random.Random) -> bytes:
-    """A value of a JSON document is of another type, too large, missing or deeply nested."""
+    """Change a value of a JSON document: another type, too large, missing or deeply nested."""
     try:
         document = {"": json.loads(data)}
-    except (ValueError, RecursionError):  # it has been damaged before
+    except (ValueError, RecursionError):  # earlier damage broke it
         return flipped(data, rng)
     holder, key = rng.choice(list(places(document)))
     depth = rng.choice([10, 100_000])
@@ -264,14 +264,14 @@ def retyped(data: bytes, rng: random.Random) -> bytes:
 
 
 def retyped_line(data: bytes, rng: random.Random) -> bytes:
-    """The same with a line of many."""
+    """The same in one of many lines."""
     lines = data.split(b"\n")
     i = rng.randrange(len(lines))
     return b"\n".join([*lines[:i], retyped(lines[i], rng), *lines[i + 1 :]])
 
 
 def reheaded(data: bytes, rng: random.Random) -> bytes:
-    """The same with the header of a safetensors file, whose size fits again."""
+    """The same in the header of a safetensors file, whose size field is made to fit."""
     if len(data) < 8:
         return flipped(data, rng)
     (size,) = struct.unpack("<Q", data[:8])
@@ -280,7 +280,7 @@ def reheaded(data: bytes, rng: random.Random) -> bytes:
 
 
 def resealed(data: bytes) -> bytes:
-    """A tar file whose headers have the right checksums, so that what stands in them is believed."""
+    """A tar file with right checksums in its headers, so that readers believe them."""
     blocks = [data[i : i + 512] for i in range(0, len(data), 512)]
     for i, block in enumerate(blocks):
         if block[257:262] == b"ustar" and len(block) == 512:
@@ -290,20 +290,20 @@ def resealed(data: bytes) -> bytes:
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each (container, key) in a document, no more than 200 of a list or object."""
+    """Each (container, key) in a document, at most 200 of a list or object."""
     keys = range(len(value)) if isinstance(value, list) else list(value) if isinstance(value, dict) else ()
     for key in keys[:200]:
         yield value, key
         yield from places(value[key])
 
 
-# ---- a child that reads many ----
+# ---- a child process that reads many files ----
 
 
 def failures(name: str, kind: Format | None = None, *, sound: Path, n: int = 100, first: int = 0) -> list[str]:
-    """What went wrong with n damaged files (times TINYGPT_FUZZ): a line for each kind, with one of its numbers.
+    """What went wrong with n damaged files (times TINYGPT_FUZZ): a line for each kind of failure, with an example.
 
-    First each program reads the sound files, under a number below 0: it must take them, or it tests nothing.
+    First each program reads the sound files, under numbers below 0. It must accept them, or it would test nothing.
 
     `sound` is a folder with sound files, such as a project after all stages; it is only read. `kind` is a format that
     is not among FORMATS.
@@ -331,7 +331,7 @@ def read_files(sound: Path, kind: Format) -> dict[str, bytes]:
 def _child(
     name: str, kind: Format, files: dict[str, bytes], numbers: range, folder: Path
 ) -> Iterator[tuple[int, str | None]]:
-    """(number, what went wrong or None) from one process, as far as it lives."""
+    """Yield (number, what went wrong or None) from one process, until it dies."""
     here, there = Pipe(duplex=False)
     log = folder / "log"
     process = workers().Process(
@@ -357,12 +357,12 @@ def _child(
 
 
 def signal_name(status: int | None) -> str:
-    """What killed a process."""
+    """The name of the signal that killed a process."""
     return signal.Signals(-status).name if status is not None and status < 0 else f"status {status}"
 
 
 def last_frame(text: str) -> str:
-    """The innermost place of our own code in a traceback."""
+    """The innermost line of our own code in a traceback."""
     found = re.findall(r'File "[^"]*/((?:tinygpt|stages)/[^"]*)", line (\d+),? in (\w+)', text)
     inner = found[0] if found and "most recent call first" in text else found[-1] if found else ("", "", "")
     return ":".join(inner).strip(":")
@@ -375,7 +375,7 @@ def _work(
     os.environ.update(env)
     faults = open(folder / "faults", "w")  # noqa: SIM115  # for as long as this process lives
     faulthandler.enable(faults)
-    faulthandler.register(signal.SIGPROF, faults, chain=True)  # then it kills
+    faulthandler.register(signal.SIGPROF, faults, chain=True)  # prints the stack, then ends the process
     log = os.open(folder / "log", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     for fd in (1, 2):
         os.dup2(log, fd)
@@ -385,7 +385,7 @@ def _work(
 
 
 def trial(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path, log: int) -> str | None:
-    """Damage a file, read it: what is wrong with how that went, or None."""
+    """Damage a file and let a program read it; returns what went wrong, or None."""
     read, _ = lay_out(name, kind, files, i, folder)
     os.truncate(log, 0)
     had = reset_peak()
@@ -399,7 +399,7 @@ def trial(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path
 
 
 def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Path) -> tuple[Read, str]:
-    """Write the files, one of them damaged, and go there.  -> who is to read them, and which is damaged"""
+    """Write the files, one of them damaged, and go to their folder.  -> the reader, and the damaged file"""
     rng = random.Random(f"{name}:{i}")
     shutil.rmtree(folder, ignore_errors=True)
     chosen = rng.choice([path for path in files if any(fnmatch(path, pattern) for pattern in kind.damaged)])
@@ -416,7 +416,7 @@ def lay_out(name: str, kind: Format, files: dict[str, bytes], i: int, folder: Pa
 
 
 def run_program(read: Read) -> tuple[str, str | None, bool]:
-    """(its last words, what is wrong with how it ended, whether it took what it read)"""
+    """-> (the program's last message, what is wrong with how it ended, whether it accepted the files)"""
     try:
         if callable(read):
             program(read)()
@@ -434,9 +434,9 @@ def run_program(read: Read) -> tuple[str, str | None, bool]:
 
 
 def wrong_words(said: str) -> str | None:
-    """What a person should not have to read."""
+    """What nobody should have to read in a message, such as a traceback; None if it is fine."""
     errors = [line for line in said.splitlines() if line.startswith(("error:", "       "))]
-    messages = [line for line in said.split("\n") if re.match(r"\w+: |       ", line)]  # not a prompt and its answer
+    messages = [line for line in said.split("\n") if re.match(r"\w+: |       ", line)]  # not prompts and answers
     rest = "".join(messages).replace("\r", "").replace("\t", "").replace("\x1b[K", "")
     if nowhere := re.search(r"\(\w+\.py:\d+\b", said):
         return f"names a place in the code {nowhere[0]} and no file"
@@ -455,16 +455,16 @@ def too_much(n_bytes: int) -> str | None:
 
 
 def reset_peak() -> int:
-    """Begin to measure the memory of this process anew, and bound it.  -> bytes that it has"""
+    """Reset the peak of this process's memory, and bound its memory.  -> the bytes that it has now"""
     Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
-    limit = 1024 * int(re.search(r"VmSize:\s+(\d+)", status)[1]) + 8 * MOST_BYTES  # so that the machine lives on
+    limit = 1024 * int(re.search(r"VmSize:\s+(\d+)", status)[1]) + 8 * MOST_BYTES  # protects the machine
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     return peak()
 
 
 def peak() -> int:
-    """The most bytes that this process had since then."""
+    """The most bytes that this process has had since the reset."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
@@ -472,14 +472,14 @@ def peak() -> int:
 
 
 def make_sound(folder: Path) -> Path:
-    """A project after all stages, and files of all kinds that people bring."""
+    """A project after all stages, with files of all formats that users bring."""
     make_project(folder)
     run_stages("code download clean base train_tokenizer encode train evaluate plot export", folder)
     return add_foreign(folder)
 
 
 def add_foreign(folder: Path) -> Path:
-    """Texts, archives and prompts, and in `lora` a project that trains adapters of this one's model."""
+    """Add texts, archives and prompts, and in `lora` a project that trains adapters for this one's model."""
     lora, adapters = folder / "lora", {"rank": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
     shutil.copytree(folder, lora, ignore=shutil.ignore_patterns(".git", ".dvc", "runs"))
     with contextlib.chdir(lora):
@@ -519,7 +519,7 @@ def add_foreign(folder: Path) -> Path:
     (folder / "prompts.jsonl").write_text('{"prompt": "The file"}\n{"prompt": "Return"}\n')
     (folder / "prompts.txt").write_text("The file\nReturn a new\n")
     set_params(folder, {"download.source": "texts"})
-    for path in (folder / "params.yaml", *folder.glob("presets/*.yaml")):  # without comments, in which no damage tells
+    for path in (folder / "params.yaml", *folder.glob("presets/*.yaml")):  # comments go: damage there has no effect
         path.write_text(re.sub(r"(?m)^ *#.*\n|[ \t]+#.*$", "", path.read_text()))
     return folder
 
@@ -530,7 +530,7 @@ def main(arguments: list[str]) -> None:
     chosen = {name.partition(":")[0]: name.partition(":")[2] for name in names} or dict.fromkeys(FORMATS, "")
     sys.stdout.reconfigure(line_buffering=True)
     if os.access(MEMORY, os.W_OK):
-        os.environ.setdefault("TMPDIR", MEMORY)  # there is nothing to wait for when files are synced
+        os.environ.setdefault("TMPDIR", MEMORY)  # syncing files costs nothing there
     weights = {name: 0.2 if name in SLOW else 1.0 for name in chosen}
     with tempfile.TemporaryDirectory(prefix="tinygpt-sound-") as folder:
         sound = made_before() or make_sound(Path(folder) / "project")
@@ -538,7 +538,7 @@ def main(arguments: list[str]) -> None:
             if number:
                 show(name, int(number), sound)
                 return
-        workers()  # before there are threads
+        workers()  # fork before there are threads
 
         def fuzz(name: str) -> int:
             began, share = time.monotonic(), math.ceil(n * weights[name] / sum(weights.values()))
@@ -555,7 +555,7 @@ def main(arguments: list[str]) -> None:
 
 
 def made_before() -> Path | None:
-    """A sound project that TINYGPT_FUZZ_PROJECT names, to save the half minute that making one takes."""
+    """The sound project that TINYGPT_FUZZ_PROJECT names; keeping one saves the half minute it takes to make."""
     name = os.environ.get("TINYGPT_FUZZ_PROJECT")
     if name and not Path(name).exists():
         make_sound(Path(name))
@@ -563,7 +563,7 @@ def made_before() -> Path | None:
 
 
 def show(name: str, i: int, sound: Path) -> None:
-    """One damage again, in this process and in a folder that stays."""
+    """Repeat one damage, in this process and in a folder that stays."""
     kind, folder = FORMATS[name], Path(tempfile.mkdtemp(prefix="tinygpt-damaged-"))
     files = read_files(sound, kind)
     read, chosen = lay_out(name, kind, files, i, folder)

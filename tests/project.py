@@ -57,7 +57,7 @@ SMALL = {
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Ours, with the tests' Python first and no git identity or settings of this machine."""
+    """Our environment with the tests' Python first on PATH, and without this machine's git identity and settings."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC", "GIT", "PYTEST"))}
     env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
     return env | {"OMP_NUM_THREADS": "1"} | changes
@@ -86,7 +86,7 @@ def succeed(command: str, folder: Path, **env: str) -> str:
 
 
 def dvc(folder: Path, *commands: str, **env: str) -> list[str]:
-    """What DVC prints for each of several commands, in one process, which imports it once.  All must succeed."""
+    """Run DVC's commands in one process, which imports it once; return what each prints.  All must succeed."""
     code = "import sys\nfrom dvc.cli import main\n"
     code += "".join(
         f"if main({command.split()}): sys.exit('{command}')\nprint('\\f', flush=True)\n" for command in commands
@@ -105,7 +105,7 @@ def run_stages(names: str, folder: Path) -> str:
 
 
 def refused(name: str, folder: Path) -> str:
-    """What a stage says that refuses to run, in this process, with paths from the project's folder on."""
+    """Run a stage, in this process, that must fail; return its message, with paths relative to the project."""
     with pytest.raises(UserError) as caught:
         run_stages(name, folder)
     return str(caught.value).replace(f"{folder}/", "")
@@ -113,22 +113,22 @@ def refused(name: str, folder: Path) -> str:
 
 @cache
 def workers() -> ForkServerContext:
-    """Processes that need not import torch: forked from one that has, which itself has done nothing yet."""
+    """Processes that do not have to import torch: they are forked from one that has done so, and nothing else."""
     context = multiprocessing.get_context("forkserver")
-    # the last two are what several processes need; forked, they have the compiler, too, which DDP imports
+    # the last two are for several processes that train together: DDP imports the compiler
     context.set_forkserver_preload(["stages.train", "torch._dynamo", "torch.distributed.fsdp"])
-    with contextlib.chdir(ROOT):  # from where it imports
+    with contextlib.chdir(ROOT):  # it imports from here
         forkserver.ensure_running()
     return context
 
 
 def start_trainer(folder: Path, log: str = "train.log", **env: str) -> ForkServerProcess:
-    """Start `python -m stages.train` but for the interpreter; its output goes to a file, which nobody need read."""
+    """Like `python -m stages.train`, without starting an interpreter; the output goes to a file."""
     return start_stage("train", folder, log, **env)
 
 
 def start_stage(name: str, folder: Path, log: str, **env: str) -> ForkServerProcess:
-    """The same with any stage."""
+    """The same for any stage."""
     process = workers().Process(target=_stage, args=(name, folder, log, environment(**env)), daemon=True)
     process.start()
     return process
@@ -147,14 +147,14 @@ def _stage(name: str, folder: Path, log: str, env: dict[str, str]) -> None:
 
 
 def status_of(process: ForkServerProcess, *, seconds: float = 120) -> int:
-    """Wait for a trainer's end; the status that it leaves with, or minus the signal that killed it."""
+    """Wait for a trainer to end; return its exit status, or minus the signal that killed it."""
     process.join(seconds)
     assert process.exitcode is not None, "it goes on"
     return process.exitcode
 
 
 def wait_until(condition: Callable[[], object], log: Path, *, seconds: float = 120, pause: float = 0.01) -> None:
-    """Wait; fail after some seconds with what stands in a log, or in the train.log of a folder."""
+    """Wait for a condition; on a timeout fail with the content of a log, or of a folder's train.log."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, (log / "train.log" if log.is_dir() else log).read_text()
@@ -162,22 +162,22 @@ def wait_until(condition: Callable[[], object], log: Path, *, seconds: float = 1
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of all that a training makes, less the report, which has the time it took."""
+    """SHA-256 of all that a training makes except the report, which has the time it took."""
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in TRAINED}
 
 
 def newest_step(folder: Path) -> int:
-    """Steps of the newest checkpoint, 0 where there is none."""
+    """The step of the newest checkpoint, 0 if there is none."""
     return max((int(path.name[5:12]) for path in folder.glob("runs/*/step-*") if not path.suffix), default=0)
 
 
 def commit(folder: Path, message: str) -> None:
-    """Commit everything, as somebody."""
+    """Commit everything, with a made-up identity."""
     succeed(f"git add -A && git -c user.name=t -c user.email=t@t commit -qm '{message}'", folder)
 
 
 def corpus(n_documents: int = 400) -> str:
-    """Sentences of made-up words: about 100 kB that a small model learns something from."""
+    """Sentences of made-up words: about 100 kB from which a small model can learn something."""
     rng = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(150)]
@@ -189,7 +189,7 @@ def corpus(n_documents: int = 400) -> str:
 
 
 def make_project(folder: Path, changes: Mapping[str, Any] = SMALL) -> Path:
-    """Copy what git would hold of this project into `folder`, with a corpus and changed params, and commit it."""
+    """Copy the files that git would track into `folder`, add a corpus, change params, and commit all."""
     listed = succeed("git ls-files -co --exclude-standard", ROOT).splitlines()
     for name in listed:
         if (ROOT / name).is_file() and not name.startswith(("reports/", "dvc.lock")):
@@ -214,14 +214,14 @@ def set_params(folder: Path, changes: Mapping[str, Any]) -> None:
 
 
 def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder that `make` fills: once in a run of the tests, whose workers (pytest-xdist) share it.
+    """The folder that `make` fills, once in a run of the tests: workers of pytest-xdist share it.
 
     `base` is the worker's temporary folder, tmp_path_factory.getbasetemp().
     """
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(shared / f"{name}.lock"):
         if not (shared / f"{name}.done").exists():
-            shutil.rmtree(shared / name, ignore_errors=True)  # what another worker failed to make
+            shutil.rmtree(shared / name, ignore_errors=True)  # another worker may have failed halfway
             make(shared / name)
             (shared / f"{name}.done").touch()
     return shared / name

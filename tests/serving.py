@@ -1,4 +1,4 @@
-"""A real server in a thread of the tests' process, with two small models."""
+"""A real server with two small models, in a thread of the tests' process."""
 
 import threading
 import time
@@ -42,7 +42,7 @@ def trained(tokenizer: Tokenizer, n_step: int, **changes: Any) -> GPT:
 def running(
     tokenizer: Tokenizer, models: Mapping[str, GPT] = MODELS, template: Template = PLAIN, **limits: int
 ) -> Iterator[tuple[str, Service]]:
-    """The address of a server of some models, and its service."""
+    """Run a server; yields its address and its service."""
     served = [Served(name, model, tokenizer, model.n_params(), template) for name, model in models.items()]
     service = Service(served, Limits(**limits))
     listener = listen("127.0.0.1", 0)
@@ -58,7 +58,7 @@ def running(
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait; fail after some seconds."""
+    """Wait for a condition; fail after some seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

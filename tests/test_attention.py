@@ -1,4 +1,4 @@
-"""Attention maps: what the model computes with, and a picture and a page of it."""
+"""Attention maps: they are the weights that the model computes with, and can be drawn as a picture and a page."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Which tokens a step has: the warmup, documents in another order, batches read ahead."""
+"""Which tokens a step sees: the context warmup, shuffled documents, batches read ahead."""
 
 import threading
 from collections import Counter
@@ -18,14 +18,14 @@ EOS = 0
 
 
 def row_of(lengths: list[int]) -> np.ndarray:
-    """Documents of these numbers of tokens, all tokens different, with EOS before and after each."""
+    """Documents with these numbers of tokens, all of them different, with EOS before and after each document."""
     ids = iter(range(1, sum(lengths) + 1))
     return np.array([*(id for n in lengths for id in (EOS, *(next(ids) for _ in range(n)))), EOS], np.uint32)
 
 
 @st.composite
 def contexts(draw, *, odd: int, doublings: int):
-    """A length of sequences, and a warmup to it or None."""
+    """A sequence length, and a warmup to it or None."""
     start, n = draw(st.integers(1, odd)), draw(st.integers(0, doublings))
     return start << n, ContextWarmup(start=start, steps=draw(st.integers(1, 12))) if n else None
 
@@ -128,7 +128,7 @@ def test_any_step_has_the_same_batch_at_once_as_after_the_steps_before():
 
 
 def documents_in(ring: list[int]) -> list[tuple[int, ...]]:
-    """The documents of a ring that is cut anywhere."""
+    """The documents of a ring of ids, wherever it is cut open."""
     at = ring.index(EOS)
     ids = [*ring[at:], *ring[:at], EOS]
     borders = [place for place, id in enumerate(ids) if id == EOS]
@@ -136,7 +136,7 @@ def documents_in(ring: list[int]) -> list[tuple[int, ...]]:
 
 
 def rings(row: np.ndarray, n: int, *, shuffle: bool) -> list[list[tuple[int, ...]]]:
-    """The documents of each of n epochs, in their order."""
+    """The documents of each of n epochs, in order."""
     ring = len(row) - 1
     batches = Batches(row, seq_len=ring, batch_size=1, seed=1, shuffle_documents=shuffle)
     return [documents_in(batches.batch_at(step)[0, :-1].tolist()) for step in range(n)]

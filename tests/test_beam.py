@@ -1,4 +1,4 @@
-"""Beam search gives what transformers gives; the best of several texts is the likeliest per token."""
+"""Beam search gives the same texts as transformers; the best of several texts is the likeliest per token."""
 
 import os
 
@@ -25,7 +25,7 @@ ENDS = tuple(range(1, 300, 4))  # every fourth id ends a text, so that beams end
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, tiny_tokenizer):
-    """Our models and what transformers reads of their export."""
+    """Our models, and their exports in transformers."""
     found = {}
     for name, changes in FAMILIES.items():
         folder = tmp_path_factory.mktemp(name)
@@ -65,7 +65,7 @@ def theirs(model, prompt, search, *, n, ends, **options):
     ("family", "length_penalty", "early_stopping"),
     [
         *product(["llama"], [-1.0, 0.0, 1.0, 2.5], ["false", "true", "never"]),
-        # Texts are scored from logits, whatever the family; what differs is how its rows are kept.
+        # Texts are scored from logits in every family; families differ only in how their rows are kept.
         *product(sorted(set(FAMILIES) - {"llama"}), [-1.0, 1.0], ["never"]),
     ],
 )
@@ -81,7 +81,7 @@ def test_beams_give_the_same_ids_as_transformers(family, length_penalty, early_s
             assert found.ids == expected
             assert found.finish_reason == ("length" if len(expected) == 12 else "stop")
             lengths.add(len(expected))
-    assert len(lengths) > 1 or length_penalty > 0  # which favours long texts
+    assert len(lengths) > 1 or length_penalty > 0  # a penalty above 0 favours long texts
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_as_many_beams_as_there_are_texts_find_the_likeliest_of_all(tiny_tokeniz
     texts = torch.cartesian_prod(*[torch.tensor(allowed)] * 3)
     with torch.inference_mode():
         logits = model(torch.cat([torch.tensor([[1, 2]]).expand(27, 2), texts], 1))[:, 1:-1]
-    # among the allowed ids alone: the rest does not change which is the likeliest of the same length
+    # other ids may be left out: they do not change which text of a length is the likeliest
     scores = logits.log_softmax(-1).gather(-1, texts[..., None]).sum((1, 2))
     assert found.ids == texts[scores.argmax()].tolist()
 
@@ -166,7 +166,7 @@ def test_the_best_of_n_is_the_likeliest_per_token_of_n_seeds(tiny_tokenizer):
 
 
 def mean_logprob(model, answer) -> float:
-    """Of the answer's ids, by reading prompt and answer whole."""
+    """The mean log-probability of the answer's ids, from one forward pass over prompt and answer."""
     new = torch.tensor(answer.ids)[:, None]
     with torch.inference_mode():
         logprobs = model(torch.tensor([answer.prompt + answer.ids]))[0, -1 - len(new) : -1].log_softmax(-1)

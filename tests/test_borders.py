@@ -1,4 +1,4 @@
-"""Raw files in shards: their documents are those of the whole files, and clean writes the same bytes."""
+"""Raw files in shards: shards have the documents of the whole files, and clean writes the same bytes."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ clean_shard = clean_module.clean_shard
 
 
 def die_in_the_third(shard: Shard, path: Path, **rest: object) -> None:
-    """clean_shard, but its worker is killed once."""
+    """clean_shard in a worker that is killed once."""
     mark = path.parents[2] / "killed"
     if path.name == "000003" and not mark.exists():
         mark.touch()
@@ -163,7 +163,7 @@ def test_a_mistake_in_the_text_is_reported_from_a_worker(corpus: Path) -> None:
     path = corpus / "texts" / "b.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:70], b"{}\n", *lines[71:]]))
-    manifest = read_manifest(corpus)  # which has its digest
+    manifest = read_manifest(corpus)  # it has the file's digest
     files = (dataclasses.replace(file, sha256=sha256_file(corpus / "texts" / file.name)) for file in manifest.files)
     write_manifest(corpus, dataclasses.replace(manifest, files=tuple(files)))
     with pytest.raises(UserError, match=r'b\.jsonl line 71 has no "text", but no key: {}'):

@@ -1,4 +1,4 @@
-"""Sources at addresses of fsspec's file systems; memory:// stands for s3:// and its like."""
+"""Sources in fsspec's file systems; memory:// stands for s3:// and others."""
 
 import gzip
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_a_short_file_of_unknown_size_is_whole(bucket, tmp_path, monkeypatch):
     copy, copied = download._copy_from_bucket, []
 
     def once(*args):
-        assert not copied  # else more of it is asked for again and again
+        assert not copied  # otherwise it would be requested again and again
         copied.append(copy(*args))
         return copied[0]
 

@@ -1,4 +1,4 @@
-"""Chats: OpenAI's client, prompts by chat templates as transformers makes them, and templates that mean no good."""
+"""Chats: OpenAI's client, prompts made from chat templates as in transformers, and malicious templates."""
 
 import json
 import os
@@ -40,7 +40,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_tokenizer):
-    """Of the model's size, with two special tokens in place of the last ones that were learned."""
+    """A tokenizer of the model's size, with two special tokens in place of the last learned ones."""
     special = ["<|im_start|>", "<|im_end|>"]
     made = (Tokenizer.from_merges(tiny_tokenizer.merges[:-n], special) for n in range(1, 9))
     return next(found for found in made if found.vocab_size == FIRST.config.vocab_size)
@@ -54,7 +54,7 @@ def served(tokenizer):
 
 @pytest.fixture(scope="module")
 def client(served):
-    import openai  # takes a second
+    import openai  # here, as it takes a second
 
     with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="any", max_retries=0) as client:
         yield client
@@ -194,7 +194,7 @@ def test_bad_chats_are_refused_with_what_is_wrong(document, message, served):
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_fields_that_change_nothing_here_are_accepted(path, served):
-    """What other clients send always; and OpenAI's seeds and top_p."""
+    """Fields that other clients always send, and OpenAI's seeds and top_p."""
     asked = {"messages": TALK} if "chat" in path else {"prompt": "a", "best_of": 1, "suffix": ""}
     asked |= {"user": "me", "metadata": {"a": "b"}, "store": False, "tools": [], "response_format": {"type": "text"}}
     texts = set()
@@ -238,7 +238,7 @@ def test_a_template_can_neither_reach_the_system_nor_exhaust_it(source, message,
         Template(source).prompt(TALK, tokenizer, 1000)
     assert time.monotonic() - began < 15
     assert os.times().children_user - children < 5
-    assert Template(CHATML).prompt(TALK, tokenizer, 1000)[0].endswith("assistant\n")  # and the next one is done
+    assert Template(CHATML).prompt(TALK, tokenizer, 1000)[0].endswith("assistant\n")  # and the next template works
 
 
 @pytest.mark.parametrize(

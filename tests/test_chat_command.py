@@ -1,4 +1,4 @@
-"""`python -m tinygpt chat`: by a file of lines, and in a terminal."""
+"""`python -m tinygpt chat`, with lines from a file and in a terminal."""
 
 import os
 import pty
@@ -36,7 +36,7 @@ def model() -> GPT:
 
 @pytest.fixture
 def chat(command, model, tiny_tokenizer, tmp_path):
-    """What the lines of a user give."""
+    """Run a chat with the lines of a user."""
     save_model(tmp_path / "model", model.config, model_tensors(model))
     tiny_tokenizer.save(tmp_path / "model")
 
@@ -207,7 +207,7 @@ def test_values_are_json_or_words(text, value):
 def test_the_history_is_in_the_folder_for_state(monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", "/somewhere")
     assert history_file() == Path("/somewhere/tinygpt/history")
-    monkeypatch.setenv("XDG_STATE_HOME", "relative")  # which the XDG base directory specification says to ignore
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")  # ignored, as the XDG base directory specification demands
     assert history_file() == Path.home() / ".local/state/tinygpt/history"
 
 
@@ -222,7 +222,7 @@ class Terminal:
         self.shown, self.at, self.status = b"", 0, None
 
     def wait(self, text: str, seconds: float = 60) -> None:
-        """Until the text is shown, after what was waited for before."""
+        """Wait until the text is shown, after the last one waited for."""
         end = time.monotonic() + seconds
         while text.encode() not in self.shown[self.at :]:
             assert time.monotonic() < end, f"{text!r} is not in {self.shown[self.at :]!r}"
@@ -235,8 +235,8 @@ class Terminal:
     def leave(self, key: str, seconds: float = 60) -> int:
         """Press a key until the program ends; return its exit status.
 
-        Once is not always enough: Python's input() loses a Ctrl-C that comes between its mark and its wait for keys.
-        And once too often, while it leaves, must not matter.
+        Once is not always enough: Python's input() loses a Ctrl-C that comes between its prompt and its wait for keys.
+        And once too often, while the program leaves, must do no harm.
         """
         end = time.monotonic() + seconds
         self.type(key)
@@ -245,20 +245,20 @@ class Terminal:
         return self._end()
 
     def close(self) -> None:
-        """Kill what has not ended."""
+        """Kill the program if it is still running."""
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
             self._end()
         os.close(self.fd)
 
     def _read(self, seconds: float, idle: Callable[[], None] = lambda: None) -> bool:
-        """Take what is shown within some seconds, call `idle` where that is nothing; False at the program's end."""
+        """Read what is shown within some seconds, and call `idle` if that is nothing.  False when the program ends."""
         if not select.select([self.fd], [], [], seconds)[0]:
             idle()
             return True
         try:
             self.shown += os.read(self.fd, 1 << 16)
-        except OSError:  # Linux tells the end so
+        except OSError:  # the end, on Linux
             return False
         return True
 
@@ -269,7 +269,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal():
-    """Open terminals, and close them at the end whatever happens."""
+    """Opens terminals, and closes them at the end in any case."""
     with ExitStack() as opened:
 
         def start(args, **env: str) -> Terminal:
@@ -291,7 +291,7 @@ def test_in_a_terminal_lines_are_edited_and_remembered_and_ctrl_c_stops_an_answe
     user.wait(text * 20)
     user.type("\x03")
     user.wait("(stopped)\r\n> ")
-    user.type("\x1b[A\x1b[A" + "\b" * 6 + "8\n")  # the line before the last, its end rubbed out
+    user.type("\x1b[A\x1b[A" + "\b" * 6 + "8\n")  # the last line but one, with its end deleted
     user.wait("> ")
     user.type("/show\n")
     user.wait("max_new_tokens=18\r\n")

@@ -1,4 +1,4 @@
-"""From data/raw to clean documents: each rule by hand, and the properties that hold for every text."""
+"""From data/raw to clean documents: each rule on examples, and properties that hold for every text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LONG = "".join(f"{i} is a number.\n" for i in range(100)).encode()  # enough tex
 
 
 def params(**changes: object) -> CleanParams:
-    """Every rule off but for the changes."""
+    """Params with every rule off except the changes."""
     return from_mapping(CleanParams, {**OFF, **changes}, prefix="clean.")
 
 
@@ -262,7 +262,7 @@ def cleaned(text: str, **changes: object) -> tuple[str | None, Counter[str]]:
     return clean_text(text, params(**changes), counts), counts
 
 
-# Rule for one text -> its value, a text, the text after it (None: dropped), and how many changes are counted.
+# A rule for single texts -> its value, a text, that text cleaned (None: dropped), and how many changes are counted.
 ROWS = {
     "control_characters": (True, "\ufeffa\0b\x1b[0m\tc\r\n\x7fd\x85e\x0cf\x9f", "ab[0m\tc\r\ndef", 7),
     "unicode_nfc": (True, "cafe\u0301 \u212b", "café Å", 1),
@@ -284,7 +284,7 @@ def test_each_rule_changes_its_text_and_counts_that_unless_it_is_off(rule: str) 
 def test_a_new_rule_is_a_param_a_function_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class WithQuiet(CleanParams):
-        quiet: int  # drop what shouts more often
+        quiet: int  # drop texts that shout more often
 
     def quieten(text: str, at_most: int) -> tuple[str | None, int]:
         return (None, 1) if text.count("!") > at_most else (text.replace("!", "."), text.count("!"))
@@ -317,7 +317,7 @@ def test_clean_text_is_nfc_without_control_characters(text: str) -> None:
 
 
 def test_rows_of_accents_take_no_longer_than_other_text() -> None:
-    text = "e\u0301" + "\u0301\u0316" * 500_000  # minutes, where they are sorted
+    text = "e\u0301" + "\u0301\u0316" * 500_000  # sorting them would take minutes
     started = time.process_time()
     assert cleaned(text, unicode_nfc=True)[0] == text
     assert cleaned("e" + "\u0316\u0301" * 40, unicode_nfc=True)[0] == unicodedata.normalize(
@@ -482,8 +482,8 @@ def test_what_the_next_stages_would_not_find_is_refused_and_leaves_nothing(tmp_p
 
 
 def test_a_full_disk_is_reported_with_the_file_at_each_write(tmp_path: Path) -> None:
-    raw = make_raw(tmp_path, {"x.txt": "\n".join(f"{i} {i * i}" for i in range(300)).encode()})  # small documents, so
-    rules = params(separator="\n", near_duplicates=0.8, split="tail", val_fraction=0.1)  # arrays are larger than texts
+    raw = make_raw(tmp_path, {"x.txt": "\n".join(f"{i} {i * i}" for i in range(300)).encode()})  # small documents,
+    rules = params(separator="\n", near_duplicates=0.8, split="tail", val_fraction=0.1)  # so arrays outgrow texts
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         for limit in range(0, 75_000, 3000):  # the signatures take 76.9 kB

@@ -1,4 +1,4 @@
-"""What counts as the code of a result."""
+"""Which changes of the code change the result of a stage."""
 
 import shutil
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def forget() -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Iterator[Path]:
-    """A copy of the sources, which the hashes are taken of."""
+    """A copy of the sources; the hashes are computed from it."""
     folder = tmp_path_factory.mktemp("tree")
     for name in ("tinygpt", "stages"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -35,7 +35,7 @@ def tree(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def before(tree) -> dict[str, str]:
-    """The hashes of the copy as it is."""
+    """The hashes of the unchanged copy."""
     return hashes(tree)
 
 
@@ -56,7 +56,7 @@ def test_comments_docstrings_and_layout_do_not_count(tree, before):
     for path in whole:
         path.write_text(f'"""Another docstring."""\n\n\n# a comment\n{path.read_text()}'.replace("\n\n\n", "\n\n"))
         first = path.read_text().index('"""', 25)
-        if path.read_text()[25:first].strip() == "# a comment":  # its own docstring, which is one no more
+        if path.read_text()[25:first].strip() == "# a comment":  # the old docstring, which no longer counts as one
             text = path.read_text()
             path.write_text(text[:first] + text[text.index('"""', first + 3) + 3 :])
     forget()
@@ -85,7 +85,7 @@ def test_a_change_counts_for_those_whose_results_it_decides(tree, before, file, 
     path = tree / "tinygpt" / file
     text = path.read_text()
     assert old in text
-    for name in ("_read",):  # this file is read again, the others are known
+    for name in ("_read",):  # only this file is read again
         known = getattr(code, name)
         monkeypatch.setattr(
             code, name, lambda asked, known=known: known.__wrapped__(asked) if asked == path else known(asked)
@@ -103,7 +103,7 @@ def test_versions_of_python_and_of_pinned_packages_count_where_they_are_imported
     monkeypatch.setattr(code, "version", lambda name: "9.9.9" if name == "torch" else original(name))
     assert changed(before, hashes(tree)) == {"train", "evaluate", "export", "tinygpt.train.trainer"}
     monkeypatch.setattr(code, "version", lambda name: original(name) + ("+cu130" if name == "torch" else ""))
-    assert changed(before, hashes(tree)) == set()  # another build
+    assert changed(before, hashes(tree)) == set()  # only another build of torch
     monkeypatch.setattr(code.platform, "python_version_tuple", lambda: ("3", "99", "0"))
     assert changed(before, hashes(tree)) == {name.removeprefix("stages.") for name in before}
 
@@ -111,7 +111,7 @@ def test_versions_of_python_and_of_pinned_packages_count_where_they_are_imported
 def test_the_stage_writes_what_dvc_compares(tmp_path):
     import stages.code
 
-    shutil.copy(ROOT / "params.yaml", tmp_path)  # which it checks
+    shutil.copy(ROOT / "params.yaml", tmp_path)  # the stage checks it
     stages.code.run(tmp_path)
     written = read_json(tmp_path / CODE, stage="code")
     stages = "base clean download encode evaluate export plot report train train_tokenizer"

@@ -114,7 +114,7 @@ def made(name: str, loss: float, error: float, **metrics: float) -> Made:
 def test_the_best_is_marked_and_what_the_error_may_explain_is_grey():
     found = [made("a", 3.0, 0.1), made("b", 3.2, 0.1), made("c", 3.5, 0.1, tokens_per_s=7.0)]
     assert [cell["kind"] for cell in marked("val_loss", found)] == ["best", "greyed", ""]
-    assert [cell["kind"] for cell in marked("bpb", found)] == ["best", "", ""]  # of no error
+    assert [cell["kind"] for cell in marked("bpb", found)] == ["best", "", ""]  # without an error
     assert [cell["text"] for cell in marked("tokens_per_s", found)] == ["-", "-", "7"]
     assert [cell["kind"] for cell in marked("n_params", found)] == ["", "", ""]
     assert comparison_view(found)["params"] == ["train.lr"]

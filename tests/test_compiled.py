@@ -1,4 +1,4 @@
-"""The compiled step of one row, and of several, says what the model says."""
+"""The compiled step, for one row and for several, gives the model's logits."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tinygpt.model.quantize import quantize
 
 pytestmark = pytest.mark.slow
 
-# Few, and of one row or up to several, since each takes seconds to compile; together they have every branch.
+# (most rows, config).  They are few, since each takes seconds to compile, but together they reach every branch.
 KINDS = {
     "gpt2": (1, {"n_layer": 1, **FAMILIES["gpt2"]}),
     "parallel, mqa, window": (
@@ -31,8 +31,8 @@ KINDS = {
         {"block_size": 56, "window": 40, "full_every": 2, "n_kv_head": 2, "qk_norm": True},
     ),
 }
-FIRST_ROOM = 32  # tokens that there is room for at first: that of the longer context grows
-ROOM = 4  # tokens that can be taken back: a model with windows is compiled for one such number
+FIRST_ROOM = 32  # tokens that the cache has room for at first; with the longer context, it grows
+ROOM = 4  # tokens that can be taken back; a model with windows is compiled for one such number
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
@@ -51,7 +51,7 @@ def expected_after(model, ids: list[int]) -> torch.Tensor:
 
 
 def n_graphs() -> int:
-    """Pieces that have been compiled."""
+    """How many graphs have been compiled."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
@@ -72,7 +72,7 @@ def test_a_compiled_step_calls_only_these_operations(model):
         decoder = Decoder(model, [[1]] * n_row, room=ROOM)
         for _ in range(model.config.block_size - 2):
             decoder.step([3] * n_row)
-    assert n_graphs() == n_graph  # for all lengths, rooms and numbers of rows
+    assert n_graphs() == n_graph  # the same code for all lengths, rooms and numbers of rows
 
 
 def test_compiled_rows_have_any_length_up_to_a_full_context_and_past_it(model):
@@ -110,7 +110,7 @@ def test_compiled_steps_allow_tokens_taken_back_and_rows_that_come_and_go(model)
 
 @pytest.mark.parametrize("model", [KINDS["gpt2"]], indirect=True)
 def test_each_model_has_its_own_code_and_changed_weights_are_compiled_again(model):
-    other = tiny_model(seed=9, block_size=32, **KINDS["gpt2"][1])  # whose machine code is there already
+    other = tiny_model(seed=9, block_size=32, **KINDS["gpt2"][1])  # its machine code is cached already
     compile_step(other)
     assert STEPS[other] is not STEPS[model]
     for one in (other, model):
@@ -124,7 +124,7 @@ def test_each_model_has_its_own_code_and_changed_weights_are_compiled_again(mode
 
 
 def test_compiled_steps_use_int8_weights():
-    plain, model = (tiny_model(n_layer=1, n_embd=128) for _ in range(2))  # as test_serve.py has it: compiled once
+    plain, model = (tiny_model(n_layer=1, n_embd=128) for _ in range(2))  # as in test_serve.py, to compile once
     quantize(plain, "int8")
     quantize(model, "int8")
     compile_step(model, n_row=2)
@@ -132,5 +132,5 @@ def test_compiled_steps_use_int8_weights():
         decoders = [Decoder(one, prompts) for one in (plain, model)]
         for decoder in decoders:
             decoder.step([3] * len(prompts))
-        # a last bit of float32 that differs may be one of bfloat16 before the next product
+        # before the next product, a difference in float32's last bit may become one in bfloat16's
         torch.testing.assert_close(decoders[1].logits, decoders[0].logits, atol=0.05, rtol=0.02)

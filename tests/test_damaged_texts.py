@@ -1,4 +1,4 @@
-"""Damaged and hostile packings of text: one line, little time, little memory."""
+"""Damaged and hostile archives of text: they are read or refused in one line, with little time and memory."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ DOCUMENTS = [f"Document {i} is about the naïve file.\n" * 10 for i in range(8)]
 TEXT = "".join(DOCUMENTS).encode()
 LINES = "".join(map(text_line, DOCUMENTS)).encode()
 MOST_CPU_S = 20
-MOST_KB = 300_000  # of a process with all its libraries
+MOST_KB = 300_000  # for the whole process, libraries included
 
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A folder in memory where there is one: nearly ten thousand files are synced here, and taken away."""
+    """A folder in memory, if there is one: nearly ten thousand files are synced and removed here."""
     has_room = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**29
     with tempfile.TemporaryDirectory(dir=MEMORY if has_room else None) as folder:
         yield Path(folder)
@@ -95,7 +95,7 @@ SIZES = [0, 1, 255, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40,
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Bits turned, a part cut out or there twice, or a number that is another."""
+    """Flip bits, cut out or repeat a part, or change a number."""
     found, end = bytearray(content), rng.choice([len(content), min(len(content), 1500)])
     for _ in range(rng.choice([1, 1, 2, 5])):
         at, other = rng.randrange(end), rng.randrange(len(content))
@@ -115,7 +115,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def resealed(content: bytes) -> bytes:
-    """A tar with the checksums that its headers ask for, so that they are believed."""
+    """A tar file with right checksums in its headers, so that readers believe them."""
     blocks = [bytearray(content[i : i + 512]) for i in range(0, len(content), 512)]
     for block in blocks:
         if block[257:262] == b"ustar" and len(block) == 512:
@@ -127,9 +127,9 @@ def resealed(content: bytes) -> bytes:
 def test_a_damaged_file_is_taken_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
     packers = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstandard}
     packer = packers.get(Path(name).suffix)
-    for seed in range(8 if name.endswith(".parquet") else 150):  # that one starts a process for each
+    for seed in range(8 if name.endswith(".parquet") else 150):  # parquet starts a process for each
         rng = random.Random(f"{name} {seed}")
-        if packer and rng.random() < 0.7:  # inside, where no checksum finds it
+        if packer and rng.random() < 0.7:  # inside the packing, where no checksum finds it
             inner = damaged(packer.decompress(SOUND[name]), rng)
             content = packer.compress(resealed(inner) if ".tar" in name else inner)
         else:
@@ -158,7 +158,7 @@ def header(name: str, size: int, kind: bytes) -> bytes:
 
 
 def bombs() -> Iterator[tuple[str, bytes]]:
-    """Small files, each of which has been seen to take gigabytes, or minutes."""
+    """Small files that once took gigabytes, or minutes."""
     spaces, row = b" " * 22_000_000, "x" * 1_000_000
     names = [f"{'n' * 900_000}{i}" for i in range(25)]
     yield "names.tar.gz", gzip.compress(tarred([(name, b"text\n") for name in names]), 1)
@@ -200,7 +200,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     assert time.process_time() - begun < 20, path
 status = Path("/proc/self/status").read_text() if sys.platform == "linux" else "VmHWM: 0"
 print(int(status.partition("VmHWM:")[2].split()[0]), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""  # in kB; rusage of the process itself would begin with the peak of the one that started it
+"""  # in kB; the process's own rusage would start at the peak of its parent
 
 
 def test_small_files_that_hold_gigabytes_are_refused_within_a_budget(tmp_path: Path) -> None:

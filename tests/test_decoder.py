@@ -1,4 +1,4 @@
-"""Rows that are decoded together have the logits that each has alone."""
+"""Each of several rows that are decoded together has the logits that it has alone."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def read_whole(model, ids: list[int]) -> torch.Tensor:
 
 
 def rest_after_slide(ids: list[int], n_prompt: int, block_size: int) -> list[int]:
-    """What a row still knows: the prompt's end, and after each full context its newer half."""
+    """The ids that a row still sees: the prompt's end, and whenever the context is full, its newer half."""
     seen = ids[:n_prompt][-block_size:]
     for i in ids[n_prompt:]:
         seen = [*seen, i] if len(seen) < block_size else [*seen, i][-(block_size // 2 + 1) :]
@@ -105,7 +105,7 @@ def test_the_slots_that_a_token_sees_by_hand():
     assert seen(1, 1, None) == [0, 1]
     assert seen(5, 5, None) == [0, 1, 2, 3]  # of the positions 4, 5, 2 and 3
     assert seen(5, 5, 3) == [0, 1, 3]
-    assert seen(4, 5, 2) == [0, 3]  # not the token after it
+    assert seen(4, 5, 2) == [0, 3]  # not the later position 5
 
 
 MODELS = [tiny_model(**{"block_size": 32} | changes) for changes in ALL.values()]
@@ -134,7 +134,7 @@ def test_any_sequence_of_tokens_added_and_taken_back_is_that_of_reading_what_is_
 
 
 def all_ways(changes: dict) -> list[torch.Tensor]:
-    """The logits of rows that are read, extended, taken back, joined and left out, and those of the whole model."""
+    """The logits of rows that are read, extended, taken back, joined and dropped, and those of the whole model."""
     model = tiny_model(**changes)
     found = []
     for prompt in [5], list(range(20)):

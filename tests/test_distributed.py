@@ -1,4 +1,4 @@
-"""Several processes train one model: as one would, and nothing is lost when one dies."""
+"""Several processes train one model as a single one would, and nothing is lost when one dies."""
 
 import dataclasses
 import json
@@ -79,14 +79,14 @@ RUNS = {  # changes of train, of the model and of runtime
 }
 
 
-RUNS_OF = {  # by the number of processes, a start-up of which costs most, and by how they share the model
+RUNS_OF = {  # by the number of processes, whose start takes most of the time, and by how they share the model
     2: {
         "ddp": list(RUNS),
-        "fsdp": [kind for kind in RUNS if kind != "one sequence to evaluate on"],  # on whole models, in both
+        "fsdp": [kind for kind in RUNS if kind != "one sequence to evaluate on"],  # the same code as in ddp
     },
     3: {"ddp": ["muon"], "fsdp": ["muon", "adamw, tied, ema"]},
 }
-CUT = {2: 2, 3: 1}  # how many of them are cut and resumed
+CUT = {2: 2, 3: 1}  # how many of these runs are cut off and resumed
 
 
 def tokens(n: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def tokens(n: int) -> np.ndarray:
 
 
 def train(name: str, world: World, parallel: str, kind: str) -> dict[str, torch.Tensor]:
-    """One of the RUNS; its last weights."""
+    """Train one of the RUNS; returns its last weights."""
     of_train, of_model, of_runtime = RUNS[kind]
     torch.set_num_threads(1)
     params, runtime = (
@@ -110,7 +110,7 @@ def train(name: str, world: World, parallel: str, kind: str) -> dict[str, torch.
 
 
 def many(rank: int, folder: Path) -> None:
-    """What one process does: two train together, then three, as RUNS_OF says; the first CUT are cut and resumed."""
+    """What one process does: two train together, then three, as in RUNS_OF; the first CUT runs are cut and resumed."""
     for size in RUNS_OF:
         if rank < size:
             together(World(rank, size, rank, size), folder)
@@ -184,7 +184,7 @@ def test_processes_train_the_model_that_one_trains_and_resume_to_the_same_bits(
     with pytest.raises(UserError, match="weights cannot be read"):
         load_split(folder)
     (tmp_path / "elsewhere").replace(shards[-1])
-    monkeypatch.setenv("DVC_ROOT", str(runs.parent))  # and one process goes on where they stood
+    monkeypatch.setenv("DVC_ROOT", str(runs.parent))  # and one process continues where they stopped
     for parallel in ("ddp", "fsdp"):
         shutil.rmtree(runs / f"muon {parallel}/step-0000006")
         for name, tensor in train(f"muon {parallel}", ALONE, "ddp", "muon").items():
@@ -215,12 +215,12 @@ def test_cuda_graphs_are_refused_where_they_cannot_be():
 
 # ---- the stage ----
 
-LAST = 90  # step
+LAST = 90  # the last step
 
 
 @pytest.fixture
 def project(done, tmp_path) -> Path:
-    """A project before some seconds of training by two processes."""
+    """A project ready to be trained by two processes for some seconds."""
     folder = Path(shutil.copytree(done, tmp_path / "project"))
     shutil.rmtree(folder / "runs")
     often = {"train.save_every": 5, "train.eval_every": 45}
@@ -229,7 +229,7 @@ def project(done, tmp_path) -> Path:
 
 
 def start_pair(folder: Path) -> list[ForkServerProcess]:
-    """Two processes that train together, as torchrun starts them; what the first writes is in train.log."""
+    """Start two processes that train together, as torchrun does; the first writes to train.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -240,7 +240,7 @@ def start_pair(folder: Path) -> list[ForkServerProcess]:
 
 
 def train_in_pair(folder: Path) -> str:
-    """Train in two processes, which must succeed; what is said."""
+    """Train in two processes, which must succeed; return the log."""
     pair = start_pair(folder)
     assert [status_of(process) for process in pair] == [0, 0], (folder / "train.log").read_text()
     assert (folder / "other.log").read_text() == ""
@@ -248,14 +248,14 @@ def train_in_pair(folder: Path) -> str:
 
 
 def start(folder: Path, command: str = "") -> subprocess.Popen[bytes]:
-    """The starter of two processes: that of the stage itself, or another."""
+    """Start a launcher of two processes: the stage's own, or another."""
     with open(folder / "train.log", "w") as log:
         arguments = [sys.executable, *command.split(), "-m", "stages.train"]
         return subprocess.Popen(arguments, cwd=folder, env=environment(), stdout=log, stderr=log)
 
 
 def group_of(starter: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The training processes."""
+    """The training processes of a launcher."""
     children = psutil.Process(starter.pid).children(recursive=True)
     return [child for child in children if "stages.train" in child.cmdline()]
 
@@ -282,7 +282,7 @@ def test_killed_processes_start_again_all_save_when_asked_to_stop_and_the_model_
 
 
 def assert_left_after(number: signal.Signals, starter: subprocess.Popen[bytes], folder: Path) -> None:
-    """Signal a starter: the processes save and leave, and so does it."""
+    """Send a signal to a launcher: its processes save and exit, and so does the launcher."""
     group = group_of(starter)
     starter.send_signal(number)
     assert starter.wait(200) == (-number if number == signal.SIGKILL else 128 + number)
@@ -326,7 +326,7 @@ def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
     set_params(project, {"runtime.parallel": "fsdp", "train.max_steps": 25})
     pair = start_pair(project)
     wait_until(lambda: newest_step(project) >= 10, project, seconds=200)
-    # A limit on the size of files stands for the end of the disk: in one process, and the other must hear of it.
+    # A limit on file size in one process stands for a full disk; the other process must notice.
     resource.prlimit(pair[-1].pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
     assert [status_of(process) for process in pair] == [1, 1]
     log = (project / "train.log").read_text()
@@ -348,4 +348,4 @@ def test_a_users_mistake_is_one_line_for_all_processes_together(project):
         "error: train.batch_size=3 must be a multiple of the 2 processes that share it: set runtime.n_process"
     ]
     assert (project / "other.log").read_text() == ""
-    assert not list(project.glob("runs/*/run.json"))  # which a finished run has, and keeps
+    assert not list(project.glob("runs/*/run.json"))  # only a finished run has one

@@ -1,4 +1,4 @@
-"""What the documents show, run as it stands there."""
+"""The code in the documents, run unchanged."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def code_of(page: str) -> CodeType:
-    """The Python of a page."""
+    """The Python code of a page."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     return compile(code, page, "exec")
 

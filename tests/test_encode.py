@@ -22,7 +22,7 @@ def one_by_one(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
 @settings(max_examples=200)
 def test_encoding_in_bulk_gives_the_ids_of_encoding_one_by_one(tiny_tokenizer, texts):
     encoder = BulkEncoder(tiny_tokenizer)
-    for _ in range(2):  # the second time from what it has learned
+    for _ in range(2):  # the second time from its cache
         ids = [int(i) for block in iter_blocks(texts) for i in encoder.encode(block)]
         assert ids == one_by_one(tiny_tokenizer, texts)
 

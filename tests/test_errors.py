@@ -1,4 +1,4 @@
-"""What a program says when it cannot go on: one line, with nothing in it that a terminal obeys."""
+"""What a program prints when it cannot continue: one line, without control characters."""
 
 import errno
 import io
@@ -40,7 +40,7 @@ def test_an_error_is_the_same_after_it_came_from_another_process():
 
 
 def left_by(main) -> int:
-    """The status that a program leaves with; a text is printed, as Python does it."""
+    """The exit status of a program; a text is printed, as Python does."""
     with pytest.raises(SystemExit) as left:
         program(main)()
     if isinstance(left.value.code, str):
@@ -132,7 +132,7 @@ def test_a_full_disk_under_the_output_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
     assert left_by(lambda: print("x")) == 1
     assert capsys.readouterr().err.startswith("error: no room to write a file (No space left on device): free some")
-    sys.stdout.close()  # what could not be written is not tried again
+    sys.stdout.close()  # does not try to write again
 
 
 def test_a_reader_that_goes_away_ends_a_program_quietly(monkeypatch, capsys):
@@ -173,7 +173,7 @@ def test_ctrl_c_raises_while_a_program_works_and_ends_it_before_and_after():
         program(lambda: seen.append(signal.getsignal(signal.SIGINT)))()
         assert seen == [signal.default_int_handler]
         assert signal.getsignal(signal.SIGINT) is at_first is not signal.default_int_handler
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a job in the background
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job
         leave_at_once()
         program(lambda: seen.append(signal.getsignal(signal.SIGINT)))()
         assert seen[1] is signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -1,4 +1,4 @@
-"""Evaluation: every token once, in known units."""
+"""Evaluation: every token is scored once, in known units."""
 
 import dataclasses
 import math
@@ -161,5 +161,5 @@ def test_options_of_the_samples_are_those_of_sampling_in_type_and_value():
     params = dataclasses.replace(PARAMS, temperature=0.7, top_k=5, top_p=0.9, seed=3)
     assert sampling_of(params) == Sampling(temperature=0.7, top_k=5, top_p=0.9, seed=3)
     ours, theirs = (typing.get_type_hints(cls, include_extras=True) for cls in (EvaluateParams, Sampling))
-    for name in ours.keys() & theirs.keys():  # Sampling's have their help, too
+    for name in ours.keys() & theirs.keys():  # Sampling's types also have help texts
         assert typing.get_args(ours[name]) == typing.get_args(theirs[name])[:2], name

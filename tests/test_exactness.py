@@ -1,4 +1,4 @@
-"""A hundred thousand strings: the same ids here, in the tokenizers library and in llama.cpp."""
+"""A hundred thousand strings get the same ids here, in the tokenizers library and in llama.cpp."""
 
 import random
 import sys
@@ -22,7 +22,7 @@ SCRIPTS = "naïve Straße İı ǅ Привет κόσμε 你好 世界。 こ�
 
 
 def assigned() -> list[str]:
-    """Every character that this Python's Unicode knows: no newer than that of all three."""
+    """Every character that this Python's Unicode knows, which is not newer than the others'."""
     return [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
 
 

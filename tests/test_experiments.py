@@ -31,7 +31,7 @@ def project(done, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(project, monkeypatch) -> Path:
-    """The project, in which the command line runs as in a shell of a user."""
+    """The project, with this process in its folder and environment, as in a user's shell."""
     monkeypatch.chdir(project)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
@@ -46,7 +46,7 @@ def start(command: str, folder: Path, log: str) -> subprocess.Popen[bytes]:
 
 
 def experiments(folder: Path) -> set[str]:
-    """Those that are done, by the references that DVC keeps of them: asking DVC takes a second each time."""
+    """The finished experiments, by DVC's references in git: asking DVC takes a second each time."""
     return {path.name for path in folder.glob(".git/refs/exps/??/*/*")}
 
 
@@ -79,11 +79,11 @@ def test_the_python_of_the_page_shows_params_metrics_and_the_curve(project):
 
 
 def test_a_sweep_whose_trial_was_interrupted_continues_from_its_checkpoint(project):
-    start("dvc queue start --jobs 1", project, "queue.log")  # goes on in a process of its own
+    start("dvc queue start --jobs 1", project, "queue.log")  # continues in a process of its own
     sweep = start(SWEEP.format(1), project, "sweep.log")
     log = project.parent / "sweep.log"
     wait_until(lambda: "train loss" in log.read_text(), log)
-    os.killpg(sweep.pid, signal.SIGINT)  # what a terminal does
+    os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does
     assert sweep.wait(timeout=60) == 130
     (first,) = [line for line in log.read_text().splitlines() if line.startswith("sweep-0: ")]
     said = succeed(SWEEP.format(2), project)
@@ -101,7 +101,7 @@ def test_queued_experiments_are_done(project):
         assert time.monotonic() < deadline, status
         time.sleep(1)
     assert succeed("git status --porcelain", project) == ""
-    assert len(list(project.glob("runs/*/lock"))) == 4  # of all of them, in the one folder
+    assert len(list(project.glob("runs/*/lock"))) == 4  # of all experiments, in one folder
 
 
 def test_experiments_are_compared_and_drawn(here, command):
@@ -117,7 +117,7 @@ def test_experiments_are_compared_and_drawn(here, command):
     assert sorted(row["model.n_layer"] for row in shown.values()) == ["1", "1", "1", "1", "2", "model.n_layer"]
     loss = float(shown["sweep-1"]["val_loss"])
     assert shown["sweep-1"]["train.max_steps"] == "100" and loss < first
-    assert said.endswith("curves.svg shows 4 of 4 curves\n")  # the workspace is that of the commit
+    assert said.endswith("curves.svg shows 4 of 4 curves\n")  # the workspace equals the commit
     svg = (here / "curves.svg").read_text()
     (drawn,) = re.findall(r"sweep-1: (\d\.\d{3})\b", svg)
     assert float(drawn) == pytest.approx(loss, abs=6e-4) and f"main: {first:.3f}" in svg
@@ -162,7 +162,7 @@ def test_a_worktree_without_an_identity_runs_experiments(project):
     assert (other / "data/clean/train.jsonl").exists()
 
 
-# ---- a base, which is an input as raw text is ----
+# ---- a base, which is an input like raw text ----
 
 
 def weights(folder: Path) -> str:
@@ -183,7 +183,7 @@ def test_a_base_comes_back_to_its_folder_and_to_a_clone(here):
     before = weights(here)
     shutil.rmtree(here / "data")
     said = succeed("dvc repro train_tokenizer", here)
-    assert ran(said) == [] and "Running stage 'base'" in said  # which brings it from the cache
+    assert ran(said) == [] and "Running stage 'base'" in said  # it restores the base from the cache
     assert weights(here) == before
     succeed("dvc repro -f base", here)
     assert weights(here) == before

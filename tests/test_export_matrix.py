@@ -1,4 +1,4 @@
-"""Every combination of switches in real llama.cpp and real transformers: the same logits, or a refusal that helps."""
+"""Every combination of switches has the same logits in llama.cpp and transformers, or is refused with advice."""
 
 import re
 import subprocess
@@ -30,12 +30,12 @@ TARGETS = (LLAMA_CPP, TRANSFORMERS)
 
 
 def check(config, export):
-    """As load_params does."""
+    """Check a config as load_params does."""
     require(*export.rules_with({"model": config}))
 
 
 def covered(target, head_dim=None, **switches):
-    """The combinations of CORE, and of these switches, that a family has without a window."""
+    """The combinations of CORE, and of these switches, that a family of the target covers without a window."""
     names = [*CORE, *switches]
     return {
         values
@@ -168,7 +168,7 @@ def cell(target: Target, core: dict[str, Any]) -> str:
 
 
 def test_a_family_is_one_entry(monkeypatch, tmp_path, tiny_tokenizer):
-    """A second name for Llama's architecture, before it in both lists, is chosen, written, read and known there."""
+    """A second name for Llama's architecture, put before it in both lists, is chosen, written and read there."""
     llama = {target.name: next(f for f in target.families if f.name == "llama") for target in TARGETS}
     second = {"llama.cpp": "internlm2", "transformers": "mistral"}
     classes = {"transformers": {"cls": "MistralForCausalLM"}}
@@ -205,7 +205,7 @@ def test_a_context_too_short_to_check_is_refused_before_training():
 
 
 def test_a_short_window_counts_only_where_it_shortens_the_context():
-    config = tiny_config(window=3, full_every=2)  # llama.cpp honours it, transformers' llama does not
+    config = tiny_config(window=3, full_every=2)  # llama.cpp has windows, transformers' llama does not
     check(config, BOTH)
     check(config, GGUF)
 

@@ -1,4 +1,4 @@
-"""Downloads against a real server that misbehaves, and archives that come from a bad place."""
+"""Downloads from a real server that misbehaves, and malicious archives."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Answer = Callable[["Handler"], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers with the next of the server's scripted answers, then rightly."""
+    """Gives the server's scripted answers, one after the other, then right ones."""
 
     protocol_version = "HTTP/1.1"
 
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
-        self.server.sent += len(body)  # before the client can have them: it looks at once
+        self.server.sent += len(body)  # before sending, as the test looks at once
         self.wfile.write(body)
         self.close_connection = headers["Content_Length"] != len(body)
 
@@ -80,7 +80,7 @@ def server() -> Iterator[Server]:
 
 
 def serve(handler: Handler, body: bytes = BODY, etag: str = '"one"', begin_shift: int = 0) -> None:
-    """The right answer, with ranges for clients that know the right version."""
+    """Answer correctly, with ranges for clients that have the right version."""
     asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
     if asked and handler.headers.get("If-Range") == etag:
         begin = int(asked[1]) + begin_shift
@@ -304,7 +304,7 @@ def members(path: Path) -> dict[str, bytes]:
 
 
 def tar_with(path: Path, mode: str = "w", **changes: object) -> Path:
-    """An archive of one member `a/b.txt` with the content "text", changed as told."""
+    """An archive of one member, `a/b.txt` with the content "text", with these changes."""
     member = tarfile.TarInfo("a/b.txt")
     member.size = 4
     for name, value in changes.items():

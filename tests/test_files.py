@@ -1,4 +1,4 @@
-"""Files: whole or not at all."""
+"""Files are written whole or not at all."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ from tinygpt.model.weights import load_tensors, save_tensors
 
 
 def in_child(action: Callable[[], object]) -> int:
-    """Do it in a process of its own; the status that this ends with, minus the signal that kills it."""
+    """Run the action in a child process; returns its exit status, or minus the signal that killed it."""
     child = os.fork()
     if not child:
         try:
@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path
         "main()\n"
     )
 
-    def limit() -> None:  # a limit on the size of files stands for the end of the disk: write() fails there
+    def limit() -> None:  # a limit on file size stands for a full disk: write() fails
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
@@ -176,7 +176,7 @@ with atomic_folder({str(path)!r}) as folder:
         (folder / "a").touch()
         subprocess.run([sys.executable, "-c", inner], check=True)
         assert [file.name for file in path.iterdir()] == ["b"]
-        abandoned = path.with_name(f"folder.{subprocess.Popen(['true']).pid}9999.partial")  # of no program that runs
+        abandoned = path.with_name(f"folder.{subprocess.Popen(['true']).pid}9999.partial")  # its program has ended
         abandoned.mkdir()
     assert [file.name for file in path.iterdir()] == ["a"]
     with atomic_folder(path):
@@ -237,7 +237,7 @@ def test_what_is_of_another_kind_is_never_replaced(tmp_path):
     for write in (atomic_write, atomic_folder):
         with pytest.raises(OSError) as caught, write("/proc/nowhere"):
             pass
-        assert caught.value.filename == "/proc/nowhere"  # not that of the partial one
+        assert caught.value.filename == "/proc/nowhere"  # not the partial file
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
@@ -308,7 +308,7 @@ def test_a_file_without_read_permission_is_reported_as_such(tmp_path):
 
     def read() -> None:
         if not os.getuid():
-            os.setuid(65534)  # root may read everything, nobody nothing
+            os.setuid(65534)  # root may read everything, user nobody nothing
         with pytest.raises(PermissionError, match="a.safetensors"):
             load_tensors(tmp_path / "a.safetensors")
 

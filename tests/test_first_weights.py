@@ -1,4 +1,4 @@
-"""Before the first step, probabilities are those of counted token pairs, and early heads look back."""
+"""Before the first step, the model predicts the counted token pairs, and early heads look back."""
 
 from collections import Counter
 from itertools import pairwise
@@ -72,7 +72,7 @@ def test_with_fewer_columns_they_are_near_and_better_than_shares_alone(tokens):
 def test_layernorm_and_learned_positions_change_little(tokens):
     exact = log_probabilities(begun(tokens, n_embd=64)).exp()
     other = log_probabilities(begun(tokens, n_embd=64, norm="layernorm", position="learned")).exp()
-    assert (exact - other).abs().sum(1).mean() < 0.2  # of at most 2
+    assert (exact - other).abs().sum(1).mean() < 0.2  # it could be up to 2
 
 
 def test_tied_embeddings_stay_random(tokens):

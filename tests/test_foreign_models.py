@@ -1,4 +1,4 @@
-"""Folders of models that come from elsewhere are taken or refused in one line, in memory and time that fit them."""
+"""Foreign model folders are accepted, or refused in one line, with memory and time in proportion to their size."""
 
 import json
 import random
@@ -49,7 +49,7 @@ WHOLE["gpt2"] = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bia
 
 @pytest.fixture(scope="module", params=["ours", *WHOLE])
 def sound(request, tmp_path_factory, tiny_tokenizer) -> Path:
-    """A folder of ours, or of transformers."""
+    """A folder in our format, or in that of transformers."""
     folder = tmp_path_factory.mktemp("sound")
     tiny_tokenizer.save(folder)
     model = tiny_model(**WHOLE.get(request.param, {"window": 8}))
@@ -68,14 +68,14 @@ def folder(sound, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def little_memory() -> Iterator[None]:
-    """No test has more than so much, besides what others had before."""
+    """No test raises the peak of memory by more than MOST_BYTES."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < MOST_BYTES
 
 
 def refusal(folder: Path) -> str | None:
-    """Open a folder and read two tokens: what it is refused with, None where it is taken."""
+    """Open a folder and run two tokens; returns the error that refuses it, or None."""
     began = time.process_time()
     try:
         model, _ = open_model(folder)
@@ -89,12 +89,12 @@ def refusal(folder: Path) -> str | None:
 
 
 def change(path: Path, key: str, value: Any) -> None:
-    """Another value of a JSON file's key."""
+    """Change the value of a key in a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
 
 def reheaded(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Another header of a safetensors file, whose size is right."""
+    """Change the header of a safetensors file, with the right size."""
     data = path.read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:end])
@@ -186,7 +186,7 @@ def test_a_header_longer_than_the_file_or_with_overlaps_is_refused(folder):
 def test_what_is_not_a_plain_file_is_refused(folder):
     path = folder / "model.safetensors"
     path.rename(folder / "blob")
-    path.symlink_to("blob")  # as the cache of the hub has it
+    path.symlink_to("blob")  # as in the cache of the Hugging Face hub
     assert refusal(folder) is None
     path.unlink()
     path.mkdir()

@@ -1,6 +1,6 @@
-"""On a full disk every program that writes says so in one line, and leaves what was there and nothing half-written.
+"""On a full disk every program that writes says so in one line, keeps the old files, and leaves nothing half-written.
 
-The disk is a tmpfs in a mount namespace of its own, which Linux lets anybody have on most machines.
+The disk is a tmpfs in its own mount namespace, which most Linux machines allow without root.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tinygpt.report.page import library
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    "promote --to a",  # in data/base, DVC writes, too
+    "promote --to a",  # DVC also writes to data/base
     "import-hf data/export/hf --to a",
     "preset tiny",
     "attention --prompt The",
@@ -53,7 +53,7 @@ def test_every_stage_and_command_survives_a_full_disk(done, tmp_path):
 
 
 class Disk:
-    """A small one, with a project on it."""
+    """A small disk with a project on it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -61,22 +61,22 @@ class Disk:
         self.folder, self.project, self.log = folder, folder / "project", folder.parent / "log"
 
     def copy(self, source: Path) -> None:
-        """Put a copy of a project on it."""
+        """Put a copy of a project on the disk."""
         self.resize("1g")
         shutil.rmtree(self.project, ignore_errors=True)
         shutil.copytree(source, self.project, symlinks=True, ignore=shutil.ignore_patterns(".git", "cache", "runs"))
 
     def resize(self, size: str) -> None:
-        """Make it larger or smaller, with all that is on it."""
+        """Make the disk larger or smaller; its files stay."""
         subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
 
     def leave(self, n_bytes: int) -> None:
-        """Make it so small that no more than this much can be written."""
+        """Shrink the disk until only this much can be written."""
         found = os.statvfs(self.folder)
         self.resize(str((found.f_blocks - found.f_bfree) * found.f_frsize + n_bytes // PAGE * PAGE))
 
     def run(self, program: str) -> tuple[str, str]:
-        """Run it in a process of its own.  -> its last words where it failed, and what is wrong with how it ended"""
+        """Run a program in a child process.  -> its last message if it failed, and what is wrong with how it ended"""
         reader, writer = os.pipe()
         if not (child := os.fork()):
             os.chdir(self.project)
@@ -93,22 +93,22 @@ class Disk:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but checkpoints and the one with times."""
+    """SHA-256 of every file except checkpoints and train.json, which has times."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != "train.json")
     found = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     return {name: digest for name, digest in found.items() if not name.startswith("runs/") or ".partial" in name}
 
 
 def written(folder: Path, since: float) -> int:
-    """Bytes of the files that are newer."""
+    """Bytes of the files changed since then, in whole pages."""
     files = (file.stat() for file in folder.rglob("*") if file.is_file())
     return sum(-(-file.st_size // PAGE) * PAGE for file in files if file.st_mtime > since)
 
 
 def main(source: Path, folder: Path, n: int) -> None:
-    """Run each program on disks with n sizes of room, write down what is wrong with it, and how many were full."""
+    """Run each program with n amounts of free space; record what went wrong, and how often the disk was full."""
     for name in STAGES:
-        importlib.import_module(f"stages.{name}")  # once, for all that are forked
+        importlib.import_module(f"stages.{name}")  # once, before forking
     library()
     disk, rng, faults, full = Disk(folder / "disk"), random.Random(0), list[str](), 0
     for program in PROGRAMS:

@@ -11,7 +11,7 @@ from project import made_once
 
 @pytest.fixture(scope="session")
 def sound(done, tmp_path_factory) -> Path:
-    """A project after all stages, with files of all kinds."""
+    """A project after all stages, with files of all formats."""
 
     def make(folder: Path) -> None:
         shutil.copytree(done, folder)

@@ -1,4 +1,4 @@
-"""Texts of prompts: the same alone and in a batch, and where they end."""
+"""Texts from prompts: they are the same alone and in a batch, and end where they should."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ MIXED = [
 
 
 def ids_of(model, prompt: list[int], tokenizer, n: int, sampling: Sampling = GREEDY) -> list[int]:
-    """Ids that follow ids."""
+    """The ids that the model adds to a prompt."""
     answer = Answer(prompt, tokenizer, sampling, max_new_tokens=n, block_size=model.config.block_size)
     for _ in extend(model, [answer]):
         pass
@@ -36,7 +36,7 @@ def ids_of(model, prompt: list[int], tokenizer, n: int, sampling: Sampling = GRE
 def test_greedy_generation_is_what_the_model_says_without_a_cache(family, tiny_tokenizer):
     model = tiny_model(**FAMILIES[family])
     prompt = [5, 7, 11]
-    n = model.config.block_size - len(prompt) + 1  # as long as the context reaches back to the start
+    n = model.config.block_size - len(prompt) + 1  # while the context still holds the start
     found = ids_of(model, prompt, tiny_tokenizer, n, Sampling(temperature=0, ignore_eos=True))
     seen = list(prompt)
     for _ in range(n):
@@ -52,7 +52,7 @@ def test_generation_continues_past_the_end_of_the_context_with_its_newer_half(ti
     sampling = Sampling(temperature=0, ignore_eos=True)
     seen = [1, 2, 3, *ids_of(model, [1, 2, 3], tiny_tokenizer, 65, sampling)]
     assert len(seen) == 68
-    with torch.inference_mode():  # the context of 16 is full, and one token is beyond it
+    with torch.inference_mode():  # the context of 16 has slid: 8 ids and one more are left
         logits = model(torch.tensor([seen[8:17]]))[0, -1]
         logits[tiny_tokenizer.eos_id] = -torch.inf
     assert seen[17] == int(logits.argmax())
@@ -82,7 +82,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(sampling, tiny_tokenizer):
         assert (answer.ids, answer.text, answer.finish_reason) == (alone.ids, alone.text, alone.finish_reason)
         assert answer.text == generate(MODEL, tiny_tokenizer, prompt, max_new_tokens=60, sampling=one)
     has_stop = isinstance(sampling, list) or sampling.stop or sampling.stop_ids
-    assert not has_stop or len({len(answer.ids) for answer in found}) > 1  # some rows go on without others
+    assert not has_stop or len({len(answer.ids) for answer in found}) > 1  # some rows continue without others
 
 
 @settings(max_examples=15)
@@ -148,7 +148,7 @@ def test_stop_ids_end_a_text_and_are_left_out(tiny_tokenizer):
 def test_generation_ends_at_the_end_of_text_and_after_max_new_tokens(tiny_tokenizer):
     model = tiny_model(tie_weights=False)
     with torch.no_grad():
-        model.lm_head.weight.zero_()  # all tokens alike: the likeliest is id 0, <|endoftext|>
+        model.lm_head.weight.zero_()  # all logits are equal: the first one wins, id 0, <|endoftext|>
     assert generate(model, tiny_tokenizer, "a", max_new_tokens=50, sampling=GREEDY) == ""
     assert ids_of(model, [1], tiny_tokenizer, 50, Sampling(temperature=0, min_new_tokens=7)) == [1] * 7
     assert ids_of(model, [1], tiny_tokenizer, 50, Sampling(temperature=0, ignore_eos=True)) == [1] * 50

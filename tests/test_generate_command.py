@@ -1,4 +1,4 @@
-"""`python -m tinygpt generate`: prompts in, texts out, whatever computes them."""
+"""`python -m tinygpt generate`: prompts in, texts out, with every engine."""
 
 import json
 import os
@@ -31,7 +31,7 @@ GREEDY = ["--temperature", "0", "--ignore-eos"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_tokenizer) -> Path:
-    """A model of ours with its tokenizer, and both its exports."""
+    """A model of ours with its tokenizer, and both exports."""
     folder = tmp_path_factory.mktemp("generate")
     model = tiny_model(vocab_size=tiny_tokenizer.vocab_size, n_layer=1)
     save_model(folder / "model", model.config, model_tensors(model))
@@ -187,7 +187,7 @@ def test_characters_without_a_token_are_named_where_tokens_are_characters(comman
         told = command(*args, "é→ß $漢→", "--model", path).stderr
         assert told == "warning: prompt has characters that the model has not learned and reads as bytes: → 漢\n"
         assert command(*args, "éß $", "--model", path).stderr == ""
-    assert command(*args, "é→ß 漢", "--model", folder / "model").stderr == ""  # its tokens are any pieces
+    assert command(*args, "é→ß 漢", "--model", folder / "model").stderr == ""  # its tokens are not characters
 
 
 @pytest.mark.parametrize("options", [GREEDY, ["--seed", "3", "--stop", "e", "--frequency-penalty", "0.3"]])
@@ -220,7 +220,7 @@ def test_only_texts_that_are_computed_together_are_compiled_together():
 def test_a_missing_compiler_is_one_line(folder, tmp_path):
     command = [sys.executable, "-m", "tinygpt", "generate", "--model", folder / "model", "--compile"]
     env = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    # in a process of its own: inductor remembers that there is no compiler
+    # in a child process, as inductor remembers that there is no compiler
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "error: the step cannot be compiled (No working C++ compiler found" in done.stderr
@@ -300,7 +300,7 @@ def test_a_gguf_file_without_an_end_of_text_is_refused(generate, folder):
     def text(value: bytes) -> bytes:
         return len(value).to_bytes(8, "little") + value
 
-    key = text(b"tokenizer.ggml.model") + (8).to_bytes(4, "little")  # a string
+    key = text(b"tokenizer.ggml.model") + (8).to_bytes(4, "little")  # 8 = a string
     raw = (folder / "model.gguf").read_bytes()
     assert raw.count(key + text(b"gpt2")) == 1
     raw = raw.replace(key + text(b"gpt2"), key + text(b"rwkv")).replace(b"ggml.eos_token_id", b"ggml.eos_token_ix")
@@ -337,7 +337,7 @@ def test_llama_cpp_continues_token_by_token_and_never_past_its_context(folder):
 
 @pytest.fixture
 def start():
-    """Start the command; its output comes through pipes."""
+    """Start the command, with its output in pipes."""
     started = []
 
     def run(*args):
@@ -358,7 +358,7 @@ def test_a_pipe_gets_whole_characters_as_they_come_and_ctrl_c_leaves_what_was_wr
     pieces = [os.read(process.stdout.fileno(), 1 << 16) for _ in range(50)]
     process.send_signal(signal.SIGINT)
     rest, told = process.communicate(timeout=60)
-    assert all(piece.decode() for piece in pieces)  # none has half a character
+    assert all(piece.decode() for piece in pieces)  # no piece ends in half a character
     written = (b"".join(pieces) + rest).decode()
     assert written.startswith("x\n" + text)
     assert written.endswith("\n")
@@ -398,7 +398,7 @@ ODD = "a\x1b]0;title\x07b\t\x9b2J\r\x7f 中\u3000é\n"
 
 
 def test_a_terminal_shows_control_characters_and_a_pipe_gets_them_as_they_are(monkeypatch, capsysbinary):
-    """Of a prompt or a model: they could set a terminal's title or clear it."""
+    """Those from a prompt or a model could set a terminal's title or clear it."""
     say(ODD)
     assert capsysbinary.readouterr().out == ODD.encode()
     seen_by, terminal = pty.openpty()

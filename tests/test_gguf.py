@@ -1,4 +1,4 @@
-"""GGUF files: what stands in them, and that llama.cpp computes the same from them."""
+"""GGUF files: their content, and the same results in llama.cpp."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Types of GGUF tensors: llama.cpp's rules by hand, and its kernels read back."""
+"""Types of GGUF tensors: llama.cpp's rules on examples, and its quantized weights read back."""
 
 import typing
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What only a GPU does: recorded kernels, its number formats, copies that are not waited for, the same bits twice."""
+"""What only a GPU does: CUDA graphs, its number formats, asynchronous copies, the same bits twice."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ WAYS = {
     "compiled": dataclasses.replace(RUNTIME, device="cuda", compile=True),
     "recorded": dataclasses.replace(RUNTIME, device="cuda", compile=True, cuda_graphs=True),
 }
-SIZES = {"n_embd": 128, "block_size": 256}  # heads of 32: what flash attention takes
+SIZES = {"n_embd": 128, "block_size": 256}  # heads of 32, a size that flash attention supports
 
 
 def make_learner(way: str = "eager", *, device: torch.device = GPU, **changes) -> Learner:
@@ -127,7 +127,7 @@ def test_determinism_is_not_set_for_the_whole_process():
 
 @pytest.fixture
 def little_memory():
-    """A GPU of 4 GiB."""
+    """Limit the GPU to 4 GiB."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(2**32 / torch.cuda.get_device_properties(GPU).total_memory)
     yield
@@ -177,7 +177,7 @@ def test_decoding_on_a_gpu_gives_the_logits_of_a_cpu(kind, n_row):
     prompts = random_ids(n_row, 30).tolist()
     cpu, gpu = (Decoder(model, prompts) for model in models)
     for step in range(10):
-        within = 0.05 if kind else 1e-3  # of a CPU's int8 and int4, whose products are bfloat16
+        within = 0.05 if kind else 1e-3  # int8 and int4 multiply in bfloat16 on a CPU
         torch.testing.assert_close(gpu.logits.cpu(), cpu.logits, rtol=within, atol=10 * within)
         for decoder in (cpu, gpu):
             decoder.step([step] * n_row)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.gpu import findings, run_part, table
 from benchmarks.gpu_parts import PARTS, Setup
 
-PROCESSES = ("tests", "processes")  # which start programs
+PROCESSES = ("tests", "processes")  # these start programs
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name not in PROCESSES])

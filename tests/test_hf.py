@@ -1,4 +1,4 @@
-"""The folder for transformers, read by transformers itself: offline, without remote code."""
+"""The folder for transformers works there: offline, without remote code."""
 
 import os
 
@@ -43,7 +43,7 @@ def test_transformers_reads_the_same_tokens(family, export, tiny_tokenizer):
     _, folder = export(**family)
     theirs = AutoTokenizer.from_pretrained(folder)
     for text in SAMPLES:
-        text = text.replace("<|endoftext|>", "")  # transformers reads it as the special token, we as text
+        text = text.replace("<|endoftext|>", "")  # a special token for transformers, text for us
         assert theirs.encode(text) == tiny_tokenizer.encode(text)
         assert theirs.decode(theirs.encode(text)) == text
     assert theirs.eos_token_id == theirs.bos_token_id == tiny_tokenizer.eos_id

@@ -1,4 +1,4 @@
-"""The server under clients that send nonsense, ask for much, never read, or go: one form of errors, all given back."""
+"""Clients that send nonsense, ask for much, never read, or leave: errors have one form, and no resources are lost."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ NASTY: list[Any] = [
 
 
 def malformed(random: random.Random) -> tuple[str, bytes]:
-    """A path, and a request in which a few things are wrong; some are not."""
+    """A path and a request with a few things wrong in it; now and then it is still valid."""
     path = random.choice(list(VALID))
     document = dict(VALID[path])
     for _ in range(random.randint(1, 3)):
@@ -87,7 +87,7 @@ def malformed(random: random.Random) -> tuple[str, bytes]:
 
 @contextmanager
 def in_process(tokenizer: Tokenizer, **limits: int) -> Iterator[httpx.AsyncClient]:
-    """A client of a server in the event loop that uses it.  What the server does not catch is raised."""
+    """A client of a server in the same event loop.  It raises what the server does not catch."""
     service = Service([Served("first", FIRST, tokenizer, 1)], Limits(**limits))
     service.worker.start()
     try:
@@ -196,7 +196,7 @@ def test_prompts_and_answers_are_bounded_together(tiny_tokenizer):
 
 
 def unread(address: str, document: dict[str, Any]) -> socket.socket:
-    """A connection with a request whose answer is not read."""
+    """A connection that has sent a request, and does not read the answer."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     host, port = address.removeprefix("http://").split(":")
@@ -206,12 +206,12 @@ def unread(address: str, document: dict[str, Any]) -> socket.socket:
 
 
 def test_clients_that_never_read_leave_no_memory_in_use(tiny_tokenizer):
-    """Places, memory and descriptors, though the clients are still there; and others are served meanwhile."""
+    """Rows, memory and descriptors are freed although the clients stay; and other clients are served meanwhile."""
     this = psutil.Process()
     streamed = LARGE | {"n": 8, "stream": True, "max_tokens": 2000, "ignore_eos": True}
     with running(tiny_tokenizer, client_seconds=1) as (address, service), httpx.Client(base_url=address) as web:
         web.post("/v1/completions", json=LARGE, timeout=60)
-        for _ in range(2):  # what the first time takes, such as threads, stays
+        for _ in range(2):  # the first time also starts threads, which stay
             memory, n_open = this.memory_info().rss, this.num_fds()
             clients = [unread(address, streamed if i % 2 else LARGE) for i in range(12)]
             wait_until(lambda: service.worker.counts()["running"] > 0)
@@ -222,28 +222,28 @@ def test_clients_that_never_read_leave_no_memory_in_use(tiny_tokenizer):
                 delays.append(time.monotonic() - began)
                 assert sum(delays) < 60
                 time.sleep(0.01)
-            assert statistics.median(delays) < 2  # seconds; of a machine that others use, too
-            most = n_open + len(clients)  # their own ends are of this process, too
+            assert statistics.median(delays) < 2  # seconds; the machine may be busy
+            most = n_open + len(clients)  # the clients' ends are in this process, too
             wait_until(lambda most=most: this.num_fds() <= most)
             time.sleep(REST_SECONDS + 1)
             more = this.memory_info().rss - memory
             for client in clients:
                 client.close()
-        assert more < 8e6  # two thirds of a megabyte for each
+        assert more < 8e6  # two thirds of a megabyte per client
 
 
 def test_a_client_that_is_gone_is_noticed_though_it_sent_more(tiny_tokenizer):
     with running(tiny_tokenizer, max_tokens=100_000) as (address, service):
         document = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True}
         connection = unread(address, document)
-        connection.sendall(framed(ASKED))  # the next one, which waits
+        connection.sendall(framed(ASKED))  # the next request, which waits
         wait_until(lambda: service.worker.counts()["running"] == 1)
         connection.close()
         wait_until(lambda: service.worker.counts() == {"running": 0, "waiting": 0})
 
 
 def test_a_long_answer_waits_in_pieces(tiny_tokenizer):
-    """Of an answer of megabytes that is not read, about a piece is sent; a slow client gets all of it."""
+    """If a client does not read an answer of megabytes, about one piece is sent; a slow client gets all of it."""
     with running(tiny_tokenizer, client_seconds=20) as (address, _):
         document = LARGE | {"max_tokens": 0}
         whole = httpx.post(f"{address}/v1/completions", json=document, timeout=60).json()

@@ -1,6 +1,6 @@
-"""A server that gets HTTP wrong in about 50 ways: each ends in the right file or in one line, within seconds.
+"""A server that gets HTTP wrong in about 50 ways: each ends with the right file or one line of error, within seconds.
 
-Whatever it did, a good answer later gives the right file: nothing bad is kept.
+A good answer afterwards always gives the right file: nothing bad is kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Behaviour = Callable[["Asked"], Iterable[bytes]]
 
 
 def pack(name: str, text: str) -> bytes:
-    """A file of that name with the text in it."""
+    """A file with the text in it, packed as its name says."""
     content, file = text.encode(), io.BytesIO()
     if name.endswith("tar.gz"):
         with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
@@ -61,7 +61,7 @@ OLDER = {name: pack(name, OLD) for name in NAMES}
 
 
 class Asked:
-    """One request: the file that is asked for, which time it is, and from which byte on."""
+    """One request: the file, how often it has been requested, and from which byte on."""
 
     def __init__(self, name: str, time: int, range: str | None, validator: str | None, connection: socket.socket):
         self.name, self.file, self.old, self.time = name, FILES[name], OLDER[name], time
@@ -70,7 +70,7 @@ class Asked:
 
 
 class Handler(socketserver.StreamRequestHandler):
-    """Reads a request for /<behaviour>/<file> and sends what the behaviour makes of it."""
+    """Reads a request for /<behaviour>/<file> and answers with this behaviour."""
 
     def handle(self) -> None:
         lines = [line.decode("latin-1").strip() for line in iter(self.rfile.readline, b"\r\n") if line]
@@ -151,7 +151,7 @@ def cut(asked: Asked, *, etag: str = "new") -> list[bytes]:
 
 
 def first(*behaviours: Behaviour) -> Behaviour:
-    """Each of them once, then rightly."""
+    """Each behaviour once, then the right one."""
     return lambda asked: ([*behaviours, right][min(asked.time - 1, len(behaviours))])(asked)
 
 
@@ -214,7 +214,7 @@ PAGE = b"<!DOCTYPE html><html><body><form>Log in</form></body></html>"
 RIGHT = ""
 GZ = {"text.txt.gz": RIGHT, "text.tar.gz": RIGHT}
 
-# What the server does, and what must come of it: the right text, or one line with these words. A dict says it by file.
+# What the server does, and the expected result: the right text, or one line with these words.  A dict has it by file.
 KINDS: dict[str, tuple[Behaviour, str | dict[str, str]]] = {
     "right": (right, RIGHT),
     "weak_etag": (lambda a: [head("200 OK", 'ETag: W/"x"', f"Content-Length: {len(a.file)}"), a.file], RIGHT),
@@ -268,7 +268,7 @@ KINDS: dict[str, tuple[Behaviour, str | dict[str, str]]] = {
     "a_page": (always(*body(PAGE, "Content-Type: text/html; charset=utf-8")), "web page"),
     "a_page_without_its_kind": (
         always(*body(PAGE)),
-        {"text.txt.gz": "damaged or cut off", "text.zip": "damaged or cut off"},  # of a .txt nobody can tell
+        {"text.txt.gz": "damaged or cut off", "text.zip": "damaged or cut off"},  # nobody could notice in a .txt
     ),
     "noise": (always(*body(bytes(range(256)) * 99)), "no text|damaged or cut off"),
     "redirect_within": (redirect("/redirect_within/NAME?x"), RIGHT),
@@ -311,7 +311,7 @@ def cache(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("cache/*")}
 
 
-SLOW = {kind for kind in KINDS if "silent" in kind or "a_byte" in kind or "for_ever" in kind}  # these take their time
+SLOW = {kind for kind in KINDS if "silent" in kind or "a_byte" in kind or "for_ever" in kind}  # these take seconds
 ROWS = [
     (kind, name, words if isinstance(words, str) else words[name])
     for kind, (_, words) in KINDS.items()
@@ -348,7 +348,7 @@ def test_the_right_file_or_one_line(
 
 
 def lines(n: int) -> list[str]:
-    """Lines that do not pack well."""
+    """Lines that do not compress well."""
     draw = random.Random(0)
     return [f"{i} {draw.getrandbits(400):x}" for i in range(n)]
 
@@ -385,7 +385,7 @@ def many(name: str) -> bytes:
 
 
 MANY = ["big.txt", "big.jsonl", "big.txt.gz", "big.jsonl.bz2", "big.txt.xz", "big.txt.zst", "big.tar", "big.tar.gz"]
-WHOLE = ["big.zip", "big.parquet"]  # only their end says what is in them
+WHOLE = ["big.zip", "big.parquet"]  # their index is at the end
 
 
 @pytest.mark.parametrize("name", [*MANY, *WHOLE])
@@ -407,14 +407,14 @@ def test_max_bytes_takes_the_beginning_and_a_later_run_continues(
         return
     assert set(kept) == {"partial", "json"}
     assert file.startswith(kept["partial"])
-    block = 900_000 if "bz2" in name else 131_072  # what can be unpacked alone
+    block = 900_000 if "bz2" in name else 131_072  # the unit of decompression
     assert len(kept["partial"]) < 2 * max(max_bytes, block) + 65_536
     n_asked = server.times["right", name]
     assert fill(tmp_path, url, max_bytes=max_bytes).manifest == taken
-    assert server.times["right", name] == n_asked  # what is here is enough
+    assert server.times["right", name] == n_asked  # the part on disk is enough
     fill(tmp_path, url)
     assert list(cache(tmp_path).values()) == [file]
-    assert fill(tmp_path, url, max_bytes=max_bytes).manifest == taken  # the whole gives the same bytes
+    assert fill(tmp_path, url, max_bytes=max_bytes).manifest == taken  # the whole file gives the same bytes
     assert texts(tmp_path) == expected
 
 

@@ -1,4 +1,4 @@
-"""Models that transformers made become ours, with the same logits; what would compute something else is refused."""
+"""Models of transformers become ours, with the same logits; those that would not have the same are refused."""
 
 import json
 import os
@@ -66,7 +66,7 @@ MODELS = {
 
 
 def saved(config: transformers.PretrainedConfig, folder: Path) -> torch.nn.Module:
-    """A random model of transformers, written by it."""
+    """A random model of transformers, saved to a folder."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_wrong_sizes_are_reported_without_the_biases_that_are_right(name, change
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logit_scale": None}, "logit_scale=0.0625, not 1.0"),  # what the class takes where config.json is silent
+        ({"logit_scale": None}, "logit_scale=0.0625, not 1.0"),  # the class's default when config.json has none
         ({"layer_types": ["sliding_attention", "full_attention"] * 2}, "a cohere2 is not the same here with window"),
         ({"use_sliding_window": False}, "a cohere2 is not the same here with window: null"),
     ],

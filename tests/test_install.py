@@ -1,4 +1,4 @@
-"""Installing: what make does before the first run, and what `pip install .` takes."""
+"""Installing: what make does before the first run, and what `pip install .` installs."""
 
 import importlib
 import re
@@ -23,7 +23,7 @@ REQUIREMENTS = {str(Requirement(line)) for line in LINES if line}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
-    """What `pip install .` puts into its place."""
+    """The wheel that `pip install .` builds."""
     folder = tmp_path_factory.mktemp("package")
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -41,7 +41,7 @@ def metadata(wheel: ZipFile) -> Distribution:
 
 def test_the_package_needs_what_requirements_txt_has(metadata: Distribution) -> None:
     assert {str(Requirement(line)) for line in metadata.requires} == REQUIREMENTS
-    assert "dependencies" not in PROJECT["project"]  # versions stand in one place
+    assert "dependencies" not in PROJECT["project"]  # versions are in one place only
 
 
 def test_the_command_is_the_function_that_python_m_tinygpt_calls(metadata: Distribution) -> None:
@@ -71,14 +71,14 @@ def test_the_same_pythons_are_supported_everywhere() -> None:
 
 
 def steps(folder: Path, *arguments: str) -> str:
-    """What `make install` would do in a folder."""
+    """The commands that `make install` would run in a folder."""
     done = subprocess.run(["make", "-n", "install", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder with a .venv that make has made there, or so it seems."""
+    """A folder that looks as if make had made a .venv there."""
     folder = tmp_path / "project"
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/python").symlink_to(sys.executable)
@@ -106,5 +106,5 @@ def test_torch_comes_from_the_requested_index(installed: Path) -> None:
     assert subprocess.check_output(command, shell=True, cwd=installed, text=True).strip() == pinned
     plain = steps(installed)
     assert "download.pytorch.org" not in plain
-    assert plain.index("make repro TORCH=cpu") < plain.index("-r requirements.txt")  # told before 5 GB come
+    assert plain.index("make repro TORCH=cpu") < plain.index("-r requirements.txt")  # the advice comes before 5 GB do
     assert "--quiet" not in plain

@@ -1,4 +1,4 @@
-"""Each field of a tokenizer.json gives the ids that the tokenizers library gives, or is refused by its name."""
+"""With each field of a tokenizer.json we get the same ids as the tokenizers library, or refuse the field by name."""
 
 import contextlib
 import copy
@@ -50,20 +50,20 @@ TEXTS = (
 
 
 def kinds_of(module: Any, part: str) -> Iterator[Any]:
-    """What the library writes for each class that can stand in a part of the file."""
+    """The JSON that the library writes for each class allowed in a part of the file."""
     for cls in [getattr(module, name) for name in dir(module) if isinstance(getattr(module, name), type)]:
         for arguments in ARGUMENTS:
             try:
                 holder = HFTokenizer(models.BPE())
                 setattr(holder, part, cls(*arguments))
-            except Exception:  # other arguments, or not of this part
+            except Exception:  # the class needs other arguments, or is not for this part
                 continue
             yield json.loads(holder.to_str())[part]
             break
 
 
 def full_values() -> dict[str, list[Any]]:
-    """By field, whole values of every kind."""
+    """All kinds of complete values, by field."""
     holder = HFTokenizer(models.BPE())
     holder.enable_truncation(5)
     holder.enable_padding(length=50)
@@ -83,7 +83,7 @@ def full_values() -> dict[str, list[Any]]:
 
 
 def fields_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path of each field, of which vocab and merges have very many only the first."""
+    """The path of each field; of very many, as in vocab and merges, only the first."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, one in [*inner][:20]:
         yield (*path, key)
@@ -91,7 +91,7 @@ def fields_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def taken(file: Path, document: Any) -> bool:
-    """Whether a file is taken; then the library has to say the same of all texts, else it is one line."""
+    """Whether a file is accepted.  If so, the library must give the same ids; if not, the error must be one line."""
     file.write_text(json.dumps(document))
     try:
         ours = load_tokenizer(file)
@@ -134,7 +134,7 @@ def test_several_odd_fields_and_damaged_bytes_are_done_exactly_or_refused(tiny_t
     for _ in range(round(150 * FUZZ)):
         document = json.loads(sound)
         for path in rng.sample(paths, 3):
-            with contextlib.suppress(KeyError, IndexError, TypeError):  # it lost its holder
+            with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier change removed its parent
                 broken(document, path, copy.deepcopy(rng.choice([*ODD, *whole.get(str(path[-1]), [])])))
         taken(file, document)
         damaged = bytearray(sound.encode())
@@ -151,7 +151,7 @@ def test_each_spelling_of_merges_is_read(tiny_tokenizer, tmp_path):
     document = json.loads(file.read_text())
     pairs = document["model"]["merges"]
     assert taken(file, broken(document, ("model", "merges"), [" ".join(pair) for pair in pairs]))
-    assert taken(file, broken(document, ("model", "merges"), [*pairs[5:], *pairs[:9]]))  # one twice, another order
+    assert taken(file, broken(document, ("model", "merges"), [*pairs[5:], *pairs[:9]]))  # another order, some twice
     assert not taken(file, broken(document, ("model", "merges"), [" ".join(pairs[0]), *pairs[1:]]))
     assert not taken(file, broken(document, ("model", "merges"), ["#version: 0.2", *map(" ".join, pairs)]))
     assert not taken(file, broken(document, ("model", "merges"), [[1, 2]]))

@@ -1,7 +1,7 @@
 """Killed at any moment and run again, every stage and DVC make the same bytes.
 
-TINYGPT_FUZZ multiplies the kills: 20 makes 200 of them. Their moments come from a seed, as far as a machine is as fast
-each time.
+TINYGPT_FUZZ multiplies the kills: 20 means 200 of them. A seed decides when they come, so they repeat as far as the
+machine's speed does.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 N_STAGE, N_DVC = round(FACTOR), round(2 * FACTOR)
 KILLED = STAGES if FACTOR > 1 else ["download", "encode", "evaluate", "export"]
 BY_DVC = STAGES if FACTOR > 1 else ["download", "clean"]
-INTERVAL_S = 5 if FACTOR > 1 else 3  # between two kills of DVC, at most
+INTERVAL_S = 5 if FACTOR > 1 else 3  # most seconds between two kills of DVC
 WRITTEN_IN_PLACE = (Path(".dvc/tmp/rwlock"), Path("dvc.lock"))
 OUTS = {
     name: [
@@ -39,7 +39,7 @@ OUTS = {
 
 
 def made(folder: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of every file there of these stages, but of the one that has times."""
+    """SHA-256 of every file that these stages have made, except the one with times."""
     paths = [folder / out for name in names for out in OUTS[name]]
     files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
     return {
@@ -50,7 +50,7 @@ def made(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def forget(folder: Path, names: list[str]) -> None:
-    """Remove what stages have made, as DVC does before it runs them, and what they keep half-done."""
+    """Remove what stages have made, as DVC does before it runs them, and what they have half-done."""
     for path in (folder / out for name in names for out in OUTS[name]):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for path in (folder / "runs", folder / ".dvc/cache"):
@@ -79,7 +79,7 @@ def test_a_stage_that_is_killed_leaves_no_half_file_and_ends_with_the_same_bytes
 
 
 def test_dvc_or_what_it_runs_is_killed_and_make_repro_ends_with_the_same_bytes(done, project):
-    """Each run continues where the one before was killed; when all is made, everything begins again."""
+    """Each run continues where the one before was killed; after a run that finishes, all starts anew."""
     expected, rng = made(done, BY_DVC), random.Random(0)
     forget(project, BY_DVC)
     for _ in range(N_DVC):
@@ -92,10 +92,10 @@ def test_dvc_or_what_it_runs_is_killed_and_make_repro_ends_with_the_same_bytes(d
 
 
 def start_repro(folder: Path) -> subprocess.Popen[bytes]:
-    """What `make repro` does, without installing packages, as far as the stages that are killed here."""
+    """Start what `make repro` does after installing, up to the stages that are killed here."""
     if run(
         "python -m tinygpt mend", folder
-    ).returncode:  # as something is broken, and what a killed DVC ran still goes on
+    ).returncode:  # something is broken, and a stage of the killed DVC still runs
         wait_for_the_end_of_all_in(folder)
         succeed("python -m tinygpt mend", folder)
     with open(folder / "log", "w") as log:
@@ -103,7 +103,7 @@ def start_repro(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_somewhere(dvc: subprocess.Popen[bytes], rng: random.Random, folder: Path) -> None:
-    """Kill DVC, or what it runs, or both: at any moment, or while DVC writes one of its files."""
+    """Kill DVC, its stages, or both: at any moment, or while DVC writes one of its files."""
     path, victim, deadline = (
         rng.choice([None, *WRITTEN_IN_PLACE]),
         rng.choice("dvc stage both".split()),
@@ -112,7 +112,7 @@ def kill_somewhere(dvc: subprocess.Popen[bytes], rng: random.Random, folder: Pat
     time.sleep(rng.uniform(0, INTERVAL_S))
     while path and dvc.poll() is None and time.monotonic() < deadline and not is_empty(folder / path):
         pass
-    with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
         stages = psutil.Process(dvc.pid).children(recursive=True) if dvc.poll() is None else []
         for process in ([dvc] if victim != "stage" else []) + (stages if victim != "dvc" else []):
             process.kill()
@@ -127,7 +127,7 @@ def is_empty(path: Path) -> bool:
 
 
 def wait_for_the_end_of_all_in(folder: Path, seconds: float = 60) -> None:
-    """Of what outlived the DVC that was killed."""
+    """Wait for processes in a folder that outlived the killed DVC."""
     deadline = time.monotonic() + seconds
     while left := [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(folder)]:
         assert time.monotonic() < deadline, [process.cmdline() for process in left]

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: the same ids in the tokenizers library and in llama.cpp, and nothing lost."""
+"""Every kind of tokenizer: the same ids in the tokenizers library and in llama.cpp, and no text is lost."""
 
 import dataclasses
 import json
@@ -57,9 +57,9 @@ def exported(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def readers(exported):
-    """What the tokenizers library and llama.cpp read of it."""
+    """The exported tokenizer in the tokenizers library and in llama.cpp."""
     theirs = tokenizers.Tokenizer.from_file(str(exported / "tokenizer/tokenizer.json"))
-    theirs.encode_special_tokens = True  # a special token's name in a text is text, as with us
+    theirs.encode_special_tokens = True  # as for us, a special token's name in a text is text
     with LlamaCpp(exported / "model.gguf") as llama:
         yield theirs, llama
 
@@ -117,7 +117,7 @@ def test_each_byte_is_a_token_and_so_is_each_character():
 
 def test_a_new_kind_is_a_function_and_an_entry(tmp_path, monkeypatch):
     def learn_words(counts, vocab_size, *, min_frequency, special_tokens):
-        """The most frequent pretoken, and the beginnings of it."""
+        """Learn the most frequent pretoken and its beginnings."""
         token = to_token(max(counts, key=counts.__getitem__))
         merges = [(token[:end], token[end]) for end in range(1, len(token))]
         return Tokenizer.from_merges(merges[: vocab_size - 257], special_tokens)

@@ -1,4 +1,4 @@
-"""The lean forward pass says what the model says: for every switch, kind of weights and number of rows."""
+"""The lean forward pass gives the model's logits, for every switch, kind of weights and number of rows."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ SWITCHES = {
 
 
 def assert_says_the_same(model, rows: list[list[int]], *, n_step: int = 9) -> None:
-    """Of a decoder and of the model without a cache, after the prompts and after each of some more ids."""
+    """A decoder and the model without a cache have the same logits after the prompts, and after each of n_step ids."""
     decoder = Decoder(model, rows)
     for step in range(n_step):
         with torch.inference_mode():

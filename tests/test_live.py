@@ -1,4 +1,4 @@
-"""A run is visible while it lasts: its curve, its samples, and what its newest checkpoint writes."""
+"""A run can be watched while it trains: its curve, its samples, and texts by its newest checkpoint."""
 
 import csv
 import dataclasses
@@ -27,7 +27,7 @@ SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
 
 @pytest.fixture(scope="module")
 def stopped(done, tmp_path_factory) -> Path:
-    """A project whose training was interrupted after its second evaluation, with its log until then."""
+    """A project whose training was interrupted after its second evaluation, with the log so far."""
     folder = tmp_path_factory.mktemp("live") / "project"
     shutil.copytree(done, folder, symlinks=True)
     shutil.rmtree(folder / "runs")
@@ -42,7 +42,7 @@ def stopped(done, tmp_path_factory) -> Path:
 
 
 def evaluated_steps(folder: Path) -> list[int]:
-    """The steps of the curve that have a validation loss: each file that can be read is whole."""
+    """The steps of the curve that have a validation loss; any file that is there is whole."""
     if not (folder / "train.csv").exists():
         return []
     text = (folder / "train.csv").read_text()
@@ -85,7 +85,7 @@ def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
     assert refused == f"error: 0 runs are called xyz: take one of {run.name}\n"
     assert "give one of them" in command("generate", "--run", "newest", "--model", "data/model").stderr
     weights, newest = run / "model/model.safetensors", run / f"step-{newest_step(stopped):07d}/weights.safetensors"
-    assert weights.stat().st_ino == newest.stat().st_ino  # no second copy
+    assert weights.stat().st_ino == newest.stat().st_ino  # one file, not two copies
 
 
 def test_a_run_is_called_by_the_params_that_differ_or_by_its_experiment(stopped, command, monkeypatch, tmp_path):

@@ -97,7 +97,7 @@ def test_a_shifted_struct_is_noticed():
 
 
 def with_value(data: bytes, key: str, value: int) -> bytes:
-    """Another whole number under a key, in four bytes."""
+    """Replace the four-byte whole number of a key."""
     at = data.index(key.encode()) + len(key) + 4
     return data[:at] + struct.pack("<I", value) + data[at + 4 :]
 

@@ -28,7 +28,7 @@ STEPS = list(range(1, PARAMS.max_steps + 1))
 
 
 class Killed(Exception):
-    """Ends a training between two checkpoints."""
+    """Raised to end a training between two checkpoints."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
 
 
 def logged(*names: str, killed_after: int | None = None):
-    """Train as the stage does; what was trained."""
+    """Train as the stage does; returns the trainer's result."""
     trainer, original = make_trainer(runtime=dataclasses.replace(RUNTIME, log_to=names)), Run.report
 
     def report(run: Run, state: TrainState, *, evaluated: bool) -> None:
@@ -60,7 +60,7 @@ def logged(*names: str, killed_after: int | None = None):
 
 
 def logged_twice(name: str):
-    """Train, killed two steps after a checkpoint and begun again."""
+    """Train, get killed two steps after a checkpoint, and train again."""
     with pytest.raises(Killed):
         logged(name, killed_after=8)
     return logged(name)
@@ -101,7 +101,7 @@ def test_the_logged_speed_is_that_since_the_row_before(folder):
         for step in range(7):
             loggers(TrainState(step=step, rows=rows[:step], seconds=step**2))
     speeds = [value for _, value in scalars(tensorboard_log(folder), "tokens_per_s")]
-    assert speeds == [pytest.approx(4 * 64 / seconds) for seconds in (1, 3, 5, 7, 9, 11)]  # of four sequences
+    assert speeds == [pytest.approx(4 * 64 / seconds) for seconds in (1, 3, 5, 7, 9, 11)]  # batches of four sequences
 
 
 def test_tensorboard_has_the_params(folder):
@@ -143,7 +143,7 @@ def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(fo
 
 
 def wandb_records(path: Path):
-    """The records of an offline run: blocks of 32 KiB in the layout of LevelDB's log, after 7 bytes."""
+    """The records of an offline run: 7 bytes, then blocks of 32 KiB in the format of LevelDB's log."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, part = path.read_bytes(), 7, b""
@@ -161,9 +161,9 @@ def wandb_records(path: Path):
 
 
 def wandb_run(path: Path) -> tuple[object, list[dict[str, float]]]:
-    """What the log says of the run, and its rows."""
+    """The run's record in the log, and its rows."""
     deadline, records = time.monotonic() + 30, []
-    while not any(record.WhichOneof("record_type") == "exit" for record in records):  # W&B's own process writes it
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):  # written by W&B's own process
         assert time.monotonic() < deadline, path
         time.sleep(0.05)
         records = list(wandb_records(path))
@@ -189,7 +189,7 @@ def test_each_start_is_an_offline_run_of_wandb_with_the_whole_curve(folder):
         config = {item.key: item.value_json for item in run.config.update}
         assert (run.project, run.run_group) == ("tinygpt", RUN)
         assert (config["model.n_layer"], config["train.schedule"]) == ("2", '"cosine"')
-    assert [step for step, _ in wandb_curve(second[1], "tokens_per_s")] == [7, 8, 9, 10]  # of this start
+    assert [step for step, _ in wandb_curve(second[1], "tokens_per_s")] == [7, 8, 9, 10]  # only steps since the restart
 
 
 def test_wandb_goes_where_its_own_settings_say(folder, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_wandb_goes_where_its_own_settings_say(folder, tmp_path, monkeypatch):
 
 
 def mlflow_run(place: Path, experiment: str = "tinygpt"):
-    """The only run of a store of files, and its client."""
+    """The only run in a file store, and a client of the store."""
     client = pytest.importorskip("mlflow.tracking").MlflowClient(tracking_uri=place.as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     return run, client
@@ -264,7 +264,7 @@ def test_dvclive_has_the_first_evaluation_once_though_nothing_came_after_it(fold
 
 
 TEXT = "<b>bold</b> & plain\n\n# once upon a time\n"
-SAMPLES = {  # where each has the text of step 2
+SAMPLES = {  # how to read the text of step 2 from each logger
     "tensorboard": lambda folder: tensorboard_log(folder).Tensors("sample")[-1].tensor_proto.string_val[0].decode(),
     "wandb": lambda folder: html.unescape(next(folder.glob("wandb/*/files/media/html/sample_2_*.html")).read_text()),
     "mlflow": lambda folder: next(folder.glob("mlflow/**/samples/0000002.txt")).read_text(),
@@ -281,7 +281,7 @@ def test_samples_are_in_the_log(name, folder):
         loggers(TrainState(step=0, rows=rows[:1], samples=samples[:1]))
         loggers(TrainState(step=2, rows=rows, samples=samples, seconds=1.0))
     assert TEXT in SAMPLES[name](folder)
-    with Loggers([name], folder, tiny_config(), PARAMS) as loggers:  # begun again: not written twice
+    with Loggers([name], folder, tiny_config(), PARAMS) as loggers:  # a restart does not write it twice
         loggers(TrainState(step=2, rows=rows, samples=samples))
     if name == "tensorboard":
         assert [event.step for event in tensorboard_log(folder).Tensors("sample")] == [0, 2]
@@ -321,7 +321,7 @@ def test_a_log_that_cannot_be_opened_costs_one_line(name, folder, monkeypatch, c
     for place in ("tensorboard", "dvclive"):
         (folder / place).write_text("no folder")
     monkeypatch.setenv("WANDB_MODE", "nonsense")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     assert logged(name).state.step == PARAMS.max_steps
     told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(told) == 1
@@ -344,7 +344,7 @@ def test_a_folder_with_the_name_of_a_package_is_not_one(tmp_path, monkeypatch):
 
 
 def test_loggers_the_compiler_and_pandas_are_imported_only_on_request(tmp_path):
-    """The compiler, torch._dynamo, takes as long as all the rest of torch: models are opened and trained without it."""
+    """The compiler, torch._dynamo, takes as long to import as the rest of torch; without --compile it is not needed."""
     save_model(tmp_path, tiny_config(), model_tensors(tiny_model()))
     code = "import sys, torch, stages.evaluate, stages.export, stages.plot, stages.train\n"
     code += "from tinygpt.model.weights import load_model\nfrom tinygpt.params import load_params\n"

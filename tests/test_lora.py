@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, merged without loss, and the same on their base in PEFT and llama.cpp."""
+"""Adapters change nothing at first, merge without loss, and give the same logits in PEFT and llama.cpp."""
 
 import os
 
@@ -42,7 +42,7 @@ STARCODER = {"norm": "layernorm", "mlp": "gelu"}
 
 
 def apply(llama: LlamaCpp, path: Path) -> bool:
-    """Have llama.cpp use an adapter from now on; whether it fits the model."""
+    """Let llama.cpp use an adapter from now on; returns whether it fits the model."""
     load, use = llama._lib.llama_adapter_lora_init, llama._lib.llama_set_adapters_lora
     load.restype, load.argtypes = c_void_p, [c_void_p, c_char_p]
     use.argtypes = [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]
@@ -95,7 +95,7 @@ def test_dropout_is_on_the_adapters_input_in_training_alone():
     ids = random_ids(1, 10)
     assert torch.equal(model(ids), model(ids))
     assert not torch.equal(model.train()(ids), model(ids))
-    model.set_dropout(0.0)  # the model's own, which is another
+    model.set_dropout(0.0)  # the model's own dropout, not the adapters'
     assert not torch.equal(model(ids), model(ids))
 
 
@@ -194,7 +194,7 @@ def test_the_readme_of_the_adapters_shows_how_to_load_them(tmp_path, monkeypatch
 
 @pytest.fixture
 def trained_folder(tmp_path, monkeypatch) -> Path:
-    """A project's folder with a base, and a model trained with adapters of it."""
+    """A project's folder with a base, and a model trained from it with adapters."""
     base = random_model(**LLAMA, vocab_size=257)
     monkeypatch.chdir(tmp_path)
     write_base(paths.BASE, base.config, model_tensors(base), byte_tokenizer())
@@ -219,7 +219,7 @@ def test_a_damaged_training_json_is_reported_with_its_key(trained_folder, key, v
     if value == "gone":
         del holder[key]
     (paths.MODEL / "training.json").write_text(json.dumps(training))
-    if key in ("init_from", "base_sha256") and value == "x":  # a text may be any
+    if key in ("init_from", "base_sha256") and value == "x":  # any text is allowed there
         assert read_training(paths.MODEL)
         return
     with pytest.raises(UserError, match=rf"data/model/training.json was written by another version \(.*{key}"):

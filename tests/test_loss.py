@@ -1,4 +1,4 @@
-"""The loss from the last hidden state on: by hand, and compared with PyTorch's."""
+"""The loss from the last hidden states: by hand, and compared with PyTorch's."""
 
 import math
 
@@ -18,7 +18,7 @@ def inputs(n=7, v=11, c=5, dtype=torch.float32):
 
 
 def reference(hidden, head, targets, *, label_smoothing=0.0, z_loss=0.0):
-    """All logits at once, by PyTorch's own functions."""
+    """The loss from all logits at once, with PyTorch's own functions."""
     logits = (hidden @ head.mT).flatten(0, 1)
     plain = F.cross_entropy(logits, targets.flatten(), label_smoothing=label_smoothing)
     return plain + z_loss * logits.logsumexp(-1).square().mean()
@@ -34,7 +34,7 @@ def test_the_loss_of_three_tokens_by_hand():
 @pytest.mark.parametrize(
     "extra", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.5}, {"label_smoothing": 0.2, "z_loss": 0.1}]
 )
-@pytest.mark.parametrize("chunk", [1, 33, 100, 10_000])  # logits: a token's 11 and less, 3, 9 and all 14 tokens'
+@pytest.mark.parametrize("chunk", [1, 33, 100, 10_000])  # logits, 11 a token: 1, 3, 9 and all 14 tokens
 def test_loss_and_gradient_are_pytorchs_whatever_the_chunk(extra, chunk, monkeypatch):
     monkeypatch.setitem(loss.CHUNK, "cpu", chunk)
     hidden, head, targets = inputs()

@@ -1,4 +1,4 @@
-"""An MLP or a norm that only its registry knows: it trains, it writes text, and its export is refused in one line."""
+"""An MLP or a norm known only to its registry trains, writes text, and is refused by the export in one line."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tinygpt.params import require
 
 
 class LargestNorm(nn.Module):
-    """Divides by the largest number."""
+    """A norm that divides by the largest absolute value."""
 
     def __init__(self, size, config, *, bias):
         super().__init__()
@@ -28,7 +28,7 @@ class LargestNorm(nn.Module):
 
 
 class ShiftedNorm(nn.LayerNorm):
-    """Made of a norm that decoding knows, but not the same."""
+    """A subclass of a norm that decoding knows, with another result."""
 
     def forward(self, x):
         return super().forward(x) + 0.5
@@ -54,7 +54,7 @@ def registered(monkeypatch):
 
 
 def assert_decodes_as_the_model(model, ids, tolerance=2e-5):
-    """One row and several, the last five tokens step by step."""
+    """One row and several have the model's logits, with the last five tokens decoded step by step."""
     with torch.inference_mode():
         expected = model(ids)
     for n_row in (1, len(ids)):

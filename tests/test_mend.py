@@ -1,4 +1,4 @@
-"""What a killed DVC leaves half-written is mended, and nothing else is touched."""
+"""Files that a killed DVC left half-written are repaired, and nothing else is touched."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def here(project, monkeypatch):
 
 @pytest.mark.parametrize("text", ["schema: '2.0'\nstages: {}\n", "schema: '3.0'\n", "<<<<<<< HEAD\nschema: '2.0'\n"])
 def test_what_is_not_cut_off_stays_as_it_is(here, command, text):
-    (here / LOCK).write_text(text)  # whole, of another version, of two branches
+    (here / LOCK).write_text(text)  # whole; of another version; with a merge conflict
     assert command("mend") == (0, "", "")
     assert (here / LOCK).read_text() == text
     assert (here / RWLOCK).read_text() == "{}"
@@ -71,7 +71,7 @@ def test_nothing_is_mended_while_a_dvc_is_at_work(here, command):
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_dvc_runs(here, command, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as for anybody but root
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as for a user without write permission
     said = command("mend")
     assert said.returncode == 1
     assert said.stderr.startswith(f"error: {here} cannot be written to: `chown` it")

@@ -1,4 +1,4 @@
-"""Merging bytes into tokens: one row, many rows at once, and very long ones, all with the same result."""
+"""Merging bytes into tokens gives the same result for one row, many rows at once, and very long ones."""
 
 import random
 import string
@@ -14,7 +14,7 @@ from tinygpt.errors import UserError
 from tinygpt.tokenizer.merger import ROW_END, TOGETHER, Merger, Pairs, merge_long
 
 ROWS = st.lists(st.integers(0, 3), max_size=30)
-# Pairs of ids in rank order; the id that a pair becomes may be one that exists, as from another way to one token.
+# Pairs of ids in rank order.  The merged id may exist already, as there may be several ways to one token.
 MERGES = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(4, 9)), max_size=8)
 
 
@@ -23,7 +23,7 @@ def ranks_of(merges: list[tuple[int, int, int]]) -> dict[tuple[int, int], tuple[
 
 
 def slowly(ids: list[int], ranks: dict) -> list[int]:
-    """By looking for the pair of lowest rank each time."""
+    """Merge by searching for the pair of lowest rank each time."""
     while found := [(*ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]:
         _, merged, i = min(found)
         ids = [*ids[:i], merged, *ids[i + 2 :]]

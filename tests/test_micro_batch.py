@@ -1,4 +1,4 @@
-"""runtime.micro_batch_size=auto: sizes that are tried, and what trying leaves as it was."""
+"""runtime.micro_batch_size=auto: which sizes are tried, and that trying changes nothing."""
 
 import dataclasses
 import time
@@ -82,11 +82,11 @@ def test_missing_memory_is_one_line_and_other_errors_are_raised():
     with pytest.raises(RuntimeError, match="must match the size"), out_of_memory("lower it"):
         torch.empty(2) + torch.empty(3)
     with pytest.raises(RuntimeError, match="an illegal memory access"), out_of_memory("lower it"):
-        raise torch.AcceleratorError("an illegal memory access")  # a kind of RuntimeError of its own
+        raise torch.AcceleratorError("an illegal memory access")  # a subclass of RuntimeError
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_not_tried():
-    params = dataclasses.replace(PARAMS, batch_size=2**28)  # of which the smallest part tried has 2^30 tokens
+    params = dataclasses.replace(PARAMS, batch_size=2**28)  # even the smallest part tried has 2^30 tokens
     one = make_learner(params=params, runtime=AUTO, n_layer=1)
     with pytest.raises(UserError, match="not even the smallest micro-batch fits"):
         find_micro_batch_size(one)

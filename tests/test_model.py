@@ -1,4 +1,4 @@
-"""The model: parity between its ways, causality, sizes, files."""
+"""The model: its ways to compute agree; causality, sizes, files."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ CHOICES = {
 
 
 def pairwise_rows() -> list[dict]:
-    """Few rows in which every pair of choices of two switches occurs somewhere."""
+    """A few rows of choices in which every pair of choices of two switches occurs."""
     names = list(CHOICES)
     missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in CHOICES[a] for y in CHOICES[b]}
     rng, rows = np.random.default_rng(0), []
@@ -193,7 +193,7 @@ def test_reading_a_model_draws_no_first_weights(tmp_path):
 
 def test_sizes_that_are_null_are_derived():
     assert derived_hidden(256, "gelu") == 1024
-    assert derived_hidden(256, "swiglu") == 704  # 682.67, up to a multiple of 32
+    assert derived_hidden(256, "swiglu") == 704  # 682.67, rounded up to a multiple of 32
     assert tiny_config(n_head=4, n_kv_head=None).n_kv_head == 4
     assert derived_hidden(256, "relu2") == 1024
     assert tiny_config(n_embd=32, n_head=4).head_dim == 8

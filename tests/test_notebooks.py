@@ -1,4 +1,4 @@
-"""The notebooks: clean as committed, and each runs from its first cell to its last, at small settings."""
+"""The notebooks are committed without outputs, and each runs from first to last cell, with small settings."""
 
 import json
 import os
@@ -21,20 +21,20 @@ SMALL = {"SOURCE": "corpus.txt", "MAX_BYTES": 100_000, "N_EMBD": 32, "STEPS": 25
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The project by links, with a small corpus and small params, which the notebooks begin with."""
+    """The project as links, with a small corpus and small params, from which the notebooks start."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "notebooks").mkdir()
     for name in ("quickstart.py", "requirements.txt", "stages", "tinygpt", "docs"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "params.yaml", folder)
     small = {key: value for key, value in PARAMS.items() if key not in ("export.gguf", "model.n_layer")}
-    set_params(folder, small | {"export.hf": False})  # which no notebook shows, and which imports transformers
+    set_params(folder, small | {"export.hf": False})  # no notebook shows it, and it would import transformers
     (folder / "corpus.txt").write_text(corpus(), encoding="utf-8")
     return folder
 
 
 def small(notebook: Any) -> Any:
-    """The notebook with SMALL in place of its own settings, which one cell has."""
+    """The notebook with SMALL in place of its own settings, which are in one cell."""
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     names = re.findall(r"^(\w+) =", cell.source, re.MULTILINE)
     cell.source = "\n".join(f"{name} = {SMALL[name]!r}" for name in names)
@@ -42,14 +42,14 @@ def small(notebook: Any) -> Any:
 
 
 class Running(KernelManager):
-    """Of a kernel that somebody else has started."""
+    """The manager of a kernel that another process has started."""
 
     has_kernel = True
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory) -> Iterator[KernelManager]:
-    """One for all, in a process that has PyTorch already."""
+    """One kernel for all notebooks, in a process that has imported PyTorch already."""
     connection = str(tmp_path_factory.mktemp("kernel") / "connection.json")
     manager = Running(connection_file=connection, owns_kernel=False)
     manager.write_connection_file()
@@ -61,7 +61,7 @@ def kernel(tmp_path_factory) -> Iterator[KernelManager]:
 
 
 def run_kernel(connection: str) -> None:
-    """As `python -m ipykernel` does."""
+    """Run a kernel as `python -m ipykernel` does."""
     from ipykernel.kernelapp import launch_new_instance
 
     os.environ.pop("DVC_ROOT", None)

@@ -1,4 +1,4 @@
-"""Each optimizer makes the step that a reference makes, and continues after its state was saved."""
+"""Each optimizer makes the same step as a reference, and continues from its saved state."""
 
 import math
 import sys
@@ -77,7 +77,7 @@ def test_one_step_of_adamw_by_hand():
     weight, norm = model.blocks[0].mlp.up_proj.weight, model.norm.weight
     before, norm_before = weight.detach().clone(), norm.detach().clone()
     backward(model)
-    optimizers[0].step()  # the first step of Adam moves each weight by lr · g / (|g| + eps), decay apart
+    optimizers[0].step()  # apart from decay, Adam's first step moves each weight by lr · g / (|g| + eps)
     moved = PARAMS.lr * weight.grad / (weight.grad.abs() + 1e-8)
     torch.testing.assert_close(weight, before * (1 - PARAMS.lr * PARAMS.weight_decay) - moved, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(
@@ -97,7 +97,7 @@ def test_adamw_makes_the_steps_and_keeps_the_state_of_torch_adamw_to_the_bit(tie
         for one, optimizer in ((model, ours), (reference, theirs)):
             backward(one, step)
             if step == 1:
-                one.norm.weight.grad = None  # of a weight that took no part
+                one.norm.weight.grad = None  # as if this weight took no part
             set_lr([optimizer], 1 / (step + 1))
             optimizer.step()
             optimizer.zero_grad()
@@ -111,7 +111,7 @@ def test_adamw_makes_the_steps_and_keeps_the_state_of_torch_adamw_to_the_bit(tie
 def test_a_weight_that_never_had_a_finite_gradient_has_no_state_and_training_continues(name):
     model, resumed = tiny_model(), tiny_model()
     optimizers, others = (build_optimizers(one, params_with(optimizer=name)) for one in (model, resumed))
-    load_optimizer_tensors(resumed, others, optimizer_tensors(model, optimizers))  # fp16: all overflowed so far
+    load_optimizer_tensors(resumed, others, optimizer_tensors(model, optimizers))  # in fp16, all may have overflowed
     assert optimizer_tensors(resumed, others) == {}
     backward(model)
     model.norm.weight.grad = None
@@ -137,7 +137,7 @@ def test_muon_makes_the_steps_of_torch_muon_and_adamw_the_others():
         for parameters, some in ((model.parameters(), optimizers), (reference.parameters(), theirs)):
             generator = torch.Generator().manual_seed(step)
             for parameter in parameters:
-                # as long in all directions: torch's iteration is in bfloat16, which loses the short ones
+                # equally long in all directions: torch iterates in bfloat16, which loses short ones
                 parameter.grad = (
                     torch.nn.init.orthogonal_(torch.empty_like(parameter), generator=generator)
                     if parameter.ndim == 2
@@ -183,7 +183,7 @@ def test_two_steps_of_lion_by_hand():
 
 @pytest.fixture(autouse=True)
 def not_compiled():
-    """torchao compiles its step, which takes twenty seconds and changes last bits alone."""
+    """Do not compile torchao's step: that takes twenty seconds and changes only the last bits."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -1,4 +1,4 @@
-"""Wrong values: whoever gives them, the answer names them, in words and as they were written."""
+"""Wrong values: wherever they come from, the message says in words what is wrong, and shows them as written."""
 
 import dataclasses
 import json
@@ -109,7 +109,7 @@ def test_what_is_shown_of_a_value_is_read_as_the_same_value():
         given = value()
         told = shown(given)
         assert told.isprintable()
-        if "\\" not in told and "\t" not in told:  # YAML has other escapes than JSON for some
+        if "\\" not in told and "\t" not in told:  # YAML and JSON escape some characters differently
             assert load_yaml(told.encode()) == given, (given, told)
     assert [shown(each) for each in ("null", "None", "a b", "", "1", 1, (1, "a"))] == (
         ['"null"', "None", '"a b"', '""', '"1"', "1", '[1, "a"]']
@@ -139,7 +139,7 @@ def test_an_interval_has_its_bounds_and_its_words(interval, words):
 
 
 def numbers_of(name: str) -> list[tuple[str, str]]:
-    """The flags of a command that take numbers, each with how they are typed."""
+    """The flags of a command that take numbers, each with its placeholder in the help."""
     (commands,) = (action for action in build_parser()._actions if action.dest == "command")
     found = commands.choices[name]._actions
     return [(action.option_strings[-1], action.metavar) for action in found if action.metavar in ("N", "X", "ID")]

@@ -1,4 +1,4 @@
-"""Texts that people bring: one rule for a folder, a glob and an archive, and whatever is not taken is reported."""
+"""Users' own texts: one rule for a folder, a glob and an archive, and whatever is left out is reported."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_links_are_followed_once_and_never_in_a_circle(tmp_path: Path) -> None:
         (tmp_path / link).symlink_to(target)
     for source in ("own", "own/**/*"):
         notes = str(fill(tmp_path, source).notes)
-        found = sorted(texts(tmp_path).values())  # one file by a link of its own, too
+        found = sorted(texts(tmp_path).values())  # one file has a link of its own, too
         assert found == ["elsewhere/b.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt", "own/a.txt"]
         assert "left out: 5 links (dead, self, " in notes
         assert "read: 3 through links (file.txt, again, more)" in notes
@@ -118,7 +118,7 @@ def test_an_error_of_the_disk_names_the_file_that_cannot_be_read(tmp_path: Path)
 
 @pytest.fixture
 def as_nobody() -> Iterator[Path]:
-    """A folder that everybody may read, while the tests run as somebody who may not read everything."""
+    """A folder that everybody may read; meanwhile root becomes a user who may not read everything."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     is_root = os.geteuid() == 0

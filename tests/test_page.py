@@ -1,4 +1,4 @@
-"""The page of a run: what it says, that it needs nothing, and that it does what it should in a real browser."""
+"""The page of a run: its content, that it loads nothing else, and how it works in a real browser."""
 
 import base64
 import json
@@ -51,7 +51,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def hostile(done, tmp_path_factory) -> Path:
-    """A project whose text, prompts and names are all of them HTML."""
+    """A project whose text, prompts and names are all HTML."""
     folder = tmp_path_factory.mktemp("hostile") / "project"
     shutil.copytree(done, folder, symlinks=True)
     evaluation = folder / "reports/eval.json"
@@ -78,7 +78,7 @@ def hostile(done, tmp_path_factory) -> Path:
 
 
 def opened(browser, path: Path, problems: list[str], **options):  # noqa: F811
-    """The page in a browser, from disk; whatever goes wrong or is asked for is added to the problems."""
+    """The page in a browser, from disk; errors and requests are added to the problems."""
     page = browser.new_page(**options)
     page.set_default_timeout(20_000)
     page.on("console", lambda message: problems.append(message.text))
@@ -119,7 +119,7 @@ def test_the_page_depends_on_no_time_and_no_speed(project):
 def test_what_looks_like_html_stays_text(hostile):
     tags = Tags((hostile / PAGE).read_text())
     assert tags.names.count("script") == 3 and "img" not in tags.names
-    assert HOSTILE in tags.text  # the source, to read
+    assert HOSTILE in tags.text  # the HTML's source, as text
     assert "49" not in tags.text.split("trained on")[1][:300]
 
 
@@ -191,7 +191,7 @@ def test_smoothing_brings_neighbouring_steps_together(page):
 
 @in_chromium
 def test_a_token_shows_its_alternatives_to_pointer_and_keyboard(page, done):
-    sample = json.loads((done / "reports/details.json").read_text())["samples"][-1]  # one that is surely longer
+    sample = json.loads((done / "reports/details.json").read_text())["samples"][-1]  # surely long enough
     tokens = page.locator("#samples .sample").last.locator("p.text").first.locator(".token")
     tokens.nth(3).hover()
     first = page.locator("#token li").all_text_contents()
@@ -262,7 +262,7 @@ def test_the_page_of_several_draws_each_and_a_name_picks_one_out(browser, tmp_pa
 def test_the_earlier_run_is_named_and_stays_the_same_when_this_one_is_committed(project):
     path = project / "reports/eval.json"
     report = json.loads(path.read_text())
-    assert find_earlier(project, report) is None  # that of the last commit is this one
+    assert find_earlier(project, report) is None  # the last commit has this very run
     better = report | {"bpb": report["bpb"] - 10 * report["bpb_error"], "loss": report["loss"] - 1}
     path.write_text(json.dumps(better))
     set_params(project, {"train.lr": 0.004})
@@ -271,7 +271,7 @@ def test_the_earlier_run_is_named_and_stays_the_same_when_this_one_is_committed(
     head = succeed("git rev-parse HEAD", project)[:9]
     assert f"the newest commit of another run, {head}, which had other params." in text
     assert f"commit {head} has" in text
-    assert "better, by 7 times the error" in text  # 10 errors of one, which both have: √2 of it
+    assert "better, by 7 times the error" in text  # 10 / √2, as the error of the difference is √2 times larger
     assert re.search(r"train\.lr\s*0\.008\s*0\.004", text)
     before = (project / PAGE).read_bytes()
     commit(project, "second run")
@@ -333,7 +333,7 @@ def test_prompts_of_the_held_out_text_end_before_a_space_and_continue_as_it_does
     for prompt, followed in found:
         assert prompt and not prompt[-1].isspace() and "\ufffd" not in prompt + followed
         assert any(text.startswith(prompt + followed) for text in texts) and followed
-    assert all(followed[0].isspace() for _, followed in found[:3])  # at a word's end, where there are words
+    assert all(followed[0].isspace() for _, followed in found[:3])  # prompts end at a word's end, if there are words
 
 
 def test_the_page_stays_small_whatever_the_text_and_the_model(tiny_tokenizer):

@@ -1,4 +1,4 @@
-"""params.yaml: strict, typed, all problems at once."""
+"""params.yaml is strict and typed, and all problems are reported at once."""
 
 import copy
 import random
@@ -161,9 +161,9 @@ def test_problems_of_several_groups_come_together(tmp_path):
 
 
 def test_yaml_is_version_1_2(tmp_path):
-    path = edited(tmp_path, r"  lr: \S+", "  lr: 1e-05")  # what `-S train.lr=1e-5` writes; YAML 1.1 reads a text
+    path = edited(tmp_path, r"  lr: \S+", "  lr: 1e-05")  # written by `-S train.lr=1e-5`; a text in YAML 1.1
     assert load_params(TrainParams, path=path).lr == 1e-5
-    path = edited(tmp_path, r"position: \w+", "position: on")  # YAML 1.1 reads true
+    path = edited(tmp_path, r"position: \w+", "position: on")  # true in YAML 1.1
     with pytest.raises(ParamsError, match="model.position=on is"):
         load_params(ModelParams, path=path)
 
@@ -195,7 +195,7 @@ def params_with(tmp_path: Path, changes: dict[str, Any]) -> Path:
 
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0, "targets": ["q_proj", "gate_proj"]}
-# What two keys say together that no stage can do: changes that are right alone, and what is said.
+# Two keys that contradict each other: changes that are valid alone, and the message.
 PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"evaluate.context": 129}, "evaluate.context=129 must be at most model.block_size=128: set it to null"),
     ({"evaluate.stride": 129}, "evaluate.stride=129 must be at most evaluate.context=128: set it to null"),
@@ -325,7 +325,7 @@ def test_a_file_with_some_bytes_changed_is_params_or_is_reported_within_a_second
         assert_read_or_told(path)
 
 
-# What may stand in a params.yaml: any tree, in the whole file or in place of a value.
+# Possible content of a params.yaml: any tree, as the whole file or in place of a value.
 LEAVES = st.none() | st.booleans() | st.integers() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9)
 TREES = st.recursive(
     LEAVES, lambda tree: st.lists(tree, max_size=4) | st.dictionaries(st.text(max_size=5), tree, max_size=4)

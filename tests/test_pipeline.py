@@ -1,4 +1,4 @@
-"""The pipeline: a story of what DVC's users do with it, each step after the one before, and its stages alone."""
+"""The pipeline: a story of what users do with DVC, in which each step follows the one before, and single stages."""
 
 import json
 import re
@@ -17,13 +17,13 @@ REPORTS = {
 
 
 def ran(output: str) -> list[str]:
-    """The stages that DVC ran after `code`, which runs always, in our order: its own differs where either could be."""
+    """The stages that DVC ran after `code`, which always runs; in our order, as DVC's may vary."""
     assert "Running stage 'code'" in output
     return [name for name in STAGES if f"Running stage '{name}'" in output]
 
 
 def cached(output: str) -> list[str]:
-    """The stages whose results DVC took from its run cache."""
+    """The stages whose results came from DVC's run cache."""
     return [name for name in STAGES if f"Stage '{name}' is cached" in output]
 
 
@@ -48,24 +48,24 @@ story = [pytest.mark.slow, pytest.mark.story]
 
 @pytest.fixture(scope="module")
 def clone(done, tmp_path_factory) -> Path:
-    """A shallow clone: git alone, without a cache, a remote or an identity."""
+    """A shallow clone: only git, without a cache, a remote or an identity."""
     folder = tmp_path_factory.mktemp("pipeline") / "clone"
     succeed(f"git clone -q --depth 1 file://{done} {folder}", done)
     return folder
 
 
 class TestTheStory:
-    """The steps."""
+    """The steps of the story."""
 
     pytestmark = story
 
     def test_a_shallow_clone_without_cache_remote_or_identity_makes_the_same_bytes(self, clone, done):
         metrics, said = dvc(clone, "metrics show", "repro", HOME=str(clone.parent))
-        assert "bpb" in metrics  # git alone has the numbers
+        assert "bpb" in metrics  # the numbers are in git
         assert ran(said) == STAGES
         assert hashes(clone) == hashes(done)
         assert outs(clone) == outs(done)
-        commit(clone, "second run")  # took another time
+        commit(clone, "second run")  # only its times differ
 
     def test_all_outputs_are_made_and_git_tracks_only_what_it_should(self, clone):
         for name in (
@@ -119,7 +119,7 @@ class TestTheStory:
         drawn = {(row["field"], row["rev"]) for row in loss["content"]["data"]["values"]}
         assert drawn == {(field, rev) for field in ("train_loss", "val_loss") for rev in ("HEAD", "workspace")}
         page = (clone / "dvc_plots/index.html").read_text()
-        assert "datum['dvc_inferred_y_value'] !== ''" in page  # else a step without a validation loss is drawn as 0
+        assert "datum['dvc_inferred_y_value'] !== ''" in page  # otherwise a missing validation loss is drawn as 0
         assert "reports_plots_loss.svg" in page and "gradient norm" in page
         changed_files = {line[3:] for line in succeed("git status --porcelain", clone).splitlines()}
         assert changed_files <= {"dvc.lock", "params.yaml", *REPORTS}

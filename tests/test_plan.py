@@ -1,4 +1,4 @@
-"""`plan`: the law against its runs, the search by properties, the command from a text to params.yaml."""
+"""`plan`: its scaling law on the measured runs, properties of its search, the command from a text to params.yaml."""
 
 import dataclasses
 import math
@@ -85,7 +85,7 @@ def test_more_time_or_more_text_is_never_worse(minutes, times, n_bytes):
     some = planner(train_bytes=n_bytes)
     plan = some.best(60 * minutes)
     assert plan.seconds <= 60 * minutes * (1 + 1e-9)
-    assert some.best(60 * minutes * times).bpb <= plan.bpb * 1.004  # a shorter one is taken for so little
+    assert some.best(60 * minutes * times).bpb <= plan.bpb * 1.004  # for so little, the shorter plan wins
     assert planner(train_bytes=n_bytes * times).best(60 * minutes).bpb <= plan.bpb * 1.004
 
 
@@ -103,7 +103,7 @@ def test_a_time_that_is_too_short_is_answered_with_the_least_that_is_not():
     least = 60 * float(str(caught.value).split()[-1])
     assert planner().best(least).seconds <= least
     with pytest.raises(UserError):
-        planner().best(least / 1.05 - 6)  # it is rounded up to a tenth of a minute
+        planner().best(least / 1.05 - 6)  # the answer was rounded up to a tenth of a minute
 
 
 def test_the_steps_take_the_time():
@@ -141,7 +141,7 @@ def test_every_recipe_fits_params_yaml(n_embd, max_steps, epochs, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A project with its text, of which little is measured."""
+    """A project with its text, on which little is measured."""
     shutil.copy(PARAMS, tmp_path)
     (tmp_path / "corpus.txt").write_text(corpus(), encoding="utf-8")
     set_params(
@@ -151,7 +151,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "PROBE_STEPS", 12)
     monkeypatch.setattr(measure, "MOST_S", 0.0)
     monkeypatch.setattr(measure, "MEASURE_S", 0.01)
-    monkeypatch.setattr(time, "process_time", lambda: 2.0)  # this process has not just been started
+    monkeypatch.setattr(time, "process_time", lambda: 2.0)  # as if this process had just started
     return tmp_path
 
 

@@ -14,7 +14,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 pytestmark = pytest.mark.skipif(not BROWSER, reason="needs chromium: apt-get install chromium")
-SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)  # what the page begins with, but for the seed
+SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)  # the page's defaults, except for the seed
 TOKEN = ".pane .token"
 WRITTEN = f"{TOKEN}:not(.read)"
 
@@ -38,7 +38,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def tab(served, browser):
-    """One for most tests, since the page keeps nothing in a browser; and what goes wrong in it."""
+    """A tab, and a list of what goes wrong in it.  Most tests share it, as the page stores nothing in the browser."""
     page, problems = browser.new_page(), []
     page.set_default_timeout(20_000)
     page.on("console", lambda message: problems.append(message.text))
@@ -50,13 +50,13 @@ def tab(served, browser):
 
 @pytest.fixture
 def page(served, tab):
-    """The page; at its end it has had no errors and has requested nothing from elsewhere."""
+    """The page; after the test it must have had no errors, and no requests to other places."""
     page, problems = tab
     problems.clear()
     page.goto(served[0])
     page.fill("#seed", "1")
     yield page
-    page.goto("about:blank")  # what goes wrong while it is left counts, too
+    page.goto("about:blank")  # errors while leaving the page count, too
     assert problems == []
 
 
@@ -84,7 +84,7 @@ def test_two_models_write_side_by_side_what_each_writes_alone(page, served, tiny
     assert page.locator(".pane:visible").count() == 1
 
 
-# In the page, since an answer that a busy machine looks at from outside may have ended.
+# This runs in the page: on a busy machine, an answer may end before we look from outside.
 ESCAPE_ONCE_IT_GROWS = """() => {
   const seen = document.querySelectorAll(".pane .token:not(.read)").length;
   const grows = window.first && seen > first + 5 && !document.querySelector("#write").disabled;
@@ -197,7 +197,7 @@ def test_what_the_server_refuses_is_shown_and_leaves_what_was_written(served, br
     page.click("#write")
     page.get_by_text("top_p=2 must be from 0 to 1").first.wait_for()
     assert texts(page) == before
-    page.locator(TOKEN).nth(3).click()  # and it can be looked at
+    page.locator(TOKEN).nth(3).click()  # and details of the old text can be shown
     page.locator("#look").wait_for()
     page.route("**/v1/completions", lambda route: route.fulfill(status=502, body="<h1>no</h1>"))
     page.click("#write")
@@ -241,7 +241,7 @@ def test_a_text_ends_before_a_stop_text(page, served, tiny_tokenizer):
 def test_a_text_is_copied(has_clipboard, served, browser):
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
     page = context.new_page()
-    if not has_clipboard:  # as on another machine without https
+    if not has_clipboard:  # as on a page from another machine without https
         page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     page.goto(served[0])
     page.uncheck("#compare")
@@ -287,14 +287,14 @@ def test_a_chat_has_answers_stops_and_keeps_what_was_said(page, served, tiny_tok
     page.fill("#max_tokens", "1500")
     page.fill("#line", "and?")
     page.click("#send")
-    page.wait_for_function(STOP_ONCE_IT_WRITES)  # in the page: an answer of a busy machine may end before we look
+    page.wait_for_function(STOP_ONCE_IT_WRITES)  # in the page: the answer may end before we look
     page.get_by_text("stopped").wait_for()
     wait_until(lambda: served[1].worker.counts()["running"] == 0)
     assert len(said(page)) == 4
     page.click("#fresh")
     assert said(page) == []
     page.click("text=Write")
-    page.locator("#prompt").wait_for()  # a tab opens after the click, once the page hears of its new address
+    page.locator("#prompt").wait_for()  # a tab opens after the click, at the event for the new address
 
 
 def test_an_error_leaves_what_was_said_in_a_chat(served, browser):

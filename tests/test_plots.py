@@ -1,4 +1,4 @@
-"""Plots: the same bytes from the same numbers, and in them what they promise."""
+"""Plots: the same numbers give the same bytes, and plots show what they should."""
 
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -94,7 +94,7 @@ def test_a_curve_cut_anywhere_is_refused_or_drawn_as_far_as_it_goes(reports, tmp
         except UserError as error:
             assert "train.csv" in str(error) and "run `dvc repro train`" in str(error)
         else:
-            assert n in ends and len(tables.curve) == ends.index(n) - 1 >= 5  # a row with a validation loss is there
+            assert n in ends and len(tables.curve) == ends.index(n) - 1 >= 5  # with a validation loss
             drawn += 1
     assert drawn == len(ends) - 7
     write_plots(tables, tmp_path / "plots", PARAMS)
@@ -108,7 +108,7 @@ def test_a_damaged_row_is_reported_with_its_line(line, text, reports):
     lines = (reports / "train.csv").read_text().splitlines()
     lines[line - 1] = text
     (reports / "train.csv").write_text("\n".join(lines) + "\n")
-    if text == "2,2.9,,0.001":  # only what a gradient that overflowed lacks, too
+    if text == "2,2.9,,0.001":  # the norm may be missing, as after an overflow
         assert read_tables(reports)
         return
     with pytest.raises(UserError, match=rf"train.csv is cut or damaged in line {line}: run `dvc repro train`"):

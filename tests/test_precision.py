@@ -1,4 +1,4 @@
-"""Number formats of training, loss scaling, and blocks that are computed again."""
+"""Number formats of training, loss scaling, and gradient checkpointing."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ def learner(*, gradient_checkpointing=False, precision="fp32", **config):
 
 
 def scale_to(one, scale):
-    one.scaler.scale(torch.ones(()))  # the scaler has no scale before
+    one.scaler.scale(torch.ones(()))  # before this, the scaler has no scale
     one.scaler.update(new_scale=scale)
 
 
@@ -146,7 +146,7 @@ def test_blocks_that_are_computed_again_keep_little():
 
 
 def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_rounding(monkeypatch):
-    compile_by("aot_eager", monkeypatch)  # which decides what is computed again
+    compile_by("aot_eager", monkeypatch)  # this backend decides what is recomputed
     params = dataclasses.replace(PARAMS, max_steps=5, precision="fp16")
     runtime = dataclasses.replace(RUNTIME, gradient_checkpointing=True)
     eager = train("eager", params=params, runtime=runtime, n_layer=1)
@@ -156,4 +156,4 @@ def test_compiled_blocks_that_are_computed_again_give_the_same_model_up_to_round
     for ours, theirs in zip(compiled.state.rows[1:], eager.state.rows[1:], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
     for ours, theirs in zip(compiled.state.norms, eager.state.norms, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-2)  # shows a wrong gradient: AdamW's steps are as long with any
+        assert ours == pytest.approx(theirs, rel=1e-2)  # would show a wrong gradient, which AdamW's steps hide

@@ -1,4 +1,4 @@
-"""Presets: each fits params.yaml, and nothing but their values changes there."""
+"""Presets: each fits params.yaml, and changes nothing there but its values."""
 
 import dataclasses
 import re
@@ -60,7 +60,7 @@ def test_a_preset_changes_its_values_and_no_other_line(preset, params):
     changed = apply_values(params, values)
     check_params(params)
     after = params.read_text().splitlines()
-    assert (len(after) == len(before)) is (preset.stem != "lora")  # whose adapters are lines of their own
+    assert (len(after) == len(before)) is (preset.stem != "lora")  # lora adds lines for its adapters
     assert len([line for line in after if line not in before]) >= len(changed)  # a list is several lines
     assert comments(after) == comments(before)
     found = YAML(typ="safe", pure=True).load(params)
@@ -106,7 +106,7 @@ def test_a_base_that_is_not_there_is_reported(params):
 
 def test_a_run_from_a_base_takes_its_model_and_rates_for_its_width(params, tiny_tokenizer, capsys):
     model, rules = tiny_model(n_layer=2), load_yaml((ROOT / "presets/base.yaml").read_bytes())["train"]
-    assert model.config.n_embd == 32  # a quarter of what the rates are for
+    assert model.config.n_embd == 32  # a quarter of the width that the rates are for
     write_base(Path("data/base"), model.config, model_tensors(model), tiny_tokenizer)
     before = comments(params.read_text().splitlines())
     apply_values(params, {"train": {"context_warmup": {"start": 32, "steps": 400}, "embedding_lr": 0.5}})
@@ -125,7 +125,7 @@ def test_a_damaged_base_is_reported_and_params_stay(text, params):
     before = params.read_bytes()
     (params.parent / "data/base").mkdir(parents=True)
     (params.parent / "data/base/preset.yaml").write_text(text)
-    if text == "train: 3":  # which the rules replace
+    if text == "train: 3":  # the preset's rules replace it
         preset(Namespace(name="base"))
         return
     with pytest.raises(UserError, match=r"n_embd|must hold the groups|model"):

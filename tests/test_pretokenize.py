@@ -1,4 +1,4 @@
-"""Pretokens by array arithmetic are those of the regex; tables and counts of them are exact."""
+"""Pretokens found by array arithmetic equal those of the regex; their tables and counts are exact."""
 
 import random
 from collections import Counter

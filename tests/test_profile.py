@@ -1,4 +1,4 @@
-"""What a run will cost: by hand, and counted against the real thing."""
+"""What a run will cost: computed by hand, and compared with a real run."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    """Nothing is timed well here."""
+    """Measure quickly: these tests need no good timings."""
     monkeypatch.setattr(measure, "MEASURE_S", 0.02)
     monkeypatch.setitem(measure.MATMUL_SIZE, "cpu", 256)
 
@@ -52,7 +52,7 @@ def test_operations_by_hand():
 
 
 def kept_by_a_step(model) -> int:
-    """Bytes that a real forward pass of four sequences keeps for the backward pass; its logits and their logarithms."""
+    """Bytes that a real forward pass of 4 sequences keeps for the backward pass, its logits and log-probabilities."""
     ids, kept = random_ids(4, 65), {}
 
     def count(tensor):

@@ -1,4 +1,4 @@
-"""Bars and lines that show how far a long work is and how long it will take."""
+"""Bars and lines that show the progress of long work, and how long it will still take."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def test_without_a_terminal_lines_show_the_remaining_time_of_resumed_work():
     steps = [int(step) for step, _ in lines]
     assert steps == sorted(set(steps)) and steps[0] > START and steps[-1] == TOTAL
     assert len(steps) < (TOTAL - START) / 2
-    for step, left in lines:  # by the speed of this start, which did not do the steps before
+    for step, left in lines:  # by the speed since this start, without the steps before it
         assert seconds(left) >= int((TOTAL - int(step)) * STEP_S)
     assert seconds(lines[0][1]) >= 1
     assert seconds(lines[-1][1]) == 0

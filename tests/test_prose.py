@@ -1,4 +1,4 @@
-"""Phrases over which a reader stumbles, in everything that people read: pages, params, help, errors, code, tests."""
+"""Phrases that make a reader stumble, in everything that people read: pages, params, help, errors, code, tests."""
 
 import ast
 import re
@@ -34,7 +34,7 @@ def stumbles(text: str, phrases: dict[str, str] = STUMBLES) -> list[str]:
 
 
 def strings(path: Path) -> Iterator[str]:
-    """Docstrings, messages and other texts of a file, and its comments."""
+    """Docstrings, messages and other strings of a file, and its comments."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield node.value

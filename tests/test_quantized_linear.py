@@ -1,4 +1,4 @@
-"""Weights of one byte and of half of one: near the weights, smaller, and the same for any number of tokens at once."""
+"""Weights of 8 and 4 bits: close to the originals, smaller, and the same for any number of tokens at once."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.quantize import QUANTIZED, Int4Linear, Int4LinearCPU, Int8Linear, int4_linear, n_bytes, quantize
 
-ERRORS = {"int8": 0.01, "int4": 0.11}  # of Gaussian weights: 0.5 % and 7 %, and bfloat16
+ERRORS = {"int8": 0.01, "int4": 0.11}  # Gaussian weights have errors of 0.5 % and 7 %; bfloat16 adds to them
 
 
 def layer(n_in: int = 96, n_out: int = 48, *, bias: bool = True) -> nn.Linear:
@@ -47,7 +47,7 @@ def test_weights_of_few_values_are_stored_exactly():
 def test_int4_on_a_gpu_is_the_same_as_on_the_cpu_up_to_bfloat16():
     linear = layer()
     x = torch.randn(3, 40, 96)
-    here, there = Int4LinearCPU(linear), Int4Linear(linear)  # the one for a GPU works on every device
+    here, there = Int4LinearCPU(linear), Int4Linear(linear)  # the latter, for a GPU, works on every device
     assert there.packed.nbytes == linear.weight.numel() // 2
     torch.testing.assert_close(there(x), here(x), atol=0.02, rtol=0.02)
     assert isinstance(int4_linear(linear), Int4LinearCPU)
@@ -77,7 +77,7 @@ def test_a_quantized_model_is_smaller_near_and_decodes_to_the_same(kind, family)
     decoder.step(ids[:, 19].tolist())
     torch.testing.assert_close(decoder.logits.log_softmax(-1), after[:, 19], atol=0.1, rtol=0.05)
     assert not isinstance(model.lm_head, nn.Linear)
-    assert isinstance(model.tok_emb, nn.Embedding)  # which shared its matrix with the head
+    assert isinstance(model.tok_emb, nn.Embedding)  # although it shared its matrix with the head
 
 
 def test_int4_refuses_what_its_blocks_do_not_fit():

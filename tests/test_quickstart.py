@@ -1,4 +1,4 @@
-"""A model from a text in one call, as docs/training.md shows it, and a preset's run in a folder of its own."""
+"""A model from a text in one call, as in docs/training.md, and a run of a preset in a folder of its own."""
 
 import hashlib
 import math
@@ -30,9 +30,9 @@ def test_the_page_trains_writes_and_counts_weights(folder, capsys):
     said = capsys.readouterr().out
     assert "step     21 of 21" in said
     first = float(re.search(r"val loss (\S+)", said)[1])  # before the first step
-    assert first < math.log(512) - 1  # an even guess of its tokens
+    assert first < math.log(512) - 1  # a uniform guess over its tokens
     assert said.endswith("1,870,464 weights\n")
-    assert sorted(path.name for path in folder.iterdir()) == ["mine", "my.txt"]  # nothing of the project is touched
+    assert sorted(path.name for path in folder.iterdir()) == ["mine", "my.txt"]  # the project itself is not touched
 
 
 def test_the_same_call_reads_the_finished_run_and_another_trains(folder, capsys):

@@ -1,4 +1,4 @@
-"""Training that is killed in any way continues, and ends with the same bytes."""
+"""Training continues however it was killed, and ends with the same bytes."""
 
 import itertools
 import json
@@ -78,7 +78,7 @@ def test_killed_at_any_moment_training_ends_with_the_same_bytes(project, undistu
         assert not (project / "data/model").exists()
     assert "continuing after step" in run_stages("train", project)
     assert hashes(project) == hashes(undisturbed)
-    assert not is_saving(project)  # what a killed trainer left is cleared away
+    assert not is_saving(project)  # leftovers of the killed trainer are removed
 
 
 def test_asked_to_stop_training_saves_and_ends_with_a_status(project, undisturbed, command, monkeypatch):
@@ -118,16 +118,16 @@ def test_killing_dvc_stops_the_trainer_and_every_way_to_run_continues(done, undi
         before = newest_step(project)
         with open(project / "train.log", "w") as output:
             dvc = subprocess.Popen(command.split(), cwd=project, env=environment(), stdout=output, stderr=output)
-        while newest_step(project) <= max(before, 40):  # 40: the steps of the first run, which are there
+        while newest_step(project) <= max(before, 40):  # 40: the steps of the first run, still there
             assert dvc.poll() is None, log(project)
             time.sleep(0.005)
         dvc.kill()
         dvc.wait()
         for lock in project.glob("runs/*/lock"):
-            with FileLock(lock, timeout=60):  # when it is free, the trainer has gone
+            with FileLock(lock, timeout=60):  # once it is free, the trainer has ended
                 pass
         assert before < newest_step(project) < LAST
-        if command == "dvc exp run train":  # what it leaves behind, and the cure
+        if command == "dvc exp run train":  # it leaves a detached HEAD; this repairs it
             assert run("git symbolic-ref -q HEAD", project).returncode == 1
             succeed("git switch -q main", project)
     reached = newest_step(project)
@@ -146,7 +146,7 @@ def test_what_a_person_started_outlives_its_parent(project):
 def test_a_disk_that_fills_up_in_a_save_is_one_line_and_the_run_continues_afterwards(project, undisturbed):
     process = start_trainer(project)
     wait_until(lambda: newest_step(project) >= 14, project)
-    # A limit on the size of files stands for the end of the disk: write() fails there.
+    # A limit on file size stands for a full disk: write() fails there.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
     assert status_of(process) == 1
     assert [line for line in log(project).splitlines() if line.startswith("error: no room to write runs/")]
@@ -180,7 +180,7 @@ def test_an_interrupted_run_continues_after_a_change_of_code_that_decides_no_wei
     monkeypatch.setattr(Interrupts, "requested", lambda interrupts: next(asked))
 
     def stopped_after(*changed: str) -> int:
-        """The step after which a training that continues for five steps stops, after a change of these files."""
+        """The last step of a training that continues for five steps after a change of these files."""
         for name in changed:
             path = project / "tinygpt" / name
             path.write_text(path.read_text() + "\nCHANGED = True\n")

@@ -1,4 +1,4 @@
-"""Answers that come and go while others run: each is what it is alone."""
+"""Answers that come and go while others run: each is the same as alone."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def test_an_answer_does_not_depend_on_what_comes_and_goes_next_to_it(moments, da
         if running.answers and data.draw(st.booleans()):
             dropped.append(data.draw(st.sampled_from(running.answers)))
             running.drop(dropped[-1:])
-            running.drop(dropped)  # they run no longer: nothing happens
+            running.drop(dropped)  # they no longer run: nothing happens
     while running.answers:
         running.step()
     for asked, answer in all_new:
@@ -75,7 +75,7 @@ def test_log_probabilities_are_those_of_the_model(sampling, tiny_tokenizer):
         with torch.inference_mode():
             whole = MODEL(torch.tensor([answer.prompt + answer.ids])[:, :32])[0].double().log_softmax(-1)
         rows = whole[len(answer.prompt) - 1 :]
-        n_ended = len(answer.logprobs) - len(answer.ids)  # the id that ended it
+        n_ended = len(answer.logprobs) - len(answer.ids)  # 1 if an id ended the answer
         assert n_ended in (0, 1)
         for row, chosen, logprob, best in zip(rows, answer.ids, answer.logprobs, answer.top_logprobs, strict=False):
             assert logprob == pytest.approx(float(row[chosen]), abs=1e-4)

@@ -1,4 +1,4 @@
-"""The list of runs: it is right, and nothing is removed that somebody may still need."""
+"""The list of runs is right, and nothing is removed that may still be needed."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def training(name: str, *, step: int, age: int, finished: bool = False) -> None:
-    """A training of 40 steps that has come to `step`, `age` seconds ago."""
+    """Make a training of 40 steps that reached `step` `age` seconds ago."""
     rows = [{"step": 5, "val_loss": 3.5}, {"step": 6, "val_loss": None}, {"step": 7, "val_loss": 3.75}]
     tensors = {part: {"weight": torch.zeros(1000)} for part in PARTS}
     with Checkpoints(name) as checkpoints:
@@ -50,7 +50,7 @@ def training(name: str, *, step: int, age: int, finished: bool = False) -> None:
 
 @pytest.fixture
 def told(command) -> Callable[..., str]:
-    """What `python -m tinygpt runs` says, which must succeed."""
+    """The output of `python -m tinygpt runs`, which must succeed."""
 
     def run(options: str = "") -> str:
         done = command("runs", *options.split())
@@ -100,7 +100,7 @@ def test_each_run_is_listed_with_its_state_the_newest_first(folder, told):
 def test_pruning_removes_what_was_requested(folder, options, left, told):
     four_runs()
     before = sum(found.size for found in runs.find_runs(folder))
-    (folder / "notes").mkdir()  # somebody's own
+    (folder / "notes").mkdir()  # a user's own folder
     said = told(f"--prune {options}")
     assert names(folder) == [letter * 16 for letter in left] + ["notes"]
     freed = runs.human_bytes(before - sum(found.size for found in runs.find_runs(folder)))
@@ -114,7 +114,7 @@ def test_a_run_is_kept_while_a_program_holds_it_and_removed_when_that_was_killed
     try:
         assert holder.stdout.readline() == b"held\n"
         assert told().splitlines()[1].split()[1] == "running"
-        found = runs.Run(folder / NAMES[0], "finished", "", None, None, 0, 0.0)  # what was seen a moment before
+        found = runs.Run(folder / NAMES[0], "finished", "", None, None, 0, 0.0)  # the state a moment ago
         assert not runs.remove(found)
         assert "removed 0 of 1" in told("--prune --all")
         assert names(folder) == NAMES[:1]
@@ -139,7 +139,7 @@ def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path, told):
     ):
         pass
     (found,) = runs.find_runs(folder)
-    assert (found.state, found.done, found.size) == ("interrupted", "1 shard", 4 + 64)  # and its SHA-256
+    assert (found.state, found.done, found.size) == ("interrupted", "1 shard", 4 + 64)  # 64: its SHA-256
     assert found.name.startswith("encode-train-") and len(found.name) == len("encode-train-") + 8
     with FileLock(folder / "encode-train.lock"):
         assert runs.find_runs(folder)[0].state == "running"

@@ -1,4 +1,4 @@
-"""Functions of logits by hand, compared with those of transformers, and how tokens are drawn."""
+"""Functions of logits on examples and against transformers, and how tokens are drawn."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
 EOS = 0
 V = 12
 
-# Option -> values to try, and what transformers has for it (by value, prompt length and ids that end).
+# Option -> values to try, and the same in transformers, from a value, the prompt's length and the ids that end a text.
 ids_of_v = st.lists(st.integers(0, V - 2), min_size=1, max_size=4, unique=True).map(tuple)
 OPTIONS = {
     "logit_bias": (
@@ -66,7 +66,7 @@ OPTIONS = {
 
 
 class Penalty:
-    """Frequency and presence penalties, which transformers has not, by OpenAI's formula."""
+    """Frequency and presence penalties by OpenAI's formula, as transformers does not have them."""
 
     def __init__(self, penalty, n_prompt, of_count):
         self.penalty, self.n_prompt, self.of_count = penalty, n_prompt, of_count
@@ -89,7 +89,7 @@ def test_every_option_has_a_function_and_a_row_here():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MadeUp(Sampling):
-    """Two options that nothing knows but their fields and their functions."""
+    """Two made-up options: only their fields here and their functions exist."""
 
     forbid_odd: bool = False
     keep_lowest: int = 0

@@ -1,4 +1,4 @@
-"""The server: OpenAI's API as its clients meet it, batches, limits, and clients that go away."""
+"""The server: OpenAI's API as clients see it, batches, limits, and clients that leave."""
 
 import concurrent.futures
 import http.client
@@ -31,7 +31,7 @@ from tinygpt.serve.choices import seen_before
 from tinygpt.serve.worker import Job, Worker
 
 LONG = {"prompt": "the", "max_tokens": 100_000, "ignore_eos": True}
-WEB = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=400))  # one: each costs 50 ms
+WEB = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=400))  # only one, as making a client takes 50 ms
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0},
     {"top_k": 20, "top_p": 0.9, "frequency_penalty": 0.4, "presence_penalty": -0.2, "logit_bias": {"70": 2}},
@@ -51,7 +51,7 @@ def served(tiny_tokenizer):
 
 @pytest.fixture
 def client(served):
-    import openai  # takes a second, which no other test has to wait for
+    import openai  # here, as it takes a second
 
     with openai.OpenAI(base_url=f"{served[0]}/v1", api_key="any", max_retries=0) as client:
         yield client
@@ -68,7 +68,7 @@ def complete(served, **document: Any) -> dict[str, Any]:
 
 
 def streamed(served, **document: Any) -> list[dict[str, Any]]:
-    """The events of a stream but the last."""
+    """The events of a stream except the last."""
     with WEB.stream("POST", f"{served[0]}/v1/completions", json=document | {"stream": True}) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -172,7 +172,7 @@ def test_a_stream_is_the_whole_in_parts(options, echo, served):
 
 def test_no_token_of_a_stop_text_is_sent(served, tiny_tokenizer):
     whole = complete(served, prompt="the", max_tokens=30, seed=1, ignore_eos=True, logprobs=0)["choices"][0]
-    place = whole["logprobs"]["text_offset"][10] - 3  # where a token begins, counted without the prompt
+    place = whole["logprobs"]["text_offset"][10] - 3  # where a token begins, not counting the prompt
     stop = whole["text"][place : place + 4]
     asked = {"prompt": "the", "max_tokens": 30, "seed": 1, "ignore_eos": True, "logprobs": 0, "stop": [stop]}
     end = whole["text"].index(stop)
@@ -235,7 +235,7 @@ def test_log_probabilities_are_those_of_the_model(served, tiny_tokenizer):
         assert 2 <= len(best) <= 4
     raw = b"".join(tiny_tokenizer.decode_bytes([i]) for i in ids[1:])
     assert found["text"] == raw.decode(errors="replace")
-    assert [token for token in told["tokens"] if token.startswith("bytes:\\x")]  # parts of the character
+    assert [token for token in told["tokens"] if token.startswith("bytes:\\x")]  # parts of a character
 
 
 def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tokenizer):
@@ -344,7 +344,7 @@ def test_a_request_of_ten_megabytes_is_refused_before_it_is_read(served):
     ):
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n\r\n")
-            for _ in range(5 if body else 0):  # a little more than the limit, and no end
+            for _ in range(5 if body else 0):  # a little more than the limit, without an end
                 connection.sendall(body)
             assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
     response = WEB.post(f"{served[0]}/v1/completions", content=b"a" * 10_000_000)
@@ -386,7 +386,7 @@ def test_two_hundred_clients_at_once_are_served_or_asked_to_come_back(served, ti
 
     with concurrent.futures.ThreadPoolExecutor(200) as pool:
         found = list(pool.map(ask, range(200)))
-    assert found.count(200) >= 100  # as many as may wait
+    assert found.count(200) >= 100  # as many as are allowed to wait
     wait_until(lambda: is_idle(served))
 
 
@@ -508,7 +508,7 @@ def test_the_attention_that_the_page_shows_is_that_of_the_decoder(served, tiny_t
         served, prompt="the file", max_tokens=60, seed=1, ignore_eos=True, return_token_ids=True, logprobs=5
     )
     choice = found["choices"][0]
-    for n in (0, 3, 40, 59):  # the context of 32 is full on the way
+    for n in (0, 3, 40, 59):  # the context of 32 fills up on the way
         told = post(
             served, {"prompt": choice["prompt_token_ids"], "text": choice["token_ids"][:n], "taken": 7}, "/look"
         ).json()
@@ -567,9 +567,9 @@ def test_a_model_that_fails_ends_its_answers_and_not_the_server(served, tiny_tok
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_tokenizer):
-    """data/model and data/tokenizer; and a folder that holds both."""
+    """data/model and data/tokenizer, and another folder with both."""
     folder = tmp_path_factory.mktemp("serve")
-    model = tiny_model(n_layer=1, n_embd=128)  # slow enough to be stopped, and soon compiled
+    model = tiny_model(n_layer=1, n_embd=128)  # slow enough to be stopped, and quickly compiled
     for name in ("data/model", "other"):
         save_model(folder / name, model.config, model_tensors(model))
     tiny_tokenizer.save(folder / "data/tokenizer")

@@ -1,4 +1,4 @@
-"""Shards: nothing lost, nothing done twice, the same results whoever computes them."""
+"""Shards: nothing is lost or done twice, and results are the same whichever process computes them."""
 
 import dataclasses
 import os
@@ -37,7 +37,7 @@ def file(tmp_path, monkeypatch) -> Path:
 
 
 def upper(shard: Shard, path: Path) -> None:
-    """Work that says who did it."""
+    """Work that logs which process did it."""
     with atomic_write(path) as out:
         out.writelines(text.upper() + "|" for text in shard_texts(shard))
     with open(path.parents[2] / "done.log", "a") as log:
@@ -55,7 +55,7 @@ def die_once(shard: Shard, path: Path, *, parent: int) -> None:
 
 
 def fail(shard: Shard, path: Path) -> None:
-    """Work that finds a mistake of the user."""
+    """Work that finds a user's mistake."""
     raise UserError(f"cannot do {path.name}")
 
 
@@ -122,7 +122,7 @@ def test_only_missing_shards_are_made_after_a_worker_was_killed(file):
     with pytest.raises(UserError, match=r"a worker process was killed.*lower runtime.n_worker and run again"):
         results(file, partial(die_once, parent=os.getpid()), n_worker=2)
     seals = (file.parent / "runs").glob("*/*.sha256")
-    done = {path.stem for path in seals if path.stat().st_size}  # an empty one: the other worker was stopped at it
+    done = {path.stem for path in seals if path.stat().st_size}  # an empty one belongs to the stopped worker
     assert done
     (file.parent / "done.log").unlink()  # the worker that was stopped may have made a shard and not logged it
     assert results(file, partial(die_once, parent=os.getpid()), n_worker=2) == "".join(
@@ -133,7 +133,7 @@ def test_only_missing_shards_are_made_after_a_worker_was_killed(file):
 
 
 def upper_in_a_folder(shard: Shard, path: Path) -> None:
-    """The same work with a folder of two files."""
+    """The same work, with a folder of two files as the result."""
     with atomic_folder(path) as folder:
         (folder / "texts").write_text("".join(text.upper() + "|" for text in shard_texts(shard)))
         (folder / "count").write_text("1")
@@ -150,7 +150,7 @@ DAMAGES = [lambda data: data, turn_a_bit, lambda data: bytes(len(data)), lambda 
 @pytest.mark.parametrize("work", [upper, upper_in_a_folder])
 @pytest.mark.parametrize("what", ["result", "digest"])
 def test_shards_that_a_disk_has_damaged_are_made_again(file, work, what):
-    """Each shard of a program that was killed has one of the damages, the first one none."""
+    """A killed program leaves shards, each with one of the DAMAGES; the first one is intact."""
     calls: list[str] = []
 
     def noted(shard: Shard, path: Path) -> None:
@@ -244,7 +244,7 @@ def is_running(pid: int) -> bool:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie has ended, and nobody has asked how
+    return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie has ended, but nobody has waited for it
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -35,7 +35,7 @@ def params(source: str, **changes: object) -> DownloadParams:
 
 
 def fill(root: Path, source: str, **changes: object) -> Downloaded:
-    """Download into `root`/raw with local paths from `root`."""
+    """Download into `root`/raw, with local paths relative to `root`."""
     return download(params(source, **changes), root / "raw", root=root, cache=root / "cache")
 
 
@@ -53,7 +53,7 @@ def files_below(folder: Path) -> list[str]:
 
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that TINYGPT_MIRROR names."""
+    """An empty folder, set as TINYGPT_MIRROR."""
     folder = tmp_path / "mirror"
     folder.mkdir()
     monkeypatch.setenv("TINYGPT_MIRROR", str(folder))
@@ -137,11 +137,11 @@ def test_a_mirror_folder_serves_a_named_source_under_either_name(mirror: Path, t
     content = VERSE.encode()
     for name in ("tinyshakespeare.txt", "input.txt"):
         (mirror / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} has sha256 .*, expected 86c4e6aa"):  # it was found, and checked
+        with pytest.raises(UserError, match=f"{name} has sha256 .*, expected 86c4e6aa"):  # so it was found
             fill(tmp_path, "tinyshakespeare")
         fill(tmp_path, "tinyshakespeare", sha256=hashlib.sha256(content).hexdigest())
         assert texts(tmp_path) == {"tinyshakespeare.txt": VERSE}
-        fill(tmp_path, "tiny", sha256=hashlib.sha256(content).hexdigest())  # its size, as a name
+        fill(tmp_path, "tiny", sha256=hashlib.sha256(content).hexdigest())  # the source by its size
         assert texts(tmp_path) == {"tinyshakespeare.txt": VERSE}
         (mirror / name).unlink()
 
@@ -164,7 +164,7 @@ def test_a_mirror_that_is_not_there_is_reported(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A web server: its address, and the folder that it serves."""
+    """A web server's address, and the folder that it serves."""
     folder = tmp_path / "site"
     folder.mkdir()
 
@@ -379,7 +379,7 @@ def test_the_hash_of_a_local_file_is_checked(tmp_path: Path) -> None:
     fill(tmp_path, "own.txt", sha256=hashlib.sha256(VERSE.encode()).hexdigest())
     with pytest.raises(UserError, match=r"own\.txt has sha256"):
         fill(tmp_path, "own.txt", sha256="0" * 64)
-    assert texts(tmp_path) == {"own.txt": VERSE}  # what was there before stays
+    assert texts(tmp_path) == {"own.txt": VERSE}  # the old text stays
 
 
 def test_one_hash_for_a_folder_of_two_is_refused(tmp_path: Path) -> None:

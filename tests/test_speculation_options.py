@@ -1,4 +1,4 @@
-"""`generate --draft` and `--prompt-lookup`: the same text, what it brought, and what does not go together."""
+"""`generate --draft` and `--prompt-lookup`: the same text, the printed gain, and options that exclude each other."""
 
 import pytest
 from conftest import prose, tiny_model
@@ -13,7 +13,7 @@ def folders(tmp_path_factory, tiny_tokenizer):
     base = tmp_path_factory.mktemp("speculation")
     for name, tokenizer, changes in (
         ("model", tiny_tokenizer, {}),
-        ("draft", tiny_tokenizer, {"seed": 5}),  # of the same sizes: compiled once for both
+        ("draft", tiny_tokenizer, {"seed": 5}),  # of the same sizes, so compiled once for both
         ("other", train_bpe([prose(500, seed=9)], 300, special_tokens=("<|user|>",)), {}),
         ("smaller", train_bpe([prose(500)], 290), {"vocab_size": 290}),
     ):
@@ -25,7 +25,7 @@ def folders(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture
 def generate(folders, monkeypatch, capsys):
-    """Run the command in this process -> what it printed, and its one line of problems."""
+    """Run the command in this process -> its output, and its one line of errors."""
 
     def run(*args):
         options = ["--model", str(folders / "model"), "--prompt", "the file the", "--max-new-tokens", "40"]

@@ -1,4 +1,4 @@
-"""Proposals change the speed and nothing else: the same text where it is certain, the same distribution where not."""
+"""Proposals change only the speed: the same text without sampling, the same distribution with it."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ def whole(model, prompt, tokenizer, sampling, speculation=None, n=56):
     return answer
 
 
-whole_once = functools.cache(whole)  # without proposals: what all of them are compared with
+whole_once = functools.cache(whole)  # the reference without proposals
 
 
 ALL_SAMPLINGS = ("look-up", "more than the draft's context")  # the others differ in what they propose
@@ -94,7 +94,7 @@ def test_the_model_as_its_own_draft_gives_n_draft_plus_one_tokens_a_pass(tiny_to
     sampling, speculation = Sampling(temperature=0, ignore_eos=True), Speculation(draft=MODEL, n_draft=4)
     answer = whole(MODEL, "the", tiny_tokenizer, sampling, speculation, n=1 + 5 * 4)
     assert len(answer.ids) == 21
-    assert answer.n_pass == 5  # the prompt's gives one token
+    assert answer.n_pass == 5  # reading the prompt gives one token
 
 
 def test_proposals_are_looked_up_in_a_text_that_repeats_itself(tiny_tokenizer):
@@ -102,14 +102,14 @@ def test_proposals_are_looked_up_in_a_text_that_repeats_itself(tiny_tokenizer):
     answer = Answer([1, 2, 3, 4, 9, 2, 3], tiny_tokenizer, GREEDY, max_new_tokens=9, block_size=32)
     assert look_up(answer, 3).ids == [4, 9, 2]
     answer.add(4)
-    assert look_up(answer, 6).ids == [9, 2, 3, 4, 9, 2]  # goes on with what it proposed itself
-    answer.add(3)  # stood last before 4
+    assert look_up(answer, 6).ids == [9, 2, 3, 4, 9, 2]  # continues from its own proposals
+    answer.add(3)  # 4 followed it the last time
     assert look_up(answer, 1).ids == [4]
     answer.add(250)
     assert look_up(answer, 5).ids == []
 
 
-# The distribution of the first ids of V: the exact probabilities of all texts, and many draws.
+# The distribution of the first ids with a vocabulary of V: exact probabilities of all texts, and many draws.
 
 V, N_FIRST, N_DRAW = 4, 3, 700  # the second and the third id come from the first proposal
 TINY = {"vocab_size": V, "block_size": 8, "n_embd": 16, "n_head": 2, "n_layer": 1}
@@ -122,7 +122,7 @@ DRAWN = {
 
 
 class SmallTokenizer:
-    """What an answer asks of a tokenizer."""
+    """The parts of a tokenizer that an answer needs."""
 
     vocab_size, eos_id = V, 0
 
@@ -135,7 +135,7 @@ def small_answer(sampling, n):
 
 
 def exact(sampling, ids=()):
-    """Probabilities of all texts, by their first ids: those that end early are shorter."""
+    """Probabilities of all texts, by their first N_FIRST ids, or fewer if a text ends early."""
     if len(ids) == N_FIRST or ids[-1:] == (0,):
         return {ids: 1.0}
     with torch.inference_mode():
@@ -158,7 +158,7 @@ def first_ids(seed, options):
 
 
 def chi_square(counts, expected, n):
-    """Sum of (found - expected)² / expected over cells of 5 draws at least, and the number of cells."""
+    """Sum of (found - expected)² / expected over cells of at least 5 expected draws, and the number of cells."""
     large = {text: n * p for text, p in expected.items() if n * p >= 5}
     rest = (n - sum(counts.get(text, 0) for text in large), n - sum(large.values()))
     cells = [(counts.get(text, 0), mean) for text, mean in large.items()] + ([rest] if rest[1] >= 5 else [])
@@ -200,7 +200,7 @@ def test_one_proposed_id_and_the_one_after_it_follow_the_rule(wanted, drawn_from
             second[ids[1]] += 1
     assert [found / n for found in first] == pytest.approx(wanted, abs=0.05)
     taken = sum(second)
-    assert taken / n == pytest.approx(float(torch.minimum(p, q).sum()), abs=0.05)  # as many as any rule can take
+    assert taken / n == pytest.approx(float(torch.minimum(p, q).sum()), abs=0.05)  # no rule could accept more
     assert not taken or [found / taken for found in second] == pytest.approx(after.tolist(), abs=0.07)
 
 

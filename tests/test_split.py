@@ -1,4 +1,4 @@
-"""Splits: stable, disjoint, of the wanted sizes, and without a test text in training."""
+"""Splits are stable and disjoint, have the wanted sizes, and leave no test text in training."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_tail_loses_nothing_and_keeps_the_order(
 
 
 def real_or_made_shakespeare() -> str:
-    """The real text where a mirror has it, else one of its kind: the project needs no file from elsewhere."""
+    """The real text if a mirror has it, otherwise a similar one, so that tests need no other files."""
     for folder in (os.environ.get("TINYGPT_MIRROR", ""), HERE.parent.parent / "shared" / "corpora"):
         path = Path(folder, "tinyshakespeare.txt")
         if path.is_file():
@@ -204,12 +204,12 @@ def test_the_choices_of_the_params_are_the_splitters() -> None:
     ("n_documents", "shares", "chosen"),
     [
         (1, Shares(0.05, 0.05, 0), "tail"),  # one long text
-        (7, Shares(0.1, 0.0, 0), "tail"),  # in pieces of sixteen million characters
+        (7, Shares(0.1, 0.0, 0), "tail"),  # one in pieces of sixteen million characters
         (60, Shares(0.05, 0.05, 0), "tail"),
         (500, Shares(0.05, 0.05, 0), "hash"),
         (60, Shares(0.2, 0.0, 0), "hash"),
-        (40, Shares(0.1, 0.0, 0), "tail"),  # four for val
-        (41, Shares(0.1, 0.0, 0), "hash"),  # five
+        (40, Shares(0.1, 0.0, 0), "tail"),  # four documents for val
+        (41, Shares(0.1, 0.0, 0), "hash"),  # five documents for val
         (1, Shares(0.0, 0.0, 0), "hash"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A stage as a program: its help, and what it says to arguments."""
+"""A stage as a program: its help, and its answer to arguments."""
 
 import importlib
 import re
@@ -16,14 +16,14 @@ STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where stages find params, and nothing that they could work on."""
+    """A folder with params and nothing else that stages could work on."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def start(name: str, *arguments: str, monkeypatch) -> int:
-    """The status that a stage leaves with; a text is printed, as Python does it."""
+    """The exit status of a stage; a text is printed, as Python does."""
     monkeypatch.setattr(sys, "argv", [f"stages/{name}.py", *arguments])
     try:
         run_stage(importlib.import_module(f"stages.{name}").run)

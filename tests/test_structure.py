@@ -1,4 +1,4 @@
-"""The house: who may import whom, and what DVC is told of it."""
+"""The structure of the code: which parts may import which, and what dvc.yaml says about it."""
 
 import ast
 import dataclasses
@@ -95,9 +95,9 @@ def test_every_stage_is_a_script_of_its_name_and_has_a_description():
         assert stage["desc"]
         source = (ROOT / f"stages/{name}.py").read_text()
         assert len(source.splitlines()) <= 80
-        assert source.endswith('\n\nif __name__ == "__main__":\n    run_stage(run)\n')  # or it would swallow arguments
+        assert source.endswith('\n\nif __name__ == "__main__":\n    run_stage(run)\n')  # or it ignores arguments
     assert "${" not in (ROOT / "dvc.yaml").read_text()
-    assert PIPELINE["stages"]["code"]["outs"] == [{str(paths.CODE): {"cache": False, "persist": True}}]  # it may refuse
+    assert PIPELINE["stages"]["code"]["outs"] == [{str(paths.CODE): {"cache": False, "persist": True}}]  # it may fail
 
 
 def test_stages_track_every_group_that_they_read_except_runtime():
@@ -106,7 +106,7 @@ def test_stages_track_every_group_that_they_read_except_runtime():
         source = (ROOT / f"stages/{name}.py").read_text()
         calls = re.findall(r"load_params\(([\w, ]+), path=", source)
         read = {classes[cls] for call in calls for cls in re.split(r",\s*", call)}
-        read |= set(params.GROUPS) if name == "report" else set()  # which shows them as they stand in the file
+        read |= set(params.GROUPS) if name == "report" else set()  # shows all params of the file
         untracked = {"runtime"}
         assert {group for group in stage.get("params", []) if isinstance(group, str)} == read - untracked, name
 

@@ -1,4 +1,4 @@
-"""A search by Optuna: what is searched, and trials that are DVC's experiments."""
+"""A search by Optuna: what is searched, and its trials as DVC experiments."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ SWEEP = "python -m sweeps.optuna_sweep"
     [
         ("2..6", {str(n) for n in range(2, 7)}),
         ("cosine,constant", {"cosine", "constant"}),
-        ("1..1.0000001", {"1"}),  # four digits
+        ("1..1.0000001", {"1"}),  # rounded to four digits
         ("[0.9, 0.95]", {"[0.9, 0.95]"}),
         ("../texts", {"../texts"}),
         ("8", {"8"}),

@@ -1,4 +1,4 @@
-"""Streams of text: never half a character, never the beginning of a text that ends them."""
+"""Streams of text: they never show half a character, or the beginning of a stop text."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ BYTES = Tokenizer.from_merges([])
 
 
 class Pieces:
-    """A tokenizer whose tokens are whole pieces of text, or the bytes of them."""
+    """A tokenizer whose tokens are whole pieces of text, or bytes."""
 
     def decode_bytes(self, ids):
         return b"".join(i if isinstance(i, bytes) else PIECES[i].encode() for i in ids)
@@ -25,7 +25,7 @@ def pushed(ids, stop, tokenizer) -> list[str]:
 
 
 def up_to_stop(text: str, stop) -> str:
-    """Read character by character up to where a stop text is complete, and without it."""
+    """The text up to the first complete stop text, without it, read character by character."""
     for end in range(1, len(text) + 1):
         if found := [each for each in stop if text[:end].endswith(each)]:
             return text[: end - len(max(found, key=len))]
@@ -48,7 +48,7 @@ def test_pieces_are_the_text_before_the_first_stop_and_come_as_soon_as_they_can(
         raw, shown = raw + Pieces().decode_bytes([token]), shown + piece
         known = up_to_stop(raw.decode(errors="ignore"), stop)
         assert known.startswith(shown)
-        if known == raw.decode(errors="ignore"):  # nothing held back but what a stop may begin with
+        if known == raw.decode(errors="ignore"):  # only a possible beginning of a stop text is held back
             held = known[len(shown) :]
             assert held == "" or any(each.startswith(held) and each != held for each in stop)
 

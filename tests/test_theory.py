@@ -1,4 +1,4 @@
-"""docs/theory.md: its examples, the code that it names, and the plain tokenizer that it shows."""
+"""docs/theory.md: its examples, the code that it refers to, and the plain tokenizer that it shows."""
 
 import doctest
 import importlib

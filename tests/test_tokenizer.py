@@ -1,4 +1,4 @@
-"""The tokenizer against the tokenizers library, which nobody here wrote."""
+"""The tokenizer, compared with the tokenizers library."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def test_training_breaks_ties_and_overlaps_as_the_tokenizers_library_does():
 
 
 def test_the_example_of_the_articles_on_byte_pair_encoding():
-    # "aaabdaaabac" of https://en.wikipedia.org/wiki/Byte_pair_encoding: aa, then a with the larger pair, then ab
+    # "aaabdaaabac" from https://en.wikipedia.org/wiki/Byte_pair_encoding: merges aa, then ab, then aaab
     tokenizer = train_bpe(["aaabdaaabac"], 257 + 3)
     assert tokenizer.merges == [("a", "a"), ("a", "b"), ("aa", "ab")]
     assert [tokenizer.tokens[i] for i in tokenizer.encode("aaabdaaabac")] == ["aaab", "d", "aaab", "a", "c"]
@@ -76,7 +76,7 @@ def reference(tiny_tokenizer, tmp_path_factory) -> tokenizers.Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer.save(folder)
     found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    found.encode_special_tokens = True  # a special token's name in a text is text, as with us
+    found.encode_special_tokens = True  # as for us, a special token's name in a text is text
     return found
 
 
@@ -199,7 +199,7 @@ def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer
     with pytest.raises(UserError, match='ValueError: "a" is in it twice'):
         load_tokenizer(tmp_path)
     with open(file, "r+b") as big:
-        big.truncate(2_000_000_000)  # a hole, which takes no room
+        big.truncate(2_000_000_000)  # a sparse file, which takes no space
     with pytest.raises(UserError, match=r"tokenizer.json is not .* at most 500.0 MB are read"):
         load_tokenizer(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Token files: what is written is what is read, and anything else is refused."""
+"""Token files: what was written is read back, and anything else is refused."""
 
 import dataclasses
 import itertools
@@ -78,7 +78,7 @@ def test_a_file_of_another_length_is_refused(tiny_tokenizer, tmp_path):
     with open(tmp_path / "train.bin", "ab") as file:
         file.write(b"x")
     says = f"train.bin has {n_bytes + 1} bytes, meta.json says {n_bytes // 2} ids: run `dvc repro -f -s encode`"
-    with pytest.raises(UserError, match=says):  # seen at once, before a large file is hashed
+    with pytest.raises(UserError, match=says):  # noticed before a large file is hashed
         load_tokens(tmp_path, "train")
 
 

@@ -1,4 +1,4 @@
-"""Training: batches, schedules, optimizer, and a loop that resumes to the last bit."""
+"""Training: batches, schedules, optimizer, and a loop that resumes bit for bit."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ PARAMS = TrainParams(
 
 
 def tokens(n: int = 2000) -> np.ndarray:
-    """Ids with something to learn: each is one of four that may follow the one before. Ends as it begins."""
+    """Ids with something to learn: each is one of four that may follow the one before.  It ends as it begins."""
     rng = np.random.default_rng(0)
     ids = [0]
     for step in rng.integers(1, 5, n - 2):
@@ -138,7 +138,7 @@ def test_the_batch_of_a_step_does_not_depend_on_the_steps_before():
         assert (Batches(tokens(), seq_len=16, batch_size=4, seed=1).batch_at(step) == forward[step]).all()
     other = Batches(tokens(), seq_len=16, batch_size=4, seed=2).batch_at(0)
     assert (other != forward[0]).any()
-    assert (forward[0] != forward[once.per_epoch // 4 + 1]).any()  # another epoch, another order
+    assert (forward[0] != forward[once.per_epoch // 4 + 1]).any()  # each epoch has its own order
 
 
 # ---- schedules ----
@@ -207,7 +207,7 @@ def test_training_lowers_the_loss_and_keeps_the_best_and_the_last_weights():
     assert same(trained.best, trained.last)
 
 
-GROWING = {"lr": 0.5, "optimizer": "lion", "warmup_steps": 0, "schedule": "constant"}  # makes good weights bad
+GROWING = {"lr": 0.5, "optimizer": "lion", "warmup_steps": 0, "schedule": "constant"}  # the loss grows
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_an_optimizer_or_a_schedule_is_one_entry(registry, field, entry, monkeyp
 
 
 def cut_and_resume(monkeypatch, **config):
-    """Train once undisturbed and once killed four times; both end with the same bits.  The latter."""
+    """Train once undisturbed, and once killed four times: both end with the same bits.  Returns the latter."""
     undisturbed = train("undisturbed", **config)
     cuts = iter([2, 5, 6, 9])
 
@@ -350,9 +350,9 @@ def test_the_average_of_the_weights_is_evaluated_and_published(monkeypatch):
     for weight in seen[6:]:
         average = 0.75 * average + 0.25 * weight
     torch.testing.assert_close(averaged.last["norm.weight"], average)
-    torch.testing.assert_close(seen[-1], plain.last["norm.weight"])  # the average does not act on the training
+    torch.testing.assert_close(seen[-1], plain.last["norm.weight"])  # the average does not change the training
     rows = averaged.state.rows
-    assert rows[3]["val_loss"] == plain.state.rows[3]["val_loss"]  # before it begins
+    assert rows[3]["val_loss"] == plain.state.rows[3]["val_loss"]  # before averaging begins
     assert rows[-1]["val_loss"] != plain.state.rows[-1]["val_loss"]
     assert rows[-1]["train_loss"] == plain.state.rows[-1]["train_loss"]
     trainer = make_trainer()
@@ -463,7 +463,7 @@ def test_two_checkpoints_are_kept_and_half_written_ones_are_cleared_away(tmp_pat
 def test_a_line_of_the_log_between_two_rows_of_the_curve_has_the_means_since_the_last(capsys, monkeypatch):
     params, runtime = dataclasses.replace(PARAMS, eval_every=100), dataclasses.replace(RUNTIME, log_every=3)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "MAX_ROWS", 3)  # a row every fourth step, as of a run of thousands
+        patch.setattr(trainer_module, "MAX_ROWS", 3)  # a row every fourth step, as in a run of thousands
         train(params=params, runtime=runtime)
     losses = [row["train_loss"] for row in train("every", params=params).state.rows[1:]]
     expected = {3: losses[:3], 6: losses[4:6], 9: losses[8:9], 10: losses[8:]}
@@ -503,7 +503,7 @@ def test_a_compiled_step_is_the_same_step_up_to_rounding():
 
 
 def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let modules be compiled without machine code, which takes ten seconds for each size."""
+    """Compile modules without making machine code, which takes ten seconds for each size."""
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, *, dynamic, mode: compiled(module, backend=backend, dynamic=dynamic)
@@ -512,7 +512,7 @@ def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_length_of_a_context_warmup_is_compiled_once(monkeypatch):
     compile_by("eager", monkeypatch)
-    monkeypatch.setattr(layers, "FIRST_ROOM", 16)  # rope's tables grow, and not in what is compiled
+    monkeypatch.setattr(layers, "FIRST_ROOM", 16)  # rope's tables grow, outside the compiled code
     counters = torch._dynamo.utils.counters
     counters.clear()
     params = dataclasses.replace(PARAMS, context_warmup=ContextWarmup(start=1, steps=9))
@@ -576,7 +576,7 @@ def test_a_fingerprint_names_the_params_the_data_and_the_code(monkeypatch):
     others.append(fingerprint(tiny_config(), packed, meta))
     monkeypatch.setattr(checkpoint, "version_of", lambda package: f"another {package}")
     others.append(fingerprint(tiny_config(), packed, meta))
-    assert base == fingerprint(tiny_config(), PARAMS, meta)  # which needs no such package
+    assert base == fingerprint(tiny_config(), PARAMS, meta)  # it does not need the package
     monkeypatch.setattr(checkpoint, "code_of", lambda module: f"other code of {module}")
     others.append(fingerprint(tiny_config(), PARAMS, meta))
     assert len({base, *others}) == 9

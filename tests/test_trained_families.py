@@ -1,4 +1,4 @@
-"""A trained model of every family writes the same in PyTorch, transformers and llama.cpp, after text of any script."""
+"""A trained model of every family writes the same in PyTorch, transformers and llama.cpp, for prompts in any script."""
 
 import os
 
@@ -26,7 +26,7 @@ N_NEW, N_TOP, STEPS = 64, 5, 40
 PROMPTS = ["the naïve façade über", "中文 данные 42", "returns a list’s 🙂 file"]
 LAYERNORM = {"norm": "layernorm"}
 GELU = LAYERNORM | {"mlp": "gelu"}
-# Those that transformers has no class for, or llama.cpp no architecture, go without it.
+# Name -> switches, whether transformers has a class for them, whether llama.cpp has an architecture.
 FAMILIES = {
     "gpt2": (GELU | {"position": "learned", "bias": "all", "tie_weights": True}, True, True),
     "llama": ({"n_kv_head": 2}, True, True),
@@ -44,7 +44,7 @@ FAMILIES = {
 
 
 def trained(changes, tokenizer) -> GPT:
-    """A model that has learned something of `prose`, with the optimizers of params.yaml: its choices are clear."""
+    """A model trained on `prose` with the optimizers of params.yaml, until its choices are clear."""
     model = GPT(tiny_config(**{"n_embd": 64, "block_size": 128} | changes), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor(tokenizer.encode(prose(4000, seed=1)))
     optimizers = build_optimizers(model, load_params(TrainParams))
@@ -58,7 +58,7 @@ def trained(changes, tokenizer) -> GPT:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    assert loss < 3  # 5.7 at first, 2.3 now
+    assert loss < 3  # it was 5.7 at first, and is 2.3 now
     return model.eval()
 
 
@@ -87,7 +87,7 @@ def test_the_same_continuation_and_the_same_likeliest_tokens(name, tmp_path, tin
             with torch.inference_mode():
                 found = top(theirs(torch.tensor([ids])).logits[0, -1])
                 prompt = torch.tensor([ids])
-                mask = torch.ones_like(prompt)  # else a first <|endoftext|> would be taken for padding
+                mask = torch.ones_like(prompt)  # otherwise a first <|endoftext|> would count as padding
                 written = theirs.generate(
                     prompt,
                     attention_mask=mask,
@@ -110,7 +110,7 @@ def test_the_same_continuation_and_the_same_likeliest_tokens(name, tmp_path, tin
 
 
 def assert_same_choices(model: GPT, prompt: list[int], ours: list[int], theirs: list[int], within: float) -> None:
-    """Equal to the end, or to a step at which two tokens were so near to each other that rounding chose."""
+    """Both are equal to the end, or up to a step where two tokens were so close that rounding decided."""
     differing = [i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
     if differing:
         first = differing[0]
@@ -120,7 +120,7 @@ def assert_same_choices(model: GPT, prompt: list[int], ours: list[int], theirs: 
 
 
 def greedy(model: GPT, ids: list[int]) -> list[int]:
-    """The likeliest continuation, each token from the whole context."""
+    """The greedy continuation, with each token computed from the whole context."""
     ids = list(ids)
     with torch.inference_mode():
         for _ in range(N_NEW):
@@ -135,7 +135,7 @@ def test_the_command_line_streams_that_continuation(tiny_tokenizer):
     )
     ids = [*tiny_tokenizer.border_ids, *tiny_tokenizer.encode(PROMPTS[0])]
     expected = greedy(model, ids)
-    if tiny_tokenizer.eos_id in expected:  # where the stream ends
+    if tiny_tokenizer.eos_id in expected:  # the stream ends there
         expected = expected[: expected.index(tiny_tokenizer.eos_id)]
     assert len(expected) > 5
     assert text == tiny_tokenizer.decode(expected)

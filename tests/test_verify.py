@@ -1,4 +1,4 @@
-"""The check of exported files: it lets right ones pass and stops wrong ones."""
+"""The check of exported files accepts right ones and refuses wrong ones."""
 
 from dataclasses import replace
 from itertools import product
@@ -25,7 +25,7 @@ from tinygpt.tokenizer import Tokenizer
 
 @pytest.fixture
 def check(tmp_path, tiny_tokenizer):
-    """Export one model, check the file against another."""
+    """Export one model, and check the file against another."""
 
     def run(model, *, exported=None, tokenizer=tiny_tokenizer, weight_type="f32"):
         path = tmp_path / "model.gguf"
@@ -45,7 +45,7 @@ def model(tiny_tokenizer):
     ("family", "weight_type"),
     [
         *product([GPT2, LLAMA, QWEN3, LLAMA | {"window": 16}, GPT2 | {"window": 16}], ["f32", "q8_0"]),
-        *product([GPT2, LLAMA], ["f16", "bf16", "q4_k_m", "q2_k"]),  # a type knows tensors, not families
+        *product([GPT2, LLAMA], ["f16", "bf16", "q4_k_m", "q2_k"]),  # types depend on tensors, not on families
     ],
 )
 def test_a_right_file_passes(family, weight_type, check, tiny_tokenizer):
@@ -125,7 +125,7 @@ def test_a_choice_between_equals_is_not_a_failure(check, tiny_tokenizer):
 def test_perplexity_counts_the_second_half_of_a_chunk_as_llama_perplexity_does():
     logprobs = np.log(np.full((8, 10), 0.1, np.float32))
     ids = np.arange(8)
-    logprobs[np.arange(7), ids[1:]] = -np.arange(7, dtype=np.float32)  # the target after id i has -i
+    logprobs[np.arange(7), ids[1:]] = -np.arange(7, dtype=np.float32)  # the target after position i gets -i
     assert scored_nll(logprobs, ids).tolist() == [4, 5, 6]
 
 
@@ -147,4 +147,4 @@ def test_a_weight_type_is_one_entry(name, entry, check, model, monkeypatch, tmp_
     assert failures == []
     assert 0.01 < measures["max_weight_error"] < 0.16
     kinds = {tensor.tensor_type for tensor in GGUFReader(tmp_path / "model.gguf").tensors if len(tensor.shape) == 2}
-    assert kinds == {entry.base, Type.Q8_0}  # the head's rows of 64 do not fill q6_k
+    assert kinds == {entry.base, Type.Q8_0}  # the head's rows of 64 are too short for q6_k

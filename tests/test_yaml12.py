@@ -1,4 +1,4 @@
-"""params.yaml is read as DVC reads it, and nothing in it takes long or much memory."""
+"""params.yaml is read as by DVC, and nothing in it takes much time or memory."""
 
 import datetime
 import math
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def meaning(value: Any) -> Any:
-    """A value with its type; NaN is equal to itself, and so is a time, whatever its zone is called."""
+    """A value with its type, for comparison: NaN equals itself, and a time does whatever its zone is called."""
     if isinstance(value, dict):
         return {meaning(key): meaning(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -30,11 +30,11 @@ def meaning(value: Any) -> Any:
 
 
 def readings(text: str) -> list[Any]:
-    """What tinygpt, ruamel.yaml and DVC find; "refused" where one finds none."""
+    """What tinygpt, ruamel.yaml and DVC read; "refused" if one cannot."""
     found = []
     for read in (lambda: load_yaml(text.encode()), lambda: YAML(typ="safe").load(text), lambda: parse_yaml(text, "")):
         try:
-            found.append(meaning(read() or {}))  # DVC reads nothing as no groups
+            found.append(meaning(read() or {}))  # DVC reads an empty file as no groups
         except Exception:
             found.append("refused")
     return found
