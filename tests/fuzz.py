@@ -150,7 +150,7 @@ ODD: list[Callable[[Path], object]] = [
     lambda path: path.symlink_to("/dev/zero"),
     os.mkfifo,
 ]
-PIPED = ("prompts.jsonl", "prompts.txt")  # these may be pipes, as the shell's <(…) is one: the reader waits
+PIPED = ("prompts.jsonl", "prompts.txt")  # never a pipe: the reader would wait, as it does for <(…)
 PACKERS = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 
 

@@ -344,7 +344,7 @@ def test_a_folder_with_the_name_of_a_package_is_not_one(tmp_path, monkeypatch):
 
 
 def test_loggers_the_compiler_and_pandas_are_imported_only_on_request(tmp_path):
-    """The compiler, torch._dynamo, takes as long to import as the rest of torch; without --compile it is not needed."""
+    """Importing the compiler, torch._dynamo, takes as long as the rest of torch; models open and train without it."""
     save_model(tmp_path, tiny_config(), model_tensors(tiny_model()))
     code = "import sys, torch, stages.evaluate, stages.export, stages.plot, stages.train\n"
     code += "from tinygpt.model.weights import load_model\nfrom tinygpt.params import load_params\n"

@@ -238,7 +238,7 @@ def is_json(path: Path) -> bool:
 
 
 def is_lockfile(path: Path) -> bool:
-    """Whether DVC can read the file, or cannot for another reason: DVC's version, or a conflict in a merge of git."""
+    """Whether the file is not cut off: DVC can read it, another version of DVC wrote it, or git left a conflict."""
     from dvc.exceptions import DvcException
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from dvc.utils.serialize import load_yaml

@@ -155,7 +155,7 @@ def is_locked(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder for the block, unless another program does; yields whether it is ours."""
+    """Hold the lock of a folder for the block, unless another program does; yields whether it was free."""
     work = _work(folder)
     path = folder.with_name(f"{work}.lock") if work else folder / "lock"
     with contextlib.ExitStack() as held:
@@ -195,7 +195,7 @@ def _age(seconds: float) -> str:
 
 
 def watch(args: Namespace) -> None:
-    """Print a line and a sample for each evaluation, past ones first, until the training ends or stops."""
+    """Print a line and a sample for each evaluation, past ones first, while the training runs."""
     folder = find_run(args.run, "train.csv")
     page, n_shown = args.page or REPORTS / "live.html", 0
     print(f"watching {folder}; {page} shows it in a browser")

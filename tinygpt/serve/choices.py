@@ -121,7 +121,7 @@ Row = tuple[int, float | None, list[tuple[int, float]] | None, int]
 
 
 def prompt_rows(prompt: Given, scores: Scores, tokenizer: Tokenizer) -> list[Row]:
-    """The tokens of a prompt's text.  The first, and those too far back for the context, have no score."""
+    """The tokens of a prompt's text.  One with nothing before it, or too far back for the context, has no score."""
     ids = prompt.ids[prompt.n_added :]
     offsets, n_unknown = Offsets(tokenizer).of(ids, len(ids)), max(0, len(ids) - len(scores.logprobs))
     rows: list[Row] = [(ids[i], None, None, offsets[i]) for i in range(n_unknown)]

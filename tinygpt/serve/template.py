@@ -69,7 +69,7 @@ class Template:
         """The text of messages up to the answer, and its ids.
 
         Special tokens of the template become single ids; what looks like one in a message stays text. Raises UserError
-        if the template fails, takes too long or writes more than `most` characters, or if that is not UTF-8.
+        if the template fails, takes too long, or writes more than `most` characters or half a surrogate pair.
         """
         names = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
         said = {char for message in messages for text in message.values() for char in text}
