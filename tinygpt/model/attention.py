@@ -17,10 +17,10 @@ from tinygpt.model.layers import NORMS, Linear, apply_rope
 
 
 def attention_mask(t: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where a token may attend with a window: to itself and the window - 1 before it.  -> (T, T) bool
+    """True where a token may attend: to itself and the window - 1 tokens before it.  -> (T, T) bool
 
-    With a window of 2 and T = 3 it is [[1, 0, 0], [1, 1, 0], [0, 1, 1]]. None is the plain causal case, all tokens
-    before, which kernels do fastest.
+    A window of 2 and T = 3 give [[1, 0, 0], [1, 1, 0], [0, 1, 1]]. None stands for plain causal attention, to all
+    tokens before, for which kernels are fastest.
     """
     if window is None or window >= t:
         return None
@@ -39,7 +39,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def repeated(kv: Tensor, q: Tensor) -> Tensor:
-    """Each key/value head once for every query head that reads it.  (B, G, S, D) -> (B, H, S, D)"""
+    """Repeat each key/value head for every query head that reads it.  (B, G, S, D) -> (B, H, S, D)"""
     return kv.repeat_interleave(q.size(1) // kv.size(1), dim=1)
 
 
@@ -49,7 +49,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same from PyTorch's fused kernels; `is_causal` instead of a mask keeps the fastest of them usable."""
+    """The same with PyTorch's fused kernels; the fastest of them need `is_causal` instead of a mask."""
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
 
 

@@ -1,4 +1,4 @@
-"""What the model is made of: the `model` group of params.yaml, and the same with the tokenizer's vocabulary size."""
+"""The model's sizes and switches: the `model` group of params.yaml, and the same with the vocabulary size."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ class MLPKind(NamedTuple):
     """How the MLP of a block is computed."""
 
     activation: str  # a key of ACTIVATIONS in layers.py
-    gated: bool  # the activation of a third matrix scales what the first gives
+    gated: bool  # a third matrix, through the activation, scales the output of the first
 
 
-# A kind of MLP is a row here and a choice of `model.mlp` below.
+# A new kind of MLP needs a row here and a choice of `model.mlp` below.
 MLPS = {
     "gelu": MLPKind("gelu", gated=False),
     "swiglu": MLPKind("silu", gated=True),
     "relu2": MLPKind("relu2", gated=False),
 }
-DERIVE: Any = None  # given, `__post_init__` puts the derived number in its place
+DERIVE: Any = None  # `__post_init__` replaces it with the derived number
 HIDDEN_MULTIPLE = 32  # a derived n_hidden is a multiple of this, the block length of llama.cpp's q8_0
 
 
@@ -29,8 +29,8 @@ HIDDEN_MULTIPLE = 32  # a derived n_hidden is a multiple of this, the block leng
 class ModelParams:
     """Sizes and switches of one GPT.
 
-    `n_kv_head`, `head_dim` and `n_hidden` may be given as None; afterwards they hold the derived number. The defaults
-    are for Python, as in `GPT(GPTConfig(n_layer=8))`; they are those of params.yaml, which itself names all keys.
+    `n_kv_head`, `head_dim` and `n_hidden` may be None; `__post_init__` then derives them. The defaults are for Python
+    code such as `GPT(GPTConfig(n_layer=8))`; they are those of params.yaml, which must name every key.
     """
 
     group: ClassVar[str] = "model"
@@ -42,16 +42,16 @@ class ModelParams:
     head_dim: Annotated[int, Within("[1, 65536]"), DERIVED] = DERIVE  # width of one head: null = n_embd / n_head
     # width inside the MLP: null = 4·n_embd, 8/3·n_embd if gated
     n_hidden: Annotated[int, Within("[1, 1048576]"), DERIVED] = DERIVE
-    block_size: Annotated[int, Within("[1, 1073741824]")] = 128  # tokens of context, at most
+    block_size: Annotated[int, Within("[1, 1073741824]")] = 128  # most tokens of context
     position: Literal["learned", "rope"] = "rope"  # a learned vector per position, or rotated queries and keys
     rope_theta: Annotated[float, Within("[1, 1000000000000]")] = 10000.0  # base of rope's wavelengths
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: Annotated[float, Within("(0, 1)")] = 1e-5  # added to the variance
     mlp: Literal["gelu", "swiglu", "relu2"] = "swiglu"  # gelu is the tanh approximation, relu2 the square of relu
     parallel_block: bool = False  # attention and MLP read the same norm and are added together, not one after the other
-    window: Count | None = None  # a token sees itself and the window - 1 before; null = all before
-    full_every: Count | None = None  # with a window: every n-th layer sees all before; null = none
-    bias: Literal["none", "qkv", "all"] = "none"  # which linear layers carry one; "all" also gives layernorm its bias
+    window: Count | None = None  # a token sees itself and the window - 1 tokens before it; null = all before it
+    full_every: Count | None = None  # with a window: every n-th layer sees all tokens before; null = none does
+    bias: Literal["none", "qkv", "all"] = "none"  # which linear layers have one; "all" also gives layernorm its bias
     qk_norm: bool = True  # normalize each head's queries and keys before the rotation
     tie_weights: bool = False  # the output head shares the token embedding's matrix
     dropout: Fraction = 0.0  # share of embedding and residual values set to zero in training
@@ -102,11 +102,11 @@ class ModelParams:
 
     @property
     def windows(self) -> set[int | None]:
-        """Those of all layers."""
+        """The different windows of the layers."""
         return {self.window_of(0), self.window_of((self.full_every or 1) - 1)}
 
     def window_of(self, layer: int) -> int | None:
-        """The window of one layer, counted from 0; None where it sees everything before."""
+        """The window of one layer, counted from 0; None where a token sees all tokens before it."""
         return None if self.full_every and (layer + 1) % self.full_every == 0 else self.window
 
 
@@ -118,7 +118,7 @@ class GPTConfig(ModelParams):
 
 
 def derived_hidden(n_embd: int, mlp: str) -> int:
-    """MLP width of equal parameter count for all kinds: 4·n_embd with two matrices, 8/3·n_embd with three (gated)."""
+    """MLP width with about as many weights for every kind: 4·n_embd for two matrices, 8/3·n_embd for three (gated)."""
     return -(-8 * n_embd // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE if MLPS[mlp].gated else 4 * n_embd
 
 

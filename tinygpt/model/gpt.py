@@ -1,4 +1,4 @@
-"""The GPT: a decoder-only transformer whose switches choose its parts once, when it is built.
+"""The GPT: a decoder-only transformer. Its switches choose the parts once, when it is built.
 
 B batch, T tokens, C n_embd, V vocab_size, D head_dim.
 """
@@ -15,7 +15,7 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.layers import NORMS, Embedding, Linear, Rope, build_mlp
 
 INIT_STD = 0.02
-TIED = "lm_head.weight"  # the token embedding under another name where model.tie_weights is on
+TIED = "lm_head.weight"  # with model.tie_weights, another name for the token embedding
 
 
 class Block(nn.Module):
@@ -43,7 +43,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model: `model(ids)` gives the logits of each next token.
 
-    With `init=False` its weights are left unset, for a file to fill: drawing them takes longer than reading them.
+    `init=False` leaves the weights unset, to be filled from a file: drawing them takes longer than reading them.
     """
 
     def __init__(self, config: GPTConfig, *, init: bool = True, generator: torch.Generator | None = None) -> None:
@@ -69,7 +69,7 @@ class GPT(nn.Module):
         return logits
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """(B, T) int64 -> the last block's normed output (B, T, C), for callers that need few of the logits."""
+        """(B, T) int64 -> the last block's normed output (B, T, C), for callers that need only some logits."""
         t = ids.size(1)
         assert t <= self.config.block_size, f"{t} tokens, but block_size is {self.config.block_size}"
         x = self.tok_emb(ids)
@@ -84,7 +84,7 @@ class GPT(nn.Module):
         return normed
 
     def set_dropout(self, share: float) -> None:
-        """Change the share of values that training sets to zero, everywhere."""
+        """Change the share of values that training sets to zero, in every layer."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = share
@@ -95,7 +95,7 @@ class GPT(nn.Module):
 
 
 def init_weights(model: GPT, generator: torch.Generator | None) -> None:
-    """Set every weight, in the order of the modules, from one generator.
+    """Set every weight in module order, from one generator.
 
     | weight                                       | distribution                                 |
     |----------------------------------------------|----------------------------------------------|

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tinygpt.model.attention import Attention, attention_weights, repeated
 from tinygpt.model.gpt import GPT
 
-PLACES = {  # what the name of a weight contains, and the part of the model that it belongs to
+PLACES = {  # text in a weight's name -> the part of the model that the weight belongs to
     "norm": "norms",
     "tok_emb": "embedding",
     "pos_emb": "positions",
@@ -20,20 +20,20 @@ PLACES = {  # what the name of a weight contains, and the part of the model that
     ".mlp.": "mlp",
     "lm_head": "head",
 }
-ORDER = ("embedding", "positions", "attention", "mlp", "norms", "head")  # as a token goes through them
+ORDER = ("embedding", "positions", "attention", "mlp", "norms", "head")  # as a token passes through them
 
 
 @dataclass
 class Part:
-    """What all layers have of it together."""
+    """One part of the model, added up over all layers."""
 
     shapes: dict[str, list[int]] = field(default_factory=dict)  # by name, of the first layer
     n_weights: int = 0
-    operations: float = 0.0  # floating-point, of a forward pass, for one token of a full context; of matrices alone
+    operations: float = 0.0  # floating-point, per token of a full context in a forward pass; matrix products only
 
 
 def parts_of(model: GPT) -> dict[str, Part]:
-    """Each part that has weights, in the order of ORDER; a tied head has operations alone."""
+    """The parts that the model has, in the order of ORDER; a tied head has operations but not weights."""
     parts, config = {name: Part() for name in ORDER}, model.config
     for name, weight in model.named_parameters():
         part = parts[part_of(name)]
@@ -60,15 +60,15 @@ def mean_seen(t: int, window: int | None) -> float:
 
 
 def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> NDArray[np.float32]:
-    """The weights of every layer and head for one sequence.  (T,) -> (n_layer, n_head, T, T), rows sum to 1
+    """The attention weights of every layer and head for one sequence.  (T,) -> (n_layer, n_head, T, T), rows sum to 1
 
-    `rows` are the tokens whose weights are returned; None: all.
+    `rows` selects the tokens whose weights are returned, by default all.
     """
     maps: list[Tensor] = []
 
     def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         weights = attention_weights(q, k, mask)
-        maps.append(weights[0, :, rows].clone())  # not a view that keeps the other rows
+        maps.append(weights[0, :, rows].clone())  # a view would keep the other rows in memory
         return weights @ repeated(v, q)
 
     layers = [module for module in model.modules() if isinstance(module, Attention)]

@@ -1,4 +1,4 @@
-"""Norms, MLPs and rotary positions: small pieces of one signature each, chosen by name when the model is built.
+"""Norms, MLPs and rotary positions: small parts, chosen by name when the model is built. A kind has one signature.
 
 B batch, T tokens, C n_embd, H heads, D head_dim.
 """
@@ -15,33 +15,33 @@ from torch import Tensor, nn
 
 from tinygpt.model.config import MLPS, GPTConfig
 
-FIRST_ROOM = 4096  # positions that rope's tables and caches have room for at first
+FIRST_ROOM = 4096  # positions that rope's tables and KV caches have room for at first
 
-Activation = Callable[[Tensor], Tensor]  # of any shape, element by element
+Activation = Callable[[Tensor], Tensor]  # element by element, of any shape
 
 
 class Linear(nn.Linear):
-    """PyTorch's without its initial values, which take longer to draw than a file to read: init_weights sets others."""
+    """PyTorch's without initial values: drawing them takes longer than reading a file. init_weights sets others."""
 
     def reset_parameters(self) -> None:
         """Leave the weights unset."""
 
 
 class Embedding(nn.Embedding):
-    """PyTorch's without its initial values, as above."""
+    """PyTorch's without initial values, as above."""
 
     def reset_parameters(self) -> None:
         """Leave the weights unset."""
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, which takes shorter floats, too, and computes in its weight's type, as autocast does on a GPU."""
+    """PyTorch's, which also accepts shorter floats and computes in its weight's type, as autocast does on a GPU."""
 
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, size) -> (…, size), in the weight's type"""
-        return super().forward(x.to(self.weight.dtype))  # on a CPU PyTorch's would warn of unequal types
+        return super().forward(x.to(self.weight.dtype))  # PyTorch's warns of unequal types on a CPU
 
 
 def layer_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
@@ -68,10 +68,10 @@ GELU_B = GELU_A * 0.044715
 
 
 class _SigmoidGELU(torch.autograd.Function):
-    """x · σ(u), u = x · (a + b x²): the same function, as (1 + tanh(u / 2)) / 2 = σ(u), and its slope with it.
+    """The same function as x · σ(u), u = x · (a + b x²), since (1 + tanh(u / 2)) / 2 = σ(u); forward() keeps the slope.
 
-    On a CPU tanh takes three times as long as the sigmoid, and PyTorch's kernel takes it again in the backward pass.
-    Shorter floats than float32 would overflow on the way.
+    On a CPU tanh takes three times as long as the sigmoid, and PyTorch's kernel computes it again in the backward pass.
+    Floats shorter than float32 would overflow on the way.
     """
 
     @staticmethod
@@ -129,13 +129,13 @@ class GatedMLP(nn.Module):
 
 
 def build_mlp(config: GPTConfig) -> nn.Module:
-    """The MLP of one block, by its row of MLPS."""
+    """The MLP of one block, from its row of MLPS."""
     kind = MLPS[config.mlp]
     return (GatedMLP if kind.gated else MLP)(config, ACTIVATIONS[kind.activation])
 
 
 class Rope(nn.Module):
-    """Cosines and sines of the positions in use: tables are as long as was needed so far."""
+    """Tables of cosines and sines, which grow with the positions in use."""
 
     cos: Tensor
     sin: Tensor
@@ -148,25 +148,25 @@ class Rope(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, n: int) -> tuple[Tensor, Tensor]:
-        """Those of the first n positions, each (n, D)."""
+        """The tables of the first n positions, each (n, D)."""
         if n > len(self.cos):
             self._make(more_room(n, self.config.block_size))
         return self.cos[:n], self.sin[:n]
 
     def _make(self, n: int) -> None:
         head_dim, theta = self.config.head_dim, self.config.rope_theta
-        # On the CPU, since elsewhere bits may differ.
-        with torch.inference_mode(mode=False):  # training has them, too, though an evaluation may be the first
+        # On the CPU: other devices may give other bits.
+        with torch.inference_mode(mode=False):  # training uses them too, even if an evaluation makes them
             self.cos, self.sin = (table.to(self.cos) for table in rope_tables(n, head_dim, theta, device="cpu"))
 
 
 def first_room(block_size: int) -> int:
-    """Positions that there is room for at first: of an ordinary model all."""
+    """How many positions to make room for at first: all of an ordinary model's."""
     return min(block_size, FIRST_ROOM)
 
 
 def more_room(n: int, block_size: int) -> int:
-    """Positions that there is room for from now on, if n are needed: a power of two, so that it seldom grows."""
+    """How many positions to make room for when n are needed: a power of two, so that tables and caches seldom grow."""
     return min(block_size, 1 << (n - 1).bit_length())
 
 
@@ -175,7 +175,7 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the first n positions' angles, each (n, D), computed in float64.
 
-    Pair i of the D/2 pairs turns by theta^(-2i/D) radians a position (Su et al., https://arxiv.org/abs/2104.09864).
+    Pair i of the D/2 pairs turns by theta^(-2i/D) radians per position (Su et al., https://arxiv.org/abs/2104.09864).
     """
     wavelengths = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles = torch.outer(torch.arange(n, dtype=torch.float64, device=device), wavelengths)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., https://arxiv.org/abs/2106.09685): next to frozen linear layers of a built model."""
+"""Low-rank adapters (Hu et al., https://arxiv.org/abs/2106.09685), added to the frozen linear layers of a model."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class LoRALinear(nn.Module):
 def add_lora(
     model: GPT, *, rank: int, alpha: float, dropout: float, targets: Collection[str], generator: torch.Generator | None
 ) -> None:
-    """Freeze a model and give adapters to the linear layers of its blocks named in `targets`, such as "q_proj".
+    """Freeze a model and add adapters to the linear layers of its blocks that `targets` names, such as "q_proj".
 
-    Raises UserError when the model has none of a name.
+    Raises UserError when a name is not that of a linear layer in the model's blocks.
     """
     model.requires_grad_(False)
     found = set()
@@ -59,12 +59,12 @@ def add_lora(
 
 
 def trained_tensors(model: GPT) -> dict[str, Tensor]:
-    """The tensors that training changes, by name: all of a plain model, a tied head left out; else the adapters."""
+    """The tensors that training changes, by name: the adapters if there are any, else all but a tied head."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def merged_tensors(model: GPT, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors by the names of a plain model, what was trained in its place; adapters become part of the weights."""
+    """All tensors under a plain model's names: `trained` ones replace the model's, adapters are added to weights."""
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     merged: dict[str, Tensor] = {}
     for name, tensor in (model.state_dict() | trained).items():

@@ -1,8 +1,8 @@
-"""Linear layers whose weights take one byte or half of one, put in place of a trained model's to generate with it.
+"""Linear layers with int8 or int4 weights, which replace those of a trained model for generation.
 
-Weights are rounded to the nearest step, each row (int8) or group of GROUP columns (int4) with a step of its own, as in
-Dettmers et al., https://arxiv.org/abs/2208.07339, without its outliers. Products are bfloat16 on the CPU, by PyTorch's
-kernels for such weights. On a GPU both become float again on the way.
+Weights are rounded to the nearest step. Each row (int8) or group of GROUP columns (int4) has a step of its own, as in
+Dettmers et al., https://arxiv.org/abs/2208.07339, but outliers are not treated apart. On the CPU, PyTorch's kernels
+for such weights multiply in bfloat16. On a GPU, the weights are turned back into floats for each product.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
 
-GROUP = 32  # columns of int4 that share a step: the smallest that the kernel takes
-ROWS = 16  # int4's kernel takes a multiple of this many rows
+GROUP = 32  # columns of int4 that share a step: the fewest that the kernel accepts
+ROWS = 16  # int4's kernel needs a multiple of this many rows
 
 
 class Int8Linear(nn.Module):
-    """weight ≈ step · q, q in [-127, 127], a step for each row."""
+    """weight ≈ step · q, q in [-127, 127], with a step for each row."""
 
     q: Tensor
     step: Tensor
@@ -42,12 +42,12 @@ class Int8Linear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.linear(x, self.q.to(x.dtype))
-        ones = torch.ones(len(self.step), dtype=torch.bfloat16)  # rows are scaled in float32 instead
+        ones = torch.ones(len(self.step), dtype=torch.bfloat16)  # forward() scales rows in float32 instead
         return torch._weight_int8pack_mm(x.bfloat16(), self.q, ones).to(x.dtype)
 
 
 class Int4Linear(nn.Module):
-    """weight ≈ step · (q - 8) + middle, q in [0, 15], a step and a middle for each group of a row."""
+    """weight ≈ step · (q - 8) + middle, q in [0, 15], with a step and a middle for each group of a row."""
 
     packed: Tensor
     steps: Tensor
@@ -70,7 +70,7 @@ class Int4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _pack(self, q: Tensor) -> Tensor:
-        """(out, in) int32 -> (out, in / 2) bytes, the even columns in the lower halves"""
+        """(out, in) int32 -> (out, in / 2) bytes, the even columns in the lower four bits"""
         return (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Int4Linear(nn.Module):
 
 
 class Int4LinearCPU(Int4Linear):
-    """The same by the CPU's kernel, packed in its own way."""
+    """The same with the CPU's kernel, which has its own packing."""
 
     def _pack(self, q: Tensor) -> Tensor:
         packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
@@ -93,12 +93,12 @@ class Int4LinearCPU(Int4Linear):
 
 
 def int4_linear(linear: nn.Linear) -> Int4Linear:
-    """The layer for the device that the weights are on: it must stay there."""
+    """The layer for the device that holds the weights; it must stay on that device."""
     return (Int4LinearCPU if linear.weight.device.type == "cpu" else Int4Linear)(linear)
 
 
 def _flat(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A product of (rows, in) for any number of dimensions."""
+    """Apply a product of (rows, in) to an x of any number of dimensions."""
     return product(x.reshape(-1, x.size(-1))).reshape(*x.shape[:-1], -1)
 
 
@@ -106,9 +106,9 @@ QUANTIZED: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": Int8Linear, "i
 
 
 def quantize(model: GPT, kind: str) -> None:
-    """Put such layers in place of all linear ones, the head included; embeddings and norms stay.
+    """Replace all linear layers, the head included, by those of a kind in QUANTIZED; embeddings and norms stay.
 
-    Raises UserError where int4 does not fit.
+    Raises UserError when a layer's size does not fit int4.
     """
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     odd = [(name, linear) for name, linear in linears if linear.in_features % GROUP or linear.out_features % ROWS]
@@ -124,6 +124,6 @@ def quantize(model: GPT, kind: str) -> None:
 
 
 def n_bytes(model: GPT) -> int:
-    """Memory of all weights, one that two layers share counted once."""
+    """Bytes of all weights; a tensor that two layers share counts once."""
     tensors = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -24,17 +24,17 @@ from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_KEY = "tokenizer_sha256"  # of config.json: the tokenizer.json that the model was trained with
+TOKENIZER_KEY = "tokenizer_sha256"  # in config.json: that of the tokenizer.json that the model was trained with
 FREE = ("dropout", "attention")  # fields in which a run may differ from the base that it starts from
-FIRST = "blocks.0."  # what the names of a block's tensors begin with
+FIRST = "blocks.0."  # what the names of the first block's tensors begin with
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MOST_SHOWN = 6  # tensors that are wrong
+MOST_SHOWN = 6  # wrong tensors that a message names
 
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:
-    """The tensors that a file holds, by name; a tied head is left out."""
+    """The tensors to save, by name; a tied head is left out."""
     return {k: v for k, v in model.state_dict().items() if not (k == TIED and model.config.tie_weights)}
 
 
@@ -43,15 +43,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_write(path, "wb") as file:
         plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         try:
-            save_file(plain, file.name, {"format": "pt"})  # into the open file: as bytes it would be in memory twice
-        except SafetensorError as error:  # a full disk has its number in the text alone
+            save_file(plain, file.name, {"format": "pt"})  # not save(): its bytes would be in memory twice
+        except SafetensorError as error:  # has the number of a full disk's error only in its text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file to the CPU.  Raises UserError when it is torn or of another format."""
-    open(path, "rb").close()  # what the system says of a file that may not be read; safetensors says "no such file"
+    """Read a safetensors file onto the CPU.  Raises UserError when it is damaged or has another format."""
+    open(path, "rb").close()  # raises the system's own error for an unreadable file; safetensors says "no such file"
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -61,7 +61,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def save_model(
     folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer_sha256: str | None = None
 ) -> None:
-    """Write a model folder; with the SHA-256 of its tokenizer.json, `load_pair` refuses another one."""
+    """Write a model folder.  If it records the SHA-256 of its tokenizer.json, `load_pair` refuses any other."""
     save_tensors(folder / WEIGHTS_FILE, tensors)
     known = {} if tokenizer_sha256 is None else {TOKENIZER_KEY: tokenizer_sha256}
     write_json(folder / CONFIG_FILE, config_fields(config) | known)
@@ -70,7 +70,7 @@ def save_model(
 def load_model(folder: str | Path) -> GPT:
     """Read a model folder into a GPT on the CPU in eval mode.
 
-    Raises UserError when a file is missing, torn, or does not fit the other.
+    Raises UserError when a file is missing or damaged, or the two do not fit each other.
     """
     folder = Path(folder)
     config, _ = _read_config(folder)
@@ -86,8 +86,8 @@ def load_model(folder: str | Path) -> GPT:
 def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer]:
     """Read a model folder and the tokenizer that the model was trained with.
 
-    Raises UserError when either cannot be read or the tokenizer is another; a model folder that does not name its
-    tokenizer takes every one of its size.
+    Raises UserError when either cannot be read, or the model was trained with another tokenizer. A model folder that
+    does not name its tokenizer accepts any with the right number of tokens.
     """
     model, found = load_model(folder), load_tokenizer(tokenizer)
     _, sha256 = _read_config(Path(folder))
@@ -123,7 +123,7 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
 
 
 def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:
-    """The config, and the SHA-256 of the tokenizer.json; None where the folder is older or was not given it."""
+    """The config, and the SHA-256 of the tokenizer.json or None where the folder does not record it."""
     path = folder / CONFIG_FILE
     document = read_json(path, stage="train")
     sha256 = document.pop(TOKENIZER_KEY, None) if isinstance(document, dict) else None
@@ -137,10 +137,10 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:
 
 
 def read_shapes(path: Path) -> Shapes:
-    """The shapes of a safetensors file's tensors, from its header alone.  Raises UserError when that is damaged."""
+    """The shapes of a safetensors file's tensors, from its header alone.  Raises UserError when it is damaged."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: weights are read from safetensors alone")
-    open(path, "rb").close()  # what the system says of a file that may not be read
+    open(path, "rb").close()  # raises the system's own error for an unreadable file
     try:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -149,9 +149,9 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
-    """What a file of such a model holds, on no device, and without building the model.
+    """The tensors that a file of such a model holds, without their values: the model is not built.
 
-    Raises UserError where its sizes make far more numbers than were found.
+    Raises UserError when the config's sizes need far more numbers than were found.
     """
     n, n_found = config.n_weights(config.vocab_size), sum(map(math.prod, found.values()))
     if n > 2 * n_found:
@@ -159,7 +159,7 @@ def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
             f"the sizes in its config.json make {n:,} numbers, and there are {n_found:,}: take both from one model"
         )
     one = replace(config, n_layer=1, full_every=None)
-    if rotates := config.position == "rope":  # in no file; its tables, on no device, would import the compiler: seconds
+    if rotates := config.position == "rope":  # tables are in no file, and on "meta" they import the compiler: seconds
         one = replace(one, position="learned", block_size=1, window=None)
     with torch.device("meta"):
         tensors = model_tensors(GPT(one, init=False))
@@ -181,44 +181,44 @@ def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def misfits(found: Shapes, expected: Shapes) -> list[str]:
-    """What is missing, too much or of another shape."""
+    """What is missing, unexpected or of another shape."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is too much" for name in found.keys() - expected.keys()]
     return sorted(problems + misshapen(found, expected))
 
 
 def misshapen(found: Shapes, expected: Shapes) -> list[str]:
-    """What is wrong with the shapes of the tensors that both have."""
+    """Which tensors in both differ in shape."""
     both = sorted(expected.keys() & found.keys())
     return [f"{name} is {found[name]}, expected {expected[name]}" for name in both if found[name] != expected[name]]
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
-    """The shape of each."""
+    """The shape of each tensor."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def unset_model(config: GPTConfig) -> GPT:
-    """A model whose weights are left for `fill` to set.  Raises UserError where the memory for them is not there."""
+    """A model whose weights `fill` is to set.  Raises UserError when there is not enough memory for them."""
     try:
         return GPT(config, init=False)
-    except RuntimeError as error:  # of PyTorch's allocator, which has no class for it
+    except RuntimeError as error:  # from PyTorch's allocator, which has no class for it
         raise UserError(
             f"a model of the sizes in its config.json cannot be built ({str(error).splitlines()[0]})"
         ) from None
 
 
 def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
-    """Set every weight of a model, and put it in eval mode; a tied head need not be among the tensors."""
+    """Set every weight of a model, and put it in eval mode; the tensors need not include a tied head."""
     missing, extra = model.load_state_dict(tensors, strict=False)
     assert not extra and set(missing) <= ({TIED} if model.config.tie_weights else set()), (missing, extra)
     return model.eval()
 
 
 def read_fitting(path: Path, expected: Shapes, fits: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.  Raises UserError where they are others than expected, or of another shape.
+    """The tensors of a safetensors file.  Raises UserError unless they are those expected, in the expected shapes.
 
-    `fits` names what says which they should be.
+    `fits` is what the message says that the file should fit.
     """
     problems = misfits(read_shapes(path), expected)
     if not problems:
