@@ -23,7 +23,7 @@ from tinygpt.params import require
 
 
 class Vocabulary(Protocol):
-    """What texts need to know of a tokenizer, ours or another program's."""
+    """What generation needs from a tokenizer, ours or another program's."""
 
     @property
     def vocab_size(self) -> int:
@@ -31,11 +31,11 @@ class Vocabulary(Protocol):
 
     @property
     def bos_id(self) -> int:
-        """What a document begins with."""
+        """The id that a document begins with."""
 
     @property
     def eos_id(self) -> int:
-        """What ends a text."""
+        """The id that ends a text."""
 
     def encode(self, text: str) -> list[int]:
         """Text to ids."""
@@ -45,15 +45,15 @@ class Vocabulary(Protocol):
 
 
 def prompt_ids(tokenizer: Vocabulary, prompt: str) -> list[int]:
-    """A text as the beginning of a document, after the tokenizer's `bos_id`.  Raises UserError when it is not text."""
+    """The ids of a text as the beginning of a document, after `bos_id`.  Raises UserError as `checked` does."""
     return [tokenizer.bos_id, *tokenizer.encode(checked(prompt))]
 
 
 class TextStream:
-    """Turn ids into pieces of text, which joined are the text before the first stop text.
+    """Turn ids into pieces of text; joined, these are the text before the first stop text.
 
-    What may be the beginning of a stop text is held back until more is known: with stop "end", the tokens "a e", "n",
-    "ough" give the pieces "a ", "", "enough", and "a e", "nd it" the one piece "a ".
+    A possible beginning of a stop text is held back until more is known: with stop "end", the tokens "a e", "n", "ough"
+    give the pieces "a ", "", "enough", and "a e", "nd it" give the one piece "a ".
     """
 
     def __init__(self, tokenizer: Vocabulary, stop: Sequence[str] = ()) -> None:
@@ -63,11 +63,11 @@ class TextStream:
         self._held = ""
 
     def push(self, next_id: int) -> str:
-        """What is now certain to belong to the text."""
+        """Add an id -> the piece of text that is now certain."""
         return self._take(self._decoder.decode(self.tokenizer.decode_bytes([next_id])))
 
     def finish(self) -> str:
-        """What was held back, when no more ids come; half a character becomes U+FFFD."""
+        """Return what was held back, once no more ids come; half a character becomes U+FFFD."""
         piece = self._take(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return piece
@@ -85,7 +85,7 @@ class TextStream:
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop text starts that is complete first, None without one.
+    """The start of the stop text that is complete first, or None.
 
     "abcd" with stop "abcd" and "bc" gives 1: reading character by character, "bc" is there first.
     """
@@ -94,7 +94,7 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
 
 
 def n_held(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of the text with which a stop text may begin: 2 of "a en" with "end"."""
+    """Length of the text's longest suffix that a stop text may begin with: 2 for "a en" with stop "end"."""
     longest = min(len(text), max((len(each) - 1 for each in stop), default=0))
     return next((n for n in range(longest, 0, -1) if any(each.startswith(text[-n:]) for each in stop)), 0)
 
@@ -112,12 +112,12 @@ class Answer:
         block_size: int,
         n_logprobs: int | None = None,
     ) -> None:
-        """A prompt is a text, which begins a document, or ids as they are.
+        """`prompt` is a text, which begins a document, or ids, which are used unchanged.
 
-        `n_logprobs` None keeps no log-probabilities, 0 those of what was taken, n also those of the n likeliest.
+        `n_logprobs` None keeps no log-probabilities, 0 those of the chosen ids, n also those of the n likeliest.
 
-        Raises ParamsError when an option does not fit another, the prompt or the vocabulary, and
-        UserError when the prompt is not a text.
+        Raises ParamsError when an option contradicts another, the prompt or the vocabulary, and
+        UserError when the prompt is too long or not valid text.
         """
         self.prompt = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         room = block_size - len(self.prompt) if sampling.when_full == "stop" else max_new_tokens
@@ -135,22 +135,22 @@ class Answer:
         )
         sampling.check_ids(tokenizer.vocab_size)
         self.tokenizer, self.seed = tokenizer, sampling.seed
-        self.sampling = dataclasses.replace(sampling, seed=0)  # answers that share it are treated together
-        self.ids: list[int] = []  # what follows, without the id that ended it
+        self.sampling = dataclasses.replace(sampling, seed=0)  # answers that share it are computed together
+        self.ids: list[int] = []  # what follows the prompt, without the id that ended it
         self.n_logprobs = n_logprobs
-        self.logprobs: list[float] = []  # of all ids and the one that ended it, as the model has them, in nats
-        self.top_logprobs: list[list[tuple[int, float]]] = []  # of the likeliest ids at each of these places
+        self.logprobs: list[float] = []  # of all ids and the one that ended it, before any option applies, in nats
+        self.top_logprobs: list[list[tuple[int, float]]] = []  # of the likeliest ids in the place of each of these
         self.text = ""
         self.piece = ""  # what the last token added to the text
-        self.finish_reason: Literal["stop", "length"] | None = None  # None = not yet at its end
+        self.finish_reason: Literal["stop", "length"] | None = None  # None = not finished
         self.eos_id, self.end_ids = tokenizer.eos_id, {tokenizer.eos_id, *sampling.stop_ids}
-        self.n_pass = 0  # of the model, where speculative decoding counts them
+        self.n_pass = 0  # passes of the model; only speculative decoding counts them
         self.max_new_tokens = min(max_new_tokens, room)
-        self.generator = random.Random(sampling.seed)  # its own: other rows draw nothing from it
+        self.generator = random.Random(sampling.seed)  # its own: other rows do not draw from it
         self._text = TextStream(tokenizer, sampling.stop)
 
     def add(self, next_id: int | None) -> None:
-        """Append an id, or end where None may follow."""
+        """Append an id; one that ends a text, or None where every id is forbidden, ends the answer instead."""
         ended = next_id is None or next_id in self.end_ids
         if next_id is None or ended:
             self.piece = ""
@@ -166,14 +166,14 @@ class Answer:
         self.text += self.piece
 
     def write(self, ids: Sequence[int]) -> None:
-        """Append ids up to the one that ends it, or end after them, as one piece."""
+        """Append ids as one piece, up to one that ends the answer, and end it after the last in any case."""
         for next_id in [*ids, None]:
             if not self.finish_reason:
                 self.add(next_id)
         self.piece = self.text
 
     def another(self, n: int) -> Answer:
-        """The same, not begun, with the n-th seed after its own, and its log-probabilities."""
+        """The same answer before its first id, with the n-th seed after its own; it keeps log-probabilities."""
         other = copy.copy(self)
         other.ids, other.logprobs, other.top_logprobs, other.n_logprobs = [], [], [], self.n_logprobs or 0
         other.generator = random.Random(seed_after(self.seed, n))
@@ -181,20 +181,20 @@ class Answer:
         return other
 
     def mean_logprob(self) -> float:
-        """Mean log-probability of a token, in nats; -inf without one."""
+        """Mean log-probability of the tokens, in nats; -inf without any."""
         return sum(self.logprobs) / len(self.logprobs) if self.logprobs else -math.inf
 
 
 class Running:
-    """Answers that are extended together, a token at a time; between two steps some may come and others go.
+    """Answers that are extended together, a token at a time; between two steps, answers may join and leave.
 
-    What an answer becomes does not depend on what runs next to it.
+    An answer's text does not depend on what runs next to it.
     """
 
     def __init__(self, model: GPT) -> None:
         self.answers: list[Answer] = []  # those that have not ended
         self._decoder = Decoder(model, [])
-        self._is_behind = False  # the decoder has not read the last id of each answer
+        self._is_behind = False  # whether the decoder has yet to read the last id of each answer
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Start answers that have no token yet.  A prompt that several of them share is read once."""
@@ -207,7 +207,7 @@ class Running:
             self.answers += answers
 
     def step(self) -> list[Answer]:
-        """Give each answer its next token -> those that got one; those that have ended run no longer."""
+        """Give each answer its next token -> the answers that got one; those that end now stop running."""
         self._catch_up()
         rows, logits = self.answers, self._decoder.logits
         chosen = choose_rows(logits, rows)
@@ -219,7 +219,7 @@ class Running:
         return rows
 
     def drop(self, answers: Sequence[Answer]) -> None:
-        """Drop some answers, where they still run."""
+        """Drop these answers if they still run."""
         self._keep([i for i, other in enumerate(self.answers) if not any(other is answer for answer in answers)])
 
     def _keep(self, rows: list[int]) -> None:
@@ -234,7 +234,7 @@ class Running:
 
 
 def keep_logprobs(logits: Tensor, answers: Sequence[Answer], chosen: Sequence[int | None]) -> None:
-    """Write down what the model's distribution says, in answers that ask for it.  (B, V)"""
+    """Record the model's log-probabilities in the answers that ask for them.  (B, V)"""
     asking = [(i, answer, chosen[i]) for i, answer in enumerate(answers) if answer.n_logprobs is not None]
     if not asking:
         return
@@ -249,7 +249,7 @@ def keep_logprobs(logits: Tensor, answers: Sequence[Answer], chosen: Sequence[in
 
 
 def choose_rows(logits: Tensor, answers: Sequence[Answer]) -> list[int | None]:
-    """The next id of each row; those that differ in nothing but the seed are treated together."""
+    """The next id of each row; rows that differ only in their seed are computed together."""
     groups: dict[Sampling, list[int]] = {}
     for i, answer in enumerate(answers):
         groups.setdefault(answer.sampling, []).append(i)
@@ -263,7 +263,7 @@ def choose_rows(logits: Tensor, answers: Sequence[Answer]) -> list[int | None]:
 
 
 def past_of(answers: Sequence[Answer], written: Sequence[Sequence[int]] | None = None) -> Past:
-    """What answers that share their sampling have so far, or what they had if they were `written` like this."""
+    """The past of answers that share their sampling, with the texts `written` instead of their own where given."""
     first = answers[0]
     texts = [answer.ids for answer in answers] if written is None else written
     return Past([answer.prompt for answer in answers], texts, first.eos_id, first.sampling.stop_ids)

@@ -1,9 +1,9 @@
-"""The step of one sequence, or of several together, as one piece of machine code, by torch.compile.
+"""One decoding step, of one sequence or of several together, compiled into machine code by torch.compile.
 
-With one sequence, all operations of the step become a few loops over memory, so that little more than reading the
-weights is left. With several, products and attention stay calls of libraries, and what is between them becomes loops.
+With one sequence, the whole step becomes a few loops over memory, which take little longer than reading the weights.
+With several, products and attention remain library calls, and the operations between them become loops.
 
-B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them that are read, V vocab_size.
+B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them read, V vocab_size.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tinygpt.generate.lean import FEW, LeanBlock, LeanGPT
 from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import first_room
 
-# Buffers are written once and not computed again where they are read: a quarter less time for a step.  The sizes of
-# what it made itself are not checked at each call.
+# Buffers are written once, not recomputed wherever they are read: a step takes a quarter less time.  The sizes of
+# compiled code's own buffers are not checked at each call.
 OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 5, "size_asserts": False}
 
 
 class CompiledStep(LeanGPT):
-    """A model that reads one token of each row, of one row or of up to `n_row` together."""
+    """A model that reads one token per row, for one row or for up to `n_row` together."""
 
     def __init__(self, model: GPT, n_row: int) -> None:
         super().__init__(model)
@@ -40,34 +40,35 @@ class CompiledStep(LeanGPT):
         self._compiled = torch.compile(  # type: ignore[call-overload]  # its types lack isolate_recompiles
             self._logits,
             fullgraph=True,
-            dynamic=False,  # but for what is marked: a size that another model had otherwise is not a variable here
+            dynamic=False,  # except for marked sizes: one that differed in another model is not a variable here
             isolate_recompiles=True,
             options=OPTIONS | {"guard_filter_fn": of_sizes},
         )
 
     def __call__(self, ids: Sequence[int], at: Sequence[int], cache: KVCache) -> Tensor | None:
-        """Write a token of each row at its position, 1 or later, into the cache -> (B, V) float32, of the tokens that
-        follow; None for more rows than `n_row`, or at the last position of all, which would be compiled anew.
+        """Read one token per row, at position 1 or later, and write it into the cache -> logits (B, V) float32.
+
+        None for more than `n_row` rows, or at the context's last position, which would need another compilation.
         """
         n = max(at) + 1
         if len(at) > self.n_row or n > self.block_size - 1:
             return None
-        cache.reserve(n + 1)  # all would be compiled anew
+        cache.reserve(n + 1)  # reading all of its slots would need another compilation
         if n >= len(self.places):
-            with torch.inference_mode(mode=False):  # as the first were made: others would be compiled anew
+            with torch.inference_mode(mode=False):  # as in __init__: an inference tensor would need another compilation
                 self.places = torch.arange(cache.room, device=self.places.device)
         turns, filled = self.turns(n + 1), self.places[:n]
         tokens = [torch.tensor(values, device=filled.device) for values in (ids, at)]
         changing = [filled] if len(ids) == 1 else [filled, *tokens, *chain.from_iterable(cache.layers)]
         for tensor in changing:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one piece of code for all lengths, and numbers of rows
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # same code for all lengths and numbers of rows
         if self.room < self.block_size:
             self._mark_growing(turns, cache)
         logits: Tensor = self._compiled(*tokens, filled, turns, cache.layers)
         return logits
 
     def _mark_growing(self, turns: Tensor | None, cache: KVCache) -> None:
-        """One piece of code for all rooms."""
+        """Use the same code for tables and caches of all lengths."""
         growing = [layer for layer, w in zip(cache.layers, self.windows, strict=True) if cache.n_slots[w] > self.room]
         for tensor in chain.from_iterable(growing):
             torch._dynamo.maybe_mark_dynamic(tensor, 2)
@@ -95,21 +96,21 @@ class CompiledStep(LeanGPT):
             n = read[window].size(0)
             keys[rows, :, at % n_slots[window]] = k
             values[rows, :, at % n_slots[window]] = v
-            q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): a group of heads reads the same keys
+            q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): the heads of a group read the same keys
             attention = F.scaled_dot_product_attention if q.size(0) > 1 else attention_of_one
             return attention(q, keys[:, :, :n], values[:, :, :n], masks[window]).reshape(q.size(0), -1)
 
         return self.logits(ids, at, turns, attend)
 
     def _mask(self, at: Tensor, slots: Tensor, n_slot: int, window: int | None) -> Tensor | None:
-        """What each row sees of the slots that are read.  -> (B, 1, 1, n), or None where it sees all"""
+        """The mask of the slots that each row sees.  -> (B, 1, 1, n), or None where it sees all"""
         if window is None and at.size(0) == 1:
             return None
         at = at[:, None, None, None]
         return slot_mask(at, at, slots, n_slot, window, dtype=self.embedding.dtype)
 
     def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C) -> queries (B, H, D), keys and values (B, G, D), joined no longer than their norm needs them so."""
+        """(B, C) -> queries (B, H, D), keys and values (B, G, D); queries and keys are joined for their norm alone."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in block.qkv(x))
         if block.qk_norm is not None:
             q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_kv_head), 1)
@@ -119,39 +120,40 @@ class CompiledStep(LeanGPT):
 
 
 def attention_of_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """As loops.  (1, G, H / G, D), (1, G, n, D), (1, G, n, D), (1, 1, 1, n) -> (1, G, H / G, D)"""
+    """Attention that compiles to loops.  (1, G, H / G, D), (1, G, n, D) twice, (1, 1, 1, n) -> (1, G, H / G, D)"""
     q = (q / math.sqrt(q.size(-1)))[..., None, :]
     scores = (q * keys[:, :, None]).sum(-1)  # (1, G, H / G, n)
     if mask is not None:
         scores = scores + mask
-    # a softmax that divides last: what the product with the values needs is less, and so not stored before it
+    # softmax with the division last: so little precedes the product with the values that nothing is stored for it
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     return (weights[..., None] * values[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
 
 
 def of_sizes(guards: Sequence[Any]) -> list[bool]:
-    """Which of torch.compile's checks before each call remain: those of arguments whose sizes change.
+    """Which of torch.compile's checks before each call to keep: those of arguments whose sizes change.
 
-    All others are of this model, whose code is its own (isolate_recompiles), and take as long as a layer.
+    The others check the model itself, which has compiled code of its own (isolate_recompiles). They take as long as a
+    layer.
     """
     return [guard.guard_type == "SHAPE_ENV" or guard.name.startswith(("filled", "layers")) for guard in guards]
 
 
 def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
-    """Let everything that continues one sequence of a model, or up to `n_row` together, do it by compiled steps.
+    """Compile the step with which a model continues one sequence, or up to `n_row` together; new decoders use it.
 
-    It takes up to a minute, and up to ten seconds where it was done on this machine before; for several rows about half
-    as long again (docs/generation.md). After weights have changed, call it again: scales of norms are copied. `room` is
-    that of the decoders, where layers have windows: with another it is compiled again. Raises UserError where there is
-    no compiler.
+    This takes up to a minute, or up to ten seconds if it was done on this machine before; for several rows about half
+    as long again (docs/generation.md). Call it again after the weights have changed: scales of norms are copied. Where
+    layers have windows, `room` should be that of the decoders: with another, the step is compiled again. Raises
+    UserError when it cannot be compiled.
     """
     step, dtype, device = CompiledStep(model, n_row), model.tok_emb.weight.dtype, model.tok_emb.weight.device
-    late = first_room(model.config.block_size) - 2  # of the positions: only long loops are shared by the threads
+    late = first_room(model.config.block_size) - 2  # a late position: only long loops are shared among threads
     if late < 1:
         return
     try:
         with torch.inference_mode():
-            for n in sorted({1, min(n_row, FEW), n_row}):  # by the ways that products go
+            for n in sorted({1, min(n_row, FEW), n_row}):  # one for each way to multiply
                 step([0] * n, [late] * n, KVCache(model.config, n, dtype=dtype, device=device, room=room))
     except torch._dynamo.exc.TorchDynamoException as error:
         cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]

@@ -1,10 +1,10 @@
-"""Sequences that are continued together, one token at a time, and the keys and values of what they have read.
+"""Sequences that are continued together, one token at a time, and the cache of their keys and values.
 
-A token's keys and values are in the slot of its position, modulo the number of slots of the layer: block_size, or the
-window where it has one and `room` more; of many, those are made that are in use. Slots are read in any order, since
-positions are part of the keys. Tokens that were taken back stay in their slots until others come; nothing reads them.
+A token's keys and values are in the slot of its position, modulo the layer's number of slots: block_size, or window +
+`room` in a layer with a window. Caches of long contexts grow as they fill. The order of slots does not matter, since
+positions are part of the keys. Tokens that were taken back stay in their slots, unread, until others overwrite them.
 
-B rows, T tokens of one row, M of all, S slots, H query heads, G key/value heads, D head_dim, V vocab_size.
+B rows, T tokens of one row, M tokens of all, S slots, H query heads, G key/value heads, D head_dim, V vocab_size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinygpt.model.layers import first_room, more_room
 
 
 class KVCache:
-    """Keys and values of one sequence in each of `n_row` rows, of which the last `room` tokens may be taken back."""
+    """Keys and values of `n_row` sequences; the last `room` tokens of each may be taken back."""
 
     def __init__(
         self, config: GPTConfig, n_row: int, *, dtype: torch.dtype, device: torch.device, room: int = 0
@@ -35,8 +35,8 @@ class KVCache:
         self.block_size, self.room = config.block_size, first_room(config.block_size)  # the latter grows
         self.n_slots = {w: min(w + room, config.block_size) if w else config.block_size for w in self.windows}
         shapes = [(n_row, self.n_kv_head, min(self.n_slots[w], self.room), config.head_dim) for w in self.windows]
-        # Keys and values, (B, G, S, D) each; zeros because what is in an unread slot is still multiplied by a weight
-        # of 0.
+        # Keys and values, (B, G, S, D) each. They start as zeros because even an unread slot is multiplied, by a weight
+        # of 0, and NaN would spread.
         self.layers = [
             (torch.zeros(s, dtype=dtype, device=device), torch.zeros(s, dtype=dtype, device=device)) for s in shapes
         ]
@@ -46,12 +46,12 @@ class KVCache:
         self.layers = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self.layers]
 
     def grow(self, n_row: int) -> None:
-        """Add this many rows, after the others."""
+        """Add this many rows after the others."""
         more = (0, 0, 0, 0, 0, 0, 0, n_row)  # F.pad begins with the last dimension
         self.layers = [(F.pad(keys, more), F.pad(values, more)) for keys, values in self.layers]
 
     def reserve(self, n: int) -> None:
-        """Have room for the first n positions."""
+        """Make room for the first n positions."""
         if n > self.room:
             self.room = more_room(n, self.block_size)
             for layer, (keys, values) in enumerate(self.layers):
@@ -59,7 +59,7 @@ class KVCache:
                 self.layers[layer] = F.pad(keys, more), F.pad(values, more)
 
     def append(self, at: Sequence[int]) -> Attend:
-        """For one more token in each row, at these positions: each sees its row up to itself."""
+        """Attention of one more token per row, at these positions; each sees its row up to itself."""
         self.reserve(max(at) + 1)
         first, last, rows = min(at), max(at), torch.arange(len(at), device=self.device)
         positions = torch.tensor(at, device=self.device)
@@ -74,13 +74,13 @@ class KVCache:
                 else:
                     slots[rows, :, positions % self.n_slots[window]] = new
             keys, values = (slots[:, :, : last + 1] for slots in cached)
-            q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): a group of heads reads the same keys
+            q = q.unflatten(1, (self.n_kv_head, -1))  # (B, G, H / G, D): the heads of a group read the same keys
             return F.scaled_dot_product_attention(q, keys, values, masks[window]).reshape(len(q), -1)
 
         return attend
 
     def extend(self, at: int, n: int) -> Attend:
-        """For n more tokens of the only row, at most room + 1, the first of them at this position."""
+        """Attention of n more tokens of the only row, at most room + 1, the first of them at this position."""
         self.reserve(at + n)
         new = torch.arange(at, at + n, device=self.device)
         places = {window: new % n_slot for window, n_slot in self.n_slots.items()}
@@ -97,7 +97,7 @@ class KVCache:
         return attend
 
     def _mask(self, at: Tensor, newest: Tensor, first: int, last: int, window: int | None) -> Tensor | None:
-        """That of tokens `at` positions from `first` to `last`; None where each sees all slots that are read."""
+        """The mask of tokens at positions `at`, from `first` to `last`; None where each sees all slots read."""
         n_slot = self.n_slots[window]
         n = min(last + 1, n_slot)
         if first + 1 >= n and n <= (window or n):
@@ -106,8 +106,9 @@ class KVCache:
         return slot_mask(at, newest, slots, n_slot, window, dtype=self.dtype)
 
     def fill(self, rows: Sequence[int], sizes: Sequence[int]) -> Attend:
-        """For whole sequences, one after the other, in the place of what these rows held; in the last layer only the
-        last token of each reads.
+        """Attention of whole sequences, one after the other, which replace what these rows held.
+
+        In the last layer, only the last token of each sequence attends.
         """
         self.reserve(max(sizes))
 
@@ -133,12 +134,12 @@ class KVCache:
 def slot_mask(
     at: Tensor, newest: Tensor, slots: Tensor, n_slot: int, window: int | None, *, dtype: torch.dtype
 ) -> Tensor:
-    """0 for the slots that a token sees, -inf for others, where its row has been read up to the position `newest`.
+    """0 for the slots that a token at position `at` sees, -inf for others, in a row read up to position `newest`.
 
-    Each layer has n_slot of them. Of 4 slots with a window of 3 and a row read up to position 5, slots 0 and 1 have the
-    tokens 4 and 5, slots 2 and 3 have 2 and 3: token 5 sees 3, 4 and 5. Shapes are broadcast.
+    The layer has n_slot slots. With 4 slots, a window of 3 and a row read up to position 5, slots 0 and 1 hold tokens 4
+    and 5, slots 2 and 3 hold tokens 2 and 3: token 5 sees 3, 4 and 5. Shapes are broadcast.
     """
-    behind = at - newest + (newest - slots) % n_slot  # how many tokens before it is the one in each slot
+    behind = at - newest + (newest - slots) % n_slot  # how far before `at` the token in each slot is
     hidden = (behind < 0) | (behind > at) | (behind >= (window or n_slot))
     return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill(hidden, -torch.inf)
 
@@ -151,14 +152,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_cau
     return read.transpose(0, 1).flatten(1)
 
 
-# A faster step than the lean one, where a model has it (compiled.py): ids of one token a row, their positions and the
+# A faster step than the lean one, for models that have it (compiled.py): one id per row, their positions and the
 # cache -> logits (B, V), or None where it is not made for so many rows or these positions.
 Step = Callable[[Sequence[int], Sequence[int], KVCache], Tensor | None]
 STEPS: WeakKeyDictionary[GPT, Step] = WeakKeyDictionary()
 
 
 def slide(seen: list[int], block_size: int) -> bool:
-    """Forget the older half of a context that has a token too many -> whether it had: its rest is to be read again."""
+    """Forget the older half of a context that has a token too many -> whether it had: if so, read the rest again."""
     is_full = len(seen) > block_size
     if is_full:
         del seen[: -(block_size // 2 + 1)]
@@ -166,15 +167,15 @@ def slide(seen: list[int], block_size: int) -> bool:
 
 
 class Decoder:
-    """Rows of sequences; `logits` (B, V) are float32, of the token that follows each row.
+    """Rows of sequences; `logits` (B, V) float32 are those of the token that follows each row.
 
-    A row never fills more than the model's block_size: of a longer prompt the end is read, and when the context is
-    full its older half is forgotten and the newer half read again. Rows do not touch each other: whatever runs next to
-    it, a row has the logits that it has alone, up to rounding.
+    A row never exceeds the model's block_size: only the end of a longer prompt is read, and when the context is full,
+    its older half is forgotten and the newer half read again. Rows are independent: a row has the same logits as if it
+    were alone, up to rounding.
     """
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], *, room: int = 0) -> None:
-        """Read the prompts, of any lengths; the last `room` tokens may be taken back.
+        """Read prompts of any lengths; the last `room` tokens may be taken back.
 
         Raises UserError when a prompt has no id.
         """
@@ -188,7 +189,7 @@ class Decoder:
 
     @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read more prompts, as rows after those that are there.  Raises UserError when one has no id."""
+        """Read more prompts, as rows after the existing ones.  Raises UserError when one has no id."""
         if not all(prompts):
             raise UserError("prompt is empty: give at least one id, such as the tokenizer's bos_id")
         if prompts:
@@ -213,16 +214,16 @@ class Decoder:
         if logits is None:
             logits = self._logits(ids, at, self._cache.append(at))
         self.logits = logits
-        if full:  # what they got just now is overwritten
+        if full:  # overwrite the logits that they just got
             self.logits[full] = self._read(full)
 
     def n_free(self) -> int:
-        """How many tokens more the context of every row holds."""
+        """How many more tokens fit in the context of every row."""
         return self._block_size - max(map(len, self._seen))
 
     @torch.inference_mode()
     def advance(self, ids: Sequence[int]) -> Tensor:
-        """Append some ids to the only row, 1 to room + 1 and at most `n_free()` -> the logits after each, (T, V)."""
+        """Append 1 to room + 1 ids, at most `n_free()`, to the only row -> the logits after each, (T, V)."""
         (seen,) = self._seen
         begin = len(seen)
         seen += ids
@@ -231,16 +232,16 @@ class Decoder:
         return logits
 
     def back(self, n: int) -> None:
-        """Forget the last n tokens of the only row: at most `room` of the longest that it has ever been.
+        """Forget the last n tokens of the only row, which may end up at most `room` shorter than it has ever been.
 
-        `logits` are of use again after the next token.
+        `logits` are valid again after the next token.
         """
         (seen,) = self._seen
         del seen[len(seen) - n :]
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order: a row may be left out, or be there several times."""
+        """Keep these rows, in this order; a row may be left out or repeated."""
         if list(rows) != list(range(len(self._seen))):
             self._seen = [list(self._seen[row]) for row in rows]
             self._cache.keep(self._tensor(rows))
@@ -248,7 +249,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _read(self, rows: Sequence[int]) -> Tensor:
-        """Read some rows from their beginning, in one pass over the tokens of all.  -> logits (B, V)"""
+        """Read these rows from their beginning, in one pass over all their tokens.  -> logits (B, V)"""
         sizes = [len(self._seen[row]) for row in rows]
         ids = [i for row in rows for i in self._seen[row]]
         positions = [position for size in sizes for position in range(size)]

@@ -1,11 +1,11 @@
-"""The forward pass of a GPT for tokens at any positions at once, in few operations: what decoding one token costs.
+"""The forward pass of a GPT in few operations, for tokens at any positions: it makes decoding fast.
 
-There are two forward passes for speed, this and the model's own: a token of a small model takes about a millisecond,
-of which a module call takes five microseconds and an operation one or two, so no module is called here that has a
-faster form, and no operation is made that another can do on the way. tests/test_lean.py holds the two together: it
-compares their logits for every switch, kind of weights and number of rows.
+It computes what the model's own forward pass does. A token of a small model takes about a millisecond, a module call
+five microseconds, an operation one or two. So this pass calls no module that has a faster form, and leaves out
+operations that another can do on the way. tests/test_lean.py keeps the two passes equal: it compares their logits for
+every switch, kind of weights and number of rows.
 
-M tokens, C n_embd, V vocab_size, H query heads, G key/value heads, D head_dim; of a product I inputs, O outputs, N
+M tokens, C n_embd, V vocab_size, H query heads, G key/value heads, D head_dim; in a product I inputs, O outputs, N
 slices of the weights.
 """
 
@@ -25,9 +25,9 @@ from tinygpt.model.gpt import GPT, Block
 from tinygpt.model.layers import MLP, GatedMLP, RMSNorm, first_room, more_room
 from tinygpt.model.quantize import Int8Linear
 
-FEW = 64  # rows: above it the weights are read seldom enough for the plain product
-TokenMap = Callable[[Tensor], Tensor]  # of each token by itself, as a norm or a product does: (M, I) -> (M, O)
-TokenMaps = Callable[[Tensor], Sequence[Tensor]]  # several of the same input: (M, I) -> an (M, O) of each
+FEW = 64  # rows; above this, reading the weights costs so little per row that the plain product will do
+TokenMap = Callable[[Tensor], Tensor]  # maps each token by itself, such as a norm or a product: (M, I) -> (M, O)
+TokenMaps = Callable[[Tensor], Sequence[Tensor]]  # several maps of the same input: (M, I) -> an (M, O) of each
 # Layer, queries (M, H, D), keys and values (M, G, D) -> what each query read, (M, H·D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -42,13 +42,13 @@ class LeanBlock:
         self.qkv = products(attn.q_proj, attn.k_proj, attn.v_proj)
         self.qk_norm = lean_qk_norm(attn.q_norm, attn.k_norm, config) if config.qk_norm else None
         self.out = product(attn.o_proj)
-        # None: the MLP reads what attention reads
+        # None: the MLP has the same input as attention
         self.mlp_norm = None if block.mlp_norm is None else lean_norm(block.mlp_norm)
         self.mlp = lean_mlp(block.mlp)
 
 
 class LeanGPT:
-    """The functions of a model, over its own weights."""
+    """The parts of a model as functions, which use the model's own weights."""
 
     def __init__(self, model: GPT) -> None:
         config = model.config
@@ -62,7 +62,7 @@ class LeanGPT:
         self.lm_head = product(model.lm_head)
 
     def turns(self, n: int) -> Tensor | None:
-        """How rope turns at each of the first n positions, or more: (S, 2·D); None where positions are learned."""
+        """Rope's cosines and signed sines of the first n positions or more, (S, 2·D); None with learned positions."""
         if self._rope is not None and n > len(self._turns):
             cos, sin = self._rope(max(first_room(self._block_size), more_room(n, self._block_size)))
             first, second = sin.chunk(2, -1)
@@ -72,8 +72,9 @@ class LeanGPT:
     def logits(
         self, ids: Tensor, positions: Tensor, turns: Tensor | None, attend: Attend, wanted: Tensor | None = None
     ) -> Tensor:
-        """What follows each of the M tokens, or those `wanted` by their indices: only they pass the last layer's
-        `attend`, which returns what they read alone.  (M,), (M,) int64 and `turns` of as many -> (M, V) float32
+        """Logits after each of the M tokens, or of the `wanted` ones by index.  (M,), (M,) int64 -> (M, V) float32
+
+        `turns` is the table of `turns()`. With `wanted`, the last layer's `attend` returns only those tokens' rows.
         """
         x = F.embedding(ids, self.embedding)
         if self.positions is not None:
@@ -100,17 +101,17 @@ class LeanGPT:
         return q, k, v.unflatten(-1, (-1, self.head_dim))
 
     def _turned(self, x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
-        """Pairs (i, i + D/2) by the angle of the position: each half meets the other one turned.  (M, …, D)"""
+        """Rotate the pairs (i, i + D/2) by the position's angle: roll() swaps the halves.  (M, …, D)"""
         return torch.addcmul(x * rope[0], x.roll(self.head_dim // 2, -1), rope[1])
 
 
 def is_plain(module: nn.Module, cls: type[AnyModule]) -> TypeGuard[AnyModule]:
-    """Whether a module computes what this class does: one that a subclass changed is called as it is."""
+    """Whether a module has this class's own forward(); a subclass that overrides it does not."""
     return isinstance(module, cls) and type(module).forward is cls.forward
 
 
 def lean_norm(norm: nn.Module) -> TokenMap:
-    """LayerNorm without its module, RMSNorm in four operations where PyTorch's has eight; another norm as it is."""
+    """LayerNorm without its module, RMSNorm in four operations instead of PyTorch's eight; other norms unchanged."""
     if is_plain(norm, nn.LayerNorm):
         weights = {name: weight.detach() for name, weight in norm.named_parameters()}
         return partial(F.layer_norm, normalized_shape=norm.normalized_shape, eps=norm.eps, **weights)
@@ -125,7 +126,7 @@ def lean_rms_norm(weight: Tensor, eps: float) -> TokenMap:
 
 
 def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> TokenMap:
-    """The norms of queries and keys at once: (M, H + G, D) -> (M, H + G, D)."""
+    """The norms of queries and keys in one: (M, H + G, D) -> (M, H + G, D)."""
     norms, sizes = (q_norm, k_norm), (config.n_head, config.n_kv_head)
     known = [norm for norm in norms if is_plain(norm, RMSNorm) or is_plain(norm, nn.LayerNorm)]
     if len(known) == 2 and all([*dict(norm.named_parameters())] == ["weight"] for norm in known):
@@ -138,7 +139,7 @@ def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> Tok
 
 
 def lean_mlp(mlp: nn.Module) -> TokenMap:
-    """An MLP, with products as fast as there are; one of another class as it is."""
+    """An MLP with the fastest products; one of another class unchanged."""
     if is_plain(mlp, MLP):
         up, down, activation = product(mlp.up_proj), product(mlp.down_proj), mlp.activation
         return lambda x: down(activation(up(x)))
@@ -154,8 +155,9 @@ def lean_mlp(mlp: nn.Module) -> TokenMap:
 
 
 def product(layer: nn.Module) -> TokenMap:
-    """What a linear layer computes, as fast as memory gives its weights, which may change afterwards; another layer as
-    it is.
+    """What a linear layer computes, as fast as memory delivers its weights; a layer of another class unchanged.
+
+    The weights may change afterwards.
     """
     if is_plain(layer, nn.Linear) and layer.weight.device.type == "cpu":
         return SlicedProduct(layer)
@@ -163,9 +165,9 @@ def product(layer: nn.Module) -> TokenMap:
 
 
 def products(*layers: nn.Module) -> TokenMaps:
-    """What several linear layers compute of the same input."""
+    """What several linear layers compute from the same input."""
     bytes_ = [layer for layer in layers if is_plain(layer, Int8Linear)]
-    if len(bytes_) == len(layers):  # small enough to be copied for one product
+    if len(bytes_) == len(layers):  # their weights are small enough to be copied into one matrix
         joined, sizes = Int8Product(bytes_), [len(layer.step) for layer in bytes_]
         return lambda x: joined(x).split(sizes, -1)
     each = [product(layer) for layer in layers]
@@ -173,10 +175,10 @@ def products(*layers: nn.Module) -> TokenMaps:
 
 
 class SlicedProduct:
-    """x Wᵀ + b, a slice of W's rows for each thread.
+    """x Wᵀ + b, with a slice of W's rows for each thread.
 
-    MKL multiplies one row with a matrix on one thread only, but the matrices of a batch on all; and of several rows it
-    reads the weights faster when they are on the left.
+    MKL multiplies one row by a matrix on one thread only, but the matrices of a batch on all threads. For several rows
+    it reads the weights faster when they are on the left.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -201,7 +203,7 @@ class SlicedProduct:
 
 
 class Int8Product:
-    """What Int8Linear layers compute of the same input, side by side, in few operations."""
+    """What Int8Linear layers compute from the same input, side by side, in few operations."""
 
     def __init__(self, layers: Sequence[Int8Linear]) -> None:
         biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -220,5 +222,5 @@ class Int8Product:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One below the other; a single one is not copied."""
+    """The tensors one below the other; a single one is not copied."""
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0].detach()

@@ -1,7 +1,7 @@
 """From the logits of the next token to its id: a list of functions of logits, then a draw.
 
-B rows, V vocab_size. A function changes logits or forbids tokens, whose logits are then -inf. An option is a field of
-`Sampling`, and a function here under its name; `Sampling`'s default of it means that the function is left out.
+B rows, V vocab_size. A function changes logits, or forbids tokens by setting their logits to -inf. Each option is a
+field of `Sampling` and has a function here under its name, which is left out when the option is at its default.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinygpt.options import Sampling, changed
 
 @dataclass(frozen=True)
 class Past:
-    """What each row has so far, by ids."""
+    """The ids that each row has so far."""
 
     prompts: Sequence[Sequence[int]]
     written: Sequence[Sequence[int]]  # what follows the prompt
@@ -45,26 +45,26 @@ def add_logit_bias(logits: Tensor, bias: Iterable[tuple[int, float]], past: Past
 
 
 def penalize_repetition(logits: Tensor, penalty: float, past: Past) -> Tensor:
-    """Divide a positive logit, multiply a negative one, of what prompt or text have (https://arxiv.org/abs/1909.05858).
+    """Divide positive and multiply negative logits of tokens in prompt or text (https://arxiv.org/abs/1909.05858).
 
-    penalty = 2 turns a seen token's logits 3 and -3 into 1.5 and -6.
+    penalty = 2 turns the logits 3 and -3 of such tokens into 1.5 and -6.
     """
     lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(_counts(past.seen(), logits) > 0, lowered, logits)
 
 
 def penalize_frequency(logits: Tensor, penalty: float, past: Past) -> Tensor:
-    """Subtract the penalty as often as the text has the token; the prompt does not count."""
+    """Subtract the penalty for each time that the text has the token; the prompt does not count."""
     return logits - penalty * _counts(past.written, logits)
 
 
 def penalize_presence(logits: Tensor, penalty: float, past: Past) -> Tensor:
-    """Subtract the penalty once where the text has the token; the prompt does not count."""
+    """Subtract the penalty once if the text has the token; the prompt does not count."""
     return logits - penalty * (_counts(past.written, logits) > 0)
 
 
 def forbid_repeated_ngrams(logits: Tensor, n: int, past: Past) -> Tensor:
-    """Forbid what would repeat n tokens in a row (https://arxiv.org/abs/1705.04304): n = 2 of 5 6 7 5 forbids 6."""
+    """Forbid tokens that would repeat n in a row (https://arxiv.org/abs/1705.04304): n = 2 after 5 6 7 5 forbids 6."""
     logits = logits.clone()
     for row, ids in zip(logits, past.seen(), strict=True):
         begun = ids[len(ids) - n + 1 :]
@@ -80,7 +80,7 @@ def forbid_ids(logits: Tensor, ids: Sequence[int], past: Past) -> Tensor:
 
 
 def forbid_early_end(logits: Tensor, n: int, past: Past) -> Tensor:
-    """Forbid what ends a text that does not have n tokens yet."""
+    """Forbid the ids that end a text while it has fewer than n tokens."""
     logits = logits.clone()
     for row, ids in zip(logits, past.written, strict=True):
         if len(ids) < n:
@@ -98,12 +98,12 @@ def _counts(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature; the largest is brought to 0 first, so that it stays finite."""
+    """Divide by the temperature; first shift the largest logit to 0, so that it stays finite."""
     return (logits - logits.amax(-1, keepdim=True)) / temperature
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k largest, and what equals the smallest of them: k = 2 of [1, 3, 2] -> [-inf, 3, 2]."""
+    """Keep the k largest, and all that tie with the k-th: k = 2 turns [1, 3, 2] into [-inf, 3, 2]."""
     kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]
     return logits.masked_fill(logits < kth, -math.inf)
 
@@ -111,7 +111,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the fewest tokens whose probabilities reach p, at least one (https://arxiv.org/abs/1904.09751).
 
-    p = 0.7 of probabilities [0.5, 0.3, 0.2] keeps the first two.
+    With probabilities [0.5, 0.3, 0.2], p = 0.7 keeps the first two.
     """
     ordered, order = logits.sort(descending=True, stable=True)
     probabilities = ordered.softmax(-1)
@@ -122,14 +122,14 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def keep_min_p(logits: Tensor, share: float) -> Tensor:
     """Keep tokens with at least this share of the likeliest one's probability (https://arxiv.org/abs/2407.01082).
 
-    share = 0.5 of probabilities [0.5, 0.3, 0.2] keeps the first two.
+    With probabilities [0.5, 0.3, 0.2], share = 0.5 keeps the first two.
     """
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < share * probabilities.amax(-1, keepdim=True), -math.inf)
 
 
 def keep_typical(logits: Tensor, p: float) -> Tensor:
-    """Keep the tokens whose surprise is nearest to the mean surprise, until they reach p.
+    """Keep the tokens whose surprise is nearest to the mean surprise, until their probabilities reach p.
 
     Surprise is the negative log-probability, its mean the entropy (https://arxiv.org/abs/2202.00666). The likeliest
     token may be dropped.
@@ -143,7 +143,7 @@ def keep_typical(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(distance > ordered.gather(-1, last), -math.inf)
 
 
-# By option, in the order in which they are applied, which is that of transformers.
+# By option, in the order of application, which is that of transformers.
 PENALTIES: dict[str, Callable[[Tensor, Any, Past], Tensor]] = {
     "logit_bias": add_logit_bias,
     "repetition_penalty": penalize_repetition,
@@ -164,24 +164,24 @@ FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 def apply_penalties(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
-    """What a search for the likeliest changes.  (B, V) -> (B, V)"""
+    """Apply the options that also matter when the likeliest token is taken.  (B, V) -> (B, V)"""
     for name, value in changed(sampling, PENALTIES).items():
         logits = PENALTIES[name](logits, value, past)
     return logits
 
 
 def apply_filters(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What is changed besides before a draw.  (B, V) -> (B, V)"""
+    """Apply the options that matter only when the next token is drawn.  (B, V) -> (B, V)"""
     for name, value in changed(sampling, FILTERS).items():
         logits = FILTERS[name](logits, value)
     return logits
 
 
 def draw(weights: Tensor, uniform: Sequence[float]) -> Tensor:
-    """Where each row's cumulated probability passes its number of [0, 1): (B, V) -> ids (B,)
+    """Where each row's cumulative probability passes its number in [0, 1).  (B, V) -> ids (B,)
 
-    0.6 of probabilities [0.5, 0.3, 0.2] draws id 1. One number a token, each row by itself: what a row draws does not
-    depend on the other rows. Weights in proportion to the probabilities do, too, if not all are 0.
+    With probabilities [0.5, 0.3, 0.2], 0.6 draws id 1. A row needs one number per token, so what it draws does not
+    depend on the other rows. Weights need only be proportional to the probabilities, and not all 0.
     """
     reached = weights.cumsum(-1)
     at = torch.tensor(uniform, dtype=reached.dtype, device=reached.device)[:, None] * reached[:, -1:]
@@ -189,14 +189,14 @@ def draw(weights: Tensor, uniform: Sequence[float]) -> Tensor:
 
 
 def as_double(logits: Tensor) -> Tensor:
-    """The same in double precision, on the CPU where the device has none."""
+    """Logits in double precision, on the CPU where the device has none."""
     return (logits.cpu() if logits.device.type == "mps" else logits).double()
 
 
 def penalized(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
-    """As doubles, and with all penalties.  (B, V) -> (B, V)
+    """Logits as doubles, with all penalties.  (B, V) -> (B, V)
 
-    Raises UserError when the model gives no numbers.
+    Raises UserError when a logit is NaN or inf.
     """
     logits = apply_penalties(as_double(logits), sampling, past)
     if not bool((logits < math.inf).all()):
@@ -205,14 +205,14 @@ def penalized(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
 
 
 def uniform(generator: random.Random) -> float:
-    """A number of [0, 1) with 48 bits: the largest times a total never rounds to that total, even in double."""
+    """A number in [0, 1) with 48 bits: even the largest, times a total, never rounds to that total in a double."""
     return generator.getrandbits(48) / 2**48
 
 
 def choose(logits: Tensor, sampling: Sampling, past: Past, generators: Sequence[random.Random]) -> list[int | None]:
-    """The next id of each row, None where no token is left that may be taken.  (B, V) -> B ids
+    """The next id of each row, None where every token is forbidden.  (B, V) -> B ids
 
-    Raises UserError when the model gives no numbers.
+    Raises UserError when a logit is NaN or inf.
     """
     logits = penalized(logits, sampling, past)
     best, ids = logits.max(-1)

@@ -1,4 +1,4 @@
-"""Speculative decoding: tokens are proposed cheaply, and the model reads several in the pass that would read one.
+"""Speculative decoding: tokens are proposed cheaply, and one pass of the model checks several of them.
 
 The text has exactly the distribution of the model without proposals (Leviathan et al., https://arxiv.org/abs/2211.17192,
 Chen et al., https://arxiv.org/abs/2302.01318).
@@ -39,7 +39,7 @@ class Speculation(Proposals):
     draft: GPT | None = None  # a smaller model with the same tokenizer; None looks them up in prompt and text
 
     def check(self, model: GPT, search: Search) -> None:
-        """Raise ParamsError where the draft or a search does not fit."""
+        """Raise ParamsError when the draft does not fit the model, or a search rules out proposals."""
         sizes = [one.config.vocab_size for one in (model, self.draft or model)]
         require(
             (
@@ -53,13 +53,13 @@ class Speculation(Proposals):
 
 @dataclass(frozen=True)
 class Proposal:
-    """What may come next."""
+    """Ids that may come next."""
 
     ids: list[int]
-    probabilities: Tensor | None = None  # (K, V) float64: what each was drawn from; None: no other could be proposed
+    probabilities: Tensor | None = None  # (K, V) float64: what each was drawn from; None: they were not drawn
 
 
-Propose = Callable[[Answer, int], Proposal]  # what follows an answer, at most this many tokens
+Propose = Callable[[Answer, int], Proposal]  # what may follow an answer, at most this many tokens
 
 
 def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[list[Answer]]:
@@ -83,12 +83,12 @@ def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[
         if proposal.ids:
             logits = decoder.advance([answer.ids[-1], *proposal.ids])
         else:
-            decoder.step([answer.ids[-1]])  # may be the one for which the context has no place
+            decoder.step([answer.ids[-1]])  # the context may be full: step() makes room
             logits = decoder.logits
 
 
 class LookUp:
-    """What followed the last tokens where they occurred before, in prompt or text (https://arxiv.org/abs/2304.04487)."""
+    """Propose what followed the last tokens when prompt or text had them before (https://arxiv.org/abs/2304.04487)."""
 
     def __init__(self, ngram: int) -> None:
         self.sizes = range(ngram, 0, -1)
@@ -96,29 +96,29 @@ class LookUp:
         self.n_read = 0
 
     def __call__(self, answer: Answer, n: int) -> Proposal:
-        """A text that repeats itself is continued as often as there is room."""
+        """Propose n tokens, or none; a repetition shorter than n is itself repeated."""
         ids = [*answer.prompt, *answer.ids]
         for end in range(self.n_read + 1, len(ids)):
             self.after |= {tuple(ids[end - size : end]): end for size in self.sizes if size <= end}
         self.n_read = len(ids) - 1
         places = [self.after.get(tuple(ids[-size:]), 0) for size in self.sizes]
-        start = next(filter(None, places), 0)  # of the longest that was there before
+        start = next(filter(None, places), 0)  # after the longest n-gram that occurred before
         for place in range(start, start + n) if start else ():
             ids.append(ids[place])
         return Proposal(ids[self.n_read + 1 :])
 
 
 class Draft:
-    """A smaller model, which chooses by the same options from its own logits."""
+    """A smaller model, which chooses from its own logits by the same options."""
 
     def __init__(self, model: GPT, n_draft: int) -> None:
         self.model, self.room = model, n_draft
         self.decoder: Decoder | None = None
-        self.n_sure = 0  # of prompt and text, how much it has read
-        self.tried: list[int] = []  # what it read after that, its own proposals
+        self.n_sure = 0  # ids of prompt and text that it has read
+        self.tried: list[int] = []  # ids that it read after those: its own proposals
 
     def __call__(self, answer: Answer, n: int) -> Proposal:
-        """It proposes nothing after a token that ends the text."""
+        """Propose up to n tokens, none after one that ends the text."""
         decoder, n = self._catch_up([*answer.prompt, *answer.ids], n)
         sampling, ids, drawn_from = answer.sampling, list[int](), list[Tensor]()
         while True:
@@ -127,7 +127,7 @@ class Draft:
                 drawn_from.append(distributions(decoder.logits, sampling, past)[0])
                 chosen = pick(drawn_from[-1], answer.generator)
             else:
-                chosen = int(apply_penalties(decoder.logits, sampling, past).argmax())  # `verify` looks closer
+                chosen = int(apply_penalties(decoder.logits, sampling, past).argmax())  # `verify` checks it
             ids += [] if chosen is None else [chosen]
             if chosen is None or chosen in answer.end_ids or len(ids) == n:
                 return Proposal(ids, torch.stack(drawn_from) if drawn_from else None)
@@ -135,9 +135,9 @@ class Draft:
             self.tried.append(chosen)
 
     def _catch_up(self, ids: list[int], n: int) -> tuple[Decoder, int]:
-        """Read what came since the last time -> a decoder that can read n - 1 more, where its context is not too small.
+        """Read the ids that are new since the last call -> the decoder, and n or the fewer tokens that fit its context.
 
-        A context that is full is read again from its newer half.
+        When the context is full, its newer half is read again.
         """
         new, size = ids[self.n_sure :], self.model.config.block_size
         n_right = n_shared(self.tried, new[:-1])
@@ -155,9 +155,9 @@ class Draft:
 
 
 def verify(logits: Tensor, proposal: Proposal, answer: Answer) -> list[int | None]:
-    """What is taken: the proposed ids up to the first that the model would not take, and one of its own.
+    """The ids to take: the proposed ones up to the first that the model rejects, and one of its own.
 
-    `logits` (K + 1, V) are the model's before each proposed id and after the last. None is where no id may follow.
+    `logits` (K + 1, V) are the model's before each proposed id and after the last. None means that no id may follow.
     """
     n, sampling, generator = len(proposal.ids) + 1, answer.sampling, answer.generator
     past = past_of([answer] * n, [[*answer.ids, *proposal.ids[:k]] for k in range(n)])
@@ -166,7 +166,7 @@ def verify(logits: Tensor, proposal: Proposal, answer: Answer) -> list[int | Non
     before = generator.getstate()
     chosen = choose(logits, sampling, past, [generator] * n)
     n_taken = 1 + n_shared(proposal.ids, chosen)
-    if n_taken < n:  # one number a token, as without proposals
+    if n_taken < n:  # one number per token, as without proposals
         generator.setstate(before)
         for _ in range(n_taken):
             uniform(generator)
@@ -174,15 +174,15 @@ def verify(logits: Tensor, proposal: Proposal, answer: Answer) -> list[int | Non
 
 
 def n_shared(one: Sequence[int], other: Sequence[int | None]) -> int:
-    """How many ids are the same at the start of both."""
+    """How many ids at the start of both are the same."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def accept(ids: Sequence[int], drawn_from: Tensor, wanted: Tensor, generator: random.Random) -> list[int | None]:
     """Turn ids drawn from the distributions `drawn_from` (K, V) into ids of the distributions `wanted` (K + 1, V).
 
-    An id that is `wanted` less often than proposed is taken that much less often; in its place comes one that is wanted
-    more often than proposed. With all taken, one more is drawn.
+    An id is taken with probability wanted / drawn_from, at most 1. In place of the first that is not taken, another is
+    drawn in proportion to wanted - drawn_from where that is above 0. If all are taken, one more is drawn.
     """
     for k, i in enumerate(ids):
         if uniform(generator) * float(drawn_from[k, i]) >= float(wanted[k, i]):
@@ -192,11 +192,11 @@ def accept(ids: Sequence[int], drawn_from: Tensor, wanted: Tensor, generator: ra
 
 
 def distributions(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
-    """What an id is drawn from, (B, V) -> (B, V) float64; all 0 where none may be taken."""
+    """What an id is drawn from, (B, V) -> (B, V) float64; all 0 where every id is forbidden."""
     return apply_filters(penalized(logits, sampling, past), sampling).softmax(-1).nan_to_num(0)
 
 
 def pick(probabilities: Tensor, generator: random.Random) -> int | None:
-    """An id, by numbers in proportion to its probability; None where all are 0.  (V,)"""
+    """Draw an id with these probabilities, or numbers in proportion to them; None where all are 0.  (V,)"""
     number = uniform(generator)
     return int(draw(probabilities[None], [number])) if probabilities.any() else None

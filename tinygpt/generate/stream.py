@@ -1,4 +1,4 @@
-"""Text that follows a prompt: piece by piece, whole, of many prompts together, or the likeliest by beam search.
+"""Text that follows a prompt: in pieces, whole, for many prompts together, or the likeliest by beam search.
 
 B beams, V vocab_size.
 """
@@ -28,10 +28,10 @@ class Options(TypedDict, total=False):
     """The keyword arguments of `generate`, `stream` and `generate_batch`."""
 
     max_new_tokens: Required[int]
-    sampling: Sampling | Sequence[Sampling] | None  # for all prompts or one for each; None = as the model has it
+    sampling: Sampling | Sequence[Sampling] | None  # for all prompts, or one for each; None = defaults
     search: Search | None  # None = one text
     speculation: Speculation | None
-    n_logprobs: int | None  # that of Answer
+    n_logprobs: int | None  # as in Answer
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]) -> str:
@@ -42,8 +42,8 @@ def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Op
 def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
     """Pieces of the text that follows the prompt, until `<|endoftext|>`; never half a character.
 
-    A search for the best of several texts gives one piece. Raises UserError, before the first piece is asked for, as
-    `generate_batch` does.
+    A search for the best of several texts gives one piece. Raises UserError as `generate_batch` does, before the first
+    piece is asked for.
     """
     (answer,), steps = begin(model, tokenizer, [prompt], **options)
     return (answer.piece for _ in steps if answer.piece)
@@ -52,9 +52,10 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Opti
 def generate_batch(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], **options: Unpack[Options]
 ) -> list[Answer]:
-    """What follows each prompt; the same as one by one, each with its own seed. With speculation it is one by one.
+    """What follows each prompt: the same as one by one, each with its own seed. Speculation does run one by one.
 
-    Raises ParamsError when options are wrong or contradict each other, and UserError when a prompt is not a text.
+    Raises ParamsError when options are wrong or contradict each other, and UserError when a prompt is too long or not
+    valid text.
     """
     answers, steps = begin(model, tokenizer, prompts, **options)
     for _ in steps:
@@ -98,9 +99,9 @@ def extend(
     search: Search | None = None,
     speculation: Speculation | None = None,
 ) -> Iterator[list[Answer]]:
-    """Extend each answer to its end, this many rows together (None: all), with proposals one after the other.
+    """Extend each answer to its end, `at_once` rows together (None: all); with speculation, one after the other.
 
-    Yields those that just got a token, or, of a search, their whole text.
+    Yields the answers that just got a token or, from a search, their whole text.
     """
     if speculation is not None:
         for answer in answers:
@@ -120,7 +121,7 @@ def extend(
 
 
 def find_best(model: GPT, answers: Sequence[Answer], search: Search) -> None:
-    """Write the best of several texts into each answer; texts that are drawn are drawn together."""
+    """Write the best of several texts into each answer; the texts of `best_of` are drawn together."""
     if search.n_beam > 1:
         for answer in answers:
             beam_search(model, answer, search)
@@ -134,25 +135,25 @@ def find_best(model: GPT, answers: Sequence[Answer], search: Search) -> None:
         answer.write(best.ids)
 
 
-# ---- beam search: the likeliest text, as far as n_beam texts side by side show ----
+# ---- beam search: the likeliest text found by following n_beam texts side by side ----
 
 
 @dataclass(frozen=True)
 class Beam:
-    """A text by its new ids, with the one that ends it."""
+    """A text as its new ids, with the one that ends it."""
 
     ids: list[int]
-    score: float  # log-probability in nats; of an ended text divided by (number of ids) ** length_penalty
+    score: float  # log-probability in nats; for an ended text, divided by (number of ids) ** length_penalty
     parent: int = 0  # the running beam that it continues
 
 
 def beam_search(model: GPT, answer: Answer, search: Search) -> None:
     """Write the best ended beam into an answer.  The rules, step by step, are those of transformers.
 
-    Each step keeps the n_beam likeliest continuations that do not end. Those among the first n_beam candidates that end
-    compete, by score, for n_beam places. The search is over when all places are taken and either early_stopping is
-    true, or the likeliest running beam, scored as if it ended now, beats no place; with "never" it is scored as if it
-    had max_new_tokens, where a positive length_penalty makes that better.
+    Each step keeps the n_beam likeliest continuations that do not end. Those among the first n_beam candidates that do
+    end compete, by score, for n_beam places. The search is over when all places are taken and either early_stopping is
+    true, or the likeliest running beam, scored as if it ended now, beats no place. With "never" and a positive
+    length_penalty it is scored as if it had max_new_tokens, which is better.
     """
     decoder, n = Decoder(model, [answer.prompt]), search.n_beam
     running, places = [Beam([], 0.0)], list[Beam]()
@@ -195,7 +196,7 @@ def has_ended(beam: Beam, answer: Answer) -> bool:
 
 
 def can_improve(running: Beam, worst: Beam, answer: Answer, search: Search) -> bool:
-    """Whether the likeliest running beam may still beat the worst of all places."""
+    """Whether the likeliest running beam may still beat the worst place."""
     as_long = search.early_stopping == "never" and search.length_penalty > 0
     length = answer.max_new_tokens if as_long else len(running.ids)
     return search.early_stopping != "true" and running.score / length**search.length_penalty > worst.score
