@@ -1,7 +1,7 @@
 """Train byte-level BPE: merge the most frequent pair of neighbours again and again (Sennrich et al.,
-https://arxiv.org/abs/1508.07909), with the choices of the tokenizers library, so that the merges are the same.
+https://arxiv.org/abs/1508.07909), with the same choices, and so the same merges, as the tokenizers library.
 
-A heap with lazy updates finds the next pair of the different pretokens; `Pairs` merges it wherever it is.
+A heap with lazy updates finds the next pair; `Pairs` merges it everywhere in the different pretokens.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def learn_bpe(
     """Learn a tokenizer of `vocab_size` tokens from pretokens and how often each occurs.
 
     Ids: `<|endoftext|>` and the other special tokens, the 256 bytes by code point of their stand-ins, then merges in
-    the order in which they were found. Among equally frequent pairs the one of smaller ids goes first.
+    the order in which they are found. Among equally frequent pairs, the one with the smaller ids goes first.
     Raises UserError when there are too few pairs, or more pretokens than can be numbered.
     """
     tokens = [EOS, *special_tokens, *sorted(BYTE_TO_CHAR)]  # as Tokenizer.from_merges numbers them
     ids = {token: i for i, token in enumerate(tokens) if i > len(special_tokens)}
     merges: list[tuple[str, str]] = []
-    at_least = max(min_frequency, sum(counts.values()) // 5000)  # at first only pairs as frequent as this
+    at_least = max(min_frequency, sum(counts.values()) // 5000)  # at first, less frequent pairs are left out
     pairs = _pairs(counts, ids, at_least)
     heap = _heap(pairs)
     with progress("train_tokenizer: merges", total=vocab_size, unit="tokens", start=len(tokens)) as bar:
@@ -83,7 +83,7 @@ def _pairs(counts: Mapping[bytes, int], ids: dict[str, int], at_least: int) -> P
 
 
 def _heap(pairs: Pairs) -> list[tuple[int, int]]:
-    """(-count, pair) of each pair; the counts may become outdated."""
+    """(-count, pair) of each pair; counts may become outdated."""
     heap = [(-n, pair) for pair, n in pairs.count.items()]
     heapq.heapify(heap)
     return heap

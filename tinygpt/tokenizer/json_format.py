@@ -1,7 +1,8 @@
 """The `tokenizer.json` of the Hugging Face tokenizers library, read and written for byte-level BPE.
 
-Format: https://huggingface.co/docs/tokenizers. What cannot be honoured exactly is refused. Tokens are in GPT-2's byte
-alphabet (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), there called `ByteLevel`.
+Format: https://huggingface.co/docs/tokenizers. A file that cannot be honoured exactly is refused. Tokens are written in
+GPT-2's byte alphabet (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), which the library
+calls `ByteLevel`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from tinygpt.params import HALVES
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-MOST_SHOWN, MOST_PROBLEMS = 60, 10  # characters of a value, problems of a file
+MOST_SHOWN, MOST_PROBLEMS = 60, 10  # characters of a value, problems of a file that messages show
 
-# All that the library writes, and which values are done here exactly: a value, a type, an object, a list of objects.
-# In a vocabulary with all bytes no text is unknown, so what happens to that is free; a post_processor or decoder of
-# ByteLevel changes no id. A key that is not here may change ids one day, and is refused.
+# All keys that the library writes, and what is honoured exactly: a value, a type, an object, a list of objects.
+# A vocabulary with all bytes leaves no text unknown, so options for unknown text are free; a ByteLevel post_processor
+# or decoder changes no id. A key that is not listed may change ids one day, and is refused.
 LEFT_OUT = object()  # the key is not there
 FLAG = (False, True)
 NOTHING = (None, LEFT_OUT)
@@ -30,7 +31,7 @@ LEVEL: dict[str, Any] = {
     "trim_offsets": FLAG,
     "use_regex": (*FLAG, LEFT_OUT),
 }
-ADDED: dict[str, Any] = {  # text never becomes a special token, nor loses what is next to its name
+ADDED: dict[str, Any] = {  # text never becomes a special token, and keeps the spaces next to its name
     "id": (int,),
     "content": (str,),
     "single_word": (False,),
@@ -65,7 +66,7 @@ FILE: dict[str, Any] = {
 
 
 def byte_alphabet() -> list[str]:
-    """A printable character for each of the 256 bytes: itself where it is one, else the next from U+0100 on.
+    """A printable character for each of the 256 bytes: the byte itself if it is one, else the next from U+0100 on.
 
     32 -> "Ġ", 65 -> "A".
     """
@@ -91,7 +92,7 @@ def to_bytes(token: str) -> bytes:
 def write_tokenizer_json(
     path: Path, tokens: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int]
 ) -> None:
-    """Write the file; its bytes depend on the arguments alone."""
+    """Write the file; the same arguments give the same bytes."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     document = {
         "version": "1.0",
@@ -125,7 +126,7 @@ def write_tokenizer_json(
 def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[tuple[str, str]], dict[str, int]]:
     """Return tokens in id order, merges in rank order, and special tokens.
 
-    Raises UserError with everything that is wrong with the file, such as a missing special token `required`.
+    Raises UserError with everything that is wrong with the file, including a missing special token `required`.
     """
     must_exist(path, stage="train_tokenizer")
     try:
@@ -158,7 +159,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
 
 
 def _problems(name: str, value: Any, *allowed: Any) -> list[str]:
-    """Everything in a value that is not one of the values, types and objects that are allowed."""
+    """A message for every part of a value that is not one of the allowed values, types and objects."""
     fields = next((each for each in allowed if isinstance(each, dict)), None)
     if fields is not None and isinstance(value, dict):
         inner = {key: f"{name}.{key}".lstrip(".") for key in (*fields, *value)}
@@ -173,13 +174,13 @@ def _problems(name: str, value: Any, *allowed: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value as the file has it."""
+    """The beginning of a value as the file writes it."""
     text = "missing" if value is LEFT_OUT else json.dumps(value)
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
 
 
 def _special_problems(added: list[dict[str, Any]], vocab: dict[str, Any]) -> list[str]:
-    """What the library would number or name otherwise in the special tokens, or take for text."""
+    """What the library would number or name differently in the special tokens, or mistake for text."""
     names = [token["content"] for token in added]
     both = [(token["id"], vocab[token["content"]]) for token in added if token["content"] in vocab]
     own = [token["id"] for token in added if token["content"] not in vocab]

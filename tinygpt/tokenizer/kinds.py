@@ -1,7 +1,7 @@
 """The kinds of tokenizers, and the `tokenizer` group of params.yaml, which chooses one.
 
-All are bytes and merges: what has no token of its own is written in bytes, never lost. So one encoder, one
-tokenizer.json and one GGUF layout serve all kinds, with the same ids in llama.cpp and transformers.
+All consist of bytes and merges: text without a token of its own is written in bytes, never lost. So one encoder, one
+tokenizer.json and one GGUF layout serve all kinds, and llama.cpp and transformers give the same ids.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class TokenizerParams:
 
     kind: Literal["bpe", "char", "byte"]  # learned byte pairs; the text's characters; nothing but bytes
     from_file: str | None  # a tokenizer.json to take instead of learning one; null = none
-    vocab_size: Annotated[int, Within("[257, 16777216]")]  # tokens in all: of bpe exactly, of char at most
+    vocab_size: Annotated[int, Within("[257, 16777216]")]  # tokens in all: exactly for bpe, at most for char
     min_frequency: Count  # a pair (or character) that occurs less often in the training text gets no token
-    max_bytes: Count | None  # bytes of data/clean/train.jsonl that it learns from, evenly taken; null = all
+    max_bytes: Count | None  # bytes of data/clean/train.jsonl that it learns from, taken evenly; null = all
     special_tokens: tuple[str, ...]  # names besides <|endoftext|>, such as <|user|>; text never becomes one of them
 
     def __post_init__(self) -> None:
@@ -68,19 +68,19 @@ class TokenizerParams:
 
 
 def can_be_learned(token: str) -> bool:
-    """Whether a token learned from some text may have that string: its bytes are within one pretoken, or may be."""
+    """Whether some text could teach this string as a token: its bytes are, or may be, within one pretoken."""
     try:
         return len(PATTERN.findall(to_bytes(token).decode())) == 1
     except KeyError:  # no learned token has such a character
         return False
-    except UnicodeDecodeError:  # part of characters
+    except UnicodeDecodeError:  # it has part of a character
         return True
 
 
 def build_tokenizer(
     params: TokenizerParams, clean: Path, runtime: RuntimeParams, *, runs: Path | None = None
 ) -> Tokenizer:
-    """The tokenizer that the params describe: a ready one, or one learned from the training texts of data/clean.
+    """The tokenizer that the params describe: an existing one, or one learned from the training texts of data/clean.
 
     `runs` is as in shard_results.
     """
@@ -92,7 +92,7 @@ def build_tokenizer(
 def count_corpus(
     clean: Path, max_bytes: int | None, runtime: RuntimeParams, *, runs: Path | None = None
 ) -> PretokenCounts:
-    """Count the training texts of data/clean, at most `max_bytes` of them, evenly taken: all that BPE learns from.
+    """Count the pretokens of data/clean's training texts, at most `max_bytes` taken evenly: all that BPE learns from.
 
     `runs` is as in shard_results.
     """
@@ -115,18 +115,18 @@ def save_counts(shard: Shard, path: Path) -> None:
 
 @functools.cache
 def _table() -> PretokenTable:
-    """One table for all shards of a worker: what it learned from one serves the next."""
+    """One table for all shards of a worker: pretokens learned from one shard serve the next."""
     return PretokenTable()
 
 
 def sum_counts(paths: Iterable[Path]) -> PretokenCounts:
-    """The counts of several files together."""
-    _table.cache_clear()  # counting is over
+    """Add up the counts of several files."""
+    _table.cache_clear()  # counting is over: free the memory
     total = PretokenCounts()
     for path in paths:
         with np.load(path, allow_pickle=False) as arrays:
             pretokens = arrays["pretokens"].tobytes().split(DOCUMENT_BORDER)
-            total.update(dict(zip(pretokens, arrays["counts"].tolist(), strict=False)))  # one too many where none is
+            total.update(dict(zip(pretokens, arrays["counts"].tolist(), strict=False)))  # no pretokens split into one
     return total
 
 
@@ -153,10 +153,10 @@ def take_tokenizer(params: TokenizerParams) -> Tokenizer:
 def learn_chars(
     counts: Mapping[bytes, int], vocab_size: int, *, min_frequency: int = 1, special_tokens: tuple[str, ...] = ()
 ) -> Tokenizer:
-    """A token for each character of the text, as long as there is room the more frequent one.
+    """A token for each character of the text, the most frequent first, as long as there is room.
 
-    A character of one byte has its token anyway. Others are put together byte by byte, and each beginning of theirs is
-    a token too; no merge crosses characters, because no byte that begins one is inside another (RFC 3629).
+    A character of one byte has a token anyway. Others are merged byte by byte, and each of their prefixes is a token
+    too. No merge crosses characters, because a byte that begins a character is never inside another (RFC 3629).
     """
     characters: Counter[str] = Counter()
     for pretoken, n in counts.items():

@@ -1,8 +1,8 @@
-"""Merge the bytes of pretokens into tokens: the pair of lowest rank first, of equal ranks the leftmost, until none is
-left (Sennrich et al., https://arxiv.org/abs/1508.07909). `Merger` does it for many pretokens at once in numpy.
+"""Merge the bytes of pretokens into tokens: always the pair of lowest rank, the leftmost first, until none is left
+(Sennrich et al., https://arxiv.org/abs/1508.07909). `Merger` does it for many pretokens at once in numpy.
 
-`Pairs` has many rows in one array, each place linked to its neighbours, so that a merge touches only the places of its
-pair: for very long rows here, and for all that learn_bpe learns from.
+`Pairs` keeps many rows in one array and links each place to its neighbours, so that a merge touches only the places of
+its pair. It serves very long rows here, and the training of BPE.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Ids = NDArray[np.int32]
 Places = NDArray[np.integer]  # indices into the array of all rows
 Ranks = Mapping[tuple[int, int], tuple[int, int]]  # a pair of ids -> its rank and the id that it becomes
 
-TOGETHER = 1024  # bytes of the longest pretoken that is merged together with others
+TOGETHER = 1024  # bytes of a pretoken; longer ones are merged alone
 NO_RANK = np.iinfo(np.int64).max
 SHIFT = 32  # a pair of ids as one number: left << SHIFT | right
-KEY_BITS = 63  # a pair and its place as one number
-ROW_END, EMPTY = -1, -2  # instead of an id: after each row, and where a merge has taken the token away
+KEY_BITS = 63  # of a pair and its place as one number
+ROW_END, EMPTY = -1, -2  # in place of an id: after each row, and where a merge has removed the token
 
 
 def merge_long(ids: list[int], ranks: Ranks) -> list[int]:
     """Merge one row: merge_long([1, 2, 3], {(2, 3): (0, 4), (1, 4): (1, 5)}) -> [5].
 
-    It may have millions of ids, such as a long word of one letter: a pair is merged everywhere at once.
+    A row may have millions of ids, such as a long word of one letter, so a pair is merged everywhere at once if it can.
     """
     pairs = Pairs(np.array([*ids, ROW_END], np.int32), np.zeros(len(ids) + 1, np.int32), np.ones(1, np.int64))
     ranked = {pair_of(*pair): found for pair, found in ranks.items()}
@@ -44,7 +44,7 @@ def merge_long(ids: list[int], ranks: Ranks) -> list[int]:
         rank, merged, pair = heapq.heappop(heap)
         if not pairs.count.get(pair):
             continue
-        # Where the new token might be merged on before the next place of this pair, one place at a time.
+        # One place at a time if the new token might be merged again before this pair's next place.
         everywhere = used_at.get(merged, math.inf) > rank
         grown = pairs.merge(pair, merged, leftmost=not everywhere)
         for other in {*grown, pair}:
@@ -59,10 +59,10 @@ class Merger:
     def __init__(self, byte_ids: Sequence[int], ranks: Ranks) -> None:
         self.byte_ids, self.ranks = np.array(byte_ids, np.int32), ranks
         by_pair = sorted((pair_of(*pair), rank) for pair, (rank, _) in ranks.items())
-        by_pair.append((NO_RANK, NO_RANK))  # so that a search always ends at a place
+        by_pair.append((NO_RANK, NO_RANK))  # so that searchsorted always gives an index
         self._pairs, self._ranks = np.array(by_pair, np.int64).T.copy()
         first = np.repeat(self.byte_ids, 256).astype(np.int64) << SHIFT | np.tile(self.byte_ids, 256)
-        self._byte_ranks = self._find(first)  # of all pairs of bytes, with which each row begins
+        self._byte_ranks = self._find(first)  # of all pairs of bytes, which are in the rows at first
         self._merged = np.zeros(1 + max((rank for rank, _ in ranks.values()), default=0), np.int32)
         for rank, merged in ranks.values():
             self._merged[rank] = merged
@@ -81,7 +81,7 @@ class Merger:
         return ids[np.argsort(rows, kind="stable")], np.bincount(rows, minlength=len(pretokens))
 
     def _merge_rows(self, raw: NDArray[np.uint8], row: Places) -> Iterator[tuple[Ids, Places]]:
-        """Merge one pair in each row of bytes, again and again; yield (ids, rows) when they are ready."""
+        """Merge one pair in each row of bytes, again and again; yield (ids, rows) of rows that are finished."""
         ids, rank = self.byte_ids[raw], np.full(len(raw), NO_RANK)  # rank of the pair that begins at each place
         within = np.flatnonzero(row[1:] == row[:-1])
         rank[within] = self._byte_ranks[raw[within].astype(np.int32) << 8 | raw[within + 1]]
@@ -96,11 +96,11 @@ class Merger:
             ids[at] = self._merged[rank[at]]
             kept[at + 1] = False
             changed = np.zeros(len(ids), bool)
-            changed[at] = changed[at - 1] = True  # a place before the first of a row has no pair anyway
+            changed[at] = changed[at - 1] = True  # before a row's first place no pair begins anyway
             ids, row, rank, changed = ids[kept], row[kept], rank[kept], changed[kept]
             at = np.flatnonzero(changed)
             rank[at] = self._rank(ids, row, at)
-        yield ids, row  # nothing, but of the right type
+        yield ids, row  # empty, but of the right type
 
     def _rank(self, ids: Ids, row: Places, at: Places) -> NDArray[np.int64]:
         """Ranks of the pairs that begin at these places, NO_RANK where none does."""
@@ -126,9 +126,9 @@ def ids_of(pair: int) -> tuple[int, int]:
 class Pairs:
     """The pairs in rows of ids that occur at least `at_least` times; `count[pair]` says how often.
 
-    `ids` (N,) holds ROW_END after each row, `row` (N,) the row of each place, `weight` how often a row occurs. Counts
-    only fall while merges make new tokens, because no merge makes neighbours of two tokens that are there. One that
-    makes an old token once more breaks this: call `again()` after it.
+    `ids` (N,) holds ROW_END after each row, `row` (N,) the row of each place, `weight` how often each row occurs. While
+    merges make new tokens, the counts of existing pairs only fall, because a merge never makes neighbours of two
+    existing tokens. A merge that makes an existing token breaks this: call `again()` after it.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class Pairs:
         self._count_all()
 
     def again(self, *, at_least: int) -> Pairs:
-        """The pairs as they are now."""
+        """Find the pairs anew, in the rows as they are now."""
         kept = self.ids != EMPTY
         return Pairs(self.ids[kept], self.row[kept], self.weight, at_least=at_least)
 
     def merge(self, pair: int, merged: int, *, leftmost: bool = False) -> list[int]:
-        """Put the token `merged` where `pair` is, everywhere or once; return the pairs that have come up."""
+        """Replace `pair` by the token `merged`, everywhere or only at its leftmost place -> new and frequent pairs."""
         at = self._places_of(pair)
         if leftmost:
             self._places[pair], at = at, at[:1]
@@ -161,7 +161,7 @@ class Pairs:
         self.ids[at], self.ids[right] = merged, EMPTY
         self.next[at], self.previous[after] = after, at
         (left_id, right_id), found = ids_of(pair), []
-        # Side by side, two merges share the pair between them, which counts once.
+        # Two merges side by side share the pair between them, which counts once.
         shared = np.append(~differs(before, right)[1:], False)
         for token, total, places in _groups(x, weight, before, np.append(True, ~shared[:-1])):
             found += self._replace(pair_of(token, left_id), pair_of(token, merged), total, places)
@@ -173,7 +173,7 @@ class Pairs:
         return found
 
     def _replace(self, old: int, new: int, total: int, at: Places) -> list[int]:
-        """A pair has become another one at these places, `total` times -> [new] where that is frequent enough."""
+        """Count that `old` has become `new` at these places, `total` times -> [new] if that is frequent enough."""
         if old in self.count:
             self.count[old] -= total
         if total < self.at_least:
@@ -199,7 +199,7 @@ class Pairs:
         id_bits, place_bits = (int(self.ids.max(initial=0)) + 1).bit_length(), len(self.ids).bit_length()
         if 2 * id_bits + place_bits > KEY_BITS:
             raise UserError("too many different words to learn from: lower tokenizer.max_bytes or tokenizer.vocab_size")
-        keys = self.ids[at].astype(np.int64)  # left, right and place in one number, sorted in place: in little memory
+        keys = self.ids[at].astype(np.int64)  # left, right and place in one number: sorting in place saves memory
         keys <<= id_bits
         keys |= self.ids[at + 1]
         keys <<= place_bits
@@ -219,10 +219,10 @@ class Pairs:
 def _groups(
     ids: Ids, weight: NDArray[np.int64], at: Places, wanted: NDArray[np.bool_]
 ) -> Iterator[tuple[int, int, Places]]:
-    """By each id among the wanted ones: the id, its weight in all, its places."""
+    """For each id in the wanted entries: the id, its total weight, its places."""
     chosen = np.flatnonzero(wanted & (ids >= 0))
     if len(chosen):
-        keys = ids[chosen].astype(np.int64) << SHIFT | chosen  # sorted in much less time than by argsort
+        keys = ids[chosen].astype(np.int64) << SHIFT | chosen  # much faster to sort than argsort
         keys.sort()
         order, tokens = keys & (1 << SHIFT) - 1, keys >> SHIFT
         begin = np.flatnonzero(differs(tokens, tokens))
@@ -232,5 +232,5 @@ def _groups(
 
 
 def differs(places: Places, of_former: Places) -> NDArray[np.bool_]:
-    """Where a place is another than the one that belongs to the entry before."""
+    """Whether each place differs from what `of_former` has for the entry before."""
     return np.concatenate(([True], places[1:] != of_former[:-1]))[: len(places)]

@@ -1,4 +1,4 @@
-"""Byte-level BPE in its plainest form, to be read before `learn_bpe` and `merger.py`, which do the same fast.
+"""Byte-level BPE in its simplest form: read it before `learn_bpe` and `merger.py`, which do the same fast.
 
 Sennrich et al., https://arxiv.org/abs/1508.07909, on bytes as in GPT-2. Tokens are strings over the 256 printable
 stand-ins of bytes.
@@ -21,7 +21,7 @@ def split_bytes(pretoken: str) -> tuple[str, ...]:
 
 
 def merge_pair(word: tuple[str, ...], pair: Merge) -> tuple[str, ...]:
-    """Join the pair wherever it stands, from left to right: a a a b, (a, a) -> aa a b"""
+    """Join the pair wherever it occurs, from left to right: a a a b, (a, a) -> aa a b"""
     joined: list[str] = []
     for token in word:
         if joined and (joined[-1], token) == pair:
@@ -32,7 +32,7 @@ def merge_pair(word: tuple[str, ...], pair: Merge) -> tuple[str, ...]:
 
 
 def learn_merges(text: str, n_merge: int) -> list[Merge]:
-    """Join the most frequent pair of neighbours, n_merge times; of equally frequent ones that of the smaller ids."""
+    """Join the most frequent pair of neighbours, n_merge times; among equals, the one with the smaller ids."""
     words = Counter(split_bytes(pretoken) for pretoken in PATTERN.findall(text))
     ids = {char: i for i, char in enumerate(sorted(BYTE_TO_CHAR))}
     merges: list[Merge] = []
@@ -49,7 +49,7 @@ def learn_merges(text: str, n_merge: int) -> list[Merge]:
 
 
 def apply_merges(text: str, merges: list[Merge]) -> list[str]:
-    """Text to tokens: each pretoken's bytes, joined by each merge in the order in which they were learned."""
+    """Text to tokens: the bytes of each pretoken, joined by the merges in the order in which they were learned."""
     tokens: list[str] = []
     for pretoken in PATTERN.findall(text):
         word = split_bytes(pretoken)

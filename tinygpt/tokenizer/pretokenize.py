@@ -1,6 +1,6 @@
-"""Cut text into the pretokens inside which byte pairs are merged, and number and count these.
+"""Cut text into pretokens, inside which byte pairs are merged; number and count them.
 
-Cutting is done by GPT-2's pattern: as a regex, and as array arithmetic for much text at a time.
+Text is cut by a pattern: as a regex, and as array arithmetic for much text at a time.
 
 The pattern is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), which llama.cpp
 calls `gpt-2` and the tokenizers library `ByteLevel`. Classes of characters are those of the `regex` module.
@@ -25,19 +25,19 @@ CHUNK_BORDER = re.compile(r" (?=\S)")
 CONTRACTION = re.compile(rb"'(?:[stmd]|re|ve|ll)")
 
 DOCUMENT_BORDER = b"\xff"  # between documents in a block: a byte that UTF-8 never has
-BLOCK_BYTES = 1 << 20  # as much text at a time as a processor's cache holds with what is computed from it
+BLOCK_BYTES = 1 << 20  # text at a time: a processor's cache holds it and what is computed from it
 
 SPACE, LETTER, NUMBER, OTHER, BORDER = range(5)  # classes of characters
 CLASSES = ((SPACE, r"\s+"), (LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"))
 
 MAX_PRETOKENS = 1_000_000  # different pretokens remembered, about 180 MB; more of them start the table anew
-SLOT_BITS = 18  # of the cache: 5 MB, which most of a text's pretokens are found in
+SLOT_BITS = 18  # of the cache: 5 MB, which holds most of a text's pretokens
 KEY_BYTES = 16  # pretokens up to this length are found by arrays, longer ones (about 1 in 100) by a dict
-PIECE = 1 << 13  # pretokens looked up together: those of the next piece find what this one has put into the cache
-# By number of bytes: the bits after them in a little-endian word. No UTF-8 has 0xFF, so different pretokens stay so.
+PIECE = 1 << 13  # pretokens looked up together; the next piece finds in the cache what this one put there
+# PADDING[n] is the bits after n bytes of a little-endian word. UTF-8 never has 0xFF, so different pretokens differ.
 PADDING = np.array([2**64 - 2 ** (8 * n) for n in range(9)], np.uint64)
-NO_KEY = np.array([2**64 - 1, 0], np.uint64)  # that of no pretoken
-# Odd and without pattern: the golden ratio's and sqrt(2)'s digits.
+NO_KEY = np.array([2**64 - 1, 0], np.uint64)  # the key of no pretoken
+# Odd, and without a pattern: digits of the golden ratio and of sqrt(2).
 FACTORS = np.array([0x9E3779B97F4A7C15, 0x6A09E667F3BCC909], np.uint64)
 
 Words = NDArray[np.uint64]
@@ -79,9 +79,9 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def pretoken_starts(block: bytes) -> NDArray[np.int64]:
-    """Where pretokens begin in a block of UTF-8, and its length: b"so it" -> [0, 2, 5].
+    """Where pretokens begin in a block of UTF-8, and then the block's length: b"so it" -> [0, 2, 5].
 
-    The same pretokens as PATTERN finds in each document, and each DOCUMENT_BORDER alone.
+    They are the pretokens that PATTERN finds in each document, and each DOCUMENT_BORDER by itself.
     """
     n = len(block)
     if not n:
@@ -90,7 +90,7 @@ def pretoken_starts(block: bytes) -> NDArray[np.int64]:
     starts = np.ones(n + 1, bool)
     np.not_equal(classes[1:], classes[:-1], out=starts[1:n])
     starts[:n] |= classes == BORDER
-    # The last of a run of white space begins a pretoken when text follows; a plain space takes the text along.
+    # When text follows white space, the last white space begins a pretoken; a plain space and the text are one.
     last = np.flatnonzero(starts[1:n] & (classes[:-1] == SPACE) & (classes[1:] != BORDER))
     starts[last[raw[last] == ord(" ")] + 1] = False
     for _ in range(2):  # white space has up to three bytes: back to its first
@@ -140,7 +140,7 @@ def _byte_classes() -> bytes:
 
 
 class PretokenTable:
-    """Different pretokens, numbered in the order in which they first came.
+    """Different pretokens, numbered in the order in which they first occur.
 
     `table.number(block)` gives the number of each pretoken in the block and learns the new ones;
     `table.pretokens[number]` is its bytes. Numbers are exact: keys are the bytes themselves.
@@ -149,7 +149,7 @@ class PretokenTable:
     def __init__(self) -> None:
         self.pretokens: list[bytes] = []
         self._numbers: dict[bytes, int] = {}
-        # The cache: the last pretoken of each hash, as a key of two words, and its number.
+        # The cache: for each hash, the last pretoken as a key of two words, and its number.
         self._first, self._second = (np.full(1 << SLOT_BITS, word) for word in NO_KEY)
         self._cached = np.zeros(1 << SLOT_BITS, np.int32)
 
@@ -179,7 +179,7 @@ class PretokenTable:
 
 
 def _keys(block: bytes, starts: NDArray[np.int64]) -> tuple[Words, Words, NDArray[np.bool_]]:
-    """Two words for each pretoken, NO_KEY for a long one, and whether it is one."""
+    """Two words for each pretoken, NO_KEY for a long one, and whether it is long."""
     begin, length = starts[:-1], np.diff(starts)
     padded = np.frombuffer(block + bytes(2 * KEY_BYTES), np.uint8)
     words = np.ndarray((len(block) + KEY_BYTES,), "<u8", buffer=padded, strides=(1,))  # the word that begins at a byte

@@ -13,7 +13,7 @@ from tinygpt.tokenizer.merger import Merger
 from tinygpt.tokenizer.pretokenize import PATTERN, to_utf8
 
 EOS = "<|endoftext|>"  # before each document and after the last; ends a generated text
-BEGIN, PAD, UNKNOWN = "<|begin|>", "<|pad|>", "<|unk|>"  # special tokens whose part is known by their name
+BEGIN, PAD, UNKNOWN = "<|begin|>", "<|pad|>", "<|unk|>"  # special tokens whose names say what they are for
 
 
 class Tokenizer:
@@ -54,28 +54,28 @@ class Tokenizer:
 
     @property
     def token_bytes(self) -> list[int]:
-        """UTF-8 bytes of text that each id stands for, 0 of a special token."""
+        """How many UTF-8 bytes of text each id stands for, 0 for a special token."""
         special = set(self.special_tokens.values())
         return [0 if i in special else len(raw) for i, raw in enumerate(self._bytes)]
 
     @property
     def bos_id(self) -> int:
-        """What a text begins with: `<|begin|>` where the tokenizer has it, else `<|endoftext|>`."""
+        """The id that a text begins with: `<|begin|>` where the tokenizer has it, else `<|endoftext|>`."""
         return self.special_tokens.get(BEGIN, self.eos_id)
 
     @property
     def border_ids(self) -> list[int]:
-        """What is before each document of a token file: `<|endoftext|>`, and `<|begin|>` where there is one."""
+        """The ids before each document of a token file: `<|endoftext|>`, and `<|begin|>` where there is one."""
         return list(dict.fromkeys([self.eos_id, self.bos_id]))
 
     @property
     def pad_id(self) -> int | None:
-        """Id of `<|pad|>`, which no text and no training has, None without it."""
+        """Id of `<|pad|>`, which occurs in no text and no training; None without it."""
         return self.special_tokens.get(PAD)
 
     @property
     def unk_id(self) -> int | None:
-        """Id of `<|unk|>`, which no text needs, None without it."""
+        """Id of `<|unk|>`, which no text needs; None without it."""
         return self.special_tokens.get(UNKNOWN)
 
     @property
@@ -89,7 +89,7 @@ class Tokenizer:
         different = dict.fromkeys(pretokens)
         ids, length = self.merger.merge_all([*map(to_utf8, different)])
         parts = (part.tolist() for part in np.split(ids, np.cumsum(length)[:-1]))
-        ids_of = dict(zip(different, parts, strict=False))  # of no pretokens, one part
+        ids_of = dict(zip(different, parts, strict=False))  # no pretokens still give one part
         return [i for pretoken in pretokens for i in ids_of[pretoken]]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
