@@ -1,6 +1,6 @@
-"""The code that decides a result, as one text: for DVC, for checkpoints and for shards of text alike.
+"""The code that decides a result, as one text to compare: for DVC, for checkpoints and for shards of text.
 
-A program's code is what it imports of this project, directly or not, wherever the import stands. Comments, docstrings
+A program's code is what it imports from this project, directly or not, wherever the import stands. Comments, docstrings
 and layout do not count. Rooms that decide no result are left out: they keep a run alive, show it, or refuse it.
 """
 
@@ -26,7 +26,7 @@ PINNED = re.compile(r"^([\w.-]+)==", re.MULTILINE)  # in requirements.txt: packa
 
 @cache
 def code_of(module: str) -> str:
-    """What decides the results of a module, such as "stages.clean": a hash of its code, and versions of what computes.
+    """What decides the results of a module, such as "stages.clean": a hash of its code, and versions of what runs it.
 
     -> "3f2a90cc71d4e8b6 python=3.11 numpy=2.4.6"
     """
@@ -38,7 +38,7 @@ def code_of(module: str) -> str:
 
 
 def closure(path: Path) -> set[Path]:
-    """The file and all files of this project that it imports, but for the rooms that decide nothing."""
+    """The file and all files of this project that it imports, except for the rooms that decide nothing."""
     todo, seen = {path}, set[Path]()
     while todo:
         file = todo.pop()
@@ -48,10 +48,10 @@ def closure(path: Path) -> set[Path]:
 
 
 class _File(NamedTuple):
-    """What counts of a file."""
+    """What counts in a file."""
 
     meaning: str  # its syntax tree without docstrings
-    ours: frozenset[Path]  # files of this project that it imports; for type checking alone does not count
+    ours: frozenset[Path]  # files of this project that it imports, but not those for type checking alone
     others: frozenset[str]  # names of other packages
 
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> _File:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """All statements of a file, but those for type checking alone."""
+    """All statements of a file, except those for type checking alone."""
     todo: list[ast.AST] = [tree]
     while todo:
         node = todo.pop()
@@ -98,12 +98,12 @@ def _room(path: Path) -> str:
 
 
 def _versions(imported: set[str]) -> list[str]:
-    """Python's, whose Unicode tables and documentation are data here, and those of pinned packages that are imported.
+    """Python's version, as its Unicode tables and documentation are data here, and those of imported pinned packages.
 
-    A build, such as "+cpu" of PyTorch, does not count: where a run computes is not tracked either.
+    A build, such as PyTorch's "+cpu", does not count: the device of a run is not tracked either.
     """
     python = ".".join(platform.python_version_tuple()[:2])
-    file = ROOT / "requirements.txt"  # of the project; where the library is installed, its metadata has the same
+    file = ROOT / "requirements.txt"  # in a checkout; an installed library has the same in its metadata
     text = file.read_text(encoding="utf-8") if file.exists() else "\n".join(requires("tinygpt") or ())
     modules = {name: name.removesuffix("-python").replace("-", "_") for name in sorted(PINNED.findall(text))}
     return [f"python={python}", *(f"{name}={version_of(name)}" for name in modules if modules[name] in imported)]

@@ -1,4 +1,4 @@
-"""From texts to token files: each different pretoken is merged once, the rest is look-ups in numpy arrays."""
+"""From texts to token files: each different pretoken is merged once, and the rest is look-ups in numpy arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, MAX_PRETOKENS, Pretok
 from tinygpt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokens import META_FILE, IdType, SplitMeta, TokenIds, TokensMeta
 
-PIECE = 1 << 20  # ids looked up at a time, so that memory does not grow with a part
+PIECE = 1 << 20  # ids looked up at a time, so that memory does not grow with the size of a part
 
 
 def encode_corpus(
@@ -62,12 +62,12 @@ def save_ids(shard: Shard, path: Path, *, tokenizer: Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _encoder(tokenizer: Path, sha256: str) -> BulkEncoder:
-    """One encoder for all shards of a worker: what it learned from one serves the next."""
+    """One encoder for all shards of a worker: pretokens learned from one shard serve the next."""
     return BulkEncoder(load_tokenizer(tokenizer))
 
 
 class BulkEncoder:
-    """The ids of `tokenizer`, for whole blocks of text.
+    """Encodes whole blocks of text into the ids of `tokenizer`.
 
     `encode(block)` takes blocks as iter_blocks gives them and returns ids of the tokenizer's dtype, its `border_ids`
     before each document.
@@ -81,7 +81,7 @@ class BulkEncoder:
         self._table = PretokenTable()
         self._table.number(DOCUMENT_BORDER)  # the first pretoken, so that it is never merged
         self._ids = np.array(self.tokenizer.border_ids, self.tokenizer.dtype)  # of all pretokens, one after the other
-        self._begin, self._length = np.array([0]), np.array([len(self._ids)])  # where those of a pretoken are
+        self._begin, self._length = np.array([0]), np.array([len(self._ids)])  # where each pretoken's ids are
 
     def encode(self, block: bytes) -> TokenIds:
         """Ids of a block of UTF-8."""
@@ -96,7 +96,7 @@ class BulkEncoder:
         return self._ids[places]
 
     def _learn(self, pretokens: list[bytes]) -> None:
-        """Encode pretokens that have not come before."""
+        """Encode pretokens that are new."""
         ids, length = self.tokenizer.merger.merge_all(pretokens)
         self._begin = np.concatenate([self._begin, len(self._ids) + np.cumsum(length) - length])
         self._length = np.concatenate([self._length, length])

@@ -25,9 +25,9 @@ MOST_CHARACTERS = 1000  # of each
 
 
 def printable(text: object) -> str:
-    r"""A text as one line that a terminal only shows: "a\x1b[2J" -> "a\\x1b[2J".  A long one loses its middle.
+    r"""A text as one line that a terminal prints without obeying it: "a\x1b[2J" -> "a\\x1b[2J".
 
-    Whatever comes from a file, its name included, is printed through this.
+    A long one loses its middle. Whatever comes from a file, its name included, is printed through this.
     """
     text = str(text)
     if len(text) > MOST_CHARACTERS:
@@ -36,7 +36,7 @@ def printable(text: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as one would write it in YAML, in one line: texts that are not a word in quotes, as in JSON."""
+    """A value on one line, as one would write it in YAML; a text that is not a plain word is quoted as in JSON."""
     if isinstance(value, float | date) or (isinstance(value, str) and WORD.fullmatch(value)):
         return str(value)
     return printable(json.dumps(value, ensure_ascii=False, skipkeys=True, default=_kind))
@@ -47,7 +47,7 @@ def _kind(value: object) -> str:
 
 
 class UserError(Exception):
-    """Something the user can mend: the message names the key, file or stage and says what to do."""
+    """Something the user can fix: the message names the key, file or stage and says what to do."""
 
     def __str__(self) -> str:
         problems = self.args[0] if self.args and isinstance(self.args[0], list) else self.args
@@ -65,14 +65,14 @@ class Stopped(Exception):
 
 
 def program(main: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a program's `main`: whatever a user, a file or the machine can cause is one line on stderr and a status."""
+    """Wrap a program's `main`: errors of a user, a file or the machine become one line on stderr and a status."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         is_first = heed_interrupts()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # ASCII and Latin-1, too, can print every name
+                stream.reconfigure(errors="backslashreplace")  # so that ASCII and Latin-1 can print every name
         try:
             main(*args, **kwargs)
             _flush()
@@ -91,7 +91,7 @@ def program(main: Callable[P, None]) -> Callable[P, None]:
 
 
 def answer_to(error: BaseException) -> tuple[int, str]:
-    """The status and the line that a program ends with.  A fault of this project itself is raised again."""
+    """The exit status and the last line of a program.  An error in this project's own code is raised again."""
     match error:
         case UserError():
             return 1, f"error: {error}"
@@ -117,7 +117,7 @@ def answer_to(error: BaseException) -> tuple[int, str]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what is missing, also as PyTorch's allocators say it, whose RuntimeError has no class."""
+    """Whether memory ran out.  PyTorch's allocators raise a plain RuntimeError for it, which its text gives away."""
     return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
@@ -132,7 +132,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Where in the code it was raised: all that is known of it."""
+    """Where in the code it was raised, which is all that is known."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -140,7 +140,7 @@ def _place(error: BaseException) -> str:
 
 
 def _flush(*, drop: bool = False) -> None:
-    """Write what was printed; with `drop` forget what cannot be, or Python would try and fail again as it ends."""
+    """Write what was printed; `drop` discards what cannot be written, or Python would fail again when it exits."""
     try:
         if sys.stdout:
             sys.stdout.flush()
@@ -151,13 +151,13 @@ def _flush(*, drop: bool = False) -> None:
 
 
 def leave_at_once() -> None:
-    """Ctrl-C ends the program while it imports or ends: KeyboardInterrupt would be taken for another failure."""
+    """Let Ctrl-C end the program at once during imports and exit, where KeyboardInterrupt looks like a failure."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
 def heed_interrupts() -> bool:
-    """Ctrl-C raises KeyboardInterrupt again; whether it did not."""
+    """Let Ctrl-C raise KeyboardInterrupt again -> whether it did not before."""
     if signal.getsignal(signal.SIGINT) is not _leave:
         return False
     signal.signal(signal.SIGINT, signal.default_int_handler)

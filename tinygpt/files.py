@@ -17,15 +17,15 @@ from typing import IO, Any
 
 from tinygpt.errors import UserError
 
-MOST_JSON = 200_000_000  # bytes of a file: a manifest of a million texts
+MOST_JSON = 200_000_000  # bytes of a file: enough for a manifest of a million texts
 
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open `path` for writing (`"w"` UTF-8 text or `"wb"`); it appears under its name only when the block ends well.
+    """Open `path` for writing (`"w"` UTF-8 text or `"wb"`); it appears under its name only when the block succeeds.
 
-    The block may also put another file in place of the one that it gets, as safetensors does: its bytes are
-    on the disk, too, and its mode is what the umask says. Raises UserError where `path` is a folder or a device.
+    The block may also replace the file that it gets, as safetensors does: the new one is synced to the disk, too, and
+    gets the mode that the umask allows. Raises UserError where `path` is a folder or a device.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -44,17 +44,17 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
-            error.filename = str(path)  # a full disk is reported by write(), which knows no name
+            error.filename = str(path)  # write() reports a full disk, but does not know the name
         raise
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the place of the folder `path` only when the block ends well."""
+    """Yield an empty folder to fill; it replaces the folder `path` only when the block succeeds."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is not a folder: name another")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # its own, should two programs write the same
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # its own, in case two programs write it
     _remove_abandoned(path)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -76,7 +76,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk."""
+    """Sync a file's bytes, or a folder's names, to the disk."""
     try:
         number = os.open(path, os.O_RDONLY)
         try:
@@ -89,17 +89,17 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let two folders change names, so that neither is ever away; False where the system cannot (other than Linux)."""
+    """Swap two folders, so that neither name is ever missing; False where the system cannot (other than Linux)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <linux/fs.h>
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what programs left half-written in place of `path` that were killed."""
+    """Remove half-written copies of `path` that killed programs left."""
     for partial in path.parent.glob(f"{path.name}.*.partial"):
         try:
-            os.kill(int(partial.suffixes[-2][1:]), 0)  # asks only whether it runs
+            os.kill(int(partial.suffixes[-2][1:]), 0)  # only asks whether it runs
         except ProcessLookupError:
             shutil.rmtree(partial, ignore_errors=True)
         except (ValueError, OSError):
@@ -112,9 +112,9 @@ def checkout_of(root: Path = Path()) -> Path:
 
 
 def runs_folder(root: Path = Path()) -> Path:
-    """Where work is kept that was stopped half-way: `runs`, which DVC does not know.
+    """Where unfinished work is kept: `runs`, which DVC does not know, as it deletes outputs before each stage.
 
-    DVC deletes outputs before it runs a stage. All kinds of runs of a checkout share the folder.
+    All kinds of runs of a checkout share the folder.
     """
     return checkout_of(root) / "runs"
 
@@ -151,7 +151,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def _numbers(value: Any, key: str = "it") -> Iterator[tuple[str, float]]:
-    """The floats in a JSON value, each with the name that it has there."""
+    """The floats in a JSON value, each with its key there."""
     if isinstance(value, float):
         yield key, value
     elif isinstance(value, dict | list | tuple):
@@ -165,7 +165,7 @@ def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:
 
 
 def read_object(path: str | Path, *, remedy: str, most_bytes: int = MOST_JSON) -> dict[str, Any]:
-    """Read a JSON object from anywhere.  Raises UserError, whatever is wrong with it, that ends with the remedy."""
+    """Read a JSON object from any file.  Raises UserError that ends with the remedy, whatever is wrong with it."""
     try:
         raw = read_file(Path(path), most_bytes)
         found = parse_json(raw)
@@ -179,7 +179,7 @@ def read_object(path: str | Path, *, remedy: str, most_bytes: int = MOST_JSON) -
 
 
 def read_file(path: Path, most_bytes: int = MOST_JSON) -> bytes:
-    """All bytes of a file.  Raises ValueError where they are too many, or it is a pipe or a device: these never end."""
+    """All bytes of a file.  Raises ValueError when there are too many, or for a pipe or a device, which never end."""
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
     if (size := path.stat().st_size) > most_bytes:
@@ -188,9 +188,9 @@ def read_file(path: Path, most_bytes: int = MOST_JSON) -> bytes:
 
 
 def parse_json(raw: str | bytes, **hooks: Any) -> Any:
-    """The value of a JSON text in UTF-8.  Raises ValueError for whatever is not one, and for what Python cannot hold.
+    """The value of a JSON text in UTF-8.  Raises ValueError for anything else, and for what Python cannot hold.
 
-    That is also a number that is not finite, one of thousands of digits, and lists too deep in each other.
+    That includes numbers that are not finite or have thousands of digits, and lists nested too deeply.
     """
     try:
         text = raw if isinstance(raw, str) else raw.decode()
@@ -200,7 +200,7 @@ def parse_json(raw: str | bytes, **hooks: Any) -> Any:
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `parse_json`: an object whose keys differ.  Raises ValueError that names one that does not."""
+    """A hook for `parse_json`: an object whose keys differ.  Raises ValueError that names a key that is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -215,18 +215,18 @@ def _finite(number: str) -> float:
 
 
 def must_exist(path: str | Path, *, stage: str) -> Path:
-    """Return `path`, or raise a UserError that names the stage which makes it."""
+    """Return `path`, or raise a UserError that names the stage that makes it."""
     path = Path(path)
     if not path.exists():
         place = "" if Path("params.yaml").exists() else " in the project's top folder"
         raise UserError(f"{path} not found: run `dvc repro {stage}`{place} to make it")
-    if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+    if not (path.is_file() or path.is_dir()):  # reading a pipe would wait
         raise UserError(f"{path} is not a file: remove it and run `dvc repro {stage}`")
     return path
 
 
 def unchanged(path: str | Path, sha256: str, *, stage: str) -> Path:
-    """Return `path`.  Raises UserError where it is missing, or no more as its stage wrote it: DVC does not look."""
+    """Return `path`.  Raises UserError if it is missing or has changed since its stage wrote it: DVC does not look."""
     if sha256_file(must_exist(path, stage=stage)) != sha256:
         raise UserError(f"{path} is damaged, its SHA-256 is not the recorded one: run `dvc repro -f -s {stage}`")
     return Path(path)
@@ -239,7 +239,7 @@ def some_of(problems: list[str], most: int) -> str:
 
 
 def fenced(text: str) -> str:
-    """A text as a block of Markdown, between longer rows of backticks than it has itself."""
+    """A text as a code block of Markdown, whose fence is longer than any row of backticks in it."""
     fence = "`" * max([3, *(len(row) + 1 for row in re.findall("`+", text))])
     return f"{fence}text\n{text}\n{fence}\n"
 

@@ -1,7 +1,7 @@
-"""The options of a text that is generated, and the limits of a server: a field each, with type, interval and help.
+"""The options of a generated text, and the limits of a server: a field each, with type, interval and help.
 
-Flags, chat's settings and the server's requests are made of these fields. Names are those of transformers where it has
-the option. Nothing here imports PyTorch.
+Flags, chat's settings and the server's requests are made from these fields. Names are those of transformers where it
+has the option. Nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tinygpt.errors import UserError, shown
 from tinygpt.files import human_bytes
 from tinygpt.params import Count, ParamsError, Within, from_mapping, require, typed
 
-MOST_BYTES = 20_000_000  # of a prompt or a file of them: no model reads so much at a time
+MOST_BYTES = 20_000_000  # of a prompt or a file of prompts: no model reads so much at a time
 NotNegative = Annotated[int, Within("[0, inf)")]
 AnyNumber = Annotated[float, Within("(-inf, inf)")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Options whose values are what their types ask for."""
+    """Options that check and convert their values."""
 
     def __post_init__(self) -> None:
-        """Make 8.0 an 8 and lists tuples.  Raises ParamsError with all that is wrong."""
+        """Turn 8.0 into 8 and lists into tuples.  Raises ParamsError with all that is wrong."""
         for name, value in typed(type(self), vars(self)).items():
             object.__setattr__(self, name, value)
 
@@ -96,7 +96,7 @@ class Search(Checked):
     ] = 1
     length_penalty: Annotated[
         float, Within("[-10, 10]"), "of beams: above 0 favours long texts, below 0 short ones"
-    ] = 1.0  # a beam's log-probability is divided by its tokens to this power
+    ] = 1.0  # a beam's log-probability is divided by (its number of tokens) ** length_penalty
     early_stopping: Annotated[
         Literal["false", "true", "never"], "end beam search with n_beam texts (true), or only when sure (never)"
     ] = "false"
@@ -145,20 +145,21 @@ class Proposals(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits(Checked):
-    """What the server takes on: beyond it a request is refused, which bounds the memory that clients can take."""
+    """What the server accepts; it refuses requests beyond that, which bounds the memory that clients can use."""
 
     max_tokens: Annotated[Count, "tokens of an answer, at most"] = 4096
     max_rows: Annotated[int, Within("[1, 1024]"), "answers written at a time"] = 32  # each has a KV cache
     max_waiting: Annotated[Count, "requests that may wait; one more is refused with status 429"] = 128
-    max_body: Annotated[Count, "bytes of a request"] = 2**18  # a larger one has status 413
+    max_body: Annotated[Count, "bytes of a request"] = 2**18  # a larger one gets status 413
     max_prompt: Count = 2**14  # UTF-8 bytes, or ids, of one prompt
-    max_prompts: Count = 2**15  # the same of all prompts of a request, each as often as it has answers
+    max_prompts: Count = 2**15  # the same for all prompts of a request, each counted once per answer
     client_seconds: Count = 30  # for a client to send a head, then a body, and to read each PIECE of an answer
 
     @property
     def max_requests(self) -> int:
-        """Requests of all kinds at a time; one more has status 503.  As many as can run or wait have room for others
-        next to them, which are refused at once or read a page.
+        """Requests of all kinds at a time; one more gets status 503.
+
+        This is twice as many as can run or wait, which leaves room for others that are refused at once or read a page.
         """
         return 2 * (self.max_rows + self.max_waiting)
 
@@ -172,7 +173,7 @@ class Settings:
     search: Search
 
     def values(self) -> dict[str, Any]:
-        """Each by its name."""
+        """All values by name."""
         return {name: value for part in vars(self).values() for name, value in vars(part).items()}
 
 
@@ -181,7 +182,7 @@ DRAWN = {"temperature": 0.8, "top_p": 0.95}  # defaults of Settings where tokens
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
-    """Settings of some values by name, and of defaults.  Raises ParamsError with all that is wrong."""
+    """Settings from some values by name, and defaults for the rest.  Raises ParamsError with all that is wrong."""
     defaults = {name: option.default for name, option in setting_options().items()}
     values = defaults | (DRAWN if given.get("n_beam", 1) == 1 else {"temperature": 0.0}) | {**given}
     parts = {cls: {option.name: values[option.name] for option in options_of(cls)} for cls in PARTS}
@@ -195,7 +196,7 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
-    """What several checks return.  Raises one ParamsError with what all of them find."""
+    """What several checks return.  Raises one ParamsError with all that they find."""
     found: list[Any] = []
     problems: list[str] = []
     for check in checks:
@@ -209,7 +210,7 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def checked(prompt: str) -> str:
-    """The same text.  Raises UserError where it is too long, or has half a character, which UTF-8 cannot hold."""
+    """Return the prompt.  Raises UserError when it is too long, or has half a character, which UTF-8 cannot hold."""
     try:
         if len(prompt.encode()) > MOST_BYTES:
             raise UserError(f"prompt has more than {human_bytes(MOST_BYTES)}: shorten it")
@@ -219,7 +220,7 @@ def checked(prompt: str) -> str:
 
 
 def seed_after(seed: int, n: int) -> int:
-    """The n-th seed after one, of 32 bits."""
+    """The n-th seed after this one, of 32 bits."""
     return (seed + n) % 2**32
 
 
@@ -230,8 +231,8 @@ class Option:
     name: str
     type: Any  # without None
     default: Any
-    help: str | None  # None = it cannot be typed by a user
-    choices: tuple[Any, ...]  # of a Literal; nothing where the type is another
+    help: str | None  # None = users cannot set it
+    choices: tuple[Any, ...]  # of a Literal; empty for other types
     is_list: bool  # it takes several values
 
 
@@ -242,11 +243,11 @@ def options_of(cls: type) -> tuple[Option, ...]:
 
 
 def changed(options: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Those of these options that are not at their default; a dataclass keeps defaults in its class."""
+    """The options among these names that are not at their default, which a dataclass keeps in its class."""
     return {name: value for name in names if (value := getattr(options, name)) != getattr(type(options), name)}
 
 
-@functools.cache  # a millisecond
+@functools.cache  # it takes a millisecond
 def setting_options() -> dict[str, Option]:
     """All options of Settings by name."""
     return {option.name: option for part in PARTS for option in options_of(part)}

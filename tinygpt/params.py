@@ -1,7 +1,7 @@
 """Load and check params.yaml: YAML 1.2, strict keys, typed values, every problem in one error.
 
-Each group of params.yaml is a frozen dataclass that lives next to the code it steers and carries its name in
-`group`. Fields without a value in the file are refused, whatever their default in Python.
+Each group of params.yaml is a frozen dataclass that lives next to the code it controls and has the group's name in
+`group`. The file must give every field a value, even one with a default in Python.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GROUPS = {
 class Group(Protocol):
     """A dataclass that mirrors one group of params.yaml.
 
-    One with a method `rules_with(groups)` also says what must hold together with the other loaded groups, by name.
+    A method `rules_with(groups)`, if it has one, returns what must hold together with the other groups, given by name.
     """
 
     group: ClassVar[str]
@@ -82,12 +82,12 @@ class Within:
         return least + ("" if high == "inf" else f" and {'at most' if last == ']' else 'below'} {high}")
 
 
-HALVES = re.compile("[\ud800-\udfff]")  # of characters, which UTF-8 cannot hold
+HALVES = re.compile("[\ud800-\udfff]")  # half characters, which UTF-8 cannot hold
 DERIVED = object()  # marks a field that may be null in the file; `__post_init__` then derives its value
 
 Count = Annotated[int, Within("[1, inf)")]  # a whole number of things, at least one
 CountOrDerived = Annotated[int, Within("[1, inf)"), DERIVED]
-Fraction = Annotated[float, Within("[0, 1)")]  # a share of a whole that leaves something over
+Fraction = Annotated[float, Within("[0, 1)")]  # a share that leaves some of the whole
 
 
 def require(*rules: tuple[bool, str]) -> None:
@@ -116,13 +116,13 @@ def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
 
 
 def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
-    """All groups by name, each checked, and each with the others: mistakes in params are reported before any work.
+    """All groups by name, each checked by itself and together with the others.
 
-    Otherwise a mistake in `evaluate` would come to light after an hour of training.
+    So mistakes are reported before any work, and one in `evaluate` does not come to light after an hour of training.
     """
     document = read_groups(path)
     groups, problems = dict[str, Any](), _key_problems(document, list(GROUPS), "")
-    for name in filter(document.__contains__, GROUPS):  # others are reported already
+    for name in filter(document.__contains__, GROUPS):  # missing groups have been reported above
         try:
             groups[name] = from_mapping(find_class(name), document[name], prefix=f"{name}.")
         except ParamsError as error:
@@ -136,7 +136,7 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises ParamsError with every name that is not a "group.key", and the nearest one."""
+    """Raise ParamsError with every name that is not a "group.key", and the nearest one that is."""
 
     def rule(group: str, field: str) -> tuple[bool, str]:
         known = sorted(_field_hints(find_class(group))) if group in GROUPS else []
@@ -156,15 +156,15 @@ def _unknown(key: str, known: Sequence[str], prefix: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
-    """` (did you mean model.n_layer?)` where a name is near, else nothing."""
+    """` (did you mean model.n_layer?)` if a known name is near, else nothing."""
     return "".join(f" (did you mean {prefix}{near}?)" for near in difflib.get_close_matches(name, [*known], 1, cutoff))
 
 
 def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "", others: Sequence[str] = ()) -> T:
     """Build a dataclass from a mapping with exactly its fields as keys.
 
-    A field whose type admits None may be null. 8.0 is taken for an int field, 8.5, true and "8" are not. `others` are
-    keys that are read elsewhere: an unknown key may be a misspelling of one of them.
+    A field whose type admits None may be null. An int field accepts 8.0, but not 8.5, true or "8". `others` are keys
+    that are read elsewhere: an unknown key may be a misspelling of one of them.
     Raises ParamsError with all problems.
     """
     if not isinstance(mapping, dict):
@@ -174,7 +174,7 @@ def from_mapping(cls: type[T], mapping: Any, *, prefix: str = "", others: Sequen
 
 
 def typed(cls: Any, mapping: dict[str, Any], prefix: str = "", problems: Sequence[str] = ()) -> dict[str, Any]:
-    """The values of a dataclass's fields as their types ask for.  Raises ParamsError with these problems and all new"""
+    """The values of a dataclass's fields, in their types.  Raises ParamsError with `problems` and all new ones."""
     found, values = [*problems], dict[str, Any]()
     for key, hint in _field_hints(cls).items():
         if key in mapping:
@@ -188,7 +188,7 @@ def typed(cls: Any, mapping: dict[str, Any], prefix: str = "", problems: Sequenc
 
 
 def read_record(cls: type[T], path: Path, *, stage: str) -> T:
-    """A dataclass from the keys of its fields in a JSON file that `stage` makes; other keys are left alone.
+    """A dataclass from the keys of a JSON file that `stage` makes; keys that are not fields are ignored.
 
     Raises UserError that names the file and every key that is missing or of another type.
     """
@@ -201,25 +201,25 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
 
 
 def flat_params(raw: bytes) -> dict[str, str]:
-    """What decides a result in a params file, as it stands there, by "group.key".  Raises UserError for others."""
+    """What decides a result in a params file, as written there, by "group.key".  Raises UserError for other files."""
     try:
         groups = load_yaml(raw).items()
         rows = [(f"{name}.{key}", value) for name, keys in groups for key, value in keys.items() if name != "runtime"]
-        # texts without the quotes that they have elsewhere
+        # without the quotes that shown() puts around texts
         return {name: shown(value) if isinstance(value, bool | None) else str(value) for name, value in rows}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{PARAMS_FILE} holds no groups of keys ({error})") from None
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a params file.  Raises UserError where there is none; a pipe or a device is none."""
+    """Read a params file.  Raises UserError when there is none; a pipe or a device does not count."""
     if not path.is_file():
         raise UserError(f"{path} not found: run this from the project's top folder")
     return path.read_bytes()
 
 
 def read_groups(path: Path) -> dict[str, Any]:
-    """The groups of a params file, or of a preset, as they stand there.  Raises UserError where there are none."""
+    """The groups of a params file, or of a preset, as written there.  Raises UserError when it has none."""
     try:
         document = load_yaml(read_bytes(path))
     except ValueError as error:
@@ -242,7 +242,7 @@ def _field_hints(cls: Any) -> dict[str, Any]:
 
 
 def coerce(value: Any, hint: Any, key: str) -> Any:
-    """Return `value` as the type that `hint` asks for, or raise a ParamsError that names `key`."""
+    """Return `value` as the type `hint`, or raise a ParamsError that names `key`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         found: Any = None if value is None and DERIVED in args else coerce(value, args[0], key)
@@ -267,7 +267,7 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
 def _choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
     if value in choices:
         return value
-    near = nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # gpu is not cpu
+    near = nearest(str(value), [str(choice) for choice in choices], cutoff=0.7)  # does not suggest cpu for gpu
     raise ParamsError([f"{key}={shown(value)} is not one of {', '.join(map(shown, choices))}{near}"])
 
 

@@ -1,4 +1,4 @@
-"""The path of the data: where each stage writes, relative to the project's top folder."""
+"""The paths of the data: where each stage writes, relative to the project's top folder."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from tinygpt.errors import printable
 
-MOST_LETTERS = 200  # of a sample between the lines of a log
+MOST_LETTERS = 200  # of a sample that a log shows between its lines
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} elapsed, {remaining} remaining"
 LINE_EVERY_S = 10.0  # seconds between two lines where the output is not a terminal
 
@@ -35,8 +35,8 @@ def progress(
 ) -> tqdm[Any]:
     """A tqdm bar on stderr; use it as a context manager and call `.update(n)`.
 
-    `unit` of "B" counts bytes. Where the output is not a terminal, work of less than a second shows nothing.
-    Without `lines` no work does: that is for work that has a log of its own.
+    A `unit` of "B" counts bytes. Outside a terminal, work of less than a second shows nothing, and without `lines` no
+    work does: that is for work with a log of its own.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -56,5 +56,5 @@ def progress(
 
 
 def shortened(text: str) -> str:
-    """The beginning of a text, indented, as lines that a terminal only shows."""
+    """The beginning of a text, indented, as lines that a terminal prints without obeying them."""
     return "\n".join(f"    {printable(line)}" for line in text[:MOST_LETTERS].strip("\n").splitlines())

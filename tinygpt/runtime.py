@@ -1,6 +1,6 @@
 """Where and how fast things run: the one group of params.yaml that changes no result, and the device that it names.
 
-PyTorch is imported where the device is asked for: stages that work on text need none.
+PyTorch is imported only when the device is needed: stages that work on text do without it.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeParams:
-    """The machine."""
+    """How to use the machine."""
 
     group: ClassVar[str] = "runtime"
 
     device: Literal["auto", "cpu", "cuda", "mps"]  # auto = the first of cuda, mps and cpu that is there
     n_thread: Annotated[int, Within("[0, 1024]")]  # CPU threads for PyTorch and llama.cpp: 0 = all cores
-    n_process: Annotated[int, Within("[1, 1024]")]  # that train together, a GPU each where there are: 1 = just this one
-    parallel: Literal["ddp", "fsdp"]  # each of them has all weights, or a part of each weight and its state
-    n_worker: Annotated[int, Within("[0, 1024]")]  # processes that clean, count and encode text: 0 = one a core
-    engine: Literal["process", "ray"]  # who runs them: this machine, or a Ray cluster
-    ray_address: str | None  # host:port of a running cluster's head: null = a local one for the time of a stage
+    n_process: Annotated[int, Within("[1, 1024]")]  # that train together, on a GPU each if there are any: 1 = this one
+    parallel: Literal["ddp", "fsdp"]  # each process has all weights, or a part of each weight and its state
+    n_worker: Annotated[int, Within("[0, 1024]")]  # processes that clean, count and encode text: 0 = one per core
+    engine: Literal["process", "ray"]  # what runs them: this machine, or a Ray cluster
+    ray_address: str | None  # host:port of a running cluster's head: null = a local one while a stage runs
     micro_batch_size: Count | Literal["auto"] | None  # sequences in one forward pass: null = all of train.batch_size
-    gradient_checkpointing: bool  # keep each block's input alone and compute the rest again in the backward pass
-    compile: bool  # training steps by torch.compile: an eighth less time for each, seconds to begin with
-    cuda_graphs: bool  # on a GPU the compiled forward and backward pass, recorded once and replayed
+    gradient_checkpointing: bool  # keep only each block's input and recompute the rest in the backward pass
+    compile: bool  # training steps with torch.compile: each takes an eighth less time, after seconds of compiling
+    cuda_graphs: bool  # on a GPU, record the compiled forward and backward pass once and replay it
     log_every: Count  # steps between two lines of the training log
     log_to: tuple[
         Literal["tensorboard", "wandb", "mlflow", "dvclive"], ...
     ]  # programs that show the curve; [] for none
 
     def __post_init__(self) -> None:
-        alone = self.n_process == 1 and self.micro_batch_size is None  # else gradients outlive the pass they are of
+        alone = self.n_process == 1 and self.micro_batch_size is None  # else gradients outlive their pass
         require(
             (len(set(self.log_to)) == len(self.log_to), f"runtime.log_to={shown(self.log_to)} names one twice"),
             (
@@ -60,9 +60,9 @@ class RuntimeParams:
 
 
 def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torch.device:
-    """Set the number of CPU threads and return the device.  Raises ParamsError when it is not there.
+    """Set the number of CPU threads and return the device.  Raises ParamsError when the machine does not have them.
 
-    Where several processes share a machine, each takes its part of the threads and the GPU of its number.
+    When several processes share a machine, each takes its part of the threads and the GPU of its number.
     """
     import torch
 
@@ -82,7 +82,7 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
 
 
 def find_device(wanted: str, option: str = "runtime.device") -> str:
-    """The name of the device: for auto the first that is there.  Raises ParamsError, by the option, when none is."""
+    """The name of the device; auto is the first there is.  Raises ParamsError that names `option` if it is missing."""
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -94,7 +94,7 @@ def find_device(wanted: str, option: str = "runtime.device") -> str:
 
 @contextmanager
 def out_of_memory(cure: str) -> Iterator[None]:
-    """A context, or a decorator, in which a lack of memory raises a UserError with its cure."""
+    """A context manager or decorator that turns a lack of memory into a UserError with this cure."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

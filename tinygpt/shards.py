@@ -1,7 +1,7 @@
-"""Text in shards: each is worked on by itself, on all cores or on a Ray cluster, into a result of its own.
+"""Text in shards: each is processed by itself, on all cores or on a Ray cluster, into a result of its own.
 
-The work is a function of a shard that fills a path, and leaves no trace but that. So the results do not depend on who
-computes which shard, and a run that was stopped computes only the shards that are missing, or damaged since.
+The work is a function that turns a shard into a file or folder, and leaves no other trace. So the results do not depend
+on which process computes which shard, and a run that was stopped computes only the shards that are missing or damaged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 from tinygpt.threads import n_cpu
 
-WORTH_A_WORKER = 8_000_000  # bytes: with less a worker's start takes longer than its work
+WORTH_A_WORKER = 8_000_000  # bytes: with fewer, a worker takes longer to start than to work
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Shard:
         return sum(span.size for span in self.spans)
 
 
-Work = Callable[[Shard, Path], None]  # fills the path (a file or a folder) with what comes of a shard, or raises
+Work = Callable[[Shard, Path], None]  # writes a shard's result to the path (a file or a folder), or raises
 Jobs = list[tuple[Shard, Path]]
 
 
@@ -77,14 +77,14 @@ def shard_results(
 ) -> Iterator[list[Path]]:
     """Call work(shard, path) for each shard and yield the paths, in the shards' order.
 
-    They last as long as the block. When the work fails or the program is killed they stay in `runs` (None: that of this
-    folder), and the next call makes only those that are missing, if the `key` is the same, a JSON value that names the
-    data and params that decide them, and so is the code of the module `code`.
+    The results last as long as the block. When the work fails or the program is killed, they stay in `runs` (None: that
+    of this folder), and the next call makes only those that are missing, if `key` and the code of the module `code` are
+    the same. `key` is a JSON value that names the data and params that decide the results.
     """
     fingerprint = sha256_json([key, code_of(code)])[:16]
     folder = (runs or runs_folder()) / f"{name}-{fingerprint}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{name}.lock")):  # of all that do the same work, one at a time
+    with FileLock(folder.with_name(f"{name}.lock")):  # one program at a time does this work
         folder.mkdir(exist_ok=True)
         paths = [folder.absolute() / f"{i:06d}" for i in range(len(shards))]
         missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not _is_whole(path)]
@@ -95,14 +95,14 @@ def shard_results(
                 bar.update(n_bytes)
         try:
             yield paths
-        except UserError:  # nothing that another try with other params would find here
+        except UserError:  # another try needs other params, and so another folder
             shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
 
 
 def _make(work: Work, shard: Shard, path: Path) -> None:
-    """Do the work, and note the digest of what it made: without one, it is made again."""
+    """Do the work, and record the digest of its result: one without a digest is made again."""
     work(shard, path)
     _seal(path).write_text(_digest(path))
 
@@ -127,7 +127,7 @@ def _digest(path: Path) -> str:
 
 
 def _in_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> Iterator[int]:
-    """In processes of this machine; the bytes of each shard as it is done."""
+    """Work in processes of this machine; yields the bytes of each shard when it is done."""
     if n_worker <= 1:
         for shard, path in jobs:
             _make(work, shard, path)
@@ -166,7 +166,7 @@ def _leave_with_parent() -> None:
 
 
 def _on_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> Iterator[int]:
-    """On a Ray cluster, which starts a task again when its worker dies; the bytes of each shard as it is done."""
+    """Work on a Ray cluster, which repeats a task if its worker dies; yields each shard's bytes when it is done."""
     try:
         import ray
         from ray.exceptions import RayTaskError
@@ -189,7 +189,7 @@ def _on_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> It
 
 
 def _must_answer(address: str) -> None:
-    """Raise UserError when nobody listens there: Ray itself would try for minutes."""
+    """Raise UserError when nothing listens there: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -1,4 +1,4 @@
-"""A stage as a program, `python -m stages.<name>`: it takes no arguments, params.yaml says all that it does."""
+"""A stage as a program, `python -m stages.<name>`: it takes no arguments, because params.yaml says what it does."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_b
 
 @program
 def run_stage(run: Callable[[Path], None]) -> None:
-    """Run a stage in this folder, or print its help.  Leaves with status 2 where it is given anything else."""
+    """Run a stage in this folder, or print its help.  Exits with status 2 when given anything else."""
     module, arguments = sys.modules[run.__module__], sys.argv[1:]
     groups = [group for group in GROUPS if find_class(group) in vars(module).values()]  # those that it imports
     if not arguments:
         try:
             check_memory(check_params())
         except UserError:
-            if os.environ.get("RANK", "0") != "0":  # of several processes, which `torchrun` starts, the first reports
+            if os.environ.get("RANK", "0") != "0":  # of the processes that `torchrun` starts, the first reports
                 sys.exit(1)
             raise
         run(Path())
@@ -39,7 +39,7 @@ def run_stage(run: Callable[[Path], None]) -> None:
 
 
 def check_memory(groups: Mapping[str, Any]) -> None:
-    """Raise UserError where not even the weights, of four bytes, and the ids of a step, of eight, can be held."""
+    """Raise UserError if even the weights, of four bytes each, and a step's ids, of eight, do not fit in memory."""
     model, train, tokenizer = groups["model"], groups["train"], groups["tokenizer"]
     learned = tokenizer.kind == "bpe" and tokenizer.from_file is None
     n_weights = model.n_weights(tokenizer.vocab_size if learned else 257)
@@ -63,7 +63,7 @@ def described(groups: Sequence[str]) -> str:
 
 
 def refusal(arguments: Sequence[str], groups: Sequence[str]) -> str:
-    """What is said of arguments, with the nearest key, one of the stage's own groups if there is one."""
+    """The error for arguments, with the nearest key, of the stage's own groups if they have it."""
     name, _, value = arguments[0].lstrip("-").partition("=")
     keys = {
         known: f"{group}.{field.name}"

@@ -1,8 +1,8 @@
-"""How the threads of one product wait for each other: imported before a library that computes.
+"""How the threads of one product wait for each other: imported before any library that computes.
 
 Threads that have done their share spin until the others have, which saves time on an idle machine. Next to
-other programs they take the processor from those that they wait for, and most of the time is lost. A short spin, and
-then sleep, costs little in either case (docs/performance.md). (libgomp, https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html.)
+other programs, they take the processor from the threads that they wait for, and most of the time is lost. A short spin,
+and then sleep, costs little in either case (docs/performance.md). (libgomp, https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html.)
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota
 
 
 def n_cpu() -> int:
-    """CPUs that this process may use: those of its affinity, or fewer where its container has a quota."""
+    """CPUs that this process may use: those of its affinity, or fewer if its container has a quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, quota() or allowed))
 
 
 def quota(files: tuple[Path, Path] = QUOTAS) -> int | None:
-    """CPUs of time that a container has, rounded up; None where there is no limit."""
+    """The CPU time that a container may use, in CPUs, rounded up; None without a limit."""
     newer, older = files
     for parts in ((newer,), (older, older.with_name("cpu.cfs_period_us"))):
         with suppress(OSError, ValueError):
@@ -34,7 +34,7 @@ def quota(files: tuple[Path, Path] = QUOTAS) -> int | None:
 
 
 def set_waiting(environment: MutableMapping[str, str]) -> None:
-    """Let threads sleep soon, and use as many as there are CPUs; what a user has set stays."""
+    """Let threads sleep soon, and use as many as `n_cpu` says; variables that a user has set stay."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = SPIN
     if n_cpu() < (os.cpu_count() or 1):

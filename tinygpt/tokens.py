@@ -57,7 +57,7 @@ class TokensMeta:
 def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMeta:
     """Read `meta.json`.
 
-    Raises UserError when it is missing, of another version, or not made with the tokenizer of the folder `tokenizer`.
+    Raises UserError when it is missing, of another version, or not made with the tokenizer in the folder `tokenizer`.
     """
     meta = read_record(TokensMeta, Path(folder) / META_FILE, stage="encode")
     if tokenizer is not None and (
@@ -71,8 +71,8 @@ def load_meta(folder: str | Path, *, tokenizer: Path | None = None) -> TokensMet
 def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenIds:
     """Map a split's ids for reading.
 
-    Raises UserError when the file is missing, has not the length or the SHA-256 that meta.json says, holds fewer than
-    `at_least` ids, or one that is not in the vocabulary: so readers need not check ids.
+    Raises UserError when the file is missing, does not have the length or SHA-256 in meta.json, holds fewer than
+    `at_least` ids, or has an id outside the vocabulary: so readers need not check ids.
     """
     meta, path = load_meta(folder), must_exist(Path(folder) / f"{split}.bin", stage="encode")
     n_tokens, found = meta.split(split).tokens, path.stat().st_size

@@ -1,4 +1,4 @@
-"""YAML 1.2 by ruamel.yaml, as DVC reads params.yaml, of which nothing takes seconds or gigabytes."""
+"""YAML 1.2 with ruamel.yaml, as DVC reads params.yaml; texts that would take seconds or gigabytes are refused."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MOST_DIGITS = 400  # of a number: no float has more before its point
 
 
 def load_yaml(text: bytes) -> Any:
-    """One document of plain values.  Raises ValueError in one line, whatever is wrong with it."""
+    """One document of plain values.  Raises ValueError with a message of one line, whatever is wrong with it."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text):,} bytes, at most {MOST_BYTES:,} are read")
     reader = YAML(typ="safe", pure=True)
     reader.Composer, reader.Constructor = _Composer, _Constructor
     try:
-        return reader.load(text.decode())  # in UTF-8 alone: ruamel.yaml would take UTF-16, which DVC does not
+        return reader.load(text.decode())  # only UTF-8: ruamel.yaml would accept UTF-16, which DVC does not
     except (YAMLError, ValueError, OverflowError) as error:  # the last for "\Uffffffff"
         raise ValueError(" ".join(_reason(error).replace('in "<unicode string>",', "at").split())) from None
 
@@ -35,13 +35,13 @@ def _reason(error: Exception) -> str:
 
 
 class _Composer(Composer):
-    """Refuses long numbers, what is nested too deep, and aliases of aliases: a few lines stand for gigabytes."""
+    """Refuses long numbers, deep nesting, and aliases of aliases, a few lines of which may stand for gigabytes."""
 
     def __init__(self, loader: Any = None) -> None:
         super().__init__(loader)
         self.warn_double_anchors = False
-        self.level = self.n_node = 0  # of the node that is read; of nodes, each alias with all that it stands for
-        self.sizes = dict[Node, int]()  # nodes of each
+        self.level = self.n_node = 0  # of the current node; of nodes so far, an alias counting as all it stands for
+        self.sizes = dict[Node, int]()  # how many nodes each has
 
     def compose_document(self) -> Node:
         """Refuse `%YAML 1.1`, in which `on` is true."""
@@ -58,7 +58,7 @@ class _Composer(Composer):
         self.level += 1
         node = super().compose_node(parent, index)
         self.level -= 1
-        # an alias inside of what it stands for has no size yet, as it has no end
+        # an alias inside the node that it stands for finds no size yet: that node has not ended
         self.n_node += self.sizes.get(node, MOST_NODES) if is_alias else 1
         if self.n_node > MOST_NODES:
             raise ComposerError(None, None, f"at most {MOST_NODES:,} values are read", mark)
@@ -69,7 +69,7 @@ class _Composer(Composer):
 
 
 class _Constructor(SafeConstructor):
-    """Says where a number, date or other value is not valid: each kind has an error of its own, without a place."""
+    """Reports where a number, date or other value is not valid: each kind raises its own error, without a place."""
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         """The value of a node."""
