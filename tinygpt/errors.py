@@ -117,7 +117,7 @@ def answer_to(error: BaseException) -> tuple[int, str]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out.  PyTorch's allocators raise a plain RuntimeError for it, which its text gives away."""
+    """Whether memory ran out.  PyTorch's allocators raise a plain RuntimeError for it, recognised by its text."""
     return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 

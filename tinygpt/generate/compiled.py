@@ -110,7 +110,7 @@ class CompiledStep(LeanGPT):
         return slot_mask(at, at, slots, n_slot, window, dtype=self.embedding.dtype)
 
     def _heads(self, block: LeanBlock, x: Tensor, rope: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C) -> queries (B, H, D), keys and values (B, G, D); queries and keys are joined for their norm alone."""
+        """(B, C) -> queries (B, H, D), keys and values (B, G, D); queries and keys are joined only for their norm."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in block.qkv(x))
         if block.qk_norm is not None:
             q, k = block.qk_norm(torch.cat((q, k), 1)).split((self.n_head, self.n_kv_head), 1)
@@ -125,7 +125,7 @@ def attention_of_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     scores = (q * keys[:, :, None]).sum(-1)  # (1, G, H / G, n)
     if mask is not None:
         scores = scores + mask
-    # softmax with the division last: so little precedes the product with the values that nothing is stored for it
+    # softmax with the division last: the weights are then computed within the product, and not stored before it
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     return (weights[..., None] * values[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
 

@@ -52,7 +52,7 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **options: Unpack[Opti
 def generate_batch(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], **options: Unpack[Options]
 ) -> list[Answer]:
-    """What follows each prompt: the same as one by one, each with its own seed. Speculation does run one by one.
+    """What follows each prompt: the same text as if it were alone, with its own seed. Speculation runs one by one.
 
     Raises ParamsError when options are wrong or contradict each other, and UserError when a prompt is too long or not
     valid text.

@@ -1,4 +1,4 @@
-"""Norms, MLPs and rotary positions: small parts, chosen by name when the model is built. A kind has one signature.
+"""Norms, MLPs and rotary positions: small parts, chosen by name when the model is built. Each kind has one signature.
 
 B batch, T tokens, C n_embd, H heads, D head_dim.
 """

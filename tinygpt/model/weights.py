@@ -24,7 +24,7 @@ from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_KEY = "tokenizer_sha256"  # in config.json: that of the tokenizer.json that the model was trained with
+TOKENIZER_KEY = "tokenizer_sha256"  # in config.json: hash of the tokenizer.json that the model was trained with
 FREE = ("dropout", "attention")  # fields in which a run may differ from the base that it starts from
 FIRST = "blocks.0."  # what the names of the first block's tensors begin with
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +44,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         try:
             save_file(plain, file.name, {"format": "pt"})  # not save(): its bytes would be in memory twice
-        except SafetensorError as error:  # has the number of a full disk's error only in its text
+        except SafetensorError as error:  # gives the error number of a full disk only in its text
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
 
