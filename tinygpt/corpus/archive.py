@@ -1,6 +1,6 @@
-"""What is in a file that comes from outside: itself, or the files of an archive, or the texts of a Parquet file.
+"""The contents of an untrusted file: the file itself, the files in an archive, or the texts in a Parquet file.
 
-Regular files only, sane names, no more than a sane size, whole.
+Only regular files with safe names come out, complete and of a sane size.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tinygpt.corpus.parquet import parquet_lines
 from tinygpt.errors import UserError, shown
 from tinygpt.files import human_bytes
 
-CHUNK_BYTES = 1 << 17  # not more: a chunk that is cut off cannot be read, and a beginning must do
-# A file may unpack to MOST_RATIO times its size, text compresses to a tenth or so; a small one to SMALL_BYTES.
+CHUNK_BYTES = 1 << 17  # small: where only the beginning of a file is there, the last, incomplete chunk is lost
+# A file may unpack to MOST_RATIO times its size (text compresses to about a tenth), a small one to SMALL_BYTES.
 MOST_RATIO = 200
 SMALL_BYTES = 100_000_000
 MOST_WINDOW = 128 << 20  # bytes of memory that .xz and .zst may ask for: `xz -9` asks for 65 MB
-MOST_HEADER = 1 << 20  # bytes before a member of a tar: its name and what else is known of it
-MOST_SHOWN = 200  # characters of an error
+MOST_HEADER = 1 << 20  # bytes of metadata before a tar member: its name and other attributes
+MOST_SHOWN = 200  # characters of a name, or of a library's error
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-READ_WHOLE = (".zip", ".parquet")  # what is in them stands at their end, so that a beginning says nothing
+READ_WHOLE = (".zip", ".parquet")  # their index is at the end, so the beginning alone cannot be read
 
 Member = tuple[str, Iterator[bytes]]  # name as a relative path with slashes, and the content in pieces
 
@@ -43,10 +43,10 @@ class UnpackError(UserError):
 
 
 def iter_members(path: Path, name: str | None = None, note: Note | None = None) -> Iterator[Member]:
-    """The files of an archive, named `<archive>/<file>`; any other file itself.  Use each before the next.
+    """The files in an archive, named `<archive>/<file>`; any other file as it is.  Read each before the next.
 
-    `name` is what to call `path` itself. Hidden files, links, devices and the like are left out and reported. Raises
-    UserError for a damaged archive, one that would write outside its folder, and one that unpacks to an absurd size.
+    `name` is the name to use for `path`. Hidden files, links, devices and the like are left out and reported. Raises
+    UserError for an archive that is damaged, has a name that leads outside it, or unpacks to an absurd size.
     """
     name, note = name or path.name, note or Notes().add
     last = PurePosixPath(name).name.lower()
@@ -57,14 +57,14 @@ def iter_members(path: Path, name: str | None = None, note: Note | None = None) 
 
 
 class _File:
-    """A file, `stem` its name without the ending, and how many bytes more it may unpack to."""
+    """A file; `stem` is its name without the ending, `left` the bytes that it may still unpack to."""
 
     def __init__(self, path: Path, name: str, stem: str, note: Note) -> None:
         self.path, self.name, self.stem, self.note = path, name, stem, note
         self.left = max(SMALL_BYTES, MOST_RATIO * path.stat().st_size)
 
     def spend(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The same pieces, counted."""
+        """The same pieces, subtracted from `left`.  Raises UnpackError when nothing is left."""
         for piece in pieces:
             self.left -= len(piece)
             if self.left < 0:
@@ -74,8 +74,8 @@ class _File:
             yield piece
 
     def takes(self, name: str, mode: int) -> bool:
-        """Whether a member is taken, by its name and kind.  Raises UserError where it leads out of the archive."""
-        path = PureWindowsPath(name)  # which splits at both kinds of slashes
+        """Whether to read a member, judging by its name and mode.  Raises UserError for a name that leads outside."""
+        path = PureWindowsPath(name)  # splits at / and at \
         if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
             raise UserError(f"{self.name} holds a file with the unsafe name {shown(name[:MOST_SHOWN])}: remove it")
         if any(part.startswith(".") for part in PurePosixPath(name).parts):
@@ -87,11 +87,11 @@ class _File:
         return False
 
     def inner(self, name: str) -> str:
-        """What a member is called."""
+        """The name of a member: `<archive>/<file>`."""
         return str(PurePosixPath(self.stem) / name)
 
     def checked(self, pieces: Iterator[bytes], declared: int | None = None) -> Iterator[bytes]:
-        """The same pieces, which must have `declared` bytes together.  Raises UnpackError for whatever is wrong."""
+        """The same pieces, which must add up to `declared` bytes.  Raises UnpackError for any damage."""
         size = 0
         with _damage(self.name):
             for piece in pieces:
@@ -102,11 +102,11 @@ class _File:
 
 
 class Packing(NamedTuple):
-    """A way to compress a file."""
+    """A compression format."""
 
-    begins: tuple[bytes, ...]  # how such a file does
-    feed: int  # compressed bytes unpacked at a time: even the densest become no more than SMALL_BYTES
-    open: Callable[[], Any]  # one frame; a file may have several
+    begins: tuple[bytes, ...]  # magic bytes at the beginning of a file
+    feed: int  # compressed bytes to unpack at a time: even the densest give no more than SMALL_BYTES
+    open: Callable[[], Any]  # makes a decompressor of one frame; a file may have several
 
 
 def _open_zst() -> Any:
@@ -126,7 +126,7 @@ PACKINGS = (
 
 
 class _Unpacked(io.RawIOBase):
-    """The bytes that a compressed file holds, or a plain one, which can only be read forwards."""
+    """The unpacked bytes of a file, compressed or plain, as a stream that can only be read forwards."""
 
     def __init__(self, source: _File) -> None:
         with open(source.path, "rb") as file:
@@ -135,8 +135,8 @@ class _Unpacked(io.RawIOBase):
         self._pieces = source.spend(self._unpack(source.path))
         self._piece = io.BytesIO()
         self._at = 0
-        self.header = 0  # bytes that may still be read of one, or nothing while there is none
-        self.last = b""  # what was read last
+        self.header = 0  # bytes that the current header may still have; 0 outside headers
+        self.last = b""  # the bytes of the last read
 
     def _unpack(self, path: Path) -> Iterator[bytes]:
         with open(path, "rb") as file:
@@ -145,7 +145,7 @@ class _Unpacked(io.RawIOBase):
                 return
             frame, is_new = self.packing.open(), True
             while packed := file.read(self.packing.feed):
-                while packed := (packed.lstrip(b"\0") if is_new else packed):  # zeros may fill up the end
+                while packed := (packed.lstrip(b"\0") if is_new else packed):  # zeros may pad the end
                     if piece := frame.decompress(packed):
                         yield piece
                     is_new, packed = frame.eof, frame.unused_data
@@ -169,11 +169,11 @@ class _Unpacked(io.RawIOBase):
         return self.last
 
     def tell(self) -> int:
-        """How many bytes were read."""
+        """Bytes read so far."""
         return self._at
 
     def seek(self, position: int, whence: int = 0) -> int:
-        """Read on up to there, or to the end.  tarfile counts from the beginning, always."""
+        """Skip forwards to `position`, or to the end.  tarfile always counts from the beginning."""
         if position < self._at:
             raise tarfile.ReadError("it leads backwards")
         header, self.header = self.header, 0
@@ -198,10 +198,10 @@ def _read_compressed(source: _File) -> Iterator[Member]:
 def _read_zip(source: _File) -> Iterator[Member]:
     with zipfile.ZipFile(source.path) as archive:
         for member in archive.infolist():
-            kind = stat.S_IFMT(member.external_attr >> 16) or stat.S_IFREG  # 0: made where files have no kind
+            kind = stat.S_IFMT(member.external_attr >> 16) or stat.S_IFREG  # 0: no Unix mode was stored
             if member.filename.endswith("/") or not source.takes(member.filename, kind):
                 continue
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile bounds no others
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile limits only these
                 raise NotImplementedError(f"compression method {member.compress_type}")
             with archive.open(member) as file:
                 pieces = source.spend(iter(partial(file.read, CHUNK_BYTES), b""))
@@ -221,9 +221,9 @@ def _read_tar(source: _File) -> Iterator[Member]:
                 assert content is not None
                 pieces = iter(partial(content.read, CHUNK_BYTES), b"")
                 yield source.inner(member.name), source.checked(pieces, member.size)
-            vars(archive).update(members=[], pax_headers={})  # which would grow with the archive, names and all
+            vars(archive).update(members=[], pax_headers={})  # they would grow with the archive
             file.header = MOST_HEADER
-    if not file.last or file.last.strip(b"\0"):  # tarfile takes whatever is not a header for the end
+    if not file.last or file.last.strip(b"\0"):  # tarfile takes any invalid header for the end
         raise tarfile.ReadError("no end mark")
 
 
@@ -233,23 +233,23 @@ def _read_parquet(source: _File) -> Iterator[Member]:
 
 @contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Report any kind of broken archive in one way: the libraries raise whatever comes up when they read nonsense."""
+    """Report every broken archive in the same way: on bad data, the libraries raise all kinds of exceptions."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of what it says
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk, not the data
             error.filename = error.filename or name
             raise
         reason = str(error)[:MOST_SHOWN] or type(error).__name__
-        # zipfile: a password, an unknown method; the others: more memory than we allow
+        # zipfile: encrypted, or an unknown method; the others: more memory than we allow
         if isinstance(error, NotImplementedError | RuntimeError | MemoryError) or "memory" in reason.lower():
             raise UserError(f"{name} cannot be unpacked ({reason}): unpack it by hand") from None
         raise UnpackError(f"{name} is damaged or cut off ({reason}): get it again") from None
 
 
-# By the ending of a file's name; of another file it is the content itself that is read.
+# How to read a file, by the ending of its name; a file with any other ending is read as it is.
 READERS: dict[str, Callable[[_File], Iterator[Member]]] = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), _read_compressed),
     **dict.fromkeys(TARS, _read_tar),

@@ -1,4 +1,4 @@
-"""The clean stage's work: from raw files to clean, different documents in three splits."""
+"""The clean stage: from raw files to clean, unique documents in three splits."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ from tinygpt.params import Count, Fraction, Within, require
 from tinygpt.runtime import RuntimeParams
 from tinygpt.shards import Shard, shard_results
 
-LEAST_TRAIN_BYTES = 1000  # less text than this teaches no tokenizer and no model
+LEAST_TRAIN_BYTES = 1000  # less text cannot train a tokenizer or a model
 
-# C0 and C1 control characters and the byte order mark; "\r" is the `newlines` rule's business.
+# C0 and C1 control characters and the byte order mark; the `newlines` rule handles "\r".
 CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
-ACCENTS = regex.compile(r"\p{M}{100}")  # Python takes the square of their number to sort them
+ACCENTS = regex.compile(r"\p{M}{100}")  # Python takes quadratic time to sort a row of them
 
-EVALUATION_FIRST = ("test", "val", "train")  # so that what training shares with them is found in training
-BETWEEN_DOCUMENTS = ("exact_duplicates", "split", "val_fraction", "test_fraction")  # params that no shard depends on
+EVALUATION_FIRST = ("test", "val", "train")  # the first of equal documents stays, so training loses what it shares
+BETWEEN_DOCUMENTS = ("exact_duplicates", "split", "val_fraction", "test_fraction")  # params that change no shard
 
 
 class Report(NamedTuple):
-    """What the stage says about its work."""
+    """What the stage reports."""
 
     counts: dict[str, int]  # by rule, for reports/clean.json
     repaired: dict[str, int]  # bytes that were not UTF-8, by file
-    split: str  # the way it was split
+    split: str  # how the documents were split: hash, tail or source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +70,9 @@ class CleanParams:
     unicode_nfc: bool  # compose characters (Unicode NFC): "e" and its accent become one "é"
     min_bytes: Count  # UTF-8 bytes; shorter documents are dropped
     exact_duplicates: bool  # drop a document that came before
-    # drop one that is this much alike an earlier one: Jaccard of word 5-grams; null = off
+    # drop a document at least this similar to an earlier one (Jaccard of word 5-grams); null = off
     near_duplicates: Annotated[float, Within("(0, 1]")] | None
-    split: Literal["auto", "hash", "tail", "source"]  # hash by document, tail by position in the corpus, auto as fits
+    split: Literal["auto", "hash", "tail", "source"]  # hash: by document; tail: by position; auto: whichever fits
     val_fraction: Fraction  # share of validation text, for hash (of documents) and tail (of characters)
     test_fraction: Fraction  # share of test text
     split_seed: Annotated[int, Within("[0, 9007199254740992)")]  # another seed chooses other documents, for hash
@@ -88,13 +88,13 @@ class CleanParams:
         )
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
-        """Where official splits are asked for, the source has some."""
+        """The rule that split=source needs a source with official splits."""
         if "download" in groups:
             source = groups["download"].source
             yield self.splits_rule(source, has_splits=source in SOURCES and bool(SOURCES[source].splits))
 
     def splits_rule(self, source: str, *, has_splits: bool) -> tuple[bool, str]:
-        """For `require`: where official splits are asked for, the source has some."""
+        """The same rule for `require`, for a source that `has_splits` or not."""
         return (
             self.split != "source" or has_splits,
             f"clean.split=source needs a source with official splits, and download.source={source} has none: "
@@ -108,26 +108,27 @@ def remove_control_characters(text: str, _: bool) -> tuple[str, int]:
 
 
 def compose_characters(text: str, _: bool) -> tuple[str, int]:
-    """The text in Unicode's form NFC, and 1 where that differs; one with a row of many accents stays as it is."""
+    """The text in Unicode's form NFC, and 1 if that changed it; a text with a long row of accents stays as it is."""
     if unicodedata.is_normalized("NFC", text) or ACCENTS.search(text):
         return text, 0
     return unicodedata.normalize("NFC", text), 1
 
 
 def drop_short(text: str, min_bytes: int) -> tuple[str | None, int]:
-    """None for a text of fewer bytes, or of white space."""
+    """Drop a text of fewer than `min_bytes`, or of white space only."""
     is_short = len(text.encode()) < min_bytes or text.isspace()
     return (None, 1) if is_short else (text, 0)
 
 
-# Rules for one text alone, in order: param -> what the report calls its changes, and the rule. A rule takes a text and
-# the param's value and returns the new text, or None to drop it, and the number of changes. False and null are off.
+# Rules for single texts, in order: param -> (name of its count in the report, rule). A rule takes a text and the
+# param's value; it returns the new text, or None to drop it, and the number of changes. False and null turn a rule off.
 TEXT_RULES: dict[str, tuple[str, Callable[[str, Any], tuple[str | None, int]]]] = {
     "control_characters": ("control_removed", remove_control_characters),
     "unicode_nfc": ("nfc_changed", compose_characters),
     "min_bytes": ("too_short", drop_short),
 }
-# Rules that compare documents, in order: param -> all documents, those kept so far, the param's value -> those to drop.
+# Rules that compare documents, in order: param -> rule. A rule takes all documents, the mask of those kept so far and
+# the param's value; it returns the mask of those to drop.
 CORPUS_RULES: dict[str, Callable[[Cleaned, Mask, Any], Mask]] = {
     "exact_duplicates": lambda cleaned, kept, _: came_before(cleaned.facts["digest"]),
     "near_duplicates": lambda cleaned, kept, threshold: near_duplicates(cleaned.signatures, kept, threshold),
@@ -154,10 +155,10 @@ def clean(
     evaluated: str | None = None,
     runs: Path | None = None,
 ) -> Report:
-    """Fill `clean_folder` with train.jsonl, val.jsonl and test.jsonl; `runs` keeps work that was stopped half-way.
+    """Fill `clean_folder` with train.jsonl, val.jsonl and test.jsonl; `runs` keeps the work of an interrupted run.
 
-    Raises UserError where nothing or next to nothing is left, naming the param that took most, and where the stages
-    after it would find no text to validate on, or in the split that is `evaluated`.
+    Raises UserError if almost no text is left, naming the params that dropped documents, and if the later stages would
+    find no text to validate on, or none in the split `evaluated`.
     """
     manifest = read_manifest(raw)
     files = manifest.files
@@ -192,7 +193,7 @@ def clean_shard(shard: Shard, path: Path, *, params: CleanParams, raw: Path, man
 
 
 def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str | None:
-    """One document after the rules for one alone, None where one drops it; counts what they changed."""
+    """Apply TEXT_RULES to one document and count their changes.  -> the new text, or None if a rule drops it"""
     for param, (counted, rule) in TEXT_RULES.items():
         if value := getattr(params, param):
             found, n = rule(text, value)
@@ -205,7 +206,7 @@ def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str | No
 
 
 def _documents(texts: Iterable[str], params: CleanParams, counts: Counter[str]) -> Iterator[CleanDocument]:
-    """Texts after the rules for one alone."""
+    """The documents that TEXT_RULES keep."""
     for raw_text in texts:
         counts["documents_in"] += 1
         counts["bytes_in"] += len(raw_text.encode())
@@ -216,9 +217,9 @@ def _documents(texts: Iterable[str], params: CleanParams, counts: Counter[str]) 
 
 
 def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: Counter[str], folder: Path) -> str:
-    """Write the documents that no other makes superfluous into their splits; of duplicates the first one stays.
+    """Drop duplicates, except the first of each, and write the other documents into their splits.
 
-    Returns how it was split.
+    Returns how they were split.
     """
     kept = np.ones(len(cleaned.facts), np.bool_)
     for param, rule in CORPUS_RULES.items():

@@ -1,6 +1,6 @@
-"""From the text files of data/raw to documents, in pieces small enough for any memory.
+"""Read documents from the text files of data/raw, in pieces small enough for any memory.
 
-A file can be cut where documents begin or end: its parts, read one by one, give the documents of the whole.
+A file is only cut where documents begin or end, so its parts, read one by one, give the same documents as the whole.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tinygpt.files import unchanged
 from tinygpt.shards import Shard, Span
 
 CHUNK_BYTES = 1 << 20
-MOST_CHARACTERS = 16 << 20  # a longer document is cut at line ends into consecutive ones
+MOST_CHARACTERS = 16 << 20  # a longer document is cut at line ends into several
 
 
 class Reader:
-    """Reads documents and counts what had to be changed for it: `counts`, and `repaired` bytes by file."""
+    """Reads documents and counts what it changes in them: `counts`, and `repaired` bytes by file."""
 
     def __init__(self, raw: Path, manifest: Manifest, *, separator: str | None, newlines: bool) -> None:
         self.folder = raw.absolute() / TEXTS
@@ -39,7 +39,7 @@ class Reader:
         self.repaired: Counter[str] = Counter()
 
     def iter_texts(self, shard: Shard) -> Iterator[str]:
-        """The text of every document of a shard with more than white space in it."""
+        """The text of each document in a shard, except those of only white space."""
         for span in shard.spans:
             yield from (text for text in self._texts(span) if text and not text.isspace())
 
@@ -63,12 +63,12 @@ class Reader:
                 if line.strip():
                     if len(line) > MOST_LINE or (found := line_text(line)) is None:
                         raise bad_line(name, _line_number(span.path, begin), line, rest)
-                    text = self._repair(found, name)  # "\ud800" in JSON is half a character
+                    text = self._repair(found, name)  # JSON can hold half a character: "\ud800"
                     yield from self._split_at(self._with_newlines([text]) if self.newlines else [text], None)
                 begin += len(line)
 
     def _repaired(self, span: Span, name: str) -> Iterator[str]:
-        """The file as text in chunks, each byte that is not UTF-8 made U+FFFD and counted."""
+        """The span as text in chunks; each byte that is not UTF-8 becomes U+FFFD and is counted."""
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         with open(span.path, "rb") as file:
             file.seek(span.begin)
@@ -85,7 +85,7 @@ class Reader:
         return text
 
     def _with_newlines(self, chunks: Iterable[str]) -> Iterator[str]:
-        r"""The same text with "\n" for every "\r\n" and "\r", also where a chunk ends between the two."""
+        r"""The same text with "\n" for every "\r\n" and "\r", even if a chunk ends between the two."""
         decoder = io.IncrementalNewlineDecoder(None, translate=True)
         for chunk in chunks:
             self.counts["newlines_changed"] += chunk.count("\r")
@@ -93,7 +93,7 @@ class Reader:
         yield decoder.decode("", final=True)
 
     def _split_at(self, chunks: Iterable[str], separator: str | None) -> Iterator[str]:
-        """Documents between separators, without the line ends around these; the whole text where there is none."""
+        """The documents between separators, without line ends around them; the whole text if there is no separator."""
         rest = ""
         for chunk in chunks:
             rest += chunk
@@ -107,7 +107,7 @@ class Reader:
         yield rest.strip("\n") if separator else rest
 
     def _split_before(self, chunks: Iterable[str], start: re.Pattern[str]) -> Iterator[str]:
-        """Documents that begin with a line like `start`; white space before the first one belongs to it."""
+        """Documents, each beginning with a line that matches `start`; white space before the first belongs to it."""
         document: list[str] = []
         size = 0
         for line in lines(chunks, "\n", MOST_CHARACTERS):
@@ -126,16 +126,16 @@ class Reader:
 
 
 def _line_number(path: Path, position: int) -> int:
-    """The number of the line that begins there, from 1."""
+    """The number, from 1, of the line that begins at `position`."""
     with open(path, "rb") as file:
         chunks = (file.read(min(CHUNK_BYTES, position - at)) for at in range(0, position, CHUNK_BYTES))
         return 1 + sum(chunk.count(b"\n") for chunk in chunks)
 
 
 def raw_shards(reader: Reader, files: Sequence[RawFile]) -> Iterator[tuple[Shard, str | None]]:
-    """The files in shards, in order, each with the official split of its files.
+    """Shards of the files, in order, each with the official split of its files.
 
-    Raises UserError where a file is not as `download` wrote it.
+    Raises UserError if a file has changed since `download` wrote it.
     """
     n_bytes = shard_bytes(sum(file.bytes for file in files))
     for split, group in groupby(files, lambda file: file.split):
@@ -145,7 +145,7 @@ def raw_shards(reader: Reader, files: Sequence[RawFile]) -> Iterator[tuple[Shard
 
 
 def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
-    """Small spans together, until a shard has `n_bytes`."""
+    """Join spans, in order, into shards of at least `n_bytes`; the last may have fewer."""
     joined: list[Span] = []
     size = 0
     for span in spans:
@@ -159,7 +159,7 @@ def join_spans(spans: Iterable[Span], n_bytes: int) -> Iterator[Shard]:
 
 
 def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:
-    """A file in spans of about `n_bytes`; in one where its documents give no place to cut."""
+    """A file cut into spans of about `n_bytes`; one span if its documents leave no place to cut."""
     size = path.stat().st_size
     ends: Iterable[int] = [size]
     if size > n_bytes and path.name.lower().endswith(".jsonl"):
@@ -171,9 +171,9 @@ def _cut(reader: Reader, path: Path, n_bytes: int) -> Iterator[Span]:
 
 
 def _borders(path: Path, n_bytes: int, sought: re.Pattern[bytes], *, changes: bool) -> Iterator[int]:
-    r"""Where what is sought ends, each at least `n_bytes` after the one before; and the end of the file.
+    r"""Where to cut: ends of matches of `sought`, each at least `n_bytes` after the last one, and the end of the file.
 
-    Where the reader `changes` line ends that are sought, a file with "\r" is not cut: the reader sees other bytes.
+    If the reader `changes` line ends in these matches, a file with "\r" is not cut: the reader sees other bytes.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
         last = 0
@@ -182,7 +182,7 @@ def _borders(path: Path, n_bytes: int, sought: re.Pattern[bytes], *, changes: bo
             end = found.end()
             if end - last < n_bytes:
                 continue
-            if last or found[0] or whole[:end].decode("utf-8", "replace").strip():  # else it belongs to the first start
+            if last or found[0] or whole[:end].decode("utf-8", "replace").strip():  # else white space before the first
                 yield end
                 last = end
         if last < len(whole):

@@ -1,4 +1,4 @@
-"""The download stage's work: from `download.source` to text files and a manifest in data/raw."""
+"""The download stage: from `download.source` to text files and a manifest in data/raw."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, sha256_file
 from tinygpt.progress import progress
 
-MIRROR = "TINYGPT_MIRROR"  # environment: a folder or an http(s) address that is looked at first
-LEAST_BYTES = 131_072  # of a beginning: enough to distinguish a text from a picture
+MIRROR = "TINYGPT_MIRROR"  # environment variable: a folder or an http(s) address to try first
+LEAST_BYTES = 131_072  # the least to read of a file: enough to distinguish a text from a picture
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """What the stage says about its work."""
+    """What the stage reports."""
 
     manifest: Manifest
     notes: Notes
 
 
 class _NeedMoreError(Exception):
-    """The beginning of a file does not hold all the text that is asked for."""
+    """The beginning of a file holds less text than was asked for."""
 
 
 def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> Downloaded:
     """Fill the folder `raw` from the source.
 
-    `root` is the folder that local paths start from; `cache` keeps downloaded files, whole and partial ones. If a
-    file can be read from its beginning, no more of it is transferred than `max_bytes` of text need.
+    Local paths are relative to `root`; `cache` keeps downloaded files, whole and partial. If a file can be read from
+    its beginning, only as much of it is transferred as `max_bytes` of text require.
     """
-    beginnings: dict[str, int] = {}  # bytes of the files of which more is needed than at first
+    beginnings: dict[str, int] = {}  # file -> bytes to read, if the first try read too few
     while True:
         try:
             return _fill(params, raw, root, cache, beginnings)
@@ -89,9 +89,9 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
 def _add_file(
     file: SourceFile, params: DownloadParams, source: Source, texts: RawFolder, beginnings: dict[str, int]
 ) -> RawDownload | None:
-    """Add the texts of a file, from its beginning where that holds enough.  -> its address, and its hash if it is read
+    """Add the texts of a file, from its beginning if that is enough.  -> its URL, and its hash if all of it is read
 
-    The hash is left out where the file is longer than its beginning, whether or not more of it is there by chance.
+    The hash is left out if the beginning was enough, even if the whole file happens to be there.
     """
     splits = {source.splits[file.name]} if file.name in source.splits else set(source.splits.values())
     first = None if source.extract else file.first_bytes(params.max_bytes)
@@ -135,7 +135,7 @@ def _need_more() -> Iterator[bytes]:
 def _source_files(
     params: DownloadParams, source: Source, root: Path, raw: Path, cache: Path, note: Note
 ) -> list[SourceFile]:
-    """The files of a source; those on the web and in buckets are still to be copied."""
+    """The files of a source; those on the web or in a bucket are not fetched yet."""
     if source.remotes:
         files = [web_file(remote, params, root, cache) for remote in source.remotes]
     elif "://" in params.source:
@@ -150,21 +150,21 @@ def _source_files(
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file, `name` as data/raw calls it."""
+    """A file of a source; `name` is its name in data/raw."""
 
     name: str
     sha256: str | None  # what it must hash to
-    get: Callable[[int | None], tuple[Path, bool]]  # it, or at least this many bytes, and whether it is whole
+    get: Callable[[int | None], tuple[Path, bool]]  # (bytes needed, None = all) -> (path, whether it is whole)
     url: str | None = None
-    cached: Path | None = None  # what `get` downloads
+    cached: Path | None = None  # where `get` downloads it to
 
     def forget(self) -> None:
-        """Remove what was downloaded and turned out bad, or it would be taken for good; not what has the right hash."""
+        """Remove a download that turned out bad, or it would be used again; one with the right hash stays."""
         if self.cached and not self.sha256:
             forget(self.cached)
 
     def first_bytes(self, max_bytes: int | None) -> int | None:
-        """How much of the file to look at first; None = all, where no limit is set or only the whole can be read."""
+        """How many bytes to read first; None = all: no limit, a hash to check, or a format that is read whole."""
         name = self.name.lower()
         if max_bytes is None or self.sha256 or name.endswith(READ_WHOLE):
             return None
@@ -176,7 +176,7 @@ def _whole(path: Path, _: int | None) -> tuple[Path, bool]:
 
 
 def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) -> SourceFile:
-    """A file that the mirror has, or the web."""
+    """A file from the mirror, or else from the web."""
     sha256, cached = params.sha256 or remote.sha256, cache / cache_name(remote.url, remote.name)
     is_needed_whole = f"{remote.name} is downloaded whole, whatever download.max_bytes is" if params.max_bytes else ""
 
@@ -195,7 +195,7 @@ def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) ->
 
 
 def _mirrors(remote: Remote, root: Path) -> list[Path] | list[str]:
-    """Where the mirror may have a file, which it may call by either name."""
+    """Where the mirror may have a file, under its name in data/raw or that in its URL."""
     mirror = os.environ.get(MIRROR, "")
     names = list(dict.fromkeys((remote.name, remote.url.rsplit("/", 1)[-1])))
     folder = root / Path(mirror).expanduser()
@@ -207,9 +207,9 @@ def _mirrors(remote: Remote, root: Path) -> list[Path] | list[str]:
 
 
 def bucket_files(params: DownloadParams, cache: Path, note: Note) -> Iterator[SourceFile]:
-    """The files of an address, a folder's or a glob's, sorted, each named relative to it.
+    """The files at an address (of a file, folder or glob), sorted, with names relative to their common folder.
 
-    Raises UserError where it names nothing, is refused, or needs a package that is not installed.
+    Raises UserError if there are none, access is refused, or a package is not installed.
     """
     with _refusals(params.source, cache):
         store, path = fsspec.core.url_to_fs(params.source)
@@ -227,9 +227,9 @@ def bucket_files(params: DownloadParams, cache: Path, note: Note) -> Iterator[So
 
 
 def _copy_from_bucket(store: Any, source: str, name: str, cache: Path, n_bytes: int | None) -> tuple[Path, bool]:
-    """A file in `cache`, or its first `n_bytes`.  -> its path, and whether it is whole
+    """Copy a file, or its first `n_bytes`, to `cache`.  -> the path of the copy, and whether it is whole
 
-    It is not copied again where that was done before and it has the same size and checksum there.
+    An earlier whole copy is used as long as the file has the same size and checksum in the bucket.
     """
     with _refusals(source, cache):
         last = PurePosixPath(name).name
@@ -244,8 +244,8 @@ def _copy_from_bucket(store: Any, source: str, name: str, cache: Path, n_bytes: 
                 here.write(chunk)
                 bar.update(len(chunk))
             here.flush()
-            os.fsync(here.fileno())  # a power cut must not leave its name to nothing
-        if most != total and (total is not None or partial.stat().st_size == most):  # else it ended before
+            os.fsync(here.fileno())  # so that a power cut cannot leave an empty file under its name
+        if most != total and (total is not None or partial.stat().st_size == most):  # else it is whole
             return partial, False
         os.replace(partial, copy)
     return copy, True
@@ -253,12 +253,12 @@ def _copy_from_bucket(store: Any, source: str, name: str, cache: Path, n_bytes: 
 
 @contextmanager
 def _refusals(source: str, cache: Path) -> Iterator[None]:
-    """Make one line of what a store says; errors of our own disk, in `cache`, pass."""
+    """Turn a store's errors into UserErrors of one line; errors of our own disk, in `cache`, pass through."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"download.source={source} names no files") from None
-    except Exception as error:  # the packages behind fsspec have classes of their own
+    except Exception as error:  # the packages behind fsspec raise classes of their own
         if str(cache) in str(getattr(error, "filename", "")):
             raise
         raise UserError(

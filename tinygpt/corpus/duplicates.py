@@ -1,7 +1,7 @@
-"""Finding documents that occurred before, exactly or nearly.
+"""Find documents that repeat an earlier one, exactly or nearly.
 
-Near duplicates by MinHash over word 5-grams and bands of its values (Broder 1997,
-https://doi.org/10.1109/SEQUEN.1997.666900). The library is `rensa`: its signatures depend on nothing but the text and
+Near duplicates are found by MinHash over word 5-grams, whose values are compared in bands (Broder 1997,
+https://doi.org/10.1109/SEQUEN.1997.666900). The library is `rensa`: its signatures depend only on the text and on
 SEED.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tinygpt.errors import UserError
 
 SHINGLE_WORDS = 5
-HASHES = 64  # values in a signature; the estimate of a similarity of 0.8 is right to about 0.05
+HASHES = 64  # values in a signature; they estimate a similarity of 0.8 to about 0.05
 SEED = 1
 PIECE_WORDS = 100_000
 LEAST_RECALL = 0.6  # share of the pairs just at the threshold that the bands must find
@@ -30,7 +30,7 @@ Signatures = NDArray[np.uint32]  # HASHES values a document
 
 
 def digest(text: str) -> bytes:
-    """What stands for a text where texts are compared; two texts of a corpus never share one."""
+    """A hash that stands for a text in comparisons; two texts of a corpus never share one."""
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
@@ -42,7 +42,7 @@ def signature(text: str) -> list[int]:
         raise UserError("clean.near_duplicates needs rensa: pip install rensa, or set it to null") from None
     minhash = RMinHash(HASHES, SEED)
     words = text.split()
-    for begin in range(0, max(1, len(words) - SHINGLE_WORDS + 1), PIECE_WORDS):  # shingles take twenty times their text
+    for begin in range(0, max(1, len(words) - SHINGLE_WORDS + 1), PIECE_WORDS):  # shingles take 20 times their text
         minhash.update(shingles(words[begin : begin + PIECE_WORDS + SHINGLE_WORDS - 1]))
     return minhash.digest()
 
@@ -62,10 +62,10 @@ def came_before(digests: NDArray[np.bytes_]) -> Mask:
 
 
 def near_duplicates(signatures: Callable[[], Iterable[Signatures]], kept: Mask, threshold: float) -> Mask:
-    """Which of the `kept` documents are at least `threshold` alike to an earlier one that stays.
+    """Which of the `kept` documents have a similarity of at least `threshold` to an earlier one that stays.
 
-    `signatures()` gives them in parts, one after the other the documents of `kept`. Takes the memory of the bands, 64
-    bytes a document at a threshold of 0.8, and of a signature for each document that shares a band with another.
+    `signatures()` gives those of all documents, in order, in parts. The memory is that of the bands, 64 bytes per
+    document at a threshold of 0.8, and of the signatures of the documents that share a band with another.
     """
     n_band = _n_band(threshold)
     bands = np.concatenate([np.empty((0, n_band), np.uint64), *(_bands(part, n_band) for part in signatures())])
@@ -100,7 +100,7 @@ def _bands(signatures: Signatures, n_band: int) -> NDArray[np.uint64]:
 
 
 def _shared(hashes: NDArray[np.uint64], kept: Mask) -> Iterator[tuple[int, int]]:
-    """(document, group) of the kept documents whose hash another one has."""
+    """(document, group) of each kept document that shares its hash with another; a group has the same hash."""
     documents = np.flatnonzero(kept)
     _, group, size = np.unique(hashes[documents], return_inverse=True, return_counts=True)
     several = np.flatnonzero(size[group] > 1)
@@ -108,7 +108,7 @@ def _shared(hashes: NDArray[np.uint64], kept: Mask) -> Iterator[tuple[int, int]]
 
 
 def _n_band(threshold: float) -> int:
-    """The fewest bands that find LEAST_RECALL of the pairs at the threshold: fewer are less memory and fewer tests."""
+    """The fewest bands, a power of two, that find LEAST_RECALL of the pairs at the threshold: fewer save memory."""
     n_band = 1
     while n_band < HASHES and 1 - (1 - threshold ** (HASHES / n_band)) ** n_band < LEAST_RECALL:
         n_band *= 2

@@ -1,4 +1,4 @@
-"""Files from the web, there under their names only when they are whole; downloads continue where they broke off."""
+"""Download files from the web. A file gets its name once it is whole; a download continues where it broke off."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tinygpt.progress import progress
 ATTEMPTS = 5  # failures in a row without a byte of progress before giving up
 BACKOFF_S = 1.0  # seconds before the second attempt; each further wait is twice as long
 TIMEOUT_S = (10.0, 20.0)  # to connect, and between two pieces of the body
-SLOW_S = 60.0  # within which a chunk must come: a server that sends a byte a second runs into no timeout
+SLOW_S = 60.0  # in which a chunk must come: a server that sends a byte a second never times out
 MOST_REDIRECTS = 10
-MOST_UNTOLD = 10_000_000_000  # bytes of a file whose length the server does not say: it may never end
-CHUNK_BYTES = 1 << 16  # what is lost at most when a transfer breaks off
-NAME_BYTES = 200  # of a name in the cache: file systems take 255, and there are endings
-MOST_REASON = 300  # characters of a library's error: it may quote the server
+MOST_UNTOLD = 10_000_000_000  # bytes of a file whose length the server does not state: it may never end
+CHUNK_BYTES = 1 << 16  # the most that is lost when a transfer breaks off
+NAME_BYTES = 200  # of a name in the cache: file systems allow 255, and more is added to it
+MOST_REASON = 300  # characters of a library's error, which may quote the server
 GZIP = b"\x1f\x8b"  # how a .gz begins
 
 TRANSIENT = (
@@ -54,11 +54,11 @@ def fetch(
     note: str = "",
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Path, bool]:
-    """Download `url` to `path` unless it is there already, or `enough` bytes of it.  -> it, and whether it is whole
+    """Download `url`, or `enough` bytes of it, unless it is at `path` already.  -> its path, and whether it is whole
 
-    What is not whole is a partial download next to `path`. The next call continues it, unless the server's file has
-    changed since. `note` is printed with the file's size. Raises UserError where the network fails, the server refuses,
-    or the bytes of the whole file are not those of `sha256`.
+    A partial download is kept next to `path`. The next call continues it, unless the file on the server has changed.
+    `note` is printed with the file's size. Raises UserError if the network fails, the server refuses, or the hash of
+    the whole file is not `sha256`.
     """
     if path.exists() and sha256 in (None, sha256_file(path)):
         return path, True
@@ -75,7 +75,7 @@ def fetch(
 
 
 def check_sha256(found: str | None, expected: str | None, name: str) -> None:
-    """Raise UserError where something else was expected."""
+    """Raise UserError if another hash was expected."""
     if expected not in (None, found):
         raise UserError(
             f"{name} has sha256 {found}, expected {expected}: its bytes are not the right ones, or have changed"
@@ -83,7 +83,7 @@ def check_sha256(found: str | None, expected: str | None, name: str) -> None:
 
 
 def cache_name(address: str, name: str, *, n_digit: int = 8) -> str:
-    """What a file is called in the cache: two addresses may end with one name, so a hash of them comes first."""
+    """A file's name in the cache. It begins with a hash of the address, as two addresses may end in the same name."""
     mark = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()[:n_digit]
     return f"{mark}-{name.encode('utf-8', 'replace')[-NAME_BYTES:].decode('utf-8', 'ignore')}"
 
@@ -124,12 +124,12 @@ class _Transfer:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what has come."""
+        """Remove the partial download."""
         self.partial.unlink(missing_ok=True)
         self._version_path.unlink(missing_ok=True)
 
     def persist(self, sleep: Callable[[float], None]) -> bool:
-        """Transfer again until there is enough, or ATTEMPTS in a row bring nothing.  -> whether the file is whole"""
+        """Try until there is enough, or ATTEMPTS in a row bring nothing.  -> whether the file is whole"""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         failures = furthest = 0
         with requests.Session() as session:
@@ -149,7 +149,7 @@ class _Transfer:
                     raise UserError(f"cannot download {self.url} ({_reason(error)})") from None  # an odd redirect
 
     def _watch(self, session: requests.Session) -> bool:
-        """One request in a thread, which is left alone where SLOW_S bring nothing, not even an answer."""
+        """Make one request in a thread; abandon it when nothing arrives for SLOW_S, not even a response."""
         outcome: Future[bool] = Future()
 
         def work() -> None:
@@ -167,10 +167,10 @@ class _Transfer:
         return outcome.result()
 
     def _request(self, session: requests.Session) -> bool:
-        """Ask for the file, or for what is missing of it.  -> whether it is whole"""
+        """Request the file, or the rest of it.  -> whether it is whole"""
         known = self._known()
         if self.size and self.size == known.total:
-            return True  # killed between the last byte and the renaming
+            return True  # the program was killed after the last byte, before renaming it
         if self.enough and known.url and self.size >= self.enough:
             return False
         offset = self.size if known.validator and known.total else 0
@@ -186,14 +186,14 @@ class _Transfer:
                 known = Version(self.url, answer.validator, answer.length)
                 self._begin(known, answer)
             elif not answer.continues(known):
-                self.discard()  # what we have is not of the file that is there now
+                self.discard()  # the file on the server is no longer the one we have
                 raise BrokenOffError("the server sent another part than the one requested")
             enough = None if answer.is_packed else self.enough
             self._receive(response, known.total, enough)
             return self._is_whole(answer, known.total, enough)
 
     def _known(self) -> Version:
-        """Nothing where the partial file is of another address, or what was known is not readable."""
+        """The version of the partial file; empty if it is from another address, or its record cannot be read."""
         try:
             version = from_mapping(Version, parse_json(self._version_path.read_bytes()))
         except (FileNotFoundError, ValueError, UserError):
@@ -207,9 +207,9 @@ class _Transfer:
             raise UserError(
                 f"{self.url} needs {human_bytes(needed)} in {self.path.parent}, {human_bytes(free)} are free: make room"
             )
-        self.discard()  # before the new version is written down
+        self.discard()  # before the new version is recorded
         self.partial.touch()
-        if not answer.is_packed:  # else it is not continued
+        if not answer.is_packed:  # else it cannot be continued
             write_json(self._version_path, asdict(version))
         if self.note and total:
             print(f"{self.note}: {human_bytes(total)}", file=sys.stderr)
@@ -224,7 +224,7 @@ class _Transfer:
                     file.write(chunk)
                     file.flush()
                 except OSError as error:
-                    error.filename = str(self.partial)  # a full disk is reported by write(), which knows no name
+                    error.filename = str(self.partial)  # write(), which reports a full disk, does not know the name
                     raise
                 bar.update(len(chunk))
                 size += len(chunk)
@@ -247,7 +247,7 @@ class _Transfer:
         return True
 
     def _unpack(self) -> None:
-        """Take gzip off, but not from a file that is a .gz: many servers call its own packing theirs."""
+        """Undo the server's gzip, but not that of a .gz file itself, which many servers declare as theirs."""
         unpacked = self.partial.with_name(self.partial.name + ".unpacked")
         try:
             with open(unpacked, "wb") as file:

@@ -17,10 +17,10 @@ from tinygpt.shards import Shard, Span
 
 MANIFEST = "manifest.json"
 TEXTS = "texts"  # a subfolder of data/raw, so that no text can take the manifest's name
-SPLITS = ("train", "val", "test")  # each is a file of data/clean, and of data/tokens
+SPLITS = ("train", "val", "test")  # each has a file in data/clean, and in data/tokens
 
-SHARD_BYTES = 4_000_000  # at least, and
-MOST_SHARDS = 4096  # about
+SHARD_BYTES = 4_000_000  # of one shard, at least
+MOST_SHARDS = 4096  # approximately
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,15 @@ class RawFile:
     """One text file, named relative to `data/raw/texts`."""
 
     name: str
-    url: str | None  # where it, or the archive that it came in, was downloaded; None for a local or embedded file
+    url: str | None  # where it, or its archive, was downloaded from; None for a local or embedded file
     bytes: int
     sha256: str
-    split: str | None  # train, val or test where the source says so
+    split: str | None  # train, val or test if the source has official splits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RawDownload:
-    """A file that was downloaded, as it was before it was unpacked."""
+    """A downloaded file, before it was unpacked."""
 
     url: str
     sha256: str | None  # None where only its beginning was read
@@ -49,7 +49,7 @@ class Manifest:
     source: str
     licence: str
     separator: str | None  # the text between two documents of a file; None = a file is one document
-    document_start: str | None  # regular expression of the line that begins a document
+    document_start: str | None  # regular expression for the first line of a document
     python: str | None  # the version whose documentation this is; None for other sources
     downloads: tuple[RawDownload, ...]
     files: tuple[RawFile, ...]
@@ -75,21 +75,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def split_file(folder: Path, split: str) -> Path:
-    """The texts of a split in data/clean.  Raises UserError where clean has not written them."""
+    """The file of a split in data/clean.  Raises UserError if clean has not written it."""
     return must_exist(folder / f"{split}.jsonl", stage="clean")
 
 
 def text_line(text: str) -> str:
-    """The line for `text`, as json.dumps(…, ensure_ascii=False) writes it but without its overhead."""
+    """The JSON line for `text`, as json.dumps(…, ensure_ascii=False) writes it, but faster."""
     return f'{{"text": {encode_basestring(text)}}}\n'
 
 
 def iter_texts(path: Path, *, begin: int = 0, end: int | None = None) -> Iterator[str]:
-    """The texts of a file of data/clean, one at a time: those whose lines begin in bytes [begin, end).
+    """The texts in a file of data/clean whose lines begin in bytes [begin, end), one at a time.
 
-    Raises UserError naming the place where there is no document.
+    Raises UserError naming the byte where a line is not a document.
     """
-    with open(must_exist(path, stage="clean"), "rb") as file:  # bytes: only "\n" ends a line there
+    with open(must_exist(path, stage="clean"), "rb") as file:  # binary, where only "\n" ends a line
         file.seek(begin)
         while (end is None or begin < end) and (line := file.readline()):
             try:
@@ -103,18 +103,18 @@ def iter_texts(path: Path, *, begin: int = 0, end: int | None = None) -> Iterato
 
 
 def shard_bytes(total: int) -> int:
-    """How many bytes a shard of a corpus of `total` bytes has at least."""
+    """The smallest size in bytes of a shard, for a corpus of `total` bytes."""
     return max(SHARD_BYTES, total // MOST_SHARDS)
 
 
 def cut_lines(path: Path) -> list[Shard]:
-    """A file in shards of about the same size, cut where lines end; none for an empty file."""
+    """A file cut at line ends into shards of about the same size; none for an empty file."""
     bounds = [0, *line_ends(path, shard_bytes(path.stat().st_size))]
     return [Shard((Span(path.absolute(), begin, end),)) for begin, end in pairwise(bounds)]
 
 
 def line_ends(path: Path, n_bytes: int) -> Iterator[int]:
-    """Where lines of a file end, each at least `n_bytes` after the one before; and the end of the file."""
+    """Line ends of a file, each at least `n_bytes` after the one before, and the end of the file."""
     size, end = path.stat().st_size, 0
     with open(path, "rb") as file:
         while end < size:
@@ -125,7 +125,7 @@ def line_ends(path: Path, n_bytes: int) -> Iterator[int]:
 
 
 def thin(shards: Sequence[Shard], max_bytes: int) -> list[Shard]:
-    """The beginning of each span, so that together they have `max_bytes` at most; all of it where that is little."""
+    """The beginning of each span, at most `max_bytes` together; whole spans if they have no more than that."""
     share = min(1.0, max_bytes / max(1, sum(shard.size for shard in shards)))
     return [
         Shard(tuple(Span(span.path, span.begin, span.begin + int(span.size * share)) for span in shard.spans))
@@ -134,9 +134,9 @@ def thin(shards: Sequence[Shard], max_bytes: int) -> list[Shard]:
 
 
 def shard_texts(shard: Shard) -> Iterator[str]:
-    """The texts of a shard of such a file, no more characters of them than the shard has bytes.
+    """The texts of a shard of a file in data/clean, with no more characters than the shard has bytes.
 
-    That cuts a text only where `thin` has cut the shard.
+    So a text is cut only where `thin` has cut the shard.
     """
     for span in shard.spans:
         room = span.size

@@ -1,7 +1,7 @@
-"""Which files a folder or a glob names: one rule for both, and archive.py keeps to it as well.
+"""Which files a folder or a glob names: the same rules hold for both, and archive.py applies them too.
 
-Hidden files and folders are left out, and so is what cannot be read and what is not a file. A link is taken for
-what it leads to, unless that is nowhere or a folder that was read already.
+Hidden files and folders are left out, and so is whatever cannot be read or is not a file. A link is followed, unless
+it is broken or leads to a folder that has been read already.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tinygpt.corpus.sources import MOST_NAME, SOURCES
 from tinygpt.errors import UserError, printable
 from tinygpt.params import nearest
 
-ALL: Sequence[str] = ("**",)  # the pattern of a folder
-MOST_SHOWN = 3  # names of a kind
+ALL: Sequence[str] = ("**",)  # the pattern for a whole folder
+MOST_SHOWN = 3  # names listed for one reason
 LEFT_OUT, READ = "left out", "read"
 
-Note = Callable[[str, str, str], None]  # takes LEFT_OUT or READ, why or how, and a file's name
+Note = Callable[[str, str, str], None]  # (LEFT_OUT or READ, why or how, a file's name)
 
 
 class Notes:
@@ -48,7 +48,7 @@ class Notes:
 
 def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[str, Path]]:
     """(name, path) of each file, sorted by name; the name is relative to the folder or to the glob's fixed part."""
-    named = Path(os.path.expanduser(source))  # noqa: PTH111 (it leaves a user that is not there as it is)
+    named = Path(os.path.expanduser(source))  # noqa: PTH111 (it leaves an unknown ~user as it is)
     path = root / named
     if path.is_file():
         return [(printable(path.name), path)]
@@ -74,9 +74,9 @@ def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[st
 
 
 def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> list[str]:
-    """Names relative to `base` of the files that fit; `read` are the folders that are not read again."""
+    """Names, relative to `base`, of the files that match; folders in `read` are not read again."""
     found: list[str] = []
-    todo: deque[tuple[str, ...]] = deque([()])  # folders, links to some at its left end: after all others
+    todo: deque[tuple[str, ...]] = deque([()])  # folders to read; links to folders are at its left end, for last
     while todo:
         parts = todo.pop()
         here = base.joinpath(*parts)
@@ -89,7 +89,7 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> li
             if here.is_symlink() and parts:
                 note(READ, "through links", str(Path(*parts)))
             names = sorted(os.listdir(here))
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        except (OSError, RuntimeError) as error:  # RuntimeError: circular links
             if parts:
                 note(LEFT_OUT, "unreadable", str(Path(*parts)))
             elif isinstance(error, PermissionError):
@@ -126,7 +126,7 @@ def _kind(path: Path) -> str:
 
 
 def _fits(parts: Sequence[str], pattern: Sequence[str], *, whole: bool) -> bool:
-    """Whether a file of these parts is named by the pattern, or a folder (not `whole`) may hold one that is."""
+    """Whether the pattern matches a path of these parts or, if not `whole`, may match something in that folder."""
     if not parts:
         return all(part == "**" for part in pattern) if whole else bool(pattern)
     if not pattern:

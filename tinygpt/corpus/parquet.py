@@ -1,4 +1,4 @@
-"""Texts from Parquet files, read by another process: at some damages pyarrow aborts its own, or takes all memory.
+"""Texts from Parquet files, read in another process: on some damaged files pyarrow aborts, or takes all memory.
 
 Format: https://parquet.apache.org/docs/file-format/
 """
@@ -17,7 +17,7 @@ from tinygpt.errors import UserError, program
 from tinygpt.files import human_bytes
 
 STRINGS = ("string", "large_string", "string_view")
-ROWS = 4  # decoded at a time: with a dictionary a few bytes may stand for each
+ROWS = 4  # decoded at a time: with dictionary encoding, a few bytes may stand for a long text
 MOST_MEMORY = 1_000_000_000  # bytes; pages are unpacked whole, and a writer may put a thousand rows into each
 BUFFER_BYTES = 1 << 20  # without a buffer pyarrow reads all of a row group at once
 READER = (
@@ -29,8 +29,8 @@ READER = (
 def parquet_lines(path: Path, name: str) -> Iterator[bytes]:
     """The column `text` as lines of {"text": …}, in pieces; rows without a text are left out.
 
-    Raises UserError where pyarrow is missing, there is no such column of texts, or too little memory, and EOFError for
-    a damaged file.
+    Raises UserError if pyarrow is missing, there is no `text` column of strings, or it takes too much memory; EOFError
+    for a damaged file.
     """
     command = [sys.executable, "-c", READER, str(Path(__file__).parents[2]), str(path), name]
     with tempfile.TemporaryFile() as said:
@@ -40,7 +40,7 @@ def parquet_lines(path: Path, name: str) -> Iterator[bytes]:
                 yield from iter(partial(reader.stdout.read, BUFFER_BYTES), b"")
                 status = reader.wait()
             finally:
-                reader.kill()  # if it is not done because nobody wants more of it
+                reader.kill()  # if the caller has stopped before the end
         if status:
             said.seek(0)
             reason = said.read().decode(errors="replace").strip().rpartition("\n")[2]
@@ -51,7 +51,7 @@ def parquet_lines(path: Path, name: str) -> Iterator[bytes]:
 
 @program
 def print_lines(path: str, name: str) -> None:
-    """Read a file, as this process."""
+    """Print the texts of a file as lines: the work of the other process."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile

@@ -1,6 +1,6 @@
-"""Texts on their way into data/raw: known by their beginning, made UTF-8, and cut where there is enough.
+"""Copy texts into data/raw: recognized by their beginning, converted to UTF-8, and cut when there is enough.
 
-A file is text in some encoding, or JSON lines: {"text": …} in each, and whatever else, which nobody reads.
+A file is text in some encoding, or JSON lines with {"text": …} in each; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tinygpt.errors import UserError, printable, shown
 from tinygpt.files import human_bytes, sha256_file
 
 MOST_PATH = 1000  # bytes
-MOST_LINE = 64 << 20  # bytes: to read a line takes up to nine times its size
-SNIFF_BYTES = 65_536  # what a guess looks at
+MOST_LINE = 64 << 20  # bytes: to parse a line takes up to nine times its size in memory
+SNIFF_BYTES = 65_536  # that an encoding is guessed from
 SNIFF_LINES = 20
-MOST_SHOWN, MOST_FIELDS, MOST_COUNTED = 40, 5, 100  # of a line without a text: bytes, fields, lines after it
-MOST_BAD = 0.001  # share of bytes that are not UTF-8 in a text that is; and of what is not ASCII, a tenth
-UNICODE = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"]  # in which zeros are a part of text
+MOST_SHOWN, MOST_FIELDS, MOST_COUNTED = 40, 5, 100  # for a bad line: bytes and fields shown, lines after it checked
+MOST_BAD = 0.001  # share of invalid bytes that UTF-8 text may have, plus one for every ten characters beyond ASCII
+UNICODE = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"]  # with zero bytes in their text
 ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
 
 BAD_BYTE = re.compile("[\udc80-\udcff]")
@@ -39,9 +39,9 @@ DECODER = json.JSONDecoder(parse_int=float)  # int() refuses numbers of thousand
 
 
 class RawFolder:
-    """Copies texts into a raw folder, at most `max_bytes` of each official split, and remembers them.
+    """Copies texts into a raw folder, at most `max_bytes` of each official split, and lists them in `files`.
 
-    `notes` say which files were left out, and which are not what their names promise.
+    `notes` say which files were left out, and which were read as something other than their names say.
     """
 
     def __init__(self, folder: Path, max_bytes: int | None, encoding: str | None = None) -> None:
@@ -53,12 +53,12 @@ class RawFolder:
         self._taken: dict[str | None, int] = {}  # split -> UTF-8 bytes of text so far
 
     def is_full(self, splits: Collection[str]) -> bool:
-        """Whether these splits, or the texts without one, have `max_bytes`, so that nothing further is read."""
+        """Whether these splits, or the texts without a split, have reached `max_bytes`, so that no more is read."""
         taken = [self._taken.get(split, 0) for split in splits or (None,)]
         return self.max_bytes is not None and min(taken) >= self.max_bytes
 
     def add(self, name: str, chunks: Iterator[bytes], *, url: str | None = None, split: str | None = None) -> None:
-        """Copy one file as UTF-8, cut at the border of a document (.jsonl) or line when `max_bytes` is reached."""
+        """Copy one file as UTF-8, cut after a whole document (.jsonl) or line when `max_bytes` is reached."""
         limit = None if self.max_bytes is None else self.max_bytes - self._taken.get(split, 0)
         head = next(chunks, b"")
         if limit == 0:
@@ -77,7 +77,7 @@ class RawFolder:
             chunks = itertools.chain([head := next(chunks, b"")], chunks)
         if not name.lower().endswith(".jsonl") and (kind := json_kind(head)):
             self.notes.add(READ, "as JSON lines" if kind == "lines" else "as plain text, though JSON", name)
-            name = f"{name}.jsonl" if kind == "lines" else name  # what `clean` reads as JSON lines
+            name = f"{name}.jsonl" if kind == "lines" else name  # so that `clean` reads it as JSON lines
         copy = _copy_jsonl if name.lower().endswith(".jsonl") else _copy_text
         with self._create(name) as file:
             taken = copy(file, chunks, limit, name)
@@ -120,7 +120,7 @@ def _recoded(chunks: Iterable[bytes], encoding: str, name: str) -> Iterator[byte
 
 
 def _copy_text(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
-    """Copy whole lines up to `limit` bytes, or whole characters where the first line is longer.  -> bytes used of it"""
+    """Copy whole lines up to `limit` bytes, or characters if the first line is longer.  -> bytes of the limit used"""
     size = border = 0
     last = b""
     for chunk in chunks:
@@ -128,18 +128,18 @@ def _copy_text(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name
         file.write(kept)
         border = size + newline + 1 if (newline := kept.rfind(b"\n")) >= 0 else border
         size += len(kept)
-        last = (last + kept)[-4:]  # no character is longer
+        last = (last + kept)[-4:]  # no character has more bytes
         if len(kept) < len(chunk):
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
             decoder.decode(last)
-            begun = len(decoder.getstate()[0])  # bytes of a character that is not whole
+            begun = len(decoder.getstate()[0])  # bytes of an incomplete character
             file.truncate(border or size - begun)
             return limit or 0
     return size
 
 
 def _copy_jsonl(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
-    """Copy whole lines up to `limit` bytes of their texts.  -> bytes used of it"""
+    """Copy whole lines whose texts have up to `limit` bytes together.  -> bytes of the limit used"""
     size = 0
     rest = lines(chunks, b"\n", MOST_LINE)
     for number, line in enumerate(rest, 1):
@@ -156,11 +156,11 @@ def _copy_jsonl(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, nam
 
 
 def encoding_of(head: bytes, declared: str | None) -> str | None:
-    """How the text that begins so is encoded: in UTF-8 or as `declared`.  None where it is neither, or not text.
+    """The encoding of a text that begins with `head`: UTF-8 or `declared`; None if it is neither, or not text.
 
-    What could be either is UTF-8 where more of it is valid characters beyond ASCII than bytes that are not UTF-8.
+    If it could be either, it is UTF-8 if it has more characters beyond ASCII than bytes that are not UTF-8.
     """
-    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)  # without half a character at its end
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(head)  # drops half a character at its end
     bad = len(BAD_BYTE.findall(text)) if not head.isascii() else 0
     good = len(BEYOND_ASCII.findall(text)) if bad or declared else 0
     is_utf8 = "\0" not in text and bad <= 1 + MOST_BAD * len(head) + good / 10
@@ -172,30 +172,30 @@ def encoding_of(head: bytes, declared: str | None) -> str | None:
 
 
 def likely_encoding(head: bytes) -> str | None:
-    """A guess at the encoding of a text that is not UTF-8; None for what is hardly a text."""
+    """A guess at the encoding of a text that is not UTF-8; None if it is hardly text."""
     head = head[:SNIFF_BYTES]
     match = from_bytes(head, cp_isolation=UNICODE if b"\0" in head else ENCODINGS).best()
     if match is None:
         return None
-    western = head.decode("cp1252", "replace") == str(match)  # others differ from it in few characters
+    western = head.decode("cp1252", "replace") == str(match)  # similar ones differ in few characters
     return "cp1252" if western else match.encoding
 
 
 def json_kind(head: bytes) -> str | None:
-    """What a text is by its first lines: "lines" of JSON with a text, "other" JSON of a document after the other."""
+    """Whether the first lines are JSON: "lines" if each has a text, "other" for other JSON documents, else None."""
     whole = head[: head.rfind(b"\n") + 1] or head
     first = [line for line in whole.split(b"\n", SNIFF_LINES)[:SNIFF_LINES] if line.strip()]
     found = [json_object(line) for line in first]
     if found and None not in found:
         has_text = all(isinstance((each or {}).get("text"), str) for each in found)
         return "lines" if has_text else "other" if len(found) > 1 else None
-    if len(first) == 1 and JSON_TEXT.match(first[0]):  # a line longer than the beginning
+    if len(first) == 1 and JSON_TEXT.match(first[0]):  # a line longer than `head`
         return "lines"
     return "other" if re.match(rb"\s*\[\s*\{", head) and re.search(rb'"text"\s*:', head) else None
 
 
 def lines(chunks: Iterable[AnyStr], newline: AnyStr, most: int) -> Iterator[AnyStr]:
-    """Lines with their ends, which `newline` alone is; one of more than `most` and a chunk comes in several parts."""
+    """Lines with their ends, which are `newline` only; a line longer than `most` and a chunk comes in several parts."""
     begun: list[AnyStr] = []
     for chunk in chunks:
         parts = chunk.split(newline)
@@ -211,7 +211,7 @@ def lines(chunks: Iterable[AnyStr], newline: AnyStr, most: int) -> Iterator[AnyS
 
 
 def json_object(line: bytes) -> dict[str, Any] | None:
-    """The object in a line, None where there is none; bytes that are not UTF-8 become half characters (surrogates)."""
+    """The JSON object in a line, or None; bytes that are not UTF-8 become half characters (surrogates)."""
     try:
         found = DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
@@ -220,7 +220,7 @@ def json_object(line: bytes) -> dict[str, Any] | None:
 
 
 def line_text(line: bytes) -> str | None:
-    """The text in a line, None where there is none."""
+    """The text in a JSON line, or None."""
     text = (json_object(line) or {}).get("text")
     return text if isinstance(text, str) else None
 
@@ -240,7 +240,7 @@ def line_problem(line: bytes) -> str:
 
 
 def bad_line(name: str, number: int, line: bytes, rest: Iterable[bytes] = ()) -> UserError:
-    """The error for a line without a text, or one that is too long; the lines after it say how many are such."""
+    """The error for a line without a text, or that is too long; counts the lines of `rest` that have none either."""
     where = f"{name} line {number:,}"
     if len(line) > MOST_LINE:
         return UserError(f"{where} has more than {human_bytes(MOST_LINE)}: cut its text into several lines")

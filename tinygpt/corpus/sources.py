@@ -1,5 +1,5 @@
-"""Where text comes from: the `download` group of params.yaml, the sources that it can name, and the corpus that every
-Python carries: docstrings of the standard library and pydoc's topics.
+"""Where text comes from: the `download` group of params.yaml, the sources it can name, and the corpus that comes with
+Python: the docstrings of the standard library and pydoc's topics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from tinygpt.errors import UserError, shown
 from tinygpt.params import Count, require
 
-MOST_NAME = 255  # bytes of a file's name, as file systems take them
+MOST_NAME = 255  # bytes of a file's name that file systems allow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class DownloadParams:
 def _is_encoding(name: str) -> bool:
     try:
         return bool("a".encode(name))
-    except (LookupError, ValueError):  # none, one of bytes such as hex, or one that always fails
+    except (LookupError, ValueError):  # unknown, for bytes only (such as hex), or one that always fails
         return False
 
 
@@ -59,7 +59,7 @@ class Remote:
     """A file to download."""
 
     url: str
-    name: str  # what a mirror may call it, and what it is called in data/raw
+    name: str  # in data/raw, and perhaps on a mirror
     sha256: str | None = None
 
 
@@ -70,7 +70,7 @@ class Source:
     remotes: tuple[Remote, ...]
     licence: str
     separator: str | None = None  # the text between two documents; None = a file is one document
-    document_start: str | None = None  # regular expression of the line that begins a document
+    document_start: str | None = None  # regular expression for the first line of a document
     splits: Mapping[str, str] = field(default_factory=dict)  # file -> official split; other files are left out
     extract: Callable[[bytes, str], bytes] | None = None  # (a whole file, its name) -> its text
 
@@ -129,14 +129,14 @@ SOURCES = {
         splits={"TinyStoriesV2-GPT4-train.txt": "train", "TinyStoriesV2-GPT4-valid.txt": "val"},
     ),
 }
-SIZES = {"tiny": "tinyshakespeare", "small": "wikitext-2", "medium": "wikitext-103"}  # names for those who want a size
+SIZES = {"tiny": "tinyshakespeare", "small": "wikitext-2", "medium": "wikitext-103"}  # sources by size
 SOURCES |= {size: SOURCES[name] for size, name in SIZES.items()}
 
 
 def find_source(name: str) -> Source:
-    """The source that `download.source` names: LOCAL where it is a local file or a bucket's address.
+    """The source that `download.source` names; LOCAL for local files and the addresses of buckets.
 
-    Raises UserError for what is not a Gutenberg number and for an incomplete address.
+    Raises UserError for an invalid Gutenberg number or an incomplete address.
     """
     if name in SOURCES:
         return SOURCES[name]
@@ -182,7 +182,7 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def iter_python_docs(stdlib: Path | None = None) -> Iterator[str]:
-    """One document a module, in the order of their names, then one a topic of pydoc.
+    """One document per module, sorted by name, then one per topic of pydoc.
 
     Raises UserError when the sources (`*.py`) of the standard library are not installed.
     """
@@ -201,7 +201,7 @@ def iter_python_docs(stdlib: Path | None = None) -> Iterator[str]:
 
 
 def _modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
-    """(dotted name, file) of every module that an import can name, less what is left out."""
+    """(dotted name, file) of every module that can be imported, except those in SKIPPED."""
     for folder, subfolders, files in os.walk(stdlib):
         subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in SKIPPED]
         parts = Path(folder).relative_to(stdlib).parts
@@ -232,7 +232,7 @@ def _parse(path: Path) -> ast.Module | None:
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
-    """Every class and function with a docstring as (heading, docstring), in source order, none inside a function."""
+    """(heading, docstring) of each class and function with a docstring, in source order, but none inside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             name = f"{prefix}.{child.name}"

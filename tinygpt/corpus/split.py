@@ -1,4 +1,4 @@
-"""Which document trains the model and which ones measure it, and what is known of each to decide that."""
+"""Which documents train the model and which ones evaluate it, and the facts about each that decide this."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tinygpt.files import atomic_folder, human_bytes, write_json
 
 TRAIN, VAL, TEST = range(len(SPLITS))
 NOWHERE = -1
-FEW_DOCUMENTS = 5  # with so few a measure depends more on which documents they are than on the model
+FEW_DOCUMENTS = 5  # with fewer, a measurement depends more on the choice of documents than on the model
 FEW_BYTES = 10_000
 
 FACTS = np.dtype(
     [
         ("digest", f"S{DIGEST_BYTES}"),
-        ("place", "<u8"),  # what the hash split looks at
+        ("place", "<u8"),  # a hash, for the hash split
         ("bytes", "<u8"),  # of UTF-8
         ("characters", "<u8"),
     ]
@@ -39,16 +39,16 @@ Parts = dict[int, list[tuple[int, str]]]  # document -> (split, text) of the par
 
 
 class CleanDocument(NamedTuple):
-    """A clean text and what is known of it."""
+    """A clean text and its facts."""
 
     text: str
     digest: bytes
     place: int
-    signature: list[int]  # empty where near duplicates are not looked for
+    signature: list[int]  # empty if near duplicates are not looked for
 
 
 def save_cleaned(path: Path, documents: Iterable[CleanDocument], counts: Mapping[str, Any]) -> None:
-    """Write the folder of one shard; `counts` is looked at when all documents were."""
+    """Write the folder of one shard; `counts` is read last, once all documents have been counted."""
     facts: list[tuple[object, ...]] = []
     signatures: list[list[int]] = []
     with atomic_folder(path) as folder:
@@ -63,7 +63,7 @@ def save_cleaned(path: Path, documents: Iterable[CleanDocument], counts: Mapping
 
 
 class Cleaned:
-    """The documents of all shards in one row."""
+    """The documents of all shards, numbered in order."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
@@ -72,11 +72,11 @@ class Cleaned:
         self.facts: Facts = np.concatenate([np.empty(0, FACTS), *parts])
 
     def signatures(self) -> Iterator[Signatures]:
-        """Those of one shard after the other."""
+        """The signatures, shard by shard."""
         return (np.fromfile(folder / "signatures", np.uint32).reshape(-1, HASHES) for folder in self.folders)
 
     def lines(self) -> Iterator[bytes]:
-        """The line of each document."""
+        """The JSON line of each document."""
         for folder in self.folders:
             with open(folder / "texts.jsonl", "rb") as file:
                 yield from file
@@ -108,18 +108,18 @@ class Splits(NamedTuple):
     """Where each document goes."""
 
     assigned: Assigned
-    parts: Parts  # of the documents that a border of splits runs through
+    parts: Parts  # of documents that lie across a border between splits
 
 
 def place(text: str, seed: int) -> int:
-    """The place of a text among 2**64 places, the same on every machine."""
+    """A hash of a text below 2**64, the same on every machine."""
     salt = seed.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, salt=salt).digest(), "little")
 
 
 def by_hash(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[[int], str]) -> Splits:
     """Choose by a hash of the text, so that a document stays in its split whatever else joins the corpus."""
-    where = facts["place"] / 2.0**64  # even in [0, 1)
+    where = facts["place"] / 2.0**64  # uniform in [0, 1)
     assigned = np.where(where < shares.test, TEST, np.where(where < shares.test + shares.val, VAL, TRAIN))
     return Splits(assigned.astype(np.int8), {})
 
@@ -127,7 +127,7 @@ def by_hash(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[
 def by_tail(facts: Facts, official: Assigned, shares: Shares, text_of: Callable[[int], str]) -> Splits:
     """Cut the corpus by characters: train first, then val, then test; a document on a border is cut in two.
 
-    With val 0.1 and test 0 a text is cut as `text[: int(n * 0.9)]`.
+    With val 0.1 and test 0, train is `text[: int(n * 0.9)]`.
     """
     ends = np.cumsum(facts["characters"].astype(np.int64))
     n = int(ends[-1]) if len(ends) else 0
@@ -150,9 +150,9 @@ SPLITTERS: dict[str, Callable[[Facts, Assigned, Shares, Callable[[int], str]], S
 
 
 def choose_splitter(how: str, facts: Facts, shares: Shares) -> str:
-    """The splitter to use; for "auto" by document where that gives val and test FEW_DOCUMENTS, else by position.
+    """The splitter to use; for "auto", "hash" if that gives val and test FEW_DOCUMENTS each, else "tail".
 
-    So one long text, or a few, are cut: val and test are its end.
+    So one long text, or a few, are cut: val and test come from the end.
     """
     if how != "auto":
         return how
@@ -162,9 +162,9 @@ def choose_splitter(how: str, facts: Facts, shares: Shares) -> str:
 
 
 def check_held_out(n_documents: Mapping[str, int], split: str) -> None:
-    """Raise UserError where there is nothing to validate on in training, or to evaluate on afterwards in `split`.
+    """Raise UserError if there is nothing to validate on in training, or nothing in `split` to evaluate on afterwards.
 
-    `n_documents` has the documents of each split, as do reports/clean.json and data/tokens/meta.json.
+    `n_documents` has the number of documents in each split, from reports/clean.json or data/tokens/meta.json.
     """
     for name, reader in (("val", "train"), (split, f"evaluate.split={split}")):
         if not n_documents[name]:
@@ -177,7 +177,7 @@ def check_held_out(n_documents: Mapping[str, int], split: str) -> None:
 
 
 def little_held_out(counts: Mapping[str, int], how: str) -> list[str]:
-    """What to say of val and test where they are so small that measurements on them say little."""
+    """A warning for each of val and test that is too small for a meaningful measurement."""
     found = []
     for name in SPLITS[1:]:
         n_document, n_bytes = counts[f"{name}_documents"], counts[f"{name}_bytes"]
@@ -187,7 +187,7 @@ def little_held_out(counts: Mapping[str, int], how: str) -> list[str]:
 
 
 def drop_leaks(splits: Splits, facts: Facts) -> int:
-    """Take what is in val or test out of train.  -> the number of texts taken out"""
+    """Remove from train what is also in val or test.  -> the number of texts removed"""
     assigned, parts = splits
     digests, whole = facts["digest"], np.ones(len(facts), np.bool_)
     whole[[*parts]] = False
