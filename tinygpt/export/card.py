@@ -1,4 +1,4 @@
-"""What people read of an export: the model card, the Modelfile by which Ollama runs it, and the report.
+"""What people read about an export: the model card, the Modelfile for Ollama, and a line of the report.
 
 https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfile
 """
@@ -20,7 +20,7 @@ from tinygpt.params import read_record
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.train.config import LoRAParams
 
-Origin = dict[str, dict[str, Any]]  # what the stages wrote of how a model was made, by file
+Origin = dict[str, dict[str, Any]]  # how a model was made, from the stages' files, by name
 
 TRAINING_FILE = "training.json"
 
@@ -38,15 +38,15 @@ PARAMETER stop "{eos}"
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What is read of data/model/training.json, which has all params of the training."""
+    """What is used of data/model/training.json, which has all params of the training."""
 
     init_from: str
     lora: LoRAParams | None
-    base_sha256: str | None  # of the weights that it started from
+    base_sha256: str | None  # of the weights that training started from
 
 
 def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
-    """How a model was made, as the stages wrote it.  Raises UserError that names a file and the stage to run."""
+    """How a model was made, from the stages' files.  Raises UserError naming a bad file and the stage to run."""
     read_training(model)
     return {
         "manifest": read_json(raw / "manifest.json", stage="download"),
@@ -56,15 +56,15 @@ def read_origin(raw: Path, model: Path, reports: Path) -> Origin:
 
 
 def read_training(model: Path) -> Training:
-    """How the model of a folder was trained.  Raises UserError where its training.json does not say."""
+    """How the model in a folder was trained.  Raises UserError if its training.json is missing or damaged."""
     return read_record(Training, model / TRAINING_FILE, stage="train")
 
 
 def model_card(config: GPTConfig, n_params: int, origin: Origin, n_ctx: int, weight_type: str | None = None) -> str:
-    """The README.md of an export: what it was made from and how well it does, in numbers that the run decides.
+    """The README.md of an export: what it was made from and how good it is, with numbers from the run.
 
-    `n_ctx` is the context of the file; `weight_type` names the GGUF file to run, None a folder for transformers.
-    Raises UserError where `origin` lacks what the card says.
+    `n_ctx` is the context of the file; `weight_type` names the GGUF file to run, None = a folder for transformers.
+    Raises UserError if `origin` lacks something that the card needs.
     """
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"n": lambda value: f"{value:,}", "shell": shlex.quote, "python": repr}
@@ -78,13 +78,13 @@ def model_card(config: GPTConfig, n_params: int, origin: Origin, n_ctx: int, wei
 
 
 def modelfile(tokenizer: Tokenizer, weight_type: str, n_ctx: int) -> str:
-    """How Ollama runs the GGUF file of this type: text as it is, without a chat template."""
+    """The Modelfile that runs the GGUF file of this type in Ollama, on plain text without a chat template."""
     names = {id: name for name, id in tokenizer.special_tokens.items()}
     return MODELFILE.format(weight_type=weight_type, n_ctx=n_ctx, eos=names[tokenizer.eos_id])
 
 
 def remarks(entry: Mapping[str, Any], block_size: int) -> str:
-    """One line from its entry in reports/export.json: size, family, types, perplexity, and what it has lost."""
+    """An entry of reports/export.json in one line: size, family, types, perplexity, and a shorter context, if any."""
     said = [human_bytes(entry["bytes"]), entry["family"]]
     if "tensors" in entry:
         types = ", ".join(f"{n} {kind}" for kind, n in entry["tensors"].items())

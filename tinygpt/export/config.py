@@ -15,12 +15,12 @@ GGUFType = Literal[
     "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
 ]  # fmt: skip
-MIN_BLOCK_SIZE = 4  # half a context and one token more are read before the first that counts for perplexity
+MIN_BLOCK_SIZE = 4  # perplexity does not count the first half of a context and one token more
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportParams:
-    """Formats to write, and how much held-out text is read to check them."""
+    """The formats to write, and how much held-out text to check them on."""
 
     group: ClassVar[str] = "export"
 
@@ -32,7 +32,7 @@ class ExportParams:
         require((len(set(self.gguf)) == len(self.gguf), f"export.gguf={shown(self.gguf)} names a type twice"))
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
-        """The rule that the model can be exported, where the `model` group is loaded too."""
+        """The rules that the model can be exported and checked, if the `model` group is loaded too."""
         if "model" not in groups:
             return
         model = groups["model"]

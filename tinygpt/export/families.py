@@ -1,9 +1,9 @@
-"""Which models other programs can run: a family is a kind of model that one of them knows. Here are those of llama.cpp.
+"""Which models other programs can run: a family is a kind of model that a program knows. llama.cpp's are in this file.
 
-Its switches say which models belong to it, its layout how the program wants their tensors. What no family covers is
-refused before training, with the smallest change that would work. A model whose tokens see only a window goes to a
-family that honours it; where there is none, it goes to one that sees everything, with a context as short as the window:
-there the two are the same.
+A family's switches say which models belong to it, its layout how the program wants their tensors. A model that fits no
+family is refused before training, with the smallest change that would work. A model whose tokens see only a window goes
+to a family that has windows. If there is none, it goes to one whose tokens see everything, with a context as short as
+the window: up to that length the two are the same.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from tinygpt.errors import UserError, shown
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.params import ParamsError
 
-N_ADVICE = 2  # changes that a refusal names
+N_ADVICE = 2  # changes that a refusal suggests
 CHOICES = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(ModelParams).items()}
 ANY_BIAS: tuple[Any, ...] = CHOICES["bias"]  # from fewest to most
 CORE: dict[str, tuple[Any, ...]] = {  # the switches that decide the computation, and their values
     name: CHOICES[name] or (False, True) for name in ("position", "norm", "mlp", "parallel_block", "qk_norm")
 }
 ANY_HEAD_DIM = (None, "own")  # head_dim = n_embd / n_head, or another
-FULL, ALL, MIXED = "null", "in all layers", "in some layers"  # of window
+FULL, ALL, MIXED = "null", "in all layers", "in some layers"  # values of the switch `window`
 QKV = ("q_proj", "k_proj", "v_proj")
-NORM_MODULES = ("attn_norm", "mlp_norm", "norm")  # our modules whose bias many programs demand
+NORM_MODULES = ("attn_norm", "mlp_norm", "norm")  # our modules that must have a bias in many programs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one program wants the tensors: what differs from tinygpt's own state dict."""
+    """How a program wants the tensors, where that differs from tinygpt's own state dict."""
 
-    names: Mapping[str, str]  # our module to theirs, {i} stands for the block; only modules that the models have
-    biased: tuple[str, ...] = ()  # modules that always have a bias there: of zeros where ours has none
-    biased_if_any: tuple[str, ...] = ()  # those that have one where any of our modules does
-    untied: bool = False  # a tied head is written once more
+    names: Mapping[str, str]  # our module -> theirs, {i} is the block; only the modules that the models have
+    biased: tuple[str, ...] = ()  # modules that always have a bias there: zeros if ours has none
+    biased_if_any: tuple[str, ...] = ()  # modules that have a bias if any of ours has one
+    untied: bool = False  # a tied head is written as a tensor of its own
     fused_qkv: bool = False  # q_proj, k_proj and v_proj are one matrix, rows in this order, named like q_proj
     adjacent_rope: bool = False  # rotation pairs are next to each other in a head, not half a head apart
-    repeated_kv: bool = False  # has no GQA: each key/value head is written once per query head that reads it
+    repeated_kv: bool = False  # no GQA: each key/value head is written once per query head that reads it
     transposed: tuple[str, ...] = ()  # modules whose weight is (in, out)
-    head_norms: Literal["shared", "stacked", "listed"] = "shared"  # of qk_norm: one, a row a head, a tensor a head
-    sinks: bool = False  # attention sinks, which must not be there: as good as none
+    head_norms: Literal["shared", "stacked", "listed"] = "shared"  # qk_norm: one for all, a row or a tensor per head
+    sinks: bool = False  # has attention sinks, which are written so that they have no effect
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of model that a program knows.  `switches` maps those of `switches_of` to the values that are allowed."""
+    """A kind of model that a program knows.  `switches` maps the keys of `switches_of` to the values it allows."""
 
     name: str  # what the program calls it
     switches: Mapping[str, tuple[Any, ...]]
@@ -59,7 +59,7 @@ AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 @dataclass
 class Target:
-    """A program to export for, and how its export is turned off."""
+    """A program to export for, and the param that turns its export off."""
 
     name: str
     families: Sequence[Any]
@@ -67,7 +67,7 @@ class Target:
 
 
 def switches(position: str, norm: str, *mlps: str, **others: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
-    """The switches of a family of these kinds of MLP; those that are not named are as plain as can be."""
+    """The switches of a family with these kinds of MLP; those that are not given have plain values."""
     plain = {
         "position": (position,),
         "norm": (norm,),
@@ -82,7 +82,7 @@ def switches(position: str, norm: str, *mlps: str, **others: tuple[Any, ...]) ->
     return plain | others
 
 
-# What two programs cover alike. Cohere's rotates where a window is, so it must be in all layers.
+# Families of both programs. Cohere's rotates only in layers with a window, so all layers must have one.
 STABLELM = switches(
     "rope", "layernorm", "swiglu", parallel_block=(False, True), qk_norm=(False, True), bias=("none", "qkv")
 )
@@ -91,7 +91,7 @@ QWEN3 = switches("rope", "rmsnorm", "swiglu", qk_norm=(True,), bias=("none", "qk
 
 
 def switches_of(config: ModelParams) -> dict[str, Any]:
-    """What decides the family of a model."""
+    """The values that decide the family of a model."""
     return {name: getattr(config, name) for name in (*CORE, "bias", "tie_weights")} | {
         "head_dim": None if config.head_dim * config.n_head == config.n_embd else "own",
         "window": FULL if config.windows == {None} else MIXED if None in config.windows else ALL,
@@ -99,9 +99,9 @@ def switches_of(config: ModelParams) -> dict[str, Any]:
 
 
 def find_family(families: Sequence[AnyFamily], config: ModelParams) -> tuple[AnyFamily, int] | None:
-    """The family that a model belongs to and the longest context that is exact there; None where there is none."""
+    """The family of a model, and the longest context that is exact there; None if no family fits."""
     found = switches_of(config)
-    in_window = min(config.block_size, config.window or config.block_size)  # so long, a token sees all before it
+    in_window = min(config.block_size, config.window or config.block_size)  # up to here a token sees all before it
     for window, n_ctx in ((found["window"], config.block_size), (FULL, in_window)):
         for family in families:
             if not misfit(found | {"window": window}, family.switches):
@@ -110,14 +110,14 @@ def find_family(families: Sequence[AnyFamily], config: ModelParams) -> tuple[Any
 
 
 def family_of(target: Target, config: ModelParams) -> tuple[Any, int]:
-    """As find_family.  Raises ParamsError with the nearest changes that work."""
+    """Like find_family.  Raises ParamsError with the nearest changes that would work."""
     if found := find_family(target.families, config):
         return found
     raise ParamsError([refusal([target], config)])
 
 
 def refusal(targets: Sequence[Target], config: ModelParams) -> str:
-    """Why a model cannot be exported to all of these, and the nearest changes after which it can."""
+    """Why a model cannot be exported to all of these, and the nearest changes that would make it possible."""
     found = switches_of(config) | {"window": FULL}
     alternatives: list[dict[str, tuple[Any, ...]]] = [{}]
     for target in targets:
@@ -135,7 +135,7 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
 
 
 def check_vocabulary(config: GPTConfig, vocab_size: int) -> None:
-    """Refuse a tokenizer that is not the one that the model was trained with.  Raises UserError."""
+    """Raise UserError if the tokenizer has another size than the one that the model was trained with."""
     if vocab_size != config.vocab_size:
         raise UserError(
             f"data/tokenizer has {vocab_size} tokens, data/model was trained with {config.vocab_size}: "
@@ -144,13 +144,13 @@ def check_vocabulary(config: GPTConfig, vocab_size: int) -> None:
 
 
 def _common(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    """The values that both allow, for all switches of `other`; windows do not count, as each has its way with them."""
+    """For each switch of `other`, the values that both allow; not for windows, which each handles in its own way."""
     keys = [key for key in other if key != "window"]
     return {key: tuple(value for value in other[key] if value in one.get(key, other[key])) for key in keys}
 
 
 def misfit(found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    """The switches in which a model differs from what is allowed, with that."""
+    """The switches whose value in a model is not allowed, with the values that are."""
     return {key: values for key, values in allowed.items() if key in found and found[key] not in values}
 
 
@@ -179,12 +179,12 @@ GGUF_NAMES = {
 }
 FUSED_GGUF_NAMES = GGUF_NAMES | {"blocks.{i}.attn.q_proj": "blk.{i}.attn_qkv"}
 
-BIASED = (*NORM_MODULES, "o_proj", "up_proj", "down_proj")  # by model.bias=all and not by qkv, without a gate
+BIASED = (*NORM_MODULES, "o_proj", "up_proj", "down_proj")  # by model.bias=all but not by qkv, in an MLP without a gate
 
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFFamily(Family):
-    """`keys` makes the entries, without the architecture's name before them, that not all architectures have."""
+    """`keys` gives the entries that only some architectures have, without the architecture's name as their prefix."""
 
     keys: Callable[[ModelParams], Mapping[str, Any]] = lambda config: {}
 

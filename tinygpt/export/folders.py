@@ -1,4 +1,4 @@
-"""Folders with a model and its tokenizer: those of transformers too, data/base, and adapters of it."""
+"""Folders with a model and its tokenizer, ours or those of transformers; data/base, and adapters for it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from tinygpt.tokenizer.tokenizer import tokenizer_file
 FOLDER = "a folder with config.json and model.safetensors, of tinygpt or transformers"
 PRESET_FILE = "preset.yaml"
 ADAPTER_FILE = "adapter.safetensors"
-FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, PRESET_FILE, "README.md"}  # that a base replaces
+FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, PRESET_FILE, "README.md"}  # that a new base may replace
 
 
 def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple[GPT, Tokenizer]:
     """Read a model, in eval mode, and its tokenizer: `model, tokenizer = open_model("data/model")`.
 
-    The folder is one of ours, or of transformers where its config.json names a class of theirs. Without `tokenizer` a
-    model of ours has it in its folder, or in `tokenizer` next to it. Raises UserError with what is wrong with
-    the files.
+    The folder is one of ours, or one of transformers if its config.json has a model_type. Without `tokenizer`, the
+    tokenizer of one of ours is in its folder, or in `tokenizer` next to it. Raises UserError that says what is wrong
+    with the files.
     """
     folder = must_be_there(Path(folder), stage="train")
     if not (folder / CONFIG_FILE).exists():
@@ -55,14 +55,14 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
 
 
 def tokenizer_of(folder: Path) -> Path:
-    """Where a model has its tokenizer: in its folder, or in `tokenizer` next to it."""
+    """Where the tokenizer of a model is: in its folder, or in `tokenizer` next to it."""
     return folder if (folder / TOKENIZER_FILE).exists() else folder.parent / "tokenizer"
 
 
 def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    """The config, the tensors and the tokenizer of a folder of transformers.
+    """The config, the tensors and the tokenizer in a folder of transformers.
 
-    Raises UserError with what is wrong with it.
+    Raises UserError that says what is wrong with it.
     """
     config, tensors = read_hf(folder)
     if not (folder / TOKENIZER_FILE).exists():
@@ -77,7 +77,7 @@ def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]
 
 
 def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
-    """The path.  Raises UserError where nothing is there; only what is in data/ is made by a stage."""
+    """The path.  Raises UserError if it does not exist, naming `stage` for a path in data/, else `wanted`."""
     if path.parts[:1] == MODEL.parts[:1]:
         return must_exist(path, stage=stage)
     if not path.exists():
@@ -86,9 +86,9 @@ def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
 
 
 def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Put a base in place of the folder, whole or not at all, and let DVC track it where it is the project's own.
+    """Replace the folder by a base, whole or not at all, and let DVC track it if it is the project's own.
 
-    Raises UserError when something else is in the folder.
+    Raises UserError if anything else is in the folder.
     """
     if others := sorted({path.name for path in folder.glob("*")} - FILES):
         raise UserError(f"{folder} holds {others[0]}, which does not belong to a base: name another folder")
@@ -101,7 +101,7 @@ def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], toke
 
 
 def _preset(folder: Path, config: GPTConfig) -> str:
-    """The values of params.yaml that continue from a base."""
+    """A preset: the values of params.yaml that continue training from a base."""
     model = {key: value for key, value in config_fields(config).items() if key not in ("vocab_size", "attention")}
     preset = {
         "tokenizer": {"from_file": str(folder / TOKENIZER_FILE), "special_tokens": []},
@@ -124,7 +124,7 @@ def _record() -> None:
 
 
 def use_of(folder: Path) -> str:
-    """What a folder that `write_base` has filled can be used for."""
+    """How to use the weights in a folder that `write_base` has filled."""
     if folder == BASE:
         return "`python -m tinygpt preset base` sets params.yaml to go on from them"
     return f"`python -m tinygpt generate --model {folder} --tokenizer {folder}` writes with them"
@@ -133,8 +133,8 @@ def use_of(folder: Path) -> str:
 def export_adapters(folder: Path, model_dir: Path, base_dir: Path, model: GPT, params: ExportParams) -> list[str]:
     """Write the adapters of a model on their own, for those who have the base.
 
-    Returns a line for each file, none for a model without adapters.  Raises UserError when the base is another model,
-    or the adapters are not those of the training.
+    Returns a line for each file, none for a model without adapters.  Raises UserError if the base is not the model that
+    they were trained on, or the adapters do not fit the training.
     """
     training = read_training(model_dir)
     if training.lora is None:
@@ -145,7 +145,7 @@ def export_adapters(folder: Path, model_dir: Path, base_dir: Path, model: GPT, p
             f"{base_dir} is not the model that these adapters were trained on: put that one back, or run `dvc repro "
             "train` to train adapters of this one"
         )
-    from tinygpt.export.gguf import export_gguf_adapter  # here, as what opens a model need not wait for it
+    from tinygpt.export.gguf import export_gguf_adapter  # here, so that opening a model need not wait for it
 
     lora = dataclasses.asdict(training.lora)
     expected: dict[str, tuple[int, ...]] = {}

@@ -1,7 +1,7 @@
 """A model as one GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), written by the gguf package.
 
-llama.cpp's converter knows tokenizers by a list of hashes and refuses a home-trained one, so it is not used. Every key
-is written that llama.cpp would otherwise guess, as most wrong guesses load without an error and compute nonsense.
+llama.cpp's converter recognizes tokenizers by a list of hashes and refuses a home-trained one, so it is not used. Every
+key that llama.cpp would otherwise guess is written: most wrong guesses load without an error and compute nonsense.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ ADDERS: Mapping[type, Callable[[GGUFWriter, str, Any], None]] = {
     list: GGUFWriter.add_array,
 }
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-# The reader demands merges and the writer drops an empty list. No text reaches this one: its symbols are longer than
-# a byte, and no other merge makes them.
+# The reader demands merges, and the writer drops an empty list. No text ever uses this one: its symbols are longer
+# than a byte, and no other merge makes them.
 UNREACHABLE_MERGE = "xx yy"
 
 
 class GGUFFile(NamedTuple):
-    """What was written."""
+    """What a written file holds."""
 
     family: str  # llama.cpp's architecture
-    n_ctx: int  # tokens of context: less than the model's where the architecture has no window
+    n_ctx: int  # tokens of context: fewer than the model's if the architecture lacks its window
     bits_per_weight: float
     types: dict[str, str]  # of each tensor
 
     def entry(self, n_bytes: int, measures: Mapping[str, float | None]) -> dict[str, Any]:
-        """What reports/export.json says of the file."""
+        """The entry for the file in reports/export.json."""
         return {
             "family": self.family,
             "context": self.n_ctx,
@@ -65,8 +65,8 @@ class GGUFFile(NamedTuple):
 def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type: GGUFType) -> GGUFFile:
     """Write one file, whole or not at all.
 
-    Raises ParamsError when llama.cpp has no architecture for the model, UserError when the tokenizer is
-    another or weights do not fit in the type.
+    Raises ParamsError if llama.cpp has no architecture for the model, UserError if the tokenizer does not fit the
+    model or the weights exceed the range of the type.
     """
     check_vocabulary(model.config, tokenizer.vocab_size)
     family, n_ctx = family_of(LLAMA_CPP, model.config)
@@ -87,9 +87,9 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type:
 
 
 def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:
-    """Write an adapter on its own, for llama.cpp's --lora; `lora` has the params of training.
+    """Write an adapter on its own, for llama.cpp's --lora; `lora` has the params of its training.
 
-    As llama.cpp's convert_lora_to_gguf.py does.
+    The format is that of llama.cpp's convert_lora_to_gguf.py.
     """
     family, _ = family_of(LLAMA_CPP, config)
     with atomic_write(path, "wb") as file:
@@ -104,9 +104,9 @@ def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTCo
 
 
 def read_gguf(path: str | Path, config: GPTConfig) -> GPT:
-    """A model with the weights in a file that export_gguf wrote of a model of `config`, in float32.
+    """Read a file that export_gguf wrote for a model of `config`, as a model in float32.
 
-    Its context is the file's, and its head its own matrix: in the file that may be of another type than the embedding.
+    Its context is the file's. Its head is untied: in the file it may have another type than the embedding.
     """
     family, n_ctx = family_of(LLAMA_CPP, config)
     tensors = {
@@ -147,11 +147,11 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     special = set(tokenizer.special_tokens.values())
     types = [TokenType.CONTROL if id in special else TokenType.NORMAL for id in range(tokenizer.vocab_size)]
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
-    writer.add_tokenizer_pre("gpt-2")  # the split before it; without the key llama.cpp takes another
+    writer.add_tokenizer_pre("gpt-2")  # its pre-tokenizer; without the key llama.cpp uses another
     writer.add_token_list(tokenizer.tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges] or [UNREACHABLE_MERGE])
-    writer.add_bos_token_id(tokenizer.bos_id)  # without the two, token 11 ends every generation
+    writer.add_bos_token_id(tokenizer.bos_id)  # without these two, token 11 ends every generation
     writer.add_eos_token_id(tokenizer.eos_id)
     if tokenizer.pad_id is not None:
         writer.add_pad_token_id(tokenizer.pad_id)
@@ -164,7 +164,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
 def _add_tensor(
     writer: GGUFWriter, name: str, tensor: Tensor, kind: GGMLQuantizationType, weight_type: GGUFType
 ) -> None:
-    """Rows go in as they are: ggml names the same bytes (columns, rows)."""
+    """Rows are written as they are: ggml calls the same bytes (columns, rows)."""
     array: NDArray[np.float32] = tensor.detach().float().cpu().numpy()
     try:
         with np.errstate(over="raise"):

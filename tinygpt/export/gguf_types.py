@@ -1,8 +1,8 @@
-"""The types of a GGUF file: which one each tensor gets, its numbers in that type, and how exact they must be.
+"""The types in a GGUF file: which one each tensor gets, its numbers in that type, and how exact they must be.
 
 The rules are those of llama.cpp's own quantizer (src/llama-quant.cpp of https://github.com/ggml-org/llama.cpp, without
-an importance matrix): more bits for the tensors that need them, and for rows that do not fill the blocks of a type the
-nearest one of smaller blocks.
+an importance matrix): more bits for the tensors that need them, and the nearest type with smaller blocks for rows that
+do not fill the blocks of a type.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinygpt.model.config import ModelParams
 
 Type = GGMLQuantizationType
 
-# Rows that do not fill the blocks of the first get the second; where that does not fit either, F16.
+# The type for rows that do not fill the blocks of another; if they do not fill its blocks either, F16.
 FALLBACKS = {
     Type.Q2_K: Type.Q4_0,
     Type.Q3_K: Type.Q4_0,
@@ -36,22 +36,22 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 class Tolerance(NamedTuple):
-    """The most that llama.cpp's arithmetic and the rounding of weights explain."""
+    """The largest differences that llama.cpp's arithmetic and the rounding of weights can explain."""
 
     logprob: float  # largest difference of a log-probability, over all tokens at all positions
     ppl: float  # relative difference of perplexity
-    weight: float  # relative error of a tensor, as 2-norms
+    weight: float  # relative error of a tensor, in the 2-norm
 
 
-# llama.cpp is compared with PyTorch with the weights in the file, so the first two are about arithmetic: float32 leaves
-# rounding, and for GELU ggml's float16 table of it; with the other types activations are rounded as well, with all
-# quantized ones alike. The most seen with llama.cpp b11549 on a CPU, trained and random models of all families: 3e-4,
-# 3e-3 (gelu), 2e-2 (f16), 0.2 (bf16), 0.8 (quantized); in perplexity 1e-4, 1.3e-3 (quantized). The rest is room for
-# deeper models. A wrong layout is off by whole units, and doubles the perplexity of a trained model.
+# PyTorch, too, computes with the weights in the file, so the first two are about arithmetic: with float32 only rounding
+# and, for GELU, ggml's float16 table differ; the other types also round activations, all quantized ones the same way.
+# The most seen with llama.cpp b11549 on a CPU, with trained and random models of all families: 3e-4, 3e-3 (gelu), 2e-2
+# (f16), 0.2 (bf16), 0.8 (quantized); in perplexity 1e-4, 1.3e-3 (quantized). The rest is room for deeper models. A
+# wrong layout is off by whole units, and doubles the perplexity of a trained model.
 EXACT, GELU_TABLE = Tolerance(1e-3, 1e-4, 0.0), Tolerance(3e-2, 1e-3, 0.0)
 F16, BF16 = Tolerance(0.1, 1e-3, 1e-3), Tolerance(0.6, 5e-3, 4e-3)
-# Rounding to so few bits changes Gaussian weights by a third to a half of this share of their length; blocks with one
-# value far above the others, as first weights have, by up to four fifths: √32 / (127 √12) of 32 values in 8 bits.
+# Rounding to so few bits changes Gaussian weights by a third to a half of this share of their norm, and blocks with one
+# value far above the others, as initial weights have, by up to four fifths: √32 / (127 √12) for 32 values in 8 bits.
 Q8, Q6, Q5, Q4, Q3, Q2 = (Tolerance(2.0, 2e-2, weight) for weight in (0.016, 0.045, 0.13, 0.26, 0.38, 0.6))
 
 
@@ -64,7 +64,7 @@ class Place(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A row: matrices of these names get this type where they are in such a place."""
+    """Matrices with these names get this type in the places where `when` holds."""
 
     names: tuple[str, ...]
     when: Callable[[Place], bool]
@@ -72,7 +72,7 @@ class Rule(NamedTuple):
 
 
 class WeightType(NamedTuple):
-    """One kind of file: `base` is the type of its matrices where no rule holds; of rules the first counts."""
+    """A kind of file: a matrix gets the type of the first rule that holds, or `base` if none does."""
 
     base: Type
     tolerance: Tolerance
@@ -80,7 +80,7 @@ class WeightType(NamedTuple):
 
 
 def _needs_more_bits(at: Place) -> bool:
-    """The first and last eighth of the layers, and every third between."""
+    """The first and last eighth of the layers, and every third one in between."""
     eighth = at.n_layer // 8
     return at.layer < eighth or at.layer >= 7 * at.n_layer // 8 or (at.layer - eighth) % 3 == 2
 
@@ -129,18 +129,18 @@ WEIGHT_TYPES: dict[GGUFType, WeightType] = {
 
 
 def file_type(weight_type: str) -> LlamaFileType:
-    """llama.cpp's number of this kind of file."""
+    """llama.cpp's number for this kind of file."""
     return LlamaFileType[f"{'ALL' if weight_type == 'f32' else 'MOSTLY'}_{weight_type.upper()}"]
 
 
 def tolerance(mlp: str, weight_type: GGUFType) -> Tolerance:
-    """What is allowed for a kind of MLP and of weights."""
+    """The tolerance for a kind of MLP and a type of weights."""
     floor = GELU_TABLE if mlp == "gelu" else EXACT
     return Tolerance(*map(max, WEIGHT_TYPES[weight_type].tolerance, floor))
 
 
 def tensor_types(shapes: Mapping[str, tuple[int, ...]], config: ModelParams, weight_type: GGUFType) -> dict[str, Type]:
-    """The type of each tensor of a GGUF file, by its name there."""
+    """The type of each tensor in a GGUF file, by its name there."""
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
     kind = WEIGHT_TYPES[weight_type]
     return {
@@ -164,7 +164,7 @@ def _chosen(name: str, shape: tuple[int, ...], config: ModelParams, file: Weight
 
 
 def _fitting(kind: Type, n_column: int) -> Type:
-    """The type, or the one that takes its place in rows of that length."""
+    """The type, or the one that replaces it for rows of that length."""
     for instead in (kind, FALLBACKS.get(kind, kind)):
         if n_column % _block(instead) == 0:
             return instead
@@ -176,17 +176,17 @@ def _block(kind: Type) -> int:
 
 
 def bits_per_weight(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, Type]) -> float:
-    """Bits of the tensors over the numbers in them."""
+    """The mean bits of a number, over all tensors."""
     weights = {name: math.prod(shape) for name, shape in shapes.items()}
     bits = sum(n * 8 * GGML_QUANT_SIZES[types[name]][1] / _block(types[name]) for name, n in weights.items())
     return bits / sum(weights.values())
 
 
 def quantized(array: NDArray[np.float32], kind: Type) -> NDArray[Any]:
-    """A matrix or vector in a type: for block types (rows, bytes of a row).
+    """A matrix or vector in a type; in block types its shape is (rows, bytes of a row).
 
-    By the gguf package, or by llama.cpp's kernels where that can only read the type.  Raises FloatingPointError for
-    numbers beyond what the type holds.
+    The gguf package converts it or, if that can only read the type, llama.cpp's kernels do.  Raises FloatingPointError
+    for numbers beyond the range of the type.
     """
     try:
         return quantize(array, kind)

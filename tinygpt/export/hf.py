@@ -1,10 +1,10 @@
-"""A folder for transformers (https://github.com/huggingface/transformers), written without it and read without it.
+"""Write and read folders of transformers (https://github.com/huggingface/transformers), without that library.
 
     AutoModelForCausalLM.from_pretrained("data/export/hf"), AutoTokenizer.from_pretrained("data/export/hf")
 
-load it offline and without remote code. Settings whose default differs between model classes or between transformers
-4 and 5 are written out, so that every release reads the same model. What this GPT does not compute, such as scaled
-rotary positions, is refused when a folder is read: it would load and compute something else.
+load such a folder offline and without remote code. Settings whose default differs between model classes, or between
+transformers 4 and 5, are written out, so that every release reads the same model. A folder is refused if it asks for
+what this GPT does not compute, such as scaled rotary positions: it would load and compute something else.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from tinygpt.params import ParamsError, from_mapping
 from tinygpt.paths import TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer
 
-OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # of activations, for the same
-DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # may be missing: then as in our params
-PLAIN_ROPE = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}  # of all models of ours
+OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # of the same activation
+DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # if missing, derived as in our params
+PLAIN_ROPE = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}  # of all our models
 PEFT_FILE = "adapter_model.safetensors"
-BASE_HF = "data/base-hf"  # the base as a folder of transformers: the card says how to write it
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # not weights; older files have them
+BASE_HF = "data/base-hf"  # the base as a folder of transformers; the card says how to write it
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in older files; not weights
 
 
 def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> tuple[str, int]:
     """Write the folder, whole or not at all; tokenizer.json is copied from `tokenizer_dir` as it is.
 
-    Returns the model_type and the tokens of context, less than the model's where the class has no window.
+    Returns the model_type and the tokens of context, fewer than the model's if the class lacks its window.
 
-    Raises ParamsError when transformers has no class for the model, UserError when the tokenizer is another.
+    Raises ParamsError if transformers has no class for the model, UserError if the tokenizer does not fit the model.
     """
     check_vocabulary(model.config, tokenizer.vocab_size)
     family, n_ctx = family_of(TRANSFORMERS, model.config)
@@ -72,7 +72,7 @@ def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folde
 
 
 def model_config(config: GPTConfig, family: HFFamily, tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
-    """What transformers reads from config.json."""
+    """The contents of config.json."""
     return {
         "architectures": [family.cls],
         "model_type": family.name,
@@ -120,7 +120,7 @@ def _tokenizer_config(tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
 def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:
     """Write a folder for PeftModel.from_pretrained (https://github.com/huggingface/peft).
 
-    `adapter` is by our names, `lora` has the params of training.
+    `adapter` has our names; `lora` has the params of its training.
     """
     family, _ = family_of(TRANSFORMERS, config)
     pairs = adapter_pairs(adapter, config, family.layout)
@@ -150,7 +150,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
 
 
 def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The config and the tensors, float32 and by our names, of a folder.  Raises UserError with all that is wrong."""
+    """The config of a folder, and its tensors in float32, by our names.  Raises UserError with all that is wrong."""
     path = folder / CONFIG_FILE
     document = _read_json(path)
     families = {family.name: family for family in TRANSFORMERS.families}
@@ -163,19 +163,19 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     try:
         tensors = _read_tensors(shapes, config, family)
         for bias in (bias for bias in ANY_BIAS if bias in family.switches["bias"]):
-            try:  # the first that holds what is not zero
+            try:  # the fewest biases that have a place for all that is not zero
                 biased = replace(config, bias=bias)
                 return biased, revert_layout(tensors, biased, family.layout)
             except Misfit as misfit:
-                misfits.append(misfit.with_traceback(None))  # whose frames would keep all tensors once more
-        # of those with the fewest problems the one with most biases
+                misfits.append(misfit.with_traceback(None))  # its frames would keep another copy of all tensors
+        # the one with the fewest problems; of equal ones, that with the most biases
         raise min(reversed(misfits), key=lambda misfit: misfit.n_problem)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
 
 def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> GPTConfig:
-    """The config, of whatever bias.  Raises UserError with all that is wrong with the document."""
+    """The config, with bias still to be found.  Raises UserError with all that is wrong with the document."""
     problems: list[str] = []
     try:
         problems += _fixed_problems(document, family)
@@ -202,7 +202,7 @@ def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:
 
 
 def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
-    """Ours, of whatever bias.  Raises KeyError with a key that the document lacks."""
+    """The fields of our config, with bias still to be found.  Raises KeyError with a key that the document lacks."""
     found = {**family.silent, **document}
     rope = document.get("rope_parameters") or document
     sizes: dict[str, Any] = {
@@ -242,7 +242,7 @@ def _mlp(activation: str, family: HFFamily) -> str:
 
 
 def _full_every(layer_types: list[str] | None, n_layer: int) -> int | None:
-    """The period of layers that see everything; None where none does."""
+    """The n for which every n-th layer sees everything; None if none does."""
     if layer_types and (len(layer_types) != n_layer or not {*layer_types} <= {"full_attention", "sliding_attention"}):
         raise ParamsError(["it has layer_types that are not one for each layer, full_ or sliding_attention"])
     full = [i + 1 for i, kind in enumerate(layer_types or []) if kind == "full_attention"]
@@ -260,11 +260,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(shapes: Mapping[Path, Shapes], config: GPTConfig, family: HFFamily) -> dict[str, Tensor]:
-    """All of these files; their shapes must fit the config before anything else of them is read."""
+    """The tensors of these files; all shapes must fit the config before any data is read."""
     if twice := [name for name, n in Counter(chain.from_iterable(shapes.values())).items() if n > 1]:
         raise UserError(f"{len(twice)} tensors are in two files, such as {twice[0]}")
     found = {name: shape for each in shapes.values() for name, shape in each.items()}
-    whole = family.layout.names["tok_emb"] + ".weight"  # the first files lack the name of the whole, transformer.
+    whole = family.layout.names["tok_emb"] + ".weight"  # the oldest files lack the prefix, such as "transformer."
     prefix = whole.partition(".")[0] + "." if whole.partition(".")[2] in found else ""
     names = {name: prefix + name for name in found if not name.endswith(BUFFERS)}
     check_layout({theirs: found[name] for name, theirs in names.items()}, config, family.layout)

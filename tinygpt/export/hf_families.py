@@ -1,4 +1,4 @@
-"""The classes of transformers that our models can be (https://github.com/huggingface/transformers)."""
+"""The classes of transformers that our models fit (https://github.com/huggingface/transformers)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinygpt.export.families import (
 )
 from tinygpt.model.config import ModelParams
 
-BIASED = (*NORM_MODULES, *QKV, "o_proj", "up_proj", "down_proj")  # by model.bias=all, where an MLP has no gate
+BIASED = (*NORM_MODULES, *QKV, "o_proj", "up_proj", "down_proj")  # by model.bias=all, in an MLP without a gate
 ACTIVATIONS = {"gelu": "gelu_pytorch_tanh", "swiglu": "silu", "relu2": "relu2"}  # kind of MLP -> its name there
 
 HEAD_NORMS = {"q_norm": "q_layernorm", "k_norm": "k_layernorm"}
@@ -43,7 +43,7 @@ GPT2_NAMES = {
 
 
 def llama_names(**leaves: str) -> Mapping[str, str]:
-    """The names of Llama's classes; `leaves` has those that a class calls otherwise: o_proj="dense"."""
+    """The names in Llama's classes; `leaves` has those that differ in another class: o_proj="dense"."""
     parts = {
         "self_attn": ("attn", ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
         "mlp": ("mlp", ("gate_proj", "up_proj", "down_proj")),
@@ -81,19 +81,19 @@ ROPE_SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class HFFamily(Family):
-    """A class of transformers, and what is where in its config.json."""
+    """A class of transformers, and the keys and values of its config.json."""
 
     cls: str
-    activation_key: str = "hidden_act"  # of the activation
+    activation_key: str = "hidden_act"  # their key for the activation
     sizes: Mapping[str, str] = field(default_factory=lambda: ROPE_SIZES)  # our field -> their key
-    eps: str = "rms_norm_eps"  # their key of norm_eps
-    config: Callable[[ModelParams, int], dict[str, Any]]  # entries of a model with a context of so many tokens
+    eps: str = "rms_norm_eps"  # their key for norm_eps
+    config: Callable[[ModelParams, int], dict[str, Any]]  # (model, tokens of context) -> entries
     copied: Mapping[str, str] = field(default_factory=dict)  # more entries: their key -> our field
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # what all models of ours have
-    silent: Mapping[str, Any] = field(default_factory=dict)  # what the class takes where config.json is silent
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # entries that all our models share
+    silent: Mapping[str, Any] = field(default_factory=dict)  # the class's defaults for what config.json lacks
 
     def document(self, config: ModelParams, n_ctx: int) -> dict[str, Any]:
-        """What config.json says of a model with a context of `n_ctx` tokens, without what it says in all classes."""
+        """The entries of config.json that depend on the class, for a model with a context of `n_ctx` tokens."""
         sizes = {theirs: getattr(config, ours) for ours, theirs in self.sizes.items()}
         copied = {theirs: getattr(config, ours) for theirs, ours in self.copied.items()}
         return {**sizes, self.sizes["block_size"]: n_ctx, **self.config(config, n_ctx), **copied, **self.fixed}
@@ -101,14 +101,14 @@ class HFFamily(Family):
 
 def _gpt2_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
     return {
-        "n_ctx": n_ctx,  # gone from GPT2Config, still read by llama.cpp's converter
+        "n_ctx": n_ctx,  # removed from GPT2Config, but llama.cpp's converter still reads it
         "activation_function": ACTIVATIONS[config.mlp],
         "attn_pdrop": 0.0,
     }
 
 
 def _rope_config(config: ModelParams, n_ctx: int) -> dict[str, Any]:
-    # transformers 5 reads rope_parameters, 4 the others; some classes would rotate a part of each head only
+    # transformers 5 reads rope_parameters, 4 the others; by default, some classes rotate only a part of each head
     rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
     return {
         "rope_parameters": {"rope_type": "default", **rope},

@@ -1,8 +1,8 @@
-"""tinygpt's tensors in the layout of another program, and back.
+"""Convert tinygpt's tensors to the layout of another program, and back.
 
-On the way there every step moves numbers, copies them or adds neutral ones, and changes none. So the way back is found
-by sending the places of rows along: what was copied must be equal, and what was added must be neutral, else the
-tensors are of another model. H query heads, G key/value heads, D head_dim, C n_embd.
+Each step of the conversion moves numbers, copies them or adds neutral ones; it changes none. So the way back is found
+by converting row numbers: rows that were copied must be equal, and rows that were added must be neutral, else the
+tensors belong to another model. H query heads, G key/value heads, D head_dim, C n_embd.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tinygpt.model.weights import MOST_SHOWN, Shapes, expected_tensors, misshape
 Pair = tuple[Tensor, Tensor]  # of an adapter: A (rank, in) and B (out, rank)
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
 
-NO_SINK = -1e30  # a logit next to those of the keys that takes no probability
+NO_SINK = -1e30  # a logit so low that it takes no probability from the keys
 
 
 def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int) -> Tensors:
-    """A model's tensors by the names and in the shapes of `layout`, with `n_ctx` positions where they are learned."""
+    """A model's tensors with the names and shapes of `layout`, and with `n_ctx` positions if they are learned."""
     if layout.untied and TIED not in tensors:
         tensors = tensors | {TIED: tensors["tok_emb.weight"].clone()}
     tensors = _add_zero_biases(tensors, layout.biased + (layout.biased_if_any if config.bias != "none" else ()))
@@ -62,9 +62,9 @@ def _add_zero_biases(tensors: Tensors, modules: tuple[str, ...]) -> Tensors:
 
 
 def _ordered(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensor:
-    """The rows of a weight, or of an adapter's B, as the program has them.
+    """The rows of a weight, or of an adapter's B, in the program's order.
 
-    llama.cpp loads rows in the wrong order without a word and computes nonsense from them.
+    llama.cpp loads rows in the wrong order without complaint and computes nonsense from them.
     """
     if layout.repeated_kv and _leaf(name) in ("k_proj", "v_proj"):  # each H/G times: (G·D, …) -> (H·D, …)
         heads = tensor.unflatten(0, (config.n_kv_head, config.head_dim))
@@ -86,9 +86,9 @@ def _fuse_qkv(tensors: Tensors) -> Tensors:
 
 
 def _for_each_head(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensors:
-    """A tensor by their name: the norm of queries and keys, (D,), once for each head, the others as they are.
+    """A tensor by their name; if the layout wants it, the norm of queries or keys, (D,), is repeated for each head.
 
-    They are rows of one tensor, (H, D) or (G, D), or tensors: "….q_layernorm.norms.0.weight" and so on.
+    The copies are rows of one tensor, (H, D) or (G, D), or tensors: "….q_layernorm.norms.0.weight" and so on.
     """
     theirs = _rename(name, layout)
     n_head = {"q_norm": config.n_head, "k_norm": config.n_kv_head}.get(_leaf(name))
@@ -101,7 +101,7 @@ def _for_each_head(name: str, tensor: Tensor, config: GPTConfig, layout: Layout)
 
 
 def _rename(name: str, layout: Layout) -> str:
-    """Their name of one of our tensors."""
+    """Their name for one of our tensors."""
     module, _, kind = name.rpartition(".")
     block = re.match(r"blocks\.(\d+)\.", module)
     if block is None:
@@ -116,9 +116,9 @@ def _leaf(name: str) -> str:
 
 
 def adapter_pairs(adapter: Mapping[str, Tensor], config: GPTConfig, layout: Layout) -> dict[str, Pair]:
-    """Each adapted module's A and B, by the names and in the row order of a layout.
+    """Each adapted module's A and B, with the names and the row order of a layout.
 
-    Where the program has a fused matrix, its adapters are stacked into one of higher rank.
+    If the program has a fused matrix, its adapters are combined into one of higher rank.
     """
     pairs = {
         name.removesuffix(f".{ADAPTER[0]}.weight"): (tensor, adapter[name.replace(*ADAPTER)])
@@ -135,9 +135,9 @@ def adapter_pairs(adapter: Mapping[str, Tensor], config: GPTConfig, layout: Layo
 
 
 def _fuse_adapters(pairs: dict[str, Pair], config: GPTConfig, layout: Layout) -> dict[str, Pair]:
-    """Adapters of queries, keys and values as one of the fused matrix: As below each other, Bs in blocks.
+    """Combine the adapters of queries, keys and values: As stacked, Bs as the blocks of a diagonal.
 
-    The rank grows, and with it the divisor of alpha, for which B is made larger.
+    The rank, which divides alpha, grows; B is scaled up to make up for it.
     """
     fused: dict[str, Pair] = {}
     n_kv_head = config.n_head if layout.repeated_kv else config.n_kv_head
@@ -156,7 +156,7 @@ def _fuse_adapters(pairs: dict[str, Pair], config: GPTConfig, layout: Layout) ->
 
 
 class Misfit(UserError):
-    """Tensors that are not those of a config: some are missing, too much or of another shape, `n_problem` in all."""
+    """Tensors that do not fit a config: missing, superfluous or of another shape, with `n_problem` problems in all."""
 
     def __init__(self, problems: list[str]) -> None:
         self.n_problem = len(problems)
@@ -164,9 +164,9 @@ class Misfit(UserError):
 
 
 def check_layout(found: Shapes, config: GPTConfig, layout: Layout) -> tuple[Tensors, Tensors]:
-    """The tensors of a model, by our names and by theirs, without data.
+    """The tensors of a model without data, by our names and by theirs.
 
-    Raises Misfit where one of these names was found with another shape, UserError as expected_tensors.
+    Raises Misfit if one of their names was found with another shape, UserError as expected_tensors does.
     """
     ours = expected_tensors(config, found)
     theirs = apply_layout(ours, config, layout, config.block_size)
@@ -176,7 +176,7 @@ def check_layout(found: Shapes, config: GPTConfig, layout: Layout) -> tuple[Tens
 
 
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
-    """Tensors in a layout, by our names and in our shapes.  Raises Misfit that names theirs."""
+    """Convert tensors back to our names and shapes.  Raises Misfit, which uses their names."""
     expected, theirs = check_layout(shapes_of(tensors), config, layout)
     others = [
         f"{name} is too much" for name in tensors if name not in theirs and not _is_neutral(name, tensors, layout)
@@ -188,9 +188,9 @@ def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensor
 
 
 def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: Layout) -> tuple[Tensors, list[str]]:
-    """Our tensors out of theirs, and what is wrong with those.
+    """Our tensors, collected from theirs, and what is wrong with those.
 
-    Each of our rows has a place, from 1 on. The layout moves places as it moves rows; what it adds is below 1.
+    Our rows are numbered from 1. The layout moves these numbers as it moves rows; what it adds is below 1.
     """
     ends = [*accumulate(map(len, expected.values()), initial=1)]
     spans = zip(expected.items(), pairwise(ends), strict=True)
@@ -203,10 +203,10 @@ def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: L
     for rows, found in there.values():
         for number, here, at in _owners(rows, ends):
             if here.all() and torch.equal(at, torch.arange(sizes[number][0])):
-                ours.setdefault(number, found.float())  # in order, as most are: without a copy
+                ours.setdefault(number, found.float())  # in order, as most are: no copy is needed
             else:
                 ours.setdefault(number, torch.zeros(sizes[number]))[at] = found[here].float()
-    own_rows = {name: rows.clamp(min=0).long() for name, rows in rows_of.items()}  # 0: what is added
+    own_rows = {name: rows.clamp(min=0).long() for name, rows in rows_of.items()}  # 0: added rows
     n_times = torch.cat([torch.zeros(2).long(), *(own_rows[name] for name in there)]).bincount(minlength=ends[-1])
     wrong = [f"{name} is missing" for name, at in own_rows.items() if not n_times[at].all()]
     for name in (name for name in there if (n_times[own_rows[name]] > 1).any()):
@@ -221,7 +221,7 @@ def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: L
 
 
 def _owners(rows: Tensor, ends: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The number of each of our tensors that has some of these rows, which ones, and where it has them."""
+    """For each of our tensors with some of these rows: its number, a mask of them, and their positions in it."""
     owners = torch.bucketize(rows, torch.tensor(ends), right=True) - 1
     for owner in owners[owners >= 0].unique().tolist():
         here = owners == owner
@@ -229,14 +229,14 @@ def _owners(rows: Tensor, ends: list[int]) -> Iterator[tuple[int, Tensor, Tensor
 
 
 def _as_rows(tensor: Tensor, place: Tensor) -> Tensor:
-    """Their tensor with a row for each place."""
+    """Their tensor, with a row for each element of `place`."""
     if tensor.numel() == place.numel():
         return tensor.reshape(-1, 1)
     return tensor if len(tensor) == len(place) else tensor.T
 
 
 def _is_neutral(name: str, tensors: Tensors, layout: Layout) -> bool:
-    """Whether a tensor changes nothing: a bias of zeros, or a head that is the embedding once more."""
+    """Whether a tensor changes nothing: a bias of zeros, or a head that equals the embedding."""
     if name == f"{layout.names['lm_head']}.weight":
         return torch.equal(tensors[name], tensors.get(f"{layout.names['tok_emb']}.weight", tensors[name][:0]))
     return name.endswith(".bias") and not tensors[name].any()

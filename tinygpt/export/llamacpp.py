@@ -1,8 +1,8 @@
-"""Real llama.cpp, in the shared library of the xllamacpp wheel: nothing to compile. Its tokens, logits, greedy choices.
+"""Tokens, logits and greedy choices of real llama.cpp, from the xllamacpp wheel's shared library: nothing to compile.
 
-Struct layouts follow include/llama.h of llama.cpp. They change between builds and the library cannot say so: one
-version is pinned, and its defaults are checked before anything else is called. A file that contradicts itself aborts
-the process, so a file from anywhere is first tried in another process; for that, nothing here imports PyTorch.
+Struct layouts follow include/llama.h of llama.cpp. They change between builds, and the library does not report it, so
+one version is pinned, and its defaults are checked before anything else is called. A file that contradicts itself
+aborts the process, so each file is first tried in another process. That is why nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tinygpt.errors import UserError, program
 XLLAMACPP_VERSION = "2026.10.11549"  # llama.cpp build b11549; the structs below were checked with it
 LOG_LEVEL_ERROR, LOG_LEVEL_CONT = 4, 5  # enum ggml_log_level
 F32 = 0  # enum ggml_type
-N_BATCH = 512  # tokens a call of llama_decode: bounds the memory for logits
-MOST_SECONDS = 600  # to try a file out
+N_BATCH = 512  # tokens per call of llama_decode: limits the memory for logits
+MOST_SECONDS = 600  # for the trial of a file
 TRIAL = "import sys; sys.path[:0] = sys.argv[1:2]; from tinygpt.export.llamacpp import try_out; try_out(*sys.argv[2:])"
 
 
@@ -114,12 +114,12 @@ def _log(level: int, text: bytes, _: object) -> None:
         _errors[-1] += text.decode(errors="replace").rstrip()
 
 
-_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)(_log)  # llama.cpp keeps the pointer: never collected
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)(_log)  # llama.cpp keeps the pointer: keep this alive
 
 
 @functools.cache
 def open_library() -> ctypes.CDLL:
-    """Open llama.cpp once a process.  Raises UserError unless it is the build that the structs were checked with."""
+    """Open llama.cpp once per process.  Raises UserError unless it is the build that the structs were checked with."""
     install = f"run `pip install xllamacpp=={XLLAMACPP_VERSION}`"
     try:
         import xllamacpp
@@ -134,7 +134,7 @@ def open_library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     _check_defaults(library.llama_model_default_params(), _MODEL_DEFAULTS)
     _check_defaults(library.llama_context_default_params(), _CONTEXT_DEFAULTS)
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # where it aborts, no debugger prints hundreds of lines
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # else, when it aborts, a debugger prints hundreds of lines
     library.llama_log_set(_LOG, None)
     library.llama_backend_init()
     return library
@@ -150,7 +150,7 @@ def _check_defaults(params: ctypes.Structure, expected: dict[str, Any]) -> None:
 
 
 def _last_error() -> str:
-    """Why the last call failed. The first line is the cause; those after it say that loading failed."""
+    """Why the last call failed. The first line is the cause; the others only say that loading failed."""
     return re.sub(r"^\w+: (error loading model: )?(\w+: )?", "", _errors[0]) if _errors else "no reason given"
 
 
@@ -207,7 +207,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         return [id for id in range(self.vocab_size) if self._lib.llama_vocab_is_eog(self._vocab, id)]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits after every token of one sequence, which starts anew.  (T,) -> (T, V)"""
+        """Logits after every token of a new sequence.  (T,) -> (T, V)"""
         return np.concatenate([*self._read(ids)])
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
@@ -218,7 +218,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         return new
 
     def read(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits after the last token of one sequence, which starts anew.  (T,) -> (V,)"""
+        """Logits after the last token of a new sequence.  (T,) -> (V,)"""
         *_, last = self._read(ids, n_logits=1)
         return last[-1]
 
@@ -251,7 +251,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         return context
 
     def _read(self, ids: Sequence[int], n_logits: int | None = None) -> Iterator[NDArray[np.float32]]:
-        """Begin a sequence anew, and yield what `_decode` gives of each batch."""
+        """Start a new sequence, and yield the logits of `_decode` for each batch."""
         self._n_token = 0
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         for start in range(0, max(1, len(ids)), N_BATCH):
@@ -273,7 +273,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
 
 
 def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> LlamaCpp:
-    """The file, after a trial.  Raises UserError with llama.cpp's reason where it cannot be used."""
+    """Open a file after a trial.  Raises UserError with llama.cpp's reason if it cannot be used."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file: name a .gguf file")
     command = [sys.executable, "-c", TRIAL, str(Path(__file__).parents[2]), str(path), str(n_ctx or "")]
@@ -292,7 +292,7 @@ def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> Ll
 
 @program
 def try_out(path: str, n_ctx: str) -> None:
-    """Do everything with a file that may abort."""
+    """Make every call that may abort on a bad file."""
     with LlamaCpp(path, n_ctx=int(n_ctx) if n_ctx else None) as llama:
         llama.tokenize("A text, 1\n")
         llama.greedy([0], min(2, llama.n_ctx))

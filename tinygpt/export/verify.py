@@ -27,7 +27,7 @@ Ids = NDArray[np.integer]
 
 CHUNK_SIZE = 512  # llama-perplexity's default context
 N_PROMPT, N_NEW = 8, 32  # greedy continuations: how many, and tokens in each
-SMALL = 1e-4  # weights below this, on average, count as so large: scales are float16, which ends at 6e-8
+SMALL = 1e-4  # weights that are smaller, on average, count as this large: scales are float16, which ends at 6e-8
 
 # Text that tokenizers disagree on, whatever the corpus holds.
 SAMPLES = (
@@ -48,10 +48,10 @@ SAMPLES = (
 def check_gguf(
     model: GPT, tokenizer: Tokenizer, path: Path, weight_type: GGUFType, ids: Ids
 ) -> tuple[dict[str, float | None], list[str]]:
-    """Compare one file with the model on held-out `ids`, a context or CHUNK_SIZE of them at least, and SAMPLES.
+    """Compare one file with the model on SAMPLES and held-out `ids`, at least a context or CHUNK_SIZE of them.
 
     Returns the measures for the report, and a message for each that is out of tolerance, naming the file.
-    Raises UserError when llama.cpp does not load the file.
+    Raises UserError if llama.cpp does not load the file.
     """
     most = tolerance(model.config.mlp, weight_type)
     written = read_gguf(path, model.config)
@@ -92,7 +92,7 @@ def compare_weights(model: GPT, written: GPT) -> float:
 
 
 def count_wrong_tokens(tokenizer: Tokenizer, llama: LlamaCpp, texts: Iterable[str]) -> int:
-    """Texts that become other ids in llama.cpp, and ids that stand for other bytes or end a text there and not here."""
+    """How many texts get other ids in llama.cpp, plus how many ids have other bytes or end a text wrongly there."""
     wrong_texts = sum(llama.tokenize(text) != tokenizer.encode(text) for text in texts)
     wrong_pieces = sum(llama.piece(id) != tokenizer.decode_bytes([id]) for id in range(tokenizer.vocab_size))
     eog_ids = set(llama.eog_ids())
@@ -101,7 +101,7 @@ def count_wrong_tokens(tokenizer: Tokenizer, llama: LlamaCpp, texts: Iterable[st
 
 
 def compare_logprobs(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, float]:
-    """Log-probabilities at every position of (N, T) chunks, and perplexity by llama-perplexity's protocol."""
+    """Compare log-probabilities at every position of (N, T) chunks, and perplexity by llama-perplexity's protocol."""
     largest, ours_nll, theirs_nll = 0.0, [], []
     for chunk in chunks:
         ours = token_logprobs(model, chunk)
@@ -118,10 +118,10 @@ def compare_logprobs(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, floa
 
 
 def compare_greedy(model: GPT, llama: LlamaCpp, chunks: Ids) -> dict[str, float]:
-    """Let llama.cpp continue the beginnings of chunks, and see how likely each of its choices is here.
+    """Let llama.cpp continue the beginnings of chunks, and see how likely each of its choices is for our model.
 
-    The model reads llama.cpp's own continuation, so one different choice does not make all that follow different.
-    A choice that is not the likeliest here has a gap to it, in nats; near zero it was a tie.
+    Our model reads llama.cpp's own continuation, so one different choice does not change all that follow. The gap is
+    how much less likely a choice is than our likeliest, in nats; near zero it was a tie.
     """
     size = chunks.shape[1]
     n_new = min(N_NEW, size // 2)
@@ -142,10 +142,10 @@ def _rounded(value: float) -> float | None:
 
 
 def _texts(tokenizer: Tokenizer, ids: Ids) -> list[str]:
-    """The documents in `ids`, and SAMPLES, without what only a newer Unicode knows.
+    """The documents in `ids`, and SAMPLES, without characters that Python's Unicode does not have yet.
 
-    Python below 3.14 and llama.cpp read at most Unicode 15.1, the regex package reads later ones: there a letter of a
-    newer script is a letter for one side only.
+    Python below 3.14 and llama.cpp know Unicode 15.1 at most, the regex package later versions: a letter of a newer
+    script is a letter for only one of the two sides.
     """
     borders = np.flatnonzero(ids == tokenizer.eos_id)
     special = [*tokenizer.special_tokens.values()]
