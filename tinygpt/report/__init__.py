@@ -1,1 +1,1 @@
-"""Pictures of a run."""
+"""Measurements, charts and pages of a run."""

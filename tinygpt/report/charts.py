@@ -1,7 +1,7 @@
-"""Charts of a run, in Vega-Lite (https://vega.github.io/vega-lite), as DVC's plots are.
+"""Charts of a run in Vega-Lite (https://vega.github.io/vega-lite), the language of DVC's plots.
 
-What begins with $ is put in by html/page.js when it draws: $x is the column of the axis, $xscale and $yscale are linear
-or log, colours are those of light or dark pages. Colours are Okabe and Ito's, and lines differ in style as well.
+html/page.js replaces what begins with $ when it draws: $x is the column of the x axis, $xscale and $yscale are linear
+or log, colours are for a light or a dark page. Colours are Okabe and Ito's, and lines differ in style as well.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 Spec = dict[str, Any]
 
-STEPS = ["step", "tokens", "epochs"]  # what x can be
-SHOWN = {  # column -> its name under the pointer, and its form
+STEPS = ["step", "tokens", "epochs"]  # columns for the x axis
+SHOWN = {  # column -> its name in the tooltip, and its format
     "step": ("step", ","),
     "tokens": ("tokens", ","),
     "epochs": ("epochs", ".2f"),
@@ -38,7 +38,7 @@ NEAREST: Spec = {  # the row under the pointer
 
 
 def charts(n_parts: int) -> dict[str, Spec]:
-    """Each chart of the page by name, of a model of so many parts with a gradient norm of their own."""
+    """The charts of the page by name, for a model of `n_parts` parts that each have a gradient norm."""
     return {
         "loss": loss_chart(),
         "rate": line_chart("lr", "learning rate", "linear"),
@@ -49,22 +49,22 @@ def charts(n_parts: int) -> dict[str, Spec]:
 
 
 def number(field: str, title: str | None = None, **more: Any) -> Spec:
-    """An encoding by a column of numbers."""
+    """The encoding of a column of numbers."""
     return {"field": field, "type": "quantitative", "title": title, **more}
 
 
 def shown(*fields: str) -> list[Spec]:
-    """What the pointer shows."""
+    """The tooltip for these columns."""
     return [number(field, SHOWN[field][0], format=SHOWN[field][1]) for field in fields]
 
 
 def chart(height: int, *layers: Spec, **more: Any) -> Spec:
-    """Layers over each other, of the run's curve, as wide as the page allows."""
+    """Layers drawn from the run's curve, one over the other, as wide as the page allows."""
     return {"data": {"name": "curve"}, "width": "container", "height": height, "layer": list(layers), **more}
 
 
 def drawn(mark: str, y: Spec, more: Spec | None = None, *, where: str = "", **style: Any) -> Spec:
-    """One layer: a column of the curve over x, where it has a value, or where `where` holds."""
+    """One layer: a column of the curve over x, in the rows where it has a value, or where `where` holds."""
     return {
         "transform": [{"filter": where or f"isValid(datum.{y['field']})"}],
         "mark": {"type": mark, **style},
@@ -78,14 +78,14 @@ def loss(field: str) -> Spec:
 
 
 def pointer(*fields: str) -> Spec:
-    """The rule at the pointer, and the values that it shows."""
+    """A vertical line at the pointer, with a tooltip of these columns."""
     opacity = {"condition": {"param": "hover", "empty": False, "value": 0.6}, "value": 0}
     encoding = {"x": X, "opacity": opacity, "tooltip": shown(*fields)}
     return {"params": [NEAREST], "mark": {"type": "rule", "color": "$ink"}, "encoding": encoding}
 
 
 def loss_chart() -> Spec:
-    """Training and validation loss, the best one marked."""
+    """Training and validation loss, with the best one marked."""
 
     def named(name: str) -> Spec:
         legend = {"orient": "top", "title": None, "symbolType": "stroke", "symbolSize": 300}
@@ -106,7 +106,7 @@ def loss_chart() -> Spec:
 
 
 def comparison_chart(names: Sequence[str]) -> Spec:
-    """The losses of several runs, validation with points; the page has the names, and dims the curves of some."""
+    """The losses of several runs, validation with points; the page lists their names, and dims curves."""
     colours, styles = zip(*run_styles(names), strict=True)
     ranges = {"color": colours, "strokeDash": [[1, 0] if style == "solid" else [6, 3] for style in styles]}
     encoding: Spec = {
@@ -123,7 +123,7 @@ def comparison_chart(names: Sequence[str]) -> Spec:
 
 
 def run_styles(names: Sequence[object]) -> list[tuple[str, str]]:
-    """A colour and a style of line for each run: fourteen before they repeat."""
+    """A colour and a line style for each run: fourteen before they repeat."""
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "$ink"]
     return [(colours[at % 7], ("solid", "dashed")[at // 7 % 2]) for at in range(len(names))]
 
@@ -148,7 +148,7 @@ def parts_chart(n_parts: int) -> Spec:
 
 
 def lengths_chart() -> Spec:
-    """How much of the text is in tokens of how many bytes."""
+    """The share of the text in tokens of each length in bytes."""
     in_vocabulary = number("tokens", "tokens of the vocabulary", format=",")
     encoding = {
         "x": {"field": "label", "type": "ordinal", "sort": None, "title": "bytes", "axis": {"labelAngle": 0}},

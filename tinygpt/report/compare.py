@@ -1,4 +1,4 @@
-"""DVC's experiments side by side: what was changed and what came of it as a table, and on a page with their curves."""
+"""DVC's experiments side by side: a table of what was changed and what came of it, and a page with their curves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinygpt.report.charts import STEPS, comparison_chart, run_styles
 from tinygpt.report.page import curve_rows, render
 from tinygpt.report.reports import Row, parse_curve
 
-METRICS = {  # name -> the file in reports/metrics that has it, and how it is shown
+METRICS = {  # name -> its file in reports/metrics, and its format
     "val_loss": ("train.json", ".4f"),
     "eval_loss": ("eval.json", ".4f"),  # of the split evaluate.split
     "ppl": ("eval.json", ",.2f"),
@@ -35,31 +35,31 @@ METRICS = {  # name -> the file in reports/metrics that has it, and how it is sh
 }
 WORDS = {"None": "null", "True": "true", "False": "false"}  # DVC's spelling -> that of params.yaml
 WORKSPACE = "workspace"
-WIDEST = 24  # letters of a param that are shown
+WIDEST = 24  # characters of a param that are shown
 MOST_CURVES = 14  # that colour and style tell apart
 ERRORS = {"val_loss": "loss_error", "eval_loss": "loss_error", "ppl": "ppl_error", "bpb": "bpb_error"}  # in eval.json
 LESS_IS_BETTER = {"val_loss": True, "eval_loss": True, "ppl": True, "bpb": True, "tokens_per_s": False}
-TEXT = {"download", "clean"}  # groups that decide it
+TEXT = {"download", "clean"}  # groups that decide the text
 TOKENS = TEXT | {"tokenizer"}
-SAME_FOR = {"val_loss": TOKENS, "eval_loss": TOKENS, "ppl": TOKENS, "bpb": TEXT}  # groups in which compared runs agree
+SAME_FOR = {"val_loss": TOKENS, "eval_loss": TOKENS, "ppl": TOKENS, "bpb": TEXT}  # groups in which runs must agree
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row: the workspace, a commit, or what `dvc exp run` has made."""
+    """One row: the workspace, a commit, or an experiment of `dvc exp run`."""
 
     name: str
     rev: str | None  # None for the workspace
     state: str  # Queued, Running or Failed; empty where it is done
     params: dict[str, str]  # as params.yaml has them, by "group.key"
-    metrics: dict[str, float]  # those of METRICS that it has
+    metrics: dict[str, float]  # the METRICS that it has
     is_baseline: bool  # what experiments start from, not an experiment
 
 
 def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
-    """These revisions; without any the workspace, HEAD and its experiments, the lowest validation loss first.
+    """These revisions; if none, the workspace, HEAD and its experiments, sorted by validation loss.
 
-    Raises UserError for what DVC does not know.
+    Raises UserError for a revision that DVC does not know.
     """
     if revs:
         return [_revision(rev) for rev in revs]
@@ -69,7 +69,7 @@ def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
 
 
 def experiment_of(row: dict[str, Any]) -> Experiment:
-    """One of DVC's rows: it names a key alone, or with its file where two files have the same key."""
+    """An experiment from DVC's row, where a key stands alone, or after its file if two files have the same key."""
     state = (row["State"] or "").replace("Success", "")
     found = {name: row.get(name, row.get(f"{REPORTS}/metrics/{file}:{name}")) for name, (file, _) in METRICS.items()}
     if state or not isinstance(found["val_loss"], float):  # not trained yet: its reports are those of the run before
@@ -85,7 +85,7 @@ def experiment_of(row: dict[str, Any]) -> Experiment:
 
 
 def compare_table(experiments: Sequence[Experiment]) -> pd.DataFrame:
-    """A row an experiment, as text: the params in which they differ, and the metrics that any of them has."""
+    """A row for each experiment, as text: the params in which they differ, and the metrics that any of them has."""
     columns: dict[str, list[str]] = {"experiment": [one.name for one in experiments]}
     if any(one.state for one in experiments):
         columns["state"] = [one.state for one in experiments]
@@ -99,14 +99,14 @@ def compare_table(experiments: Sequence[Experiment]) -> pd.DataFrame:
 
 
 def differing(experiments: Sequence[Experiment]) -> list[str]:
-    """The params, by "group.key", in which those differ that have any."""
+    """The params, by "group.key", that differ between experiments; those without any params do not count."""
     known = [one.params for one in experiments if one.params]
     names = dict.fromkeys(name for params in known for name in params)
     return [name for name in names if len({params.get(name) for params in known}) > 1]
 
 
 def as_text(table: pd.DataFrame, width: int | None) -> str:
-    """The table in lines of that many letters, its columns one block below the other where they need more."""
+    """The table in lines of `width` characters; columns that do not fit are in blocks below."""
     named = table.set_index("experiment").rename_axis(None).rename_axis("experiment", axis="columns")
     return named.to_string(line_width=width)
 
@@ -126,13 +126,13 @@ def _show(rev: str | None) -> list[dict[str, Any]]:
 
 
 def _value(value: float | str) -> str:
-    """A param as params.yaml has it: DVC's table makes texts of all but numbers, and of those floats."""
+    """A param as params.yaml has it: DVC's table turns numbers into floats, and all else into text."""
     return f"{value:g}" if isinstance(value, float) else WORDS.get(value, value)
 
 
 @dataclass(frozen=True)
 class Made(Experiment):
-    """One that has left reports."""
+    """An experiment and its reports."""
 
     curve: list[Row]
     rows: list[dict[str, Any]]  # the curve as the page draws it
@@ -141,7 +141,7 @@ class Made(Experiment):
 
 
 def find_made(experiments: Sequence[Experiment]) -> list[Made]:
-    """Those that are done; of equal ones, as HEAD and a clean workspace, the last.  Raises UserError without any."""
+    """The finished experiments; of equal ones, as HEAD and a clean workspace, the last.  Raises UserError if none."""
     found = [read_made(one) for one in experiments if one.metrics]
     unequal = {json.dumps([one.curve, one.eval]): one for one in found if one is not None}
     if not unequal:
@@ -150,7 +150,7 @@ def find_made(experiments: Sequence[Experiment]) -> list[Made]:
 
 
 def read_made(one: Experiment) -> Made | None:
-    """The reports of a revision, or of the workspace; None where it has no curve. Samples only where DVC has them."""
+    """The reports of a revision, or of the workspace; None if it has no curve. Samples only if DVC has them."""
     files = DVCFileSystem(rev=one.rev)
     texts = {name: read_report(files, name) for name in ("train.csv", "train.json", "eval.json", "details.json")}
     if not (texts["train.csv"] and texts["train.json"]):
@@ -168,7 +168,7 @@ def read_made(one: Experiment) -> Made | None:
 
 
 def read_report(files: DVCFileSystem, name: str) -> str:
-    """The text of a report of a revision; empty where it has none."""
+    """The text of a revision's report; empty if it has none."""
     try:
         text: str = files.read_text(f"{REPORTS}/{name}", encoding="utf-8")
         return text
@@ -211,13 +211,13 @@ def comparison_view(made: Sequence[Made]) -> dict[str, Any]:
 
 
 def marked(name: str, made: Sequence[Made]) -> list[dict[str, str]]:
-    """A metric of each: as text, and whether it is the best, or so near that the error may make the difference."""
+    """A metric of each run as text, and whether it is the best, or so close to it that the difference may be chance."""
     values, form = [one.metrics.get(name) for one in made], METRICS[name][1]
     cells = [{"text": "-" if value is None else format(value, form), "kind": ""} for value in values]
     known = [value for value in values if value is not None]
     others = {param.split(".")[0] for param in differing(made)}
     if name not in LESS_IS_BETTER or len(known) < 2 or others & SAME_FOR.get(name, set()):
-        return cells  # of one run, or of several texts, none is the best
+        return cells  # one run, or runs on different texts, have no best
     best = min(known) if LESS_IS_BETTER[name] else max(known)
     errors = [float(one.eval.get(ERRORS.get(name, ""), 0.0)) for one in made]
     of_best = errors[values.index(best)]

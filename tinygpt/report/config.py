@@ -17,10 +17,10 @@ class EvaluateParams:
     group: ClassVar[str] = "evaluate"
 
     split: Literal["val", "test"]  # which held-out text
-    context: CountOrDerived  # tokens that a prediction may look back on, at most: null = model.block_size
+    context: CountOrDerived  # tokens of context for a prediction, at most: null = model.block_size
     stride: CountOrDerived  # tokens scored by each window: null = context (windows side by side, the fastest)
     prompts: tuple[str, ...]  # of the samples; "" begins a document
-    held_out_prompts: Annotated[int, Within("[0, 100]")]  # more of them, from that text, with what really followed
+    held_out_prompts: Annotated[int, Within("[0, 100]")]  # more of them, from that split, with what really followed
     max_new_tokens: Count  # of each sample
     temperature: Annotated[float, Within("[0, inf)")]  # divides the logits; 0 takes the likeliest token
     top_k: Annotated[int, Within("[0, inf)")]  # only the k likeliest tokens; 0 = all
@@ -28,7 +28,7 @@ class EvaluateParams:
     seed: Annotated[int, Within("[0, 4294967295]")]  # of the samples
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
-        """What must hold between this and other groups of params.yaml, by name, where they are loaded too."""
+        """What must hold between this group and others of params.yaml, by name, if they are loaded too."""
         if "model" in groups:
             block_size = groups["model"].block_size
             context = self.context or block_size

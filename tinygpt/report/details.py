@@ -33,29 +33,29 @@ from tinygpt.report.tokenizer import paragraph, vocabulary
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds, TokensMeta
 
-MOST_READ = 64  # tokens of a prompt, its last, whose surprise is shown
-MOST_LOOKED_AT = 10_000_000  # tokens of a split among which documents are chosen
-N_LIKELIEST = 5  # tokens that the model found likeliest in the same place
+MOST_READ = 64  # last tokens of a prompt whose surprise is shown
+MOST_LOOKED_AT = 10_000_000  # first tokens of a split, from which documents are chosen
+N_LIKELIEST = 5  # likeliest tokens shown for each position
 MOST_SAMPLES = 8
 MOST_TOKENS = 300  # of each
-MOST_WEIGHTS = 200_000  # of attention, over all layers and heads
+MOST_WEIGHTS = 200_000  # attention weights, over all layers and heads
 MOST_ATTENDING = 48  # tokens of the text whose attention is shown
-N_DOCUMENTS = 3  # longest and shortest ones
-BEGINNING = 12  # tokens of a document that name it
+N_DOCUMENTS = 3  # of the longest, and of the shortest
+BEGINNING = 12  # first tokens of a document, which stand for it
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A token of a text, as the model sees it after what is before it."""
+    """A token of a text, and how the model predicts it from the tokens before."""
 
-    text: str  # empty where it ends within a character, which its last token shows
+    text: str  # empty if it ends inside a character, which that character's last token shows
     nats: float  # minus the logarithm of its probability
-    likeliest: list[tuple[str, float]]  # a token and its share of the probability
+    likeliest: list[tuple[str, float]]  # (token, probability)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, how the model continued it, and how the text did that it is from, if any."""
+    """A prompt, how the model continued it, and how it continues in the text that it is from, if any."""
 
     prompt: str
     text: str
@@ -65,7 +65,7 @@ class Sample:
 
 
 def prompt_to_try(samples: Sequence[Sample]) -> str:
-    """A line to show how the model is run: the beginning of a held-out text, else of a prompt of evaluate.prompts."""
+    """A line for examples of use: the beginning of a held-out text, else of a prompt of evaluate.prompts."""
     by_preference = sorted(samples, key=lambda sample: sample.followed is None)
     lines = (re.search(r"\w.{0,60}(?!\S)", sample.prompt) for sample in by_preference)
     return next((printable(line[0]) for line in lines if line), "The")
@@ -81,7 +81,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def make_samples(model: GPT, tokenizer: Tokenizer, tokens: TokenIds, params: EvaluateParams) -> list[Sample]:
-    """One for each of the params' prompts, and for some from the held-out tokens."""
+    """A sample for each of the params' prompts, and for some from the held-out tokens."""
     found = [*held_out(tokens, tokenizer, params, model.config.block_size)]
     prompts = [*params.prompts, *(prompt for prompt, _ in found)]
     followed = [*[None] * len(params.prompts), *(rest for _, rest in found)]
@@ -89,7 +89,7 @@ def make_samples(model: GPT, tokenizer: Tokenizer, tokens: TokenIds, params: Eva
     answers = generate_batch(model, tokenizer, prompts, max_new_tokens=n, sampling=sampling, n_logprobs=N_LIKELIEST)
     samples = []
     for prompt, rest, answer in zip(prompts, followed, answers, strict=True):
-        # the id that ended it has probabilities too
+        # the id that ended the answer has probabilities too
         pieces = zip(answer.ids, answer.logprobs, answer.top_logprobs, strict=False)
         read = prompt_ids(tokenizer, prompt)
         real = None if rest is None else score(model, tokenizer, read, tokenizer.encode(rest))
@@ -102,9 +102,9 @@ def make_samples(model: GPT, tokenizer: Tokenizer, tokens: TokenIds, params: Eva
 def held_out(
     tokens: TokenIds, tokenizer: Tokenizer, params: EvaluateParams, block_size: int
 ) -> Iterator[tuple[str, str]]:
-    """The beginnings of documents, evenly chosen and cut before a space, and what follows each in its document.
+    """The beginnings of evenly spaced documents, cut before a space, and what follows each in its document.
 
-    A BPE token of most words begins with the space before it: a prompt that ends in a space has an odd next token.
+    The BPE token of most words begins with the space before it, so a prompt that ends in a space has an odd next token.
     """
     n_read = max(2, min(24, block_size // 4))
     starts, lengths = document_spans(tokens[:MOST_LOOKED_AT], tokenizer)
@@ -121,7 +121,7 @@ def held_out(
 
 
 def document_spans(tokens: TokenIds, tokenizer: Tokenizer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each document of some tokens begins, and how many it has; none of the special ones between documents."""
+    """Where each document begins, and how many tokens it has, without the special ones between documents."""
     borders = np.flatnonzero(np.isin(tokens, tokenizer.border_ids))
     starts = np.concatenate(([0], borders + 1))
     lengths = np.append(borders, len(tokens)) - starts
@@ -129,7 +129,7 @@ def document_spans(tokens: TokenIds, tokenizer: Tokenizer) -> tuple[NDArray[np.i
 
 
 def score(model: GPT, tokenizer: Tokenizer, read: Sequence[int], ids: Sequence[int]) -> list[Scored]:
-    """What the model says of each of the ids after those read, in one pass; ids beyond its context are left out."""
+    """How the model predicts each of the `ids` after `read`, in one pass; ids beyond its context are left out."""
     ids = list(ids)[: model.config.block_size]
     before = list(read)[-max(1, model.config.block_size + 1 - len(ids)) :]
     if not ids:
@@ -141,7 +141,7 @@ def score(model: GPT, tokenizer: Tokenizer, read: Sequence[int], ids: Sequence[i
 
 
 def _named(tokenizer: Tokenizer, pieces: Iterable[tuple[int, float, Any]]) -> Iterator[Scored]:
-    """(id, log-probability, the likeliest ids with theirs) of each token -> the same as texts, rounded."""
+    """(id, log-probability, the likeliest ids with theirs) of each token -> the same with texts, rounded."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for id, logprob, likeliest in pieces:
         named = [(tokenizer.decode([other]), round(float(np.exp(p)), 4)) for other, p in likeliest]
@@ -157,7 +157,7 @@ def sampling_of(params: EvaluateParams) -> Sampling:
 def details(
     model: GPT, tokenizer: Tokenizer, meta: TokensMeta, splits: Mapping[str, TokenIds], samples: Sequence[Sample]
 ) -> dict[str, Any]:
-    """All of it, as JSON; of the splits those that have tokens, training first."""
+    """The contents of details.json; `splits` has those with tokens, training first."""
     held_out = [*splits.values()][-1]
     return {
         "model": {
@@ -180,7 +180,7 @@ def details(
 
 
 def write_details(path: Path, found: dict[str, Any]) -> None:
-    """Write it, a line for each of its parts."""
+    """Write details.json, a line for each of its parts."""
     lines = (f"{json.dumps(name)}: {json.dumps(part, ensure_ascii=False)}" for name, part in found.items())
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -202,9 +202,9 @@ def documents(tokens: TokenIds, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def attention(model: GPT, tokenizer: Tokenizer, samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """What each head attends to in the first sample: bytes of 0 to 255 in base64, (n_layer, n_head, T, T).
+    """What each head attends to in the first sample with a prompt: bytes, 0 to 255, in base64, (n_layer, n_head, T, T).
 
-    None where no sample has a text.
+    None if no sample has a prompt.
     """
     config = model.config
     room = math.isqrt(MOST_WEIGHTS // (config.n_layer * config.n_head))

@@ -1,6 +1,6 @@
 """The page of a run: one HTML file that needs no other, made from what the stages have written.
 
-Its bytes depend on those files and on the commits alone. Whatever comes from outside is put in as text.
+Its bytes depend only on those files and on the commits. Text from outside is always escaped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CLEANED = {  # keys of reports/clean.json in words
 
 
 def write_page(root: Path, path: Path) -> None:
-    """Write the page of the run in a project's folder.  Raises UserError where a report is of another version."""
+    """Write the page of the run in a project's folder.  Raises UserError if a report is of another version."""
     reports = read_reports(root)
     try:
         page = render("run.html", run_data(reports), **run_view(reports, find_earlier(root, reports.eval)))
@@ -60,7 +60,7 @@ def write_page(root: Path, path: Path) -> None:
 
 
 def write_live(folder: Path, path: Path, *, running: bool) -> None:
-    """Write the page of a run in a folder of runs/, training or stopped.  Raises UserError as its readers do."""
+    """Write the page of a run in runs/ that is training or has stopped.  Raises UserError as read_curve does."""
     curve, samples = read_curve(folder), read_samples(folder)
     evaluated = [row for row in curve if row["val_loss"] is not None]
     best_step = min(evaluated, key=lambda row: row["val_loss"] or 0.0)["step"]
@@ -97,20 +97,20 @@ def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
     style, script = (Markup((ASSETS / file).read_text(encoding="utf-8")) for file in ("page.css", "page.js"))
     needed = library() if "charts" in data else ""
     inner = {"style": style, "script": script, "library": needed}
-    inner["data"] = Markup(text.replace("<", "\\u003c"))  # no text ends the script
+    inner["data"] = Markup(text.replace("<", "\\u003c"))  # so that no text can end the script
     return environment.get_template(template).render(**inner, **view)
 
 
 @cache
 def library() -> Markup:
-    """Vega, which takes a second to be put together."""
-    import vl_convert  # here, as commands that draw nothing import this file
+    """Vega's JavaScript, which takes a second to bundle."""
+    import vl_convert  # here, because commands that draw nothing import this file too
 
     return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def visible(token: str) -> str:
-    """A token as a name: spaces and line ends can be seen."""
+    """A token with its spaces and line ends made visible."""
     return token.translate({ord(" "): "␣", ord("\n"): "↵", ord("\t"): "⇥"}) or "∅"
 
 
@@ -146,7 +146,7 @@ def curve_data(
 def curve_rows(
     curve: list[Row], best_step: float | None = None, *, tokens: float = 0, epochs: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The curve with each row's share of all tokens and epochs, and the newest validation loss seen at it."""
+    """The curve; each row also has the tokens and epochs so far, and the latest validation loss."""
     rows, seen, last = list[dict[str, Any]](), None, curve[-1]["step"] or 1
     for row in curve:
         share = (row["step"] or 0) / last
@@ -187,7 +187,7 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
 
 
 def numbers(reports: Reports, earlier: Earlier | None) -> list[dict[str, Any]]:
-    """The three numbers to decide by, with their errors, and how they differ from those of an earlier run."""
+    """The three main numbers, with their errors, and how they differ from those of an earlier run."""
     now = reports.eval | {"val_loss": reports.train["val_loss"]}
     was = earlier.eval if earlier else {}
     same_text = all(was.get(key) == now[key] for key in ("split", "bytes"))
@@ -208,7 +208,7 @@ def numbers(reports: Reports, earlier: Earlier | None) -> list[dict[str, Any]]:
 
 
 def verdict(value: float, before: float, error: float, form: str, *, commit: str) -> dict[str, str]:
-    """Whether a number, of which less is better, is better than that of a commit, and by how many standard errors."""
+    """Whether a number (lower is better) is better than that of a commit, and by how many standard errors."""
     difference, errors = value - before, abs(value - before) / error if error else math.inf
     kind = "same" if errors < 2 else "better" if difference < 0 else "worse"
     words = "within the error" if kind == "same" else f"{kind}, by {errors:.0f} times the error"

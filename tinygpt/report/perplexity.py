@@ -26,12 +26,12 @@ BATCH_TOKENS = 8192  # tokens of one forward pass
 
 
 def estimate(nll: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean nats per token, and its standard error, which takes the tokens for independent."""
+    """Mean nats per token, and its standard error, as if the tokens were independent."""
     return float(nll.mean()), float(nll.std() / math.sqrt(max(1, len(nll) - 1)))
 
 
 def perplexity(loss: float) -> float:
-    """e to the mean nats per token; infinite where that is more than a float holds."""
+    """e to the mean nats per token; infinite if that is more than a float holds."""
     return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
@@ -95,7 +95,7 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
     require((n_bytes > 0, no_text))
     nll = token_nll(model, tokens, context=context, stride=stride)
     loss, error = estimate(nll)
-    bits = len(nll) / (n_bytes * math.log(2))  # per byte of the text that the tokens stand for, for a nat per token
+    bits = len(nll) / (n_bytes * math.log(2))  # bits per byte for each nat per token
     return {
         "split": params.split,
         "context": context,

@@ -1,7 +1,7 @@
 """Plots of training curves, tokenizers and attention, as SVG and PNG whose bytes depend on the numbers alone.
 
-Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart by colour-blind people; lines differ in
-style as well.  T tokens.
+Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), which colour-blind people can tell apart; lines
+differ in style as well.  T tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 MOST_LABELS = 16  # tokens that can be read at the axes of a small map
 
 STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "tinygpt",  # else ids of SVG elements are random
+    "svg.hashsalt": "tinygpt",  # else the ids of SVG elements are random
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.grid": True,
@@ -46,26 +46,26 @@ Table = np.recarray[Any, Any]  # `table.step` is a column, float64; NaN where a 
 
 
 class Tables(NamedTuple):
-    """What training has written down on the way."""
+    """What training has recorded."""
 
-    curve: Table  # a row for one step or several
+    curve: Table  # a row for every step, or for several
     norms: Table  # the step of each evaluation, and the norm of each part's gradient
 
 
 def read_tables(reports: Path) -> Tables:
-    """train.csv and train_norms.csv.  Raises UserError when one is missing, has other columns, or a row that is cut."""
-    must_exist(reports / "train_norms.csv", stage="train")  # which read_norms can do without
+    """train.csv and train_norms.csv.  Raises UserError if one is missing, has other columns, or a row that is cut."""
+    must_exist(reports / "train_norms.csv", stage="train")  # read_norms accepts a missing file
     return Tables(as_table(read_curve(reports)), as_table(read_norms(reports)))
 
 
 def as_table(rows: Sequence[Row]) -> Table:
-    """Rows of numbers, one at least, as columns.  (pandas takes as long to import as to draw.)"""
+    """At least one row of numbers, as columns.  (pandas would take as long to import as the plots to draw.)"""
     numbers = [tuple(math.nan if x is None else x for x in row.values()) for row in rows]
     return np.array(numbers, [(name, float) for name in rows[0]]).view(np.recarray)
 
 
 def known(table: Table, column: str) -> Table:
-    """The rows that have a number there."""
+    """The rows that have a number in `column`."""
     return table[~np.isnan(table[column])]
 
 
@@ -82,7 +82,7 @@ def write_plots(tables: Tables, folder: Path, params: PlotParams) -> list[str]:
 
 
 def plot_loss(tables: Tables, params: PlotParams) -> Figure:
-    """Training and validation loss by step, the best step marked."""
+    """Training and validation loss by step, with the best step marked."""
     curve = tables.curve
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -98,7 +98,7 @@ def plot_loss(tables: Tables, params: PlotParams) -> Figure:
 
 
 def smoothed(curve: Table, params: PlotParams) -> tuple[NDArray[np.float64], list[float]]:
-    """Steps, and the training loss as the mean of so many rows around each, fewer at the ends."""
+    """Steps, and the training loss as the mean of `params.smooth` rows around each, fewer at the ends."""
     train, before, after = known(curve, "train_loss"), params.smooth // 2, (params.smooth + 1) // 2
     losses = train.train_loss
     return train.step, [losses[max(0, i - before) : i + after].mean() for i in range(len(losses))]
@@ -117,7 +117,7 @@ def plot_optimizer(tables: Tables, params: PlotParams) -> Figure:
 
 
 def plot_norms(tables: Tables, params: PlotParams) -> Figure:
-    """The gradient of each part at each evaluation: a column for a step, a row for a part, the first one below."""
+    """Each part's gradient norm at each evaluation: a column for a step, a row for a part, the first at the bottom."""
     norms = tables.norms
     parts = norms.dtype.names[1:]
     figure = Figure(figsize=(7, 1.4 + 0.3 * len(parts)), layout="constrained")
@@ -136,7 +136,7 @@ def plot_norms(tables: Tables, params: PlotParams) -> Figure:
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The smallest and largest of the numbers above zero, a little apart."""
+    """The smallest and largest of the numbers above zero, kept a little apart."""
     positive = values[values > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
     return float(low), float(max(high, low * 1.01))
@@ -162,7 +162,7 @@ def plot_curves(curves: dict[str, list[Row]], path: Path, params: PlotParams) ->
             right.plot(
                 val.step, val.val_loss, marker="o", markersize=3.5, label=f"{name}: {val.val_loss.min():.3f}", **drawn
             )
-        # the first losses, high above all that differs, are left out
+        # leave out the first losses, which are far above all differences
         low = min(np.nanmin([curve.train_loss, curve.val_loss]) for curve in tables.values())
         high = max(np.fmax.reduce(curve.val_loss[curve.step > 0], initial=low) for curve in tables.values())
         margin = 0.05 * (high - low) or 0.05
@@ -195,7 +195,7 @@ def plot_attention(maps: NDArray[np.float32], tokens: Sequence[str], path: Path)
 
 
 def plot_fit(fits: Mapping[str, tuple[Tokenizer, Fit]], path: Path) -> None:
-    """How often tokens occur, by rank, and how many bytes of the text are in tokens of which length."""
+    """How often tokens occur, by rank, and the share of the text in tokens of each length."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 4), layout="constrained")
         left, right = figure.subplots(1, 2)

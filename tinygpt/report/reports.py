@@ -1,4 +1,4 @@
-"""What the stages have written of a run, read and checked, and what git keeps of an earlier run."""
+"""Read and check what the stages have written about a run, and what git keeps of an earlier run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
 AGAIN = "run `dvc repro train`"
 SAMPLE = re.compile(r"^## Step ([\d,]+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
 JSON_REPORTS = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "details": "evaluate"}
-MOST_COMMITS = 20  # that are read
+MOST_COMMITS = 20  # that are searched for an earlier run
 
 Row = dict[str, float | None]
 
@@ -37,11 +37,11 @@ class Reports(NamedTuple):
     curve: list[Row]
     norms: list[Row]
     samples: list[dict[str, Any]]  # "step" and "text" of those written at each evaluation
-    params: dict[str, str]  # by "group.key", but for the group runtime
+    params: dict[str, str]  # by "group.key", without the group runtime
 
 
 def read_reports(root: Path) -> Reports:
-    """Read a project's.  Raises UserError that names the stage of one that is missing or damaged."""
+    """Read a project's reports.  Raises UserError naming the stage of one that is missing or damaged."""
     folder = root / REPORTS
     for name in ("train_norms.csv", "train_samples.md"):
         must_exist(folder / name, stage="train")
@@ -55,7 +55,7 @@ def read_reports(root: Path) -> Reports:
 
 
 def read_curve(folder: Path) -> list[Row]:
-    """The curve of a run, in reports or in its folder of runs/.  Raises UserError, also before its first evaluation."""
+    """The curve of a run, in reports/ or its folder in runs/.  Raises UserError, also before the first evaluation."""
     path = must_exist(folder / "train.csv", stage="train")
     return parse_curve(_text(path), str(path))
 
@@ -81,7 +81,7 @@ def _text(path: Path) -> str:
 
 
 def parse_curve(text: str, name: str) -> list[Row]:
-    """The rows of a train.csv, with a validation loss at least.  Raises UserError that names it, and the line."""
+    """The rows of a train.csv, with at least one validation loss.  Raises UserError naming the file and the line."""
     rows = parse_rows(text, name, COLUMNS)
     if all(row["val_loss"] is None for row in rows):
         raise UserError(f"{name} has no validation loss: {AGAIN}")
@@ -89,9 +89,9 @@ def parse_curve(text: str, name: str) -> list[Row]:
 
 
 def parse_rows(text: str, name: str, columns: Sequence[str] = ()) -> list[Row]:
-    """The rows of a CSV of numbers, None where a field is empty.  (pandas takes longer to import than the page.)
+    """The rows of a CSV of numbers, None where a field is empty.  (pandas would take longer than the page.)
 
-    Without columns they are "step" and the parts of a model.
+    Without `columns`, they must be "step" and the parts of a model.
     """
     header, *lines = text.split("\n")
     found = header.split(",")
@@ -125,20 +125,20 @@ def _row(line: str, columns: Sequence[str], before: float) -> Row:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a commit holds of its run."""
+    """What a commit keeps of its run."""
 
     commit: str
-    eval: dict[str, Any]  # as reports/eval.json, with the val_loss of training
-    params: dict[str, str]  # by "group.key", as of the present run
+    eval: dict[str, Any]  # as in reports/eval.json, with the val_loss of training
+    params: dict[str, str]  # by "group.key", like those of the present run
 
 
 def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
     """The newest commit whose evaluation differs from that of the present run.
 
-    So it stays the same when the present run is committed. None where no commit has one in this version's form, or
-    without git.
+    So it stays the same when the present run is committed. None if no commit has an evaluation in this version's form,
+    or without git.
     """
-    metrics = f"{REPORTS.as_posix()}/metrics"  # in git, as the whole reports are not
+    metrics = f"{REPORTS.as_posix()}/metrics"  # in git, unlike the whole reports
     commits = _git(root, "log", "--format=%H", f"-n{MOST_COMMITS}", "--", f"{metrics}/eval.json")
     for commit in commits.split():
         try:
@@ -155,7 +155,7 @@ def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
 
 
 def _whole(found: dict[str, Any]) -> dict[str, Any]:
-    """What reports/eval.json had, of which git keeps these metrics: all that is in proportion to the loss."""
+    """The numbers of reports/eval.json, from the metrics that git keeps: the others are in proportion to the loss."""
     loss, bpb, error, ppl, tokens = (found[name] for name in ("eval_loss", "bpb", "bpb_error", "ppl", "eval_tokens"))
     loss_error = error * loss / bpb
     return {
@@ -170,7 +170,7 @@ def _whole(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _git(root: Path, *command: str) -> str:
-    """What git prints; nothing where it fails, or is not there."""
+    """What git prints; nothing if it fails or is not installed."""
     try:
         done = subprocess.run(["git", *command], cwd=root, capture_output=True, check=True)
         return done.stdout.decode("utf-8", errors="replace")

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 N_LONGEST = 24  # tokens
 N_PARAGRAPH = 120  # tokens
-LONGEST_SHOWN = 16  # bytes of a token from which lengths are counted together
-MOST_COUNTED = 10_000_000  # tokens of a text
+LONGEST_SHOWN = 16  # bytes of a token; longer ones are counted as of this length
+MOST_COUNTED = 10_000_000  # tokens of a text, at most
 
 
 @dataclass
 class Fit:
     """What a tokenizer makes of a text."""
 
-    counts: NDArray[np.int64]  # occurrences of each id, 0 of special tokens
+    counts: NDArray[np.int64]  # occurrences of each id, 0 for special tokens
     n_bytes: int = 0  # of UTF-8
     n_words: int = 0  # between white space
 
@@ -41,7 +41,7 @@ class Fit:
 
 
 def fit_file(tokenizer: Tokenizer, path: Path) -> Fit:
-    """Encode the documents of a file of data/clean."""
+    """Encode the documents in a file of data/clean."""
     fit = Fit(np.zeros(tokenizer.vocab_size, np.int64))
 
     def texts() -> Iterator[str]:
@@ -59,7 +59,7 @@ def fit_file(tokenizer: Tokenizer, path: Path) -> Fit:
 
 def fit_table(fits: Mapping[tuple[str, str], Fit]) -> pd.DataFrame:
     """A row for each (tokenizer, split) with a text."""
-    import pandas as pd  # here, as the stages that count tokens need no table
+    import pandas as pd  # here, because the stages that count tokens need no table
 
     rows = [
         {
@@ -76,7 +76,7 @@ def fit_table(fits: Mapping[tuple[str, str], Fit]) -> pd.DataFrame:
 
 
 def vocabulary(tokenizer: Tokenizer, tokens: TokenIds) -> dict[str, Any]:
-    """How long tokens are: of the vocabulary the longest, of the text the share that tokens of each length make up."""
+    """How long tokens are: the longest of the vocabulary, and the share of the text in tokens of each length."""
     counts = np.bincount(tokens[:MOST_COUNTED], minlength=tokenizer.vocab_size)
     sizes = np.array(tokenizer.token_bytes)
     in_text = np.bincount(np.minimum(sizes, LONGEST_SHOWN), weights=counts * sizes, minlength=LONGEST_SHOWN + 1)
@@ -93,14 +93,14 @@ def vocabulary(tokenizer: Tokenizer, tokens: TokenIds) -> dict[str, Any]:
 
 
 def paragraph(tokenizer: Tokenizer, tokens: TokenIds) -> list[str]:
-    """The first tokens of a text, as pieces; of a character that several make up the last one has all of it."""
+    """The first tokens of a text, as pieces; a character of several tokens is in the piece of the last one."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ids = [id for id in tokens[: N_PARAGRAPH + 1].tolist() if id not in tokenizer.border_ids]
     return [*filter(None, (decoder.decode(tokenizer.decode_bytes([id])) for id in ids))]
 
 
 def longest_tokens(tokenizer: Tokenizer, n: int) -> list[bytes]:
-    """The n tokens of most bytes, special ones left out."""
+    """The n tokens with the most bytes, except special ones."""
     special = set(tokenizer.special_tokens.values())
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size) if i not in special]
     return sorted(tokens, key=lambda raw: (-len(raw), raw))[:n]

@@ -1,4 +1,4 @@
-"""A finished run as the files that the next stages and people read."""
+"""Write a finished run to the files that later stages and people read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_curve(state: TrainState, *folders: Path) -> None:
 
 
 def as_csv(rows: Sequence[Mapping[str, float | None]]) -> str:
-    """A line for each row, empty where there is no number.  (pandas takes longer to import than a run to publish.)"""
+    """A line for each row; None gives an empty field.  (pandas takes longer to import than a run to publish.)"""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0])
@@ -82,8 +82,8 @@ def _summary(trained: Trained, trainer: Trainer) -> dict[str, Any]:
     tokens = state.step * trainer.params.batch_size * trainer.batches.seq_len
     return {
         "val_loss": state.best_val_loss,
-        "best_step": state.best_step,  # 0: the weights that it started from, which no step made better
-        "first_val_loss": state.rows[0]["val_loss"],  # theirs
+        "best_step": state.best_step,  # 0: the weights that it started from, as no step improved on them
+        "first_val_loss": state.rows[0]["val_loss"],  # of the weights that it started from
         "last_val_loss": state.rows[-1]["val_loss"],
         "last_train_loss": state.rows[-1]["train_loss"],
         "n_params": sum(tensor.numel() for tensor in trained.best.values()),
