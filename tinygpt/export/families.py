@@ -19,7 +19,7 @@ from tinygpt.params import ParamsError
 
 N_ADVICE = 2  # changes that a refusal suggests
 CHOICES = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(ModelParams).items()}
-ANY_BIAS: tuple[Any, ...] = CHOICES["bias"]  # from fewest to most
+ANY_BIAS: tuple[Any, ...] = CHOICES["bias"]  # from fewest to most biases
 CORE: dict[str, tuple[Any, ...]] = {  # the switches that decide the computation, and their values
     name: CHOICES[name] or (False, True) for name in ("position", "norm", "mlp", "parallel_block", "qk_norm")
 }

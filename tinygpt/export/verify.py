@@ -29,7 +29,7 @@ CHUNK_SIZE = 512  # llama-perplexity's default context
 N_PROMPT, N_NEW = 8, 32  # greedy continuations: how many, and tokens in each
 SMALL = 1e-4  # weights that are smaller, on average, count as this large: scales are float16, which ends at 6e-8
 
-# Text that tokenizers disagree on, whatever the corpus holds.
+# Texts on which tokenizers often disagree, checked with any corpus.
 SAMPLES = (
     "It's they'LL we've I'd 'tis O'Neil''s",
     "a  b   c\t\td\n\n  e\r\nf \n g   ",

@@ -75,7 +75,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write them as Markdown."""
     text = "# Samples\n"
     for sample in samples:
-        heading = re.sub(r"([\\`*_<\[])", r"\\\1", printable(sample.prompt)) or "(none)"  # one line, only text
+        heading = re.sub(r"([\\`*_<\[])", r"\\\1", printable(sample.prompt)) or "(none)"  # one line of plain text
         text += f"\n## Prompt: {heading}\n\n{fenced(f'{sample.prompt}{sample.text}')}"
     write_text(path, text)
 

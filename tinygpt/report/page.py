@@ -70,7 +70,7 @@ def write_live(folder: Path, path: Path, *, running: bool) -> None:
 
 
 def attention_page(maps: NDArray[np.float32], tokens: Sequence[str]) -> str:
-    """A page to choose a head and point at a token.  (n_layer, n_head, T, T)"""
+    """A page of attention maps, to choose a head and point at a token.  (n_layer, n_head, T, T)"""
     shares = base64.b64encode((maps * 255).round().astype(np.uint8).tobytes()).decode()
     data = {"attention": {"tokens": list(tokens), "shape": list(maps.shape), "maps": shares}}
     return render("attention.html", data, title="".join(tokens)[:80])
@@ -129,7 +129,7 @@ def run_data(reports: Reports) -> dict[str, Any]:
 def curve_data(
     curve: list[Row], norms: list[Row], samples: list[dict[str, Any]], best_step: float | None, **of_all: float
 ) -> dict[str, Any]:
-    """What the script draws of a training: its curve, its norms with the last part first, and its samples."""
+    """What the script draws of a training run: its curve, its norms with the last part first, and its samples."""
     return {
         "charts": charts(max(map(len, norms), default=2) - 1),
         "curve": curve_rows(curve, best_step, **of_all),

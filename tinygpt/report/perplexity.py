@@ -113,7 +113,7 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
 
 
 def llamacpp_report(model: GPT, tokens: NDArray[np.integer], *, n_ctx: int) -> dict[str, Any]:
-    """Perplexity as llama-perplexity computes it with `-c n_ctx`, or only n_ctx when the text is too short.
+    """Perplexity as llama-perplexity computes it with `-c n_ctx`, or n_ctx alone if the text is too short.
 
     Its chunks do not overlap, and what is left at the end is dropped.
     """

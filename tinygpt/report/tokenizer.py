@@ -36,7 +36,7 @@ class Fit:
 
     @property
     def n_tokens(self) -> int:
-        """Ids in all."""
+        """Tokens in all, without special ones."""
         return int(self.counts.sum())
 
 
