@@ -1,1 +1,1 @@
-"""Training as mathematics: batches, loss, optimizers, schedules, the step and the loop.  Imports nothing of run."""
+"""The mathematics of training: batches, loss, optimizers, schedules, the step, the loop.  Imports nothing from run."""

@@ -1,4 +1,4 @@
-"""Which tokens a step trains on: a pure function of the seed and the step, so that resuming needs nothing else.
+"""Which tokens a step trains on: a pure function of the seed and the step, so resuming needs no other state.
 
 N sequences, T tokens.
 """
@@ -19,21 +19,21 @@ from tinygpt.train.config import ContextWarmup
 if TYPE_CHECKING:
     from tinygpt.tokens import TokenIds
 
-MAX_GROUPS = 1 << 20  # of documents that are shuffled: 24 bytes each are held
-PIECE = 1 << 20  # ids searched at a time, so that memory does not grow with the row
+MAX_GROUPS = 1 << 20  # of documents that are shuffled; each takes 24 bytes of memory
+PIECE = 1 << 20  # ids searched at a time, so memory does not grow with the row
 
 
 class Batches:
-    """Batches of sequences out of one row of tokens.
+    """Batches of sequences from one row of tokens.
 
-    The row begins and ends with the same token and is read as a ring. An epoch cuts the ring, from a random place on,
-    into sequences of `seq_len` tokens and takes them in random order. So each token is a target once an epoch, except
-    for a rest of fewer than `seq_len`. Neither option changes this rule:
+    The row begins and ends with the same token and is read as a ring. Each epoch cuts the ring at a random place,
+    divides it into sequences of `seq_len` tokens and takes them in random order. So each token is a target once per
+    epoch, except for a remainder of fewer than `seq_len`. Neither option changes this rule:
 
-    context_warmup     the first steps cut their sequences into shorter ones: the same tokens, but less context for each
-    shuffle_documents  each epoch's ring has the documents in another order. A document begins after each token that is
-                       the row's first. Where there are more than MAX_GROUPS of them, groups of neighbours stay
-                       together, so that memory does not grow with the row.
+    context_warmup     the first steps split their sequences into shorter ones: the same tokens with less context
+    shuffle_documents  each epoch has the documents in another order. Every occurrence of the row's first token begins a
+                       document. If there are more than MAX_GROUPS documents, groups of neighbours stay together, so
+                       memory does not grow with the row.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Batches:
         self._epoch: tuple[int, _Epoch] | None = None
 
     def batch_at(self, step: int) -> NDArray[np.int64]:
-        """The sequences of one step, each with the token that follows it.  -> (N, T + 1) ids, N x T in every step"""
+        """The sequences of one step, each with the token that follows it.  -> (N, T + 1) ids; N x T never changes"""
         first, end = step * self.batch_size, (step + 1) * self.batch_size
         seq_len = seq_len_at(step, self.seq_len, self.context_warmup)
         parts = []
@@ -87,13 +87,13 @@ def seq_len_at(step: int, full: int, warmup: ContextWarmup | None) -> int:
 
 
 class _Epoch:
-    """Where the ring is cut, the order of its sequences, and that of its documents."""
+    """Where an epoch cuts the ring, and the order of its sequences and documents."""
 
     def __init__(self, rng: np.random.Generator, ring: int, n: int, documents: NDArray[np.int64] | None) -> None:
         self.cut = int(rng.integers(ring))
         self.order = np.arange(n, dtype=np.uint32)
         rng.shuffle(self.order)
-        self.begins: NDArray[np.int64] | None = None  # of the documents, in their order in this epoch's ring
+        self.begins: NDArray[np.int64] | None = None  # where each document begins in this epoch's ring
         if documents is not None:
             shuffled = rng.permutation(len(documents))
             ends = np.cumsum(np.diff(documents, append=ring)[shuffled])
@@ -110,7 +110,7 @@ class _Epoch:
 def document_starts(tokens: TokenIds, *, at_most: int) -> NDArray[np.int64]:
     """Places of the `<|endoftext|>` before each document, or before every n-th where there are more than `at_most`.
 
-    Reads the row, which begins with one, twice, a piece at a time.
+    The row must begin with one. It is read twice, a piece at a time.
     """
     pieces = [(start, tokens[start : start + PIECE]) for start in range(0, len(tokens) - 1, PIECE)]
     pieces[-1] = pieces[-1][0], tokens[pieces[-1][0] : -1]  # the last <|endoftext|> begins no document
@@ -124,7 +124,7 @@ def document_starts(tokens: TokenIds, *, at_most: int) -> NDArray[np.int64]:
 
 
 def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[np.int64]:
-    """The first tokens of the validation split as sequences one after another, at most about `limit` tokens.
+    """The first tokens of the validation split as consecutive sequences, about `limit` tokens at most.
 
     -> (N, seq_len + 1) ids, N at least 1
     """
@@ -134,10 +134,10 @@ def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[
 
 
 class Prefetch:
-    """A context in which batches are read one step ahead, in a thread: the device does not wait for the disk.
+    """A context in which a thread reads batches one step ahead, so the device does not wait for the disk.
 
-    It gives what `batch_at` gives, for any step, on the device. The thread ends with the context, however that ends.
-    What `batch_at` raises is raised for the step it belongs to.
+    `batch` returns what `batch_at` returns, on the device. The thread ends with the context, however that ends.
+    An error in `batch_at` is raised for the step it belongs to.
     """
 
     def __init__(self, batch_at: Callable[[int], NDArray[np.int64]], device: torch.device) -> None:
@@ -155,7 +155,7 @@ class Prefetch:
         self._pool = self._ahead = None
 
     def batch(self, step: int) -> Tensor:
-        """The batch of a step, (N, T + 1) ids; starts to read that of the next."""
+        """The batch of a step, (N, T + 1) ids; starts reading the next one."""
         assert self._pool is not None, "outside its context"
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = step, self._pool.submit(self._read, step)
@@ -165,4 +165,4 @@ class Prefetch:
 
     def _read(self, step: int) -> Tensor:
         ids = torch.from_numpy(self._batch_at(step))
-        return ids.pin_memory() if self._device.type == "cuda" else ids  # only from there is a copy not waited for
+        return ids.pin_memory() if self._device.type == "cuda" else ids  # only pinned memory is copied without waiting

@@ -11,16 +11,16 @@ from tinygpt.model.config import MLPS
 from tinygpt.params import Count, Fraction, Within, require
 
 Positive = Annotated[float, Within("(0, inf)")]
-Rate = Annotated[float, Within("(0, 100]")]  # of learning
-UNSPLIT = ("adamw8bit",)  # optimizers of which each process must have all of a weight (not runtime.parallel=fsdp)
+Rate = Annotated[float, Within("(0, 100]")]  # a learning rate
+UNSPLIT = ("adamw8bit",)  # optimizers that need whole weights in each process (not runtime.parallel=fsdp)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAParams:
     """Adapters that are trained instead of the weights."""
 
-    rank: Annotated[int, Within("[1, 65536]")]  # of the product of two matrices that is added to a weight
-    alpha: Positive  # the product counts alpha / rank times
+    rank: Annotated[int, Within("[1, 65536]")]  # of the two-matrix product that is added to a weight
+    alpha: Positive  # the product is scaled by alpha / rank
     dropout: Fraction  # share of an adapter's input set to zero in training
     targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...]
 
@@ -36,9 +36,9 @@ class LoRAParams:
 
 @dataclass(frozen=True, kw_only=True)
 class EMAParams:
-    """An average of the weights over the last steps, which is evaluated and published in their place."""
+    """A moving average of the weights, which is evaluated and published in their place."""
 
-    decay: Fraction  # share of the average that a step leaves as it is
+    decay: Fraction  # share of the average that each step keeps
     start: Annotated[int, Within("[0, inf)")]  # steps done before the average begins
 
 
@@ -46,7 +46,7 @@ class EMAParams:
 class ContextWarmup:
     """Shorter sequences in the first steps, doubled at even intervals until they are as long as model.block_size.
 
-    Few lengths in all, since torch.compile compiles for each.
+    Doubling keeps the lengths few, because torch.compile compiles for each of them.
     """
 
     start: Count  # tokens of a sequence in the first steps: model.block_size halved once or more
@@ -59,32 +59,32 @@ class TrainParams:
 
     group: ClassVar[str] = "train"
 
-    seed: Annotated[int, Within("[0, 4294967295]")]  # of random first weights, the order of the data and dropout
+    seed: Annotated[int, Within("[0, 4294967295]")]  # of random initial weights, the order of the data, and dropout
     init_from: Literal["scratch", "base"]  # new weights, or those of data/base
     lora: LoRAParams | None  # adapters that are trained instead of the weights of the base; null = all weights
     max_steps: Count  # optimizer steps
     batch_size: Count  # sequences of model.block_size tokens in one step, over all processes and micro-batches
     context_warmup: ContextWarmup | None  # the same tokens in shorter sequences at first; null = block_size always
-    shuffle_documents: bool  # documents in another order each epoch; false = always in that of the file
+    shuffle_documents: bool  # reorder the documents each epoch; false = always the file's order
     optimizer: Literal["adamw", "adamw8bit", "lion", "muon"]
     lr: Rate  # learning rate at its peak
-    embedding_lr: Rate | None  # that of the embeddings; null = lr
-    head_lr: Rate | None  # that of an untied head; null = lr
-    vector_lr: Rate | None  # that of norms and biases; null = lr
+    embedding_lr: Rate | None  # learning rate of the embeddings; null = lr
+    head_lr: Rate | None  # learning rate of an untied head; null = lr
+    vector_lr: Rate | None  # learning rate of norms and biases; null = lr
     min_lr_frac: Annotated[float, Within("[0, 1]")]  # learning rate at the last step, as a share of the peak
     warmup_steps: Annotated[int, Within("[0, inf)")]  # steps over which the learning rate rises to its peak
-    schedule: Literal["cosine", "linear", "wsd", "constant"]  # how the learning rate continues after that
-    decay_frac: Annotated[float, Within("(0, 1]")]  # share of the steps after warmup over which wsd falls, at the end
-    weight_decay: Annotated[float, Within("[0, inf)")]  # of matrices, the head's too; norms and biases have none
-    embedding_weight_decay: Annotated[float, Within("[0, inf)")]  # of embeddings, also where they are the head
+    schedule: Literal["cosine", "linear", "wsd", "constant"]  # the learning rate after the warmup
+    decay_frac: Annotated[float, Within("(0, 1]")]  # wsd falls over this last share of the steps after the warmup
+    weight_decay: Annotated[float, Within("[0, inf)")]  # of matrices, including the head; norms and biases have none
+    embedding_weight_decay: Annotated[float, Within("[0, inf)")]  # of embeddings, also when tied to the head
     betas: tuple[Fraction, Fraction]  # how slowly AdamW and Lion forget: the mean, and the mean square of gradients
     momentum: Fraction  # how slowly Muon forgets the mean of gradients
-    grad_clip: Positive  # longest gradient, as the 2-norm over all weights; a longer one is scaled down
+    grad_clip: Positive  # largest 2-norm of the whole gradient; a larger gradient is scaled down
     label_smoothing: Fraction  # share of the target's probability that is spread over all tokens
     z_loss: Annotated[float, Within("[0, inf)")]  # weight of the squared logarithm of the sum of exp(logits)
-    ema: EMAParams | None  # an average of the weights that is used in their place; null = the weights themselves
-    patience: Count | None  # evaluations without a lower validation loss after which the run ends; null = never
-    anneal_dropout: bool  # model.dropout falls to zero over the run, in a straight line
+    ema: EMAParams | None  # a moving average used in place of the weights; null = the weights themselves
+    patience: Count | None  # the run ends after so many evaluations without a lower loss; null = never
+    anneal_dropout: bool  # model.dropout falls linearly to zero over the run
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"]  # of products: auto = bf16 where it is faster, else fp32
     eval_every: Count  # steps between two evaluations on the validation split
     eval_tokens: Count  # validation tokens of each evaluation, at most
@@ -109,7 +109,7 @@ class TrainParams:
         )
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
-        """What must hold between this and other groups of params.yaml, by name, where they are loaded too."""
+        """Rules between this group of params.yaml and the loaded others, by name: (whether it holds, message)."""
         if "model" in groups:
             yield from self._rules_with_model(groups["model"])
         if "runtime" in groups:

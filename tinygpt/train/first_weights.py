@@ -1,13 +1,13 @@
-"""The first weights of a new model, where more is known than random numbers: pairs of tokens, and places.
+"""Initial weights that beat random ones: embeddings and output head from token pairs, and heads that look back.
 
-The blocks of a new model add nothing yet, so its logits are those of the newest token alone, head · norm(embedding).
-These two matrices are made from counts of token pairs, by a truncated singular value decomposition, as Levy and
-Goldberg make word vectors (https://papers.nips.cc/paper/5477). For a token a and the next one b:
+The blocks of a new model add nothing yet, so its logits depend on the newest token alone: head · norm(embedding).
+Both matrices are computed from counts of token pairs by a truncated singular value decomposition, as in Levy and
+Goldberg's word vectors (https://papers.nips.cc/paper/5477). For a token a and the next token b:
 
-    head_b · norm(embedding_a)  ≈  log p_b + f_a · log(1 + count_ab / (PRIOR · p_b)) + what all b have in common
+    head_b · norm(embedding_a)  ≈  log p_b + f_a · log(1 + count_ab / (PRIOR · p_b)) + the same for all b
 
-f_a is 1, or less for tokens whose vector would be longer than the root mean square. And some heads begin by looking at
-the token one, two, three or four places before, which language models soon learn to do (Elhage et al.,
+f_a is 1, or less for tokens whose vector would be longer than the root mean square. Some attention heads start out
+looking at the token one, two, three or four places back, which language models soon learn to do (Elhage et al.,
 https://transformer-circuits.pub/2021/framework).
 
 V vocab_size, C n_embd, D head_dim, R rank.
@@ -28,27 +28,27 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT, Block
 from tinygpt.model.layers import rope_tables
 
-if TYPE_CHECKING:  # what it imports would be code of the weights
+if TYPE_CHECKING:  # a real import would count as code that decides weights
     from tinygpt.tokens import TokenIds
 
-PRIOR = 20.0  # pairs that are added to those of each token, shared out as tokens are in the whole text
-RMS = 0.2  # of an embedding's values: of 0.02 to 1, what trained best
-MAX_TOKENS = 10_000_000  # counted, of a longer text in pieces taken evenly
+PRIOR = 20.0  # pairs added to each token's own, distributed like the tokens of the whole text
+RMS = 0.2  # of an embedding's values: the best in training of those from 0.02 to 1
+MAX_TOKENS = 10_000_000  # counted; from a longer text, in evenly spaced pieces
 N_PIECES = 100
-MAX_RANK = 256  # more take minutes for a large vocabulary
+MAX_RANK = 256  # higher ranks take minutes for a large vocabulary
 
-N_BLOCKS = 2  # whose first heads look back, at most: half of the model's blocks stay random
-MIN_HEAD_DIM = 16  # of heads that can: narrower ones repeat themselves every few places
-DISTANCES = (1, 2, 3, 4)  # of one head each
-N_PAIRS = 3  # of rope's that they use, the fastest: slower ones hardly change from one place to the next
-SHARPNESS = 11.0  # their score at the right place; with 32 values 2.5 less at the next ones, 8 less at others nearby
+N_BLOCKS = 2  # with heads that look back, at most; at least half of all blocks stay random
+MIN_HEAD_DIM = 16  # of heads that look back: scores of narrower ones repeat every few places
+DISTANCES = (1, 2, 3, 4)  # one for each head
+N_PAIRS = 3  # of rope's pairs that they use, the fastest: slower ones hardly change from one place to the next
+SHARPNESS = 11.0  # their score at the right place; with head_dim 32, 2.5 less next to it, at least 8 less nearby
 
 
 def set_first_weights(model: GPT, tokens: TokenIds) -> None:
-    """Set embeddings, head and early heads of a new model.
+    """Set the embeddings, the output head and the first attention heads of a new model.
 
-    All stay random where embeddings and head are one matrix or less than three wide, and the heads where they are
-    narrow or positions are learned.
+    All stay random if embeddings and head are tied or fewer than three wide. The attention heads also stay random if
+    they are narrow or positions are learned.
     """
     config = model.config
     if config.tie_weights or config.n_embd < 3:
@@ -70,9 +70,9 @@ def set_bigrams(model: GPT, tokens: TokenIds) -> int:
     counts = ids.bincount(minlength=n_vocab)
     shares = (counts + 1.0) / (len(ids) + n_vocab)
     left, right = factors(ids, shares, rank=min(n_embd - 2, n_vocab, MAX_RANK))
-    # No embedding is longer than the root mean square of all that occur: a few long ones would leave the others little.
-    # Two more columns: one makes all equally long, so that the norm divides each by the same number; one has the same
-    # value in all, by which the head adds log(p_b).
+    # No embedding is longer than the root mean square of those that occur: a few long ones would leave little for the
+    # others. Two more columns: one makes all equally long, so that the norm divides each by the same number; the other
+    # has the same value in all, which lets the head add log(p_b).
     squares = left.square().sum(1, keepdim=True)
     limit = squares.sum() / counts.count_nonzero()
     left = left * (limit / squares).sqrt().clamp(max=1)
@@ -87,7 +87,7 @@ def set_bigrams(model: GPT, tokens: TokenIds) -> int:
 
 
 def taken_evenly(tokens: TokenIds) -> TokenIds:
-    """All of them, or MAX_TOKENS in pieces from the whole text."""
+    """All tokens, or MAX_TOKENS of them in evenly spaced pieces."""
     if len(tokens) <= MAX_TOKENS:
         return tokens
     size = MAX_TOKENS // N_PIECES
@@ -96,9 +96,9 @@ def taken_evenly(tokens: TokenIds) -> TokenIds:
 
 
 def factors(ids: Tensor, shares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Ids, and each token's share of them (V,) -> two of (V, R), left · rightᵀ ≈ log(1 + count_ab / (PRIOR · p_b))
+    """Ids, each token's share of them (V,) -> two matrices (V, R), left · rightᵀ ≈ log(1 + count_ab / (PRIOR · p_b))
 
-    They are closest where both tokens are frequent: the error of a pair is weighted by the root of both shares.
+    The fit is closest where both tokens are frequent: a pair's error is weighted by the roots of both shares.
     """
     n_vocab, roots = len(shares), shares.sqrt()
     pairs, counts = (ids[:-1] * n_vocab + ids[1:]).unique(return_counts=True)
@@ -117,11 +117,11 @@ def factors(ids: Tensor, shares: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def look_back(attn: Attention, config: GPTConfig, column: int) -> None:
-    """Let the first heads of a block attend to the tokens DISTANCES places before, whatever they are.
+    """Let the first heads of a block attend to the tokens DISTANCES places back, whatever they are.
 
-    From the column that is the same in all embeddings, keys get one vector and queries another, turned back by rope's
-    angles of the distance. So a score depends on the distance alone, and is largest at this one. Further heads share
-    the keys, and the longer queries where these are normed; their own queries stay random.
+    The column that is the same in all embeddings gives every key the same vector, and a head's queries that vector
+    rotated back by rope's angles for its distance. So scores depend on the distance alone, and are largest at the
+    head's own. The other heads share the keys, and with qk_norm the longer queries; their query weights stay random.
     """
     head_dim = config.head_dim
     cos, sin = (table[:, :N_PAIRS] for table in rope_tables(max(DISTANCES) + 1, head_dim, config.rope_theta))
@@ -134,5 +134,5 @@ def look_back(attn: Attention, config: GPTConfig, column: int) -> None:
     keys[:, 0], keys[:, 1] = size, 0
     for query, distance in zip(queries, DISTANCES, strict=False):
         query[0], query[1] = size * cos[distance], -size * sin[distance]
-    if config.qk_norm:  # which makes all queries √D long
+    if config.qk_norm:  # it makes all queries √D long
         cast(Tensor, attn.q_norm.weight).mul_(SHARPNESS / math.sqrt(head_dim))

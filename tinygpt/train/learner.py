@@ -46,7 +46,7 @@ class Learner:
         device: torch.device,
         world: World = ALONE,
     ) -> None:
-        """`model` has the weights to start from; it is moved to the device, and frozen where adapters are trained."""
+        """`model` has the weights to start from; it is moved to the device, and frozen if adapters are trained."""
         self.config, self.params, self.device, self.world = model.config, params, device, world
         self.runtime = runtime
         self.micro_batch_size = None if runtime.micro_batch_size == "auto" else runtime.micro_batch_size
@@ -67,7 +67,7 @@ class Learner:
         n_rows = self.micro_batch_size or params.batch_size // world.size
         example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, self.config.block_size + 1)
         self._train_loss = self._parallel.wrap(loss, example)
-        self.part_norms: dict[str, Tensor] = {}  # of the last gradient that they were asked of, before clipping
+        self.part_norms: dict[str, Tensor] = {}  # of the last gradient they were requested for, before clipping
 
     def learn(self, step: int, ids: Tensor, *, with_part_norms: bool = False) -> Tensor:
         """One optimizer step, counted from 0, on (B, T + 1) ids, the same in every process.
@@ -84,7 +84,7 @@ class Learner:
         ids = self.world.share(ids)
         loss = torch.zeros((), device=self.device)
         full = self.micro_batch_size or len(ids)
-        *parts, last = ids.split(full * self.config.block_size // (ids.size(1) - 1))  # more of shorter sequences
+        *parts, last = ids.split(full * self.config.block_size // (ids.size(1) - 1))  # more if they are shorter
         with self._parallel.apart():
             for part in parts:
                 loss += self._backward(part, len(part) / len(ids))
@@ -105,28 +105,28 @@ class Learner:
         return torch.stack([loss, grad_norm])
 
     def rehearse(self, n: int) -> None:
-        """Forward and backward pass of n sequences of random tokens, not compiled; leaves gradients."""
+        """Run a forward and backward pass on n sequences of random tokens, not compiled; leaves gradients."""
         ids = torch.randint(self.config.vocab_size, (n, self.config.block_size + 1)).to(self.device)
         self.scaler.scale(self._loss(ids)).backward()
 
     @contextmanager
     def evaluated(self) -> Iterator[GPT]:
-        """A context with the model as it evaluates: with the average of its weights where there is one."""
+        """A context with the model to evaluate, which has the average of the weights if there is one."""
         with self.ema.in_place_of(trained_tensors(self.model)) if self.ema else nullcontext():
             yield self._parallel.whole_model(self.model, self._like).eval()
         self.model.train()
 
     @torch.inference_mode()
     def loss_of(self, model: GPT, ids: Tensor) -> float:
-        """(N, T + 1) ids -> mean nats per token, without what training adds to it"""
+        """(N, T + 1) ids -> mean nats per token, without the extra terms of training"""
         loss = Loss(model, self.precision)
         mine = ids[self.world.rank :: self.world.size]
-        parts = mine.split(self.micro_batch_size or self.params.batch_size) if len(mine) else ()  # of a few, none
+        parts = mine.split(self.micro_batch_size or self.params.batch_size) if len(mine) else ()  # if N < size
         total = torch.tensor(sum(loss(part).item() * len(part) for part in parts), dtype=torch.float64)
         return self.world.sum(total).item() / len(ids)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps of it, by part; only this process's share of split tensors."""
+        """Everything a checkpoint keeps of the learner, by part; only this process's share of split tensors."""
         return {
             "weights": trained_tensors(self.model),
             "optimizer": optimizer_tensors(self.model, self.optimizers) | scaler_tensors(self.scaler),
@@ -134,7 +134,7 @@ class Learner:
         }
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Restore what `tensors` returned, whole, into a learner that has made no step."""
+        """Restore what `tensors` returned, as whole tensors, into a learner that has not made a step."""
         weights = trained_tensors(self.model)
         for name, weight in weights.items():
             put(weight, tensors["weights"][name])
@@ -144,7 +144,7 @@ class Learner:
             self.ema.average = {name: part_of(tensor, weights[name]) for name, tensor in tensors["ema"].items()}
 
     def _prepared(self, model: GPT) -> GPT:
-        """The model on the device, with adapters where these are what is trained."""
+        """The model on the device, with adapters if those are trained."""
         model = model.to(self.device)
         if self.params.lora is not None:
             seed = torch.Generator().manual_seed(self.params.seed)
@@ -152,25 +152,25 @@ class Learner:
         return model
 
     def _like(self) -> GPT:
-        """Another model of this kind, whose weights are left to be set."""
+        """Another model of this kind, with weights still to be set."""
         return self._prepared(GPT(self.config, init=False))
 
     def _compile(self, loss: Loss) -> None:
-        """Let the loss run by torch.compile."""
+        """Compile the loss with torch.compile."""
         if self.model.rope is not None:
-            self.model.rope(self.config.block_size)  # its tables grow outside the compiled code
+            self.model.rope(self.config.block_size)  # build its tables outside the compiled code
         torch._dynamo.config.recompile_limit = 64  # for every length of a context warmup, not only the first 8
         loss.compile(dynamic=False, mode="reduce-overhead" if self.runtime.cuda_graphs else None)
 
     def _backward(self, ids: Tensor, share: float) -> Tensor:
-        """Add the gradient of a share of the loss; returns that share of it."""
+        """Add the gradient of `share` times the loss; returns that product."""
         loss: Tensor = self._train_loss(ids) * share
         self.scaler.scale(loss).backward()
         return loss.detach()
 
 
 def seed_dropout(seed: int, step: int, world: World) -> None:
-    """What dropout draws depends on the step and the process, and not on the past."""
+    """Make dropout depend on the step and the process, not on earlier draws."""
     torch.manual_seed(seed + 1_000_003 * (step + 1) + 7_919 * world.rank)
 
 
@@ -191,7 +191,7 @@ def _recomputed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def part_norms(model: GPT) -> dict[str, Tensor]:
-    """The 2-norm of the gradient of each block, and of what comes before and after them, as numbers on the device."""
+    """The 2-norm of the gradient of each block, and of what comes before and after them, as scalars on the device."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in trained_tensors(model).items():
         if parameter.grad is not None:
@@ -201,7 +201,7 @@ def part_norms(model: GPT) -> dict[str, Tensor]:
 
 
 class EMA:
-    """An average of tensors, exponential in the steps; empty before it begins.
+    """An exponential moving average of tensors over the steps; empty before it begins.
 
     Polyak and Juditsky, https://doi.org/10.1137/0330046.
     """
@@ -217,7 +217,7 @@ class EMA:
             return
         if not self.average:
             self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        names = list(self.average)  # a file has them in another order
+        names = list(self.average)  # after loading, in the file's order
         torch._foreach_lerp_([self.average[n] for n in names], [tensors[n] for n in names], 1 - self.params.decay)
 
     @contextmanager
@@ -232,7 +232,7 @@ class EMA:
 
 @torch.no_grad()
 def _exchange(some: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """One tensor at a time: a copy of all would take their memory once more."""
+    """Swap tensors one at a time: a copy of all would take as much memory again."""
     for name, tensor in some.items():
         kept = tensor.clone()
         tensor.copy_(others[name])

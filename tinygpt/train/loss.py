@@ -1,11 +1,11 @@
-"""The training loss, from the last hidden state on, and the number formats that products are taken in.
+"""The training loss, computed from the last hidden states, and the number formats of matrix products.
 
 | precision | products | where |
 |---|---|---|
 | fp32 | float32 | everywhere |
 | tf32 | float32 with the mantissa cut to 10 bits | a GPU; elsewhere the same as fp32 |
-| bf16 | bfloat16, as wide as float32 and 7 bits fine | a GPU; CPUs without AMX emulate it, slowly |
-| fp16 | float16, whose gradients are scaled so that they do not vanish | older GPUs |
+| bf16 | bfloat16: the range of float32, a mantissa of 7 bits | a GPU; CPUs without AMX emulate it, slowly |
+| fp16 | float16, with gradients scaled so that they do not vanish | older GPUs |
 
 Weights, gradients and optimizer state stay in float32.  B batch, T tokens, N = B · T, C n_embd, V vocab_size.
 """
@@ -26,19 +26,19 @@ from torch.autograd.function import once_differentiable
 
 from tinygpt.model.gpt import GPT
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first product: without it `repeatable` raises
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product, or `repeatable` raises
 
-# Logits worked on together: 64 MiB of float32. All of them in a small model's step; of 50,257 tokens' logits 333 rows,
-# which still make products large enough to run at full speed (333 took no longer than 1,024, 128 a third longer).
-# On a GPU 1 GiB: each part reads and writes the head's gradient, and torch.compile writes out each.
+# Logits computed at a time: 64 MiB of float32. That is a whole step of a small model, or 333 rows of 50,257 tokens,
+# whose products are still large enough for full speed (333 rows took no longer than 1,024; 128 took a third longer).
+# On a GPU 1 GiB: each part reads and writes the head's gradient, and torch.compile unrolls the loop over the parts.
 CHUNK = {"cpu": 2**24, "mps": 2**24, "cuda": 2**28}
 
 
 class Loss(nn.Module):
-    """What training makes small: `loss(ids)`, (B, T + 1) int64 -> mean nats per token and what is added to it."""
+    """What training minimizes: `loss(ids)`, (B, T + 1) int64 -> mean nats per token plus the extra terms."""
 
     def __init__(self, model: GPT, precision: str, **extra: float) -> None:
-        """`extra` is what `next_token_loss` takes."""
+        """`extra` are keyword arguments of `next_token_loss`."""
         super().__init__()
         self.model, self.precision, self.extra = model, precision, extra
 
@@ -54,8 +54,8 @@ def next_token_loss(
 ) -> Tensor:
     """Mean nats per target token, in float32.  (B, T, C), (V, C) the head's weight, (B, T) int64 -> ()
 
-    `z_loss` adds that share of the mean squared logarithm of the sum of exp(logits), which keeps it near 0 (Chowdhery
-    et al., https://arxiv.org/abs/2204.02311). The result can be differentiated once.
+    It adds `z_loss` times the mean squared logarithm of the sum of exp(logits), which keeps that logarithm near 0
+    (Chowdhery et al., https://arxiv.org/abs/2204.02311). The result can be differentiated once.
     """
     total: Tensor = _HeadLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), label_smoothing, z_loss)
     return total / targets.numel()
@@ -64,9 +64,9 @@ def next_token_loss(
 class _HeadLoss(torch.autograd.Function):
     """The sum over tokens of F.cross_entropy(hidden @ head.T, targets) + z_loss · logsumexp², some tokens at a time.
 
-    The gradient is made in the forward pass, in the memory of the logits, so these are never held for all tokens and
-    never twice (as Hsu et al. do, https://arxiv.org/abs/2410.10989). Products are in autocast's type, the rest in
-    float32. Sums are taken here and divided by N outside: a gradient divided by N would vanish in float16.
+    The gradient is computed in the forward pass, in the memory of the logits, so logits are never held for all tokens
+    or twice (as in Hsu et al., https://arxiv.org/abs/2410.10989). Products are in autocast's type, the rest in
+    float32. The sum is divided by N outside, because a gradient divided by N would vanish in float16.
     """
 
     @staticmethod
@@ -86,7 +86,7 @@ class _HeadLoss(torch.autograd.Function):
             logprobs = logits.log_softmax(-1, dtype=exact)
             right = logprobs.gather(1, target)
             log_sum = logits.gather(1, target) - right
-            del logits  # of the size of logprobs
+            del logits  # as large as logprobs
             losses = z_loss * log_sum.square() - (1 - smoothing) * right
             if smoothing:
                 losses -= smoothing * logprobs.mean(-1, keepdim=True)
@@ -109,7 +109,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """() -> those of forward's arguments"""
+        """() -> the gradients of forward's arguments"""
         d_hidden, d_head = ctx.saved_tensors
         return *(d if d is None else d.mul_(grad) for d in (d_hidden, d_head)), None, None, None
 
@@ -124,11 +124,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Precision:
-    """One choice of train.precision besides auto."""
+    """One choice of train.precision other than auto."""
 
     dtype: torch.dtype | None = None  # of products: None = that of the weights
     tf32: bool = False  # a GPU may cut the mantissa of float32 products
-    scaled: bool = False  # the loss is scaled up and gradients down again, as one process alone can
+    scaled: bool = False  # the loss is scaled up and gradients down again; needs whole gradients
 
 
 PRECISIONS = {
@@ -137,15 +137,15 @@ PRECISIONS = {
     "bf16": Precision(torch.bfloat16),
     "fp16": Precision(torch.float16, scaled=True),
 }
-WORTH_CASTS = 192  # n_embd: at 128 a step of 1024 tokens took 1.1 times as long in bf16, at 192 0.9, at 384 0.7
+WORTH_CASTS = 192  # n_embd: in bf16 a step of 1024 tokens took 1.1 times as long at 128, 0.9 at 192, 0.7 at 384
 
 
 def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
-    """The precision that "auto" stands for: bf16 where the device's own units multiply it, else fp32.
+    """The precision that "auto" stands for: bf16 if the device has units for it, else fp32.
 
-    By the device's features and not by a timing, which might choose otherwise when the run continues, and so change its
-    weights. Only CPUs with AMX take it, and only for models whose products are worth the casts: AVX512-BF16 doubles
-    the speed of products at most, which casts take back.
+    The choice follows from the device's features, not from a timing, which might differ when the run continues and so
+    change its weights. CPUs take bf16 only with AMX, and only for models whose products are worth the casts:
+    AVX512-BF16 makes products at most twice as fast, and the casts cost as much.
     """
     if precision != "auto":
         return precision
@@ -156,7 +156,7 @@ def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
 
 
 def is_scaled(precision: str) -> bool:
-    """Whether the loss is scaled: never where auto chooses."""
+    """Whether the loss is scaled; auto never chooses that."""
     return precision in PRECISIONS and PRECISIONS[precision].scaled
 
 
@@ -167,7 +167,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 
 
 def set_matmul_precision(precision: str, device: torch.device) -> None:
-    """Let a GPU take float32 products as tf32, or not.  For the whole process: PyTorch has no narrower switch."""
+    """Let a GPU compute float32 products in tf32, or not, in the whole process: PyTorch has no narrower switch."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if PRECISIONS[precision].tf32 else "highest")
 
@@ -176,13 +176,13 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
 def repeatable(device: torch.device) -> Iterator[None]:
     """A context in which a GPU computes the same bits each time, as a resumed run must.
 
-    Without it, attention and embeddings add up gradients in any order. Not for the whole process: what draws the next
-    token has no such way on a GPU.
+    Without it, attention and embeddings sum gradients in any order. It is not set for the whole process, because
+    drawing the next token has no deterministic kernel on a GPU.
     """
     if device.type != "cuda":
         yield
         return
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all that is read was written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none of it is read
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -191,12 +191,12 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 def build_scaler(precision: str, device: torch.device) -> GradScaler:
-    """What scales the loss up and gradients down again, as much as float16 allows; in other precisions, nothing."""
+    """Scales the loss up and gradients down again, as far as float16 allows; off in other precisions."""
     return GradScaler(device.type, enabled=is_scaled(precision))
 
 
 def scaler_tensors(scaler: GradScaler) -> dict[str, Tensor]:
-    """The scaler's state as "loss_scale/<what>": tensor, for a checkpoint; empty where it does nothing."""
+    """The scaler's state as "loss_scale/<what>": tensor, for a checkpoint; empty if it is off."""
     state = scaler.state_dict()
     return {f"loss_scale/{key}": torch.tensor(state[key]) for key in ("scale", "_growth_tracker") if state}
 

@@ -1,4 +1,4 @@
-"""Optimizers, whose state is named tensors."""
+"""Optimizers whose state is named tensors."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from tinygpt.model.lora import trained_tensors
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import is_split, part_of, put, whole
 
-WeightGroup = dict[str, Any]  # of an optimizer: weights of one kind and how they are trained
-Begin = Callable[[Tensor], Tensor]  # a weight -> what its state has at first
+WeightGroup = dict[str, Any]  # weights of one kind, and how an optimizer trains them
+Begin = Callable[[Tensor], Tensor]  # a weight -> its initial state
 
 
 class Optimizer:
-    """Groups of weights, and a state for each weight, under the names that PyTorch's have.
+    """Groups of weights, and a state for each weight, under the same names as in PyTorch's optimizers.
 
-    PyTorch's base class is not used: the first object of it imports the compiler, which takes more than a second.
+    PyTorch's base class is not used: its first instance imports the compiler, which takes more than a second.
     """
 
     def __init__(self, groups: Iterable[WeightGroup], **settings: Any) -> None:
-        """Each group has these settings where it has none of its own."""
+        """`settings` are defaults for the groups."""
         self.param_groups = [settings | group for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Change each weight that has a gradient."""
+        """Update each weight that has a gradient."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if weights:
                 self.change(weights, group)
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
-        """Change weights by their gradients, which it may overwrite, and by the settings of their group."""
+        """Update weights with their gradients, which it may overwrite, and the settings of their group."""
         raise NotImplementedError
 
     def states(self, weights: Sequence[Tensor], name: str, begin: Begin = torch.zeros_like) -> list[Tensor]:
-        """A tensor of each weight's state, as `begin` makes it at first."""
+        """The tensor `name` of each weight's state; `begin` makes it the first time."""
         for weight in weights:
             if name not in self.state[weight]:
                 self.state[weight][name] = begin(weight)
@@ -64,7 +64,7 @@ AnyOptimizer = Optimizer | torch.optim.Optimizer  # ours, or a package's
 def build_optimizers(model: GPT, params: TrainParams) -> list[AnyOptimizer]:
     """The optimizers of a run.  Each group of weights has its `kind` and its `peak_lr`.
 
-    Raises UserError where the package of the chosen one is missing.
+    Raises UserError if the package of the chosen one is missing.
     """
     lrs = {"embedding": params.embedding_lr, "head": params.head_lr, "vector": params.vector_lr}
     decays = {"matrix": params.weight_decay, "head": params.weight_decay, "embedding": params.embedding_weight_decay}
@@ -102,7 +102,7 @@ def kind_of(model: GPT, name: str) -> str:
 
 
 def set_lr(optimizers: Iterable[AnyOptimizer], share: float) -> None:
-    """Let every weight learn at that share of its peak."""
+    """Set each group's learning rate to this share of its peak."""
     for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         lr = group["peak_lr"] * share
         if isinstance(group["lr"], Tensor):  # torchao's, whose step is compiled
@@ -126,7 +126,7 @@ def optimizer_tensors(model: GPT, optimizers: Iterable[AnyOptimizer]) -> dict[st
         for key, value in states.get(weight, {}).items():
             if is_split(value) or not hasattr(value, "__tensor_flatten__"):
                 tensors[f"{name}/{key}"] = value
-            else:  # a packed tensor, as torchao's
+            else:  # a packed tensor, such as torchao's
                 inner, _ = value.__tensor_flatten__()
                 tensors |= {f"{name}/{key}.{part}": getattr(value, part) for part in inner}
     return tensors
@@ -150,11 +150,11 @@ def load_optimizer_tensors(model: GPT, optimizers: list[AnyOptimizer], tensors: 
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One choice of train.optimizer, and all that others must know of it."""
+    """One choice of train.optimizer, and what other code needs to know about it."""
 
     build: Callable[[list[WeightGroup], TrainParams], list[AnyOptimizer]]
-    state_bytes: tuple[int, int]  # kept for a weight: of a matrix in a block, and of another
-    package: str | None = None  # that it needs besides PyTorch, by its name in Python and for pip
+    state_bytes: tuple[int, int]  # per weight: in a matrix of a block, and elsewhere
+    package: str | None = None  # needed besides PyTorch; its name in Python and for pip
 
 
 def _adamw(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]:
@@ -162,7 +162,7 @@ def _adamw(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]
 
 
 def _adamw8bit(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]:
-    """AdamW that keeps its state in 8 bits (Dettmers et al., https://arxiv.org/abs/2110.02861), by torchao."""
+    """AdamW with its state in 8 bits (Dettmers et al., https://arxiv.org/abs/2110.02861), from torchao."""
     from torchao.optim import AdamW8bit
 
     return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
@@ -188,13 +188,13 @@ OPTIMIZERS = {
 
 
 class AdamW(Optimizer):
-    """Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, by PyTorch's fused kernel."""
+    """Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, with PyTorch's fused kernel."""
 
     def __init__(self, groups: Iterable[WeightGroup], *, lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, lr=lr, betas=betas)
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
-        """Each by the mean of its gradients over the root of the mean of their squares."""
+        """Move each weight by the mean of its gradients over the root of their mean square."""
         means, squares = self.states(weights, "exp_avg"), self.states(weights, "exp_avg_sq")
         counts = self.states(weights, "step", lambda weight: torch.zeros((), device=weight.device))
         torch._foreach_add_(counts, 1)
@@ -217,28 +217,28 @@ class AdamW(Optimizer):
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's, https://kellerjordan.github.io/posts/muon/
 N_ITERATIONS = 5
-# Weights of one shape in one product, at most: 2 MiB fill a processor, a GPU takes as many as there are.
+# Weights of one shape in one product, at most: 2 MiB keep a CPU busy; a GPU takes as many as there are.
 TOGETHER = {"cpu": 2**19, "mps": 2**19, "cuda": 2**26}
 RMS_OF_ADAMW = 0.2  # root mean square of AdamW's updates; Muon's are scaled to it (https://arxiv.org/abs/2502.16982)
 
 
 class Muon(Optimizer):
-    """Momentum whose every matrix is made orthogonal (Jordan et al., https://kellerjordan.github.io/posts/muon/).
+    """Momentum, with every matrix made orthogonal (Jordan et al., https://kellerjordan.github.io/posts/muon/).
 
-    Updates are as long as AdamW's, so that both take the same learning rates. Matrices of one shape are worked on
-    together: the products of one small matrix do not fill a processor.
+    Updates are scaled to the size of AdamW's, so both take the same learning rates. Matrices of one shape are processed
+    together, because the products of one small matrix do not keep a processor busy.
     """
 
     def __init__(self, groups: Iterable[WeightGroup], *, lr: float, momentum: float) -> None:
         super().__init__(groups, lr=lr, momentum=momentum)
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
-        """Each by the nearest orthogonal matrix of its momentum."""
-        self.states(weights, "momentum")  # all before the first product, whose buffers would lie between them
+        """Move each matrix by the orthogonal matrix nearest to its momentum."""
+        self.states(weights, "momentum")  # allocate all before the first product, or its buffers lie between them
         for same in _by_shape(weights):
             momenta, gradients = self.states(same, "momentum"), _gradients(same)
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; nothing reads them after this
+            torch._foreach_lerp_(gradients, momenta, group["momentum"])  # Nesterov's; not read after this
             updates = orthogonalized(torch.stack([whole(matrix) for matrix in gradients]))
             scale = RMS_OF_ADAMW * max(same[0].shape) ** 0.5
             torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
@@ -246,10 +246,10 @@ class Muon(Optimizer):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, about, by Newton and Schulz's iteration.  (N, R, C) -> (N, R, C)
+    """Approximately the nearest (semi-)orthogonal matrices, by Newton-Schulz iteration.  (N, R, C) -> (N, R, C)
 
-    Singular values above 0.002 of the norm come out between 0.7 and 1.2. In bfloat16 on a GPU: that is enough and
-    twice as fast.
+    Singular values above 0.002 of the norm come out between 0.7 and 1.2. A GPU computes in bfloat16, which is accurate
+    enough and twice as fast.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else matrices.dtype)
     tall = x.size(1) > x.size(2)
@@ -263,7 +263,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def _by_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices of one shape, TOGETHER weights at a time, or one matrix that is larger."""
+    """Matrices of one shape, at most TOGETHER weights at a time, or a single larger matrix."""
     shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for matrix in matrices:
         shapes[matrix.shape].append(matrix)
@@ -273,13 +273,13 @@ def _by_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class Lion(Optimizer):
-    """The sign of a momentum (Chen et al., https://arxiv.org/abs/2302.06675).  Needs a third of AdamW's lr."""
+    """Moves by the sign of a momentum (Chen et al., https://arxiv.org/abs/2302.06675).  Needs a third of AdamW's lr."""
 
     def __init__(self, groups: Iterable[WeightGroup], *, lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, lr=lr, betas=betas)
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
-        """Each by the sign of its momentum."""
+        """Move each weight by the sign of its momentum."""
         momenta, gradients = self.states(weights, "momentum"), _gradients(weights)
         updates = torch._foreach_lerp(gradients, momenta, group["betas"][0])
         torch._foreach_sign_(updates)

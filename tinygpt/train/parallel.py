@@ -1,6 +1,6 @@
 """How the processes of a run share a model: each has all of it, or a part of every weight.
 
-What splits weights is imported where it is used: it takes as long as half of PyTorch.
+The modules that split weights are imported where they are used: they take half as long to import as PyTorch.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one run, as one of them sees them: it is number `rank` of `size`."""
+    """The processes of one run, seen from one of them: number `rank` of `size`, counted from 0."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # the same among those of this machine
+    local_rank: int = 0  # the same among the processes on this machine
     local_size: int = 1
 
     def share(self, rows: Tensor) -> Tensor:
-        """The part of a batch that this process works on: as many rows as every other."""
+        """The part of a batch for this process; each process gets the same number of rows."""
         return rows.tensor_split(self.size)[self.rank]
 
     def max(self, number: int) -> int:
         """The largest of all processes' numbers."""
         if self.size == 1:
             return number
-        largest = torch.tensor(number)  # on the CPU: this waits for no GPU
+        largest = torch.tensor(number)  # on the CPU, so it does not wait for a GPU
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
@@ -54,9 +54,9 @@ class World:
         return numbers
 
     def first(self, action: Callable[[], T]) -> T:
-        """Let the first process do it, while the others wait; all return what it gave.
+        """Run `action` in the first process while the others wait; all return its result.
 
-        What it raises, all raise: the first the error itself, the others a UserError with its message.
+        If it raises, all raise: the first process the error itself, the others a UserError with its message.
         """
         result, failure = cast(T, None), None
         if self.rank == 0:
@@ -79,19 +79,19 @@ ALONE = World()
 
 
 class Parallel:
-    """How processes share a model; this one for a process alone, which has it all."""
+    """How processes share a model.  This base class is for a single process, which has all of it."""
 
     splits: ClassVar[bool] = False  # whether each has a part of every weight
 
     def split(self, model: GPT) -> None:
-        """Leave to this process its part of the weights, before its optimizers are built."""
+        """Leave only this process's part of the weights in the model; called before the optimizers are built."""
 
     def wrap(self, loss: nn.Module, example: Tensor) -> nn.Module:
-        """A module whose backward pass leaves the mean of all processes' gradients; `example` is a batch for it."""
+        """A module whose backward pass leaves the mean of all processes' gradients; `example` is a sample batch."""
         return loss
 
     def apart(self) -> AbstractContextManager[None]:
-        """A context in which gradients add up in this process alone: for all micro-batches but the last."""
+        """A context in which gradients add up in this process only, for all micro-batches but the last."""
         return nullcontext()
 
     def whole_model(self, model: GPT, build: Callable[[], GPT]) -> GPT:
@@ -103,11 +103,11 @@ class Replicas(Parallel):
     """Each process has the whole model (Li et al., https://arxiv.org/abs/2006.15704)."""
 
     def wrap(self, loss: nn.Module, example: Tensor) -> nn.Module:
-        """Gradients are summed in buckets while the backward pass goes on.
+        """Gradients are summed in buckets during the backward pass.
 
-        After the first pass the buckets are laid out anew, by the order in which gradients came, and with three
-        processes or more another bucket is another order of summing. So that pass is made here: a resumed run gets
-        the buckets that it had.
+        After the first pass, PyTorch rebuilds the buckets in the order in which gradients arrived. With three or more
+        processes, other buckets mean another order of summation. So the first pass is made here, and a resumed run
+        gets the same buckets as before.
         """
         self.module = DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
         self.module(example).backward()
@@ -115,35 +115,35 @@ class Replicas(Parallel):
         return self.module
 
     def apart(self) -> AbstractContextManager[None]:
-        """No bucket is sent."""
+        """Buckets are not sent."""
         context: AbstractContextManager[None] = self.module.no_sync()
         return context
 
 
 class SplitWeights(Parallel):
-    """Each process has a part of every weight, its gradient and its optimizer's state, and fetches a block's when it
-    is the block's turn (Zhao et al., https://arxiv.org/abs/2304.11277)."""
+    """Each process has a part of every weight, with its gradient and optimizer state, and fetches a block's weights
+    when it is the block's turn (Zhao et al., https://arxiv.org/abs/2304.11277)."""
 
     splits = True
 
     def split(self, model: GPT) -> None:
-        """The unit is a block; what comes before and after the blocks is one more."""
+        """Each block is a unit; everything before and after the blocks is one more."""
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         for block in model.blocks:
             fully_shard(block)
         self.model: FSDPModule = fully_shard(model)
-        register_fsdp_forward_method(model, "hidden")  # which the loss calls
+        register_fsdp_forward_method(model, "hidden")  # the loss calls it
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Gradients stay whole and here."""
+        """Gradients stay whole, in this process."""
         self.model.set_requires_gradient_sync(False)
         yield
         self.model.set_requires_gradient_sync(True)
 
     def whole_model(self, model: GPT, build: Callable[[], GPT]) -> GPT:
-        """A copy, because a model in parts can only train."""
+        """A copy, because a split model can only train."""
         copy = build()
         for name, weight in copy.named_parameters():
             put(weight, whole(model.get_parameter(name)))
@@ -154,17 +154,17 @@ PARALLEL: dict[str, type[Parallel]] = {"ddp": Replicas, "fsdp": SplitWeights}
 
 
 def is_split(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether this process has only a part of it."""
+    """Whether this process has only a part of the tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process may have a part; all processes must call it."""
+    """The whole of a tensor that may be split; all processes must call it."""
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this process has of a whole tensor that is split like another."""
+    """This process's part of a whole tensor, split like another tensor."""
     tensor = tensor.to(like.device)
     if not is_split(like):
         return tensor
@@ -175,5 +175,5 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one of which this process may have a part."""
+    """Copy a whole tensor into one that may be split."""
     target.copy_(part_of(value, target))

@@ -14,7 +14,7 @@ class Schedule:
     """How the learning rate falls after its warmup."""
 
     decay: Callable[[float], float]  # progress from 0 to 1  ->  a share, from the peak (1) to the minimum (0)
-    at_end: bool = False  # only over the last train.decay_frac of the steps, at the peak before them
+    at_end: bool = False  # falls only over the last train.decay_frac of the steps, after a plateau
 
 
 SCHEDULES = {
@@ -26,7 +26,7 @@ SCHEDULES = {
 
 
 def lr_frac_at(step: int, params: TrainParams) -> float:
-    """Share of the peak at step 0, 1, … max_steps - 1: never 0 at first, 1 after the warmup, min_lr_frac at last."""
+    """Share of the peak at step 0, 1, … max_steps - 1: above 0 at first, 1 after the warmup, min_lr_frac at the end."""
     if step < params.warmup_steps:
         return (step + 1) / (params.warmup_steps + 1)
     schedule = SCHEDULES[params.schedule]
@@ -37,5 +37,5 @@ def lr_frac_at(step: int, params: TrainParams) -> float:
 
 
 def dropout_frac_at(step: int, params: TrainParams) -> float:
-    """Share of model.dropout at step `step`, counted from 0: one, or down to zero over the run."""
+    """Share of model.dropout at step `step`, counted from 0: 1, or falling to 0 over the run."""
     return 1 - step / params.max_steps if params.anneal_dropout else 1.0

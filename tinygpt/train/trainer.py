@@ -23,8 +23,8 @@ from tinygpt.train.schedules import lr_frac_at
 if TYPE_CHECKING:
     from tinygpt.tokens import TokenIds
 
-MAX_ROWS = 1000  # of the curve, about: a longer run averages more steps into a row
-MAX_SKIPPED = 30  # steps one after another without an update in fp16; each halves the scale of the loss
+MAX_ROWS = 1000  # of the curve, approximately: a longer run averages more steps into a row
+MAX_SKIPPED = 30  # consecutive steps without an update in fp16; each halves the loss scale
 
 Row = dict[str, float | None]  # of the curve: numbers by name
 
@@ -51,9 +51,9 @@ class Trainer:
         self._uncounted: list[Tensor] = []  # numbers of the last steps, still on the device
 
     def fit(self, keeper: Keeper) -> Trained:
-        """Train to the last step.  Raises Stopped on request, UserError when the loss is not a number any more.
+        """Train to the last step.  Raises Stopped on request, UserError when the loss is no longer finite.
 
-        The weights that it starts from count like those of any step: a base is never made worse.
+        The weights it starts from can be the best ones, like those of any step, so a base is never made worse.
         """
         with keeper.resumed(self.learner) as (self.state, self.best), self.prefetch:
             if not self.state.step:
@@ -89,7 +89,7 @@ class Trainer:
         self._uncounted.append(self.learner.learn(step, batch, with_part_norms=with_part_norms))
 
     def _count(self) -> None:
-        """Bring the numbers of the steps since the last time from the device, which waits for it, into the curve."""
+        """Add the numbers of the steps since the last call to the curve; waits for the device."""
         first = self.state.step - len(self._uncounted) + 1
         numbers = self.world.sum(torch.stack(self._uncounted)) / self.world.size
         for step, (loss, grad_norm) in enumerate(numbers.tolist(), first):
@@ -121,25 +121,25 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Keeper(Protocol):
-    """What the loop needs from the keeper of the run; nothing that it does changes a weight."""
+    """What the loop needs from the keeper of the run.  Apart from restoring weights, it changes none."""
 
     def resumed(self, learner: Learner) -> AbstractContextManager[tuple[TrainState, dict[str, Tensor]]]:
-        """A context for the loop, which brings the learner to where the run stopped.
+        """A context for the loop that restores the learner to where the run stopped.
 
-        It gives how far that was, and the best weights so far.
+        Yields the run's state at that point, and the best weights so far.
         """
 
     def stop_requested(self) -> int:
-        """The number of the signal that asked to save and leave; 0 while none has."""
+        """The number of the signal that asked to save and stop; 0 without one."""
 
     def sample(self, model: GPT) -> str:
-        """A text that the model writes."""
+        """A text written by the model."""
 
     def report(self, state: TrainState, *, evaluated: bool) -> None:
         """Show how far the run has come; called before the first step and after each."""
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Keep all that the run needs to continue from here."""
+        """Keep everything the run needs to continue from here."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class Trained:
 
     state: TrainState
     last: dict[str, Tensor]  # weights after the last step
-    best: dict[str, Tensor]  # weights of lowest validation loss
-    trained: dict[str, Tensor]  # of these, what was trained: the same, or adapters
+    best: dict[str, Tensor]  # weights with the lowest validation loss
+    trained: dict[str, Tensor]  # the trained part of the best: all of it, or adapters
 
 
 @dataclass
@@ -159,29 +159,29 @@ class TrainState:
     step: int = 0  # optimizer steps done
     rows: list[Row] = field(default_factory=list)  # the curve
     norms: list[Row] = field(default_factory=list)  # of gradients by part, at each evaluation
-    samples: list[dict[str, Any]] = field(default_factory=list)  # texts written on the way
+    samples: list[dict[str, Any]] = field(default_factory=list)  # texts written during training
     best_step: int = 0
     best_val_loss: float | None = None
     seconds: float = 0.0  # spent in training, over all attempts
-    peak_mem_gib: float = 0.0  # of the process that had the most, over all attempts
+    peak_mem_gib: float = 0.0  # of the first process, over all attempts
     loss_sum: float = 0.0  # since the last row of the curve
     grad_norm_sum: float = 0.0
     n_summed: int = 0
-    n_skipped: int = 0  # the last steps, whose gradients overflowed in fp16: they changed no weight
+    n_skipped: int = 0  # consecutive steps until now whose gradients overflowed in fp16 and changed no weight
     n_skipped_summed: int = 0  # such steps since the last row of the curve
-    micro_batch_size: int | None = None  # that was found for runtime.micro_batch_size=auto
+    micro_batch_size: int | None = None  # found for runtime.micro_batch_size=auto
 
     def is_over(self, params: TrainParams) -> bool:
-        """Whether that was the last step, or there is no patience for more."""
+        """Whether the last step is done, or train.patience is exhausted."""
         waited = self.step - self.best_step
         return self.step >= params.max_steps or (
             params.patience is not None and waited >= params.patience * params.eval_every
         )
 
     def count(self, step: int, loss: float, grad_norm: float, params: TrainParams) -> None:
-        """Take in the numbers of one step, the next after those before it; some steps make a row.
+        """Take in the numbers of the next step; several steps make a row.
 
-        Raises UserError when a number is not finite; in fp16 the gradient may overflow now and then.
+        Raises UserError when a number is not finite; in fp16 the gradient may overflow, MAX_SKIPPED times in a row.
         """
         skipped = is_scaled(params.precision) and not math.isfinite(grad_norm)
         self.n_skipped = self.n_skipped + 1 if skipped else 0
@@ -200,13 +200,13 @@ class TrainState:
             self._add_row(step, params)
 
     def evaluated(self, val_loss: float, params: TrainParams) -> None:
-        """Note the validation loss after the last step counted, or before the first."""
+        """Record the validation loss after the last counted step, or before the first."""
         if self.n_summed or not self.rows:
             self._add_row(self.step, params)
         self.rows[-1]["val_loss"] = val_loss
 
     def latest(self, params: TrainParams) -> Row:
-        """Means since the last row of the curve, or that row."""
+        """Means since the last row of the curve, or that row if there are none."""
         return self._row(self.step, params) if self.n_summed else self.rows[-1]
 
     def _row(self, step: int, params: TrainParams) -> Row:
@@ -225,7 +225,7 @@ class TrainState:
 
 
 def _finite(number: float) -> float | None:
-    """The number; None for one that overflowed, as a gradient may in fp16."""
+    """The number, or None if it overflowed, as a gradient may in fp16."""
     return number if math.isfinite(number) else None
 
 
