@@ -1,17 +1,17 @@
-"""Checkpoints: all that a run needs to continue as if it had never been interrupted.
+"""Checkpoints: everything a run needs to continue as if it had never been interrupted.
 
     runs/<fingerprint>/
         lock                             held by the one trainer that may write here
-        run.json                         how many steps it will do, and whether its results are out
+        run.json                         how many steps it will do, and whether its results are published
         step-0000500/
             weights.safetensors          the model after 500 steps
             optimizer.safetensors
-            best.safetensors             the weights of lowest validation loss so far
-            ema.safetensors              the average of the weights, where there is one
+            best.safetensors             the weights with the lowest validation loss so far
+            ema.safetensors              the average of the weights, if there is one
             state.json                   the step, the curve so far, and checksums of it all
 
-Processes that each have a part of every weight write it each to a file of its own, for weights, optimizer and ema:
-weights/shard-00001-….safetensors and so on.
+Processes that each have only a part of every weight write their parts of weights, optimizer and ema to files of their
+own: weights/shard-00001-….safetensors and so on.
 
 The folder is not a DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
 """
@@ -45,13 +45,13 @@ from tinygpt.train.trainer import TrainState
 N_KEPT = 2  # checkpoints: the newest, and the one before it in case the disk has lost part of the newest
 PARTS = ("weights", "optimizer", "best", "ema")
 SUFFIX = ".safetensors"
-CODE = ("tinygpt.train.first_weights", "tinygpt.train.trainer")  # they and what they import decide a trained weight
+CODE = ("tinygpt.train.first_weights", "tinygpt.train.trainer")  # these and what they import decide the trained weights
 
 
 def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base: str | None = None) -> str:
-    """Names a run by all that decides its weights: params, tokens, and the code with the packages that compute.
+    """A name for a run by everything that decides its weights: params, tokens, code, and the packages that compute.
 
-    `base` is the SHA-256 of the weights that it starts from, None where it starts from scratch.
+    `base` is the SHA-256 of the weights that it starts from, or None if it starts from scratch.
     """
     data = {"train": tokens.train.sha256, "val": tokens.val.sha256, "tokenizer": tokens.tokenizer_sha256, "base": base}
     inputs = {
@@ -67,8 +67,8 @@ def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base
 class Checkpoints:
     """The folder of one run; use it as a context manager, which holds the folder's lock.
 
-    Of several processes the first locks, each writes what it alone has, and all read; their machines must share the
-    folder.
+    With several processes, the first takes the lock, each writes what only it has, and all read; their machines must
+    share the folder.
     """
 
     def __init__(self, name: str, world: World = ALONE, *, runs: Path | None = None) -> None:
@@ -83,12 +83,12 @@ class Checkpoints:
         self._lock.release()
 
     def note(self, *, max_steps: int, finished: bool) -> None:
-        """Say where the run ends, and whether it has and its results were published: for `python -m tinygpt runs`."""
+        """Record where the run ends, and whether its results are published, for `python -m tinygpt runs`."""
         plan = {"max_steps": max_steps, "finished": finished}
         self.world.first(lambda: write_json(self.folder / PLAN_FILE, plan))
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Write one checkpoint of the PARTS, and drop the oldest."""
+        """Write one checkpoint of the PARTS, and delete the oldest."""
         with ExitStack() as writing:
             place = atomic_folder(self.folder / f"step-{state.step:07d}")
             folder = self.world.first(lambda: writing.enter_context(place))
@@ -104,7 +104,7 @@ class Checkpoints:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"another trainer is writing {self.folder}: wait for it, or stop it first") from None
-        for partial in self.folder.glob("step-*.partial"):  # a killed trainer's
+        for partial in self.folder.glob("step-*.partial"):  # left by a killed trainer
             shutil.rmtree(partial)
 
     def _write_part(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -119,12 +119,12 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def newest_weights(self) -> Path | None:
-        """The file with the weights of the newest checkpoint; None where they are split over several."""
+        """The file with the weights of the newest checkpoint; None if they are split over several files."""
         path = self._all()[-1] / f"weights{SUFFIX}"
         return path if path.exists() else None
 
     def load_latest(self) -> tuple[TrainState, dict[str, dict[str, Tensor]]] | None:
-        """The newest checkpoint that is whole, or None; reports each that is not, but not one that may not be read."""
+        """The newest intact checkpoint, or None; reports damaged ones.  Raises PermissionError if it may not read."""
         for folder in reversed(self._all()):
             try:
                 state, checksums = read_state(folder)
@@ -149,12 +149,12 @@ def _read_part(path: Path) -> dict[str, Tensor]:
 
 
 def save_split(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what this process has of tensors, some of them split, to a safetensors file of its own; all must call it.
+    """Write this process's part of tensors, some of them split, to a safetensors file of its own; all must call it.
 
-    With https://docs.pytorch.org/docs/stable/distributed.checkpoint.html, whose own format has a pickle in it.
-    Raises in every process what went wrong in one.
+    Uses https://docs.pytorch.org/docs/stable/distributed.checkpoint.html, whose default format contains a pickle.
+    An error in one process is raised in all of them.
     """
-    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, which `Exception` misses
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: `Exception` misses it
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -164,11 +164,11 @@ def save_split(folder: Path, tensors: dict[str, Tensor]) -> None:
         first, _ = next(iter(error.failures.values()))
         if isinstance(first, OSError):
             raise first from None
-        raise RuntimeError(str(error)) from None  # it says where in the other process
+        raise RuntimeError(str(error)) from None  # it has the other process's traceback
 
 
 def check_split(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises UserError where the files of `save_split` that this machine sees do not hold all of the tensors."""
+    """Raises UserError if the files of `save_split` that this machine sees do not hold the whole tensors."""
     kinds = _kinds(folder)
     for name, tensor in tensors.items():
         chunks = kinds[name].chunks if name in kinds else []
@@ -177,7 +177,7 @@ def check_split(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_split(folder: Path) -> dict[str, Tensor]:
-    """What any number of processes wrote there: whole tensors on the CPU.  Raises UserError where it cannot be read."""
+    """Whole tensors on the CPU, from what any number of processes wrote.  Raises UserError if it cannot be read."""
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -185,7 +185,7 @@ def load_split(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in _kinds(folder).items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
             load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (CheckpointException, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]})") from None

@@ -1,4 +1,4 @@
-"""The memory of a run, counted before it is started, and how large a micro-batch may be, found by trying it out.
+"""The memory of a run, counted before it starts, and the size of a micro-batch, found by trying sizes.
 
 T tokens, C n_embd, V vocab_size. Sizes are bytes.
 """
@@ -35,29 +35,29 @@ NONE_FITS = (
     "not even the smallest micro-batch fits into the memory: set runtime.gradient_checkpointing=true, raise "
     "train.batch_size to a power of two, or lower model.block_size or the model"
 )
-FLOAT = 4  # bytes of a float32, in which weights and gradients are kept
+FLOAT = 4  # bytes of a float32, the type of weights and gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What one training step takes, and generation with one sequence."""
+    """Memory of one training step, and of generation with one sequence."""
 
     weights: int  # adapters included
     gradients: int  # of what is trained
     optimizer: int  # state for what is trained, and its average
-    activations: int  # kept for the backward pass of one micro-batch, and the logits worked on at a time
+    activations: int  # kept for the backward pass of one micro-batch, and the logits computed at a time
     kv_cache: int  # of a full context
 
     @property
     def training(self) -> int:
-        """All that a training step holds."""
+        """Everything a training step holds."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def memory_of(
     config: GPTConfig, params: TrainParams, runtime: RuntimeParams, micro_batch_size: int, device: torch.device
 ) -> Memory:
-    """What a step will hold, counted without computing it: fake tensors take the device's kernels and no memory."""
+    """What a step will hold, counted without running it: fake tensors use the device's kernels but no memory."""
     with (
         FakeTensorMode(),
         torch.device(device),
@@ -71,7 +71,7 @@ def memory_of(
             rope = None if model.rope is None else model.rope(config.block_size)
             masks = {window: attention_mask(len(x[0]), window, device) for window in model.windows}
             activations += _kept_bytes(model, lambda: model.blocks[0](x, rope, masks))
-            recompute_blocks(model)  # of which the next count has the inputs
+            recompute_blocks(model)  # so that the next count has only their inputs
         activations += _kept_bytes(model, lambda: model.hidden(ids[:, :-1]))
         gradients, optimizer = _learning_bytes(model, params)
     return Memory(
@@ -84,9 +84,9 @@ def memory_of(
 
 
 def fits(learner: Learner, size: int) -> bool:
-    """Whether there is memory for a step in micro-batches of that size, next to the weights, which are there already.
+    """Whether a step in micro-batches of this size fits into the free memory; the weights are there already.
 
-    Counts exactly only where a bound that takes no time does not fit.
+    Counts exactly only if a quick upper bound does not fit.
     """
     model, params, free = learner.model, learner.params, available_memory(learner.device)
     if sum(_learning_bytes(model, params)) + most_activations(model, size) < free:
@@ -96,10 +96,10 @@ def fits(learner: Learner, size: int) -> bool:
 
 
 def most_activations(model: GPT, size: int) -> int:
-    """An upper bound of a step's activations in micro-batches of that size, whatever the model's switches.
+    """An upper bound on the activations of a step in micro-batches of this size, for any switches of the model.
 
-    Everything else in a block keeps tensors as wide as those around its linear layers, and few of them; attention may
-    keep four matrices of scores (T, T); short products keep a copy of the weights.
+    Besides its linear layers, a block keeps few tensors, none wider than the inputs and outputs of those layers.
+    Attention may keep four matrices of scores (T, T). Short products keep a copy of the weights.
     """
     config = model.config
     linear = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
@@ -110,7 +110,7 @@ def most_activations(model: GPT, size: int) -> int:
 
 
 def build_trained(config: GPTConfig, lora: LoRAParams | None) -> GPT:
-    """A model of random weights as training has it, with adapters if there are any."""
+    """A model with random weights, built as for training, with adapters if there are any."""
     model = GPT(config)
     if lora is not None:
         add_lora(model, **dataclasses.asdict(lora), generator=None)
@@ -118,13 +118,13 @@ def build_trained(config: GPTConfig, lora: LoRAParams | None) -> GPT:
 
 
 def _learning_bytes(model: GPT, params: TrainParams) -> tuple[int, int]:
-    """Gradients; state of the optimizers and the average of the weights."""
+    """Bytes of the gradients; bytes of the optimizer state and the average of the weights."""
     gradients = FLOAT * sum(tensor.numel() for tensor in trained_tensors(model).values())
     return gradients, state_bytes(model, params) + (gradients if params.ema else 0)
 
 
 def _loss_bytes(model: GPT, n_tokens: int) -> int:
-    """What `next_token_loss` makes: gradients of the last hidden state and of the head, logits and their logarithms."""
+    """What `next_token_loss` allocates: gradients of the hidden states and the head, logits and log-probabilities."""
     c, v, chunk = model.config.n_embd, model.config.vocab_size, CHUNK[model.lm_head.weight.device.type]
     d_head = v * c if model.lm_head.weight.requires_grad else 0
     return FLOAT * (n_tokens * c + d_head + 2 * v * min(max(1, chunk // v), n_tokens))
@@ -155,7 +155,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def peak_memory() -> int:
-    """The most that this process has held at a time: on the current GPU if it uses one, else in the machine."""
+    """Peak memory of this process: on the current GPU if it uses one, else in RAM."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)  # else kB
@@ -163,16 +163,16 @@ def peak_memory() -> int:
 
 # ---- the size of a micro-batch, found by trying it out ----
 
-N_SIZES = 5  # that a CPU tries, from the whole batch down to a sixteenth of it
-N_ROUNDS = 3  # that each is timed, the first of them as a warm-up
-TRIAL_S = 20.0  # after which no other round begins
+N_SIZES = 5  # sizes a CPU tries, from the whole batch down to a sixteenth of it
+N_ROUNDS = 3  # timings of each size; the first is a warm-up
+TRIAL_S = 20.0  # after which no new round begins
 
 
 def find_micro_batch_size(learner: Learner, *, known: int | None = None) -> int:
-    """The largest that fits into a GPU, the fastest on a CPU; a half, a quarter … of the batch. Says what it found.
+    """The largest size that fits into a GPU, or the fastest on a CPU: the batch, half of it, a quarter …  Prints it.
 
-    Neither weights nor random numbers are touched. `known` is what the run has found before: a CPU takes it, a GPU
-    nothing larger. It runs without torch.compile, which would compile each size anew.
+    It changes neither weights nor the random state. `known` is what the run found before: a CPU takes it as it is, a
+    GPU nothing larger. Sizes are tried without torch.compile, which would compile each of them.
     """
     batch_size, device = learner.params.batch_size, learner.device
     if known is not None and device.type != "cuda":
@@ -190,7 +190,7 @@ def find_micro_batch_size(learner: Learner, *, known: int | None = None) -> int:
 
 
 def halves(n: int) -> list[int]:
-    """n, n/2, n/4 … as far as they are whole: 12, 6, 3."""
+    """n, n/2, n/4 … while they are whole: 12, 6, 3."""
     sizes = [n]
     while sizes[-1] % 2 == 0:
         sizes.append(sizes[-1] // 2)
@@ -198,7 +198,7 @@ def halves(n: int) -> list[int]:
 
 
 def fastest(sizes: Iterable[int], attempt: Callable[[int], None]) -> int:
-    """The size that takes the least time for each of its sequences, at best of some attempts side by side."""
+    """The size with the least time per sequence, each at its best of several interleaved rounds."""
     times: dict[int, list[float]] = {size: [] for size in sizes}
     if not times:
         raise UserError(NONE_FITS)
@@ -214,7 +214,7 @@ def fastest(sizes: Iterable[int], attempt: Callable[[int], None]) -> int:
 
 
 def largest(sizes: Iterable[int], attempt: Callable[[int], None]) -> int:
-    """The first size, from the largest on, that is attempted without running out of the GPU's memory."""
+    """The first size, in descending order, that does not run out of GPU memory."""
     for size in sizes:
         try:
             attempt(size)
@@ -225,7 +225,7 @@ def largest(sizes: Iterable[int], attempt: Callable[[int], None]) -> int:
 
 
 def _try(learner: Learner, size: int) -> None:
-    """On a GPU next to as much as the optimizer will take; twice, as gradients are there the second time."""
+    """On a GPU, reserve what the optimizer will take, and run twice: the second time, gradients are already there."""
     reserved = None
     try:
         if learner.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The small files of a run's folder: what people call it, and how far it has come.  Read without PyTorch."""
+"""The small files in a run's folder: its name, and how far it has come.  They are read without PyTorch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tinygpt.files import atomic_write, read_json, sha256_file, sha256_json, wri
 from tinygpt.params import PARAMS_FILE, Count, flat_params, read_record
 
 NAME_FILE, PLAN_FILE, STATE_FILE = "name.txt", "run.json", "state.json"
-LONGEST = 60  # letters of a name
+LONGEST = 60  # characters of a name, at most
 
 
-# ---- its name: the first that it was trained under, next to its fingerprint ----
+# ---- its name, besides the fingerprint: the first one it was trained under ----
 
 
 def name_of(root: Path) -> str:
-    """The experiment that DVC runs, or the params that differ from the last commit's, or "" where none do."""
+    """The name of the experiment DVC runs, or else the params that differ from the last commit; "" if none do."""
     if name := os.environ.get("DVC_EXP_NAME"):
         return _plain(name)
     command = ["git", "show", f"HEAD:./{PARAMS_FILE}"]
@@ -34,7 +34,7 @@ def name_of(root: Path) -> str:
 
 
 def keep_name(folder: Path, name: str) -> None:
-    """Give the run in a folder of runs/ its name, unless it has one."""
+    """Name the run in a folder of runs/, unless it has a name."""
     if name and not (folder / NAME_FILE).exists():
         with atomic_write(folder / NAME_FILE) as file:
             file.write(name)
@@ -49,7 +49,7 @@ def read_name(folder: Path) -> str:
 
 
 def _plain(name: str) -> str:
-    """As a file may be called, for logs that make folders of names."""
+    """The name as a file name, for loggers that make folders from names."""
     return re.sub(r"[^\w.=+-]+", "_", name)[:LONGEST].strip("._")
 
 
@@ -58,19 +58,19 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """run.json: what `python -m tinygpt runs` has to know besides checkpoints.  Checkpoints writes it."""
+    """run.json: what `python -m tinygpt runs` needs besides the checkpoints.  Written by Checkpoints."""
 
     max_steps: Count
-    finished: bool  # and its results were published
+    finished: bool  # and its results are published
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """None where there is none.  Raises UserError for one that was not written so."""
+    """The plan, or None without one.  Raises UserError if the file is invalid."""
     return read_record(Plan, folder / PLAN_FILE, stage="train") if (folder / PLAN_FILE).exists() else None
 
 
 def write_state(checkpoint: Path, state: dict[str, Any], suffix: str) -> None:
-    """Write state.json, with checksums of itself and of the checkpoint's files of this suffix."""
+    """Write state.json, with checksums of itself and of the checkpoint's files with this suffix."""
     files = sorted(checkpoint.rglob(f"*{suffix}"))
     checksums = {path.relative_to(checkpoint).as_posix(): sha256_file(path) for path in files}
     document = {"checksums": checksums, "state": state}
@@ -78,7 +78,7 @@ def write_state(checkpoint: Path, state: dict[str, Any], suffix: str) -> None:
 
 
 def read_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The state, and the checksum of each file.  Raises UserError where state.json is not what was written."""
+    """The state, and the checksum of each file.  Raises UserError if state.json is not what was written."""
     document = read_json(checkpoint / STATE_FILE, stage="train")
     checksum = document.pop("checksum", None)
     if document.keys() != {"checksums", "state"} or sha256_json(document) != checksum:

@@ -1,7 +1,7 @@
-"""Places that show a training while it runs: TensorBoard, Weights & Biases, MLflow, DVCLive.
+"""Loggers that show training while it runs: TensorBoard, Weights & Biases, MLflow, DVCLive.
 
-Each writes into the folder of the run, unless its own environment variables name another place, and gets the curve row
-by row, and the samples. When a run continues, what a log lacks is written first, and what it has is not written twice.
+Each gets the curve row by row, and the samples, and writes into the run's folder unless its own environment variables
+name another place. When a run continues, rows that a log lacks are written first, and none is written twice.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tinygpt.run.folder import read_name
 from tinygpt.train.config import TrainParams
 from tinygpt.train.trainer import Row, TrainState
 
-PROJECT = "tinygpt"  # the name of all runs together in W&B and MLflow
-PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where that is not the name of the module
+PROJECT = "tinygpt"  # W&B's project and MLflow's experiment, for all runs
+PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where they differ from the module's name
 
 
 class Loggers:
-    """The logs that are asked for, as a context manager; call it with the state at the start and after each step.
+    """The requested loggers, as a context manager; call it with the state at the start and after each step.
 
-    A log that fails costs a line of warning and is left out from then on: it does not end the training. A missing
-    package does end it, at once.
+    A logger that fails prints a line of warning and is left out from then on; training continues. A missing package,
+    however, ends it at once.
     """
 
     def __init__(self, names: Iterable[str], folder: Path, config: GPTConfig, params: TrainParams) -> None:
@@ -47,7 +47,7 @@ class Loggers:
         self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
         self._tokens_per_step = params.batch_size * config.block_size
         self._loggers: dict[str, Logger] = {}
-        self._n_rows = 0  # of the curve, handed on
+        self._n_rows = 0  # of the curve, already handed on
         self._since: tuple[int, float] | None = None  # tokens and seconds at the last of them
 
     def __enter__(self) -> Loggers:
@@ -60,7 +60,7 @@ class Loggers:
             self._attempt(name, logger.close, kind is None)
 
     def __call__(self, state: TrainState) -> None:
-        """Write what is new of the curve, with the speed since the row before it where this start has measured that."""
+        """Write the new rows of the curve, with the speed since the row before if it was measured since this start."""
         rows, self._n_rows = state.rows[self._n_rows :], len(state.rows)
         if self._since is not None and not rows:
             return
@@ -78,7 +78,7 @@ class Loggers:
     def _attempt(self, name: str, action: Callable[..., None], *args: Any) -> None:
         try:
             action(*args)
-        except Exception as error:  # of any kind: the fault is the library's, and the training is worth more
+        except Exception as error:  # any kind: a fault of the library must not end the training
             reason = (str(error) or repr(error)).splitlines()[0]
             tqdm.write(f"warning: {name} failed, training goes on without it ({printable(reason)})", file=sys.stderr)
             self._loggers.pop(name, None)
@@ -93,16 +93,16 @@ def _write(logger: Logger, rows: list[Row], speed: dict[str, float], texts: dict
 
 
 def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Numbers, texts and switches as they are, the rest as params.yaml has it."""
+    """Numbers, strings and booleans as they are, the rest as params.yaml writes it."""
     return {f"{group}.{key}": v if isinstance(v, int | float | str) else shown(v) for key, v in fields.items()}
 
 
 class TensorBoard:
-    """Event files in runs/<fingerprint>/tensorboard, one a start: `tensorboard --logdir runs` shows them as one.
+    """Event files in runs/<fingerprint>/tensorboard, one per start: `tensorboard --logdir runs` shows them as one.
 
-    Written here and not by torch's SummaryWriter: its thread prints a traceback when the disk is full, which only a
-    hook for all threads of the process could stop. Its `purge_step` cuts what a log has too much of, but does not say
-    what a log lacks.
+    They are not written by torch's SummaryWriter, whose thread prints a traceback when the disk is full; only a hook
+    for all threads of the process could stop that. Its `purge_step` removes what a log has too much of, but does not
+    say what a log lacks.
     """
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ class TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         trial = folder.name
-        folder = folder / "tensorboard" / read_name(folder)  # of its folders TensorBoard makes the run's name
+        folder = folder / "tensorboard" / read_name(folder)  # TensorBoard names runs after their folders
         folder.mkdir(exist_ok=True, parents=True)
         log = EventAccumulator(str(folder)).Reload()
         self.last_step = max((log.Scalars(name)[-1].step for name in log.Tags()["scalars"]), default=-1)
@@ -122,7 +122,7 @@ class TensorBoard:
             self._add(summary=hparams_pb(params, trial_id=trial))
 
     def write(self, step: int, numbers: dict[str, float], text: str | None) -> None:
-        """One event for the row: it is in the file whole or not at all."""
+        """Write the row as one event, so that it is in the file whole or not at all."""
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.text.summary_v2 import text_pb
 
@@ -142,9 +142,9 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases a start, grouped by fingerprint; in runs/<fingerprint>/wandb, and sent nowhere.
+    """One Weights & Biases run per start, grouped by fingerprint, in runs/<fingerprint>/wandb; nothing is sent.
 
-    WANDB_MODE=online sends. An offline log cannot be appended to, so each start is a run that has the whole curve.
+    WANDB_MODE=online sends it. An offline log cannot be appended to, so each start is a run with the whole curve.
     """
 
     last_step = -1
@@ -159,14 +159,14 @@ class WandB:
             dir=os.environ.get("WANDB_DIR", str(folder)),
             mode=os.environ.get("WANDB_MODE", "offline"),
             config=params,
-            settings=wandb.Settings(console="off", quiet=True, finish_timeout=120),  # off: it leaves our output
+            settings=wandb.Settings(console="off", quiet=True, finish_timeout=120),  # off: leave our output alone
         )
 
     def write(self, step: int, numbers: dict[str, float], text: str | None) -> None:
         import wandb
 
         self._run.log(numbers, step=step)
-        if text is not None:  # in a call of its own: its file is named after the step before
+        if text is not None:  # in a call of its own: its file is named after the previous step
             self._run.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)}, step=step)
 
     def close(self, finished: bool) -> None:
@@ -175,12 +175,12 @@ class WandB:
 
 
 class MLflow:
-    """One MLflow run a fingerprint; in files in runs/<fingerprint>/mlflow, or where MLFLOW_TRACKING_URI says."""
+    """One MLflow run per fingerprint, in files in runs/<fingerprint>/mlflow or where MLFLOW_TRACKING_URI says."""
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else MLflow refuses to write plain files
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # of 7: minutes in which nothing is trained
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds, of 120
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # not 7, which hold up training for minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds, not 120
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
@@ -199,7 +199,7 @@ class MLflow:
             )
             self._id = run.info.run_id
             self._client.log_batch(self._id, params=[Param(key, str(value)) for key, value in params.items()])
-        names = ("train_loss", "val_loss")  # one of which a row has
+        names = ("train_loss", "val_loss")  # each row has at least one
         steps = [metric.step for name in names for metric in self._client.get_metric_history(self._id, name)]
         self.last_step = max(steps, default=-1)
 
@@ -217,7 +217,7 @@ class MLflow:
 
 
 class DVCLive:
-    """DVC's own log, which Studio shows: in runs/<fingerprint>/dvclive, of evaluations only, as each takes it 30 ms."""
+    """DVC's own log, which Studio shows, in runs/<fingerprint>/dvclive: evaluations only, because a row takes 30 ms."""
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None:
         from dvclive.live import Live
@@ -229,7 +229,7 @@ class DVCLive:
             self._live.log_params(params)
 
     def write(self, step: int, numbers: dict[str, float], text: str | None) -> None:
-        """Evaluations alone, without the text, for which it has no place."""
+        """Log evaluations only, without the text, for which DVCLive has no place."""
         if "val_loss" in numbers:
             self._live.step = step
             for name, number in numbers.items():
@@ -237,11 +237,11 @@ class DVCLive:
             self._live.next_step()
 
     def close(self, finished: bool) -> None:
-        """Without an experiment of its own: that is what `dvc exp run` makes."""
+        """End without saving an experiment: `dvc exp run` does that."""
         self._live.end()
 
 
-# Each is made from the run's folder, which its fingerprint names, and its params. `last_step` is the newest that its
-# log has from an earlier start, or -1.
+# Each is built from the run's folder, named after its fingerprint, and its params. `last_step` is the newest step that
+# its log has from an earlier start, or -1.
 Logger = TensorBoard | WandB | MLflow | DVCLive
 LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "dvclive": DVCLive}

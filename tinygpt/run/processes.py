@@ -1,9 +1,9 @@
-"""The processes of a run: how those that train one model together start, and how each is asked to stop.
+"""The processes of a run: how several start that train one model together, and how each is asked to stop.
 
     runtime.n_process: 4                     this machine; torch's elastic launcher starts them
     torchrun … -m stages.train               one machine or several; torchrun has started them
 
-One that is killed takes the others with it, and all start again from the newest checkpoint.
+If one is killed, the others are stopped, and all start again from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 
-RESTARTS = 3  # after processes that were killed, before the run is given up
-PATIENCE_S = 120  # that a process has for its last step and checkpoint when it was asked to stop
+RESTARTS = 3  # after killed processes, before giving up
+PATIENCE_S = 120  # for a process that was asked to stop to finish its step and save a checkpoint
 
 
 def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
@@ -49,18 +49,18 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
 
 
 def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
-    """The device of this process.  Raises UserError where the processes cannot share the work."""
+    """The device of this process.  Raises UserError if the processes cannot share the work."""
     require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)}))
     device = open_device(runtime, number=world.local_rank, of=world.local_size)
     if runtime.cuda_graphs and (device.type != "cuda" or world.size > 1):
         raise UserError("runtime.cuda_graphs=true is for one process on a GPU: set it to false")
     if device.index is not None:
-        torch.cuda.set_device(device)  # FSDP takes the current one, whatever the weights are on
+        torch.cuda.set_device(device)  # FSDP uses the current device, wherever the weights are
     return device
 
 
 def _train_with_others(train: Callable[[World], None]) -> None:
-    """Raises UserError where another process has ended, whose reason the launcher reports."""
+    """Raises UserError if another process has ended; the launcher reports why."""
     try:
         train(_join())
     except RuntimeError as error:
@@ -70,12 +70,12 @@ def _train_with_others(train: Callable[[World], None]) -> None:
 
 
 def _launch(n_process: int) -> int:
-    """Run this program's command in new processes; the exit status that the first to fail left with, or 0."""
+    """Run this program's command in new processes -> 0, or the exit status of one that failed or was stopped."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.disable(logging.ERROR)  # of the launcher: the processes say themselves what is wrong
+    logging.disable(logging.ERROR)  # of the launcher: the processes report their own errors
     for _ in range(1 + RESTARTS):
         with tempfile.TemporaryDirectory() as logs:
             try:
@@ -86,7 +86,7 @@ def _launch(n_process: int) -> int:
             except ChildFailedError as failed:
                 statuses = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         killed = {rank: status for rank, status in statuses.items() if status < 0 and status != -signal.SIGTERM}
-        if not killed:  # but one has failed, or was asked to stop before it listened; the others were then stopped
+        if not killed:  # one failed, or was asked to stop before it listened; the others were then stopped
             return max([status for status in statuses.values() if status > 0], default=128 + signal.SIGTERM)
         for rank, status in killed.items():
             print(f"train: process {rank} was killed by signal {-status}", file=sys.stderr)
@@ -94,7 +94,7 @@ def _launch(n_process: int) -> int:
 
 
 def _launch_config(n_process: int, logs: str) -> LaunchConfig:
-    """All processes on this machine, and a port of its own for them to meet."""
+    """All processes on this machine, meeting at a port of their own."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -106,7 +106,7 @@ def _launch_config(n_process: int, logs: str) -> LaunchConfig:
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
-        max_restarts=0,  # a new start with the same store would meet the addresses of the dead
+        max_restarts=0,  # a restart with the same store would find dead processes' addresses
         shutdown_timeout=PATIENCE_S,
         signals_to_handle="SIGTERM,SIGINT",
         logs_specs=DefaultLogsSpecs(log_dir=logs),
@@ -114,7 +114,7 @@ def _launch_config(n_process: int, logs: str) -> LaunchConfig:
 
 
 def _join() -> World:
-    """Meet the other processes.  Only the first of them writes to the terminal."""
+    """Connect to the other processes.  Only the first one writes to the terminal."""
     cuda = torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -127,16 +127,16 @@ def _join() -> World:
 
 # ---- requests to stop ----
 
-STAGE = "DVC_STAGE"  # environment: DVC sets it for the command of a stage, which hands it down to all it starts
-ELASTIC = "TORCHELASTIC_RUN_ID"  # environment of the processes that torch's elastic launcher starts
+STAGE = "DVC_STAGE"  # environment variable that DVC sets for a stage's command; child processes inherit it
+ELASTIC = "TORCHELASTIC_RUN_ID"  # environment variable of processes that torch's elastic launcher starts
 
 
 class Interrupts:
-    """A context in which a request to stop is noted, which the loop obeys at the end of its step.
+    """A context that notes requests to stop; the loop obeys them at the end of its step.
 
-    DVC passes no signal on: killed, it leaves its stage running as an orphan. So the programs above this one are
-    watched, as far as DVC. (Linux's PR_SET_PDEATHSIG reports only the nearest, which may be a shell.) What a person
-    started is not watched: with nohup it may outlive its terminal.
+    DVC passes no signals on: if killed, it leaves its stage running as an orphan. So the processes above this one are
+    watched, up to DVC. (Linux's PR_SET_PDEATHSIG reports only the nearest, which may be a shell.) Without DVC they are
+    not: a run that a person started with nohup may outlive its terminal.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def requested(self) -> int:
-        """The number of the signal that asked to save and leave; 0 while none has."""
+        """The number of the signal that asked to save and stop; 0 without one."""
         if self.signal is None and _orphaned(self._watched):
             self.signal = signal.SIGTERM
         return self.signal or 0
@@ -168,7 +168,7 @@ class Interrupts:
 def watched() -> list[psutil.Process]:
     """This program, its parent, and so on up to DVC.
 
-    Without DVC only this one; for one of several processes that train together also the launcher that started it.
+    Without DVC, only this program, and the launcher if several processes train together.
     """
     found = [psutil.Process()]
     if STAGE in os.environ or ELASTIC in os.environ:
@@ -187,7 +187,7 @@ def _in_stage(process: psutil.Process) -> bool:
 
 
 def _orphaned(processes: list[psutil.Process]) -> bool:
-    """Whether one of them has another parent than before, as its own has died."""
+    """Whether the parent of one of them has died, so that it has a new one."""
     try:
         return any(child.ppid() != parent.pid for child, parent in pairwise(processes))
     except psutil.Error:
@@ -195,7 +195,7 @@ def _orphaned(processes: list[psutil.Process]) -> bool:
 
 
 def _adopted(processes: list[psutil.Process]) -> bool:
-    """Whether DVC was gone before this program began: init, which then takes its place, leads a session of its own."""
+    """Whether DVC had died before this program began: init, which then takes its place, is in another session."""
     try:
         return len(processes) > 1 and os.getsid(processes[-1].pid) != os.getsid(processes[-2].pid)
     except OSError:

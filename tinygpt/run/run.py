@@ -32,11 +32,11 @@ from tinygpt.train.learner import Learner
 from tinygpt.train.parallel import ALONE, World
 from tinygpt.train.trainer import TrainState
 
-MODEL_FOLDER = "model"  # in a run's folder: its newest weights, to see what they write
+MODEL_FOLDER = "model"  # in a run's folder: its newest weights, to generate text with
 
 
 class Run:
-    """What a trainer's loop needs around it: checkpoints, signals, logs.  A context manager, which holds the lock."""
+    """What a trainer's loop needs around it: checkpoints, signals, logs.  A context manager that holds the lock."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class Run:
         show: Callable[[TrainState], None] = lambda _: None,
         called: str = "",
     ) -> None:
-        """`name` is the run's fingerprint, `tokenizer` what its samples are written with; `runs` holds all runs.
+        """`name` is the run's fingerprint, `tokenizer` is for its samples, `runs` is the folder of all runs.
 
-        `show` publishes the curve so far, at each evaluation and where a run continues; `called` is what people call
-        the run.
+        `show` publishes the curve so far, at each evaluation and when a run continues; `called` is the run's name for
+        people.
 
         Raises UserError when the package of a logger is missing.
         """
@@ -63,7 +63,7 @@ class Run:
         log_to = runtime.log_to if world.rank == 0 else ()
         self._loggers = Loggers(log_to, self.checkpoints.folder, config, params)
         self._show = show if world.rank == 0 else lambda _: None
-        self._clock: tuple[float, int] | None = None  # after this start's first step, which may have to compile
+        self._clock: tuple[float, int] | None = None  # at the end of this start's first step, which may compile
         self._called = called
         self._interrupts = Interrupts()
         self._open = ExitStack()
@@ -78,16 +78,16 @@ class Run:
         self._open.__exit__(*exception)  # type: ignore[arg-type]
 
     def note(self, *, finished: bool) -> None:
-        """Say whether its results were published: for `python -m tinygpt runs`."""
+        """Record whether its results are published, for `python -m tinygpt runs`."""
         self.checkpoints.note(max_steps=self.params.max_steps, finished=finished)
 
     @contextmanager
     def resumed(self, learner: Learner) -> Iterator[tuple[TrainState, dict[str, Tensor]]]:
-        """A context for the loop, which begins where the run stopped: how far that was, and the best weights so far."""
+        """A context in which the loop continues where the run stopped; yields the state then and the best weights."""
         with out_of_memory(LESS_MEMORY):
             self._check_memory(learner)
             state, best = self._resume(learner)
-            if self.runtime.micro_batch_size == "auto":  # found once a run: another size would change the last bits
+            if self.runtime.micro_batch_size == "auto":  # found once per run: another size would change the last bits
                 state.micro_batch_size = find_micro_batch_size(learner, known=state.micro_batch_size)
                 learner.micro_batch_size = state.micro_batch_size
             self._loggers(state)
@@ -101,18 +101,18 @@ class Run:
                 yield state, best
 
     def stop_requested(self) -> int:
-        """The number of the signal that asked to save and leave; 0 while none has."""
+        """The number of the signal that asked to save and stop; 0 without one."""
         return self._interrupts.requested()
 
     def sample(self, model: GPT) -> str:
-        """A text that the model writes, the same for the same weights."""
+        """A text written by the model, the same for the same weights."""
         if self.tokenizer is None:
             return ""
         sampling, n = Sampling(seed=self.params.seed), self.params.sample_tokens
         return generate(model, self.tokenizer, "", max_new_tokens=n, sampling=sampling)
 
     def report(self, state: TrainState, *, evaluated: bool) -> None:
-        """Move the bar, write a line where one is due, and hand new rows of the curve to the loggers."""
+        """Advance the bar, print a line if one is due, and hand new rows of the curve to the loggers."""
         self._loggers(state)
         done = state.step
         if done and self._clock is None:
@@ -135,7 +135,7 @@ class Run:
             self.world.first(self._offer)
 
     def _offer(self) -> None:
-        """Make the newest weights a model folder: `generate --run` reads it.  A second name of the file, no copy."""
+        """Make a model folder of the newest weights, for `generate --run`: a hard link to the file, not a copy."""
         newest, folder = self.checkpoints.newest_weights(), self.checkpoints.folder / MODEL_FOLDER
         if newest is not None and self.tokenizer is not None:
             folder.mkdir(exist_ok=True)
@@ -145,12 +145,12 @@ class Run:
             partial.unlink(missing_ok=True)
             try:
                 os.link(newest, partial)
-            except OSError:  # a file system that has no second names
+            except OSError:  # a file system without hard links
                 shutil.copyfile(newest, partial)
             os.replace(partial, folder / WEIGHTS_FILE)
 
     def _check_memory(self, learner: Learner) -> None:
-        """Raises UserError where a step would not fit.  What each of several processes holds is not counted."""
+        """Raises UserError if a step would not fit.  Not checked with several processes."""
         size = min(learner.micro_batch_size or self.params.batch_size, self.params.batch_size)
         if self.world.size == 1 and self.runtime.micro_batch_size != "auto" and not fits(learner, size):
             raise UserError(f"train: a step will not fit into the memory: {LESS_MEMORY}")
@@ -168,7 +168,7 @@ class Run:
         return state, best
 
     def _log_line(self, state: TrainState) -> str:
-        """At most 80 columns: what people wait for.  The rest is in the curve."""
+        """What people wait for, in at most 80 columns.  The rest is in the curve."""
         row = state.latest(self.params)
         shown = [f"step {state.step:>6,} of {self.params.max_steps:,}"]
         if row["train_loss"] is not None:
