@@ -2,10 +2,10 @@
 
 import sys
 
-from tinygpt import threads  # before PyTorch, which a stage may import first
+from tinygpt import threads  # must come before PyTorch, which a stage may import first
 from tinygpt.errors import leave_at_once
 
 __all__ = ["threads"]
 
-if sys.argv[0] == "-m":  # a stage is about to be imported as the program
+if sys.argv[0] == "-m":  # `python -m` is about to run a stage
     leave_at_once()

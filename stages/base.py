@@ -1,7 +1,7 @@
-"""Bring the model that training can start from: what is in data/base, or else what dvc.lock says was there.
+"""Provide the model that training can start from: what is in data/base, or else what dvc.lock says was there.
 
-`python -m tinygpt import-hf` and `promote` fill data/base and run this stage, so that DVC tracks it. Where there was
-never a base, data/base has only a page that says so.
+`python -m tinygpt import-hf` and `promote` fill data/base and run this stage, so that DVC tracks it. If there never was
+a base, data/base contains only a README that says so.
 """
 
 from pathlib import Path
@@ -30,18 +30,18 @@ def run(root: Path) -> None:
 
 
 def fetched(root: Path, folder: Path) -> bool:
-    """Fill the folder with the base of dvc.lock, from DVC's cache or remote; False where it names none."""
+    """Fill the folder with the base in dvc.lock, from DVC's cache or remote; False if it names none."""
     from dvc.api import DVCFileSystem
     from dvc.repo import Repo
 
     try:
         with Repo(root) as repo:
             (out,) = repo.find_outs_by_path(str((root / BASE).absolute()))
-            if not out.hash_info or out.meta.nfiles == 1:  # but for the page
+            if not out.hash_info or out.meta.nfiles == 1:  # only the README
                 return False
-            DVCFileSystem(repo).get(f"{BASE}/", str(folder), recursive=True)  # what is in it
+            DVCFileSystem(repo).get(f"{BASE}/", str(folder), recursive=True)  # the slash: its contents
             return True
-    except Exception as error:  # of any kind: it may be that of a remote's library
+    except Exception as error:  # any kind: it may come from a remote's library
         raise UserError(
             f"{BASE} is not there, and DVC cannot bring the one of dvc.lock ({error}): run `python -m tinygpt "
             f"import-hf FOLDER` or `promote` again, or `mkdir -p {BASE}` to continue without one"

@@ -21,7 +21,7 @@ MOST_NAMED = 10  # files whose repairs are reported; clean.json has the sum
 def run(root: Path) -> None:
     """Read the `clean` group, fill data/clean and write reports/clean.json."""
     params, runtime = load_params(CleanParams, RuntimeParams, path=root / PARAMS_FILE)
-    evaluated = check_params(root / PARAMS_FILE)["evaluate"].split  # an empty one would come to light after training
+    evaluated = check_params(root / PARAMS_FILE)["evaluate"].split  # an empty split would only show after training
     report, repaired, how = clean(
         params, root / RAW, root / CLEAN, runtime, evaluated=evaluated, runs=runs_folder(root)
     )

@@ -1,7 +1,7 @@
-"""Write down what code each stage's results depend on: a change of it, but not of a comment, runs the stage again.
+"""Record the code that each stage's results depend on: if it changes, except for comments, the stage runs again.
 
 Reads the sources of stages and tinygpt, writes reports/code.json, which every other stage names under `params`. It
-always runs, so it also warns of experiments that DVC would lose without a word.
+always runs, so it also warns about experiments that DVC would lose silently.
 """
 
 import subprocess
@@ -28,7 +28,7 @@ def run(root: Path) -> None:
 
 
 def lost_experiments(checkout: Path, *, is_copy: bool) -> list[str]:
-    """What keeps DVC from bringing an experiment from a copy back to the checkout; `is_copy`: this is one."""
+    """Why DVC could not bring an experiment back from a copy to the checkout; `is_copy`: whether this is a copy."""
     found = []
     if not str(checkout).isascii() or unquote(urlsplit(f"file://{checkout}").path) != str(checkout):  # DVC makes a URL
         found.append(

@@ -13,7 +13,7 @@ from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.paths import RAW
 from tinygpt.stage import run_stage
 
-CACHE = Path("data/.downloads")  # whole and partial downloads, outside of every DVC output
+CACHE = Path("data/.downloads")  # complete and partial downloads, outside every DVC output
 
 
 def run(root: Path) -> None:

@@ -1,7 +1,7 @@
-"""Export the model for transformers and llama.cpp, and check every file against it.
+"""Export the model for transformers and llama.cpp, and check every file against the model.
 
-Reads data/model, data/tokenizer and data/tokens, for the card data/raw/manifest.json and
-reports/eval.json; writes data/export and reports/export.json.
+Reads data/model, data/tokenizer and data/tokens, and for the model card data/raw/manifest.json and
+reports/eval.json. Writes data/export and reports/export.json.
 """
 
 from functools import partial
@@ -30,14 +30,14 @@ REPORT = REPORTS / "export.json"
 def run(root: Path) -> None:
     """Run the stage in the project's folder.
 
-    data/export appears only when every file passes, the report when llama.cpp can load them.
+    data/export appears only if every file passes its check, the report only if llama.cpp can load every file.
     """
     params, runtime = load_params(ExportParams, RuntimeParams, path=root / PARAMS_FILE)
-    open_device(runtime)  # for its threads: llama.cpp is compared on the CPU
+    open_device(runtime)  # to set the threads: the comparison with llama.cpp runs on the CPU
     model, tokenizer = load_pair(root / MODEL, root / TOKENIZER)
     require(*params.rules_with({"model": model.config}))
     meta, least = load_meta(root / TOKENS, tokenizer=root / TOKENIZER), min(CHUNK_SIZE, model.config.block_size)
-    split = "test" if meta.test.tokens >= least else "val"  # training needed at least that many of it
+    split = "test" if meta.test.tokens >= least else "val"  # training needed at least that many tokens
     ids = load_tokens(root / TOKENS, split, at_least=least)[: params.check_tokens]
     origin = read_origin(root / RAW, root / MODEL, root / REPORTS)
     card = partial(model_card, model.config, model.n_params(), origin)

@@ -1,6 +1,6 @@
-"""Train the model. Killed in any way and run again, training continues and ends with the same bytes.
+"""Train the model. If killed in any way and run again, training continues and ends with the same bytes.
 
-Reads data/tokens and data/tokenizer, and data/base where training starts from it. Writes data/model,
+Reads data/tokens and data/tokenizer, and data/base if training starts from it. Writes data/model,
 reports/train.csv, train_norms.csv, train.json and train_samples.md.
 """
 
@@ -63,7 +63,7 @@ def train(root: Path, world: World) -> None:
             set_first_weights(model, train_tokens)
         learner = Learner(model, params, runtime, device=device, world=world)
         trainer = Trainer(learner, train_tokens=train_tokens, val_tokens=val_tokens)
-        run.note(finished=False)  # now that nothing is refused any more
+        run.note(finished=False)  # now that all checks have passed
         trained, made_from = trainer.fit(run), {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
         report = world.first(lambda: publish(trained, trainer, root / MODEL, root / REPORTS, made_from=made_from))
         run.note(finished=True)

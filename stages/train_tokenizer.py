@@ -1,4 +1,4 @@
-"""Learn the tokenizer from the training documents, or take a ready one.
+"""Learn the tokenizer from the training documents, or take an existing one.
 
 Reads data/clean/train.jsonl, writes data/tokenizer/tokenizer.json.
 """

@@ -1,4 +1,4 @@
-"""What a plan must know, counted and measured: operations, how fast the machine does them, how hard the text is."""
+"""What a plan needs to know: the operations, how fast the machine does them, and how hard the text is."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
 
-VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # that the plan chooses from
-SAMPLE_BYTES = 3_000_000  # of the training text, that tokenizers are learned from
-PROBE_STEPS = 200  # of the small model: the fewest of the runs that the law is fitted on; after 50 it is 7 percent off
-MOST_S = 12.0  # for the widths, after which no other is measured
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that show a device's peak
-MEASURE_S = 1.0  # seconds that a measurement takes at least
-BUSY = 0.3  # cores that others keep busy, above which the plan says so
+VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # the plan chooses from these
+SAMPLE_BYTES = 3_000_000  # of the training text, to learn tokenizers from
+PROBE_STEPS = 200  # of the small model: the fewest in the runs that the law is fitted on; with 50 it is 7 percent off
+MOST_S = 12.0  # after which no other width is measured
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that measure a device's peak
+MEASURE_S = 1.0  # seconds of a measurement, at least
+BUSY = 0.3  # the plan says so if other programs use more cores than this
 
 
 def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
     """Floating-point operations of training on one token of a full context: three times those of a forward pass.
 
-    Two for each weight of a matrix, and two for each product of queries and keys and of shares and values, of which a
-    token has half a context on average, or a window's part of it (Kaplan et al., https://arxiv.org/abs/2001.08361).
-    A frozen matrix needs no gradient of its own and counts two times.
+    That is two per weight of a matrix, and two per product of query and key and of attention weight and value. A token
+    sees half a context on average, less with a window (Kaplan et al., https://arxiv.org/abs/2001.08361). A frozen
+    matrix needs no gradient of its own, so it counts twice, not three times.
     """
     matrices = 3 * linear_weights(config)
     if lora is not None:
@@ -59,14 +59,14 @@ def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
 
 
 def step_seconds(learner: Learner, batch_size: int) -> float:
-    """The least that a training step on random tokens takes of several, the first of which does not count."""
+    """Seconds of the fastest of several training steps on random tokens, after one to warm up."""
     config = learner.model.config
     ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=learner.device)
     return _least_seconds(lambda: learner.learn(0, ids), learner.device)
 
 
 def tokens_per_second(learner: Learner) -> float:
-    """Tokens that training steps of the run's own size take in a second."""
+    """Training speed in tokens per second, at the run's own batch size."""
     batch_size = learner.params.batch_size
     return batch_size * learner.model.config.block_size / step_seconds(learner, batch_size)
 
@@ -79,7 +79,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def _least_seconds(action: Callable[[], object], device: torch.device) -> float:
-    """The least that an action takes of several times; the first does not count."""
+    """Seconds of the fastest of several calls, after one to warm up."""
     times: list[float] = []
     while len(times) < 2 or sum(times[1:]) < MEASURE_S:
         began = time.perf_counter()
@@ -91,21 +91,21 @@ def _least_seconds(action: Callable[[], object], device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Text:
-    """What the plan knows of the text."""
+    """What the plan knows about the text."""
 
     train_bytes: int
     val_bytes: int
     bytes_per_token: Mapping[int, float]  # by vocab_size
-    difficulty: float  # of the law
+    difficulty: float  # a factor in the law of the loss
 
 
 @dataclass(frozen=True)
 class Speeds:
     """How fast the machine trains, by n_embd."""
 
-    operations: Mapping[int, float]  # a second, in the passes
-    per_weight: Mapping[int, float]  # seconds of each step besides them, for each weight: the optimizer
-    busy: float  # cores that other programs had meanwhile
+    operations: Mapping[int, float]  # per second, in the forward and backward passes
+    per_weight: Mapping[int, float]  # seconds per weight of the rest of a step: the optimizer
+    busy: float  # cores that other programs used meanwhile
 
     def step(self, config: GPTConfig, batch_size: int) -> float:
         """Seconds of a training step."""
@@ -115,7 +115,7 @@ class Speeds:
 
 
 def between(points: Mapping[int, float], n_embd: int) -> float:
-    """A value at a width between those measured, on straight lines in logarithms; beyond them the last."""
+    """The value at a width, interpolated between measured widths in logarithms; beyond them, the nearest."""
     widths = sorted(points)
     logs = [math.log(points[width]) for width in widths]
     return math.exp(np.interp(math.log(n_embd), [math.log(width) for width in widths], logs))
@@ -124,7 +124,7 @@ def between(points: Mapping[int, float], n_embd: int) -> float:
 def measure_speeds(
     model: ModelParams, train: TrainParams, runtime: RuntimeParams, device: torch.device, *, vocab_size: int
 ) -> Speeds:
-    """Time steps of two batch sizes at every second width, from the narrowest on, for at most about MOST_S."""
+    """Time steps of two batch sizes at every second width, from the narrowest up, for about MOST_S at most."""
     began, before = time.perf_counter(), _others_busy()
     operations, per_weight = dict[int, float](), dict[int, float]()
     few, many = (2, 8) if device.type == "cpu" else (8, 64)
@@ -133,7 +133,7 @@ def measure_speeds(
         config = recipe.config(model)
         learner = Learner(GPT(config), recipe.training(train), runtime, device=device)
         first, second = (step_seconds(learner, size) for size in (few, many))
-        slope = max(1e-9, (second - first) / (many - few))  # seconds for a sequence more
+        slope = max(1e-9, (second - first) / (many - few))  # seconds per additional sequence
         operations[n_embd] = flops_per_token(config) * config.block_size / slope
         per_weight[n_embd] = max(1e-12, first - few * slope) / config.n_weights(vocab_size)
         taken = time.perf_counter() - began
@@ -143,7 +143,7 @@ def measure_speeds(
 
 
 def _others_busy() -> float:
-    """Seconds of processor time that all other programs have taken so far."""
+    """Seconds of processor time that all other programs have used so far."""
     mine, machine = psutil.Process().cpu_times(), psutil.cpu_times()
     return machine.user + machine.system + machine.nice - mine.user - mine.system
 
@@ -158,7 +158,7 @@ def measure_text(
 ) -> Text:
     """Learn tokenizers from a sample, and train a small model for some steps: its loss says how hard the text is.
 
-    Raises UserError where the text is too small for that.
+    Raises UserError if the text is too small for that.
     """
     files = {split: split_file(clean, split) for split in ("train", "val")}
     sample = [text for shard in thin(cut_lines(files["train"]), SAMPLE_BYTES) for text in shard_texts(shard)]
@@ -193,11 +193,11 @@ def _small_learner(
     vocab_size: int,
     n_unique: float,
 ) -> tuple[Recipe, Learner]:
-    """The smallest model, which has not made a step."""
+    """The smallest model, before its first step."""
     recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
     recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
     generator = torch.Generator().manual_seed(train.seed)
-    weights = GPT(recipe.config(model), generator=generator)  # random, as those of the law's runs
+    weights = GPT(recipe.config(model), generator=generator)  # random, like those of the law's runs
     return recipe, Learner(weights, recipe.training(train), runtime, device=device)
 
 
@@ -213,7 +213,7 @@ def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
 
 
 def _first_texts(path: Path, n_bytes: int) -> Iterator[str]:
-    """The texts that a file begins with, of about so many bytes."""
+    """The first texts of a file, about `n_bytes` in all."""
     for text in iter_texts(path):
         yield text[:n_bytes]
         n_bytes -= len(text)
@@ -222,7 +222,7 @@ def _first_texts(path: Path, n_bytes: int) -> Iterator[str]:
 
 
 def _tokenizers(params: TokenizerParams, texts: Iterable[str]) -> Iterator[Tokenizer]:
-    """The one that the params name; of BPE one for each size, since the merges of a small one begin a larger one's."""
+    """The one that the params name; for BPE one per size, as a larger one's merges begin with a smaller one's."""
     if params.from_file:
         yield take_tokenizer(params)
         return
@@ -235,7 +235,7 @@ def _tokenizers(params: TokenizerParams, texts: Iterable[str]) -> Iterator[Token
     for size in VOCAB_SIZES[::-1]:
         try:
             largest = largest or learn_tokenizer(counts, dataclasses.replace(params, vocab_size=size))
-        except UserError:  # the text does not give so many
+        except UserError:  # the text is too small for this size
             continue
         yield Tokenizer.from_merges(largest.merges[: size - n_first], params.special_tokens)
     if largest is None:

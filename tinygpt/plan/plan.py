@@ -14,15 +14,15 @@ from tinygpt.plan.measure import Speeds, Text
 from tinygpt.plan.recipe import BATCH_SIZES, LAW, LAYERS, MIN_STEPS, MOST_WEIGHTS, N_EVALUATIONS, Recipe
 from tinygpt.train.config import TrainParams
 
-LONGEST_S = 30 * 24 * 3600.0  # a month: no longer runs are looked for
-NOTHING = 0.003  # of the loss, which is not worth any time
+LONGEST_S = 30 * 24 * 3600.0  # a month: longer runs are not considered
+NOTHING = 0.003  # share of the loss that is not worth any time
 SHORTER = 1.2
-FORWARD = 1 / 3  # of the work of a training step on the same tokens
+FORWARD = 1 / 3  # share of a training step's work that a forward pass takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe with what is expected of it."""
+    """A recipe and what is expected of it."""
 
     recipe: Recipe
     config: GPTConfig
@@ -39,7 +39,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """What is known of the text and the machine, and the params that a recipe leaves as they are."""
+    """What is known about the text and the machine, and the params that a recipe leaves as they are."""
 
     text: Text
     speeds: Speeds
@@ -48,9 +48,9 @@ class Planner:
     others_s: float  # seconds of the stages whose time depends on neither model nor steps
 
     def best(self, seconds: float) -> Plan:
-        """The plan of lowest loss in this time, for all stages; a shorter one where the rest brings next to nothing.
+        """The plan with the lowest loss in this time for all stages, or a shorter one if the rest gains almost nothing.
 
-        Raises UserError where the time is too short.
+        Raises UserError if the time is too short.
         """
         plan = self._lowest(seconds)
         if not plan:
@@ -65,7 +65,7 @@ class Planner:
         return min(self._plans(seconds), key=lambda plan: plan.bpb, default=None)
 
     def _shortest(self, bpb: float) -> float:
-        """Seconds in which a plan has this loss, to a twentieth; a month where none has."""
+        """The shortest time, to a twentieth, in which a plan reaches this loss; a month if none does."""
         short, long = self.others_s, LONGEST_S
         while long / short > 1.05:
             middle = (short * long) ** 0.5
@@ -74,7 +74,7 @@ class Planner:
         return long
 
     def reach(self, bpb: float) -> Plan:
-        """The shortest plan for this loss, to a twentieth of its time.  Raises UserError where none reaches it."""
+        """The shortest plan for this loss, to a twentieth of its time.  Raises UserError if none reaches it."""
         plan = self._lowest(self._shortest(bpb)) or self.best(LONGEST_S)
         if plan.bpb > bpb:
             most = f"a month on this machine brings {plan.bpb:.2f}"
@@ -92,7 +92,7 @@ class Planner:
         return f"{seen}: four times as much {gains}"
 
     def _plans(self, seconds: float) -> Iterator[Plan]:
-        """One for each model and batch, with as many steps as there is time for."""
+        """One for each model and batch size, with as many steps as there is time for."""
         for n_embd, vocab_size in itertools.product(LAYERS, self.text.bytes_per_token):
             shape = Recipe(n_embd=n_embd, vocab_size=vocab_size, max_steps=1000, epochs=1)
             config = shape.config(self.model)

@@ -1,13 +1,13 @@
-"""Our own recipe: which model and training go with a width, a text and a number of steps, and what loss they reach.
+"""Our recipe: the model and training for a width, a text and a number of steps, and the loss they reach.
 
-Rates are those that Muon with qk_norm and a linear schedule does best with at widths of 64 to 192, and the same rule
+Learning rates are the best for Muon with qk_norm and a linear schedule at widths of 64 to 192, and follow the same rule
 beyond; `benchmarks/scaling.csv` has the runs. The law of the validation loss, in bits per byte:
 
     loss = difficulty · (A / weights^a + (1 + tokens of a step / batch) / bytes)^b
 
-after Kaplan et al. (https://arxiv.org/abs/2001.08361, equation 1.5). Text that is seen again counts less each time, as
-in Muennighoff et al. (https://arxiv.org/abs/2305.16264), and that of a large batch less, too (McCandlish et al.,
-https://arxiv.org/abs/1812.06162). `benchmarks/scaling_fit.py` fits the constants on the runs of benchmarks/scaling.csv.
+after Kaplan et al. (https://arxiv.org/abs/2001.08361, equation 1.5). Text counts less each
+time it is seen again, as in Muennighoff et al. (https://arxiv.org/abs/2305.16264), and less in large batches
+(McCandlish et al., https://arxiv.org/abs/1812.06162). `benchmarks/scaling_fit.py` fits the constants on these runs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tinygpt.train.config import TrainParams
 LAYERS = {64: 2, 96: 3, 128: 4, 192: 5, 256: 6, 384: 8, 512: 10, 768: 12, 1024: 16}  # n_embd: n_layer
 BATCH_SIZES = (8, 16, 32, 64, 128, 256)
 N_EVALUATIONS = 10
-MIN_STEPS = 200  # the fewest of the runs that the law is fitted on
-MOST_WEIGHTS = 4  # of the blocks, for each byte of text: the most of those runs
+MIN_STEPS = 200  # the fewest in the runs that the law is fitted on
+MOST_WEIGHTS = 4  # in the blocks, per byte of text: the most in those runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +83,11 @@ class Recipe:
         return {"tokenizer": {"vocab_size": self.vocab_size}, "model": self.model(), "train": self.train()}
 
     def config(self, others: ModelParams) -> GPTConfig:
-        """The model, with the switches of `others` where the recipe leaves the choice."""
+        """The model, with the switches of `others` where the recipe sets none."""
         return GPTConfig(**config_fields(others) | self.model(), vocab_size=self.vocab_size)
 
     def training(self, others: TrainParams) -> TrainParams:
-        """The training, with the values of `others` where the recipe leaves the choice."""
+        """The training, with the values of `others` where the recipe sets none."""
         return dataclasses.replace(others, **self.train())
 
     @property
@@ -97,11 +97,11 @@ class Recipe:
 
     @property
     def n_tokens(self) -> int:
-        """That it trains on."""
+        """Tokens seen in training, counted each time."""
         return self.max_steps * self.batch_size * self.block_size
 
     def size(self, config: GPTConfig, bytes_per_token: float) -> Size:
-        """What decides its loss."""
+        """The sizes that decide its loss."""
         return Size(
             n_weights=linear_weights(config),
             n_tokens=self.n_tokens,
@@ -118,12 +118,12 @@ def linear_weights(config: GPTConfig) -> int:
 
 
 def dropout_for(epochs: float) -> float:
-    """What a text needs that is seen so often: without it, the loss rises again after some epochs."""
+    """Dropout for a text that is seen `epochs` times: without it, the loss rises again after some epochs."""
     return 0.0 if epochs < 2.5 else 0.1 if epochs < 8 else 0.2
 
 
 def rounded(rate: float) -> float:
-    """A learning rate in two digits."""
+    """A learning rate, rounded to two digits."""
     return float(f"{rate:.2g}")
 
 
@@ -132,7 +132,7 @@ def rounded(rate: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What of a run decides its loss."""
+    """The sizes that decide the loss of a run."""
 
     n_weights: float  # of the blocks' matrices and the head
     n_tokens: float  # seen in training, counted each time
@@ -148,8 +148,8 @@ class Law:
     weights: float  # A, with weights and bytes in millions
     weights_power: float  # a
     power: float  # b
-    repeats: float  # what all epochs after the first count together at most, in epochs
-    batch: float  # tokens of a step, of which half count: runs of 1,024 and 2,048 tokens a step showed no loss yet
+    repeats: float  # what all epochs after the first are worth together at most, in epochs
+    batch: float  # tokens per step of which half count: runs with 1,024 and 2,048 showed no loss yet
 
     def loss(self, size: Size) -> float:
         """Bits per byte of validation text of difficulty 1."""
@@ -161,4 +161,4 @@ class Law:
 
 
 LAW = Law(weights=0.2253, weights_power=0.6434, power=0.17828, repeats=0.6498, batch=32_768)  # batch is not fitted
-SPREAD = 0.1  # two texts that it was not fitted on were 1 to 5 percent off, a third one a third (docs/plan.md)
+SPREAD = 0.1  # on two texts outside the fit, the law was 1 to 5 percent off; on another, a third (docs/plan.md)
