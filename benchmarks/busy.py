@@ -1,9 +1,9 @@
-"""Speed of training on a quiet machine and next to busy programs, by how the threads of a product wait for each other.
+"""Training speed on a quiet machine and next to busy programs, by how the threads of a product wait for each other.
 
     python -m benchmarks.busy                  # the model of params.yaml, all cores, two busy programs
 
-Ways to wait: `ours` is what tinygpt/threads.py sets, `libgomp` its own default, `passive` sleeps at once. Each
-way takes its turn of some seconds, quiet and busy, round after round; the table has medians in tokens a second.
+Ways to wait: `ours` is what tinygpt/threads.py sets, `libgomp` is libgomp's default, `passive` sleeps at once. Each
+way runs for some seconds, quiet and busy, round after round; the table has medians in tokens per second.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BUSY = "while True: pass"
 
 @contextmanager
 def busy(n: int) -> Iterator[None]:
-    """A context next to n programs that compute all the time."""
+    """A context in which n other programs compute all the time."""
     programs = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(n)]
     try:
         yield
@@ -50,14 +50,14 @@ def busy(n: int) -> Iterator[None]:
 
 
 def measured(way: str, seconds: float) -> float:
-    """Tokens a second of training steps in a process of its own, which waits in this way."""
+    """Tokens per second of training in a process of its own, whose threads wait this way."""
     environment = {key: value for key, value in os.environ.items() if key not in OWN} | WAYS[way]
     command = [sys.executable, "-m", "benchmarks.busy", "--measure", str(seconds)]
     return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def tokens_per_second(seconds: float) -> float:
-    """That of steps on random tokens, after one that does not count."""
+    """Speed of training steps on random tokens, after one to warm up."""
     groups = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
     model_params, params, runtime, tokenizer = groups
     config = GPTConfig(**config_fields(model_params), vocab_size=tokenizer.vocab_size)

@@ -4,9 +4,9 @@
     python -m benchmarks.export_matrix --windows      # the same with sliding windows
     python -m benchmarks.export_matrix --head-dim 24  # the same with heads wider than n_embd / n_head
 
-A row has the largest difference of a log-probability, over all tokens at 48 positions, of all biases, heads and ties
-that the program covers; the others must be refused. Where a window only shortens the context, one model of each family
-is run: the plain table has its biases, heads and ties. Weights are random and large, so that a wrong layout shows.
+Each row has the largest difference of a log-probability over all tokens at 48 positions, and over all biases, heads and
+ties that the program covers; the others must be refused. If a window only shortens the context, one model per family is
+run: the plain table has its biases, heads and ties. Weights are random and large, so that a wrong layout shows.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SIZES: dict[str, Any] = {
 
 
 def random_model(config: GPTConfig) -> GPT:
-    """A model whose every weight matters: norms and biases are random too, and the logits are spread."""
+    """A model in which every weight matters: norms and biases are random too, and the logits are spread out."""
     generator = torch.Generator().manual_seed(0)
     model = GPT(config, generator=generator)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def difference_in_llama_cpp(model: GPT, tokenizer: Tokenizer, folder: Path, n_to
 
 
 def difference_in_transformers(model: GPT, tokenizer: Tokenizer, folder: Path, n_tokens: int) -> float:
-    """The same in the exported folder."""
+    """The same for the exported transformers folder."""
     tokenizer.save(folder)
     export_hf(model, tokenizer, folder, folder / "hf")
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -114,7 +114,7 @@ def run(windows: Windows = PLAIN, head_dim: int | None = None) -> Found:
             if family := find_family(target.families, config):
                 entries, shortened = found[(*core, window, full_every)][target.name], family[1] < config.block_size
                 name = f"{family[0].name}, context {family[1]}" if shortened else family[0].name
-                worst = dict(entries).get(name) if shortened else None  # of the one that stands for all
+                worst = dict(entries).get(name) if shortened else None  # of the one model that is run
                 if worst is None:
                     with tempfile.TemporaryDirectory() as folder:
                         worst = difference(model, tokenizer, Path(folder), min(N_TOKENS, family[1]))

@@ -1,11 +1,11 @@
-"""What 200 steps from a base bring on another text, by presets/base.yaml and presets/lora.yaml as they are.
+"""What 200 steps from a base gain on another text, with presets/base.yaml and presets/lora.yaml unchanged.
 
     python -m benchmarks.fine_tuning --out FOLDER --text shakespeare=FILE --text kjv=FILE --text code=FOLDER
 
-Each text whose pair in PAIRS is there is learned from a model of the other, trained for 400 steps from scratch; `--base
-python-docs=FOLDER` takes the model of a finished project instead. Next to it, as many steps from scratch with
-params.yaml's rates and a tokenizer of the text's own: hence bits per byte, on all of the validation text. Prints a
-table. A run that is finished is not run again, and one that was stopped goes on.
+For each pair in PAIRS whose texts are given, a model of the first text, trained for 400 steps from scratch, learns the
+second; `--base python-docs=FOLDER` takes the model of a finished project instead. This is compared with as many steps
+from scratch, with params.yaml's rates and a tokenizer of the text's own. Tokenizers differ, so losses are in bits per
+byte, over all of the validation text. Prints a table. Finished runs are not repeated, and stopped ones continue.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tinygpt.params import PARAMS_FILE
 from tinygpt.plan.recipe import LAYERS
 from tinygpt.tokens import load_meta
 
-# The text of the base, and the one that it goes on with; the last is the same, where nothing must become worse.
+# The base's text, and the text it learns. In the last pair they are the same, and nothing must become worse.
 PAIRS = (
     ("python-docs", "shakespeare"),
     ("shakespeare", "kjv"),
@@ -36,7 +36,7 @@ PAIRS = (
 )
 BASE_STEPS, STEPS = 400, 200
 MAX_BYTES = 2_000_000  # of the other text
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # the preset, and what is changed after it, for the same text alone
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # the preset, and changes to it, tried on the same text only
     "all weights": ("base", {}),
     "LoRA": ("lora", {}),
     "far too high rates": ("base", {"lr": 0.1, "embedding_lr": 0.4}),
@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # the preset, and what is c
 
 
 def start(project: Path, source: str, base: Path, max_bytes: int | None) -> None:
-    """A project with a base, and a text in its tokens."""
+    """Set up a project with a base, and a text encoded with the base's tokenizer."""
     new_project(project, {"download.source": source, "download.max_bytes": max_bytes, "runtime.n_worker": 1})
     if not (project / PRESETS).exists():
         (project / PRESETS).symlink_to(ROOT / PRESETS)
@@ -55,7 +55,7 @@ def start(project: Path, source: str, base: Path, max_bytes: int | None) -> None
 
 
 def go_on(project: Path, name: str, changes: dict[str, Any]) -> list[str]:
-    """Train by a preset.  -> the cells of a row: bits per byte before, after the last step, and of the published"""
+    """Train with a preset -> cells: bits per byte before, after the last step, and of the published model; its step"""
     new_project(project, {"train.eval_tokens": 100_000, "train.sample_tokens": 0, "runtime.n_thread": 1})
     with chdir(project):
         preset(Namespace(name=name))

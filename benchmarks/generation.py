@@ -5,12 +5,12 @@ same threads, side by side.
     python -m benchmarks.generation --threads 4 --rounds 9
     python -m benchmarks.generation --pair FOLDER   # speculative decoding alone, of what benchmarks/pair.py trained
 
-Every program takes the likeliest token, on the CPU in float32 or with 8-bit weights; in float32 all must take the same
-(llama.cpp's slots, whose cache is in float16, in nine rows of ten). A round runs all of them once, one after the other;
-the table has medians over the rounds. Prompts have 200 tokens, or 64 in a batch of 32, and are read outside of what the
-time for a token counts. CTranslate2 and OpenVINO GenAI take part where they are installed (pip install ctranslate2
-openvino-genai); the latter reads GGUF files, F16 ones for want of F32. Speculative decoding continues N_TEXT classes of
-made-up code.
+Every program takes the likeliest token, on the CPU, in float32 or with 8-bit weights. In float32 all must take the same
+(llama.cpp's slots, whose cache is in float16, in nine rows out of ten). A round runs all of them once, one after the
+other; the table has medians over the rounds. Prompts have 200 tokens, or 64 in a batch of 32; reading them does not
+count in the time per token. CTranslate2 and OpenVINO GenAI take part if they are installed (pip install ctranslate2
+openvino-genai); the latter reads GGUF files, F16 because it does not read F32. Speculative decoding continues N_TEXT
+classes of made-up code.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ CONFIG: dict[str, Any] = TARGET | {"vocab_size": 2048}
 N_PROMPT, N_NEW = 200, 48
 BATCH_SIZE, N_BATCH_PROMPT, N_BATCH_NEW = 32, 64, 96
 N_SAME = 8  # tokens after each prompt that must be the same
-N_TEXT, N_TEXT_PROMPT, N_TEXT_NEW = 3, 300, 100  # texts, characters of each that are the prompt, tokens that follow
+N_TEXT, N_TEXT_PROMPT, N_TEXT_NEW = 3, 300, 100  # texts, characters of each used as the prompt, tokens that follow
 Speed = tuple[float, float]  # seconds until the first token, and for each one after it
 Run = Callable[[], Speed]
 Rows = list[list[int]]
-Generate = Callable[[Rows, int], Rows]  # prompts of one length -> so many of the likeliest tokens after each
-# ours -> the others that do the same, alone and in a batch
+Generate = Callable[[Rows, int], Rows]  # prompts of equal length, n -> n tokens after each, the likeliest ones
+# ours -> the comparable programs, alone and in a batch
 OTHERS = {
     "": ("transformers", "llama.cpp F32", "CTranslate2", "OpenVINO GenAI F16"),
     " int8": ("llama.cpp Q8_0", "CTranslate2 int8", "OpenVINO GenAI Q8_0"),
@@ -85,7 +85,7 @@ HOW = {"likeliest": Sampling(temperature=0, ignore_eos=True), "temperature 0.8":
 
 
 def random_prompts(n: int, n_token: int) -> list[list[int]]:
-    """Ids drawn evenly."""
+    """Ids drawn uniformly."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(CONFIG["vocab_size"] - 1, (n, n_token), generator=generator).tolist()
 
@@ -99,7 +99,7 @@ def pairs_tokenizer() -> Tokenizer:
 
 
 def time_decoder(model: GPT, prompts: list[list[int]], n_new: int) -> Speed:
-    """Of our own decoder."""
+    """Time our own decoder."""
     began = time.perf_counter()
     decoder = Decoder(model, prompts)
     ids = decoder.logits.argmax(-1).tolist()
@@ -112,7 +112,7 @@ def time_decoder(model: GPT, prompts: list[list[int]], n_new: int) -> Speed:
 
 @torch.inference_mode()
 def time_recompute(model: GPT) -> Speed:
-    """Of the model over a full context, for each token anew."""
+    """Time the model without a cache: a full context for each token."""
     ids = torch.tensor(random_prompts(1, CONFIG["block_size"]))
     began = time.perf_counter()
     for _ in range(3):
@@ -122,7 +122,7 @@ def time_recompute(model: GPT) -> Speed:
 
 
 def time_twice(generate: Callable[[int], object], n_new: int) -> Speed:
-    """Of a function that generates a number of tokens: once for one of them, once for `n_new` more."""
+    """Time a function that generates tokens: one call for one token, and one for `n_new` more."""
     began = time.perf_counter()
     generate(1)
     first = time.perf_counter() - began
@@ -146,9 +146,9 @@ def transformers_of(folder: Path) -> Generate:
 
 
 class LlamaSlots(LlamaCpp):
-    """llama.cpp with a sequence in each of BATCH_SIZE slots, all decoded together, by its defaults.
+    """llama.cpp with a sequence in each of BATCH_SIZE slots, all decoded together, with its defaults.
 
-    Keys and values are in float16 then: in float32 a step took twice the time.
+    So keys and values are in float16: in float32 a step took twice as long.
     """
 
     FIELDS: ClassVar[dict[str, Any]] = {
@@ -167,7 +167,7 @@ class LlamaSlots(LlamaCpp):
         return context
 
     def generate(self, prompts: Rows, n: int) -> Rows:
-        """A slot for each row; as Generate."""
+        """As Generate, with a slot for each row."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         new = [self._append(prompts, 0)]
         for at in range(len(prompts[0]), len(prompts[0]) + n - 1):
@@ -175,7 +175,7 @@ class LlamaSlots(LlamaCpp):
         return [list(row) for row in zip(*new, strict=True)]
 
     def _append(self, rows: Rows, at: int) -> list[int]:
-        """Read so many tokens more in each slot, the first at the position `at` -> the likeliest token after each."""
+        """Append a row of tokens to each slot, the first at position `at` -> the likeliest next token of each."""
         slots = (ctypes.c_int32 * len(rows))(*range(len(rows)))
         tokens = [  # the fields of Batch for each
             (id, at + i, 1, ctypes.addressof(slots) + 4 * slot, i == len(row) - 1)
@@ -199,7 +199,7 @@ def llama_of(path: Path, n_thread: int) -> Generate:
 
 
 def ctranslate2_of(folder: Path, kind: str, n_thread: int, names: list[str]) -> Generate:
-    """CTranslate2, of the folder for transformers; it takes tokens by name."""
+    """CTranslate2, converted from the transformers folder; it takes tokens by name."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
 
@@ -215,7 +215,7 @@ def ctranslate2_of(folder: Path, kind: str, n_thread: int, names: list[str]) -> 
 
 
 def openvino_of(path: Path, n_thread: int) -> Generate:
-    """OpenVINO GenAI, of a GGUF file."""
+    """OpenVINO GenAI, from a GGUF file."""
     import openvino
     import openvino_genai
 
@@ -231,7 +231,7 @@ def openvino_of(path: Path, n_thread: int) -> Generate:
 
 
 def others(folder: Path, tokenizer: Tokenizer, n_thread: int) -> dict[str, Generate]:
-    """All that are installed, by the names in OTHERS."""
+    """The programs that are installed, by their names in OTHERS."""
     found = {
         "transformers": transformers_of(folder),
         "llama.cpp F32": llama_of(folder / "f32.gguf", n_thread),
@@ -247,7 +247,7 @@ def others(folder: Path, tokenizer: Tokenizer, n_thread: int) -> dict[str, Gener
 
 
 def check_same(model: GPT, theirs: dict[str, Generate], prompts: Rows) -> None:
-    """Raise where one that computes in float32 takes other tokens than we do in more than a tenth of the rows."""
+    """Raise if a program that computes in float32 takes other tokens than ours in more than a tenth of the rows."""
     decoder, steps = Decoder(model, prompts), []
     for _ in range(N_SAME):
         steps.append(decoder.logits.argmax(-1).tolist())
@@ -260,7 +260,7 @@ def check_same(model: GPT, theirs: dict[str, Generate], prompts: Rows) -> None:
 
 
 def time_proposals(model: GPT, answers: list[Answer], speculation: Speculation | None) -> Speed:
-    """Of texts that are continued one after the other, with proposals or without; the first token is not measured."""
+    """Time texts continued one after the other, with or without proposals; their first tokens are not timed."""
     seconds = 0.0
     for answer in answers:
         steps = extend(model, [answer], speculation=speculation)
@@ -275,7 +275,7 @@ def time_proposals(model: GPT, answers: list[Answer], speculation: Speculation |
 def speculative_programs(
     folder: Path, n_draft: int, kind: str | None
 ) -> tuple[dict[str, Run], dict[str, list[Answer]]]:
-    """What is measured, by name, and the answers of each one's last run."""
+    """The runs to measure, by name, and the answers of each one's last run."""
     model, tokenizer = load_pair(folder / "model", folder / "tokenizer")
     compiled, (draft, compiled_draft) = load_model(folder / "model"), [load_model(folder / "draft") for _ in range(2)]
     if kind:
@@ -309,10 +309,10 @@ def speculative_programs(
 
 
 def programs(folder: Path, n_thread: int) -> dict[str, Run]:
-    """What is measured, by name."""
+    """The runs to measure, by name."""
     if importlib.util.find_spec("openvino_genai"):
-        importlib.import_module("openvino_genai")  # first: opened after llama.cpp's library it crashes
-    model, tokenizer = random_model(GPTConfig(**CONFIG)).half().float(), pairs_tokenizer()  # as an F16 file has it
+        importlib.import_module("openvino_genai")  # first: loaded after llama.cpp's library, it crashes
+    model, tokenizer = random_model(GPTConfig(**CONFIG)).half().float(), pairs_tokenizer()  # so that F16 is exact
     single, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
     tokenizer.save(folder)
     export_hf(model, tokenizer, folder, folder / "hf")
@@ -337,9 +337,9 @@ def programs(folder: Path, n_thread: int) -> dict[str, Run]:
 
 
 def medians(runs: dict[str, Run], n_round: int) -> dict[str, Speed]:
-    """Of all programs, run in turn."""
+    """Median times of all programs, run in turn."""
     for run in runs.values():
-        run()  # the first time is another
+        run()  # to warm up
     speeds: dict[str, list[Speed]] = {name: [] for name in runs}
     for _ in tqdm(range(n_round)):
         for name, run in runs.items():

@@ -1,12 +1,12 @@
-"""All that is measured on one GPU, in one command: a table on the terminal and the same as JSON.
+"""Everything that is measured on one GPU, in one command: a table in the terminal, and the same as JSON.
 
     python -m benchmarks.gpu --out FOLDER --text tinyshakespeare.txt   # at most 8 minutes
     python -m benchmarks.gpu --out FOLDER --quick                      # some cases of each part, 170 seconds
     python -m benchmarks.gpu --out FOLDER --parts decode --seconds 60
 
-Each part is a process of its own, in benchmarks/gpu_parts.py, and writes a row as soon as it has it. What fails, or has
-no time left, is a row that says so. First those that look whether things are right run side by side, with those that
-will be timed: these compile what they need, and keep it on disk. Then those that are timed have the GPU to themselves.
+Each part (see benchmarks/gpu_parts.py) is a process of its own and writes each row as soon as it has it. A case that
+fails or has no time left gives a row that says so. First, the parts that check results run side by side, while the
+timed parts compile what they need and keep it on disk. Then each timed part has the GPU to itself.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 from benchmarks.gpu_parts import PARTS, Case, Finding, Setup
 
 AT_ONCE = 6  # processes that share the GPU while nothing is timed
-SHARED = 0.5  # of the time, at most, before the GPU belongs to one part at a time
-MARGIN_S = 4.0  # that a part is given to end by itself
+SHARED = 0.5  # share of the time, at most, before the GPU belongs to one part at a time
+MARGIN_S = 4.0  # for a part to end by itself
 
 
 def run_part(name: str, setup: Setup, rows: Path) -> None:
@@ -43,17 +43,17 @@ def run_part(name: str, setup: Setup, rows: Path) -> None:
                 row = {"part": name, "case": case, "what": what, "value": value, "note": note}
                 file.write(json.dumps(row | {"seconds": round(time.time() - began, 1)}) + "\n")
                 file.flush()
-            if torch.cuda.is_available():  # on a CPU nothing is compiled, and a look for garbage takes half a second
+            if torch.cuda.is_available():  # on a CPU nothing is compiled, and collecting garbage takes half a second
                 torch.compiler.reset()
                 gc.collect()
-                from torch._inductor.cudagraph_trees import reset_cudagraph_trees  # takes as long as PyTorch
+                from torch._inductor.cudagraph_trees import reset_cudagraph_trees  # as slow as PyTorch
 
                 reset_cudagraph_trees()
                 torch.cuda.empty_cache()
 
 
 def findings(measure: Case, left: float) -> Iterator[Finding]:
-    """What a case finds, or why it does not."""
+    """What a case finds, or why it finds nothing."""
     if left < MARGIN_S:
         yield "left out", "", "no time was left"
         return
@@ -97,7 +97,7 @@ class Child:
         print(f"{name}{' (compiling)' if warm else ''}: started", file=sys.stderr, flush=True)
 
     def ended(self) -> bool:
-        """Whether it has, or is killed as its time is over; with all that it started, which would go on computing."""
+        """Whether it has ended, or is killed because its time is over, along with everything it started."""
         over = self.process.poll() is not None or time.time() > self.until + MARGIN_S
         if over:
             with suppress(ProcessLookupError):
@@ -106,7 +106,7 @@ class Child:
         return over
 
     def found(self) -> list[dict[str, Any]]:
-        """Its rows, and one more where it did not end well."""
+        """Its rows, and one more if it failed."""
         rows = [json.loads(line) for line in self.rows.read_text(encoding="utf-8").splitlines()]
         status, seconds = self.process.returncode, round(time.time() - self.began, 1)
         print(f"{self.name}: {seconds:.0f} s, status {status}", file=sys.stderr, flush=True)
@@ -125,7 +125,7 @@ class Child:
 
 
 def run_together(children: list[tuple[str, bool]], args: argparse.Namespace, until: float) -> list[dict[str, Any]]:
-    """Some at a time -> the rows of those that do more than compile."""
+    """Run AT_ONCE at a time -> the rows of those that do more than compile."""
     waiting, running, rows = list(children), list[Child](), list[dict[str, Any]]()
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
@@ -161,7 +161,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """The rows as a Markdown table."""
     lines = ["| part | case | what | value | note |", "|---|---|---|---|---|"]
     for row in rows:
         cells = [row[key] for key in ("part", "case", "what", "value", "note")]

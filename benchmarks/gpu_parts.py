@@ -1,7 +1,7 @@
-"""The parts of benchmarks/gpu.py: each is a function that gives its cases by name; a case gives (what, value, note).
+"""The parts of benchmarks/gpu.py: each is a function that returns its cases by name; a case yields (what, value, note).
 
-The models that are timed are GPT-2's mathematics (benchmarks/training.py), in bfloat16 by autocast where nothing is
-said, with 50,304 tokens where GPT-2 has 50,257. The peak is that of the H100's and H200's data sheet.
+Timed models have GPT-2's mathematics (benchmarks/training.py), in bfloat16 by autocast unless stated otherwise, with
+50,304 tokens instead of GPT-2's 50,257. The peak is from the data sheets of the H100 and the H200.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from tinygpt.train.learner import Learner
 from tinygpt.train.loss import Loss, autocast
 from tinygpt.train.parallel import Replicas, SplitWeights
 
-PEAK = 989e12  # products of bfloat16 a second, dense
-MARK = 463_000  # tokens a second that llm.c publishes for GPT-2 124M, context 1024, of each of eight H100
-GOAL = 1.4697  # nats a character that nanoGPT publishes for tiny Shakespeare, with 10.7 M weights
+PEAK = 989e12  # dense bfloat16 operations per second
+MARK = 463_000  # tokens per second that llm.c publishes for GPT-2 124M, context 1024, on each of eight H100
+GOAL = 1.4697  # nats per character that nanoGPT publishes for tiny Shakespeare, with 10.7 M weights
 
 Finding = tuple[str, float | str, str]  # what, value, note
 Case = Callable[[], Iterable[Finding]]
@@ -61,7 +61,7 @@ class Setup:
     """How much is measured."""
 
     text: Path | None
-    until: float  # when the part is to end, by time.time()
+    until: float  # when the part must end, as time.time()
     quick: bool = False
     tiny: bool = False  # the smallest sizes
     warm: bool = False  # only compile what will be timed later
@@ -73,7 +73,7 @@ class Setup:
 
     @property
     def brief(self) -> bool:
-        """Whether nothing is timed well."""
+        """Whether timings do not matter."""
         return self.tiny or self.warm
 
 
@@ -82,8 +82,8 @@ class Part:
     """A part and when it runs."""
 
     cases: Callable[[Setup], dict[str, Case]]
-    timed: bool = False  # it needs the GPU for itself
-    compiles: bool = False  # what is kept on disk, so it is done first next to others
+    timed: bool = False  # it needs the GPU to itself
+    compiles: bool = False  # and keeps the result on disk, so it does this first, next to other parts
     weight: float = 1.0  # its share of the time of those that are timed
 
 
@@ -91,7 +91,7 @@ class Part:
 
 
 def model_config(*, vocab_size: int, **changes: Any) -> GPTConfig:
-    """params.yaml's, with some fields changed."""
+    """The config of params.yaml, with some fields changed."""
     fields = dataclasses.replace(load_params(ModelParams), **(training.DERIVED | changes))
     return GPTConfig(**config_fields(fields), vocab_size=vocab_size)
 
@@ -116,7 +116,7 @@ def build_learner(
 def seconds_of(
     action: Callable[[], object], device: torch.device, *, brief: bool, n: int = 10, rounds: int = 7
 ) -> float:
-    """The median of rounds, for one of n in each."""
+    """Seconds per action: the median of rounds of n actions."""
     times = []
     for _ in range(1 if brief else rounds):
         wait_for(device)
@@ -129,7 +129,7 @@ def seconds_of(
 
 
 def peak_gb() -> str:
-    """The most memory since the last time, in words."""
+    """Peak memory since the last call, in words."""
     if not torch.cuda.is_available():
         return ""
     n_bytes = torch.cuda.max_memory_allocated()
@@ -138,7 +138,7 @@ def peak_gb() -> str:
 
 
 def characters(setup: Setup) -> tuple[int, NDArray[np.uint16], NDArray[np.uint16]]:
-    """Number of characters, ids of the first nine tenths as a ring, and of the rest."""
+    """Number of different characters, ids of the first nine tenths as a ring, and ids of the rest."""
     text = setup.text.read_text(encoding="utf-8") if setup.text else "\n".join(p.read_text() for p in _docs())
     kinds, places = np.unique(list(text), return_inverse=True)
     ids = places.astype(np.uint16)
@@ -154,7 +154,7 @@ def _docs() -> list[Path]:
 
 
 def machine(setup: Setup) -> dict[str, Case]:
-    """What it is, and two of its limits."""
+    """What it is, and some of its limits."""
     device, size = setup.device, 256 if setup.tiny else 8192
 
     def versions() -> Iterable[Finding]:
@@ -188,7 +188,7 @@ def machine(setup: Setup) -> dict[str, Case]:
 
 
 def tests(setup: Setup) -> dict[str, Case]:
-    """Those of tests/test_gpu.py, a row each."""
+    """The tests of tests/test_gpu.py, a row each."""
 
     def run() -> Iterable[Finding]:
         workers = "4" if setup.device.type == "cuda" else "0"
@@ -210,7 +210,7 @@ def tests(setup: Setup) -> dict[str, Case]:
 
 
 def losses(setup: Setup) -> dict[str, Case]:
-    """params.yaml's model and recipe on characters; each way next to a CPU in float32."""
+    """The model and recipe of params.yaml on characters; each way to run them next to a CPU in float32."""
     vocab_size, train_ids, _ = characters(setup)
     n_steps = 3 if setup.tiny else 20 if setup.quick else 50
     config = model_config(vocab_size=vocab_size, block_size=32 if setup.tiny else 128)
@@ -283,7 +283,7 @@ TINY_SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16}
 
 
 def speed(size: str, setup: Setup) -> dict[str, Case]:
-    """Ours in its ways, transformers and a plain GPT, each with fused AdamW and clipped gradients; ours with Muon."""
+    """Ours in several ways, transformers and a plain GPT, with fused AdamW and clipped gradients; ours with Muon."""
     sizes, vocab_size, batch_size = TRAINED[size]
     if setup.tiny:
         sizes, vocab_size, batch_size = TINY_SIZES, 96, 2
@@ -391,11 +391,11 @@ def attention(setup: Setup) -> dict[str, Case]:
 
 # ---- memory ----
 
-CAP = 16 * 2**30  # bytes that the part takes of the GPU, so that others may run
+CAP = 16 * 2**30  # bytes of GPU memory that the part may take, so that others can run
 
 
 def memory(setup: Setup) -> dict[str, Case]:
-    """Of GPT-2 124M, in 16 GiB."""
+    """Memory of GPT-2 124M, within 16 GiB."""
     device = setup.device
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(device).total_memory)
@@ -458,7 +458,7 @@ SHAKESPEARE: dict[str, Recipe] = {
 
 
 def shakespeare(setup: Setup) -> dict[str, Case]:
-    """Seconds of training and evaluation until the loss over the whole validation split is GOAL; compiling is apart."""
+    """Seconds of training and evaluation until the loss over the whole validation split is GOAL, without compiling."""
     vocab_size, train_ids, val_ids = characters(setup)
     device, block_size = setup.device, 16 if setup.tiny else 256
     rows = validation_sequences(val_ids, block_size, 10**9)[: 4 if setup.tiny else None]
@@ -541,7 +541,7 @@ def shakespeare(setup: Setup) -> dict[str, Case]:
         batches, n_steps = read(2 if setup.tiny else 64), 3 if setup.brief else 2500
 
         def step(number: int) -> None:
-            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (number + 1) / 100)  # its cosine is flat for so long
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (number + 1) / 100)  # its cosine hardly falls so early
             with autocast("bf16", device):
                 value = loss(model, prefetch.batch(number))
             value.backward()
@@ -572,7 +572,7 @@ def shakespeare(setup: Setup) -> dict[str, Case]:
 
 
 def decode(setup: Setup) -> dict[str, Case]:
-    """Tokens a second after prompts of 64, the likeliest each time, of 124 M random weights; all rows together."""
+    """Tokens per second after prompts of 64, the likeliest each time, for 124 M random weights; all rows together."""
     device, n_new = setup.device, 4 if setup.brief else 16 if setup.quick else 48
     sizes = TINY_SIZES if setup.tiny else {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
     vocab_size, n_prompt = (96, 6) if setup.tiny else (50_304, 64)
@@ -673,7 +673,7 @@ def decode(setup: Setup) -> dict[str, Case]:
 
 
 def newer_compile() -> Any:
-    """A context in which an older PyTorch takes what 2.13 does: there, code of two models may share its entries."""
+    """A context in which an older PyTorch accepts 2.13's arguments; there, two models may share compiled entries."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         return nullcontext()
     old = torch.compile
@@ -684,7 +684,7 @@ def newer_compile() -> Any:
 
 
 def processes(setup: Setup) -> dict[str, Case]:
-    """NCCL, by two processes on one GPU if it lets them, and by one."""
+    """NCCL, with one process, and with two on one GPU if it lets them."""
 
     def together(n: int) -> Case:
         def measure() -> Iterable[Finding]:
@@ -709,7 +709,7 @@ def processes(setup: Setup) -> dict[str, Case]:
 
 
 def work(rank: int, n: int, port: str, queue: Any) -> None:
-    """A process of several: whether sums are right, and both ways to share a model, next to a model alone."""
+    """One of the processes: check sums, and compare both ways to share a model with a model alone."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -740,7 +740,7 @@ def work(rank: int, n: int, port: str, queue: Any) -> None:
 
 
 def gradients_of(model: GPT, ids: Tensor, parallel: Replicas | SplitWeights | None) -> list[Tensor]:
-    """Whole ones, of one batch."""
+    """The whole gradients of one batch."""
     from tinygpt.train.parallel import whole
 
     if parallel is not None:

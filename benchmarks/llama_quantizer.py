@@ -2,8 +2,8 @@
 
     python -m benchmarks.llama_quantizer libllama.so
 
-takes a build of llama.cpp's library, as `cmake --build build --target llama` makes it: no package that pip installs
-exports llama_model_quantize. Each random model is written as F32 and quantized by it to every other type.
+takes llama.cpp's library as built by `cmake --build build --target llama`: no package from pip exports
+llama_model_quantize. Each random model is written as F32, and llama.cpp quantizes that file to every other type.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 
-# Widths that K types fit in and widths that they do not, more layers than one rule looks at, every kind of MLP.
+# Widths that fit K types and widths that do not, more layers than one rule looks at, every kind of MLP.
 PLAIN: dict[str, Any] = SIZES | {
     "n_layer": 4, "n_kv_head": 4, "n_embd": 256, "n_hidden": 768, "position": "rope", "norm": "rmsnorm",
     "mlp": "swiglu", "parallel_block": False, "window": None, "full_every": None, "bias": "none", "qk_norm": False,

@@ -1,9 +1,9 @@
-"""Peak memory of training on the CPU, beside what weights, gradients and optimizer state take.
+"""Peak memory of training on the CPU, next to what weights, gradients and optimizer state take.
 
     python -m benchmarks.memory [CASE …]
 
 Every case trains a few steps in a process of its own, in micro-batches of one sequence of random tokens. Sizes are of
-its resident set, less what Python and PyTorch take before the model is there. Linux only.
+the resident set, minus what Python and PyTorch take before the model is built. Linux only.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def measure(sizes: dict[str, Any], optimizer: str, recompute: bool) -> tuple[float, float, float]:
-    """MB of weights, gradients and optimizer state; peak of steps; peak with a look and a checkpoint."""
+    """MB of weights, gradients and optimizer state; peak of steps; peak with an evaluation and a checkpoint."""
     config = from_mapping(GPTConfig, {**REST, **SWITCHES, **sizes})
     changes = {"optimizer": optimizer, "batch_size": 2, "max_steps": 2, "warmup_steps": 0, "save_every": 2}
     changes |= {"eval_every": 2, "eval_tokens": 1, "sample_tokens": 0, "precision": "fp32"}
@@ -101,7 +101,7 @@ def measure(sizes: dict[str, Any], optimizer: str, recompute: bool) -> tuple[flo
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = folder
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = status("VmRSS")
         with Watched("memory", config, params, runtime) as run:
             cpu = torch.device("cpu")
@@ -112,7 +112,7 @@ def measure(sizes: dict[str, Any], optimizer: str, recompute: bool) -> tuple[flo
 
 
 def status(key: str) -> float:
-    """A size of this process, in MB."""
+    """A size in this process's status, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) * 1024 / 1e6
 

@@ -1,11 +1,11 @@
-"""A model of 11 million weights and a draft of a tenth of them, trained on the same made-up text that repeats itself.
+"""A model of 11 million weights and a draft model a tenth as large, trained on the same made-up, repetitive text.
 
     python -m benchmarks.pair FOLDER           # minutes on two cores -> FOLDER/model, /draft, /tokenizer
     python -m benchmarks.generation --pair FOLDER
     python -m tinygpt generate --model FOLDER/model --tokenizer FOLDER/tokenizer --draft FOLDER/draft --prompt "class "
 
-The text are classes of Python whose methods differ in a name, as generated code, tables and logs do: after the name
-most tokens are certain, before it none is.
+The text consists of Python classes whose methods differ in a name, much as in generated code, tables and logs: after
+the name, most tokens are certain; before it, none is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TARGET: dict[str, Any] = {
     "parallel_block": False, "window": None, "full_every": None, "bias": "none", "qk_norm": False, "tie_weights": True,
     "dropout": 0.0, "attention": "sdpa",
 }  # fmt: skip
-DRAFT = TARGET | {"n_layer": 1, "n_head": 4, "n_embd": 256}  # one layer: operations cost a draft most of its time
+DRAFT = TARGET | {"n_layer": 1, "n_head": 4, "n_embd": 256}  # one layer: its time is mostly overhead of operations
 METHOD = '''
     def set_{name}(self, {name}: {kind}) -> None:
         """Set the {name} of this {thing}."""
@@ -45,7 +45,7 @@ METHOD = '''
 
 
 def repetitive_text(n_class: int, *, seed: int) -> Iterator[str]:
-    """Classes with a few methods each; names and kinds are drawn, the rest follows."""
+    """Classes with a few methods each; names and types are random, the rest follows."""
     rng = random.Random(seed)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     words = [a + b for a in syllables[::5] for b in syllables[::4]]
@@ -59,7 +59,7 @@ def repetitive_text(n_class: int, *, seed: int) -> Iterator[str]:
 
 
 def train(config: GPTConfig, ids: np.ndarray, steps: int) -> dict[str, Any]:
-    """By the recipe of params.yaml with adamw, whose step costs a model of this size a quarter of muon's -> tensors."""
+    """Train by params.yaml's recipe with adamw, whose step takes a quarter of muon's time at this size -> tensors."""
     params, runtime = load_params(TrainParams, RuntimeParams)
     once: dict[str, Any] = {"eval_every": 10**9, "save_every": 10**9, "eval_tokens": 2048, "sample_tokens": 0}
     recipe: dict[str, Any] = {"optimizer": "adamw", "lr": 2e-3, "embedding_lr": None, "batch_size": 2}

@@ -1,11 +1,11 @@
-"""Validation loss of params.yaml's run beside a plain GPT of the same size, trained with AdamW for the same time.
+"""Validation loss of params.yaml's run next to a plain GPT of the same size, trained with AdamW for the same time.
 
     dvc repro encode && python -m benchmarks.plain_gpt --curve docs/figures/plain_gpt.csv
 
-The plain GPT is put together from torch.nn's own transformer layers: learned positions, LayerNorm with biases and GELU,
-as GPT-2 has it; its head is tied to the embedding where params.yaml ties it. It sees the same tokens in the same order
-and has AdamW with the same betas, decay and clipping; it is given several learning rates, of which the best counts.
-Both are timed in training alone, without evaluation. The curve has the validation loss of both by seconds.
+The plain GPT is built from torch.nn's own transformer layers, with learned positions, LayerNorm with biases and GELU
+as in GPT-2; its head is tied to the embedding if params.yaml ties it. It sees the same tokens in the same order and has
+AdamW with the same betas, decay and clipping. It is trained with several learning rates, and the best counts. Only
+training is timed, not evaluation. The curve has the validation loss of both by seconds.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from tinygpt.train.loss import autocast, pick_precision
 from tinygpt.train.trainer import Trainer
 
 TOKENS_DIR = Path("data/tokens")
-N_LOOKS = 20  # at the validation split, on the way
-WARMUP = 0.05  # share of the time in which the plain GPT's learning rate rises; then a cosine to a tenth
+N_LOOKS = 20  # evaluations on the validation split during training
+WARMUP = 0.05  # share of the time in which the plain GPT's learning rate rises; a cosine to a tenth follows
 
 Curve = list[tuple[float, float]]  # seconds of training, validation loss
 
@@ -66,7 +66,7 @@ class PlainGPT(nn.Module):
         )
         norm = nn.LayerNorm(config.n_embd)
         self.layers = nn.TransformerEncoder(layer, config.n_layer, norm=norm, enable_nested_tensor=False)
-        for name, parameter in self.named_parameters():  # GPT-2's first weights
+        for name, parameter in self.named_parameters():  # GPT-2's initial weights
             if parameter.ndim == 2:
                 share = math.sqrt(2 * config.n_layer) if name.endswith(("out_proj.weight", "linear2.weight")) else 1.0
                 nn.init.normal_(parameter, std=0.02 / share)
@@ -131,7 +131,7 @@ def train_plain(
 
 @torch.inference_mode()
 def validation_loss(model: nn.Module, rows: NDArray[np.int64]) -> float:
-    """Mean nats per token over sequences side by side."""
+    """Mean nats per token over adjacent sequences."""
     parts = torch.from_numpy(rows).to(next(model.parameters()).device).split(8)
     return sum(loss_of(model, part).item() * len(part) for part in parts) / len(rows)
 
@@ -139,7 +139,7 @@ def validation_loss(model: nn.Module, rows: NDArray[np.int64]) -> float:
 def train_by_params(
     config: GPTConfig, params: TrainParams, runtime: RuntimeParams, train_tokens: TokenIds, val_tokens: TokenIds
 ) -> Trainer:
-    """The trainer of a whole run in a folder of its own, after its last step."""
+    """Make a whole run in a temporary folder -> its trainer after the last step."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DVC_ROOT"] = folder
         with Run("benchmark", config, params, runtime) as run:

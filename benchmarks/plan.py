@@ -1,10 +1,10 @@
-"""Planned runs next to random ones of the same time: does `python -m tinygpt plan` choose well, and predict the loss?
+"""Planned runs next to random runs of equal duration: does `python -m tinygpt plan` choose well, and predict the loss?
 
     python -m benchmarks.plan --out FOLDER --text kjv=kjv.txt --text headers=FOLDER [...] [--minutes 2 8] [--jobs 2]
 
-Speeds are measured first, so nothing else should run then; they are kept in FOLDER/speeds.json. The runs themselves
-have as many steps as this machine does in the time, so that they may go on in the background, one thread each. A run
-that is in the table, benchmarks/plan.csv, is not run again; one that was stopped goes on.
+Speeds are measured first and kept in FOLDER/speeds.json; nothing else should run meanwhile. The runs themselves have as
+many steps as this machine can do in the time, so they may run in the background, one thread each. Runs that are in the
+table, benchmarks/plan.csv, are not repeated; stopped ones continue.
 
 Random runs draw width, layers, vocabulary, context, batch and dropout; their rates follow the recipe's rules. The law
 was not fitted on these texts: kjv, the King James Bible of Debian's bible-kjv-text 4.38; spanish, Debian's handbook in
@@ -43,12 +43,12 @@ from tinygpt.train.config import TrainParams
 TABLE = Path(__file__).with_name("plan.csv")
 N_RANDOM = 6
 MAX_BYTES = 10_000_000  # of a text
-EVAL_BYTES = 100_000  # of validation text that losses are taken on
+EVAL_BYTES = 100_000  # of validation text to measure losses on
 Values = dict[str, Any]  # of params.yaml, by "group.key"
 
 
 def speeds_of(out: Path) -> Speeds:
-    """This machine's, measured once."""
+    """The speeds of this machine, measured once."""
     file = out / "speeds.json"
     if not file.exists():
         model, train, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
@@ -60,7 +60,7 @@ def speeds_of(out: Path) -> Speeds:
 
 
 def planner_of(folder: Path, speeds: Speeds) -> Planner:
-    """What the command `plan` would know of the text in a folder."""
+    """The planner that the command `plan` would use for the text in a folder."""
     model, train, tokenizer = load_params(ModelParams, TrainParams, TokenizerParams, path=folder / PARAMS_FILE)
     runtime = load_params(RuntimeParams, path=folder / PARAMS_FILE)
     val = load_meta(folder / paths.TOKENS).val
@@ -70,7 +70,7 @@ def planner_of(folder: Path, speeds: Speeds) -> Planner:
 
 
 def drawn(planner: Planner, seconds: float, seed: int) -> Values:
-    """A random run of that time."""
+    """The params of a random run that takes this time."""
     rng = random.Random(seed)
     while True:
         n_embd = rng.choice([width for width in LAYERS if width <= 384])
@@ -100,7 +100,7 @@ def flat(values: dict[str, dict[str, Any]]) -> Values:
 
 
 def runs(text: str, source: str, minutes: list[float], speeds: Speeds, out: Path) -> Iterator[Values]:
-    """Rows of the table as far as they are known before training, with the params under `values`."""
+    """Rows of the table as known before training, with the params under `values`."""
     planner = planner_of(prepare(text, MAX_BYTES, 1024, source, out), speeds)
     for each in minutes:
         plan: Plan = planner.best(60 * each)
@@ -133,7 +133,7 @@ def measure(row: Values, source: str, out: Path) -> Values:
 
 
 def summary(rows: list[dict[str, str]]) -> Iterator[str]:
-    """A line for each text and time that has its runs."""
+    """A line for each text and time whose runs are done."""
     yield "| text | minutes | planned | reached | best random | median random |"
     yield "|---|---|---|---|---|---|"
     for text, minutes in dict.fromkeys((row["text"], row["minutes"]) for row in rows):

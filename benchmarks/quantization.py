@@ -1,9 +1,9 @@
-"""Weights of one byte or half of one in PyTorch: memory, speed and what it costs.
+"""Weights of one byte or half a byte in PyTorch: memory, speed and the cost in perplexity.
 
     python -m benchmarks.quantization                # data/model on data/tokens, as `dvc repro` leaves them
     python -m benchmarks.quantization --large        # 11 million random weights: memory and speed alone
 
-Tokens a second are of generation one by one with the KV cache, batch 1: the median of 200 steps.
+Tokens per second are for generating one at a time with the KV cache, batch 1: the median of 200 steps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def large_model() -> GPT:
 
 
 def tokens_per_second(model: GPT) -> float:
-    """One token after the other, behind a prompt of eight."""
+    """Generate one token after another, following a prompt of eight."""
     times = []
     n_steps = min(N_STEPS, model.config.block_size - 8)
     decoder = Decoder(model, [[0] * 8])
@@ -52,7 +52,7 @@ def tokens_per_second(model: GPT) -> float:
 
 
 def perplexity(model: GPT) -> float:
-    """Of the first N_TOKENS test tokens, by llama-perplexity's protocol."""
+    """Perplexity on the first N_TOKENS test tokens, by llama-perplexity's protocol."""
     tokens = load_tokens("data/tokens", "test")[:N_TOKENS]
     return float(llamacpp_report(model, tokens, n_ctx=model.config.block_size)["ppl"])
 

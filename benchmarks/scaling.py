@@ -2,10 +2,10 @@
 
     python -m benchmarks.scaling --out FOLDER --text shakespeare=tinyshakespeare.txt --text german=FOLDER [...]
 
-Each run goes through the stages from `download` to `train`, with params.yaml but for what its row in GRID says. Texts
-are a source each, as `download.source` takes them; `python-docs` needs no file. A run that is in the table is not run
-again, and one that was stopped goes on, so this can be stopped and started at will. Losses by steps do not depend on
-how fast the machine is, nor on what else it does.
+Each run goes through the stages from `download` to `train`, with params.yaml except for what its Trial changes. Each
+text is a source, as `download.source` takes it; `python-docs` needs no file. Runs that are in the table are not
+repeated, and stopped ones continue, so this can be stopped and started at will. Losses by steps do not depend on how
+fast the machine is, or on what else it does.
 
 The table, benchmarks/scaling.csv, has four texts: python-docs; tiny Shakespeare; code, the modules of Python's standard
 library (3.11.7, without tests); german, the manual pages of Debian's manpages-de 4.18.1-1 without comments and fonts.
@@ -50,13 +50,13 @@ class Trial:
     vocab_size: int = 1024
     block_size: int = 128
     batch_size: int = 8
-    lr_times: float = 1.0  # times the rule of the width
+    lr_times: float = 1.0  # factor on the learning rates for the width
     dropout: float = 0.0
     weight_decay: float = 0.1
 
     @property
     def name(self) -> str:
-        """One folder each."""
+        """The name of its folder."""
         return "-".join(str(value) for value in asdict(self).values())
 
     def params(self) -> dict[str, object]:
@@ -83,7 +83,7 @@ class Trial:
 
 
 def grid(texts: list[str]) -> Iterator[Trial]:
-    """Every run, the most telling first: widths and steps, then small texts, vocabularies, rates, batches."""
+    """Every run, the most informative first: widths and steps, then small texts, vocabularies, rates, batches."""
     for steps, widths in ((400, (64, 96, 128)), (200, (128, 192)), (800, (64,)), (800, (128,)), (1600, (64,))):
         yield from (Trial(text, steps, n_embd=width) for width in widths for text in texts)
     two = texts[1:3]
@@ -145,7 +145,7 @@ def run_program(folder: Path, *stages: str) -> None:
 
 
 def bits(split: SplitMeta) -> float:
-    """Bits per byte for each nat per token."""
+    """Bits per byte of one nat per token."""
     return split.tokens / split.bytes / math.log(2)
 
 

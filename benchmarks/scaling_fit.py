@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling_fit          # prints both, draws docs/figures/scaling.svg
 
-Least squares of logarithms, by Levenberg and Marquardt's steps (https://doi.org/10.1137/0111030). Rows with other
-rates, weight decay or dropout than the recipe's do not count.
+Least squares of logarithms, by the Levenberg-Marquardt method (https://doi.org/10.1137/0111030). Rows whose rates,
+weight decay or dropout differ from the recipe's are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = Mapping[str, str]
 Vector = NDArray[np.float64]
 
 FIGURE = Path("docs/figures/scaling.svg")
-WHOLE = 10_000_000  # max_bytes that cuts no text of the table by much
+WHOLE = 10_000_000  # max_bytes that shortens no text of the table by much
 FITTED = ("weights", "weights_power", "power", "repeats")
 OF_THE_RECIPE = {"lr_times": "1.0", "weight_decay": "0.1"}
 
@@ -40,7 +40,7 @@ def read_rows(table: Path = TABLE) -> list[Row]:
 
 
 def text_of(row: Row) -> str:
-    """The text's name, and how much of it there is: the beginning of a text is another one."""
+    """The text's name, with its size if it was cut: the beginning of a text counts as another text."""
     return row["text"] if int(row["max_bytes"]) >= WHOLE else f"{row['text']} {int(row['max_bytes']) // 1000} kB"
 
 
@@ -75,7 +75,7 @@ def fit(rows: Sequence[Row]) -> tuple[Law, dict[str, float]]:
 
 
 def least_squares(errors: Callable[[Vector], Vector], start: Vector, *, n_steps: int = 200) -> Vector:
-    """Where the sum of squared errors is least, near the start."""
+    """The minimum of the sum of squared errors, near the start."""
     at, now, damping, nudge = start, errors(start), 1e-3, 1e-5
     for _ in range(n_steps):
         slopes = np.array([(errors(at + nudge * unit) - now) / nudge for unit in np.eye(len(at))]).T
@@ -90,7 +90,7 @@ def least_squares(errors: Callable[[Vector], Vector], start: Vector, *, n_steps:
 
 
 def draw(rows: Sequence[Row], law: Law, difficulties: Mapping[str, float]) -> Figure:
-    """Losses by the bytes seen, one line for each width and size of text, and what the law says."""
+    """Losses of the runs by those of the law, and errors of the law by tokens, in a colour for each text."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     said, seen = figure.subplots(1, 2)
     for (text, difficulty), color in zip(difficulties.items(), (BLUE, VERMILION, GREEN, GREY), strict=False):

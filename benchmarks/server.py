@@ -1,10 +1,10 @@
-"""The server under 200 clients, one that asks for much, and 120 that never read; side by side with another checkout.
+"""The server under 200 clients, one with large requests, and 120 that never read; side by side with another checkout.
 
     python -m benchmarks.server                                   # this checkout
-    python -m benchmarks.server --other ../before --rounds 3      # in turn with another one, and ratios
+    python -m benchmarks.server --other ../before --rounds 3      # in turn with another checkout, and ratios
 
 Each round starts `python -m tinygpt serve` of each checkout anew, with random weights of the default run's sizes. While
-clients are at work, /health is asked 20 times a second. The table has medians over the rounds.
+clients are at work, /health is polled 20 times a second. The table has medians over the rounds.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ MEASURES = {
 
 
 class Client:
-    """Asks a server, a connection for each request."""
+    """Sends requests to a server, each on its own connection."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -83,7 +83,7 @@ class Client:
         return reader, writer
 
     async def ask(self, path: str, body: bytes = b"") -> int:
-        """The status of an answer that is read to its end."""
+        """Send a request and read the whole answer -> its status."""
         reader, writer = await self.send(path, body)
         raw = await reader.read()
         writer.close()
@@ -91,7 +91,7 @@ class Client:
 
 
 async def write_small(client: Client, seconds: float, seed: int) -> int:
-    """Ask for one text after the other -> tokens of those that came."""
+    """Ask for one text after another -> tokens of those that arrived."""
     n, ends = 0, time.monotonic() + seconds
     while time.monotonic() < ends:
         status = await client.ask(
@@ -103,14 +103,14 @@ async def write_small(client: Client, seconds: float, seed: int) -> int:
 
 
 async def never_read(client: Client, seconds: float, body: bytes) -> None:
-    """Send a request and leave its answer where it is."""
+    """Send a request and never read the answer."""
     _, writer = await client.send("/v1/completions", body)
     await asyncio.sleep(seconds)
     writer.close()
 
 
 async def health_while(client: Client, work: Awaitable[Any]) -> tuple[Any, list[float]]:
-    """The result of some work, and the milliseconds of each question after /health in this time and until one more."""
+    """The result of some work, and the milliseconds of each request to /health meanwhile, at least one."""
     working, found = asyncio.ensure_future(work), list[float]()
     while not working.done() or not found:
         began = time.perf_counter()
@@ -126,7 +126,7 @@ def percentile(values: list[float], percent: int) -> float:
 
 
 async def measure(port: int, process: psutil.Process, seconds: float) -> dict[str, float]:
-    """What MEASURES names, of one server."""
+    """Measure what MEASURES names, on one server."""
     client = Client(port)
     await client.ask("/v1/completions", json.dumps(SMALL).encode())
     found = {"memory": process.memory_info().rss / 1e6}
@@ -162,7 +162,7 @@ async def measure(port: int, process: psutil.Process, seconds: float) -> dict[st
 
 
 def serve_and(tree: Path, model: Path, act: Callable[[int, psutil.Process], Awaitable[dict[str, float]]]) -> Any:
-    """Do something with a checkout's server."""
+    """Start a checkout's server and call `act` on it."""
     command = [sys.executable, "-m", "tinygpt", "serve", "--model", f"m={model / 'model'}", "--port", "0"]
     with subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, text=True) as process:
         try:

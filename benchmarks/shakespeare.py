@@ -1,15 +1,15 @@
-"""Tiny Shakespeare by characters, beside a plain GPT trained as nanoGPT's recipe for a CPU does.
+"""Tiny Shakespeare by characters, next to a plain GPT trained with nanoGPT's recipe for a CPU.
 
     python -m benchmarks.shakespeare --text tinyshakespeare.txt
 
-Every run is a process of its own and its time counts from its start: imports, building and compiling are in it. All
-learn the first nine tenths of the text and are measured on the rest, in windows as long as their context.
+Every run is a process of its own, timed from its start, so imports, building and compiling count. All train on the
+first nine tenths of the text and are evaluated on the rest, in windows as long as their context.
 
-plain   4 layers, 4 heads, width 128, context 64, batch 12, AdamW 1e-3, cosine, 2000 steps, eager: put together from
+plain   4 layers, 4 heads, width 128, context 64, batch 12, AdamW 1e-3, cosine, 2000 steps, eager: built from
         torch.nn's layers (benchmarks/plain_gpt.py). Its evaluations do not count.
 short   params.yaml's recipe, for the same loss in the least time
 long    the same, for the lowest loss in the time that plain takes
-best    the same, six layers of 256 with dropout, compiled, for the lowest loss of an hour; only where --runs names
+best    the same, six layers of 256 with dropout, compiled, for the lowest loss in an hour; only if --runs names
         it, with --repeat 1
 """
 
@@ -65,7 +65,7 @@ RECIPES = {"short": SHORT, "long": LONG, "best": BEST}
 
 
 def run_plain(text: Path, began: float) -> dict[str, Any]:
-    """Train the plain GPT; its losses on the way, with the seconds since `began` that training took."""
+    """Train the plain GPT; seconds count from `began`, without evaluations."""
     config, train_ids, val_ids = _read(text, block_size=64)
     params, runtime = load_params(TrainParams, RuntimeParams)
     device = open_device(runtime)
@@ -95,7 +95,7 @@ def run_plain(text: Path, began: float) -> dict[str, Any]:
 
 
 def run_recipe(text: Path, began: float, name: str) -> dict[str, Any]:
-    """Train by params.yaml and the recipe's changes; evaluations count."""
+    """Train by params.yaml and the recipe's changes; seconds count from `began`, with evaluations."""
     model_changes, train_changes, runtime_changes = RECIPES[name]
     config, train_ids, val_ids = _read(text, **model_changes)
     params, runtime = load_params(TrainParams, RuntimeParams)
@@ -115,7 +115,7 @@ def _read(text: Path, **changes: Any) -> Any:
     ids = ids.astype(np.uint16)
     params = replace(load_params(ModelParams), **(SIZES | changes))
     n_train = len(ids) * 9 // 10
-    ring = np.r_[ids[:n_train], ids[:1]]  # begins and ends alike, as token files do
+    ring = np.r_[ids[:n_train], ids[:1]]  # begins and ends with the same token, as token files do
     return GPTConfig(**config_fields(params), vocab_size=len(characters)), ring, ids[n_train:]
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.tokenizer --megabytes 1000 --folder /usr --only train
 
 Each contender runs alone in a process of its own, in turn, `--repeat` times; the table has medians. gigabpe takes part
-where it is installed (pip install gigabpe). The text is Python and C sources, documentation and type stubs of the
-Python installation and of each `--folder`, in an order that mixes them, no file twice. Times are of the work: reading
-the text from a file for ours and gigabpe, from memory for the others, up to the merges or to ids on disk.
+if it is installed (pip install gigabpe). The text consists of Python and C sources, documentation and type stubs from
+the Python installation and from each `--folder`, shuffled, with no file twice. Times run from reading the text, from a
+file for ours and gigabpe and from memory for the others, to the merges or to ids on disk.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ PROMPT = (
 
 
 def gather(folder: Path, n_bytes: int, more: Sequence[Path]) -> int:
-    """Write documents as text.jsonl and, a line each, as text.txt, until there are `n_bytes` of text -> bytes of it.
+    """Write documents to text.jsonl and, one per line, to text.txt, until there are `n_bytes` of text -> its bytes.
 
-    gigabpe takes each line for a document. So lines within one end in "\\r" here, which pretokens treat alike.
+    gigabpe takes each line as a document. So lines within a document end in "\\r" here, which pretokens treat alike.
     """
     roots = {*(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib", "include")), *more}
     sources = sorted({path for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()})
@@ -77,7 +77,7 @@ def gather(folder: Path, n_bytes: int, more: Sequence[Path]) -> int:
 
 
 def runtime(folder: Path, n_thread: int) -> RuntimeParams:
-    """Settings for our own code, whose scratch folder then is `folder`."""
+    """Settings for our own code; makes `folder` its scratch folder."""
     os.environ["DVC_ROOT"] = str(folder)
     return RuntimeParams(
         device="cpu",
@@ -102,7 +102,7 @@ def texts_of(folder: Path) -> list[str]:
 
 
 def train_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
-    """Counts in worker processes, then merges; saves the tokenizer that all others encode with."""
+    """Count in worker processes, then merge; save the tokenizer that all others encode with."""
 
     def work() -> None:
         file, settings = folder / "text.jsonl", runtime(folder, n_thread)
@@ -144,7 +144,7 @@ def train_tokenizers(folder: Path, n_thread: int, vocab_size: int) -> Callable[[
 
 
 def train_gigabpe(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], Any]:
-    """gigabpe, from a file; its alphabet is only the bytes that occur, so that it makes some merges more than we do."""
+    """gigabpe, from a file; its alphabet has only the bytes that occur, so it makes a few more merges than we do."""
     import gigabpe
 
     merges: list[tuple[str, str]] = []
@@ -204,7 +204,7 @@ def encode_tokenizers(folder: Path, n_thread: int, vocab_size: int) -> Callable[
 
 
 def tiktoken_of(folder: Path) -> Any:
-    """The same tokenizer in tiktoken, which takes a token's id for its rank."""
+    """The same tokenizer in tiktoken, which takes a token's id as its rank."""
     import tiktoken
 
     tokenizer = load_tokenizer(folder)
@@ -220,7 +220,7 @@ def encode_tiktoken(folder: Path, n_thread: int, vocab_size: int) -> Callable[[]
 
 
 def prompt(encode: Callable[[str], Any]) -> Callable[[], Any]:
-    """10,000 times the same prompt of about 200 bytes."""
+    """Encode the same prompt of about 200 bytes 10,000 times."""
 
     def work() -> None:
         for _ in range(10_000):
@@ -259,7 +259,7 @@ def measure(task: str, name: str, folder: Path, n_thread: int, vocab_size: int) 
     began = time.perf_counter()
     work()
     seconds = time.perf_counter() - began
-    # Workers of ours: as many times the largest one.
+    # Our workers: the memory of the largest one, times their number.
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * n_thread
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + workers) * 1024
     getattr(work, "check", lambda: None)()

@@ -1,13 +1,13 @@
-"""Steady training speed beside transformers' GPT-2 and a plain GPT: the same mathematics, tokens and optimizer.
+"""Steady training speed next to transformers' GPT-2 and a plain GPT: the same mathematics, tokens and optimizer.
 
     python -m benchmarks.training              # 0.8 M weights, context 64, batch 12
     python -m benchmarks.training --size large # 10.7 M weights: 6 layers of 384, context 256, batch 8
     python -m benchmarks.training --size gpt2 --precision bf16 --batch-size 32 # 124 M weights, context 1024: for a GPU
 
 All three are GPT-2: learned positions, LayerNorm, GELU, biases, a tied head, no dropout; the same precision, fused
-AdamW, clipped gradients. Each takes its turn of a few steps, round after round; a table has the medians of rounds, and
-the share that the model's operations are of what a product of two large matrices reaches in that precision, measured
-each round. Ours is the trainer's own step, its numbers for the curve included. Compiling is not in the times.
+AdamW, clipped gradients. They take turns of a few steps, round after round. The table has medians over the rounds, and
+the model's operations per second as a share of what a product of two large matrices reaches in that precision, measured
+each round. Ours is the trainer's own step, including its numbers for the curve. Compiling is not timed.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ GPT2: dict[str, Any] = {
 }
 DERIVED: dict[str, Any] = {"n_kv_head": None, "head_dim": None, "n_hidden": None}
 CHARS = 65  # of tiny Shakespeare
-SIZES: dict[str, tuple[dict[str, int], int, int, int]] = {  # of the model, vocab_size, batch_size, steps of a turn
+SIZES: dict[str, tuple[dict[str, int], int, int, int]] = {  # of the model, vocab_size, batch_size, steps in a turn
     "small": ({"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}, CHARS, 12, 20),
     "large": ({"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}, CHARS, 8, 2),
-    "gpt2": ({"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}, 50_304, 8, 2),  # 50,257, made even
+    "gpt2": ({"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}, 50_304, 8, 2),  # 50,257, rounded up
 }
 ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "embedding_lr": None, "betas": (0.9, 0.99)}
 

@@ -5,9 +5,9 @@ beyond; `benchmarks/scaling.csv` has the runs. The law of the validation loss, i
 
     loss = difficulty · (A / weights^a + (1 + tokens of a step / batch) / bytes)^b
 
-after Kaplan et al. (https://arxiv.org/abs/2001.08361, equation 1.5). Text counts less each
-time it is seen again, as in Muennighoff et al. (https://arxiv.org/abs/2305.16264), and less in large batches
-(McCandlish et al., https://arxiv.org/abs/1812.06162). `benchmarks/scaling_fit.py` fits the constants on these runs.
+after Kaplan et al. (https://arxiv.org/abs/2001.08361, equation 1.5). Text counts less each time it is seen again, as in
+Muennighoff et al. (https://arxiv.org/abs/2305.16264), and less in large batches (McCandlish et al.,
+https://arxiv.org/abs/1812.06162). `benchmarks/scaling_fit.py` fits the constants on the runs of benchmarks/scaling.csv.
 """
 
 from __future__ import annotations
