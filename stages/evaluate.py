@@ -1,4 +1,4 @@
-"""Measure the model on held-out text and let it write.
+"""Measure the model on held-out text and let it write samples.
 
 Reads data/model, data/tokens and data/tokenizer, writes reports/eval.json, samples.md and details.json.
 """

@@ -34,7 +34,7 @@ from tinygpt.train.loss import PRECISIONS
 
 VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # the plan chooses from these
 SAMPLE_BYTES = 3_000_000  # of the training text, to learn tokenizers from
-PROBE_STEPS = 200  # of the small model: the fewest in the runs that the law is fitted on; with 50 it is 7 percent off
+PROBE_STEPS = 200  # of the small model: as in the shortest runs of the law's fit; after 50 steps it is 7 percent off
 MOST_S = 12.0  # after which no other width is measured
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that measure a device's peak
 MEASURE_S = 1.0  # seconds of a measurement, at least
@@ -44,9 +44,9 @@ BUSY = 0.3  # the plan says so if other programs use more cores than this
 def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
     """Floating-point operations of training on one token of a full context: three times those of a forward pass.
 
-    That is two per weight of a matrix, and two per product of query and key and of attention weight and value. A token
-    sees half a context on average, less with a window (Kaplan et al., https://arxiv.org/abs/2001.08361). A frozen
-    matrix needs no gradient of its own, so it counts twice, not three times.
+    That is two per weight of a matrix, and two per multiplication of queries with keys and of attention weights with
+    values. A token sees half a context on average, or less with a window (Kaplan et al.,
+    https://arxiv.org/abs/2001.08361). A frozen matrix needs no gradient of its own and counts two times.
     """
     matrices = 3 * linear_weights(config)
     if lora is not None:
@@ -202,7 +202,7 @@ def _small_learner(
 
 
 def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
-    """The validation loss after all steps, in nats a token."""
+    """The validation loss after all steps, in nats per token."""
     seq_len, params = learner.config.block_size, learner.params
     batches = Batches(ids, seq_len=seq_len, batch_size=params.batch_size, seed=params.seed)
     for step in range(params.max_steps):

@@ -28,7 +28,7 @@ class Plan:
     config: GPTConfig
     bpb: float  # of validation text
     train_s: float
-    evaluate_s: float  # the stage's
+    evaluate_s: float  # of the stage `evaluate`
     others_s: float  # of all other stages together
 
     @property

@@ -23,7 +23,7 @@ from tinygpt.train.config import TrainParams
 LAYERS = {64: 2, 96: 3, 128: 4, 192: 5, 256: 6, 384: 8, 512: 10, 768: 12, 1024: 16}  # n_embd: n_layer
 BATCH_SIZES = (8, 16, 32, 64, 128, 256)
 N_EVALUATIONS = 10
-MIN_STEPS = 200  # the fewest in the runs that the law is fitted on
+MIN_STEPS = 200  # as in the shortest runs that the law is fitted on
 MOST_WEIGHTS = 4  # in the blocks, per byte of text: the most in those runs
 
 
@@ -92,7 +92,7 @@ class Recipe:
 
     @property
     def block_size(self) -> int:
-        """Tokens of context: 256 instead of 128 brought nothing in runs of 400 steps."""
+        """Tokens of context: 256 instead of 128 gained nothing in runs of 400 steps."""
         return 128 if self.n_embd < 256 else 256 if self.n_embd < 512 else 512
 
     @property

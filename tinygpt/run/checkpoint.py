@@ -185,7 +185,7 @@ def load_split(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in _kinds(folder).items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended
             load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (CheckpointException, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read ({str(error).splitlines()[0]})") from None

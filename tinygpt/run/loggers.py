@@ -60,7 +60,7 @@ class Loggers:
             self._attempt(name, logger.close, kind is None)
 
     def __call__(self, state: TrainState) -> None:
-        """Write the new rows of the curve, with the speed since the row before if it was measured since this start."""
+        """Write the new rows of the curve, with the speed since the last one, if measured since this start."""
         rows, self._n_rows = state.rows[self._n_rows :], len(state.rows)
         if self._since is not None and not rows:
             return

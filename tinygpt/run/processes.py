@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 RESTARTS = 3  # after killed processes, before giving up
-PATIENCE_S = 120  # for a process that was asked to stop to finish its step and save a checkpoint
+PATIENCE_S = 120  # for a process asked to stop, to finish its step and save a checkpoint
 
 
 def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
@@ -195,7 +195,7 @@ def _orphaned(processes: list[psutil.Process]) -> bool:
 
 
 def _adopted(processes: list[psutil.Process]) -> bool:
-    """Whether DVC had died before this program began: init, which then takes its place, is in another session."""
+    """Whether DVC died before this program began: init, which took its place, is in another session."""
     try:
         return len(processes) > 1 and os.getsid(processes[-1].pid) != os.getsid(processes[-2].pid)
     except OSError:

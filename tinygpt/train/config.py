@@ -109,7 +109,7 @@ class TrainParams:
         )
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
-        """Rules between this group of params.yaml and the loaded others, by name: (whether it holds, message)."""
+        """Rules between this group of params.yaml and other loaded groups, by name: (whether it holds, message)."""
         if "model" in groups:
             yield from self._rules_with_model(groups["model"])
         if "runtime" in groups:

@@ -39,9 +39,9 @@ MAX_RANK = 256  # higher ranks take minutes for a large vocabulary
 
 N_BLOCKS = 2  # with heads that look back, at most; at least half of all blocks stay random
 MIN_HEAD_DIM = 16  # of heads that look back: scores of narrower ones repeat every few places
-DISTANCES = (1, 2, 3, 4)  # one for each head
+DISTANCES = (1, 2, 3, 4)  # places back, one for each head
 N_PAIRS = 3  # of rope's pairs that they use, the fastest: slower ones hardly change from one place to the next
-SHARPNESS = 11.0  # their score at the right place; with head_dim 32, 2.5 less next to it, at least 8 less nearby
+SHARPNESS = 11.0  # score at the right place; with head_dim 32, 2.5 less next to it, at least 8 less nearby
 
 
 def set_first_weights(model: GPT, tokens: TokenIds) -> None:

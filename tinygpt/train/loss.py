@@ -145,7 +145,7 @@ def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
 
     The choice follows from the device's features, not from a timing, which might differ when the run continues and so
     change its weights. CPUs take bf16 only with AMX, and only for models whose products are worth the casts:
-    AVX512-BF16 makes products at most twice as fast, and the casts cost as much.
+    AVX512-BF16 makes products at most twice as fast, and the casts undo that.
     """
     if precision != "auto":
         return precision

@@ -52,7 +52,7 @@ class Optimizer:
         return [self.state[weight][name] for weight in weights]
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for group in self.param_groups:
             for weight in group["params"]:
                 weight.grad = None
@@ -139,7 +139,7 @@ def load_optimizer_tensors(model: GPT, optimizers: list[AnyOptimizer], tensors: 
     for name, weight in trained_tensors(model).items():
         weight.grad = torch.zeros_like(weight) if name in kept else None
     for optimizer in optimizers:
-        optimizer.step()  # makes the state, and at a learning rate of 0 changes no weight
+        optimizer.step()  # creates the state; at a learning rate of 0 no weight changes
         optimizer.zero_grad()
     for name, tensor in optimizer_tensors(model, optimizers).items():
         put(tensor, tensors[name])

@@ -181,7 +181,7 @@ class TrainState:
     def count(self, step: int, loss: float, grad_norm: float, params: TrainParams) -> None:
         """Take in the numbers of the next step; several steps make a row.
 
-        Raises UserError when a number is not finite; in fp16 the gradient may overflow, MAX_SKIPPED times in a row.
+        Raises UserError when a number is not finite; in fp16 gradients may overflow up to MAX_SKIPPED times in a row.
         """
         skipped = is_scaled(params.precision) and not math.isfinite(grad_norm)
         self.n_skipped = self.n_skipped + 1 if skipped else 0
