@@ -90,21 +90,23 @@ def least_squares(errors: Callable[[Vector], Vector], start: Vector, *, n_steps:
 
 
 def draw(rows: Sequence[Row], law: Law, difficulties: Mapping[str, float]) -> Figure:
-    """Losses of the runs by those of the law, and errors of the law by tokens, in a colour for each text."""
+    """Losses of the runs by those of the law, and errors of the law by tokens.  Crosses: a text's beginning."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     said, seen = figure.subplots(1, 2)
-    for (text, difficulty), color in zip(difficulties.items(), (BLUE, VERMILION, GREEN, GREY), strict=False):
-        mine = [row for row in rows if text_of(row) == text]
-        bpb = [float(row["val_bpb"]) for row in mine]
-        predicted = [difficulty * law.loss(size_of(row)) for row in mine]
-        said.plot(predicted, bpb, "o", markersize=4, color=color, label=text)
-        tokens = [float(row["tokens"]) / 1e6 for row in mine]
-        errors = [100 * (a / b - 1) for a, b in zip(predicted, bpb, strict=True)]
-        seen.plot(tokens, errors, "o", markersize=4, color=color)
+    texts = sorted({row["text"] for row in rows})
+    for text, color in zip(texts, (BLUE, VERMILION, GREEN, GREY), strict=True):
+        for is_whole, marker, label in ((True, "o", text), (False, "x", None)):
+            mine = [row for row in rows if row["text"] == text and (int(row["max_bytes"]) >= WHOLE) is is_whole]
+            bpb = [float(row["val_bpb"]) for row in mine]
+            predicted = [difficulties[text_of(row)] * law.loss(size_of(row)) for row in mine]
+            said.plot(predicted, bpb, marker, markersize=4, color=color, label=label)
+            tokens = [float(row["tokens"]) / 1e6 for row in mine]
+            errors = [100 * (a / b - 1) for a, b in zip(predicted, bpb, strict=True)]
+            seen.plot(tokens, errors, marker, markersize=4, color=color)
     ends = said.get_xlim()
     said.plot(ends, ends, color=GREY, linewidth=0.8)
     said.set(xlabel="bits per byte by the law", ylabel="bits per byte of the run")
-    said.legend()
+    said.legend(title="crosses: the beginning of a text", title_fontsize="small")
     seen.axhline(0, color=GREY, linewidth=0.8)
     seen.set(xlabel="million tokens of the run", ylabel="error of the law in percent", xscale="log")
     return figure

@@ -9,7 +9,7 @@ plain   4 layers, 4 heads, width 128, context 64, batch 12, AdamW 1e-3, cosine, 
         torch.nn's layers (benchmarks/plain_gpt.py). Its evaluations do not count.
 short   params.yaml's recipe, for the same loss in the least time
 long    the same, for the lowest loss in the time that plain takes
-best    the same, six layers of 256 with dropout, compiled, for the lowest loss in an hour; only if --runs names
+best    the same, six layers of 256 with dropout, compiled, for the lowest loss; only if --runs names
         it, with --repeat 1
 """
 

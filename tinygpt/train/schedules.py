@@ -26,7 +26,10 @@ SCHEDULES = {
 
 
 def lr_frac_at(step: int, params: TrainParams) -> float:
-    """Share of the peak at step 0, 1, … max_steps - 1: above 0 at first, 1 after the warmup, min_lr_frac at the end."""
+    """Share of the peak at step 0, 1, … max_steps - 1: above 0 at first, 1 after the warmup, then as the schedule says.
+
+    All schedules but constant end at min_lr_frac.
+    """
     if step < params.warmup_steps:
         return (step + 1) / (params.warmup_steps + 1)
     schedule = SCHEDULES[params.schedule]
