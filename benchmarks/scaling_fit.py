@@ -28,7 +28,7 @@ Vector = NDArray[np.float64]
 
 FIGURE = Path("docs/figures/scaling.svg")
 WHOLE = 10_000_000  # max_bytes that shortens no text of the table by much
-FITTED = ("weights", "weights_power", "power", "repeats")
+FITTED = ("weights", "weights_power", "power", "start", "repeats")
 OF_THE_RECIPE = {"lr_times": "1.0", "weight_decay": "0.1"}
 
 

@@ -29,6 +29,7 @@ from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds
 from tinygpt.train.batches import Batches, validation_sequences
 from tinygpt.train.config import LoRAParams, TrainParams
+from tinygpt.train.first_weights import set_first_weights
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
 
@@ -197,12 +198,13 @@ def _small_learner(
     recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
     recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
     generator = torch.Generator().manual_seed(train.seed)
-    weights = GPT(recipe.config(model), generator=generator)  # random, like those of the law's runs
-    return recipe, Learner(weights, recipe.training(train), runtime, device=device)
+    new = GPT(recipe.config(model), generator=generator)
+    return recipe, Learner(new, recipe.training(train), runtime, device=device)
 
 
 def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
-    """The validation loss after all steps, in nats per token."""
+    """Train a new model -> its validation loss after the last step, in nats per token."""
+    set_first_weights(learner.model, ids)
     seq_len, params = learner.config.block_size, learner.params
     batches = Batches(ids, seq_len=seq_len, batch_size=params.batch_size, seed=params.seed)
     for step in range(params.max_steps):
