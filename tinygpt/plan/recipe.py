@@ -161,7 +161,6 @@ class Law:
         return (by_weights + by_data) ** self.power
 
 
-LAW = Law(
-    weights=0.107, weights_power=0.661, power=0.2412, start=0.661, repeats=0.349, batch=32_768
-)  # batch is not fitted
+# `batch` is not fitted
+LAW = Law(weights=0.107, weights_power=0.661, power=0.2412, start=0.661, repeats=0.349, batch=32_768)
 SPREAD = 0.1  # on two texts outside the fit, the law was 1 to 5 percent off; on another, a third (docs/plan.md)
