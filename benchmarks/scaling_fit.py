@@ -106,9 +106,12 @@ def draw(rows: Sequence[Row], law: Law, difficulties: Mapping[str, float]) -> Fi
     ends = said.get_xlim()
     said.plot(ends, ends, color=GREY, linewidth=0.8)
     said.set(xlabel="bits per byte by the law", ylabel="bits per byte of the run")
-    said.legend(title="crosses: the beginning of a text", title_fontsize="small")
+    figure.legend(loc="outside right")  # type: ignore[call-overload]  # its types lack "outside"
     seen.axhline(0, color=GREY, linewidth=0.8)
     seen.set(xlabel="million tokens of the run", ylabel="error of the law in percent", xscale="log")
+    millions = sorted({float(row["tokens"]) / 1e6 for row in rows})
+    seen.set_xticks(millions, [f"{n:.1f}" for n in millions], minor=False)
+    seen.minorticks_off()
     return figure
 
 
