@@ -83,8 +83,8 @@ def test_the_command_draws_and_refuses(tmp_path, tiny_tokenizer, monkeypatch, ca
         assert text.startswith("<|endoftext|>the file") and saved["weights"].shape == (2, 4, *2 * saved["ids"].shape)
         assert saved["ids"].shape > (len(tiny_tokenizer.encode("the file")) + 1,)
     for options, message in [
-        (["x" * 200], "--prompt has 2[0-9]+ tokens, the model reads 64"),
-        (["the", "--generate", "99"], "--prompt with --generate=99 has 1[0-9]+ tokens, the model reads 64"),
+        (["x" * 200], "--prompt has 2[0-9]+ tokens, but the model reads only 64"),
+        (["the", "--generate", "99"], "--prompt with --generate=99 has 1[0-9]+ tokens, but the model reads only 64"),
         (["x", "--plot", "a.gif"], "the name must end in .svg or .png"),
     ]:
         monkeypatch.setattr("sys.argv", [*command, *options])

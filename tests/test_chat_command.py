@@ -76,7 +76,7 @@ def test_options_are_set_and_shown_and_the_last_line_is_answered_again(chat, ans
     for line in ("temperature=0.5", 'stop=["q"]', "banned_ids=[5, 6]", 'early_stopping="false"', "seed=3"):
         assert line in told.splitlines()
     assert "1 answer, " in told
-    assert "the model reads 64 at most" in told
+    assert "the model reads at most 64" in told
     assert done.stderr.count("\n") == 1  # the greeting
 
 
@@ -151,7 +151,7 @@ def test_unknown_or_impossible_commands_are_one_line_and_the_chat_continues(chat
     done = chat(*lines)
     assert done.stderr.splitlines()[1:] == [
         "error: unknown command /hlep (did you mean /help?)",
-        "error: unknown command /xyz: /help lists the commands, a space before it makes it text",
+        "error: unknown command /xyz: /help lists the commands; a line that begins with a space is sent as text",
         "error: nothing has been said yet: /retry answers the last line again",
         "error: give the name of a file, such as /save talk.txt",
         f"error: {tmp_path}/there already exists: give another name",
@@ -174,7 +174,7 @@ def test_a_conversation_longer_than_the_context_is_read_from_its_end_or_refused(
     done = chat(long, "more")
     first = answer(f"{long}\n")
     assert done.stdout == f"{first}\n{answer(f'{long}{chr(10)}{first}{chr(10)}more{chr(10)}')}\n"
-    assert done.stderr.count("tokens: the last 64 are read)") == 1
+    assert done.stderr.count("tokens: only the last 64 are read)") == 1
     done = chat("a", long, "/show", args=["--when-full", "stop"])
     assert "leaves no room in a context of 64: shorten it, or set when_full=slide" in done.stderr
     assert "1 answer, " in done.stdout

@@ -56,9 +56,13 @@ def test_generate_prints_the_prompt_and_continues_it_and_a_seed_repeats_the_text
 @pytest.mark.parametrize(
     ("args", "stdin", "message"),
     [
-        (["encode"], b"a\n\na\xefve", "error: standard input:3: byte 2 is 0xef, which is not UTF-8: give it as UTF-8"),
+        (
+            ["encode"],
+            b"a\n\na\xefve",
+            "error: standard input:3: byte 2 is 0xef, which is not UTF-8: convert it to UTF-8",
+        ),
         (["encode", "a\udcff"], b"", "error: prompt is not UTF-8 from character 1 on: give it as UTF-8"),
-        (["encode"], b"a" * 20_000_001, "error: standard input has more than 20.0 MB: give it in parts"),
+        (["encode"], b"a" * 20_000_001, "error: standard input has more than 20.0 MB: split it"),
         (["decode"], b"72 \xff", "error: standard input:1: byte 4 is 0xff, which is not UTF-8"),
         (["decode", "9" * 5000], b"", "is not an id: give whole numbers"),
         (["decode", str(2**63)], b"", "is not an id: give whole numbers"),
@@ -98,6 +102,8 @@ def test_every_way_to_choose_tokens_has_its_flag(folders, tiny_tokenizer, comman
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["encode", "x", "--tokenizer", "nowhere"], "--tokenizer nowhere not found: give an existing folder"),
+        (["promote", "--model", "nowhere"], "--model nowhere not found: give an existing folder"),
         (["generate", "--model", "nowhere"], "nowhere not found: name a folder with config.json"),
         (["generate", "--model", "data/nowhere"], "data/nowhere not found: run `dvc repro train`"),
         (["generate", "--model", "data/nowhere.gguf"], "data/nowhere.gguf not found: run `dvc repro export`"),
@@ -107,7 +113,7 @@ def test_every_way_to_choose_tokens_has_its_flag(folders, tiny_tokenizer, comman
         (["generate", "--n-beam", "2", "--temperature", "0.5"], "--n-beam=2 does not sample: it needs --temperature=0"),
         (["generate", "--best-of", "2", "--temperature", "0"], "--best-of=2 needs temperature above 0"),
         (["generate", "--length-penalty", "2"], "--length-penalty=2.0 is for beam search: it needs --n-beam above 1"),
-        (["generate", "--stop", ""], '--stop="" is a text that every text begins with'),
+        (["generate", "--stop", ""], '--stop="" would end every text at once'),
         (["generate", "--logit-bias", "5"], "--logit-bias=5 must be ID=BIAS, such as 17=-2.5"),
         (["generate", "--promt", "x"], "unknown argument --promt (did you mean --prompt?)"),
         (["generate", "--tempreature=0.5"], "unknown argument --tempreature=0.5 (did you mean --temperature?)"),

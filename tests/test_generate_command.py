@@ -115,23 +115,27 @@ def test_a_search_writes_its_best_and_its_log_probabilities_where_it_has_them(ge
 @pytest.mark.parametrize(
     ("name", "content", "messages"),
     [
-        ("p.txt", b"", ["p.txt has no prompts: write one a line"]),
+        ("p.txt", b"", ["p.txt has no prompts: write one per line"]),
         ("p.txt", b"ok\na\xff\xfe\n", ["p.txt:2: byte 2 is 0xff, which is not UTF-8"]),
         (
             "p.jsonl",
             b'{"prompt": "a"}\n{"promt": "b"}\n\n5\n{"prompt": 5}\n[[[',
-            ['p.jsonl:2: not {"prompt": …} with a text, but {"promt": "b"}\n'],
+            ['p.jsonl:2: must be {"prompt": …} with a text, found {"promt": "b"}\n'],
         ),
         (
             "p.jsonl",
             b'\n5\n{"prompt": 5}\n[[[',
-            ['p.jsonl:1: not {"prompt": …} with a text, but nothing\n', "p.jsonl:2", "p.jsonl:3", "p.jsonl:4"],
+            ['p.jsonl:1: must be {"prompt": …} with a text, found nothing\n', "p.jsonl:2", "p.jsonl:3", "p.jsonl:4"],
         ),
         ("p.jsonl", b'{"prompt": "a\\ud800"}', ["p.jsonl:1: prompt is not UTF-8 from character 1 on"]),
         ("p.jsonl", b"x\n" * 99, ["p.jsonl:10", "and 79 more"]),
-        ("p.jsonl", b'{"prompt": ' + b"[" * 10**5, ['p.jsonl:1: not {"prompt": …} with a text, but {"prompt": ']),
-        ("p.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", ['p.jsonl:1: not {"prompt": …} with a text, but {"prompt": ']),
-        ("p.txt", b"a" * 20_000_001, ["p.txt has more than 20.0 MB: give it in parts"]),
+        ("p.jsonl", b'{"prompt": ' + b"[" * 10**5, ['p.jsonl:1: must be {"prompt": …} with a text, found {"prompt": ']),
+        (
+            "p.jsonl",
+            b'{"prompt": ' + b"9" * 5000 + b"}",
+            ['p.jsonl:1: must be {"prompt": …} with a text, found {"prompt": '],
+        ),
+        ("p.txt", b"a" * 20_000_001, ["p.txt has more than 20.0 MB: split it"]),
         ("p.txt", b"ok\n" + b"the " * 99, ["p.txt:2: prompt has", "leaves no room in a context of 64"]),
     ],
 )
@@ -145,7 +149,7 @@ def test_a_file_with_no_prompts_in_it_is_refused_and_the_place_is_named(name, co
 
 def test_input_that_is_not_utf8_or_missing_is_refused(generate):
     told = generate("--prompt", "-", stdin=b"a\n\nb\xc3").stderr
-    assert told == "error: standard input:3: byte 2 is 0xc3, which is not UTF-8: give it as UTF-8\n"
+    assert told == "error: standard input:3: byte 2 is 0xc3, which is not UTF-8: convert it to UTF-8\n"
     assert "--prompts=none.txt not found" in generate("--prompts", "none.txt").stderr
 
 
@@ -156,12 +160,12 @@ def test_all_contradictions_are_reported_at_once(generate):
         "--top-p=2 must be above 0 and at most 1",
         "--temperature=-1 must be 0 or more",
         "--max-new-tokens=0 must be 1 or more",
-        "--prompt and --prompts contradict each other",
+        "--prompt and --prompts cannot be combined",
         "--n=2 prints all texts, --n-beam and --best-of only the best",
         "--batch-size=0 must be 1 or more",
         "--logprobs=-1 must be 0 or more",
         "--logprobs=-1 is not shown in text",
-        "--logprobs=-1 does not go with beam search: leave out --n-beam=3",
+        "--logprobs=-1 does not work with beam search: leave out --n-beam=3",
         "--engine=llama.cpp reads .gguf files",
     ):
         assert message in told
@@ -170,9 +174,7 @@ def test_all_contradictions_are_reported_at_once(generate):
 
 def test_a_long_prompt_is_read_from_its_end_with_a_warning(generate):
     done = generate("--prompt", "the " * 99, "--max-new-tokens", "2")
-    assert re.search(
-        r"warning: prompt has \d+ tokens: the last 64 are read, which is the model's context\n", done.stderr
-    )
+    assert re.search(r"warning: prompt has \d+ tokens: only the last 64 are read, the model's context\n", done.stderr)
     assert done.returncode == 0
 
 
@@ -224,7 +226,7 @@ def test_a_missing_compiler_is_one_line(folder, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "error: the step cannot be compiled (No working C++ compiler found" in done.stderr
-    assert "install g++, or name yours in CXX, or leave --compile out" in done.stderr
+    assert "install g++, set CXX to your compiler, or leave out --compile" in done.stderr
 
 
 def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
@@ -307,7 +309,7 @@ def test_a_gguf_file_without_an_end_of_text_is_refused(generate, folder):
     (folder / "endless.gguf").write_bytes(raw)
     done = generate("--ignore-eos", model="endless.gguf")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "endless.gguf names no token that ends a text" in done.stderr
+    assert "endless.gguf has no token that ends a text" in done.stderr
 
 
 def test_every_token_that_ends_a_text_in_llama_cpp_ends_it_here(generate, folder):

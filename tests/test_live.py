@@ -82,7 +82,7 @@ def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
     other = command("generate", "--prompt", "The", "--max-new-tokens", 5, "--seed", 1)
     assert other.stdout.startswith("The")
     refused = command("generate", "--run", "xyz", "--prompt", "The").stderr
-    assert refused == f"error: 0 runs are called xyz: take one of {run.name}\n"
+    assert refused == f"error: 0 runs have names that begin with xyz: choose one of {run.name}\n"
     assert "give one of them" in command("generate", "--run", "newest", "--model", "data/model").stderr
     weights, newest = run / "model/model.safetensors", run / f"step-{newest_step(stopped):07d}/weights.safetensors"
     assert weights.stat().st_ino == newest.stat().st_ino  # one file, not two copies
@@ -111,7 +111,10 @@ def test_a_second_terminal_sees_each_evaluation_and_makes_a_page(stopped, comman
     assert any(line.startswith("    ") for line in lines)
     assert lines[-1].startswith(f"no training is running in runs/{run.name} any more: it is at step ")
     assert 'http-equiv="refresh"' not in (stopped / "reports/live.html").read_text()
-    assert command("watch", "nothing").stderr == f"error: 0 runs are called nothing: take one of {run.name}\n"
+    assert (
+        command("watch", "nothing").stderr
+        == f"error: 0 runs have names that begin with nothing: choose one of {run.name}\n"
+    )
 
 
 def test_the_page_of_a_running_training_reloads_itself(stopped, tmp_path):

@@ -191,8 +191,8 @@ def test_another_kind_of_tokenizer_stays(kind, folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", r"give --minutes 30, how long it may take, or --bpb 1.9"),
-        ("--minutes 3 --bpb 2", r"give --minutes 30, how long it may take, or --bpb 1.9"),
+        ("", r"give either --minutes 30, how long it may take, or --bpb 1.9"),
+        ("--minutes 3 --bpb 2", r"give either --minutes 30, how long it may take, or --bpb 1.9"),
         ("--minutes 0", r"--minutes=0 must be above 0"),
         ("--minutes nan", r"--minutes=nan must be a finite number"),
         ("--minutes -5", r"--minutes=-5 must be above 0"),
@@ -222,7 +222,7 @@ def test_a_text_that_is_missing_or_too_small_is_said(folder):
 
 def test_a_base_is_refused(folder):
     set_params(folder, {"train.init_from": "base"})
-    with pytest.raises(UserError, match=r"plan is for a start from scratch"):
+    with pytest.raises(UserError, match=r"plan is for training from scratch"):
         plan("--minutes 5")
 
 

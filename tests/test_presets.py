@@ -153,7 +153,7 @@ def test_a_model_that_is_far_too_large_for_the_run_or_the_text_is_warned_of(para
     meta = TokensMeta(dtype="<u2", vocab_size=1024, eos_id=0, tokenizer_sha256="", **splits)
     write_json(TOKENS / "meta.json", dataclasses.asdict(meta))
     apply_values(params, {"train": {"max_steps": 10**6}})
-    assert "see 4,000,000 tokens in the text there is, read 4 times" in said("large")
+    assert "see 4,000,000 tokens in the current text, read 4 times" in said("large")
     assert not said("mini")
     (TOKENS / "meta.json").write_text("{")
     assert not said("large")

@@ -196,12 +196,12 @@ def test_profile_prints_the_costs_and_warns_of_a_run_that_will_not_fit(params, c
     said = command("profile")
     for words in ("weights     1,066,368: embedding 131,072", "operations", "training", "generation", "MFU"):
         assert words in said.stdout
-    assert "profile: measures at least two training steps of 1,024 tokens, which --no-measure leaves out" in said.stderr
+    assert "profile: timing at least two training steps of 1,024 tokens, which --no-measure skips" in said.stderr
     assert f" in {1600 * 8 * 128:,} tokens" in said.stdout
     lora = {"rank": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
     set_params(folder, {"train.init_from": "base", "train.lora": lora})
     said = command("profile", "--no-measure")
-    assert "adapters    16,384 weights, which alone are trained" in said.stdout
+    assert "adapters    16,384 weights; only these are trained" in said.stdout
     assert "speed" not in said.stdout and "measures" not in said.stderr
     set_params(folder, {"train.init_from": "scratch", "train.lora": None, "runtime.micro_batch_size": "auto"})
     set_params(folder, {"model.n_layer": 1, "model.n_embd": 32})

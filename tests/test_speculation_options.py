@@ -65,15 +65,15 @@ def test_the_likeliest_text_is_the_same_and_the_last_line_shows_the_gain(options
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--draft other", "has other tokens than the model: take one trained with the same tokenizer"),
-        ("--draft smaller", "has other tokens than the model"),
+        ("--draft other", "has different tokens from the model's: use a draft trained with its tokenizer"),
+        ("--draft smaller", "has different tokens from the model's"),
         ("--draft nowhere", "nowhere"),
-        ("--draft draft --prompt-lookup", "--draft and --prompt-lookup both propose: give one of them"),
+        ("--draft draft --prompt-lookup", "--draft and --prompt-lookup both propose tokens: give only one of them"),
         ("--n-draft 3", "--n-draft=3 needs --draft or --prompt-lookup"),
         ("--draft draft --ngram 3", "--ngram=3 needs --prompt-lookup"),
         ("--prompt-lookup --n-draft 0", "--n-draft=0 must be"),
-        ("--prompt-lookup --n-beam 2", "--n-beam=2 follows several texts, --prompt-lookup proposes one"),
-        ("--draft draft --best-of 2", "--best-of=2 follows several texts, --draft proposes one"),
+        ("--prompt-lookup --n-beam 2", "--n-beam=2 follows several texts, but --prompt-lookup proposes only one"),
+        ("--draft draft --best-of 2", "--best-of=2 follows several texts, but --draft proposes only one"),
         ("--prompt-lookup --model x.gguf", "--prompt-lookup is not available with llama.cpp"),
     ],
 )

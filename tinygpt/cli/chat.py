@@ -97,7 +97,7 @@ class Conversation:
         begun = self.engine.begin(prompt, self.settings, seed=seed)
         n, most = len(begun.prompt), self.engine.block_size
         if n > most and not self._has_warned:
-            print(f"(the conversation has {n} tokens: the last {most} are read)", file=sys.stderr)
+            print(f"(the conversation has {n} tokens: only the last {most} are read)", file=sys.stderr)
             self._has_warned = True
         self._n_retries = n_retries
         try:
@@ -127,7 +127,7 @@ def obey(line: str, conversation: Conversation) -> None:
     """Run the command in a line.  Raises UserError if it is unknown or fails, EOFError to leave."""
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
-        hint = nearest(name, COMMANDS) or ": /help lists the commands, a space before it makes it text"
+        hint = nearest(name, COMMANDS) or ": /help lists the commands; a line that begins with a space is sent as text"
         raise UserError(f"unknown command {name}{hint}")
     COMMANDS[name][2](conversation, rest.strip())
 
@@ -145,7 +145,7 @@ def show(conversation: Conversation, rest: str) -> None:
     for name in setting_options():
         print(f"{name}={printable(json.dumps(values[name], ensure_ascii=False))}")
     n = len(conversation.engine.vocabulary.encode(text_of(conversation.turns)))
-    print(f"{answers(conversation)}, {n} tokens; the model reads {conversation.engine.block_size} at most")
+    print(f"{answers(conversation)}, {n} tokens; the model reads at most {conversation.engine.block_size}")
 
 
 def set_options(conversation: Conversation, rest: str) -> None:
@@ -201,7 +201,7 @@ def lines_of_chat() -> Iterator[str]:
     if sys.stdin and sys.stdin.isatty():
         yield from _typed_lines()
         return
-    lines = iter(lambda: read_some(standard_input(), "a line of the standard input", line=True), b"")
+    lines = iter(lambda: read_some(standard_input(), "a line of standard input", line=True), b"")
     for number, raw in enumerate(lines, start=1):
         yield decode_utf8(raw.rstrip(b"\r\n"), "standard input", line=number)
 

@@ -36,12 +36,12 @@ MOST_CONTEXT = 8192  # tokens: at the full context of a large model, keys and va
 NOT_IN_LLAMA_CPP = {
     "tokenizer": "a .gguf file has its own",
     "device": "it computes on the CPU here",
-    "quantize": "name a .gguf file with smaller weights",
+    "quantize": "choose a .gguf file with smaller weights",
     "compile": "it is already compiled",
     "n_beam": "searches need --engine tinygpt",
     "best_of": "searches need --engine tinygpt",
-    "draft": "name a tinygpt folder",
-    "prompt_lookup": "name a tinygpt folder",
+    "draft": "it needs a tinygpt folder as --model",
+    "prompt_lookup": "it needs a tinygpt folder as --model",
 }
 UNCHANGED = (None, "auto", "cpu", 1)  # values with which these options change nothing
 
@@ -100,7 +100,7 @@ def llama_engine(path: Path) -> Engine:
     llama = open_gguf(path, n_ctx=MOST_CONTEXT, n_threads=torch.get_num_threads())
     if llama.eos_id < 0:
         llama.close()
-        raise UserError(f"{path} names no token that ends a text: convert the model again, with its tokenizer")
+        raise UserError(f"{path} has no token that ends a text: convert the model again, with its tokenizer")
     ends = tuple(llama.eog_ids())  # all tokens at which llama.cpp ends a text
     return Engine(LlamaVocabulary(llama), llama.n_ctx, partial(extend_in_llama, llama), ends)
 
@@ -144,7 +144,7 @@ def read_engine(args: Namespace) -> EngineOptions:
     asked = {name: getattr(args, name, None) for name in NOT_IN_LLAMA_CPP}  # chat has no flags for proposals
     refused = {name: value for name, value in asked.items() if value is True or value not in UNCHANGED}
     require(
-        (engine != "tinygpt", f"--engine=tinygpt does not read {path}: it takes folders, llama.cpp .gguf files"),
+        (engine != "tinygpt", f"--engine=tinygpt does not read {path}: it reads folders; llama.cpp reads .gguf files"),
         *(
             (False, f"{as_typed(name, value)} is not available with llama.cpp: {NOT_IN_LLAMA_CPP[name]}")
             for name, value in refused.items()
@@ -159,11 +159,14 @@ def read_proposals(args: Namespace) -> ProposalOptions:
     name, looks_up = proposals.flag, proposals.prompt_lookup
     searched = {each: getattr(args, each) for each in ("n_beam", "best_of") if getattr(args, each) not in (None, 1)}
     require(
-        (not proposals.draft or not looks_up, "--draft and --prompt-lookup both propose: give one of them"),
+        (not proposals.draft or not looks_up, "--draft and --prompt-lookup both propose tokens: give only one of them"),
         (name is not None or args.n_draft is None, f"--n-draft={args.n_draft} needs --draft or --prompt-lookup"),
         (looks_up or args.ngram is None, f"--ngram={args.ngram} needs --prompt-lookup"),
         *(
-            (name is None, f"{as_typed(*each)} follows several texts, {name} proposes one: leave one out")
+            (
+                name is None,
+                f"{as_typed(*each)} follows several texts, but {name} proposes only one: use one or the other",
+            )
             for each in searched.items()
         ),
     )
@@ -196,7 +199,9 @@ def open_draft(folder: Path, options: EngineOptions, tokenizer: Tokenizer) -> GP
     """The draft model.  Raises UserError with what is wrong with its files, or if its tokens are not the model's."""
     draft, other = open_model(folder, options.tokenizer)
     if other.tokens != tokenizer.tokens:
-        raise UserError(f"--draft={folder} has other tokens than the model: take one trained with the same tokenizer")
+        raise UserError(
+            f"--draft={folder} has different tokens from the model's: use a draft trained with its tokenizer"
+        )
     return draft.to(find_device(options.device))
 
 
@@ -214,7 +219,7 @@ def compile_if_asked(model: GPT, options: DeviceOptions, *, n_row: int = 1, room
     """
     if options.compile:
         if sys.stderr.isatty():
-            print("compiling (up to two minutes, some seconds from the second time on)", file=sys.stderr)
+            print("compiling (up to two minutes the first time, then seconds)", file=sys.stderr)
         compile_step(model, n_row=n_row, room=room)
 
 

@@ -42,7 +42,7 @@ class DeviceOptions(Checked):
 
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "for tinygpt's engine"] = "auto"
     quantize: Annotated[
-        Literal["int8", "int4"] | None, "weights of 8 or 4 bits: less memory, large models get faster"
+        Literal["int8", "int4"] | None, "store weights in 8 or 4 bits: takes less memory, and large models get faster"
     ] = None
     compile: Annotated[
         bool,
@@ -57,10 +57,11 @@ class EngineOptions(DeviceOptions):
 
     model: Annotated[Path | None, f"a tinygpt or transformers folder, or a .gguf file (default: {paths.MODEL})"] = None
     tokenizer: Annotated[
-        Path | None, "folder, for a tinygpt model (default: the model's, or `tokenizer` next to it)"
+        Path | None,
+        "folder with the tokenizer of a tinygpt model (default: the model's own, or `tokenizer` next to it)",
     ] = None
     run: Annotated[
-        str | None, "instead of --model: the newest checkpoint of a run in runs/, by its name there, or `newest`"
+        str | None, "instead of --model: the newest checkpoint of a run, given by its name in runs/, or `newest`"
     ] = None
     engine: Annotated[Literal["auto", "tinygpt", "llama.cpp"], "auto: llama.cpp for a .gguf file"] = "auto"
 
@@ -85,7 +86,7 @@ def find_run(name: str | None, file: str) -> Path:
         raise UserError(f"no run has {file} yet: `dvc repro train` writes it")
     if len(named) != 1:
         names = ", ".join(folder.name for folder in reversed(there))
-        raise UserError(f"{len(named)} runs are called {name}: take one of {names}")
+        raise UserError(f"{len(named)} runs have names that begin with {name}: choose one of {names}")
     return named[0]
 
 
@@ -94,7 +95,7 @@ class ProposalOptions(Proposals):
     """Where speculative decoding gets its proposals, and how many."""
 
     draft: Annotated[Path | None, "folder of a smaller model with the same tokenizer, which proposes tokens"] = None
-    prompt_lookup: Annotated[bool, "propose what followed the last tokens where they occurred before"] = False
+    prompt_lookup: Annotated[bool, "propose what followed an earlier occurrence of the last tokens"] = False
 
     @property
     def flag(self) -> str | None:
@@ -108,11 +109,11 @@ class TextOptions(Checked):
 
     n: Annotated[int, Within("[1, 1000]"), "texts for each prompt, each with the next seed"] = 1
     batch_size: Annotated[Count, "texts computed together"] = 32
-    format: Annotated[Literal["text", "json", "jsonl"], "of the output"] = "text"
+    format: Annotated[Literal["text", "json", "jsonl"], "output format"] = "text"
     logprobs: Annotated[
         int | None,
         Within("[0, inf)"),
-        "of each token, and of this many of the likeliest at its position; not with --format text",
+        "log-probabilities of each token, and of the N likeliest at its position; not with --format text",
     ] = None
 
 
@@ -133,6 +134,7 @@ def number(text: str) -> int | float | str:
     return text
 
 
+READ = ("--model", "--tokenizer", "--text")  # paths that a command reads
 SHORT = {"model": ["-m"], "max_new_tokens": ["-n"]}  # as in llama.cpp, and so is -p for the prompt
 # How help texts name values; how argparse reads lists, by the type of their items.
 VALUES: dict[type, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
@@ -153,8 +155,14 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
 
 
 def add_path(command: ArgumentParser, name: str, default: Path, help: str = "folder") -> None:
-    """Add a flag for a file or folder that has a place in the pipeline."""
-    command.add_argument(name, type=Path, default=default, help=f"{help} (default: %(default)s)")
+    """Add a flag for a file or folder that has a place in the pipeline.  Another one that is read must be there."""
+
+    def path(text: str) -> Path:
+        is_there = name not in READ or Path(text) == default or Path(text).exists()
+        require((is_there, f"{name} {text} not found: give an existing {help}"))
+        return Path(text)
+
+    command.add_argument(name, type=path, default=default, help=f"{help} (default: %(default)s)")
 
 
 def add_number(command: ArgumentParser, name: str, hint: Any, **more: Any) -> None:

@@ -62,16 +62,16 @@ def check_texts(args: Namespace) -> TextOptions:
     rules = (
         (
             args.logprobs is None or args.format not in (None, "text"),
-            f"--logprobs={args.logprobs} is not shown in text: it needs --format json or jsonl",
+            f"--logprobs={args.logprobs} is not shown in text: set --format to json or jsonl",
         ),
         (
             not (many and (has_beams or has_best)),
-            f"--n={args.n} prints all texts, --n-beam and --best-of only the best: give one of them",
+            f"--n={args.n} prints all texts, --n-beam and --best-of only the best: use one or the other",
         ),
-        (not many or args.temperature != 0, f"--n={args.n} needs --temperature above 0: at 0 all are the same"),
+        (not many or args.temperature != 0, f"--n={args.n} needs --temperature above 0: at 0 all texts are the same"),
         (
             args.logprobs is None or not has_beams,
-            f"--logprobs={args.logprobs} does not go with beam search: leave out --n-beam={args.n_beam}",
+            f"--logprobs={args.logprobs} does not work with beam search: leave out --n-beam={args.n_beam}",
         ),
     )
     texts: TextOptions = together(partial(read, TextOptions, args), partial(require, *rules))[0]
@@ -121,7 +121,7 @@ def gain(answers: Sequence[Answer], seconds: float) -> str:
 def prompt_warnings(prompts: Sequence[NamedPrompt], n_tokens: Sequence[int], engine: Engine) -> list[str]:
     """A line for each prompt longer than the context, and for each with characters that have no token."""
     found = [
-        f"{prompt.name} has {n:,} tokens: the last {engine.block_size:,} are read, which is the model's context"
+        f"{prompt.name} has {n:,} tokens: only the last {engine.block_size:,} are read, the model's context"
         for prompt, n in zip(prompts, n_tokens, strict=True)
         if n > engine.block_size
     ]

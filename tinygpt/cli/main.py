@@ -36,13 +36,12 @@ def _generate_flags(command: ArgumentParser) -> None:
         "-p",
         "--prompt",
         action="append",
-        help=f"text to continue; may be given again; {STDIN} = all of the standard input; "
-        "without it, a new document begins",
+        help=f"text to continue; can be repeated; {STDIN} = all of standard input; without it, a new document begins",
     )
     command.add_argument(
         "--prompts",
         metavar="FILE",
-        help=f'many: one a line, or in a .jsonl {{"prompt": …}} a line; {STDIN} = the lines of the standard input',
+        help=f'prompts, one per line, or {{"prompt": …}} per line of a .jsonl; {STDIN} = the lines of standard input',
     )
     add_flags(command, TextOptions, *PARTS, ProposalOptions, EngineOptions, defaults=DRAWN)
 
@@ -56,14 +55,14 @@ def _serve_flags(command: ArgumentParser) -> None:
         "--model",
         action="append",
         metavar="[NAME=]FOLDER",
-        help="a tinygpt or transformers folder; may be given again; its tokenizer is there, or in `tokenizer` next "
+        help="a tinygpt or transformers folder; can be repeated; its tokenizer is there, or in `tokenizer` next "
         f"to it (default: {paths.MODEL})",
     )
     command.add_argument("--tokenizer", type=Path, help="a tokenizer's folder, for all tinygpt models")
     command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
     )
-    add_number(command, "--port", Port, default=8000, help="(default: %(default)s; 0 = any that is free)")
+    add_number(command, "--port", Port, default=8000, help="(default: %(default)s; 0 = any free port)")
     command.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="another host name that clients may use"
     )
@@ -71,13 +70,13 @@ def _serve_flags(command: ArgumentParser) -> None:
 
 
 def _encode_flags(command: ArgumentParser) -> None:
-    command.add_argument("text", nargs="?", help="text to encode; without it, the standard input")
-    command.add_argument("--ids", action="store_true", help="print the ids alone, as `decode` reads them")
+    command.add_argument("text", nargs="?", help="text to encode (default: standard input)")
+    command.add_argument("--ids", action="store_true", help="print only the ids, as `decode` reads them")
     add_path(command, "--tokenizer", paths.TOKENIZER)
 
 
 def _decode_flags(command: ArgumentParser) -> None:
-    command.add_argument("ids", nargs="*", help="ids to decode; without them, the standard input")
+    command.add_argument("ids", nargs="*", help="ids to decode (default: standard input)")
     add_path(command, "--tokenizer", paths.TOKENIZER)
 
 
@@ -90,7 +89,7 @@ def _tokenizer_report_flags(command: ArgumentParser) -> None:
 
 def _attention_flags(command: ArgumentParser) -> None:
     command.add_argument("-p", "--prompt", required=True, help="the text to look at")
-    add_number(command, "--generate", NotNegative, default=0, help="and N tokens that the model adds to it")
+    add_number(command, "--generate", NotNegative, default=0, help="first let the model add N tokens")
     command.add_argument(
         "--save", type=Path, metavar="FILE", help="save an .npz: `weights` (n_layer, n_head, T, T) and `ids` (T,)"
     )
@@ -111,22 +110,22 @@ def _promote_flags(command: ArgumentParser) -> None:
 
 
 def _profile_flags(command: ArgumentParser) -> None:
-    command.add_argument("--no-measure", action="store_true", help="count only, compute nothing")
+    command.add_argument("--no-measure", action="store_true", help="only count, without timing training steps")
 
 
 def _preset_flags(command: ArgumentParser) -> None:
-    command.add_argument("name", nargs="?", help="of a preset; without a name, all are listed")
+    command.add_argument("name", nargs="?", help="the preset to apply; without a name, all are listed")
 
 
 def _plan_flags(command: ArgumentParser) -> None:
     add_number(command, "--minutes", Positive, help="how long the whole pipeline may take")
-    add_number(command, "--bpb", Positive, help="or what it must reach, in bits per byte")
-    command.add_argument("--write", action="store_true", help="put it into params.yaml")
+    add_number(command, "--bpb", Positive, help="or the target loss, in bits per byte")
+    command.add_argument("--write", action="store_true", help="write the plan to params.yaml")
 
 
 def _runs_flags(command: ArgumentParser) -> None:
-    command.add_argument("--prune", action="store_true", help="remove the finished runs, never one that is running")
-    command.add_argument("--all", action="store_true", help="with --prune: the interrupted runs, too")
+    command.add_argument("--prune", action="store_true", help="remove finished runs, but never one that is running")
+    command.add_argument("--all", action="store_true", help="with --prune: remove interrupted and damaged runs, too")
     add_number(command, "--keep", NotNegative, help="with --prune: keep the newest N of them")
 
 
@@ -145,7 +144,7 @@ def _compare_flags(command: ArgumentParser) -> None:
 
 def _watch_flags(command: ArgumentParser) -> None:
     command.add_argument(
-        "run", nargs="?", help="how its folder's name in runs/ begins; without it, the run that wrote last"
+        "run", nargs="?", help="the run, by the beginning of its name in runs/ (default: the one that wrote last)"
     )
     command.add_argument("--page", type=Path, metavar="FILE", help="the page (default: reports/live.html)")
 
@@ -154,18 +153,18 @@ def _watch_flags(command: ArgumentParser) -> None:
 COMMANDS = {
     "generate": (_generate_flags, "generate", "continue a prompt, or many"),
     "chat": (_chat_flags, "chat", "continue what you type, line by line"),
-    "serve": (_serve_flags, "serve", "serve models by OpenAI's API, with a page to play with them"),
+    "serve": (_serve_flags, "serve", "serve models over OpenAI's API, with a playground in the browser"),
     "encode": (_encode_flags, "texts", "show the ids and pieces of a text"),
     "decode": (_decode_flags, "texts", "show the text of ids"),
     "attention": (_attention_flags, "texts", "draw what each head of the model attends to in a text"),
     "import-hf": (_import_hf_flags, "project", "import a transformers folder as the model that training starts from"),
     "promote": (_promote_flags, "project", "make the trained model the one that training starts from"),
     "profile": (_profile_flags, "plan", "say what the run of params.yaml will cost, and whether it fits"),
-    "plan": (_plan_flags, "plan", "choose a model and its training for a time, on this machine and text"),
+    "plan": (_plan_flags, "plan", "choose what to train in a given time, on this machine and text"),
     "preset": (_preset_flags, "project", "put the values of a preset into params.yaml, or list the presets"),
     "runs": (_runs_flags, "runs", "list what training keeps in runs/, and remove what is finished"),
     "mend": (None, "project", "repair what a killed DVC has left behind; `make repro` does this, too"),
-    "watch": (_watch_flags, "runs", "follow a training from a second terminal, and on a page"),
+    "watch": (_watch_flags, "runs", "follow a training run from a second terminal, and on a page"),
     "compare": (_compare_flags, "runs", "show DVC's experiments side by side, as a table and a picture"),
     "tokenizer-report": (_tokenizer_report_flags, "texts", "report how well the tokenizer fits the text, with a plot"),
 }

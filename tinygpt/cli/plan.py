@@ -72,7 +72,7 @@ def profile(args: Namespace) -> None:
         sys.stdout.flush()
         tokens = train.batch_size * config.block_size
         steps = f"at least two training steps of {tokens:,} tokens"
-        print(f"profile: measures {steps}, which --no-measure leaves out", file=sys.stderr)
+        print(f"profile: timing {steps}, which --no-measure skips", file=sys.stderr)
         if runtime.micro_batch_size is not None:
             runtime = dataclasses.replace(runtime, micro_batch_size=micro)
         learner = Learner(GPT(config), train, runtime, device=device)
@@ -104,7 +104,7 @@ def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
     parts = ", ".join(f"{name} {part.n_weights:,}" for name, part in parts_of(model).items() if part.n_weights)
     print(f"weights     {model.n_params():,}: {parts}")
     if lora is not None:
-        print(f"adapters    {adapted.n_params() - model.n_params():,} weights, which alone are trained")
+        print(f"adapters    {adapted.n_params() - model.n_params():,} weights; only these are trained")
 
 
 # ---- what to train in a given time ----
@@ -113,7 +113,7 @@ def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
 def plan(args: Namespace) -> None:
     """Print the plan; with --write, also put it into params.yaml."""
     is_one = (args.minutes is None) != (args.bpb is None)
-    require((is_one, "give --minutes 30, how long it may take, or --bpb 1.9, how good it must be"))
+    require((is_one, "give either --minutes 30, how long it may take, or --bpb 1.9, the target loss"))
     planner, device, runtime = build_planner()
     seconds = None if args.minutes is None else 60 * args.minutes
     chosen = planner.reach(args.bpb) if seconds is None else planner.best(seconds)
@@ -131,23 +131,23 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
     model, train, tokenizer = load_params(ModelParams, TrainParams, TokenizerParams)
     runtime = dataclasses.replace(load_params(RuntimeParams), compile=False, cuda_graphs=False)
     if train.init_from == "base":
-        raise UserError("plan is for a start from scratch: set train.init_from=scratch, or take `preset base`")
+        raise UserError("plan is for training from scratch: set train.init_from=scratch, or use `preset base`")
     if Path(".dvc").exists():
-        print("plan: runs `dvc repro clean`, which gets and cleans the text where that is not done", file=sys.stderr)
+        print("plan: running `dvc repro clean`, which gets and cleans the text unless that is done", file=sys.stderr)
         done = subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "clean"], check=False)
         if done.returncode:
-            raise UserError("there is no text to plan for: `dvc repro clean` says above what is wrong")
+            raise UserError("there is no text to plan for: see the error of `dvc repro clean` above")
     start_s = time.process_time()  # so far Python has imported PyTorch, as each stage does
     began = time.perf_counter()
     device = open_device(runtime)
-    with out_of_memory(f"{device} has too little for the smallest model: stop what else uses it"):
+    with out_of_memory(f"{device} has too little for the smallest model: stop other programs that use it"):
         text = measure_text(paths.CLEAN, tokenizer, model, train, runtime, device)
         speeds = measure_speeds(model, train, runtime, device, vocab_size=min(text.bytes_per_token))
     others_s = START_TIMES * N_STAGES * start_s
     taken, widths = time.perf_counter() - began, ", ".join(map(str, speeds.operations))
     print(f"plan: measured the text and models of width {widths} on {device} in {taken:.0f} s", file=sys.stderr)
     if speeds.busy > BUSY:
-        advice = "a quiet machine is faster, and next to them runtime.n_thread=1 may be"
+        advice = "stop them, or try runtime.n_thread=1"
         print(f"plan: other programs kept {speeds.busy:.1f} cores busy: {advice}", file=sys.stderr)
     return Planner(text=text, speeds=speeds, model=model, train=train, others_s=others_s), device, runtime
 

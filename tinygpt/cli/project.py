@@ -98,12 +98,12 @@ def too_few_tokens(path: Path = PARAMS_FILE) -> str:
     found = [(train.max_steps * per_step, f"train.max_steps={train.max_steps}", more)]
     with suppress(UserError):  # no text yet, or none that can be read
         text = MAX_EPOCHS * load_meta(path.parent / paths.TOKENS).train.tokens
-        found.insert(0, (text, f"the text there is, read {MAX_EPOCHS} times", "take a larger text"))
+        found.insert(0, (text, f"the current text, read {MAX_EPOCHS} times", "use a larger text"))
     for n_tokens, where, remedy in found:
         if n_tokens < needed:
             return (
-                f"warning: {n_weights:,} weights see {n_tokens:,} tokens in {where}. Below {MIN_TOKENS} a weight a "
-                f"smaller model learns more in the same time: {remedy}, or take a smaller preset\n"
+                f"warning: {n_weights:,} weights see {n_tokens:,} tokens in {where}. Below {MIN_TOKENS} tokens per "
+                f"weight, a smaller model learns more in the same time: {remedy}, or use a smaller preset\n"
             )
     return ""
 
@@ -188,7 +188,7 @@ def mend(args: Namespace) -> None:
     """
     there = [folder for folder in (TEMPORARY, TEMPORARY.parent) if folder.exists()]
     if there and not os.access(there[0], os.W_OK):
-        raise UserError(f"{Path.cwd()} cannot be written to: `chown` it, or clone the project into a folder of yours")
+        raise UserError(f"{Path.cwd()} is not writable: `chown` it, or clone the project into a folder of your own")
     if cut_off():
         with no_dvc():
             for path in cut_off():
@@ -213,10 +213,10 @@ def no_dvc() -> Iterator[None]:
     try:
         with make_lock(str(TEMPORARY / "lock"), tmp_dir=str(TEMPORARY), hardlink_lock=hardlink):
             if found := [process.pid for process in psutil.process_iter() if is_dvc(process)]:
-                raise UserError(f"DVC is at work in this folder (process {found[0]}): wait for it, or stop it first")
+                raise UserError(f"DVC is running in this folder (process {found[0]}): wait for it, or stop it first")
             yield
     except LockError:
-        raise UserError("DVC is at work in this folder: wait for it, or stop it first") from None
+        raise UserError("DVC is running in this folder: wait for it, or stop it first") from None
 
 
 def is_dvc(process: psutil.Process) -> bool:
@@ -261,8 +261,8 @@ def replace(path: Path) -> str:
     subprocess.run(["git", "checkout", "--quiet", "--", path], stderr=subprocess.DEVNULL, check=False)
     if path.exists() and not IS_WHOLE[path](path):
         path.unlink()
-    done = "git's version is in its place" if path.exists() else "it is removed"
-    return f"{path} was cut off when DVC was killed: {done}, what was left of it is {kept}"
+    done = "git's version has replaced it" if path.exists() else "it was removed"
+    return f"{path} was cut off when DVC was killed: {done}; its remains are in {kept}"
 
 
 IS_WHOLE = {TEMPORARY / "rwlock": is_json, Path("dvc.lock"): is_lockfile}

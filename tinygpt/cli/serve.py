@@ -19,7 +19,7 @@ def serve(args: Namespace) -> None:
     """Serve models by OpenAI's API until Ctrl-C."""
     for package in ("fastapi", "uvicorn", "jinja2"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"serve needs {package}: run  pip install -r requirements-serve.txt")
+            raise UserError(f"serve needs {package}: pip install -r requirements-serve.txt")
     from tinygpt.serve.request import Served
     from tinygpt.serve.server import listen, serve
     from tinygpt.serve.service import Service
@@ -31,7 +31,7 @@ def serve(args: Namespace) -> None:
     models = []
     for name, folder in named(args.model or [str(paths.MODEL)]).items():
         if is_gguf(folder):
-            raise UserError(f"--model {folder}: serve does not read .gguf files: name the folder that it was made from")
+            raise UserError(f"--model {folder}: serve does not read .gguf files: give the folder that it was made from")
         model, tokenizer = open_model(folder, args.tokenizer)
         n_weight = model.n_params()  # before quantizing, after which they would not be counted
         place(model, options)
@@ -48,7 +48,7 @@ def named(given: list[str]) -> dict[str, Path]:
     for each in given:
         name, equals, folder = each.partition("=")
         if not name or name in found:
-            problem = "its name is taken: give NAME=FOLDER" if name else "its name is empty"
+            problem = "its name is taken: give NAME=FOLDER" if name else "its name is empty: give NAME=FOLDER"
             raise UserError(f"--model {each}: {problem}")
         found[name] = Path(folder if equals else name)
     return found

@@ -90,7 +90,9 @@ def attention(args: Namespace) -> None:
     ids, n_new = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))], args.generate
     if len(ids) + n_new > model.config.block_size:
         more, n = f" with --generate={n_new}" if n_new else "", len(ids) + n_new
-        raise UserError(f"--prompt{more} has {n} tokens, the model reads {model.config.block_size}: shorten it")
+        raise UserError(
+            f"--prompt{more} has {n} tokens, but the model reads only {model.config.block_size}: shorten it"
+        )
     if n_new:
         likeliest = Sampling(temperature=0)
         ids += generate_batch(model, tokenizer, [args.prompt], max_new_tokens=n_new, sampling=likeliest)[0].ids
@@ -140,8 +142,14 @@ class NamedPrompt:
 def check_prompts(args: Namespace) -> None:
     """Raises ParamsError if two sources of prompts are given, or standard input twice."""
     require(
-        (args.prompt is None or args.prompts is None, "--prompt and --prompts contradict each other: give one"),
-        ((args.prompt or []).count(STDIN) <= 1, f"--prompt {STDIN} is given twice: the standard input is read once"),
+        (
+            args.prompt is None or args.prompts is None,
+            "--prompt and --prompts cannot be combined: give only one of them",
+        ),
+        (
+            (args.prompt or []).count(STDIN) <= 1,
+            f"--prompt {STDIN} is given twice: standard input can be read only once",
+        ),
     )
 
 
@@ -156,13 +164,13 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
     if args.prompts == STDIN:
         raw = read_some(standard_input(), name)
     elif not args.prompts or not Path(args.prompts).exists():
-        raise UserError(f"--prompts={shown(args.prompts)} not found: name a file with a prompt on each line")
+        raise UserError(f"--prompts={shown(args.prompts)} not found: give a file with one prompt per line")
     else:
         with open(args.prompts, "rb") as file:
             raw = read_some(file, name)
     lines = decode_utf8(raw, name).removesuffix("\n").split("\n")
     if lines == [""]:
-        raise UserError(f'{name} has no prompts: write one a line, or {{"prompt": …}} in a .jsonl')
+        raise UserError(f'{name} has no prompts: write one per line, or {{"prompt": …}} in a .jsonl')
     return prompts_of(lines, name)
 
 
@@ -175,7 +183,7 @@ def read_some(file: BinaryIO, name: str, *, line: bool = False) -> bytes:
     """All of a file, or a line of it.  Raises UserError if it has more than MOST_BYTES."""
     raw = (file.readline if line else file.read)(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
-        raise UserError(f"{name} has more than {human_bytes(MOST_BYTES)}: give it in parts")
+        raise UserError(f"{name} has more than {human_bytes(MOST_BYTES)}: split it")
     return raw
 
 
@@ -208,11 +216,11 @@ def decode_utf8(raw: bytes, name: str, *, line: int = 1) -> str:
     except UnicodeDecodeError as error:
         before = raw[: error.start].split(b"\n")
         place = f"{name}:{line + len(before) - 1}: byte {len(before[-1]) + 1}"
-        raise UserError(f"{place} is 0x{raw[error.start]:02x}, which is not UTF-8: give it as UTF-8") from None
+        raise UserError(f"{place} is 0x{raw[error.start]:02x}, which is not UTF-8: convert it to UTF-8") from None
 
 
 def _prompt_of(line: str) -> str:
     with suppress(ValueError, LookupError, TypeError):
         if isinstance(text := parse_json(line)["prompt"], str):
             return text
-    raise UserError(f'not {{"prompt": …}} with a text, but {line[:40] or "nothing"}')
+    raise UserError(f'must be {{"prompt": …}} with a text, found {line[:40] or "nothing"}')
