@@ -187,11 +187,13 @@ def test_prompts_and_answers_are_bounded_together(tiny_tokenizer):
         refused = ask(**LARGE | {"n": 17}, max_tokens=0)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
         assert (
-            "prompt has 6,800 ids with all answers (17 each), it may have 6,400" in refused.json()["error"]["message"]
+            "prompt has 6,800 ids with all answers (17 each), at most 6,400 are allowed"
+            in refused.json()["error"]["message"]
         )
         refused = ask(prompt=["a" * 1000] * 7)
         assert (
-            "prompt has 7,000 bytes with all answers (1 each), it may have 6,400" in refused.json()["error"]["message"]
+            "prompt has 7,000 bytes with all answers (1 each), at most 6,400 are allowed"
+            in refused.json()["error"]["message"]
         )
 
 

@@ -101,7 +101,7 @@ def test_the_models_are_listed_with_their_sizes(client):
 
     assert [model.id for model in client.models.list()] == ["first", "second"]
     assert client.models.retrieve("second").owned_by == "tinygpt"
-    with pytest.raises(openai.NotFoundError, match="model third is not served here, these are: first, second"):
+    with pytest.raises(openai.NotFoundError, match="model third is not served here: choose one of first, second"):
         client.models.retrieve("third")
 
 
@@ -260,9 +260,9 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"top_p": "0.5"}, 400, 'top_p="0.5" must be a finite number'),
         ({"n_beam": 0}, 400, "unknown key n_beam"),
         ({"n": 0}, 400, r"n=0 must be from 1 to 1024"),
-        ({"n": 17}, 400, "prompt and n ask for 17 answers, a request may have 16"),
+        ({"n": 17}, 400, "prompt and n ask for 17 answers, at most 16 are allowed per request"),
         ({"prompt": ["a"] * 5, "n": 4}, 400, "ask for 20 answers"),
-        ({"prompt": ["a"] * 17}, 400, "prompt and n ask for 17 answers, a request may have 16"),
+        ({"prompt": ["a"] * 17}, 400, "prompt and n ask for 17 answers, at most 16 are allowed per request"),
         ({"max_tokens": 0}, 400, "max_tokens=0 needs echo"),
         ({"max_tokens": -1}, 400, "max_tokens=-1 must be"),
         ({"max_tokens": 100_001}, 400, "max_tokens=100001 must be at most 100000"),
@@ -270,7 +270,7 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"logprobs": 99}, 400, r"logprobs=99 must be from 0 to 20"),
         ({"max_tokens": 0, "echo": True, "stream": True}, 400, "max_tokens=0 has nothing to stream"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options needs stream"),
-        ({"stop": [""]}, 400, 'stop="" is a text that every'),
+        ({"stop": [""]}, 400, 'stop="" would end every'),
         ({"stop": ["a"] * 17}, 400, "stop has more than 16 texts"),
         ({"stop": ["b", "a" * 257]}, 400, "stop has a text of more than 256 characters"),
         ({"banned_ids": [1] * 2000}, 400, "banned_ids has more than 1024 items"),
@@ -288,9 +288,9 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"prompt": [[]]}, 400, "prompt must be a text"),
         ({"prompt": [True]}, 400, "prompt must be a text"),
         ({"prompt": [["a"]]}, 400, "prompt must be a text"),
-        ({"prompt": [300]}, 400, "prompt has the id 300, the model's are 0 to 299"),
+        ({"prompt": [300]}, 400, "prompt has the id 300, but the model's ids are 0 to 299"),
         ({"prompt": [-1]}, 400, "prompt has the id -1"),
-        ({"prompt": "a" * 5000}, 400, "prompt has 5,000 bytes, it may have 4,000"),
+        ({"prompt": "a" * 5000}, 400, "prompt has 5,000 bytes, at most 4,000 are allowed"),
         ({"prompt": "no \udcff text"}, 400, "prompt is not UTF-8 from character 3 on"),
         ({"prompt": "a", "when_full": "slid"}, 400, r"did you mean slide\?"),
         ({"prompt": "the file " * 50, "when_full": "stop"}, 400, "which leaves no room in a context of 32"),
@@ -644,5 +644,5 @@ def test_missing_packages_are_named(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setattr(sys, "argv", ["tinygpt", "serve"])
-    with pytest.raises(SystemExit, match="serve needs uvicorn: run  pip install -r requirements-serve.txt"):
+    with pytest.raises(SystemExit, match="serve needs uvicorn: pip install -r requirements-serve.txt"):
         main()

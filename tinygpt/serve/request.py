@@ -92,7 +92,7 @@ class Body(Sampling):
             (len(self.stop) <= MOST_STOPS, f"stop has more than {MOST_STOPS} texts"),
             (all(len(text) <= STOP_SIZE for text in self.stop), f"stop has a text of more than {STOP_SIZE} characters"),
             (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be from -100 to 100"),
-            (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: there would be nothing to answer"),
+            (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: without it, the answer would be empty"),
             (self.max_tokens > 0 or not self.stream, "max_tokens=0 has nothing to stream"),
             (self.stream or not self.stream_options, "stream_options needs stream"),
         )
@@ -152,7 +152,7 @@ def read_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise Refusal(400, 'the request must be a JSON object of options, such as {"prompt": "The"}')
     if len(document) > MOST_KEYS:
-        raise Refusal(400, f"the request has {len(document):,} keys, it may have {MOST_KEYS}")
+        raise Refusal(400, f"the request has {len(document):,} keys, at most {MOST_KEYS} are allowed")
     return document
 
 
@@ -191,7 +191,7 @@ def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
     if name is None:
         return next(iter(models.values()))
     if name not in models:
-        message = f"model {shown(name)} is not served here, these are: {', '.join(models)}"
+        message = f"model {shown(name)} is not served here: choose one of {', '.join(models)}"
         raise Refusal(404, message, param="model", code="model_not_found")
     return models[name]
 
@@ -200,7 +200,7 @@ def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, p
     """Raise Refusal if a prompt is too long, or all of them with n answers each are.  This comes before encoding."""
     n_all = len(prompts) * n
     if n_all > limits.max_rows:
-        message = f"{param} and n ask for {n_all} answers, a request may have {limits.max_rows}"
+        message = f"{param} and n ask for {n_all} answers, at most {limits.max_rows} are allowed per request"
         raise Refusal(400, message, param=param)
     sizes = [len(one.encode(errors="replace")) if isinstance(one, str) else len(one) for one in prompts]
     unit = "bytes" if isinstance(prompts[0], str) else "ids"
@@ -209,7 +209,7 @@ def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, p
         (sum(sizes) * n, limits.max_prompts, f" with all answers ({n} each)"),
     ):
         if size > most:
-            message = f"{param} has {size:,} {unit}{of}, it may have {most:,}"
+            message = f"{param} has {size:,} {unit}{of}, at most {most:,} are allowed"
             raise Refusal(400, message, param=param, code="context_length_exceeded")
 
 
@@ -217,7 +217,7 @@ def check_ids(name: str, ids: list[int], served: Served) -> None:
     """Raise Refusal if the model lacks one of these ids."""
     n = served.tokenizer.vocab_size
     if wrong := [i for i in ids if not 0 <= i < n]:
-        raise Refusal(400, f"{name} has the id {str(wrong[0])[:20]}, the model's are 0 to {n - 1}", param=name)
+        raise Refusal(400, f"{name} has the id {str(wrong[0])[:20]}, but the model's ids are 0 to {n - 1}", param=name)
 
 
 def begin(served: Served, body: Body, prompts: list[Given], *, is_chat: bool) -> Completion:
@@ -248,7 +248,9 @@ def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], l
     body, served = read_body(options, models, limits, others=["prompt"])
     each = given if isinstance(given, list) and not are_ids(given) else [given]
     if not each or not all(one is None or isinstance(one, str) or are_ids(one) for one in each):
-        raise Refusal(400, "prompt must be a text, a list of texts, or of ids, or of lists of ids", param="prompt")
+        raise Refusal(
+            400, "prompt must be a text, a list of texts, a list of ids, or a list of lists of ids", param="prompt"
+        )
     prompts = ["" if one is None else one for one in each]
     check_sizes(prompts, body.n, limits, param="prompt")
     return begin(served, body, [read_prompt(one, served) for one in prompts], is_chat=False)

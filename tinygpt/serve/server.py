@@ -247,7 +247,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(1024)  # while it is only bound, a second server could bind it too
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is in use: stop that program, or choose another --port") from None
+            raise UserError(f"port {port} of {host} is in use: stop what uses it, or choose another --port") from None
         raise UserError(f"cannot listen on {host}, port {port} ({error.strerror})") from None
     return listener
 

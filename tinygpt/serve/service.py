@@ -72,7 +72,7 @@ class Service:
                     raw += part
                     size = max(size, len(raw))
         except TimeoutError:
-            raise Refusal(408, f"the request did not come within {self.limits.client_seconds} seconds") from None
+            raise Refusal(408, f"the request did not arrive within {self.limits.client_seconds} seconds") from None
         if size > most:
             message = f"the request is larger than {most:,} bytes, the limit of this server"
             raise Refusal(413, message, code="request_too_large")

@@ -22,7 +22,7 @@ from tinygpt.tokenizer import Tokenizer
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
-REMEDY = "mend it, or take it away"
+REMEDY = "fix it or remove it"
 MOST_SECONDS = 5.0  # for a template, which usually takes a thousandth of that; the first one also starts Python
 MOST_FIELDS = 20  # of a message: each unknown one costs a search for the nearest name
 PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
@@ -40,7 +40,7 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     """Roles and texts of messages.  Raises ParamsError if a message has anything else."""
     objects = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
     if not objects or len(objects) < len(value) or max(map(len, objects)) > MOST_FIELDS:
-        raise ParamsError(["messages must be a list of objects with role and content, and no more"])
+        raise ParamsError(["messages must be a list of objects with role and content, and nothing else"])
     found = []
     for i, each in enumerate(objects):
         content = text_of(each.get("content") or "", f"messages[{i}].content")
@@ -125,15 +125,15 @@ def load_template(folder: Path) -> Template:
         tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         named = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not the UTF-8 file that transformers writes: {REMEDY}") from None
+        raise UserError(f"{path} is not a UTF-8 file in the form that transformers writes: {REMEDY}") from None
     if source is None:
         return PLAIN
     if not isinstance(source, str) or len(source) > MOST_SOURCE:
-        raise UserError(f"{path}: its chat template is not a text of at most {MOST_SOURCE:,} characters: take it out")
+        raise UserError(f"{path}: its chat template is not a text of at most {MOST_SOURCE:,} characters: remove it")
     try:
         RENDERER.render(source, None, 0)
     except UserError as error:
-        raise UserError(f"{path}: {error}: mend it, or take it out") from None
+        raise UserError(f"{path}: {error}: {REMEDY}") from None
     return Template(source, {name: value for name, value in named.items() if isinstance(value, str)})
 
 

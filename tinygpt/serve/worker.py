@@ -56,7 +56,7 @@ class Worker(threading.Thread):
             if self.is_stopped:
                 raise stopping()
             if len(self._waiting) >= self._limits.max_waiting:
-                message = f"{len(self._waiting)} requests wait already: try again later"
+                message = f"{len(self._waiting)} requests are already waiting: try again later"
                 raise Refusal(429, message, code="too_many_requests")
             self._waiting.append(job)
             self._changed.notify()
