@@ -36,32 +36,34 @@ class Checked:
 class Length(Checked):
     """How much to write."""
 
-    max_new_tokens: Annotated[Count, "tokens of the text, at most"] = 200
+    max_new_tokens: Annotated[Count, "at most this many new tokens"] = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Checked):
     """How to choose tokens, and where a text ends.  Each option's default changes nothing."""
 
-    temperature: Annotated[float, Within("[0, inf)"), "divide the logits; 0 takes the likeliest token"] = 1.0
+    temperature: Annotated[float, Within("[0, inf)"), "divide the logits by this; 0 = always the likeliest token"] = 1.0
     top_k: Annotated[NotNegative, "only the k likeliest tokens; 0 = all"] = 0
     top_p: Annotated[float, Within("(0, 1]"), "only the likeliest tokens that together have this probability"] = 1.0
-    min_p: Annotated[float, Within("[0, 1]"), "only tokens with this share of the likeliest one's probability"] = 0.0
+    min_p: Annotated[
+        float, Within("[0, 1]"), "only tokens with at least this share of the likeliest one's probability"
+    ] = 0.0
     typical_p: Annotated[
         float, Within("(0, 1]"), "only tokens about as surprising as usual, up to this probability"
     ] = 1.0
     repetition_penalty: Annotated[float, Within("(0, inf)"), "divide the logits of tokens in prompt or text"] = 1.0
-    frequency_penalty: Annotated[AnyNumber, "taken off a token's logit for each time that the text has it"] = 0.0
-    presence_penalty: Annotated[AnyNumber, "taken off a token's logit if the text has it"] = 0.0
+    frequency_penalty: Annotated[AnyNumber, "subtracted from a token's logit for each time it is in the text"] = 0.0
+    presence_penalty: Annotated[AnyNumber, "subtracted from a token's logit if it is in the text"] = 0.0
     no_repeat_ngram_size: Annotated[NotNegative, "no n tokens in a row occur twice in prompt and text; 0 = off"] = 0
-    logit_bias: Annotated[tuple[tuple[int, float], ...], "add a number to a token's logit; may be given again"] = ()
+    logit_bias: Annotated[tuple[tuple[int, float], ...], "add a number to a token's logit; can be repeated"] = ()
     banned_ids: Annotated[tuple[int, ...], "tokens that are never chosen"] = ()
-    min_new_tokens: Annotated[NotNegative, "no end before this many tokens"] = 0
+    min_new_tokens: Annotated[NotNegative, "do not end before this many tokens"] = 0
     ignore_eos: Annotated[bool, "continue after the end of a text"] = False
-    stop: Annotated[tuple[str, ...], "end before this text; may be given again"] = ()
+    stop: Annotated[tuple[str, ...], "end before this text; can be repeated"] = ()
     stop_ids: Annotated[tuple[int, ...], "end before these tokens"] = ()
     when_full: Annotated[
-        Literal["slide", "stop"], "a full context forgets its older half (slide), or ends the text"
+        Literal["slide", "stop"], "when the context is full, forget its older half (slide), or end the text (stop)"
     ] = "slide"
     seed: Annotated[int, Within("[0, 4294967295]"), "the same seed gives the same text"] = 0
 
@@ -70,8 +72,8 @@ class Sampling(Checked):
         super().__post_init__()
         most = max([abs(bias) for _, bias in self.logit_bias], default=0)
         require(
-            (all(self.stop), 'stop="" is a text that every text begins with: leave it out'),
-            (most <= 1e9, f"logit_bias={shown(most)} must be from -1e9 to 1e9; banned_ids forbids a token"),
+            (all(self.stop), 'stop="" would end every text at once: leave it out'),
+            (most <= 1e9, f"logit_bias={shown(most)} must be from -1e9 to 1e9: use banned_ids to forbid a token"),
         )
 
     def check_ids(self, vocab_size: int) -> None:
@@ -92,10 +94,10 @@ class Search(Checked):
     """How many texts to follow at once, and which of them to take."""
 
     n_beam: Annotated[
-        int, Within("[1, 256]"), "beam search: follow this many of the likeliest texts, at temperature 0; 1 = none"
+        int, Within("[1, 256]"), "beam search: follow this many of the likeliest texts, at temperature 0; 1 = off"
     ] = 1
     length_penalty: Annotated[
-        float, Within("[-10, 10]"), "of beams: above 0 favours long texts, below 0 short ones"
+        float, Within("[-10, 10]"), "for beam search: above 0 favours long texts, below 0 short ones"
     ] = 1.0  # a beam's log-probability is divided by (its number of tokens) ** length_penalty
     early_stopping: Annotated[
         Literal["false", "true", "never"], "end beam search with n_beam texts (true), or only when sure (never)"
@@ -111,7 +113,10 @@ class Search(Checked):
                 (self.n_beam > 1, f"{name}={value} is for beam search: it needs n_beam above 1")
                 for name, value in of_beams.items()
             ),
-            (min(self.n_beam, self.best_of) <= 1, f"best_of={self.best_of} samples, n_beam={self.n_beam} does not"),
+            (
+                min(self.n_beam, self.best_of) <= 1,
+                f"best_of={self.best_of} draws texts, but n_beam={self.n_beam} does not: set one of them to 1",
+            ),
         )
 
     @property
@@ -127,7 +132,10 @@ class Search(Checked):
                 self.n_beam == 1 or sampling.temperature == 0,
                 f"n_beam={self.n_beam} does not sample: it needs temperature=0, found {sampling.temperature}",
             ),
-            *((self.n_beam == 1, f"{name}={value} samples: n_beam needs it off") for name, value in drawn.items()),
+            *(
+                (self.n_beam == 1, f"{name}={value} is for sampling: turn it off for beam search (n_beam above 1)")
+                for name, value in drawn.items()
+            ),
             (
                 self.best_of == 1 or sampling.temperature > 0,
                 f"best_of={self.best_of} needs temperature above 0: at 0 all texts are the same",
@@ -139,8 +147,8 @@ class Search(Checked):
 class Proposals(Checked):
     """How much speculative decoding proposes."""
 
-    n_draft: Annotated[int, Within("[1, 64]"), "tokens that are proposed for each pass of the model"] = 5
-    ngram: Annotated[int, Within("[1, 16]"), "of a look-up: how many last tokens must recur, or fewer"] = 3
+    n_draft: Annotated[int, Within("[1, 64]"), "tokens to propose for each pass of the model"] = 5
+    ngram: Annotated[int, Within("[1, 16]"), "for a look-up: match at most this many of the last tokens"] = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,6 +157,6 @@ def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
                 step([0] * n, [late] * n, KVCache(model.config, n, dtype=dtype, device=device, room=room))
     except torch._dynamo.exc.TorchDynamoException as error:
         cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
-        cure = "install g++, or name yours in CXX, or leave --compile out"
+        cure = "install g++, set CXX to your compiler, or leave out --compile"
         raise UserError(f"the step cannot be compiled ({cause}): {cure}") from error
     STEPS[model] = step

@@ -44,10 +44,16 @@ class Speculation(Proposals):
         require(
             (
                 sizes[0] == sizes[1],
-                f"draft has {sizes[1]} tokens, the model {sizes[0]}: take a draft with the same tokenizer",
+                f"draft has {sizes[1]} tokens, the model {sizes[0]}: use a draft with the same tokenizer",
             ),
-            (search.n_beam == 1, f"n_beam={search.n_beam} follows several texts, a draft proposes one: leave one out"),
-            (search.best_of == 1, f"best_of={search.best_of} draws several texts, a draft proposes one: leave one out"),
+            (
+                search.n_beam == 1,
+                f"n_beam={search.n_beam} follows several texts, but a draft proposes only one: use one or the other",
+            ),
+            (
+                search.best_of == 1,
+                f"best_of={search.best_of} draws several texts, but a draft proposes only one: use one or the other",
+            ),
         )
 
 

@@ -77,7 +77,7 @@ def begin(
     """An answer for each prompt, and the steps that extend them.  Raises as `generate_batch` does."""
     search, sampling = search or Search(), sampling or Sampling()
     if search.n_beam > 1 and n_logprobs is not None:
-        raise ParamsError([f"n_beam={search.n_beam} keeps no log-probabilities of its tokens: leave them out"])
+        raise ParamsError([f"beam search (n_beam={search.n_beam}) cannot return log-probabilities: leave them out"])
     each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
     for one in each:
         search.check(one)
