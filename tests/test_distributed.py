@@ -198,9 +198,9 @@ def test_what_processes_cannot_share_is_reported_at_once():
         open_devices(runtime, World(0, 4, 0, 4), params)
     assert told.value.problems == [
         "train.batch_size=6 must be a multiple of the 4 processes that share it: set runtime.n_process",
-        "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
-        "train.precision=fp16 cannot be split, for each process would scale its part: set runtime.parallel=ddp",
-        "runtime.micro_batch_size=auto is found in one process: name a size",
+        "train.optimizer=adamw8bit cannot be split among processes: set runtime.parallel=ddp",
+        "train.precision=fp16 cannot be split, as each process would scale its own part: set runtime.parallel=ddp",
+        "runtime.micro_batch_size=auto works with one process only: give a number",
     ]
 
 
@@ -209,7 +209,7 @@ def test_cuda_graphs_are_refused_where_they_cannot_be():
     for changed in {"compile": False}, {"n_process": 2}, {"micro_batch_size": 4}, {"micro_batch_size": "auto"}:
         with pytest.raises(ParamsError, match="needs compile=true, n_process=1 and micro_batch_size=null"):
             dataclasses.replace(RUNTIME, **(graphs | changed))
-    with pytest.raises(ParamsError, match="cuda_graphs=true works on a GPU, not on runtime.device=cpu: set it"):
+    with pytest.raises(ParamsError, match="cuda_graphs=true works only on a GPU, not on runtime.device=cpu: set it"):
         dataclasses.replace(RUNTIME, device="cpu", **graphs)
 
 
@@ -337,7 +337,7 @@ def test_split_weights_survive_a_full_disk_and_a_damaged_shard(project):
     *kept, last = shard.read_bytes()
     shard.write_bytes(bytes([*kept, last ^ 1]))
     log = train_in_pair(project)
-    assert f"({shard.relative_to(shard.parents[1])} is not what was written): taking the one before" in log
+    assert f"({shard.relative_to(shard.parents[1])} differs from what was written): using the one before it" in log
     assert f"continuing after step {stopped - 5} of 25" in log
 
 

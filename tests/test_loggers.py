@@ -132,7 +132,7 @@ def test_a_full_disk_costs_one_line_and_the_next_start_writes_what_is_missing(fo
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: tensorboard failed, training goes on without it ([Errno 27]")
+    assert line.startswith("warning: tensorboard failed, training continues without it ([Errno 27]")
     assert scalars(tensorboard_log(folder), "train_loss") == [(1, 1), (2, 2)]
     with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as loggers:
         loggers(TrainState(step=6, rows=rows, seconds=6))
@@ -294,7 +294,7 @@ def test_choices_are_the_keys_of_the_registry():
 
 def test_a_log_that_is_named_twice_is_refused():
     fields = dataclasses.asdict(RUNTIME) | {"log_to": ["wandb", "wandb"]}
-    with pytest.raises(ParamsError, match=r'runtime.log_to=\["wandb", "wandb"\] names one twice'):
+    with pytest.raises(ParamsError, match=r'runtime.log_to=\["wandb", "wandb"\] has a duplicate'):
         from_mapping(RuntimeParams, fields)
 
 
@@ -325,13 +325,13 @@ def test_a_log_that_cannot_be_opened_costs_one_line(name, folder, monkeypatch, c
     assert logged(name).state.step == PARAMS.max_steps
     told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(told) == 1
-    assert told[0].startswith(f"warning: {name} failed, training goes on without it (")
+    assert told[0].startswith(f"warning: {name} failed, training continues without it (")
 
 
 @pytest.mark.parametrize("name", LOGGERS)
 def test_a_missing_package_is_reported_before_training(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=rf"runtime.log_to=\[{name}\] needs {name}: pip install {name}.*, or take it"):
+    with pytest.raises(UserError, match=rf"runtime.log_to=\[{name}\] needs {name}: pip install {name}.*, or remove it"):
         Loggers([name], tmp_path, tiny_config(), PARAMS)
 
 

@@ -250,5 +250,5 @@ def test_every_optimizer_learns():
 
 def test_a_missing_package_is_reported_with_the_option_that_needs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(UserError, match=r"train.optimizer=adamw8bit needs torchao: pip install torchao, or set adamw"):
+    with pytest.raises(UserError, match=r"train.optimizer=adamw8bit needs torchao: pip install torchao, or use adamw"):
         build_optimizers(tiny_model(), params_with(optimizer="adamw8bit"))

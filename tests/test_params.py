@@ -202,7 +202,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"evaluate.context": 64, "evaluate.stride": 65}, "evaluate.stride=65 must be at most evaluate.context=64: set"),
     ({"clean.test_fraction": 0}, "evaluate.split=test, but clean.test_fraction=0 leaves no test text: set evaluate"),
     ({"clean.split": "tail", "clean.test_fraction": 0}, "evaluate.split=test, but clean.test_fraction=0 leaves no"),
-    ({"clean.val_fraction": 0}, "clean.val_fraction=0 leaves no validation text, on which train evaluates: set it to"),
+    ({"clean.val_fraction": 0}, "clean.val_fraction=0 leaves no validation text, which train needs: set it to"),
     (
         {"clean.split": "source", "download.source": "tinystories"},
         "evaluate.split=test, but download.source=tinystories has no such split of its own: set evaluate.split to val",
@@ -230,30 +230,30 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"train.ema": {"decay": 0.9, "start": 1600}}, "train.ema.start must be below train.max_steps=1600, or there is"),
     (
         {"model.mlp": "gelu", "train.init_from": "base", "train.lora": LORA, "export.hf": False, "export.gguf": []},
-        "train.lora.targets names gate_proj, which model.mlp=gelu does not have: take it off the list",
+        "train.lora.targets names gate_proj, which model.mlp=gelu does not have: remove it from the list",
     ),
     ({"train.lora": LORA}, "train.lora trains adapters of a base: set train.init_from=base, or train.lora=null"),
     (
         {"runtime.compile": True, "train.anneal_dropout": True, "model.dropout": 0.1},
-        "runtime.compile=true would compile each step's dropout of train.anneal_dropout=true: set one of them to false",
+        "runtime.compile=true would compile each step anew with train.anneal_dropout=true: set one of them to false",
     ),
     ({"runtime.n_process": 3}, "train.batch_size=8 must be a multiple of the 3 processes that share it: set runtime"),
     (
         {"runtime.n_process": 2, "runtime.parallel": "fsdp", "train.optimizer": "adamw8bit"},
-        "train.optimizer=adamw8bit cannot be split: set runtime.parallel=ddp",
+        "train.optimizer=adamw8bit cannot be split among processes: set runtime.parallel=ddp",
     ),
     (
         {"runtime.n_process": 2, "runtime.parallel": "fsdp", "train.precision": "fp16"},
-        "train.precision=fp16 cannot be split, for each process would scale its part: set runtime.parallel=ddp",
+        "train.precision=fp16 cannot be split, as each process would scale its own part: set runtime.parallel=ddp",
     ),
     (
         {"runtime.n_process": 2, "runtime.micro_batch_size": "auto"},
-        "runtime.micro_batch_size=auto is found in one process: name a size",
+        "runtime.micro_batch_size=auto works with one process only: give a number",
     ),
     ({"runtime.n_process": 2, "runtime.device": "mps"}, "runtime.device=mps works with one process only: set runtime"),
     (
         {"runtime.cuda_graphs": True, "runtime.compile": True, "runtime.device": "cpu"},
-        "runtime.cuda_graphs=true works on a GPU, not on runtime.device=cpu: set it to false",
+        "runtime.cuda_graphs=true works only on a GPU, not on runtime.device=cpu: set it to false",
     ),
     ({"model.position": "learned"}, "no model of transformers and llama.cpp has model.position=learned, "),
     ({"model.block_size": 3}, "model.block_size=3 is too short to check export.gguf: at least 4"),
@@ -385,7 +385,7 @@ def load_edited(cls: type, **changes: Any) -> Any:
         (
             TrainParams,
             {"init_from": "base", "lora": {"rank": 2, "alpha": 4, "dropout": 0, "targets": ["q_proj", "q_proj"]}},
-            r'train.lora.targets=\["q_proj", "q_proj"\] names a layer twice',
+            r'train.lora.targets=\["q_proj", "q_proj"\] has a duplicate',
         ),
         (TrainParams, {"seed": -1}, "train.seed"),
         (TrainParams, {"context_warmup": {"start": 1.5, "steps": 9}}, "train.context_warmup.start=1.5 must be a whole"),

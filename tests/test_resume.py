@@ -160,7 +160,7 @@ def test_a_finished_run_is_published_again_with_the_time_and_memory_of_its_train
     shutil.rmtree(trained / "data/model")
     output = run_stages("train", trained)
     assert f"continuing after step {LAST} of {LAST}" in output
-    assert f"to train afresh: rm -r {trained}/runs/" in output
+    assert f"to train afresh, rm -r {trained}/runs/" in output
     assert "tokens/s" not in output
     assert hashes(trained) == hashes(undisturbed)
     report, first = (json.loads((folder / "reports/train.json").read_text()) for folder in (trained, undisturbed))

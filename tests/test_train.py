@@ -111,7 +111,7 @@ def same(a, b) -> bool:
 
 
 def test_a_step_that_will_not_fit_into_memory_is_reported_before_the_first():
-    with pytest.raises(UserError, match=r"a step will not fit into the memory: lower runtime\.micro_batch_size"):
+    with pytest.raises(UserError, match=r"a step will not fit into memory: lower runtime\.micro_batch_size"):
         train(params=dataclasses.replace(PARAMS, batch_size=2**32))
 
 
@@ -245,7 +245,7 @@ def test_a_validation_loss_that_is_not_a_number_is_reported_with_its_step():
     with pytest.raises(UserError, match=r"validation loss nan at step 1: lower train\.lr"):
         train(params=dataclasses.replace(PARAMS, **wild), tie_weights=False)
     broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in make_learner().model.state_dict().items()}
-    with pytest.raises(UserError, match=r"validation loss nan before the first step: take another base"):
+    with pytest.raises(UserError, match=r"validation loss nan before the first step: use another base"):
         train("broken", base=broken)
 
 
@@ -393,7 +393,7 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(part, damage, tmp_pat
         raw[len(raw) // 2] ^= 0xFF
         path.write_bytes(raw if damage == "flipped" else raw[: len(raw) // 2])
     resumed = train("damaged")
-    assert "taking the one before" in capsys.readouterr().out
+    assert "using the one before it" in capsys.readouterr().out
     assert same(resumed.last, undisturbed.last)
     assert same(resumed.best, undisturbed.best)
 
@@ -405,7 +405,7 @@ def test_where_no_checkpoint_is_whole_the_run_says_so_and_begins_again(tmp_path,
         state.write_text("{")
     resumed = train("damaged")
     told = capsys.readouterr().out
-    assert told.count("is damaged") == 2 and "runs/damaged is whole: starting from the first step" in told
+    assert told.count("is damaged") == 2 and "runs/damaged is intact: starting from the first step" in told
     assert same(resumed.last, undisturbed.last)
 
 

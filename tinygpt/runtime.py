@@ -43,14 +43,14 @@ class RuntimeParams:
     def __post_init__(self) -> None:
         alone = self.n_process == 1 and self.micro_batch_size is None  # else gradients outlive their pass
         require(
-            (len(set(self.log_to)) == len(self.log_to), f"runtime.log_to={shown(self.log_to)} names one twice"),
+            (len(set(self.log_to)) == len(self.log_to), f"runtime.log_to={shown(self.log_to)} has a duplicate"),
             (
                 not self.cuda_graphs or (self.compile and alone),
                 "runtime.cuda_graphs=true needs compile=true, n_process=1 and micro_batch_size=null",
             ),
             (
                 not self.cuda_graphs or self.device in ("auto", "cuda"),
-                f"runtime.cuda_graphs=true works on a GPU, not on runtime.device={self.device}: set it to false",
+                f"runtime.cuda_graphs=true works only on a GPU, not on runtime.device={self.device}: set it to false",
             ),
             (
                 self.n_process == 1 or self.device != "mps",
@@ -68,7 +68,9 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
 
     n_core = os.cpu_count() or 1
     if runtime.n_thread > n_core:
-        raise ParamsError([f"runtime.n_thread={runtime.n_thread}: this machine has {n_core} cores; 0 uses them all"])
+        raise ParamsError(
+            [f"runtime.n_thread={runtime.n_thread} is above the {n_core} cores of this machine: 0 uses them all"]
+        )
     torch.set_num_threads(max(1, (runtime.n_thread or torch.get_num_threads()) // of))
     name = find_device(runtime.device)
     if of == 1:

@@ -173,8 +173,8 @@ def measure_text(
     recipe, learner = _small_learner(model, train, runtime, device, vocab_size=vocab_size, n_unique=n_unique)
     if min(len(ids), len(val_ids)) <= recipe.block_size:
         raise UserError(
-            f"the text gives {len(ids):,} tokens to learn from and {len(val_ids):,} to measure on, and a sequence has "
-            f"{recipe.block_size}: take more text"
+            f"the text gives {len(ids):,} tokens to learn from and {len(val_ids):,} to measure on, but a sequence has "
+            f"{recipe.block_size}: use more text"
         )
     bpb = _loss_after(learner, ids, val_ids) / math.log(2) / per_token[vocab_size]
     return Text(

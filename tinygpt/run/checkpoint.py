@@ -130,14 +130,14 @@ class Checkpoints:
                 state, checksums = read_state(folder)
                 for name, checksum in checksums.items():
                     if sha256_file(folder / name) != checksum:
-                        raise UserError(f"{name} is not what was written")
+                        raise UserError(f"{name} differs from what was written")
                 return TrainState(**state), {part: _read_part(folder / part) for part in PARTS}
             except PermissionError:
                 raise
             except (UserError, OSError) as error:
-                print(f"checkpoint {folder} is damaged ({printable(error)}): taking the one before")
+                print(f"checkpoint {folder} is damaged ({printable(error)}): using the one before it")
         if self._all():
-            print(f"no checkpoint of {self.folder} is whole: starting from the first step")
+            print(f"no checkpoint in {self.folder} is intact: starting from the first step")
         return None
 
     def _all(self) -> list[Path]:

@@ -29,11 +29,12 @@ from tinygpt.train.loss import CHUNK, autocast, pick_precision
 from tinygpt.train.optim import state_bytes
 
 LESS_MEMORY = (
-    "lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true, then model.block_size or the model"
+    "lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true; if that is not enough, lower "
+    "model.block_size or use a smaller model"
 )
 NONE_FITS = (
     "not even the smallest micro-batch fits into the memory: set runtime.gradient_checkpointing=true, raise "
-    "train.batch_size to a power of two, or lower model.block_size or the model"
+    "train.batch_size to a power of two, lower model.block_size, or use a smaller model"
 )
 FLOAT = 4  # bytes of a float32, the type of weights and gradients
 

@@ -82,5 +82,5 @@ def read_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, str]]:
     document = read_json(checkpoint / STATE_FILE, stage="train")
     checksum = document.pop("checksum", None)
     if document.keys() != {"checksums", "state"} or sha256_json(document) != checksum:
-        raise UserError(f"{STATE_FILE} is not what was written")
+        raise UserError(f"{STATE_FILE} differs from what was written")
     return document["state"], document["checksums"]

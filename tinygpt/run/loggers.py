@@ -43,7 +43,7 @@ class Loggers:
             spec = importlib.util.find_spec(name)
             if spec is None or spec.origin is None:  # without an origin: a mere folder of that name
                 install = f"pip install {PIP_NAMES.get(name, name)}"
-                raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or take it off the list")
+                raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or remove it from the list")
         self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
         self._tokens_per_step = params.batch_size * config.block_size
         self._loggers: dict[str, Logger] = {}
@@ -80,7 +80,7 @@ class Loggers:
             action(*args)
         except Exception as error:  # any kind: a fault of the library must not end the training
             reason = (str(error) or repr(error)).splitlines()[0]
-            tqdm.write(f"warning: {name} failed, training goes on without it ({printable(reason)})", file=sys.stderr)
+            tqdm.write(f"warning: {name} failed, training continues without it ({printable(reason)})", file=sys.stderr)
             self._loggers.pop(name, None)
 
 

@@ -53,7 +53,7 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
     require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)}))
     device = open_device(runtime, number=world.local_rank, of=world.local_size)
     if runtime.cuda_graphs and (device.type != "cuda" or world.size > 1):
-        raise UserError("runtime.cuda_graphs=true is for one process on a GPU: set it to false")
+        raise UserError("runtime.cuda_graphs=true needs a GPU and one process only: set it to false")
     if device.index is not None:
         torch.cuda.set_device(device)  # FSDP uses the current device, wherever the weights are
     return device

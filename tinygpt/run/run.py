@@ -153,7 +153,7 @@ class Run:
         """Raises UserError if a step would not fit.  Not checked with several processes."""
         size = min(learner.micro_batch_size or self.params.batch_size, self.params.batch_size)
         if self.world.size == 1 and self.runtime.micro_batch_size != "auto" and not fits(learner, size):
-            raise UserError(f"train: a step will not fit into the memory: {LESS_MEMORY}")
+            raise UserError(f"train: a step will not fit into memory: {LESS_MEMORY}")
 
     def _resume(self, learner: Learner) -> tuple[TrainState, dict[str, Tensor]]:
         found = self.checkpoints.load_latest()
@@ -164,7 +164,7 @@ class Run:
         learner.load(tensors)
         print(f"continuing after step {state.step:,} of {self.params.max_steps:,} ({self.checkpoints.folder})")
         if state.is_over(self.params):
-            print(f"it is complete, its results are written again; to train afresh: rm -r {self.checkpoints.folder}")
+            print(f"it is complete: its results are written again; to train afresh, rm -r {self.checkpoints.folder}")
         return state, best
 
     def _log_line(self, state: TrainState) -> str:

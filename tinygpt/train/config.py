@@ -26,10 +26,10 @@ class LoRAParams:
 
     def __post_init__(self) -> None:
         require(
-            (bool(self.targets), "train.lora.targets is empty: name a layer, such as q_proj"),
+            (bool(self.targets), "train.lora.targets is empty: add a layer, such as q_proj"),
             (
                 len(set(self.targets)) == len(self.targets),
-                f"train.lora.targets={shown(self.targets)} names a layer twice",
+                f"train.lora.targets={shown(self.targets)} has a duplicate",
             ),
         )
 
@@ -117,20 +117,20 @@ class TrainParams:
         if {"model", "runtime"} <= groups.keys():
             yield (
                 not (groups["runtime"].compile and self.anneal_dropout and groups["model"].dropout),
-                "runtime.compile=true would compile each step's dropout of train.anneal_dropout=true: "
+                "runtime.compile=true would compile each step anew with train.anneal_dropout=true: "
                 "set one of them to false",
             )
         if "clean" in groups:
             yield (
                 groups["clean"].val_fraction > 0 or groups["clean"].split == "source",
-                "clean.val_fraction=0 leaves no validation text, on which train evaluates: set it to 0.05, say",
+                "clean.val_fraction=0 leaves no validation text, which train needs: set it to 0.05, say",
             )
 
     def _rules_with_model(self, model: Any) -> Iterable[tuple[bool, str]]:
         targets = self.lora.targets if self.lora else ()
         yield (
             "gate_proj" not in targets or MLPS[model.mlp].gated,
-            f"train.lora.targets names gate_proj, which model.mlp={model.mlp} does not have: take it off the list",
+            f"train.lora.targets names gate_proj, which model.mlp={model.mlp} does not have: remove it from the list",
         )
         if self.context_warmup is None:
             return
@@ -155,14 +155,14 @@ class TrainParams:
         )
         yield (
             not (splits and self.optimizer in UNSPLIT),
-            f"train.optimizer={self.optimizer} cannot be split: set runtime.parallel=ddp",
+            f"train.optimizer={self.optimizer} cannot be split among processes: set runtime.parallel=ddp",
         )
         yield (
             not (splits and self.precision == "fp16"),
-            f"train.precision={self.precision} cannot be split, for each process would scale its part: "
+            f"train.precision={self.precision} cannot be split, as each process would scale its own part: "
             "set runtime.parallel=ddp",
         )
         yield (
             runtime.n_process == 1 or runtime.micro_batch_size != "auto",
-            "runtime.micro_batch_size=auto is found in one process: name a size",
+            "runtime.micro_batch_size=auto works with one process only: give a number",
         )

@@ -87,7 +87,7 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[AnyOptimizer]:
         if chosen.package is None:
             raise
         raise UserError(
-            f"train.optimizer={params.optimizer} needs {chosen.package}: pip install {chosen.package}, or set adamw"
+            f"train.optimizer={params.optimizer} needs {chosen.package}: pip install {chosen.package}, or use adamw"
         ) from None
 
 

@@ -187,8 +187,8 @@ class TrainState:
         self.n_skipped = self.n_skipped + 1 if skipped else 0
         if self.n_skipped > MAX_SKIPPED:
             raise UserError(
-                f"the gradient of step {step} overflows float16, as in the {MAX_SKIPPED} steps before, whatever the "
-                "loss is scaled by: set train.precision=bf16 or fp32, or lower train.lr (the last checkpoint is kept)"
+                f"the gradient of step {step} overflows float16, as in the {MAX_SKIPPED} steps before, however the "
+                "loss is scaled: set train.precision=bf16 or fp32, or lower train.lr (the last checkpoint is kept)"
             )
         if not (math.isfinite(loss) and (skipped or math.isfinite(grad_norm))):
             raise _diverged(f"loss {loss} and gradient norm {grad_norm}", step)
@@ -231,7 +231,7 @@ def _finite(number: float) -> float | None:
 
 def _diverged(numbers: str, step: int) -> UserError:
     if not step:
-        return UserError(f"{numbers} before the first step: take another base, or set train.init_from=scratch")
+        return UserError(f"{numbers} before the first step: use another base, or set train.init_from=scratch")
     return UserError(
         f"{numbers} at step {step}: lower train.lr or train.grad_clip, or lengthen train.warmup_steps (the last good "
         "checkpoint is kept)"
