@@ -136,7 +136,7 @@ def test_json_has_the_same_bytes_each_time_and_no_nan(tmp_path):
     assert path.read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "é"\n}\n'
     assert read_json(path, stage="x") == {"b": 1, "a": "é"}
     for number in ("nan", "inf"):
-        with pytest.raises(UserError, match=rf"a.json is not written, .* \(ppl is {number}\)"):
+        with pytest.raises(UserError, match=rf"a.json was not written, .* \(ppl is {number}\)"):
             write_json(path, {"b": [{"ppl": float(number)}]})
     assert read_json(path, stage="x") == {"b": 1, "a": "é"}
 
@@ -213,7 +213,9 @@ def test_what_is_not_a_json_object_is_one_line_that_names_the_file(tmp_path, raw
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with open(tmp_path / "a.json", "wb") as file:
         file.truncate(10**12)
-    with pytest.raises(UserError, match=r"a\.json is not valid JSON \(it has 1\.0 TB, at most 200\.0 MB are read\)"):
+    with pytest.raises(
+        UserError, match=r"a\.json is not valid JSON \(it has 1\.0 TB, more than the limit of 200\.0 MB\)"
+    ):
         read_json(tmp_path / "a.json", stage="train")
 
 
@@ -229,7 +231,7 @@ def test_what_is_of_another_kind_is_never_replaced(tmp_path):
     ):
         for name in names:
             with (
-                pytest.raises(UserError, match=f"{name} is not a {kind}: name another"),
+                pytest.raises(UserError, match=f"{name} is not a {kind}: choose another path"),
                 write(tmp_path / name),
             ):
                 raise AssertionError("it was opened")

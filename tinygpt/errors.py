@@ -104,11 +104,11 @@ def answer_to(error: BaseException) -> tuple[int, str]:
         case OSError():
             problem = _of_the_system(error)
         case _ if is_out_of_memory(error):
-            problem = "there is not enough memory: take a smaller model, batch or text, or close other programs"
+            problem = "there is not enough memory: use a smaller model, batch or text, or close other programs"
         case RecursionError():
-            problem = f"what was read is nested too deeply ({_place(error)})"
+            problem = f"the input is nested too deeply ({_place(error)})"
         case UnicodeError():
-            problem = f"a text cannot be read or written as it is ({_place(error)}: {error})"
+            problem = f"a text cannot be decoded or encoded ({_place(error)}: {error})"
         case OverflowError():
             problem = f"a number is too large ({_place(error)}: {error})"
         case _:

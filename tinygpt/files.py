@@ -29,7 +29,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file: name another")
+        raise UserError(f"{path} is not a regular file: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
@@ -53,7 +53,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it replaces the folder `path` only when the block succeeds."""
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is not a folder: name another")
+        raise UserError(f"{path} is not a folder: choose another path")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # its own, in case two programs write it
     _remove_abandoned(path)
     shutil.rmtree(partial, ignore_errors=True)
@@ -142,7 +142,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file whose bytes depend on nothing but `value`.  Raises UserError for NaN and infinity."""
     if wrong := [f"{key} is {number}" for key, number in _numbers(value) if not math.isfinite(number)]:
         raise UserError(
-            f"{path} is not written, because JSON has no such number ({', '.join(wrong[:3])}): if the model's numbers "
+            f"{path} was not written, because JSON has no such number ({', '.join(wrong[:3])}): if the model's numbers "
             "overflow, lower train.lr and train again"
         )
     with atomic_write(path) as file:
@@ -183,7 +183,7 @@ def read_file(path: Path, most_bytes: int = MOST_JSON) -> bytes:
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")
     if (size := path.stat().st_size) > most_bytes:
-        raise ValueError(f"it has {human_bytes(size)}, at most {human_bytes(most_bytes)} are read")
+        raise ValueError(f"it has {human_bytes(size)}, more than the limit of {human_bytes(most_bytes)}")
     return path.read_bytes()
 
 
@@ -204,7 +204,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f'"{name[:100]}" is in it twice')
+        raise ValueError(f'the key "{name[:100]}" occurs twice')
     return found
 
 

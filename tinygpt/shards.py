@@ -139,8 +139,8 @@ def _in_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams)
             yield from _sizes_of_done({pool.submit(_make, work, shard, path): shard.size for shard, path in jobs})
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory: lower runtime.n_worker and run again; "
-                "shards that are done are kept"
+                "a worker process was killed, perhaps for lack of memory: lower runtime.n_worker and run again; "
+                "finished shards are kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)  # and wait: the next call may write the same shards

@@ -47,9 +47,9 @@ def check_memory(groups: Mapping[str, Any]) -> None:
     there = psutil.virtual_memory().total + psutil.swap_memory().total
     if needed > there:
         raise UserError(
-            f"model: {n_weights:,} weights and the {train.batch_size:,} sequences of a step take {human_bytes(needed)} "
-            f"at least, this machine has {human_bytes(there)}: lower model.n_layer, model.n_embd, model.block_size, "
-            "tokenizer.vocab_size or train.batch_size"
+            f"model: {n_weights:,} weights and the {train.batch_size:,} sequences of a step need at least "
+            f"{human_bytes(needed)}, but this machine has {human_bytes(there)}: lower model.n_layer, model.n_embd, "
+            "model.block_size, tokenizer.vocab_size or train.batch_size"
         )
 
 
@@ -58,8 +58,8 @@ def described(groups: Sequence[str]) -> str:
     text = read_bytes(PARAMS_FILE).decode(errors="replace").replace("\r\n", "\n")
     blocks = [re.search(rf"^{group}:.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE) for group in groups]
     lines = [printable(line) for block in blocks if block for line in (*block[0].rstrip().split("\n"), "")]
-    how = f"It takes no arguments: set keys in {PARAMS_FILE}, or for one run by `dvc exp run -S group.key=value`."
-    return "\n".join([how, *(["Its params, with their present values:", "", *lines] if lines else [])])
+    how = f"It takes no arguments: set keys in {PARAMS_FILE}, or use `dvc exp run -S group.key=value`."
+    return "\n".join([how, *(["Its params, with their current values:", "", *lines] if lines else [])])
 
 
 def refusal(arguments: Sequence[str], groups: Sequence[str]) -> str:
@@ -74,4 +74,4 @@ def refusal(arguments: Sequence[str], groups: Sequence[str]) -> str:
     near = difflib.get_close_matches(name.replace("-", "_"), keys, n=1)
     set_it = f"-S {keys[near[0]]}={value or ''.join(arguments[1:2]) or 'VALUE'}" if near else "-S group.key=VALUE"
     found = printable(arguments[0])
-    return f"a stage takes no arguments, found {found}: set params by `dvc exp run {printable(set_it)}`, see --help"
+    return f"a stage takes no arguments, found {found}: set params with `dvc exp run {printable(set_it)}`, see --help"

@@ -18,7 +18,7 @@ MOST_DIGITS = 400  # of a number: no float has more before its point
 def load_yaml(text: bytes) -> Any:
     """One document of plain values.  Raises ValueError with a message of one line, whatever is wrong with it."""
     if len(text) > MOST_BYTES:
-        raise ValueError(f"it has {len(text):,} bytes, at most {MOST_BYTES:,} are read")
+        raise ValueError(f"it has {len(text):,} bytes, more than the limit of {MOST_BYTES:,}")
     reader = YAML(typ="safe", pure=True)
     reader.Composer, reader.Constructor = _Composer, _Constructor
     try:
@@ -47,7 +47,7 @@ class _Composer(Composer):
         """Refuse `%YAML 1.1`, in which `on` is true."""
         event = self.parser.peek_event()
         if event.version and tuple(event.version) != (1, 2):
-            raise ComposerError(None, None, "YAML 1.2 is read here: remove %YAML", event.start_mark)
+            raise ComposerError(None, None, "only YAML 1.2 is read: remove %YAML", event.start_mark)
         return super().compose_document()
 
     def compose_node(self, parent: Any, index: Any) -> Node:
