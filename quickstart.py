@@ -5,7 +5,7 @@
 
     python -m quickstart shakespeare          # presets/shakespeare.yaml, all stages, in the folder shakespeare/
 
-Everything is in a project folder of its own, with a params.yaml of its own: yours and your data/ stay as they are.
+Everything goes into its own project folder with its own params.yaml; your params.yaml and data/ are not touched.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run_stages(project: Path, *names: str) -> None:
 def main() -> None:
     """Run all stages with a preset, from the text to the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", help="a file of presets/; the folder gets its name")
+    parser.add_argument("preset", help="the name of a preset in presets/; the project folder gets the same name")
     name = parser.parse_args().preset
     if not (ROOT / PRESETS / f"{name}.yaml").exists():
         raise UserError(f"there is no preset {name}: `python -m tinygpt preset` lists them")

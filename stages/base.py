@@ -43,7 +43,7 @@ def fetched(root: Path, folder: Path) -> bool:
             return True
     except Exception as error:  # any kind: it may come from a remote's library
         raise UserError(
-            f"{BASE} is not there, and DVC cannot bring the one of dvc.lock ({error}): run `python -m tinygpt "
+            f"{BASE} is missing, and DVC cannot fetch the one in dvc.lock ({error}): run `python -m tinygpt "
             f"import-hf FOLDER` or `promote` again, or `mkdir -p {BASE}` to continue without one"
         ) from None
 

@@ -32,12 +32,12 @@ def lost_experiments(checkout: Path, *, is_copy: bool) -> list[str]:
     found = []
     if not str(checkout).isascii() or unquote(urlsplit(f"file://{checkout}").path) != str(checkout):  # DVC makes a URL
         found.append(
-            f"`dvc exp run --temp` and queues fail in the folder {shown(str(checkout))}: rename it to ASCII "
-            "letters without # ? %, or run experiments without them"
+            f"`dvc exp run --temp` and queues fail in the folder {shown(str(checkout))}: rename it to "
+            "an ASCII name without # ? %, or run experiments without them"
         )
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
     if is_copy and subprocess.run(shallow, cwd=checkout, capture_output=True, check=False).stdout == b"true\n":
-        found.append("DVC does not keep this experiment: the clone is shallow: `git fetch --unshallow` first")
+        found.append("DVC will not keep this experiment, as the clone is shallow: run `git fetch --unshallow` first")
     return found
 
 

@@ -133,5 +133,5 @@ def test_a_shallow_clone_of_which_dvc_keeps_no_experiment_is_warned_of(tmp_path)
     succeed(f'cd "{whole}" && {git} commit -q --allow-empty -m b', tmp_path)
     succeed(f'git clone -q --depth 1 "file://{whole}" shallow', tmp_path)
     (warning,) = lost_experiments(shallow, is_copy=True)
-    assert "the clone is shallow: `git fetch --unshallow`" in warning
+    assert "the clone is shallow: run `git fetch --unshallow`" in warning
     assert lost_experiments(shallow, is_copy=False) == lost_experiments(whole, is_copy=True) == []

@@ -197,5 +197,5 @@ def test_a_base_comes_back_to_its_folder_and_to_a_clone(here):
     shutil.move(here.parent / "store", here.parent / "away")
     said = run("dvc repro base", clone).stdout
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: data/base is not there, and DVC cannot bring the one of dvc.lock (")
+    assert line.startswith("error: data/base is missing, and DVC cannot fetch the one in dvc.lock (")
     assert "Traceback" not in said
