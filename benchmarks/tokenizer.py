@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, action="append", default=[], help="more text; may be given again")
+    parser.add_argument("--folder", type=Path, action="append", default=[], help="more text; can be repeated")
     parser.add_argument("--only", default="train,encode,prompt", help="tasks, of train, encode and prompt")
     parser.add_argument("--measure", nargs=3, metavar=("TASK", "NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
