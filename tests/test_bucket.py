@@ -47,8 +47,8 @@ def test_what_was_copied_before_is_not_copied_again_unless_it_changed(bucket, tm
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("memory://nowhere/*.txt", "memory://nowhere/.* names no files"),
-        ("memory://nowhere", "memory://nowhere names no files"),
+        ("memory://nowhere/*.txt", "memory://nowhere/.* matches no files"),
+        ("memory://nowhere", "memory://nowhere matches no files"),
         ("nosuch://bucket/x", "download.source=nosuch://bucket/x cannot be read .Protocol not known: nosuch"),
         ("s3://bucket/x", "download.source=s3://bucket/x cannot be read .Install s3fs to access S3"),
     ],
@@ -64,7 +64,7 @@ def test_a_copy_that_breaks_off_leaves_nothing_under_its_name(bucket, tmp_path, 
 
     monkeypatch.setattr(type(bucket), "_open", refuse)
     with pytest.raises(
-        UserError, match=r"memory://bucket/a cannot be read .*check the address, its package and your rights"
+        UserError, match=r"memory://bucket/a cannot be read .*check the address, its package and your permissions"
     ):
         fill(tmp_path, "memory://bucket/a")
     assert not (tmp_path / "raw").exists()

@@ -196,11 +196,11 @@ BAD_LINES = {
     b"hello": "is not JSON (Expecting value at character 1): hello",
     b"[]": "is JSON, but not an object: []",
     b'"text"': 'is JSON, but not an object: "text"',
-    b'{"txt": "a", "my id": 1}': 'has no "text", but txt, "my id": {"txt": "a", "my id": 1}',
-    b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7}': 'has no "text", but a, b, c, d, e, …: {"a":1',
-    b"{}": 'has no "text", but no key: {}',
-    b'{"text": 7}': 'has a "text" that is not a text: {"text": 7}',
-    b'{"text": null}': 'has a "text" that is not a text: {"text": null}',
+    b'{"txt": "a", "my id": 1}': 'has no "text", only txt, "my id": {"txt": "a", "my id": 1}',
+    b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7}': 'has no "text", only a, b, c, d, e, …: {"a":1',
+    b"{}": 'has no "text", only an empty object: {}',
+    b'{"text": 7}': 'has a "text" that is not a string: {"text": 7}',
+    b'{"text": null}': 'has a "text" that is not a string: {"text": null}',
     b"[" * 200_000: f"is nested too deeply: {'[' * 40}…",
 }
 
@@ -208,7 +208,7 @@ BAD_LINES = {
 @pytest.mark.parametrize(("line", "problem"), BAD_LINES.items(), ids=range(len(BAD_LINES)))
 def test_a_broken_json_line_is_named_with_what_is_wrong_and_how_many_there_are(tmp_path, line, problem):
     content = b'{"text": "a"}\n' + line + b'\n\n{"text": "b"}\n' + line
-    counted = " (wrong from there on: 2 of 3 lines): mend it, or rename the file to have it read as plain text"
+    counted = " (wrong lines from there on: 2 of 3): fix it, or rename the file to have it read as plain text"
     for find in (
         lambda: read(tmp_path, content, name="x.jsonl"),
         lambda: RawFolder(tmp_path / "limited", 100).add("x.jsonl", iter([content])),
@@ -295,7 +295,7 @@ def test_a_new_rule_is_a_param_a_function_and_an_entry(tmp_path: Path, monkeypat
     assert clean(made, raw, tmp_path / "clean", RUNTIME).counts["shouts"] == 3
     assert train_texts(tmp_path) == ["Oh. No.", LONG.decode()]
     raw = make_raw(tmp_path, {"a.txt": b"!!!" + LONG})
-    with pytest.raises(UserError, match=r"came in: 1, clean\.quiet dropped 1"):
+    with pytest.raises(UserError, match=r"documents read: 1, clean\.quiet dropped 1"):
         clean(made, raw, tmp_path / "clean", RUNTIME)
 
 
@@ -442,7 +442,7 @@ def test_the_same_raw_files_give_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"min_bytes": 5000}, r"0 B of text left .* came in: 1, clean\.min_bytes dropped 1"),
+        ({"min_bytes": 5000}, r"only 0 B of text left .*\(documents read: 1, clean\.min_bytes dropped 1"),
         (
             {"split": "hash", "val_fraction": 0.99},
             r"clean\.val_fraction .* clean\.split=auto for one long text",
@@ -468,7 +468,7 @@ def test_source_refuses_a_file_in_no_split(tmp_path: Path) -> None:
 def test_what_the_next_stages_would_not_find_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     raw = make_raw(tmp_path, {"train.txt": LONG, "val.txt": b"val"})
     for split, message in {
-        "test": r"evaluate\.split=test needs test documents and there are none: set evaluate\.split to val, or",
+        "test": r"evaluate\.split=test needs test documents, but there are none: set evaluate\.split to val, or",
         "val": None,
     }.items():
         if message:
@@ -477,7 +477,7 @@ def test_what_the_next_stages_would_not_find_is_refused_and_leaves_nothing(tmp_p
             assert not (tmp_path / "clean").exists()
         else:
             clean(params(split="source"), raw, tmp_path / "clean", RUNTIME, evaluated=split)
-    with pytest.raises(UserError, match=r"train needs val documents and there are none: set clean\.val_fraction"):
+    with pytest.raises(UserError, match=r"train needs val documents, but there are none: set clean\.val_fraction"):
         clean(params(), make_raw(tmp_path, {"a.txt": LONG}), tmp_path / "clean", RUNTIME, evaluated="val")
 
 
@@ -505,9 +505,11 @@ def test_a_separator_that_occurs_nowhere_is_reported_and_nothing_is_kept_for_ano
 
 def test_duplicates_that_leave_almost_nothing_are_named(tmp_path: Path) -> None:
     files = {f"{i}.txt": LONG[: LEAST_TRAIN_BYTES // 2] for i in range(9)}
-    with pytest.raises(UserError, match=r"500 B of text left .* came in: 9, clean\.exact_duplicates dropped 8"):
+    with pytest.raises(
+        UserError, match=r"only 500 B of text left .*\(documents read: 9, clean\.exact_duplicates dropped 8"
+    ):
         run(tmp_path, files, exact_duplicates=True)
-    with pytest.raises(UserError, match=r"came in: 9, clean\.near_duplicates dropped 8"):
+    with pytest.raises(UserError, match=r"documents read: 9, clean\.near_duplicates dropped 8"):
         run(tmp_path, files, near_duplicates=0.9)
 
 

@@ -280,7 +280,7 @@ def test_too_much_memory_for_a_file_is_reported_with_a_way_out(tmp_path: Path, m
         "READER",
         lower.replace("import tinygpt", "import sys; sys.path[:0] = sys.argv[1:2]; import tinygpt", 1),
     )
-    with pytest.raises(UserError, match=r"x.parquet takes more than 80.0 MB of memory: write it in smaller row groups"):
+    with pytest.raises(UserError, match=r"x.parquet needs more than 80.0 MB of memory: write smaller row groups"):
         fill(tmp_path, "x.parquet")
 
 

@@ -239,7 +239,7 @@ def test_progress_gives_new_attempts(server: Server, tmp_path: Path) -> None:
 
 def test_giving_up_says_why_and_keeps_what_came(server: Server, tmp_path: Path) -> None:
     server.script = [break_off(100_000)] + [status(500)] * ATTEMPTS
-    with pytest.raises(UserError, match=r"answered 500 .*continues after 100\.0 kB"):
+    with pytest.raises(UserError, match=r"answered 500 .*; the download will continue after 100\.0 kB"):
         fetch(server.url, tmp_path / "text.txt", sleep=lambda s: None)
     assert not (tmp_path / "text.txt").exists()
     assert (tmp_path / "text.txt.partial").stat().st_size == 100_000

@@ -196,12 +196,14 @@ def test_a_file_and_an_archive_of_one_name_are_refused_in_words(tmp_path: Path) 
     make_zip(own)
     (own / "notes").write_text("text")
     shutil.move(own.with_suffix(".zip"), own / "notes.zip")
-    with pytest.raises(UserError, match="two files of the name notes/a.txt, or one and an archive: rename one"):
+    with pytest.raises(
+        UserError, match="two files named notes/a.txt, or a file and an archive of that name: rename one"
+    ):
         fill(tmp_path, "own")
     (own / "notes").unlink()
     (own / "notes").mkdir()
     (own / "notes/a.txt").write_text("text")
-    with pytest.raises(UserError, match="two files of the name notes/a.txt"):
+    with pytest.raises(UserError, match="two files named notes/a.txt"):
         fill(tmp_path, "own")
 
 
@@ -306,7 +308,7 @@ def test_a_line_that_is_too_long_is_refused_by_its_number_before_it_is_read(
 ) -> None:
     monkeypatch.setattr(raw_module, "MOST_LINE", 100)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "a" * 1000}))
-    with pytest.raises(UserError, match=r"x.jsonl line 2 has more than 100 B: cut its text"):
+    with pytest.raises(UserError, match=r"x.jsonl line 2 is longer than 100 B: split its text"):
         fill(tmp_path, "x.jsonl")
 
 

@@ -37,10 +37,10 @@ def test_a_part_of_it_is_whole_documents(tmp_path):
 
 def test_a_file_without_texts_is_reported(tmp_path):
     write(tmp_path / "x.parquet", content=["a"])
-    with pytest.raises(UserError, match=r"x.parquet needs a column `text` of strings and has none"):
+    with pytest.raises(UserError, match=r"x.parquet needs a column `text` of strings, found none"):
         fill(tmp_path, "x.parquet")
     write(tmp_path / "x.parquet", text=[1])
-    with pytest.raises(UserError, match=r"x.parquet needs a column `text` of strings and has one of int64"):
+    with pytest.raises(UserError, match=r"x.parquet needs a column `text` of strings, found type int64"):
         fill(tmp_path, "x.parquet")
 
 

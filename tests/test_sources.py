@@ -91,12 +91,12 @@ def test_bad_download_params_are_refused(changes: dict[str, object], message: st
         ("tinyshakespere", r"neither a known source .* nor a file or folder.*did you mean tinyshakespeare"),
         ("wikitext2", "did you mean wikitext-2"),
         ("no/such/file.txt", "looked for .*no/such/file.txt"),
-        ("no*such.txt", "names no files"),
-        ("gutenberg:alice", "must name a book's number"),
-        ("gutenberg:../1", "must name a book's number"),
-        ("https:///file.txt", "names no host"),
-        ("https://host/", "must end with the name of a file"),
-        ("https://host/..", "must end with the name of a file"),
+        ("no*such.txt", "matches no files"),
+        ("gutenberg:alice", "must give a book's number"),
+        ("gutenberg:../1", "must give a book's number"),
+        ("https:///file.txt", "has no host"),
+        ("https://host/", "must end with a file name"),
+        ("https://host/..", "must end with a file name"),
     ],
 )
 def test_an_impossible_source_is_one_line(tmp_path: Path, source: str, message: str) -> None:
@@ -357,14 +357,14 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "x.txt").write_text("one")
     (tmp_path / "own" / "x.txt.gz").write_bytes(gzip.compress(b"two"))
-    with pytest.raises(UserError, match=r"two files of the name x\.txt"):
+    with pytest.raises(UserError, match=r"two files named x\.txt"):
         fill(tmp_path, "own")
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "x.png").write_bytes(b"\0")
-    with pytest.raises(UserError, match="holds no text .left out: 1 binary .x.png..: name another"):
+    with pytest.raises(UserError, match="holds no text .left out: 1 binary .x.png..: choose another"):
         fill(tmp_path, "own")
 
 

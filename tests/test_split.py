@@ -244,13 +244,13 @@ def test_little_held_out_text_is_reported() -> None:
 @pytest.mark.parametrize(
     ("val", "test", "asked", "message"),
     [
-        (0, 5, "test", "train needs val documents and there are none: set clean.val_fraction above 0"),
-        (0, 5, "val", "train needs val documents and there are none: set clean.val_fraction above 0"),
+        (0, 5, "test", "train needs val documents, but there are none: set clean.val_fraction above 0"),
+        (0, 5, "val", "train needs val documents, but there are none: set clean.val_fraction above 0"),
         (
             5,
             0,
             "test",
-            "evaluate.split=test needs test documents and there are none: set evaluate.split to val, or set",
+            "evaluate.split=test needs test documents, but there are none: set evaluate.split to val, or set",
         ),
     ],
 )

@@ -85,10 +85,11 @@ class Answer:
         kind = self.response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if kind in HTML and PurePosixPath(name).suffix.lower() not in PAGES:
             raise self.refuse(
-                f"the server sent a web page, perhaps to log in: get {name} by hand, name it as the source"
+                f"the server sent a web page, perhaps a login: download {name} yourself and set download.source to "
+                "that file"
             )
         if self._encoding not in ("identity", "gzip", "x-gzip"):
-            raise self.refuse("the server compressed it unasked, and not with gzip")
+            raise self.refuse("the server compressed the file with something other than gzip")
         if self.length == 0:
             raise self.refuse("the server sent an empty file")
 

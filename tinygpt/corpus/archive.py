@@ -175,7 +175,7 @@ class _Unpacked(io.RawIOBase):
     def seek(self, position: int, whence: int = 0) -> int:
         """Skip forwards to `position`, or to the end.  tarfile always counts from the beginning."""
         if position < self._at:
-            raise tarfile.ReadError("it leads backwards")
+            raise tarfile.ReadError("it points backwards")
         header, self.header = self.header, 0
         while self._at < position and self.read(min(CHUNK_BYTES, position - self._at)):
             pass

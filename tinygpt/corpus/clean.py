@@ -84,7 +84,7 @@ class CleanParams:
                 f"clean.val_fraction={self.val_fraction} and clean.test_fraction={self.test_fraction} must sum to "
                 "less than 1",
             ),
-            (self.separator != "", "clean.separator is empty: give a text, or null"),
+            (self.separator != "", "clean.separator is empty: set it to a text or null"),
         )
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
@@ -238,20 +238,20 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
 
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
-        raise UserError(f"clean.separator={shown(params.separator)} is in none of the texts: mend it or set it to null")
+        raise UserError(f"clean.separator={shown(params.separator)} is in none of the texts: fix it or set it to null")
     n_in, left = counts["documents_in"], human_bytes(counts["train_bytes"])
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
         dropped = [f"{param} dropped {n}" for param, n in counts.items() if param.startswith("clean.") and n]
         raise UserError(
-            f"{left} of text left to train on, {human_bytes(LEAST_TRAIN_BYTES)} needed "
-            f"({', '.join([f'documents that came in: {n_in}', *dropped])}): get more text, set clean.separator where a "
-            "file holds several documents, or smaller clean.val_fraction and clean.test_fraction"
-            + ("" if params.split == "auto" else ", or clean.split=auto for one long text")
+            f"only {left} of text left to train on, at least {human_bytes(LEAST_TRAIN_BYTES)} needed "
+            f"({', '.join([f'documents read: {n_in}', *dropped])}): add more text, set clean.separator if a file "
+            "holds several documents, or lower clean.val_fraction and clean.test_fraction"
+            + ("" if params.split == "auto" else ", or set clean.split=auto for one long text")
         )
     for split, fraction in (("val", params.val_fraction), ("test", params.test_fraction)):
         if params.split != "source" and fraction and not counts[f"{split}_documents"]:
             n = sum(counts[f"{name}_documents"] for name in SPLITS)
             raise UserError(
-                f"clean.{split}_fraction={fraction} of {n} documents gives none ({n_in} came in): set clean.separator "
-                "where a file holds several, clean.split=auto, or another clean.split_seed"
+                f"clean.{split}_fraction={fraction} of {n} documents gives none ({n_in} were read): set "
+                "clean.separator if a file holds several, clean.split=auto, or another clean.split_seed"
             )

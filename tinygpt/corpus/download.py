@@ -69,10 +69,10 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
         if not any(file.bytes for file in texts.files):
             for file in files:
                 file.forget()
-            found = "holds no text" if files or texts.notes.names else "names no files"
+            found = "holds no text" if files or texts.notes.names else "matches no files"
             why = f" ({texts.notes})" if texts.notes.names else ""
-            few = f" or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
-            raise UserError(f"download.source={params.source} {found}{why}: name another file or folder{few}")
+            few = f", or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
+            raise UserError(f"download.source={params.source} {found}{why}: choose another file or folder{few}")
         manifest = Manifest(
             source=params.source,
             licence=source.licence,
@@ -178,7 +178,9 @@ def _whole(path: Path, _: int | None) -> tuple[Path, bool]:
 def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) -> SourceFile:
     """A file from the mirror, or else from the web."""
     sha256, cached = params.sha256 or remote.sha256, cache / cache_name(remote.url, remote.name)
-    is_needed_whole = f"{remote.name} is downloaded whole, whatever download.max_bytes is" if params.max_bytes else ""
+    is_needed_whole = (
+        f"{remote.name} is always downloaded whole, regardless of download.max_bytes" if params.max_bytes else ""
+    )
 
     def get(n_bytes: int | None) -> tuple[Path, bool]:
         fetch_from = functools.partial(
@@ -202,7 +204,7 @@ def _mirrors(remote: Remote, root: Path) -> list[Path] | list[str]:
     if "://" in mirror:
         return [f"{mirror.rstrip('/')}/{name}" for name in names]
     if not folder.is_dir():
-        raise UserError(f"{MIRROR}={mirror} is neither a folder nor an http(s) address: mend or unset it")
+        raise UserError(f"{MIRROR}={mirror} is neither a folder nor an http(s) address: fix or unset it")
     return [folder / name for name in names if mirror and (folder / name).is_file()]
 
 
@@ -257,10 +259,10 @@ def _refusals(source: str, cache: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"download.source={source} names no files") from None
+        raise UserError(f"download.source={source} matches no files") from None
     except Exception as error:  # the packages behind fsspec raise classes of their own
         if str(cache) in str(getattr(error, "filename", "")):
             raise
         raise UserError(
-            f"download.source={source} cannot be read ({error}): check the address, its package and your rights"
+            f"download.source={source} cannot be read ({error}): check the address, its package and your permissions"
         ) from None

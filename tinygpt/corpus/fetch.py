@@ -77,9 +77,7 @@ def fetch(
 def check_sha256(found: str | None, expected: str | None, name: str) -> None:
     """Raise UserError if another hash was expected."""
     if expected not in (None, found):
-        raise UserError(
-            f"{name} has sha256 {found}, expected {expected}: its bytes are not the right ones, or have changed"
-        )
+        raise UserError(f"{name} has sha256 {found}, expected {expected}: it is the wrong file, or it has changed")
 
 
 def cache_name(address: str, name: str, *, n_digit: int = 8) -> str:
@@ -163,7 +161,9 @@ class _Transfer:
         while not wait([outcome], timeout=SLOW_S).done:
             if size == (size := self.size):
                 self.given_up.set()
-                raise self._error(f"{human_bytes(CHUNK_BYTES)} take more than {SLOW_S:g} s", "run again later")
+                raise self._error(
+                    f"the server takes more than {SLOW_S:g} s for {human_bytes(CHUNK_BYTES)}", "run again later"
+                )
         return outcome.result()
 
     def _request(self, session: requests.Session) -> bool:
@@ -187,7 +187,7 @@ class _Transfer:
                 self._begin(known, answer)
             elif not answer.continues(known):
                 self.discard()  # the file on the server is no longer the one we have
-                raise BrokenOffError("the server sent another part than the one requested")
+                raise BrokenOffError("the server sent a part that was not requested")
             enough = None if answer.is_packed else self.enough
             self._receive(response, known.total, enough)
             return self._is_whole(answer, known.total, enough)
@@ -205,7 +205,8 @@ class _Transfer:
         needed, free = min(total, self.enough or total), shutil.disk_usage(self.path.parent).free
         if needed > free:
             raise UserError(
-                f"{self.url} needs {human_bytes(needed)} in {self.path.parent}, {human_bytes(free)} are free: make room"
+                f"{self.url} needs {human_bytes(needed)} in {self.path.parent}, but only {human_bytes(free)} "
+                "are free: make room"
             )
         self.discard()  # before the new version is recorded
         self.partial.touch()
@@ -238,7 +239,7 @@ class _Transfer:
         if enough and self.size >= enough and self.size != total:
             return False
         if total is not None and self.size != total:
-            raise BrokenOffError(f"it ended after {self.size} of {total} bytes")
+            raise BrokenOffError(f"the transfer ended after {self.size} of {total} bytes")
         if answer.is_packed:
             self._unpack()
         if not self.size:
@@ -264,7 +265,7 @@ class _Transfer:
             unpacked.unlink(missing_ok=True)
 
     def _error(self, reason: str, advice: str) -> UserError:
-        goes_on = f", it continues after {human_bytes(self.size)}" if self.size else ""
+        goes_on = f"; the download will continue after {human_bytes(self.size)}" if self.size else ""
         return UserError(f"cannot download {self.url} ({reason}): {advice}{goes_on}")
 
 

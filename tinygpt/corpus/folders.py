@@ -66,11 +66,13 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = from_mapping(Manifest, read_json(folder / MANIFEST, stage="download"))
         re.compile(manifest.document_start or "")
         paths = [PurePosixPath(file.name) for file in manifest.files]
-        require(*((not path.is_absolute() and ".." not in path.parts, f"{path} leads elsewhere") for path in paths))
+        require(
+            *((not path.is_absolute() and ".." not in path.parts, f"{path} is outside the folder") for path in paths)
+        )
         return manifest
     except (ParamsError, re.error) as error:
         raise UserError(
-            f"{folder / MANIFEST} is not what download writes ({error}): run `dvc repro -f download`"
+            f"{folder / MANIFEST} is damaged or from another version of tinygpt ({error}): run `dvc repro -f download`"
         ) from None
 
 
@@ -97,7 +99,7 @@ def iter_texts(path: Path, *, begin: int = 0, end: int | None = None) -> Iterato
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                raise UserError(f'{path} byte {begin:,} does not begin a {{"text": …}} document: run `dvc repro clean`')
+                raise UserError(f'{path} has no {{"text": …}} document at byte {begin:,}: run `dvc repro clean`')
             yield text
             begin += len(line)
 

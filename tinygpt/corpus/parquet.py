@@ -62,8 +62,8 @@ def print_lines(path: str, name: str) -> None:
         with ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
             kind = {field.name: field.type for field in file.schema_arrow}.get("text")
             if str(getattr(kind, "value_type", kind)) not in STRINGS:
-                found = "none" if kind is None else f"one of {kind}"
-                raise UserError(f"{name} needs a column `text` of strings and has {found}")
+                found = "none" if kind is None else f"type {kind}"
+                raise UserError(f"{name} needs a column `text` of strings, found {found}")
             for batch in file.iter_batches(ROWS, columns=["text"], use_threads=False):
                 column = batch.column("text")
                 plain = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
@@ -73,7 +73,7 @@ def print_lines(path: str, name: str) -> None:
                         sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape"))
     except MemoryError:
         raise UserError(
-            f"{name} takes more than {human_bytes(MOST_MEMORY)} of memory: write it in smaller row groups, or as .jsonl"
+            f"{name} needs more than {human_bytes(MOST_MEMORY)} of memory: write smaller row groups, or .jsonl"
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
         sys.exit(" ".join(str(error).split()))

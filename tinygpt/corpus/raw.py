@@ -98,13 +98,13 @@ class RawFolder:
     def _create(self, name: str) -> IO[bytes]:
         path = self.folder / TEXTS / PurePosixPath(name)
         if max(len(part.encode()) for part in path.parts) > MOST_NAME or len(name.encode()) > MOST_PATH:
-            raise UserError(f"{name[:MOST_NAME]}… is too long a name for a file: rename it")
+            raise UserError(f"the file name {name[:MOST_NAME]}… is too long: rename it")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return open(path, "xb")
         except (FileExistsError, NotADirectoryError):  # an archive is a folder here
             raise UserError(
-                f"download.source holds two files of the name {name}, or one and an archive: rename one"
+                f"download.source holds two files named {name}, or a file and an archive of that name: rename one"
             ) from None
 
 
@@ -236,17 +236,19 @@ def line_problem(line: bytes) -> str:
     if not isinstance(found, dict):
         return "is JSON, but not an object"
     names = ", ".join(map(shown, [*found][:MOST_FIELDS])) + (", …" if len(found) > MOST_FIELDS else "")
-    return 'has a "text" that is not a text' if "text" in found else f'has no "text", but {names or "no key"}'
+    return (
+        'has a "text" that is not a string' if "text" in found else f'has no "text", only {names or "an empty object"}'
+    )
 
 
 def bad_line(name: str, number: int, line: bytes, rest: Iterable[bytes] = ()) -> UserError:
     """The error for a line without a text, or that is too long; counts the lines of `rest` that have none either."""
     where = f"{name} line {number:,}"
     if len(line) > MOST_LINE:
-        return UserError(f"{where} has more than {human_bytes(MOST_LINE)}: cut its text into several lines")
+        return UserError(f"{where} is longer than {human_bytes(MOST_LINE)}: split its text into several lines")
     wrong = [True, *(line_text(each) is None for each in itertools.islice(rest, MOST_COUNTED) if each.strip())]
     begin = line[:MOST_SHOWN].decode(errors="replace").rstrip() + ("…" if len(line) > MOST_SHOWN else "")
-    more = f" (wrong from there on: {sum(wrong):,} of {len(wrong):,} lines)" if len(wrong) > 1 else ""
+    more = f" (wrong lines from there on: {sum(wrong):,} of {len(wrong):,})" if len(wrong) > 1 else ""
     return UserError(
-        f"{where} {line_problem(line)}: {begin}{more}: mend it, or rename the file to have it read as plain text"
+        f"{where} {line_problem(line)}: {begin}{more}: fix it, or rename the file to have it read as plain text"
     )

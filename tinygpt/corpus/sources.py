@@ -39,7 +39,7 @@ class DownloadParams:
                 self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256) is not None,
                 f"download.sha256={shown(self.sha256)} must be 64 characters of 0-9 and a-f",
             ),
-            ("\0" not in self.source, f"download.source={shown(self.source)} must not have zero bytes"),
+            ("\0" not in self.source, f"download.source={shown(self.source)} must not contain zero bytes"),
             (
                 self.encoding is None or _is_encoding(self.encoding),
                 f"download.encoding={shown(self.encoding)} is not a text encoding of Python, such as cp1252 or utf-16",
@@ -82,7 +82,7 @@ def gutenberg_text(book: bytes, name: str) -> bytes:
     end = re.search(marker % b"END", book, re.MULTILINE)
     if not start or not end or end.start() < start.end():
         raise UserError(
-            f"{name} lacks Project Gutenberg's START and END lines: give its URL as download.source to take it whole"
+            f"{name} lacks Project Gutenberg's START and END lines: set download.source to its URL to use all of it"
         )
     return book[start.end() : end.start()].strip(b"\r\n") + b"\n"
 
@@ -149,7 +149,7 @@ def find_source(name: str) -> Source:
 
 def _gutenberg(number: str) -> Source:
     if not re.fullmatch("[1-9][0-9]{0,9}", number):
-        raise UserError(f"download.source=gutenberg:{number} must name a book's number, such as gutenberg:1342")
+        raise UserError(f"download.source=gutenberg:{number} must give a book's number, such as gutenberg:1342")
     url = f"https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt"
     return Source(
         remotes=(Remote(url=url, name=f"pg{number}.txt"),),
@@ -165,11 +165,11 @@ def _url(url: str) -> Source:
     except ValueError:  # "http://[::1/x", a port that is not a number
         is_address = False
     if not is_address:
-        raise UserError(f"download.source={url} names no host: mend the address")
+        raise UserError(f"download.source={url} has no host: fix the address")
     name = PurePosixPath(unquote(parts.path)).name
     is_name = name not in ("", ".", "..") and not re.search("[\0-\x1f\x7f]", name)
     is_name = is_name and len(name.encode("utf-8", "replace")) <= MOST_NAME
-    require((is_name, f"download.source={url} must end with the name of a file, of {MOST_NAME} bytes at most"))
+    require((is_name, f"download.source={url} must end with a file name of at most {MOST_NAME} bytes"))
     return Source(remotes=(Remote(url=url, name=name),), licence="unknown")
 
 

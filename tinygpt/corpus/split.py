@@ -171,7 +171,7 @@ def check_held_out(n_documents: Mapping[str, int], split: str) -> None:
             others = [other for other in SPLITS[1:] if n_documents[other]]
             other = f"set evaluate.split to {others[0]}, or " if others and name == split != "val" else ""
             raise UserError(
-                f"{reader} needs {name} documents and there are none: {other}set clean.{name}_fraction above 0, and "
+                f"{reader} needs {name} documents, but there are none: {other}set clean.{name}_fraction above 0 and "
                 "clean.split to auto"
             )
 
