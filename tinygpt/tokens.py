@@ -77,15 +77,20 @@ def load_tokens(folder: str | Path, split: str, *, at_least: int = 1) -> TokenId
     meta, path = load_meta(folder), must_exist(Path(folder) / f"{split}.bin", stage="encode")
     n_tokens, found = meta.split(split).tokens, path.stat().st_size
     if found != n_tokens * np.dtype(meta.dtype).itemsize:
-        raise UserError(f"{path} has {found:,} bytes, {META_FILE} says {n_tokens:,} ids: run `dvc repro -f -s encode`")
+        raise UserError(
+            f"{path} has {found:,} bytes, but {META_FILE} says {n_tokens:,} ids: run `dvc repro -f -s encode`"
+        )
     unchanged(path, meta.split(split).sha256, stage="encode")
     if n_tokens < at_least:
         larger = "" if split == "train" else f", a larger clean.{split}_fraction"
         raise UserError(
             f"{path} has {n_tokens} tokens, at least {at_least} are needed: "
-            f"take more text{larger} or a smaller model.block_size"
+            f"use more text{larger} or a smaller model.block_size"
         )
     ids = np.memmap(path, dtype=np.dtype(meta.dtype), mode="r", shape=(n_tokens,))
     if (highest := int(ids.max())) >= meta.vocab_size:
-        raise UserError(f"{path} has the id {highest}, of {meta.vocab_size} tokens: run `dvc repro encode`")
+        raise UserError(
+            f"{path} contains the id {highest}, but the vocabulary has only {meta.vocab_size} tokens: "
+            "run `dvc repro encode`"
+        )
     return ids

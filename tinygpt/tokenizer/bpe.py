@@ -67,7 +67,7 @@ def learn_bpe(
     if len(tokens) < vocab_size:
         raise UserError(
             f"the training text gives only {len(tokens)} of {vocab_size} tokens: "
-            f"set tokenizer.vocab_size={len(tokens)}, lower tokenizer.min_frequency={min_frequency}, or take more text"
+            f"set tokenizer.vocab_size={len(tokens)}, lower tokenizer.min_frequency={min_frequency}, or use more text"
         )
     return Tokenizer.from_merges(merges, special_tokens)
 

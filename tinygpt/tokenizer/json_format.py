@@ -137,12 +137,12 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
         raise UserError(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
     if problems:
         found = some_of(problems, MOST_PROBLEMS)
-        raise UserError(f"{path} is not a byte-level BPE tokenizer.json as GPT-2's is ({found})")
+        raise UserError(f"{path} is not a byte-level BPE tokenizer.json like GPT-2's ({found})")
     vocab, added = document["model"]["vocab"], document["added_tokens"]
     special = {token["content"]: token["id"] for token in added}
     problems = _vocab_problems(vocab | special, merges, set(special)) + _special_problems(added, vocab)
     if required not in special:
-        problems.append(f"there is no special token {required}")
+        problems.append(f"the special token {required} is missing")
     if problems:
         raise UserError(f"{path}: {some_of(problems, MOST_PROBLEMS)}")
     return sorted(vocab | special, key=(vocab | special).__getitem__), merges, special
@@ -154,7 +154,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
     for merge, pair in zip(merges, pairs, strict=True):
         is_pair = isinstance(pair, list) and [type(part) for part in pair] == [str, str]
         if not is_pair or type(merge) is not type(merges[0]) or pair[0].startswith("#version"):
-            raise ValueError(f"model.merges has {_shown(merge)} in it")
+            raise ValueError(f"model.merges contains {_shown(merge)}")
     return [(left, right) for left, right in pairs]
 
 
@@ -185,11 +185,11 @@ def _special_problems(added: list[dict[str, Any]], vocab: dict[str, Any]) -> lis
     both = [(token["id"], vocab[token["content"]]) for token in added if token["content"] in vocab]
     own = [token["id"] for token in added if token["content"] not in vocab]
     rules = {
-        "added_tokens has one twice": len(set(names)) == len(names),
-        "added_tokens has another id than model.vocab": all(type(i) is int and i == id for id, i in both),
-        "added_tokens are not numbered on from model.vocab": own == [*range(len(vocab), len(vocab) + len(own))],
-        "added_tokens has a byte, or an empty text": all(name and name not in CHAR_TO_BYTE for name in names),
-        "added_tokens has half a character, such as \\ud800": not HALVES.search("".join(names)),
+        "added_tokens has a duplicate": len(set(names)) == len(names),
+        "an id in added_tokens differs from that in model.vocab": all(type(i) is int and i == id for id, i in both),
+        "the ids of added_tokens do not follow model.vocab's": own == [*range(len(vocab), len(vocab) + len(own))],
+        "added_tokens has a single byte or an empty string": all(name and name not in CHAR_TO_BYTE for name in names),
+        "added_tokens has half a character (a surrogate), such as \\ud800": not HALVES.search("".join(names)),
     }
     return [problem for problem, holds in rules.items() if not holds]
 

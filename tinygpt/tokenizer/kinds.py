@@ -54,13 +54,13 @@ class TokenizerParams:
             (all(len(name) > 1 for name in names), "tokenizer.special_tokens must have two or more characters each"),
             (
                 self.vocab_size >= 256 + len(names),
-                f"tokenizer.vocab_size={self.vocab_size} must hold 256 bytes and {len(names)} special tokens",
+                f"tokenizer.vocab_size={self.vocab_size} must have room for 256 bytes and {len(names)} special tokens",
             ),
             *(
                 (
                     self.from_file is not None or self.kind == "byte" or not can_be_learned(name),
-                    f"tokenizer.special_tokens names {shown(name)}, which the text may teach as a token of its own: "
-                    f"name it <|{name}|>, say",
+                    f"tokenizer.special_tokens names {shown(name)}, which could also be learned from the text: "
+                    f"name it <|{name}|>, for example",
                 )
                 for name in self.special_tokens
             ),
@@ -145,7 +145,7 @@ def take_tokenizer(params: TokenizerParams) -> Tokenizer:
     if missing := set(params.special_tokens) - tokenizer.special_tokens.keys():
         raise UserError(
             f"tokenizer.special_tokens names {', '.join(sorted(missing))}, which {params.from_file} does not have: "
-            "set it to [], the file's own are taken"
+            "set it to [] to use those of the file"
         )
     return tokenizer
 
