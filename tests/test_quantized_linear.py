@@ -81,7 +81,7 @@ def test_a_quantized_model_is_smaller_near_and_decodes_to_the_same(kind, family)
 
 
 def test_int4_refuses_what_its_blocks_do_not_fit():
-    with pytest.raises(UserError, match=r"gate_proj is \(50, 32\), but int4 needs .* columns in one of 32: take int8"):
+    with pytest.raises(UserError, match=r"gate_proj is \(50, 32\), but int4 needs .* and of 32 columns: use int8"):
         quantize(tiny_model(n_hidden=50), "int4")
-    with pytest.raises(UserError, match=r"lm_head is \(300, 64\), but int4 needs rows in a multiple of 16"):
+    with pytest.raises(UserError, match=r"lm_head is \(300, 64\), but int4 needs a multiple of 16 rows"):
         quantize(tiny_model(n_embd=64, vocab_size=300, tie_weights=False), "int4")

@@ -115,8 +115,8 @@ def quantize(model: GPT, kind: str) -> None:
     if kind == "int4" and odd:
         name, linear = odd[0]
         raise UserError(
-            f"{name} is ({linear.out_features}, {linear.in_features}), but int4 needs rows in a multiple of {ROWS} "
-            f"and columns in one of {GROUP}: take int8"
+            f"{name} is ({linear.out_features}, {linear.in_features}), but int4 needs a multiple of {ROWS} rows "
+            f"and of {GROUP} columns: use int8"
         )
     for name, linear in linears:
         owner, _, leaf = name.rpartition(".")

@@ -55,7 +55,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}): it is damaged, make it again") from None
+        raise UserError(f"{path} cannot be read as safetensors ({error}): recreate it as a safetensors file") from None
 
 
 def save_model(
@@ -93,8 +93,8 @@ def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer
     _, sha256 = _read_config(Path(folder))
     if sha256 not in (None, sha256_file(tokenizer_file(tokenizer))) or found.vocab_size != model.config.vocab_size:
         raise UserError(
-            f"{folder} was not trained with the tokenizer in {tokenizer}, they are of different runs: run `dvc repro`, "
-            "or name two that belong together"
+            f"{folder} was not trained with the tokenizer in {tokenizer}: run `dvc repro`, or give a model and a "
+            "tokenizer from the same run"
         )
     return model, found
 
@@ -104,17 +104,17 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
     if not (folder / "config.json").exists():
         raise UserError(
             f"train.init_from=base, but {folder} holds no model: run `python -m tinygpt import-hf FOLDER` or "
-            "`python -m tinygpt promote`, or set it to scratch"
+            "`python -m tinygpt promote`, or set train.init_from=scratch"
         )
     base, theirs = load_model(folder), load_tokenizer(folder)
     ours = config_fields(config)
     differing = [
-        f"model.{key}={shown(ours[key])} there {shown(value)}"
+        f"model.{key}={shown(ours[key])}, but {shown(value)} in the base"
         for key, value in config_fields(base.config).items()
         if key not in (*FREE, "vocab_size") and ours[key] != value
     ]
     if (theirs.tokens, theirs.merges) != (tokenizer.tokens, tokenizer.merges):
-        differing.append("data/tokenizer is another tokenizer")
+        differing.append("data/tokenizer is not the tokenizer of the base")
     if differing:
         raise UserError(
             f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`"
@@ -132,20 +132,20 @@ def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:
     except ParamsError as error:
         raise UserError(
             f"{path} does not fit this version of tinygpt ({'; '.join(error.problems)}): "
-            "run `dvc repro train` to make the model again"
+            "run `dvc repro train` to train the model again"
         ) from None
 
 
 def read_shapes(path: Path) -> Shapes:
     """The shapes of a safetensors file's tensors, from its header alone.  Raises UserError when it is damaged."""
     if not path.is_file():
-        raise UserError(f"{path} is not a file: weights are read from safetensors alone")
+        raise UserError(f"{path} is not a file: weights must be in a safetensors file")
     open(path, "rb").close()  # raises the system's own error for an unreadable file
     try:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}): it is damaged, make it again") from None
+        raise UserError(f"{path} cannot be read as safetensors ({error}): recreate it as a safetensors file") from None
 
 
 def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
     n, n_found = config.n_weights(config.vocab_size), sum(map(math.prod, found.values()))
     if n > 2 * n_found:
         raise UserError(
-            f"the sizes in its config.json make {n:,} numbers, and there are {n_found:,}: take both from one model"
+            f"its config.json describes {n:,} weights, but {n_found:,} were found: use files from the same model"
         )
     one = replace(config, n_layer=1, full_every=None)
     if rotates := config.position == "rope":  # tables are in no file, and on "meta" they import the compiler: seconds
@@ -174,7 +174,7 @@ def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
 def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
     """Tensors that are quantized, or not finite: both would load and compute nonsense."""
     kinds = (
-        ("quantized or of another type than float", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
+        ("quantized or not floating-point", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
         ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
     )
     return [f"{len(odd)} tensors are {reason}, such as {min(odd)}" for reason, odd in kinds if odd]
@@ -183,7 +183,7 @@ def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
 def misfits(found: Shapes, expected: Shapes) -> list[str]:
     """What is missing, unexpected or of another shape."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} is too much" for name in found.keys() - expected.keys()]
+    problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
     return sorted(problems + misshapen(found, expected))
 
 
@@ -204,7 +204,7 @@ def unset_model(config: GPTConfig) -> GPT:
         return GPT(config, init=False)
     except RuntimeError as error:  # from PyTorch's allocator, which has no class for it
         raise UserError(
-            f"a model of the sizes in its config.json cannot be built ({str(error).splitlines()[0]})"
+            f"a model with the sizes in its config.json cannot be built ({str(error).splitlines()[0]})"
         ) from None
 
 
@@ -225,5 +225,5 @@ def read_fitting(path: Path, expected: Shapes, fits: str) -> dict[str, Tensor]:
         tensors = load_tensors(path)
         problems = not_weights(tensors)
     if problems:
-        raise UserError(f"{path} does not fit {fits}: {some_of(problems, MOST_SHOWN)}: take both files from one run")
+        raise UserError(f"{path} does not fit {fits}: {some_of(problems, MOST_SHOWN)}: use files from the same run")
     return tensors
