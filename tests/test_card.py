@@ -91,5 +91,7 @@ def test_what_is_missing_is_reported_with_its_stage(tmp_path):
 def test_a_report_of_another_version_is_reported(key, value):
     others = {name: found for name, found in ORIGIN["evaluation"].items() if name != key}
     for evaluation in (others, others | {key: value}):
-        with pytest.raises(UserError, match=r"reports/eval.json is not what this version writes \(.*: run `dvc repro`"):
+        with pytest.raises(
+            UserError, match=r"reports/eval.json is damaged or from another version of tinygpt \(.*: run `dvc repro`"
+        ):
             model_card(tiny_config(), 1_066_112, ORIGIN | {"evaluation": evaluation}, 64, "q8_0")

@@ -104,7 +104,7 @@ def test_every_way_to_choose_tokens_has_its_flag(folders, tiny_tokenizer, comman
     [
         (["encode", "x", "--tokenizer", "nowhere"], "--tokenizer nowhere not found: give an existing folder"),
         (["promote", "--model", "nowhere"], "--model nowhere not found: give an existing folder"),
-        (["generate", "--model", "nowhere"], "nowhere not found: name a folder with config.json"),
+        (["generate", "--model", "nowhere"], "nowhere not found: give a folder with config.json"),
         (["generate", "--model", "data/nowhere"], "data/nowhere not found: run `dvc repro train`"),
         (["generate", "--model", "data/nowhere.gguf"], "data/nowhere.gguf not found: run `dvc repro export`"),
         (["generate", "--max-new-tokens", "0"], "--max-new-tokens=0 must be 1 or more"),
@@ -158,7 +158,7 @@ def test_a_tokenizer_of_another_run_is_refused(folders, tmp_path, command):
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     done = command("generate", *folders[:2], "--tokenizer", tmp_path)
     assert done.returncode == 1
-    assert "they are of different runs" in done.stderr
+    assert "or give a model and a tokenizer from the same run" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["generate", "chat", "attention", "promote"])

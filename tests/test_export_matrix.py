@@ -109,7 +109,7 @@ def test_a_refusal_names_the_program_and_the_nearest_change():
     check(config, GGUF)
     with pytest.raises(ParamsError) as caught:
         check(config, BOTH)
-    assert "no model of transformers has model.position=rope, model.norm=rmsnorm" in str(caught.value)
+    assert "transformers has no model with model.position=rope, model.norm=rmsnorm" in str(caught.value)
     assert "set model.norm=layernorm, or model.parallel_block=false, or turn" in str(caught.value)
     assert "off with export.hf=false" in str(caught.value)
 
@@ -130,7 +130,9 @@ def test_a_head_width_of_its_own_is_refused_where_a_family_derives_it():
 def test_a_kind_of_mlp_that_no_family_has_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(MLPS, "geglu", MLPKind("gelu", gated=True))
     for export in (BOTH, HF, GGUF):
-        with pytest.raises(ParamsError, match=r"has .*model\.mlp=geglu.*: set model\.mlp=\w+, or turn") as caught:
+        with pytest.raises(
+            ParamsError, match=r"ha(s|ve) no model with .*model\.mlp=geglu.*: set model\.mlp=\w+, or turn"
+        ) as caught:
             check(tiny_config(mlp="geglu"), export)
         assert "\n" not in str(caught.value)
 
@@ -139,7 +141,7 @@ def test_check_params_refuses_what_cannot_be_exported(tmp_path):
     params = (ROOT / "params.yaml").read_text()
     assert "  mlp: swiglu " in params
     (tmp_path / "params.yaml").write_text(params.replace("  mlp: swiglu ", "  mlp: relu2  "))
-    with pytest.raises(ParamsError, match=r"no model of transformers and llama\.cpp has .*model\.mlp=relu2"):
+    with pytest.raises(ParamsError, match=r"transformers and llama\.cpp have no model with .*model\.mlp=relu2"):
         check_params(tmp_path / "params.yaml")
 
 

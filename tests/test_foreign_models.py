@@ -168,7 +168,7 @@ def test_tensors_of_other_shapes_types_and_names_are_refused(folder):
     for name in (known, "x.q_proj.bias", "\x1b[2J.k_proj.weight", "q_proj", "norm.norms.7.weight"):
         if name not in tensors:
             save_file(tensors | {name: torch.ones(())}, path)
-            assert "is too much" in refusal(folder)
+            assert "is unexpected" in refusal(folder)
 
 
 def test_a_header_longer_than_the_file_or_with_overlaps_is_refused(folder):
@@ -203,7 +203,7 @@ def test_an_index_stays_in_its_folder_and_names_each_tensor_once(folder):
     tensors = load_file(path)
     for outside in ("../model.safetensors", "/etc/passwd", "a/../b"):
         index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, outside)}))
-        assert "not a file of its folder" in refusal(folder)
+        assert "not a file in its folder" in refusal(folder)
     shutil.copy(path, folder / "again.safetensors")
     index.write_text(json.dumps({"weight_map": {"a": "again.safetensors", "b": path.name}}))
     assert f"{len(tensors)} tensors are in two files" in refusal(folder)
@@ -212,7 +212,7 @@ def test_an_index_stays_in_its_folder_and_names_each_tensor_once(folder):
     index.write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
     assert "cannot be read as safetensors" in refusal(folder)
     index.unlink()
-    assert "weights are read from safetensors alone" in refusal(folder)
+    assert "weights must be in a safetensors file" in refusal(folder)
 
 
 def test_a_context_of_ten_million_tokens_costs_nothing(folder):

@@ -241,15 +241,15 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
 @pytest.mark.parametrize(
     ("damage", "name", "message"),
     [
-        (lambda path: None, "none", "none not found: name a folder with config.json"),
-        (lambda path: None, "none.gguf", "none.gguf not found: name a .gguf file"),
-        (lambda path: None, ".", "is not a model: name a folder with config.json"),
-        (lambda path: None, "tokenizer/tokenizer.json", "is not a model: name a folder with config.json"),
+        (lambda path: None, "none", "none not found: give a folder with config.json"),
+        (lambda path: None, "none.gguf", "none.gguf not found: give a .gguf file"),
+        (lambda path: None, ".", "is not a model: give a folder with config.json"),
+        (lambda path: None, "tokenizer/tokenizer.json", "is not a model: give a folder with config.json"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "model", "tokenizer.json not found: run `dvc repro train_tok"),
         (
             lambda path: (path / "model/model.safetensors").unlink(),
             "model",
-            "model.safetensors not found: name a folder",
+            "model.safetensors not found: give a folder",
         ),
         (lambda path: cut(path / "model.gguf"), "model.gguf", "llama.cpp cannot load"),
         (lambda path: cut(path / "hf/model.safetensors"), "hf", "cannot be read as safetensors"),

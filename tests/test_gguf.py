@@ -123,7 +123,7 @@ def test_a_model_of_no_family_is_refused_and_leaves_no_file(tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):
-    with pytest.raises(UserError, match="data/tokenizer has 257 tokens, data/model was trained with 300"):
+    with pytest.raises(UserError, match="data/tokenizer has 257 tokens, but data/model was trained with 300"):
         export_gguf(random_model(**LLAMA, vocab_size=300), byte_tokenizer(), tmp_path / "m.gguf", "f32")
 
 

@@ -105,13 +105,13 @@ def with_value(data: bytes, key: str, value: int) -> bytes:
 @pytest.mark.parametrize(
     ("family", "damage", "reason"),
     [
-        ("llama", lambda data: with_value(data, "llama.block_count", 0), "aborts at .*n_layer_all > 0"),
-        ("qwen3", lambda data: with_value(data, "qwen3.rope.dimension_count", 2), "aborts at .*n_embd_head == n_rot"),
-        ("gpt2", lambda data: with_value(data, "gpt2.attention.head_count", 5), "aborts at "),
+        ("llama", lambda data: with_value(data, "llama.block_count", 0), "aborts on .*n_layer_all > 0"),
+        ("qwen3", lambda data: with_value(data, "qwen3.rope.dimension_count", 2), "aborts on .*n_embd_head == n_rot"),
+        ("gpt2", lambda data: with_value(data, "gpt2.attention.head_count", 5), "aborts on "),
         (
             "llama",
             lambda data: data.replace(b"\x01" + bytes(7) + b"a", b"\x01" + bytes(7) + b"b", 1),
-            r"aborts at .*token_to_id",
+            r"aborts on .*token_to_id",
         ),
         ("llama", lambda data: with_value(data, "llama.context_length", 2**31), "has a context of -2147483648 tokens"),
         ("llama", lambda data: data[:1000], "cannot load"),

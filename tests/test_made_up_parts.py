@@ -90,7 +90,7 @@ def test_made_up_parts_are_compiled_too():
 @pytest.mark.parametrize("changes", PARTS.values(), ids=PARTS)
 def test_the_export_of_a_made_up_part_is_refused_in_one_line(changes):
     export = ExportParams(hf=True, gguf=("f32",), check_tokens=512)
-    with pytest.raises(UserError, match=r"no model of transformers and llama\.cpp has .*: set model\.") as caught:
+    with pytest.raises(UserError, match=r"transformers and llama\.cpp have no model with .*: set model\.") as caught:
         require(*export.rules_with({"model": tiny_config(**changes)}))
     assert "\n" not in str(caught.value)
 

@@ -255,10 +255,13 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
         {"runtime.cuda_graphs": True, "runtime.compile": True, "runtime.device": "cpu"},
         "runtime.cuda_graphs=true works only on a GPU, not on runtime.device=cpu: set it to false",
     ),
-    ({"model.position": "learned"}, "no model of transformers and llama.cpp has model.position=learned, "),
-    ({"model.block_size": 3}, "model.block_size=3 is too short to check export.gguf: at least 4"),
-    ({"tokenizer.special_tokens": ["the"]}, "tokenizer.special_tokens names the, which the text may teach as a"),
-    ({"tokenizer.special_tokens": ["Ã©"], "tokenizer.kind": "char"}, 'tokenizer.special_tokens names "Ã©", which the'),
+    ({"model.position": "learned"}, "transformers and llama.cpp have no model with model.position=learned, "),
+    ({"model.block_size": 3}, "model.block_size=3 is too short to check export.gguf: set it to at least 4"),
+    ({"tokenizer.special_tokens": ["the"]}, "tokenizer.special_tokens names the, which could also be learned"),
+    (
+        {"tokenizer.special_tokens": ["Ã©"], "tokenizer.kind": "char"},
+        'tokenizer.special_tokens names "Ã©", which could also',
+    ),
 ]
 
 
@@ -405,7 +408,11 @@ def load_edited(cls: type, **changes: Any) -> Any:
         (EvaluateParams, {"prompts": "one"}, "evaluate.prompts"),
         (EvaluateParams, {"max_new_tokens": 0}, "evaluate.max_new_tokens"),
         (TokenizerParams, {"vocab_size": 100}, "tokenizer.vocab_size"),
-        (TokenizerParams, {"vocab_size": 257, "special_tokens": ["<|a|>"]}, "must hold 256 bytes and 2 special"),
+        (
+            TokenizerParams,
+            {"vocab_size": 257, "special_tokens": ["<|a|>"]},
+            "must have room for 256 bytes and 2 special",
+        ),
         (TokenizerParams, {"special_tokens": ["<|endoftext|>"]}, "tokenizer.special_tokens"),
         (TokenizerParams, {"special_tokens": ["x"]}, "two or more characters"),
         (PlotParams, {"formats": []}, "plot.formats"),

@@ -198,7 +198,7 @@ def test_a_typo_in_any_group_stops_before_training(project):
 
 def test_an_impossible_export_is_refused_before_training(project):
     set_params(project, {"model.position": "learned"})
-    assert "no model of transformers and llama.cpp has model.position=learned" in refused("train", project)
+    assert "transformers and llama.cpp have no model with model.position=learned" in refused("train", project)
     assert len(list(project.glob("runs/*/lock"))) == 1  # that of the first run
 
 

@@ -618,7 +618,7 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
         (["--port", "70000"], "error: --port=70000 must be from 0 to 65535"),
         (["--host", "203.0.113.7"], "error: cannot listen on 203.0.113.7, port 0"),
         (["--model", "a", "--model", "a"], "error: --model a: its name is taken"),
-        (["--model", "nothing"], "error: nothing not found: name a folder with config.json"),
+        (["--model", "nothing"], "error: nothing not found: give a folder with config.json"),
         (["--model", "a=b.gguf"], "error: --model b.gguf: serve does not read .gguf files"),
         (["--max-rows", "0"], "error: --max-rows=0 must be"),
     ],

@@ -74,7 +74,7 @@ def model_card(config: GPTConfig, n_params: int, origin: Origin, n_ctx: int, wei
         return template.render(shown | origin)
     except (UndefinedError, TypeError, ValueError, AttributeError) as error:
         made = "data/raw/manifest.json, data/model/training.json or reports/eval.json"
-        raise UserError(f"{made} is not what this version writes ({error}): run `dvc repro`") from None
+        raise UserError(f"{made} is damaged or from another version of tinygpt ({error}): run `dvc repro`") from None
 
 
 def modelfile(tokenizer: Tokenizer, weight_type: str, n_ctx: int) -> str:

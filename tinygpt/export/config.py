@@ -44,5 +44,5 @@ class ExportParams:
             key = "block_size" if n_ctx == model.block_size else "window"
             yield (
                 n_ctx >= MIN_BLOCK_SIZE,
-                f"model.{key}={n_ctx} is too short to check export.gguf: at least {MIN_BLOCK_SIZE}",
+                f"model.{key}={n_ctx} is too short to check export.gguf: set it to at least {MIN_BLOCK_SIZE}",
             )

@@ -131,15 +131,16 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
     off = " and ".join(target.off for target in lacking)
     found["head_dim"] = config.head_dim if found["head_dim"] == "own" else found["head_dim"]
     plain = ", ".join(f"model.{key}={shown(value)}" for key, value in found.items() if key != "window")
-    return f"no model of {names} has {plain}: set {', or '.join(advice)}, or turn that export off with {off}"
+    have = "has" if len(lacking) == 1 else "have"
+    return f"{names} {have} no model with {plain}: set {', or '.join(advice)}, or turn that export off with {off}"
 
 
 def check_vocabulary(config: GPTConfig, vocab_size: int) -> None:
     """Raise UserError if the tokenizer has another size than the one that the model was trained with."""
     if vocab_size != config.vocab_size:
         raise UserError(
-            f"data/tokenizer has {vocab_size} tokens, data/model was trained with {config.vocab_size}: "
-            "run `dvc repro train` to train it on this tokenizer"
+            f"data/tokenizer has {vocab_size} tokens, but data/model was trained with {config.vocab_size}: "
+            "run `dvc repro train` to train it with this tokenizer"
         )
 
 

@@ -25,7 +25,7 @@ from tinygpt.paths import BASE, MODEL, TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
-FOLDER = "a folder with config.json and model.safetensors, of tinygpt or transformers"
+FOLDER = "a folder with config.json and model.safetensors, from tinygpt or transformers"
 PRESET_FILE = "preset.yaml"
 ADAPTER_FILE = "adapter.safetensors"
 FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, PRESET_FILE, "README.md"}  # that a new base may replace
@@ -42,10 +42,10 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
     if not (folder / CONFIG_FILE).exists():
         found = sorted(folder.glob("*.gguf"))
         example = f", such as {found[0]}" if found else ""
-        raise UserError(f"{folder} is not a model: name {FOLDER}, or a .gguf file{example}")
+        raise UserError(f"{folder} is not a model: give {FOLDER}, or a .gguf file{example}")
     if "model_type" in read_json(folder / CONFIG_FILE, stage="train"):
         if tokenizer is not None:
-            raise UserError(f"{folder} has its own tokenizer, as transformers saves it: leave {tokenizer} out")
+            raise UserError(f"{folder} is a transformers folder, which has its own tokenizer: leave {tokenizer} out")
         config, tensors, found_tokenizer = read_hf_pair(folder)
         return fill(unset_model(config), tensors), found_tokenizer
     must_be_there(folder / WEIGHTS_FILE, stage="train")
@@ -66,12 +66,14 @@ def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]
     """
     config, tensors = read_hf(folder)
     if not (folder / TOKENIZER_FILE).exists():
-        raise UserError(f"{folder / TOKENIZER_FILE} not found: only byte-level BPE in that form can be imported")
+        raise UserError(
+            f"{folder / TOKENIZER_FILE} not found: only byte-level BPE from a tokenizer.json can be imported"
+        )
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
-            f"{folder}: the model has {config.vocab_size} tokens and its tokenizer.json {tokenizer.vocab_size}: "
-            "name two that belong together; a padded vocabulary cannot be imported"
+            f"{folder}: the model has {config.vocab_size} tokens, but its tokenizer.json {tokenizer.vocab_size}: "
+            "use files from the same model; a padded vocabulary cannot be imported"
         )
     return config, tensors, tokenizer
 
@@ -81,7 +83,7 @@ def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
     if path.parts[:1] == MODEL.parts[:1]:
         return must_exist(path, stage=stage)
     if not path.exists():
-        raise UserError(f"{path} not found: name {wanted}")
+        raise UserError(f"{path} not found: give {wanted}")
     return path
 
 
@@ -91,7 +93,7 @@ def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], toke
     Raises UserError if anything else is in the folder.
     """
     if others := sorted({path.name for path in folder.glob("*")} - FILES):
-        raise UserError(f"{folder} holds {others[0]}, which does not belong to a base: name another folder")
+        raise UserError(f"{folder} holds {others[0]}, which is not part of a base model: give another folder")
     with atomic_folder(folder.absolute()) as partial:
         tokenizer.save(partial)
         save_model(partial, config, tensors, sha256_file(tokenizer_file(partial)))
@@ -120,14 +122,14 @@ def _record() -> None:
     done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "rror" in line), "no reason given")
-        raise UserError(f"{BASE} is written, but DVC has not taken it ({said}): mend that and run `dvc repro base`")
+        raise UserError(f"{BASE} is written, but DVC could not add it ({said}): fix that and run `dvc repro base`")
 
 
 def use_of(folder: Path) -> str:
     """How to use the weights in a folder that `write_base` has filled."""
     if folder == BASE:
-        return "`python -m tinygpt preset base` sets params.yaml to go on from them"
-    return f"`python -m tinygpt generate --model {folder} --tokenizer {folder}` writes with them"
+        return "`python -m tinygpt preset base` sets params.yaml to continue from them"
+    return f"`python -m tinygpt generate --model {folder} --tokenizer {folder}` generates text with them"
 
 
 def export_adapters(folder: Path, model_dir: Path, base_dir: Path, model: GPT, params: ExportParams) -> list[str]:
@@ -142,8 +144,8 @@ def export_adapters(folder: Path, model_dir: Path, base_dir: Path, model: GPT, p
     base = base_dir / WEIGHTS_FILE
     if not base.exists() or sha256_file(base) != training.base_sha256:
         raise UserError(
-            f"{base_dir} is not the model that these adapters were trained on: put that one back, or run `dvc repro "
-            "train` to train adapters of this one"
+            f"{base_dir} is not the model that these adapters were trained on: restore it, or run `dvc repro train` to "
+            "train adapters for this one"
         )
     from tinygpt.export.gguf import export_gguf_adapter  # here, so that opening a model need not wait for it
 

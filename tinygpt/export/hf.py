@@ -94,7 +94,7 @@ def check_hf(model: GPT, folder: str | Path) -> None:
     found = load_tensors(path)
     same = {name for name in found.keys() & expected.keys() if torch.equal(expected[name].cpu(), found[name])}
     if wrong := sorted((found.keys() | expected.keys()) - same):
-        raise UserError(f"{path} is not the model in {some_of(wrong, MOST_SHOWN)}: export it again")
+        raise UserError(f"{path} differs from the model in {some_of(wrong, MOST_SHOWN)}: export it again")
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -156,7 +156,7 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     families = {family.name: family for family in TRANSFORMERS.families}
     kind = document.get("model_type")
     if (family := families.get(str(kind))) is None:
-        raise UserError(f"{path} is of model_type {shown(kind)}, supported are {', '.join(families)}")
+        raise UserError(f"{path} has model_type {shown(kind)} (supported: {', '.join(families)})")
     config = _read_config(path, document, family)
     shapes = {path: read_shapes(path) for path in _weight_files(folder)}
     misfits: list[Misfit] = []
@@ -183,15 +183,15 @@ def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> G
         if not find_family([family], config):
             found, allowed = switches_of(config), family.switches
             shown = ", ".join(f"{key}: {found[key]}" for key in allowed if found[key] not in allowed[key])
-            problems.append(f"a {family.name} is not the same here with {shown}")
+            problems.append(f"a {family.name} with {shown} would compute something else here")
     except KeyError as error:
         problems.append(f"it has no {error.args[0]}")
     except (TypeError, AttributeError) as error:
-        problems.append(f"it has a value of another type ({error})")
+        problems.append(f"a value has the wrong type ({error})")
     except ParamsError as error:
         problems += error.problems
     if problems:
-        raise UserError(f"{path} is not a model that can be taken: {'; '.join(problems)}")
+        raise UserError(f"{path} is not a model that tinygpt supports: {'; '.join(problems)}")
     return config
 
 
@@ -237,26 +237,26 @@ def _mlp(activation: str, family: HFFamily) -> str:
     mlps = {ACTIVATIONS[mlp]: mlp for mlp in family.switches["mlp"]}
     name = OTHER_NAMES.get(activation, activation)
     if name not in mlps:
-        raise ParamsError([f"it has the activation {activation}, supported are {', '.join(mlps)}"])
+        raise ParamsError([f"it has the activation {activation} (supported: {', '.join(mlps)})"])
     return mlps[name]
 
 
 def _full_every(layer_types: list[str] | None, n_layer: int) -> int | None:
     """The n for which every n-th layer sees everything; None if none does."""
     if layer_types and (len(layer_types) != n_layer or not {*layer_types} <= {"full_attention", "sliding_attention"}):
-        raise ParamsError(["it has layer_types that are not one for each layer, full_ or sliding_attention"])
+        raise ParamsError(["layer_types must give full_attention or sliding_attention for each layer"])
     full = [i + 1 for i, kind in enumerate(layer_types or []) if kind == "full_attention"]
     if not full:
         return None
     if full != [*range(full[0], n_layer + 1, full[0])]:
-        raise ParamsError(["it has layer_types of full attention that are not every n-th"])
+        raise ParamsError(["layer_types must have full_attention in every n-th layer"])
     return full[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise UserError(f"{path} not found: name a folder that transformers saved")
-    return read_object(path, remedy="name a folder that transformers saved")
+        raise UserError(f"{path} not found: give a folder saved by transformers")
+    return read_object(path, remedy="give a folder saved by transformers")
 
 
 def _read_tensors(shapes: Mapping[Path, Shapes], config: GPTConfig, family: HFFamily) -> dict[str, Tensor]:
@@ -280,7 +280,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_FILE]
     files = _read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise UserError(f"{index} has no weight_map of tensors to files")
+        raise UserError(f"{index} has no weight_map from tensors to files")
     if outside := sorted(name for name in files.values() if Path(name).name != name):
-        raise UserError(f"{index} names {shown(outside[0])}, which is not a file of its folder")
+        raise UserError(f"{index} names {shown(outside[0])}, which is not a file in its folder")
     return [folder / name for name in sorted(set(files.values()))]

@@ -179,7 +179,7 @@ def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensor
     """Convert tensors back to our names and shapes.  Raises Misfit, which uses their names."""
     expected, theirs = check_layout(shapes_of(tensors), config, layout)
     others = [
-        f"{name} is too much" for name in tensors if name not in theirs and not _is_neutral(name, tensors, layout)
+        f"{name} is unexpected" for name in tensors if name not in theirs and not _is_neutral(name, tensors, layout)
     ]
     ours, wrong = _collected(tensors, expected, config, layout)
     if problems := others + wrong:
@@ -215,7 +215,7 @@ def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: L
         for number, here, at in _owners(rows, ends):
             same[here] = ours[number][at]
         if not torch.allclose(same, found, 0, 0, equal_nan=True):
-            wrong.append(f"{name} {'is too much' if (rows < 1).any() else 'differs from what it must repeat'}")
+            wrong.append(f"{name} {'is unexpected' if (rows < 1).any() else 'differs from the weights it must repeat'}")
     made = ((number, *each) for number, each in enumerate(expected.items()) if number in ours)
     return {name: ours[number].reshape(tensor.shape) for number, name, tensor in made}, wrong
 

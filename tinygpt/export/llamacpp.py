@@ -125,9 +125,9 @@ def open_library() -> ctypes.CDLL:
         import xllamacpp
         import xllamacpp.xllamacpp as extension
     except ImportError as error:
-        raise UserError(f"GGUF files, as those of export.gguf, need llama.cpp ({error}): {install}") from None
+        raise UserError(f"GGUF files, such as those of export.gguf, need llama.cpp ({error}): {install}") from None
     if xllamacpp.__version__ != XLLAMACPP_VERSION:
-        raise UserError(f"xllamacpp {xllamacpp.__version__} has another layout of llama.cpp's structs: {install}")
+        raise UserError(f"xllamacpp {xllamacpp.__version__} lays out llama.cpp's structs differently: {install}")
     library = ctypes.CDLL(extension.__file__, mode=ctypes.RTLD_GLOBAL)
     for result, arguments, names in _SIGNATURES:
         for function in (getattr(library, name) for name in names.split()):
@@ -174,7 +174,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         self.n_ctx: int = min(n_ctx or n_ctx_train, n_ctx_train)
         if self.n_ctx < 1:
             self.close()
-            raise UserError(f"{path} has a context of {n_ctx_train} tokens: it is damaged, make it again")
+            raise UserError(f"{path} is damaged (it has a context of {n_ctx_train} tokens): recreate it")
         self._context = self._open_context(n_threads)
 
     def __exit__(self, *_: object) -> None:
@@ -233,7 +233,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         _errors.clear()
         model: int | None = self._lib.llama_model_load_from_file(os.fsencode(self._path), params)
         if not model:
-            raise UserError(f"llama.cpp cannot load {self._path} ({_last_error()}): if it is damaged, make it again")
+            raise UserError(f"llama.cpp cannot load {self._path} ({_last_error()}): if it is damaged, recreate it")
         return model
 
     def _open_context(self, n_threads: int) -> int:
@@ -268,25 +268,25 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         tokens, has_logits = (c_int32 * n)(*ids), (c_int8 * n)(*[0] * (n - n_logits), *[1] * n_logits)
         batch = Batch(n_tokens=n, token=ctypes.addressof(tokens), logits=ctypes.addressof(has_logits))
         if status := self._lib.llama_decode(self._context, batch):
-            raise UserError(f"llama.cpp cannot read a text with {self._path} (status {status}: {_last_error()})")
+            raise UserError(f"llama.cpp cannot run {self._path} (status {status}: {_last_error()})")
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (n_logits, self.vocab_size)).copy()
 
 
 def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> LlamaCpp:
     """Open a file after a trial.  Raises UserError with llama.cpp's reason if it cannot be used."""
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file: name a .gguf file")
+        raise UserError(f"{path} is not a file: give a .gguf file")
     command = [sys.executable, "-c", TRIAL, str(Path(__file__).parents[2]), str(path), str(n_ctx or "")]
     try:
         tried = subprocess.run(command, capture_output=True, timeout=MOST_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise UserError(f"llama.cpp did not finish with {path} in {MOST_SECONDS} s: it may be damaged") from None
+        raise UserError(f"llama.cpp did not finish with {path} in {MOST_SECONDS} s: the file may be damaged") from None
     if tried.returncode:
         said = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"]
         if reported := [line for line in said if line.startswith("error: ")]:
             raise UserError(reported[0].removeprefix("error: "))
         reason = re.sub(r"^\S*/", "", said[0])  # without the path of the source file
-        raise UserError(f"llama.cpp aborts at {path} ({reason}): it is damaged or contradicts itself, make it again")
+        raise UserError(f"llama.cpp aborts on {path} ({reason}), which is damaged or inconsistent: recreate it")
     return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
 
 
