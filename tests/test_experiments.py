@@ -175,7 +175,7 @@ def test_a_base_travels_with_experiments(here, command):
     assert weights(here) == sha256_file(here / "data/model/model.safetensors")
     assert command("preset", "base").returncode == 0
     said = succeed("dvc exp run --temp train -S train.max_steps=6 -S train.warmup_steps=1 -S train.lr=5", here)
-    assert "at step 0: before the first, so the weights that it started from are published" in said
+    assert "at step 0: no step improved it, so the weights that training started from are published" in said
     assert "Stage 'base' didn't change" in said
 
 

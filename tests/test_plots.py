@@ -111,7 +111,7 @@ def test_a_damaged_row_is_reported_with_its_line(line, text, reports):
     if text == "2,2.9,,0.001":  # the norm may be missing, as after an overflow
         assert read_tables(reports)
         return
-    with pytest.raises(UserError, match=rf"train.csv is cut or damaged in line {line}: run `dvc repro train`"):
+    with pytest.raises(UserError, match=rf"train.csv is cut off or damaged in line {line}: run `dvc repro train`"):
         read_tables(reports)
 
 

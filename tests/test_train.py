@@ -230,7 +230,9 @@ def test_training_from_a_base_never_gives_worse_weights_than_the_base(changes, t
     made_from = {"tokenizer": "0", "base": None}
     report = publish(trained, trainer, tmp_path / "model", tmp_path / "reports", made_from=made_from)
     assert (report["best_step"], report["first_val_loss"]) == (0, report["val_loss"])
-    assert "at step 0: before the first, so the weights that it started from" in described(report, tmp_path / "model")
+    assert "at step 0: no step improved it, so the weights that training started from" in described(
+        report, tmp_path / "model"
+    )
     assert (tmp_path / "reports/train.csv").read_text().splitlines()[1] == f"0,,{report['val_loss']:.8g},,"
 
 

@@ -156,5 +156,5 @@ def lengths_chart() -> Spec:
         "tooltip": [{"field": "bytes", "title": "bytes"}, *shown("share"), in_vocabulary],
     }
     mark = {"mark": {"type": "bar", "color": "$blue", "tooltip": True}, "encoding": encoding}
-    title = "share of the text in tokens of so many bytes"
+    title = "share of the text by length of its tokens"
     return chart(150, mark, title=title) | {"data": {"name": "lengths"}}

@@ -20,7 +20,7 @@ from tinygpt.files import write_text
 from tinygpt.params import GROUPS
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, comparison_chart, run_styles
-from tinygpt.report.page import curve_rows, render
+from tinygpt.report.page import curve_rows, in_words, render
 from tinygpt.report.reports import Row, parse_curve
 
 METRICS = {  # name -> its file in reports/metrics, and its format
@@ -164,7 +164,9 @@ def read_made(one: Experiment) -> Made | None:
         rows = curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"])
         return Made(**vars(one), curve=curve, rows=rows, eval=evaluation, samples=samples)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"the reports of {one.name} cannot be read ({error!r}): run it again, or name others") from None
+        raise UserError(
+            f"the reports of {one.name} cannot be read ({in_words(error)}): run it again, or choose others"
+        ) from None
 
 
 def read_report(files: DVCFileSystem, name: str) -> str:

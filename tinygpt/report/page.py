@@ -37,14 +37,14 @@ from tinygpt.report.reports import (
 
 ASSETS = Path(__file__).with_name("html")
 CLEANED = {  # keys of reports/clean.json in words
-    "repaired_bytes": "bytes that are not UTF-8, now U+FFFD",
-    "newlines_changed": "line ends made \\n",
+    "repaired_bytes": "bytes that were not UTF-8, replaced by U+FFFD",
+    "newlines_changed": "line ends changed to \\n",
     "control_removed": "control characters removed",
-    "nfc_changed": "documents with characters composed",
-    "long_cut": "documents cut, being very long",
+    "nfc_changed": "documents changed to Unicode NFC",
+    "long_cut": "very long documents cut",
     "too_short": "documents dropped: too short",
-    "exact_duplicates": "documents dropped: the same as one before",
-    "near_duplicates": "documents dropped: almost the same as one before",
+    "exact_duplicates": "documents dropped: the same as an earlier one",
+    "near_duplicates": "documents dropped: almost the same as an earlier one",
     "leaked": "documents dropped from training: also in validation or test",
 }
 
@@ -55,8 +55,16 @@ def write_page(root: Path, path: Path) -> None:
     try:
         page = render("run.html", run_data(reports), **run_view(reports, find_earlier(root, reports.eval)))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, UndefinedError) as error:
-        raise UserError(f"{REPORTS} is not what this version writes ({error!r}): run `dvc repro`") from None
+        raise UserError(
+            f"{REPORTS} is damaged or from another version of tinygpt ({in_words(error)}): run `dvc repro`"
+        ) from None
     write_text(path, page)
+
+
+def in_words(error: Exception) -> str:
+    """What an exception says, without Python's quotes around a missing key."""
+    said = error.args[0] if error.args else type(error).__name__
+    return f"{said} is missing" if isinstance(error, KeyError) else str(said)
 
 
 def write_live(folder: Path, path: Path, *, running: bool) -> None:
@@ -195,7 +203,7 @@ def numbers(reports: Reports, earlier: Earlier | None) -> list[dict[str, Any]]:
     rows = (
         ("Validation loss", "val_loss", "loss_error", ".4f", "nats per token, at its lowest", same_tokens),
         (f"Bits per byte, {now['split']}", "bpb", "bpb_error", ".4f", "comparable between tokenizers", same_text),
-        (f"Perplexity, {now['split']}", "ppl", "ppl_error", ".2f", "of a token", same_tokens),
+        (f"Perplexity, {now['split']}", "ppl", "ppl_error", ".2f", "per token", same_tokens),
     )
     found = list[dict[str, Any]]()
     for name, key, error, form, unit, comparable in rows:

@@ -91,7 +91,7 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
     context = params.context or model.config.block_size
     stride = params.stride or context
     require(*params.rules_with({"model": model.config}))
-    no_text = f"the {params.split} split has no text, only {len(tokens)} tokens: take another evaluate.split"
+    no_text = f"the {params.split} split has no text, only {len(tokens)} tokens: choose another evaluate.split"
     require((n_bytes > 0, no_text))
     nll = token_nll(model, tokens, context=context, stride=stride)
     loss, error = estimate(nll)

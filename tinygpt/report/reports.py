@@ -98,7 +98,7 @@ def parse_rows(text: str, name: str, columns: Sequence[str] = ()) -> list[Row]:
     parts = ["step", *dict.fromkeys(filter(str.isidentifier, found[1:]))]
     if len(lines) < 2 or found != [*(columns or parts)] or len(parts) < 2:
         shown = ", ".join(columns or ["step", "one for each part"])
-        raise UserError(f"{name} must have the columns {shown}, and a row: {AGAIN}")
+        raise UserError(f"{name} must have the columns {shown} and at least one row: {AGAIN}")
     rows, step = list[Row](), -math.inf
     try:
         for line in lines[:-1]:
@@ -107,7 +107,7 @@ def parse_rows(text: str, name: str, columns: Sequence[str] = ()) -> list[Row]:
         if lines[-1]:
             raise ValueError("its last line is cut")
     except ValueError:
-        raise UserError(f"{name} is cut or damaged in line {len(rows) + 2}: {AGAIN}") from None
+        raise UserError(f"{name} is cut off or damaged in line {len(rows) + 2}: {AGAIN}") from None
     return rows
 
 

@@ -70,7 +70,9 @@ def as_csv(rows: Sequence[Mapping[str, float | None]]) -> str:
 def described(report: dict[str, Any], model_dir: Path) -> str:
     """The summary in two lines."""
     size = human_bytes((model_dir / WEIGHTS_FILE).stat().st_size)
-    unchanged = "" if report["best_step"] else ": before the first, so the weights that it started from are published"
+    unchanged = (
+        "" if report["best_step"] else ": no step improved it, so the weights that training started from are published"
+    )
     return (
         f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s\n"
         f"train: lowest validation loss {report['val_loss']:.4f}, at step {report['best_step']:,}{unchanged}"
