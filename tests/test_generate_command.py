@@ -260,7 +260,7 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
         (
             lambda path: shutil.copy(path / "../other.json", path / "hf/tokenizer.json"),
             "hf",
-            "tokens and its tokenizer",
+            "tokens, but its tokenizer",
         ),
     ],
 )
@@ -290,7 +290,7 @@ def test_python_opens_the_same_folders(folder, tiny_tokenizer):
 
 
 def test_a_folder_of_transformers_has_its_own_tokenizer(generate):
-    assert "hf has its own" in generate("--tokenizer", "x", model="hf").stderr
+    assert "hf is a transformers folder, which has its own" in generate("--tokenizer", "x", model="hf").stderr
 
 
 def test_a_gguf_file_is_known_by_its_first_bytes(generate, folder):
