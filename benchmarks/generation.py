@@ -5,12 +5,12 @@ same threads, side by side.
     python -m benchmarks.generation --threads 4 --rounds 9
     python -m benchmarks.generation --pair FOLDER   # speculative decoding alone, of what benchmarks/pair.py trained
 
-Every program takes the likeliest token, on the CPU, in float32 or with 8-bit weights. In float32 all must take the same,
-but in up to a tenth of a batch's rows (the cache of llama.cpp's slots is in float16). A round runs all of them once, one
-after the other; the table has medians over the rounds. Prompts have 200 tokens, or 64 in a batch of 32; reading them does
-not count in the time per token. CTranslate2 and OpenVINO GenAI take part if they are installed (pip install ctranslate2
-openvino-genai); the latter reads GGUF files, F16 because it does not read F32. Speculative decoding continues N_TEXT
-classes of made-up code.
+Every program takes the likeliest token, on the CPU, in float32 or with 8-bit weights. In float32 all must take the
+same, but in up to a tenth of a batch's rows (the cache of llama.cpp's slots is in float16). A round runs all of them
+once, one after the other; the table has medians over the rounds. Prompts have 200 tokens, or 64 in a batch of 32;
+reading them does not count in the time per token. CTranslate2 and OpenVINO GenAI take part if they are installed (pip
+install ctranslate2 openvino-genai); the latter reads GGUF files, F16 because it does not read F32. Speculative
+decoding continues N_TEXT classes of made-up code.
 """
 
 from __future__ import annotations
