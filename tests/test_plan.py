@@ -216,7 +216,7 @@ def test_a_text_that_is_missing_or_too_small_is_said(folder):
         "\n\n".join(f"This is paragraph number {i}, and it is short." * 3 for i in range(12))
     )
     run_stages("download clean", folder)
-    with pytest.raises(UserError, match=r"the text gives .* tokens to learn from and .* to measure on.*take more text"):
+    with pytest.raises(UserError, match=r"the text gives .* tokens to learn from and .* to measure on.*use more text"):
         plan("--minutes 5")
 
 

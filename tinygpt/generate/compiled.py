@@ -8,6 +8,7 @@ B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from itertools import chain
@@ -151,6 +152,8 @@ def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     late = first_room(model.config.block_size) - 2  # a late position: only long loops are shared among threads
     if late < 1:
         return
+    log = logging.getLogger("torch._inductor.scheduler")  # where there is no compiler, it prints 40 lines
+    log.disabled = True
     try:
         with torch.inference_mode():
             for n in sorted({1, min(n_row, FEW), n_row}):  # one for each way to multiply
@@ -159,4 +162,6 @@ def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
         cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
         cure = "install g++, set CXX to your compiler, or leave out --compile"
         raise UserError(f"the step cannot be compiled ({cause}): {cure}") from error
+    finally:
+        log.disabled = False
     STEPS[model] = step
