@@ -7,8 +7,9 @@ many steps as this machine can do in the time, so they may run in the background
 table, benchmarks/plan.csv, are not repeated; stopped ones continue.
 
 Random runs draw width, layers, vocabulary, context, batch and dropout; their rates follow the recipe's rules. The law
-was not fitted on these texts: kjv, the King James Bible of Debian's bible-kjv-text 4.38; spanish, Debian's handbook in
-Spanish (debian-handbook 11.20220922) as plain text; headers, the C++ headers of torch 2.13.0 under c10 and torch.
+was not fitted on these texts: kjv, the King James Bible as Debian's bible-kjv 4.38 prints gen1:1-rev22:21; spanish,
+Debian's handbook in Spanish (debian-handbook 11.20220922) as plain text; headers, torch/include/c10 and
+torch/include/torch of PyTorch 2.13.0.
 """
 
 from __future__ import annotations
