@@ -163,4 +163,4 @@ class Law:
 
 # `batch` is not fitted
 LAW = Law(weights=0.107, weights_power=0.661, power=0.2412, start=0.661, repeats=0.349, batch=32_768)
-SPREAD = 0.1  # on two texts outside the fit, the law was 1 to 5 percent off; on another, a third (docs/plan.md)
+SPREAD = 0.1  # on two texts outside the fit, the law was 1 and 4 percent off; on a third, a quarter (docs/plan.md)
