@@ -265,6 +265,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"the step before failed: {failed}")
 
 
+@pytest.fixture(autouse=True)
+def interrupts() -> Generator[None]:
+    """Leave SIGINT as it was before the test: after a command that failed early, it would end the process at once."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 class Done(NamedTuple):
     """The result of a command."""
 
