@@ -37,7 +37,7 @@ def run(root: Path) -> None:
     model, tokenizer = load_pair(root / MODEL, root / TOKENIZER)
     require(*params.rules_with({"model": model.config}))
     meta, least = load_meta(root / TOKENS, tokenizer=root / TOKENIZER), min(CHUNK_SIZE, model.config.block_size)
-    split = "test" if meta.test.tokens >= least else "val"  # training needed at least so many val tokens
+    split = "test" if meta.test.tokens >= least else "val"  # training needed at least this many val tokens
     ids = load_tokens(root / TOKENS, split, at_least=least)[: params.check_tokens]
     origin = read_origin(root / RAW, root / MODEL, root / REPORTS)
     card = partial(model_card, model.config, model.n_params(), origin)

@@ -1,6 +1,6 @@
 """Fuzzing with damaged files: damage one file of a sound project at random, and run a program that reads it.
 
-    PYTHONPATH=. python tests/fuzz.py 50000              # so many files of all formats, as `make fuzz` does
+    PYTHONPATH=. python tests/fuzz.py 50000              # this many files of all formats, as `make fuzz` does
     PYTHONPATH=. python tests/fuzz.py 500 tokens gguf    # only these formats
     PYTHONPATH=. python tests/fuzz.py tokens:17          # repeat one, and show the damage and the program's output
 
@@ -143,7 +143,7 @@ TEXTS = [
     "x" * 100_000,
     "<|a|>",
 ]
-EACH_ODD = 20  # one in so many files becomes a folder, link or pipe, which must be refused or left out
+EACH_ODD = 20  # one in this many files becomes a folder, link or pipe, which must be refused or left out
 ODD: list[Callable[[Path], object]] = [
     Path.mkdir,
     lambda path: path.symlink_to(path.name),

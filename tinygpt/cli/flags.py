@@ -134,7 +134,7 @@ def number(text: str) -> int | float | str:
     return text
 
 
-READ = ("--model", "--tokenizer", "--text")  # paths that a command reads
+INPUTS = ("--model", "--tokenizer", "--text")  # paths that a command reads
 SHORT = {"model": ["-m"], "max_new_tokens": ["-n"]}  # as in llama.cpp, and so is -p for the prompt
 # How help texts name values; how argparse reads lists, by the type of their items.
 VALUES: dict[type, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
@@ -158,7 +158,7 @@ def add_path(command: ArgumentParser, name: str, default: Path, help: str = "fol
     """Add a flag for a file or folder that has a place in the pipeline.  Another one that is read must be there."""
 
     def path(text: str) -> Path:
-        is_there = name not in READ or Path(text) == default or Path(text).exists()
+        is_there = name not in INPUTS or Path(text) == default or Path(text).exists()
         require((is_there, f"{name} {text} not found: give an existing {help}"))
         return Path(text)
 

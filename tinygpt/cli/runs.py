@@ -48,7 +48,7 @@ NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
 SHORT = 8  # digits shown of a fingerprint
 EVERY_S = 1.0  # seconds between two reads of the files of a run that is watched
 BARS = "▁▂▃▄▅▆▇█"
-N_BAR = 24  # at most so many validation losses in a row of bars
+N_BAR = 24  # at most this many validation losses in a row of bars
 
 
 @dataclass(frozen=True)
