@@ -110,6 +110,19 @@ def grid(texts: list[str]) -> Iterator[Trial]:
     yield from (Trial(text, 200, n_embd=192, lr_times=times) for text in two for times in rates)
     yield from (Trial(text, 1600) for text in (texts[0], texts[3]))
     yield from (Trial(text, 400, n_embd=256) for text in two)
+    yield from vocabularies(texts)
+
+
+def vocabularies(texts: list[str]) -> Iterator[Trial]:
+    """Runs with large vocabularies: on small texts and large ones, seen for a short time and a long one."""
+    small, large, sizes = texts[:2], texts[2:], (4096, 8192)
+    yield from (Trial(text, 800, vocab_size=size) for size in sizes for text in small)
+    yield from (Trial(text, 1600, n_embd=64, vocab_size=size) for size in sizes for text in small)
+    yield from (Trial(text, 400, vocab_size=size) for size in sizes[::-1] for text in texts)
+    yield from (Trial(text, 1600, n_embd=64, vocab_size=8192) for text in large)
+    yield from (Trial(text, 800, n_embd=64, vocab_size=size) for size in sizes for text in small)
+    yield from (Trial(texts[0], 400, n_embd=192, batch_size=16, vocab_size=size) for size in (4096, 8192, 1024))
+    yield from (Trial(texts[0], 1600, vocab_size=size) for size in (2048, 4096, 8192))
 
 
 def prepare(text: str, max_bytes: int, vocab_size: int, source: str, out: Path) -> Path:
