@@ -37,6 +37,7 @@ from tinygpt.tokens import SplitMeta, load_meta
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("scaling.csv")
 HEAD_DIM = 32
+EVAL_TOKENS = 50_000  # of validation text with 1,024 tokens; with another vocabulary, those of as many bytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,6 @@ class Trial:
             "train.embedding_lr": 0.03 * scale,
             "train.weight_decay": self.weight_decay,
             "train.eval_every": self.max_steps // 8,
-            "train.eval_tokens": 50_000,
             "train.save_every": self.max_steps // 4,
             "train.sample_tokens": 0,
             "train.precision": "fp32",
@@ -114,15 +114,19 @@ def grid(texts: list[str]) -> Iterator[Trial]:
 
 
 def vocabularies(texts: list[str]) -> Iterator[Trial]:
-    """Runs with large vocabularies: on small texts and large ones, seen for a short time and a long one."""
-    small, large, sizes = texts[:2], texts[2:], (4096, 8192)
-    yield from (Trial(text, 800, vocab_size=size) for size in sizes for text in small)
-    yield from (Trial(text, 1600, n_embd=64, vocab_size=size) for size in sizes for text in small)
-    yield from (Trial(text, 400, vocab_size=size) for size in sizes[::-1] for text in texts)
-    yield from (Trial(text, 1600, n_embd=64, vocab_size=8192) for text in large)
-    yield from (Trial(text, 800, n_embd=64, vocab_size=size) for size in sizes for text in small)
-    yield from (Trial(texts[0], 400, n_embd=192, batch_size=16, vocab_size=size) for size in (4096, 8192, 1024))
-    yield from (Trial(texts[0], 1600, vocab_size=size) for size in (2048, 4096, 8192))
+    """Runs with large vocabularies, on small texts and a large one, short and long."""
+    small, large, sizes = texts[:2], texts[2], (4096, 8192)
+    for size in sizes:
+        yield from (Trial(text, 400, vocab_size=size) for text in (*small, large))
+        yield from (Trial(text, 800, vocab_size=size) for text in small)
+        yield from (Trial(text, 1600, n_embd=64, vocab_size=size, dropout=0.1) for text in small)
+        yield Trial(texts[0], 800, n_embd=64, vocab_size=size)
+    yield from (Trial(text, 800, vocab_size=4096, dropout=0.1) for text in small)
+    yield Trial(large, 1600, n_embd=64, vocab_size=8192)
+    yield from (Trial(texts[0], 1600, vocab_size=size) for size in (2048, 4096))
+    yield Trial(texts[0], 1600, vocab_size=4096, dropout=0.1)
+    yield from (Trial(texts[0], 400, n_embd=192, batch_size=16, vocab_size=size) for size in (1024, 4096))
+    yield Trial(large, 1600, vocab_size=4096)
 
 
 def prepare(text: str, max_bytes: int, vocab_size: int, source: str, out: Path) -> Path:
@@ -165,8 +169,10 @@ def bits(split: SplitMeta) -> float:
 
 def measure(trial: Trial, source: str, out: Path) -> dict[str, object]:
     """Train, and return the row of the table."""
-    tokens = prepare(trial.text, trial.max_bytes, trial.vocab_size, source, out)
-    report, meta = train_in(out / trial.name, tokens, trial.params()), load_meta(tokens / "data/tokens")
+    tokens, usual = (prepare(trial.text, trial.max_bytes, size, source, out) for size in (trial.vocab_size, 1024))
+    meta, usual_meta = (load_meta(folder / "data/tokens") for folder in (tokens, usual))
+    eval_tokens = round(EVAL_TOKENS * bits(meta.val) / bits(usual_meta.val))
+    report = train_in(out / trial.name, tokens, trial.params() | {"train.eval_tokens": eval_tokens})
     return asdict(trial) | {
         "n_params": report["n_params"],
         "vocab": meta.vocab_size,

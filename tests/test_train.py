@@ -553,11 +553,18 @@ def test_a_request_to_stop_saves_and_says_so(monkeypatch):
     assert stopped.value.signal == 15
 
 
-def test_validation_sequences_are_consecutive():
-    rows = validation_sequences(np.arange(30, dtype=np.uint16), 8, 1000)
-    assert rows.tolist() == [list(range(start, start + 9)) for start in (0, 8, 16)]
-    assert len(validation_sequences(np.arange(30, dtype=np.uint16), 8, 17)) == 2
-    assert len(validation_sequences(np.arange(30, dtype=np.uint16), 8, 1)) == 1
+def test_validation_sequences_are_spread_over_the_split():
+    def starts(n_tokens: int, limit: int) -> list[int]:
+        rows = validation_sequences(np.arange(n_tokens, dtype=np.uint16), 8, limit)
+        assert rows.tolist() == [list(range(start, start + 9)) for start in rows[:, 0]]
+        return rows[:, 0].tolist()
+
+    assert starts(30, 1000) == [0, 8, 16]  # all, and the rest is too short
+    assert starts(25, 24) == [0, 8, 16]
+    assert starts(8 * 100 + 1, 32) == [0, 200, 400, 600]
+    assert starts(8 * 10 + 1, 24) == [0, 24, 48]
+    assert starts(30, 17) == [0, 8]
+    assert starts(30, 1) == starts(9, 1000) == [0]
 
 
 def test_a_fingerprint_names_the_params_the_data_and_the_code(monkeypatch):

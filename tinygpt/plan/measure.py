@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from tinygpt.corpus.folders import cut_lines, iter_texts, shard_texts, split_file, thin
+from tinygpt.corpus.folders import cut_lines, shard_texts, split_file, thin
 from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
@@ -34,7 +34,7 @@ from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
 
 VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # the plan chooses from these
-SAMPLE_BYTES = 3_000_000  # of the training text, to learn tokenizers from
+SAMPLE_BYTES = 3_000_000  # of the training text to learn tokenizers from, and of the validation text
 PROBE_STEPS = 200  # of the small model: as in the shortest runs of the law's fit; after 50 steps it is 7 percent off
 MOST_S = 12.0  # after which no other width is measured
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that measure a device's peak
@@ -162,8 +162,7 @@ def measure_text(
     Raises UserError if the text is too small for that.
     """
     files = {split: split_file(clean, split) for split in ("train", "val")}
-    sample = [text for shard in thin(cut_lines(files["train"]), SAMPLE_BYTES) for text in shard_texts(shard)]
-    val = [*_first_texts(files["val"], 40 * train.eval_tokens)]
+    sample, val = (_sample(file) for file in files.values())
     tokenizers = {each.vocab_size: each for each in _tokenizers(tokenizer, sample)}
     n_val_bytes = sum(len(text.encode()) for text in val)
     per_token = {size: n_val_bytes / len(_ids(each, val)) for size, each in tokenizers.items()}
@@ -183,6 +182,11 @@ def measure_text(
         bytes_per_token=per_token,
         difficulty=bpb / LAW.loss(recipe.size(learner.config, per_token[vocab_size])),
     )
+
+
+def _sample(file: Path) -> list[str]:
+    """Texts of a split, SAMPLE_BYTES of them at most."""
+    return [text for shard in thin(cut_lines(file), SAMPLE_BYTES) for text in shard_texts(shard)]
 
 
 def _small_learner(
@@ -212,15 +216,6 @@ def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
     val = torch.from_numpy(validation_sequences(val_ids, seq_len, params.eval_tokens))
     with learner.evaluated() as model:
         return learner.loss_of(model, val.to(learner.device))
-
-
-def _first_texts(path: Path, n_bytes: int) -> Iterator[str]:
-    """The first texts of a file, about `n_bytes` in all."""
-    for text in iter_texts(path):
-        yield text[:n_bytes]
-        n_bytes -= len(text)
-        if n_bytes <= 0:
-            return
 
 
 def _tokenizers(params: TokenizerParams, texts: Iterable[str]) -> Iterator[Tokenizer]:

@@ -124,13 +124,15 @@ def document_starts(tokens: TokenIds, *, at_most: int) -> NDArray[np.int64]:
 
 
 def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[np.int64]:
-    """The first tokens of the validation split as consecutive sequences, about `limit` tokens at most.
+    """Evenly spaced sequences of the validation split, about `limit` tokens together at most.
 
-    -> (N, seq_len + 1) ids, N at least 1
+    So they come from all documents: the first ones alone can be much harder or easier, and with another vocabulary as
+    many tokens would be another part of the text.  -> (N, seq_len + 1) ids, N at least 1
     """
-    n = max(1, min(limit, len(tokens) - 1) // seq_len)
-    places = np.arange(n)[:, None] * seq_len + np.arange(seq_len + 1)
-    return tokens[places].astype(np.int64)
+    n_all = (len(tokens) - 1) // seq_len
+    n = max(1, min(limit // seq_len, n_all))
+    first = np.arange(n) * n_all // n * seq_len
+    return tokens[first[:, None] + np.arange(seq_len + 1)].astype(np.int64)
 
 
 class Prefetch:

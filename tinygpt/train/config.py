@@ -87,7 +87,7 @@ class TrainParams:
     anneal_dropout: bool  # model.dropout falls linearly to zero over the run
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"]  # of products: auto = bf16 where it is faster, else fp32
     eval_every: Count  # steps between two evaluations on the validation split
-    eval_tokens: Count  # validation tokens of each evaluation, at most
+    eval_tokens: Count  # validation tokens of each evaluation, at most; evenly spaced
     save_every: Count  # steps between two checkpoints
     sample_tokens: Annotated[int, Within("[0, inf)")]  # tokens of the text written at each evaluation, 0 = none
 
