@@ -28,7 +28,7 @@ Vector = NDArray[np.float64]
 
 FIGURE = Path("docs/figures/scaling.svg")
 WHOLE = 10_000_000  # max_bytes that shortens no text of the table by much
-FITTED = ("weights", "weights_power", "power", "start", "repeats")
+FITTED = ("weights", "weights_power", "power", "start", "overfit", "repeats")
 OF_THE_RECIPE = {"lr_times": "1.0", "weight_decay": "0.1"}
 
 
@@ -49,6 +49,7 @@ def size_of(row: Row) -> Size:
     number = {key: float(value) for key, value in row.items() if key != "text"}
     return Size(
         n_weights=number["n_params"] - number["vocab"] * number["n_embd"],
+        n_all_weights=number["n_params"],
         n_tokens=number["tokens"],
         n_unique=number["train_tokens"],
         batch_tokens=number["batch_size"] * number["block_size"],

@@ -54,6 +54,7 @@ def test_the_constants_are_those_of_the_runs():
 sizes = st.builds(
     Size,
     n_weights=st.floats(1e5, 1e9),
+    n_all_weights=st.floats(1e5, 1e9),
     n_tokens=st.floats(1e5, 1e10),
     n_unique=st.floats(1e5, 1e10),
     batch_tokens=st.floats(512, 1e6),
@@ -69,11 +70,14 @@ def test_more_text_and_smaller_batches_never_harm(size, times):
     assert LAW.loss(smaller) <= LAW.loss(size)
 
 
-def test_a_text_seen_once_counts_as_it_is():
-    size = Size(n_weights=1e6, n_tokens=1e6, n_unique=1e6, batch_tokens=1024, bytes_per_token=2.5)
-    assert LAW.loss(size) == LAW.loss(dataclasses.replace(size, n_unique=1e9))
-    again = dataclasses.replace(size, n_tokens=4e6)
-    assert LAW.loss(again) > LAW.loss(dataclasses.replace(again, n_unique=1e9))
+def test_what_is_seen_again_counts_less_and_so_do_weights_that_a_text_says_little_about():
+    size = Size(n_weights=1e6, n_all_weights=1.2e6, n_tokens=1e6, n_unique=1e6, batch_tokens=1024, bytes_per_token=2.5)
+    again, anew = dataclasses.replace(size, n_tokens=4e6), dataclasses.replace(size, n_tokens=4e6, n_unique=4e6)
+    assert LAW.loss(anew) < LAW.loss(again) < LAW.loss(size)
+    embedded = dataclasses.replace(size, n_all_weights=4e6)
+    assert LAW.loss(embedded) > 1.02 * LAW.loss(size)
+    of_a_large_text = dataclasses.replace(embedded, n_unique=1e9)
+    assert LAW.loss(of_a_large_text) == pytest.approx(LAW.loss(dataclasses.replace(size, n_unique=1e9)), rel=1e-3)
 
 
 # ---- the search ----
