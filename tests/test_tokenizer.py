@@ -161,7 +161,7 @@ def broken(document: dict, path: tuple, value: object) -> dict:
         (("model", "vocab", "a"), 5_000, "are not 0 to"),
         (("model", "vocab", "a"), True, "are not 0 to"),
         (("model", "vocab"), {}, "of the 256 bytes have no token"),
-        (("model", "vocab", "⚠"), 300, 'not byte-level, such as "⚠"'),
+        (("model", "vocab", "⚠"), 300, r'not byte-level, such as \["⚠"'),
         (("normalizer",), {"type": "NFC"}, """normalizer is {"type": "NFC"}"""),
         (("pre_tokenizer", "add_prefix_space"), True, "pre_tokenizer.add_prefix_space is true"),
         (("pre_tokenizer",), None, "pre_tokenizer is null"),
@@ -196,7 +196,7 @@ def test_lost_merges_repeated_tokens_and_absurd_sizes_are_refused(tiny_tokenizer
         load_tokenizer(tmp_path)
     assert whole.count('"vocab": {') == 1
     file.write_text(whole.replace('"vocab": {', '"vocab": {"a": 299,'))
-    with pytest.raises(UserError, match='ValueError: the key "a" occurs twice'):
+    with pytest.raises(UserError, match='the key "a" occurs twice'):
         load_tokenizer(tmp_path)
     with open(file, "r+b") as big:
         big.truncate(2_000_000_000)  # a sparse file, which takes no space

@@ -11,25 +11,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinygpt.errors import UserError, shown
+from tinygpt.errors import UserError
 from tinygpt.files import atomic_write, each_once, must_exist, parse_json, read_file, some_of
 from tinygpt.params import HALVES
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 MOST_SHOWN, MOST_PROBLEMS = 60, 10  # characters of a value, problems of a file that messages show
 
-# All keys that the library writes, and what is honoured exactly: a value, a type, an object, a list of objects.
-# A vocabulary with all bytes leaves no text unknown, so options for unknown text are free; a ByteLevel post_processor
-# or decoder changes no id. A key that is not listed may change ids one day, and is refused.
+# All keys that the library writes, and what is honoured exactly: a value, a type, an object, a list of objects. The
+# first of them is what we write. A vocabulary with all bytes leaves no text unknown, so options for unknown text are
+# free; a ByteLevel post_processor or decoder changes no id. A key that is not listed may change ids one day, and is
+# refused.
 LEFT_OUT = object()  # the key is not there
 FLAG = (False, True)
 NOTHING = (None, LEFT_OUT)
 LEVEL: dict[str, Any] = {
     "type": ("ByteLevel",),
     "add_prefix_space": FLAG,
-    "trim_offsets": FLAG,
-    "use_regex": (*FLAG, LEFT_OUT),
+    "trim_offsets": (True, False),
+    "use_regex": (True, False, LEFT_OUT),
 }
 ADDED: dict[str, Any] = {  # text never becomes a special token, and keeps the spaces next to its name
     "id": (int,),
@@ -46,9 +46,9 @@ MODEL: dict[str, Any] = {
     "unk_token": (*NOTHING, str),
     "continuing_subword_prefix": (*NOTHING, ""),
     "end_of_word_suffix": (*NOTHING, ""),
-    "fuse_unk": (*NOTHING, *FLAG),
-    "byte_fallback": (*NOTHING, *FLAG),
-    "ignore_merges": (*NOTHING, False),
+    "fuse_unk": (*FLAG, *NOTHING),
+    "byte_fallback": (*FLAG, *NOTHING),
+    "ignore_merges": (False, *NOTHING),
     "vocab": (dict,),
     "merges": (list,),
 }
@@ -93,34 +93,20 @@ def write_tokenizer_json(
     path: Path, tokens: list[str], merges: list[tuple[str, str]], special_tokens: dict[str, int]
 ) -> None:
     """Write the file; the same arguments give the same bytes."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": i, "content": name, **flags} for name, i in sorted(special_tokens.items(), key=lambda kv: kv[1])
-        ],
-        "normalizer": None,
-        "pre_tokenizer": BYTE_LEVEL,
-        "post_processor": None,
-        "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [list(pair) for pair in merges],
-        },
-    }
+    document = _first(FILE)
+    document["added_tokens"] = [
+        _first(ADDED) | {"id": i, "content": name} for name, i in sorted(special_tokens.items(), key=lambda kv: kv[1])
+    ]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    document["model"] |= {"vocab": vocab, "merges": [list(pair) for pair in merges]}
     with atomic_write(path) as file:
         json.dump(document, file, ensure_ascii=False, indent=1)
         file.write("\n")
+
+
+def _first(fields: dict[str, Any]) -> dict[str, Any]:
+    """An object with the first of the values that each field may have."""
+    return {key: _first(first) if isinstance(first, dict) else first for key, (first, *_) in fields.items()}
 
 
 def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[tuple[str, str]], dict[str, int]]:
@@ -131,21 +117,15 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     must_exist(path, stage="train_tokenizer")
     try:
         document = parse_json(read_file(path, MOST_BYTES), object_pairs_hook=each_once)
-        problems = _problems("", document, FILE)
-        merges = [] if problems else _pairs(document["model"]["merges"])
+        problems = _problems("", document, FILE) or _token_problems(document, required)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a byte-level BPE tokenizer.json ({type(error).__name__}: {error})") from None
+        problems = [str(error)]
     if problems:
         found = some_of(problems, MOST_PROBLEMS)
         raise UserError(f"{path} is not a byte-level BPE tokenizer.json like GPT-2's ({found})")
-    vocab, added = document["model"]["vocab"], document["added_tokens"]
-    special = {token["content"]: token["id"] for token in added}
-    problems = _vocab_problems(vocab | special, merges, set(special)) + _special_problems(added, vocab)
-    if required not in special:
-        problems.append(f"the special token {required} is missing")
-    if problems:
-        raise UserError(f"{path}: {some_of(problems, MOST_PROBLEMS)}")
-    return sorted(vocab | special, key=(vocab | special).__getitem__), merges, special
+    special = {token["content"]: token["id"] for token in document["added_tokens"]}
+    ids = document["model"]["vocab"] | special
+    return sorted(ids, key=ids.__getitem__), _pairs(document["model"]["merges"]), special
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
@@ -175,34 +155,33 @@ def _problems(name: str, value: Any, *allowed: Any) -> list[str]:
 
 def _shown(value: Any) -> str:
     """The beginning of a value as the file writes it."""
-    text = "missing" if value is LEFT_OUT else json.dumps(value)
+    text = "missing" if value is LEFT_OUT else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
 
 
-def _special_problems(added: list[dict[str, Any]], vocab: dict[str, Any]) -> list[str]:
-    """What the library would number or name differently in the special tokens, or mistake for text."""
-    names = [token["content"] for token in added]
-    both = [(token["id"], vocab[token["content"]]) for token in added if token["content"] in vocab]
-    own = [token["id"] for token in added if token["content"] not in vocab]
+def _token_problems(document: dict[str, Any], required: str) -> list[str]:
+    """What is wrong with tokens and merges, or what the library would number, name or read differently."""
+    vocab, added, merges = document["model"]["vocab"], document["added_tokens"], _pairs(document["model"]["merges"])
+    special = {token["content"]: token["id"] for token in added}
+    tokens = vocab | special
+    ids = [*tokens.values()]
+    both = [(vocab[name], i) for name, i in special.items() if name in vocab]
+    own = [i for name, i in special.items() if name not in vocab]
+    missing = [char for char in BYTE_TO_CHAR if char not in tokens]
+    foreign = [t for t in vocab if t not in special and not (t and set(t) <= CHAR_TO_BYTE.keys())]
+    unknown = [m for m in merges if any(part not in tokens or part in special for part in (*m, "".join(m)))]
     rules = {
-        "added_tokens has a duplicate": len(set(names)) == len(names),
-        "an id in added_tokens differs from that in model.vocab": all(type(i) is int and i == id for id, i in both),
+        f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once": (
+            all(type(i) is int for i in ids) and sorted(ids) == [*range(len(ids))]
+        ),
+        f"{len(missing)} of the 256 bytes have no token": not missing,
+        f"{len(foreign)} tokens are not byte-level, such as {_shown(foreign[:1])}": not foreign,
+        f"{len(unknown)} merges have unknown parts, such as {_shown(unknown[:1])}": not unknown,
+        "added_tokens has a duplicate": len(special) == len(added),
+        "an id in added_tokens differs from that in model.vocab": all(type(a) is int and a == b for a, b in both),
         "the ids of added_tokens do not follow model.vocab's": own == [*range(len(vocab), len(vocab) + len(own))],
-        "added_tokens has a single byte or an empty string": all(name and name not in CHAR_TO_BYTE for name in names),
-        "added_tokens has half a character (a surrogate), such as \\ud800": not HALVES.search("".join(names)),
+        "added_tokens has a single byte or an empty string": all(name and name not in CHAR_TO_BYTE for name in special),
+        "added_tokens has half a character (a surrogate), such as \\ud800": not HALVES.search("".join(special)),
+        f"the special token {required} is missing": required in special,
     }
     return [problem for problem, holds in rules.items() if not holds]
-
-
-def _vocab_problems(vocab: dict[str, Any], merges: list[tuple[str, str]], special: set[str]) -> list[str]:
-    problems = []
-    ids = [*vocab.values()]
-    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
-        problems.append(f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once")
-    if missing := [char for char in BYTE_TO_CHAR if char not in vocab]:
-        problems.append(f"{len(missing)} of the 256 bytes have no token")
-    if foreign := [t for t in vocab if t not in special and not (t and set(t) <= CHAR_TO_BYTE.keys())]:
-        problems.append(f"{len(foreign)} tokens are not byte-level, such as {shown(foreign[0])}")
-    if unknown := [m for m in merges if any(part not in vocab or part in special for part in (*m, "".join(m)))]:
-        problems.append(f"{len(unknown)} merges have unknown parts, such as {shown(' '.join(unknown[0]))}")
-    return problems
