@@ -19,8 +19,6 @@ from tinygpt.tokenizer.pretokenize import DOCUMENT_BORDER, MAX_PRETOKENS, Pretok
 from tinygpt.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokens import META_FILE, IdType, SplitMeta, TokenIds, TokensMeta
 
-PIECE = 1 << 20  # ids looked up at a time, so that memory does not grow with the size of a part
-
 
 def encode_corpus(
     clean: Path, tokenizer_folder: Path, tokens: Path, runtime: RuntimeParams, *, runs: Path | None = None
@@ -111,7 +109,7 @@ def write_tokens(path: Path, parts: Iterable[TokenIds], tokenizer: Tokenizer) ->
         for ids in parts:
             file.write(ids.data)
             n_tokens += len(ids)
-            n_bytes += sum(int(sizes[some].sum()) for some in np.array_split(ids, 1 + len(ids) // PIECE))
+            n_bytes += int(sizes[ids].sum())
             n_documents += int(np.count_nonzero(ids == tokenizer.eos_id))
         if n_documents:
             file.write(np.array([tokenizer.eos_id], tokenizer.dtype).data)

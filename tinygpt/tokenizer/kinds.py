@@ -86,21 +86,12 @@ def build_tokenizer(
     """
     if params.from_file:
         return take_tokenizer(params)
-    return learn_tokenizer(count_corpus(clean, params.max_bytes, runtime, runs=runs), params)
-
-
-def count_corpus(
-    clean: Path, max_bytes: int | None, runtime: RuntimeParams, *, runs: Path | None = None
-) -> PretokenCounts:
-    """Count the pretokens of data/clean's training texts, at most `max_bytes` taken evenly: all that BPE learns from.
-
-    `runs` is as in shard_results.
-    """
     file = split_file(clean, "train")
-    shards = thin(cut_lines(file), max_bytes or file.stat().st_size)
-    key = [sha256_file(file), max_bytes]
+    shards = thin(cut_lines(file), params.max_bytes or file.stat().st_size)
+    key = [sha256_file(file), params.max_bytes]
     with shard_results(save_counts, shards, name="count", key=key, code=__name__, runtime=runtime, runs=runs) as paths:
-        return sum_counts(paths)
+        counts = sum_counts(paths)
+    return learn_tokenizer(counts, params)
 
 
 def save_counts(shard: Shard, path: Path) -> None:
