@@ -76,7 +76,7 @@ def test_a_perplexity_that_overflows_is_reported_and_not_written(tmp_path):
         model.lm_head.weight.mul_(1e6)
     report = evaluate_model(model, np.arange(100, dtype=np.uint16), PARAMS, n_bytes=50)
     assert 710 < report["loss"] < math.inf and report["ppl"] == math.inf
-    with pytest.raises(UserError, match=r"eval.json was not written, .*\(ppl is inf, .*lower train.lr"):
+    with pytest.raises(UserError, match=r"eval.json was not written \(.* inf\): .*lower train.lr"):
         write_json(tmp_path / "eval.json", report)
     assert not list(tmp_path.iterdir())
     assert perplexity(709.7) == math.exp(709.7)

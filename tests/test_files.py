@@ -98,14 +98,6 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_half_written_files_of_a_killed_program_disturb_nobody(tmp_path):
-    (tmp_path / "folder.partial").mkdir()
-    (tmp_path / "folder.partial" / "rest").touch()
-    with atomic_folder(tmp_path / "folder") as partial:
-        (partial / "new").touch()
-    assert os.listdir(tmp_path / "folder") == ["new"]
-
-
 def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_nothing(tmp_path):
     code = (
         "from tinygpt.errors import program\n"
@@ -136,7 +128,7 @@ def test_json_has_the_same_bytes_each_time_and_no_nan(tmp_path):
     assert path.read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "é"\n}\n'
     assert read_json(path, stage="x") == {"b": 1, "a": "é"}
     for number in ("nan", "inf"):
-        with pytest.raises(UserError, match=rf"a.json was not written, .* \(ppl is {number}\)"):
+        with pytest.raises(UserError, match=rf"a.json was not written \(.* {number}\): .*lower train.lr"):
             write_json(path, {"b": [{"ppl": float(number)}]})
     assert read_json(path, stage="x") == {"b": 1, "a": "é"}
 

@@ -105,12 +105,8 @@ def answer_to(error: BaseException) -> tuple[int, str]:
             problem = _of_the_system(error)
         case _ if is_out_of_memory(error):
             problem = "there is not enough memory: use a smaller model, batch or text, or close other programs"
-        case RecursionError():
-            problem = f"the input is nested too deeply ({_place(error)})"
-        case UnicodeError():
-            problem = f"a text cannot be decoded or encoded ({_place(error)}: {error})"
-        case OverflowError():
-            problem = f"a number is too large ({_place(error)}: {error})"
+        case RecursionError() | UnicodeError() | OverflowError():
+            problem = f"a text or number of the input cannot be used ({_place(error)}: {error})"
         case _:
             raise error
     return 1, f"error: {printable(problem)}"

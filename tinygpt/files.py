@@ -140,23 +140,14 @@ def sha256_json(value: Any) -> str:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file whose bytes depend on nothing but `value`.  Raises UserError for NaN and infinity."""
-    if wrong := [f"{key} is {number}" for key, number in _numbers(value) if not math.isfinite(number)]:
+    try:
+        with atomic_write(path) as file:
+            json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+    except ValueError as error:
         raise UserError(
-            f"{path} was not written, because JSON has no such number ({', '.join(wrong[:3])}): if the model's numbers "
-            "overflow, lower train.lr and train again"
-        )
-    with atomic_write(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-
-
-def _numbers(value: Any, key: str = "it") -> Iterator[tuple[str, float]]:
-    """The floats in a JSON value, each with its key there."""
-    if isinstance(value, float):
-        yield key, value
-    elif isinstance(value, dict | list | tuple):
-        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _numbers(each, str(name))
+            f"{path} was not written ({error}): if the model's numbers overflow, lower train.lr and train again"
+        ) from None
 
 
 def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:
