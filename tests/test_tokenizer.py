@@ -5,12 +5,11 @@ import random
 
 import pytest
 import tokenizers
-from conftest import TRICKY, prose
-from hypothesis import given, settings
+from conftest import prose
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinygpt.errors import UserError
-from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.bpe import train_bpe
 from tinygpt.tokenizer.json_format import byte_alphabet, to_bytes, to_token
 from tinygpt.tokenizer.tokenizer import EOS
@@ -78,14 +77,6 @@ def reference(tiny_tokenizer, tmp_path_factory) -> tokenizers.Tokenizer:
     found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     found.encode_special_tokens = True  # as for us, a special token's name in a text is text
     return found
-
-
-@given(text=TRICKY)
-@settings(max_examples=400)
-def test_ids_equal_those_of_the_tokenizers_library_and_decode_to_the_text(tiny_tokenizer, reference, text):
-    ids = tiny_tokenizer.encode(text)
-    assert ids == reference.encode(text).ids
-    assert tiny_tokenizer.decode(ids) == text
 
 
 def test_long_repeats_and_long_words_are_encoded(tiny_tokenizer, reference):
@@ -209,11 +200,3 @@ def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"tokenizer.json is not a byte-level BPE"):
         load_tokenizer(tmp_path)
-
-
-def test_the_vocabulary_decides_the_type_of_token_files():
-    small = Tokenizer([EOS, *byte_alphabet()], [], {EOS: 0})
-    assert small.dtype.str == "<u2"
-    assert small.encode("ab") == [small.tokens.index("a"), small.tokens.index("b")]
-    large = Tokenizer([EOS, *byte_alphabet(), *(f"a{i}" for i in range(2**16))], [], {EOS: 0})
-    assert large.dtype.str == "<u4"
