@@ -112,10 +112,7 @@ def checkout_of(root: Path = Path()) -> Path:
 
 
 def runs_folder(root: Path = Path()) -> Path:
-    """Where unfinished work is kept: `runs`, which DVC does not know, as it deletes outputs before each stage.
-
-    All kinds of runs of a checkout share the folder.
-    """
+    """Where all unfinished work of a checkout is kept: no output of DVC, which deletes outputs before each stage."""
     return checkout_of(root) / "runs"
 
 
