@@ -11,48 +11,44 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinygpt.errors import UserError
-from tinygpt.tokenizer.merger import ROW_END, TOGETHER, Merger, Pairs, merge_long
+from tinygpt.tokenizer import merger
+from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
+from tinygpt.tokenizer.merger import ROW_END, TOGETHER, Merger, Pairs
 
-ROWS = st.lists(st.integers(0, 3), max_size=30)
 # Pairs of ids in rank order.  The merged id may exist already, as there may be several ways to one token.
 MERGES = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(4, 9)), max_size=8)
+BYTE_IDS = [*range(4), *range(1000, 1252)]
 
 
-def ranks_of(merges: list[tuple[int, int, int]]) -> dict[tuple[int, int], tuple[int, int]]:
-    return {(left, right): (rank, merged) for rank, (left, right, merged) in enumerate(merges)}
-
-
-def slowly(ids: list[int], ranks: dict) -> list[int]:
+def slowly(ids: list[int], merges: list[tuple[int, int, int]]) -> list[int]:
     """Merge by searching for the pair of lowest rank each time."""
+    ranks = {(left, right): (rank, merged) for rank, (left, right, merged) in enumerate(merges)}
     while found := [(*ranks[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]:
         _, merged, i = min(found)
         ids = [*ids[:i], merged, *ids[i + 2 :]]
     return ids
 
 
-@given(ids=ROWS, merges=MERGES)
-@example(ids=[0, 0, 0, 1, 0, 0, 1], merges=[(1, 0, 4), (0, 0, 5), (5, 5, 6), (4, 0, 5)])
-def test_a_row_is_merged_as_by_looking_for_the_lowest_rank_each_time(ids, merges):
-    ranks = ranks_of(merges)
-    if ids:
-        assert merge_long(ids, ranks) == slowly(ids, ranks)
-
-
+@pytest.mark.parametrize("together", [TOGETHER, 0], ids=["many at once", "each alone"])
 @given(rows=st.lists(st.binary(min_size=1, max_size=69), max_size=30), merges=MERGES)
-def test_many_rows_are_merged_as_each_alone(rows, merges):
+@example(rows=[bytes([0, 0, 0, 1, 0, 0, 1])], merges=[(1, 0, 4), (0, 0, 5), (5, 5, 6), (4, 0, 5)])
+def test_rows_are_merged_as_by_looking_for_the_lowest_rank_each_time(together, rows, merges):
     rows = [bytes(byte % 4 for byte in row) for row in rows]
-    merger = Merger([*range(4), *range(1000, 1252)], ranks_of(merges))
-    ids, lengths = merger.merge_all(rows)
-    assert lengths.tolist() == [len(slowly([*row], merger.ranks)) for row in rows]
-    assert ids.tolist() == [i for row in rows for i in slowly([*row], merger.ranks)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merger, "TOGETHER", together)
+        ids, lengths = Merger(BYTE_IDS, merges).merge_all(rows)
+    assert lengths.tolist() == [len(slowly([*row], merges)) for row in rows]
+    assert ids.tolist() == [i for row in rows for i in slowly([*row], merges)]
 
 
 def test_the_merges_of_a_trained_tokenizer_give_the_same_in_both_ways(tiny_tokenizer):
-    merger, rng = tiny_tokenizer.merger, random.Random(0)
+    rng = random.Random(0)
     long = ["".join(rng.choices("the fil" + string.ascii_lowercase, k=TOGETHER + n)).encode() for n in (0, 1, 500)]
     rows = [word.encode() for word in prose(300).split()] + [b"a" * 70, "ÿ中😀".encode() * 30, *long]
-    ids, lengths = merger.merge_all(rows)
-    assert ids.tolist() == [i for row in rows for i in slowly([*merger.byte_ids[[*row]]], merger.ranks)]
+    of = {token: i for i, token in enumerate(tiny_tokenizer.tokens)}
+    merges = [(of[left], of[right], of[left + right]) for left, right in tiny_tokenizer.merges]
+    ids, lengths = tiny_tokenizer.merger.merge_all(rows)
+    assert ids.tolist() == [i for row in rows for i in slowly([of[BYTE_TO_CHAR[byte]] for byte in row], merges)]
     assert len(lengths) == len(rows)
 
 

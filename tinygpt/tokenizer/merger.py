@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from tinygpt.errors import UserError
 
 Ids = NDArray[np.int32]
 Places = NDArray[np.integer]  # indices into the array of all rows
-Ranks = Mapping[tuple[int, int], tuple[int, int]]  # a pair of ids -> its rank and the id that it becomes
 
 TOGETHER = 1024  # bytes of a pretoken; longer ones are merged alone
 NO_RANK = np.iinfo(np.int64).max
@@ -27,45 +26,20 @@ KEY_BITS = 63  # of a pair and its place as one number
 ROW_END, EMPTY = -1, -2  # in place of an id: after each row, and where a merge has removed the token
 
 
-def merge_long(ids: list[int], ranks: Ranks) -> list[int]:
-    """Merge one row: merge_long([1, 2, 3], {(2, 3): (0, 4), (1, 4): (1, 5)}) -> [5].
-
-    A row may have millions of ids, such as a long word of one letter, so a pair is merged everywhere at once if it can.
-    """
-    pairs = Pairs(np.array([*ids, ROW_END], np.int32), np.zeros(len(ids) + 1, np.int32), np.ones(1, np.int64))
-    ranked = {pair_of(*pair): found for pair, found in ranks.items()}
-    used_at: dict[int, int] = {}  # the lowest rank of the merges that a token takes part in
-    for parts, (rank, _) in ranks.items():
-        for token in parts:
-            used_at[token] = min(rank, used_at.get(token, rank))
-    heap = [(*ranked[pair], pair) for pair in pairs.count if pair in ranked]
-    heapq.heapify(heap)
-    while heap:
-        rank, merged, pair = heapq.heappop(heap)
-        if not pairs.count.get(pair):
-            continue
-        # One place at a time if the new token might be merged again before this pair's next place.
-        everywhere = used_at.get(merged, math.inf) > rank
-        grown = pairs.merge(pair, merged, leftmost=not everywhere)
-        for other in {*grown, pair}:
-            if other in ranked and pairs.count.get(other):
-                heapq.heappush(heap, (*ranked[other], other))
-    return pairs.ids[pairs.ids >= 0].tolist()
-
-
 class Merger:
-    """Merges the bytes of pretokens.  `byte_ids[byte]` is the id of a byte before any merge."""
+    """Merges the bytes of pretokens.  `byte_ids[byte]` is the id of a byte before any merge.
 
-    def __init__(self, byte_ids: Sequence[int], ranks: Ranks) -> None:
-        self.byte_ids, self.ranks = np.array(byte_ids, np.int32), ranks
-        by_pair = sorted((pair_of(*pair), rank) for pair, (rank, _) in ranks.items())
-        by_pair.append((NO_RANK, NO_RANK))  # so that searchsorted always gives an index
+    `merges` are ids (left, right, merged), the lowest rank first.
+    """
+
+    def __init__(self, byte_ids: Sequence[int], merges: Sequence[tuple[int, int, int]]) -> None:
+        self.byte_ids = np.array(byte_ids, np.int32)
+        self.rank_of = {pair_of(left, right): rank for rank, (left, right, _) in enumerate(merges)}
+        self._merged = np.array([merged for _, _, merged in merges], np.int32)
+        by_pair = [*sorted(self.rank_of.items()), (NO_RANK, NO_RANK)]  # so that searchsorted always gives an index
         self._pairs, self._ranks = np.array(by_pair, np.int64).T.copy()
         first = np.repeat(self.byte_ids, 256).astype(np.int64) << SHIFT | np.tile(self.byte_ids, 256)
         self._byte_ranks = self._find(first)  # of all pairs of bytes, which are in the rows at first
-        self._merged = np.zeros(1 + max((rank for rank, _ in ranks.values()), default=0), np.int32)
-        for rank, merged in ranks.values():
-            self._merged[rank] = merged
 
     def merge_all(self, pretokens: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """The ids of pretokens, one after the other, and how many each has."""
@@ -75,10 +49,35 @@ class Merger:
         raw = b"".join([pretoken for pretoken in pretokens if len(pretoken) <= TOGETHER])
         parts = [*self._merge_rows(np.frombuffer(raw, np.uint8), row)]
         for i in np.flatnonzero(~together).tolist():
-            alone = merge_long(self.byte_ids[np.frombuffer(pretokens[i], np.uint8)].tolist(), self.ranks)
-            parts.append((np.array(alone, np.int32), np.full(len(alone), i)))
+            alone = self._merge_long(pretokens[i])
+            parts.append((alone, np.full(len(alone), i)))
         ids, rows = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return ids[np.argsort(rows, kind="stable")], np.bincount(rows, minlength=len(pretokens))
+
+    def _merge_long(self, pretoken: bytes) -> Ids:
+        """Merge one row, which may have millions of bytes, such as a long word of one letter.
+
+        So a pair is merged everywhere at once, or one place at a time if the new token might be merged again before
+        this pair's next place.
+        """
+        ids = np.append(self.byte_ids[np.frombuffer(pretoken, np.uint8)], np.int32(ROW_END))
+        pairs = Pairs(ids, np.zeros(len(ids), np.int32), np.ones(1, np.int64))
+        used_at: dict[int, int] = {}  # the lowest rank of the merges that a token takes part in
+        for pair, rank in self.rank_of.items():
+            for token in ids_of(pair):
+                used_at[token] = min(rank, used_at.get(token, rank))
+        heap = [(self.rank_of[pair], pair) for pair in pairs.count if pair in self.rank_of]
+        heapq.heapify(heap)
+        while heap:
+            rank, pair = heapq.heappop(heap)
+            if not pairs.count.get(pair):  # it has gone into other merges
+                continue
+            merged = int(self._merged[rank])
+            everywhere = used_at.get(merged, math.inf) > rank
+            for other in {*pairs.merge(pair, merged, leftmost=not everywhere), pair}:
+                if other in self.rank_of:
+                    heapq.heappush(heap, (self.rank_of[other], other))
+        return pairs.ids[pairs.ids >= 0]
 
     def _merge_rows(self, raw: NDArray[np.uint8], row: Places) -> Iterator[tuple[Ids, Places]]:
         """Merge one pair in each row of bytes, again and again; yield (ids, rows) of rows that are finished."""

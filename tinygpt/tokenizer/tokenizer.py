@@ -31,8 +31,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         special_ids = set(special_tokens.values())
         ids = {token: i for i, token in enumerate(tokens) if i not in special_ids}
-        ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
-        self.merger = Merger([ids[char] for char in BYTE_TO_CHAR], ranks)
+        self.merger = Merger([ids[char] for char in BYTE_TO_CHAR], [(ids[a], ids[b], ids[a + b]) for a, b in merges])
         self._bytes = [t.encode() if i in special_ids else to_bytes(t) for i, t in enumerate(tokens)]
 
     @classmethod
