@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -51,6 +52,11 @@ LIBRARY = sorted(path for path in (ROOT / "tinygpt").rglob("*.py"))
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def room(path: Path) -> str:
     return path.relative_to(ROOT / "tinygpt").parts[0].removesuffix(".py")
 
@@ -70,7 +76,7 @@ def test_nothing_in_the_library_imports_a_stage():
 
 def test_imports_are_written_in_full():
     for path in LIBRARY:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             assert not (isinstance(node, ast.ImportFrom) and node.level), path
             assert not (isinstance(node, ast.Import) and any(a.name.startswith("tinygpt") for a in node.names)), path
 
@@ -184,14 +190,13 @@ def test_package_files_have_no_code():
     for path in LIBRARY:
         if path.name == "__init__.py":
             allowed = (ast.Expr, ast.ImportFrom, ast.Assign)
-            assert all(isinstance(node, allowed) for node in ast.parse(path.read_text()).body), path
+            assert all(isinstance(node, allowed) for node in tree(path).body), path
 
 
 def test_every_public_name_has_a_docstring():
     for path in [*LIBRARY, *(ROOT / "stages").glob("*.py")]:
-        tree = ast.parse(path.read_text())
-        assert ast.get_docstring(tree), path
-        for node in tree.body:
+        assert ast.get_docstring(tree(path)), path
+        for node in tree(path).body:
             overload = any(getattr(d, "id", "") == "overload" for d in getattr(node, "decorator_list", []))
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not overload:
                 assert ast.get_docstring(node), f"{path}: {node.name}"
@@ -200,7 +205,7 @@ def test_every_public_name_has_a_docstring():
 def test_files_and_functions_stay_short():
     for path in LIBRARY:
         assert len(path.read_text().splitlines()) <= 300, path
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
                 assert length <= (35 if node.name == "forward" else 60), f"{path}: {node.name} has {length} lines"
@@ -208,7 +213,7 @@ def test_files_and_functions_stay_short():
 
 def test_nothing_is_pickled_or_executed_from_outside():
     for path in LIBRARY:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call):
                 assert getattr(node.func, "id", "") not in {"eval", "exec", "compile", "__import__"}, path
             if isinstance(node, ast.Import | ast.ImportFrom):
