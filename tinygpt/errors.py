@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path, PurePath
@@ -106,7 +107,9 @@ def answer_to(error: BaseException) -> tuple[int, str]:
         case _ if is_out_of_memory(error):
             problem = "there is not enough memory: use a smaller model, batch or text, or close other programs"
         case RecursionError() | UnicodeError() | OverflowError():
-            problem = f"a text or number of the input cannot be used ({_place(error)}: {error})"
+            (place,) = traceback.extract_tb(error.__traceback__, limit=-1)
+            name = Path(place.filename).name
+            problem = f"a text or number of the input cannot be used ({name}:{place.lineno}: {error})"
         case _:
             raise error
     return 1, f"error: {printable(problem)}"
@@ -125,14 +128,6 @@ def _of_the_system(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot use {name} ({reason}): check its permissions"
     return f"cannot use {name} ({reason})" if error.filename else reason
-
-
-def _place(error: BaseException) -> str:
-    """Where in the code it was raised, which is all that is known."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "nowhere"
 
 
 def _flush(*, drop: bool = False) -> None:

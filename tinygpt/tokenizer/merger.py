@@ -98,16 +98,13 @@ class Merger:
             changed[at] = changed[at - 1] = True  # before a row's first place no pair begins anyway
             ids, row, rank, changed = ids[kept], row[kept], rank[kept], changed[kept]
             at = np.flatnonzero(changed)
-            rank[at] = self._rank(ids, row, at)
+            right = np.minimum(at + 1, len(ids) - 1)
+            ranks = self._find(ids[at].astype(np.int64) << SHIFT | ids[right])
+            rank[at] = np.where((row[at] == row[right]) & (at != right), ranks, NO_RANK)  # none where a row ends
         yield ids, row  # empty, but of the right type
 
-    def _rank(self, ids: Ids, row: Places, at: Places) -> NDArray[np.int64]:
-        """Ranks of the pairs that begin at these places, NO_RANK where none does."""
-        right = np.minimum(at + 1, len(ids) - 1)
-        ranks = self._find(ids[at].astype(np.int64) << SHIFT | ids[right])
-        return np.where((row[at] == row[right]) & (at != right), ranks, NO_RANK)
-
     def _find(self, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ranks of pairs, NO_RANK for a pair that is never merged."""
         found = np.searchsorted(self._pairs, pairs)
         return np.where(self._pairs[found] == pairs, self._ranks[found], NO_RANK)
 
