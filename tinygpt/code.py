@@ -10,7 +10,6 @@ import ast
 import hashlib
 import platform
 import re
-from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -58,9 +57,13 @@ class _File(NamedTuple):
 @cache
 def _read(path: Path) -> _File:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    ours, others = set[Path](), set[str]()
-    for node in _statements(tree):
-        if isinstance(node, ast.Import):
+    ours, others, for_typing = set[Path](), set[str](), set[ast.AST]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            for_typing.update(node.body)
+        elif node in for_typing:
+            continue
+        elif isinstance(node, ast.Import):
             others |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OURS:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -70,17 +73,6 @@ def _read(path: Path) -> _File:
         elif isinstance(node, Documented) and ast.get_docstring(node) is not None:
             del node.body[0]
     return _File(ast.dump(tree), frozenset(ours - {path}), frozenset(others))
-
-
-def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """All statements of a file, except those for type checking alone."""
-    todo: list[ast.AST] = [tree]
-    while todo:
-        node = todo.pop()
-        yield node
-        is_typing = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for field in ("orelse",) if is_typing else ("body", "orelse", "finalbody", "handlers", "cases"):
-            todo += getattr(node, field, [])
 
 
 def _files_of(module: str) -> set[Path]:
