@@ -78,7 +78,7 @@ CAUSES: list[tuple[BaseException | type, int, str]] = [
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), 1, "error: a text or number of the input cannot be used (test_"),
     (OverflowError("int too large"), 1, "error: a text or number of the input cannot be used (test_errors.py:"),
     (system(errno.ENOSPC, "a.bin"), 1, "error: no room to write a.bin (No space left on device): free some space"),
-    (system(errno.ENOSPC), 1, "error: no room to write a file (No space"),
+    (system(errno.EFBIG), 1, "error: no room to write a file (File too large): free some space and run again"),
     (system(errno.EACCES, "a\x1b[2J"), 1, "error: cannot use a\\x1b[2J (Permission denied): check its permissions"),
     (system(errno.ENOENT, b"caf\xe9"), 1, "error: cannot use caf\\udce9 (No such file or directory)"),
     (system(errno.EIO, 3), 1, "error: cannot use 3 (Input/output error)"),

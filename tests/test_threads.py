@@ -41,9 +41,7 @@ def test_a_container_s_quota_is_rounded_up(tmp_path, newer, older, expected):
     assert threads.quota(files) == expected
 
 
-@pytest.mark.parametrize(
-    "first", ["stages.train", "tinygpt.cli.main", "tinygpt.model.gpt", "benchmarks.training", "conftest"]
-)
+@pytest.mark.parametrize("first", ["stages.train", "tinygpt.model.gpt", "benchmarks.training", "conftest"])
 def test_thread_waiting_is_set_before_pytorch_is_loaded(first):
     code = f"""
 import builtins, os, sys
