@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,9 @@ class Tokenizer:
         """Text to ids.  A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
         pretokens = PATTERN.findall(text)
         different = dict.fromkeys(pretokens)
-        ids, length = self.merger.merge_all([*map(to_utf8, different)])
-        parts = (part.tolist() for part in np.split(ids, np.cumsum(length)[:-1]))
-        ids_of = dict(zip(different, parts, strict=False))  # no pretokens still give one part
+        found, length = self.merger.merge_all([*map(to_utf8, different)])
+        ids, bounds = found.tolist(), [0, *np.cumsum(length).tolist()]
+        ids_of = {pretoken: ids[a:b] for pretoken, (a, b) in zip(different, pairwise(bounds), strict=True)}
         return [i for pretoken in pretokens for i in ids_of[pretoken]]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
