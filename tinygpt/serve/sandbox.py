@@ -19,24 +19,9 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
-from jinja2.utils import Namespace
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_MEMORY = 2**29  # bytes of address space; Python itself takes less than half
-
-
-class Names(Namespace):
-    """A namespace that refuses names such as `__class__`, which would let it pass for another object."""
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__()
-        for name, value in values.items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace may not have the name {name[:100]}")
-        super().__setitem__(name, value)
 
 
 class Generation(Extension):
@@ -66,13 +51,8 @@ def make_environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = to_json
-    environment.globals = {
-        "range": safe_range,
-        "namespace": Names,
-        "dict": lambda **values: values,
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
 
 
