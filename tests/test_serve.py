@@ -312,7 +312,7 @@ def test_bad_requests_are_refused_with_what_is_wrong(document, status, message, 
     [
         (b"", "is not JSON"),
         (b"{", "is not JSON"),
-        (b'{"prompt": "\xff"}', "is not UTF-8 from byte 12 on"),
+        (b'{"prompt": "\xff"}', "is not JSON in UTF-8: 'utf-8' codec can't decode byte 0xff in position 12"),
         (b"[" * 100_000, "is not JSON"),
         (b'{"top_p": NaN}', "top_p=nan must be a finite number"),
         (b'{"n": ' + b"9" * 5000 + b"}", "is not JSON"),
@@ -520,14 +520,19 @@ def test_the_attention_that_the_page_shows_is_that_of_the_decoder(served, tiny_t
         assert attention.shape == (2, 4, len(told["tokens"]))
         assert attention.sum(-1).tolist() == [[pytest.approx(1, abs=0.01)] * 4] * 2
     assert len(told["tokens"]) <= 32
-    for document in (
+    valid = {"prompt": [1], "text": [2], "taken": 3}
+    assert post(served, valid, "/look").status_code == 200
+    for change in (
         {"prompt": []},
-        {"prompt": [1], "text": "a"},
-        {"prompt": [999]},
         {"prompt": [True]},
-        {"prompt": [1], "taken": "a"},
+        {"prompt": [999]},
+        {"prompt": None},
+        {"text": "a"},
+        {"text": [999]},
+        {"taken": "a"},
+        {"taken": 999},
     ):
-        assert post(served, document, "/look").status_code == 400
+        assert post(served, valid | change, "/look").status_code == 400
 
 
 @settings(max_examples=12)
@@ -614,7 +619,7 @@ def test_a_signal_ends_the_server_and_its_streams(number, folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--port", "{taken}"], "error: port {taken} of 127.0.0.1 is in use"),
+        (["--port", "{taken}"], "error: cannot listen on 127.0.0.1, port {taken} (Address already in use): choose"),
         (["--port", "70000"], "error: --port=70000 must be from 0 to 65535"),
         (["--host", "203.0.113.7"], "error: cannot listen on 203.0.113.7, port 0"),
         (["--model", "a", "--model", "a"], "error: --model a: its name is taken"),
@@ -643,6 +648,7 @@ def test_missing_packages_are_named(monkeypatch):
     from tinygpt.cli.main import main
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "tinygpt.serve.server")  # which imports it
     monkeypatch.setattr(sys, "argv", ["tinygpt", "serve"])
     with pytest.raises(SystemExit, match="serve needs uvicorn: pip install -r requirements-serve.txt"):
         main()

@@ -5,32 +5,24 @@ from __future__ import annotations
 import codecs
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from tinygpt.generate.decoder import slide
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import attention_maps
-from tinygpt.serve.request import Completion, Given, Refusal, Served, check_ids, find_model, read_object
+from tinygpt.serve.request import Completion, Given, Refusal, Served, are_ids, check_ids, find_model, read_object
 from tinygpt.tokenizer import Tokenizer
 
-N_ALTERNATIVES = 20  # shown on the page for a token
 
+class Scores(NamedTuple):
+    """Log-probabilities, in nats, of the last n ids of a text: not of its first id, nor of ids beyond the context."""
 
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities, in nats, of the last n ids of a text.
-
-    The first id has none: nothing precedes it. Nor have ids too far back for the context.
-    """
-
-    logprobs: NDArray[np.float32]  # (n,)
-    best: NDArray[np.int32]  # (n, k), the likeliest ids at each position
-    best_logprobs: NDArray[np.float32]  # (n, k)
+    logprobs: Tensor  # (n,)
+    best: Tensor  # (n, k) int32, the likeliest ids at each position
+    best_logprobs: Tensor  # (n, k)
 
 
 class Choice:
@@ -123,13 +115,11 @@ Row = tuple[int, float | None, list[tuple[int, float]] | None, int]
 def prompt_rows(prompt: Given, scores: Scores, tokenizer: Tokenizer) -> list[Row]:
     """The tokens of a prompt's text.  One with nothing before it, or too far back for the context, has no score."""
     ids = prompt.ids[prompt.n_added :]
-    offsets, n_unknown = Offsets(tokenizer).of(ids, len(ids)), max(0, len(ids) - len(scores.logprobs))
-    rows: list[Row] = [(ids[i], None, None, offsets[i]) for i in range(n_unknown)]
-    for i in range(n_unknown, len(ids)):
-        at = i - len(ids)  # from the end, as scores are of the last ids
-        best = zip(scores.best[at].tolist(), scores.best_logprobs[at].tolist(), strict=True)
-        rows.append((ids[i], float(scores.logprobs[at]), list(best), offsets[i]))
-    return rows
+    logprobs, best, best_logprobs = (each.tolist() for each in scores)
+    pairs = [list(zip(*each, strict=True)) for each in zip(best, best_logprobs, strict=True)]
+    unknown = [None] * (len(ids) - len(logprobs))
+    offsets = Offsets(tokenizer).of(ids, len(ids))
+    return list(zip(ids, [*unknown, *logprobs], [*unknown, *pairs], offsets, strict=True))
 
 
 def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, list[Any]]:
@@ -159,9 +149,9 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage(asked: Completion, n_written: int) -> dict[str, int]:
-    """How many tokens a request read and wrote."""
-    n_read = sum(len(prompt.ids) for prompt in asked.prompts)
+def usage(asked: Completion) -> dict[str, int]:
+    """How many tokens a request has read and written."""
+    n_read, n_written = (sum(len(each.ids) for each in several) for several in (asked.prompts, asked.answers))
     return {"prompt_tokens": n_read, "completion_tokens": n_written, "total_tokens": n_read + n_written}
 
 
@@ -172,7 +162,7 @@ def score(model: GPT, ids: Sequence[int], n_best: int) -> Scores:
     logprobs = model(torch.tensor([seen], device=model.tok_emb.weight.device))[0, :-1].float().log_softmax(-1)  # (T, V)
     chosen = logprobs.gather(1, torch.tensor(seen[1:], device=logprobs.device)[:, None])[:, 0]
     best = logprobs.topk(min(n_best, logprobs.size(1)))
-    return Scores(chosen.cpu().numpy(), best.indices.int().cpu().numpy(), best.values.cpu().numpy())
+    return Scores(chosen.cpu(), best.indices.int().cpu(), best.values.cpu())
 
 
 def describe(served: Served, created: int) -> dict[str, Any]:
@@ -185,45 +175,35 @@ def describe(served: Served, created: int) -> dict[str, Any]:
 # ---- what the page shows about a token: its alternatives, and what each head attended to ----
 
 
+@torch.inference_mode()
 def explain(raw: bytes, models: Mapping[str, Served]) -> dict[str, Any]:
     """The likeliest tokens after `prompt` and `text`, with the one `taken`, and what each head attended to there.
 
     `raw` is the body of a request; all three are ids in it. Raises Refusal.
     """
-    document = read_object(raw)
-    name = document.get("model")
+    document: Any = read_object(raw)
+    name, prompt, text, taken = (document.get(key) for key in ("model", "prompt", "text", "taken"))
+    are_lists = isinstance(prompt, list) and isinstance(text, list)
+    if not (are_lists and prompt and are_ids([*prompt, *text, taken])):
+        raise Refusal(400, "prompt and text must be lists of ids, and taken an id")
     served = find_model(name if isinstance(name, str) else None, models)
-    prompt, text, taken = document.get("prompt"), document.get("text", []), document.get("taken")
-    for key, ids in {"prompt": prompt, "text": text, "taken": [] if taken is None else [taken]}.items():
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids) or (key == "prompt" and not ids):
-            raise Refusal(400, f"{key} must be {'an id' if key == 'taken' else 'a list of ids'}", param=key)
-        check_ids(key, ids, served)
-    assert isinstance(prompt, list)
-    seen = seen_before(prompt, text, served.model.config.block_size)
-    best = candidates(served.model, seen, N_ALTERNATIVES, taken)
-    weights = attention_maps(served.model, seen, rows=slice(-1, None))[:, :, 0]  # (n_layer, n_head, T)
+    check_ids("prompt", [*prompt, *text, taken], served)
+    model, tokenizer = served.model, served.tokenizer
+    seen = seen_before(prompt, text, model.config.block_size)
+    shares = model(torch.tensor([seen], device=model.tok_emb.weight.device))[0, -1].float().softmax(-1)
+    best = shares.topk(min(20, len(shares))).indices.tolist()
+    weights = attention_maps(model, seen, rows=slice(-1, None))[:, :, 0]  # (n_layer, n_head, T)
     return {
-        "alternatives": [{"id": i, "token": token_text(served.tokenizer, i), "p": p} for i, p in best],
-        "tokens": [token_text(served.tokenizer, i) for i in seen],
+        "alternatives": [
+            {"id": i, "token": token_text(tokenizer, i), "p": float(shares[i])} for i in dict.fromkeys([*best, taken])
+        ],
+        "tokens": [token_text(tokenizer, i) for i in seen],
         "attention": weights.astype(float).round(4).tolist(),
     }
 
 
-@torch.inference_mode()
-def candidates(model: GPT, ids: Sequence[int], n_best: int, taken: int | None) -> list[tuple[int, float]]:
-    """The likeliest tokens after some ids, and the one that was taken, with their probabilities."""
-    shares = model(torch.tensor([ids], device=model.tok_emb.weight.device))[0, -1].float().softmax(-1)
-    best = shares.topk(min(n_best, len(shares)))
-    pairs = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    if taken is not None:
-        pairs.setdefault(taken, float(shares[taken]))
-    return list(pairs.items())
-
-
 def seen_before(prompt: Sequence[int], written: Sequence[int], block_size: int) -> list[int]:
-    """The ids in the decoder's context when it chooses the token after prompt and text: whenever the context is full,
-    its older half is dropped.
-    """
+    """The ids in the decoder's context for the token after both: whenever it is full, its older half is dropped."""
     seen = list(prompt[-block_size:])
     for i in written:
         seen.append(i)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import errno
 import ipaddress
 import logging
 import signal
@@ -16,11 +15,13 @@ from pathlib import Path
 
 import h11
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import Response
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -28,17 +29,16 @@ from tinygpt.errors import Stopped, UserError
 from tinygpt.options import Limits
 from tinygpt.serve.choices import describe, explain
 from tinygpt.serve.request import Refusal, find_model
-from tinygpt.serve.service import Service, complete, json_bytes, json_response, unless_gone
+from tinygpt.serve.service import Service, complete, json_response, unless_gone
 
 PAGE = Path(__file__).with_name("page")
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-FILES = {path.name.replace("index.html", ""): path for path in PAGE.iterdir() if path.suffix in KINDS}
 HEADERS = [
     (
         "content-security-policy",
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
+    ("cache-control", "no-cache"),
     ("x-content-type-options", "nosniff"),
     ("referrer-policy", "no-referrer"),
     ("cross-origin-resource-policy", "same-origin"),
@@ -46,48 +46,44 @@ HEADERS = [
 ]
 PIECE = 2**16  # at most so many bytes of an answer wait to be sent
 REST_SECONDS = 3  # after so long without a request, freed memory goes back to the system
-READ = ["GET", "HEAD"]
 
 
 def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     """The whole server; `hosts` are names that clients may use for it, besides localhost and IP addresses."""
-    app = FastAPI(
-        openapi_url=None,  # this also leaves out FastAPI's pages about the API, which load scripts from elsewhere
-        exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), refuse),
-    )
 
-    @app.post("/v1/completions")
-    @app.post("/v1/chat/completions")
     async def completions(request: Request) -> Response:
         is_chat = "chat" in request.url.path
         return await unless_gone(request, complete(service, await service.body(request), is_chat=is_chat))
 
-    @app.api_route("/v1/models", methods=READ)
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         listed = [describe(served, service.created) for served in service.models.values()]
         return json_response({"object": "list", "data": listed})
 
-    @app.api_route("/v1/models/{name:path}", methods=READ)
-    async def model(name: str) -> Response:
-        return json_response(describe(find_model(name, service.models), service.created))
+    async def model(request: Request) -> Response:
+        return json_response(describe(find_model(request.path_params["name"], service.models), service.created))
 
-    @app.api_route("/health", methods=READ)
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         return json_response({"status": "ok"} | service.worker.counts())
 
-    @app.post("/look")
     async def look(request: Request) -> Response:
         raw = await service.body(request)
         return json_response(await unless_gone(request, service.aside(explain, raw, service.models)))
 
-    @app.api_route("/", methods=READ)
-    @app.api_route("/{name}", methods=READ)
-    async def page(name: str = "") -> Response:
-        if name not in FILES:
-            raise HTTPException(404, "Not Found")
-        path = FILES[name]
-        return Response(path.read_bytes(), media_type=KINDS[path.suffix], headers={"cache-control": "no-cache"})
+    async def page(request: Request) -> Response:
+        return FileResponse(PAGE / "index.html")
 
+    routes = [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", completions, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+        Route("/look", look, methods=["POST"]),
+        Route("/", page),
+        Mount("/page", StaticFiles(directory=PAGE)),
+    ]
+    refused = (Refusal, HTTPException, ClientDisconnect, Exception)
+    app = Starlette(routes=routes, exception_handlers=dict.fromkeys(refused, refuse))
     return Guard(app, service.limits, hosts)
 
 
@@ -185,38 +181,24 @@ class Connection(H11Protocol):
         """Wait for the first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # call pause_writing as soon as anything has to wait
-        self._unread: asyncio.TimerHandle | None = None
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
-        """Keep reading, and let the timer run.  A request sent before an answer has ended waits, up to PIECE bytes."""
+        """Keep reading, and let the timer run to the end of a head.  What comes during an answer waits, up to PIECE."""
         self.conn.receive_data(data)
         if self.conn.their_state not in (h11.DONE, h11.MUST_CLOSE):
             self.handle_events()
         elif len(self.conn.trailing_data[0]) > PIECE:
             self.transport.abort()
 
-    def handle_events(self) -> None:
-        """End the timer when the head is whole."""
-        last = self.cycle
-        super().handle_events()
-        if self.cycle is not last:
-            self._unset_keepalive_if_required()
-
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, or has a head of more than 16 kB, with an error in the form of all others."""
+        """Answer what is not HTTP, or has a head of more than 16 kB, unless another answer has begun."""
         if self.cycle is not None:
             self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
             self.transport.abort()
-            return
-        body = json_bytes(Refusal(400, msg).body())
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        headers += [(b"connection", b"close")]
-        for part in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(part) or b"")
-        self.transport.close()
 
     def pause_writing(self) -> None:
         """Close the connection, and free all it holds, unless the client reads what waits for it in time."""
@@ -224,16 +206,8 @@ class Connection(H11Protocol):
         self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._stop_unread()
+        self._unread.cancel()
         super().resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_unread()
-        super().connection_lost(exc)
-
-    def _stop_unread(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -246,9 +220,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen(1024)  # while it is only bound, a second server could bind it too
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is in use: stop what uses it, or choose another --port") from None
-        raise UserError(f"cannot listen on {host}, port {port} ({error.strerror})") from None
+        problem = f"cannot listen on {host}, port {port} ({error.strerror})"
+        raise UserError(f"{problem}: choose another --port, or an address of this machine as --host") from None
     return listener
 
 

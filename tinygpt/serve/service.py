@@ -12,8 +12,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tinygpt.options import Limits
@@ -48,12 +48,10 @@ class Service:
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
         """Do some work in the reader's thread, unless its client has left by then."""
-        if self.worker.is_stopped:
-            raise stopping()
         try:
             return await asyncio.wrap_future(self._reader.submit(work, *args))
-        except asyncio.CancelledError:
-            if self.worker.is_stopped:
+        except (asyncio.CancelledError, RuntimeError):
+            if self.worker.is_stopped:  # and so is the reader
                 raise stopping() from None
             raise
 
@@ -63,19 +61,19 @@ class Service:
 
     async def body(self, request: Request) -> bytes:
         """The body of a request.  Raises Refusal if it is too large, or comes too slowly."""
-        raw, most = bytearray(), self.limits.max_body
-        size = int(request.headers.get("content-length", 0))  # uvicorn has refused anything but a number
+        raw, most, seconds = bytearray(), self.limits.max_body, self.limits.client_seconds
+        message = f"the request is larger than {most:,} bytes, the limit of this server"
+        too_large = Refusal(413, message, code="request_too_large")
+        if int(request.headers.get("content-length", 0)) > most:  # uvicorn has refused anything but a number
+            raise too_large
         try:
-            async with asyncio.timeout(self.limits.client_seconds):
-                parts = request.stream()
-                while size <= most and (part := await anext(parts, None)) is not None:
+            async with asyncio.timeout(seconds):
+                async for part in request.stream():
                     raw += part
-                    size = max(size, len(raw))
+                    if len(raw) > most:
+                        raise too_large
         except TimeoutError:
-            raise Refusal(408, f"the request did not arrive within {self.limits.client_seconds} seconds") from None
-        if size > most:
-            message = f"the request is larger than {most:,} bytes, the limit of this server"
-            raise Refusal(413, message, code="request_too_large")
+            raise Refusal(408, f"the request did not arrive within {seconds} seconds") from None
         return bytes(raw)
 
     def begin(self, asked: Completion) -> tuple[Job, asyncio.Queue[list[Update] | Refusal]]:
@@ -98,7 +96,7 @@ class Events(StreamingResponse):
     """Server-sent events; `on_end` is called when all have been sent or the client has left."""
 
     def __init__(self, parts: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
-        super().__init__(parts, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        super().__init__(parts, media_type="text/event-stream")
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,12 +126,11 @@ async def complete(service: Service, raw: bytes, *, is_chat: bool) -> Response:
     """Answer a completion or a chat, whole or as a stream."""
     asked = await service.aside(partial(read_request, raw, service.models, service.limits, is_chat=is_chat))
     del raw  # it may be as large as max_body, and an answer takes long
-    scores: list[Scores | None] = [None] * len(asked.prompts)
-    if asked.body.echo and asked.body.logprobs is not None:
-        for i, prompt in enumerate(asked.prompts):
-            scores[i] = await service.aside(score, asked.served.model, prompt.ids, asked.body.logprobs)
+    n_best, scores = asked.body.logprobs, list[Scores]()
+    if asked.body.echo and n_best is not None:
+        scores = [await service.aside(score, asked.served.model, prompt.ids, n_best) for prompt in asked.prompts]
     make = ChatChoice if asked.is_chat else Choice
-    choices = [make(i, asked, scores[i // asked.body.n]) for i in range(len(asked.answers))]
+    choices = [make(i, asked, scores[i // asked.body.n] if scores else None) for i in range(len(asked.answers))]
     if asked.body.max_tokens > 0:
         job, updates = service.begin(asked)
         if asked.body.stream:
@@ -168,14 +165,14 @@ async def whole(service: Service, asked: Completion, choices: list[Choice]) -> A
     for choice in choices:
         make = partial(lambda each: json_bytes(each.whole()), choice)
         yield (b"," if choice.index else b"") + (await service.written(make) if is_long(asked) else make())
-    yield b'],"usage":' + json_bytes(usage(asked, sum(len(answer.ids) for answer in asked.answers))) + b"}"
+    yield b'],"usage":' + json_bytes(usage(asked)) + b"}"
 
 
 async def events(
     service: Service, asked: Completion, choices: list[Choice], updates: asyncio.Queue[list[Update] | Refusal]
 ) -> AsyncIterator[bytes]:
     """The answers as they come: an event for each answer that a step has extended."""
-    head, n_left, n_written = head_of(asked), len(choices), 0
+    head, n_left = head_of(asked), len(choices)
     has_usage = asked.body.stream_options is not None and asked.body.stream_options.include_usage
     empty = {"usage": None} if has_usage else {}
 
@@ -190,15 +187,13 @@ async def events(
                 part = await service.written(partial(made, update)) if echoes else made(update)
                 if part:
                     yield part
-                if update.finish_reason:
-                    n_left -= 1
-                    n_written += update.n_ids
+                n_left -= update.finish_reason is not None
             await asyncio.sleep(0)  # even if many updates wait, let other tasks run and notice a client that leaves
     except Refusal as error:
         yield event(error.body())
         return
     if has_usage:
-        yield event(head | {"choices": [], "usage": usage(asked, n_written)})
+        yield event(head | {"choices": [], "usage": usage(asked)})
     yield b"data: [DONE]\n\n"
 
 
