@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,14 +16,13 @@ from tinygpt.runtime import find_device
 
 def serve(args: Namespace) -> None:
     """Serve models by OpenAI's API until Ctrl-C."""
-    for package in ("fastapi", "uvicorn", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"serve needs {package}: pip install -r requirements-serve.txt")
-    from tinygpt.serve.request import Served
-    from tinygpt.serve.server import listen, serve
-    from tinygpt.serve.service import Service
-    from tinygpt.serve.template import load_template
-
+    try:
+        from tinygpt.serve.request import Served
+        from tinygpt.serve.server import listen, serve
+        from tinygpt.serve.service import Service
+        from tinygpt.serve.template import load_template
+    except ModuleNotFoundError as error:
+        raise UserError(f"serve needs {error.name}: pip install -r requirements-serve.txt") from None
     limits, options = read(Limits, args), read(DeviceOptions, args)
     find_device(options.device, "--device")
     listener = listen(args.host, args.port)
@@ -48,7 +46,6 @@ def named(given: list[str]) -> dict[str, Path]:
     for each in given:
         name, equals, folder = each.partition("=")
         if not name or name in found:
-            problem = "its name is taken: give NAME=FOLDER" if name else "its name is empty: give NAME=FOLDER"
-            raise UserError(f"--model {each}: {problem}")
+            raise UserError(f"--model {each}: its name is {'taken' if name else 'empty'}: give NAME=FOLDER")
         found[name] = Path(folder if equals else name)
     return found

@@ -145,10 +145,8 @@ def read_object(raw: bytes) -> dict[str, Any]:
     """A JSON object.  Raises Refusal."""
     try:
         document = parse_json(raw, object_pairs_hook=each_once, parse_constant=float, parse_float=float)
-    except UnicodeDecodeError as error:
-        raise Refusal(400, f"the request is not UTF-8 from byte {error.start} on") from None
     except ValueError as error:
-        raise Refusal(400, f"the request is not JSON: {error}") from None
+        raise Refusal(400, f"the request is not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
         raise Refusal(400, 'the request must be a JSON object of options, such as {"prompt": "The"}')
     if len(document) > MOST_KEYS:
@@ -248,9 +246,7 @@ def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], l
     body, served = read_body(options, models, limits, others=["prompt"])
     each = given if isinstance(given, list) and not are_ids(given) else [given]
     if not each or not all(one is None or isinstance(one, str) or are_ids(one) for one in each):
-        raise Refusal(
-            400, "prompt must be a text, a list of texts, a list of ids, or a list of lists of ids", param="prompt"
-        )
+        raise Refusal(400, "prompt must be a text, a list of texts, a list of ids, or a list of those", param="prompt")
     prompts = ["" if one is None else one for one in each]
     check_sizes(prompts, body.n, limits, param="prompt")
     return begin(served, body, [read_prompt(one, served) for one in prompts], is_chat=False)
@@ -290,5 +286,5 @@ def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits:
     text, ids = template.prompt(messages, served.tokenizer, limits.max_prompt)
     check_sizes([text], body.n, limits, param="messages")
     stop_ids = (*body.stop_ids, *template.stop_ids(served.tokenizer))
-    body = dataclasses.replace(body, stop=(*body.stop, *template.stop()), stop_ids=stop_ids)
+    body = dataclasses.replace(body, stop=(*body.stop, *template.stop), stop_ids=stop_ids)
     return begin(served, body, [Given(ids, text, 0)], is_chat=True)

@@ -8,19 +8,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tinygpt.errors import UserError
-from tinygpt.files import read_object
+from tinygpt.files import read_file, read_object
 from tinygpt.options import checked
 from tinygpt.params import ParamsError, from_mapping, require
 from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
 
-CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
 REMEDY = "fix it or remove it"
 MOST_SECONDS = 5.0  # for a template, which usually takes a thousandth of that; the first one also starts Python
@@ -43,27 +41,25 @@ def read_messages(value: Any) -> list[dict[str, str]]:
         raise ParamsError(["messages must be a list of objects with role and content, and nothing else"])
     found = []
     for i, each in enumerate(objects):
-        content = text_of(each.get("content") or "", f"messages[{i}].content")
-        given = {key: said for key, said in each.items() if key != "name" and said} | {"content": content}
-        found.append(vars(from_mapping(Message, given, prefix=f"messages[{i}].")))
+        name, content = f"messages[{i}].", each.get("content") or ""
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        texts: list[Any] = [
+            isinstance(part, dict) and part.get("type") == "text" and part.get("text") for part in parts
+        ]
+        are_texts = all(isinstance(text, str) for text in texts)
+        require((are_texts, f"{name}content must be a text, or a list of parts that are texts"))
+        given = {key: said for key, said in each.items() if key != "name" and said} | {"content": "".join(texts)}
+        found.append(vars(from_mapping(Message, given, prefix=name)))
     return found
-
-
-def text_of(content: Any, name: str) -> str:
-    """The content of a message as one text.  Raises ParamsError unless it is a text or a list of texts."""
-    texts = [content]
-    if isinstance(content, list):
-        texts = [isinstance(part, dict) and part.get("type") == "text" and part.get("text") for part in content]
-    require((all(isinstance(text, str) for text in texts), f"{name} must be a text, or a list of parts that are texts"))
-    return "".join(texts)
 
 
 @dataclass(frozen=True)
 class Template:
     """Turns messages into a prompt, and says what ends an answer besides `<|endoftext|>`."""
 
-    source: str | None = None  # None = the plain template
+    source: str | None  # None = the plain template
     tokens: Mapping[str, str] = field(default_factory=dict)  # special tokens by the template's names, such as eos_token
+    stop: tuple[str, ...] = ()  # texts that end an answer: the plain template has no token for it
 
     def prompt(self, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, most: int) -> tuple[str, list[int]]:
         """The text of messages up to the answer, and its ids.
@@ -86,10 +82,6 @@ class Template:
         ]
         return "".join(parts).replace(mark, ""), ids
 
-    def stop(self) -> tuple[str, ...]:
-        """Texts that end an answer: the plain template has no token for it."""
-        return ("\nUser:",) if self.source is None else ()
-
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The token that ends a message in the template."""
         name = self.tokens.get("eos_token")
@@ -104,7 +96,7 @@ class Template:
         return RENDERER.render(self.source, {"messages": messages, "add_generation_prompt": True, **tokens}, most)
 
 
-PLAIN = Template()
+PLAIN = Template(None, stop=("\nUser:",))
 
 
 def load_template(folder: Path) -> Template:
@@ -112,14 +104,13 @@ def load_template(folder: Path) -> Template:
 
     Raises UserError if it is not a valid template.
     """
-    path, own = folder / CONFIG_FILE, folder / TEMPLATE_FILE
+    path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_object(path, remedy=REMEDY, most_bytes=MOST_FILE) if path.exists() else {}
     source = config.get("chat_template")
     try:
         if own.exists():
             path = own
-            with open(path, "rb") as file:
-                source = file.read(MOST_FILE).decode()
+            source = read_file(path, MOST_FILE).decode()
         elif isinstance(source, list):  # several by name
             source = {each["name"]: each["template"] for each in source}.get("default")
         tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -169,19 +160,17 @@ class Renderer:
         assert process.stdout is not None
         timer = threading.Timer(MOST_SECONDS, process.kill)
         timer.start()
-        answer = ""
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
-        except OSError:  # the process has ended
-            pass
+        except OSError:
+            answer = ""
         timer.cancel()
         if not answer:
             self._process = None
             process.kill()
-            with suppress(OSError):
-                process.communicate()
+            process.communicate()  # closes its pipes
         return answer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import traceback
 from collections import deque
@@ -125,7 +124,7 @@ class Worker(threading.Thread):
             work()
         except Exception as error:
             if not isinstance(error, UserError):
-                traceback.print_exc(file=sys.stderr)
+                traceback.print_exc()
             self._running[name] = Running(self._models[name])
             failed = {answer: job for answer, (job, _) in self._places.items() if job.model == name}
             for answer in failed:
