@@ -19,7 +19,7 @@ from tinygpt.params import ParamsError, from_mapping, require
 from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
 
-MOST_FILE, MOST_SOURCE = 2**24, 2**20  # bytes of a file, characters of a template
+MOST_SOURCE = 2**20  # characters of a template
 REMEDY = "fix it or remove it"
 MOST_SECONDS = 5.0  # for a template, which usually takes a thousandth of that; the first one also starts Python
 MOST_FIELDS = 20  # of a message: each unknown one costs a search for the nearest name
@@ -105,12 +105,12 @@ def load_template(folder: Path) -> Template:
     Raises UserError if it is not a valid template.
     """
     path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = read_object(path, remedy=REMEDY, most_bytes=MOST_FILE) if path.exists() else {}
+    config = read_object(path, remedy=REMEDY) if path.exists() else {}
     source = config.get("chat_template")
     try:
         if own.exists():
             path = own
-            source = read_file(path, MOST_FILE).decode()
+            source = read_file(path).decode()
         elif isinstance(source, list):  # several by name
             source = {each["name"]: each["template"] for each in source}.get("default")
         tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -156,8 +156,7 @@ class Renderer:
                 start_new_session=True,  # Ctrl-C does not reach it; it ends with its input
             )
         process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
+        assert process.stdin and process.stdout
         timer = threading.Timer(MOST_SECONDS, process.kill)
         timer.start()
         try:
