@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -35,21 +36,22 @@ class Choice:
         """`scores` are those of the prompt, if the request asks for them."""
         self.answer, self.body, self.tokenizer = asked.answers[index], asked.body, asked.served.tokenizer
         self.index, self.prompt, self._scores = index, asked.prompts[index // asked.body.n], scores
-        self._offsets = Offsets(self.tokenizer)
+        self._offsets = list[int]()  # of the answer's tokens so far
+        self._more_offsets = offsets(self.tokenizer, self.answer.ids)  # of those that have come since
         self._n_char, self._n_sent, self.has_begun = 0, 0, False
 
     def take(self, piece: str, n_ids: int, finish_reason: str | None) -> dict[str, Any] | None:
         """What to send for a new piece, when the answer has n_ids ids so far; None if there is nothing new."""
         begins, self.has_begun = not self.has_begun, True
         self._n_char += len(piece)
-        new, offsets = range(0), list[int]()
+        new = range(0)
         if self.body.logprobs is not None or self.body.return_token_ids:
-            offsets = self._offsets.of(self.answer.ids, n_ids)
-            last = bisect_left(offsets, self._n_char) if self.body.stop else n_ids
+            self._offsets += islice(self._more_offsets, n_ids - len(self._offsets))
+            last = bisect_left(self._offsets, self._n_char) if self.body.stop else n_ids
             new, self._n_sent = range(self._n_sent, last), last
         if not (piece or new or finish_reason or begins):
             return None
-        choice = {"index": self.index, **self._part(piece, new, offsets, begins), "finish_reason": finish_reason}
+        choice = {"index": self.index, **self._part(piece, new, begins), "finish_reason": finish_reason}
         if self.body.return_token_ids:
             choice["token_ids"] = [self.answer.ids[i] for i in new]
             choice["prompt_token_ids"] = self.prompt.ids if begins else None
@@ -60,13 +62,13 @@ class Choice:
         answer = self.answer
         return self.take(answer.text, len(answer.ids), answer.finish_reason or "length")
 
-    def _part(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
+    def _part(self, piece: str, new: Sequence[int], begins: bool) -> dict[str, Any]:
         """The text and its tokens."""
         echoes = begins and self.body.echo
         part: dict[str, Any] = {"text": self.prompt.text + piece if echoes else piece, "logprobs": None}
         if self.body.logprobs is not None:
-            answer, n_before = self.answer, len(self.prompt.text)
-            rows = [(answer.ids[i], answer.logprobs[i], answer.top_logprobs[i], n_before + offsets[i]) for i in new]
+            answer, start = self.answer, len(self.prompt.text)
+            rows = [(answer.ids[i], answer.logprobs[i], answer.top_logprobs[i], start + self._offsets[i]) for i in new]
             before = prompt_rows(self.prompt, self._scores, self.tokenizer) if echoes and self._scores else []
             part["logprobs"] = completion_logprobs(self.tokenizer, [*before, *rows])
         return part
@@ -75,7 +77,7 @@ class Choice:
 class ChatChoice(Choice):
     """An answer in a chat: a message, or in a stream what is added to one."""
 
-    def _part(self, piece: str, new: Sequence[int], offsets: list[int], begins: bool) -> dict[str, Any]:
+    def _part(self, piece: str, new: Sequence[int], begins: bool) -> dict[str, Any]:
         content = {"content": piece} if piece or begins else {}
         role = {"role": "assistant", "refusal": None} if begins else {}
         part: dict[str, Any] = {"delta" if self.body.stream else "message": role | content, "logprobs": None}
@@ -92,20 +94,12 @@ class ChatChoice(Choice):
         return {"token": token_text(self.tokenizer, token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
 
-class Offsets:
+def offsets(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[int]:
     """Where each token begins in a text, in characters; one that continues a character has that character's place."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._n_char = tokenizer, 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._found: list[int] = []
-
-    def of(self, ids: Sequence[int], n: int) -> list[int]:
-        """Offsets of the first n ids, which begin with the ids of the last call."""
-        for i in ids[len(self._found) : n]:
-            self._found.append(self._n_char)
-            self._n_char += len(self._decoder.decode(self._tokenizer.decode_bytes([i])))
-        return self._found
+    n_char, decoder = 0, codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for i in ids:
+        yield n_char
+        n_char += len(decoder.decode(tokenizer.decode_bytes([i])))
 
 
 # A token's id, its log-probability, the likeliest at its position and where its text begins; a first one has no score.
@@ -118,8 +112,7 @@ def prompt_rows(prompt: Given, scores: Scores, tokenizer: Tokenizer) -> list[Row
     logprobs, best, best_logprobs = (each.tolist() for each in scores)
     pairs = [list(zip(*each, strict=True)) for each in zip(best, best_logprobs, strict=True)]
     unknown = [None] * (len(ids) - len(logprobs))
-    offsets = Offsets(tokenizer).of(ids, len(ids))
-    return list(zip(ids, [*unknown, *logprobs], [*unknown, *pairs], offsets, strict=True))
+    return list(zip(ids, [*unknown, *logprobs], [*unknown, *pairs], offsets(tokenizer, ids), strict=True))
 
 
 def completion_logprobs(tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, list[Any]]:

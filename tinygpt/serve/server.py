@@ -51,7 +51,7 @@ REST_SECONDS = 3  # after so long without a request, freed memory goes back to t
 def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
     """The whole server; `hosts` are names that clients may use for it, besides localhost and IP addresses."""
 
-    async def completions(request: Request) -> Response:
+    async def completions(request: Request) -> ASGIApp:
         is_chat = "chat" in request.url.path
         return await unless_gone(request, complete(service, await service.body(request), is_chat=is_chat))
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinygpt.options import Limits
 from tinygpt.serve.choices import ChatChoice, Choice, Scores, score, usage
@@ -92,20 +92,6 @@ class Service:
         return job, updates
 
 
-class Events(StreamingResponse):
-    """Server-sent events; `on_end` is called when all have been sent or the client has left."""
-
-    def __init__(self, parts: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
-        super().__init__(parts, media_type="text/event-stream")
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._on_end()
-
-
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of some work, which is cancelled if the client leaves.  The request must have been read.
 
@@ -122,7 +108,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         leaving.cancel()
 
 
-async def complete(service: Service, raw: bytes, *, is_chat: bool) -> Response:
+async def complete(service: Service, raw: bytes, *, is_chat: bool) -> ASGIApp:
     """Answer a completion or a chat, whole or as a stream."""
     asked = await service.aside(partial(read_request, raw, service.models, service.limits, is_chat=is_chat))
     del raw  # it may be as large as max_body, and an answer takes long
@@ -134,7 +120,15 @@ async def complete(service: Service, raw: bytes, *, is_chat: bool) -> Response:
     if asked.body.max_tokens > 0:
         job, updates = service.begin(asked)
         if asked.body.stream:
-            return Events(events(service, asked, choices, updates), lambda: service.worker.drop(job))
+            response = StreamingResponse(events(service, asked, choices, updates), media_type="text/event-stream")
+
+            async def send_events(scope: Scope, receive: Receive, send: Send) -> None:
+                try:
+                    await response(scope, receive, send)
+                finally:  # all have been sent, or the client has left
+                    service.worker.drop(job)
+
+            return send_events
         try:
             n_left = len(choices)
             while n_left:
