@@ -23,6 +23,7 @@ MOST_SOURCE = 2**20  # characters of a template
 REMEDY = "fix it or remove it"
 MOST_SECONDS = 5.0  # for a template, which usually takes a thousandth of that; the first one also starts Python
 MOST_FIELDS = 20  # of a message: each unknown one costs a search for the nearest name
+MARK = "\ufdd0"  # put into what looks like a special token; Unicode keeps it for such uses, so no text has it
 PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
 
 
@@ -68,19 +69,17 @@ class Template:
         if the template fails, takes too long, or writes more than `most` characters or half a surrogate pair.
         """
         names = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
-        said = {char for message in messages for text in message.values() for char in text}
-        mark = next(chr(i) for i in range(0xE000, 0x10FFFF) if chr(i) not in said)
         marked = [
-            {key: re.sub(names, lambda found: found[0][0] + mark + found[0][1:], text) for key, text in each.items()}
+            {key: re.sub(names, lambda found: found[0][0] + MARK + found[0][1:], text) for key, text in each.items()}
             for each in messages
         ]
         parts = re.split(f"({names})", checked(self._render(marked, tokenizer, most)))
         ids = [
             i
             for place, part in enumerate(parts)
-            for i in ([tokenizer.special_tokens[part]] if place % 2 else tokenizer.encode(part.replace(mark, "")))
+            for i in ([tokenizer.special_tokens[part]] if place % 2 else tokenizer.encode(part.replace(MARK, "")))
         ]
-        return "".join(parts).replace(mark, ""), ids
+        return "".join(parts).replace(MARK, ""), ids
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The token that ends a message in the template."""
