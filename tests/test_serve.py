@@ -436,6 +436,16 @@ def test_a_connection_without_a_whole_head_is_closed(sent, tiny_tokenizer):
         assert WEB.get(f"{served[0]}/health").status_code == 200
 
 
+def test_an_answer_may_take_longer_than_a_client(tiny_tokenizer):
+    with (
+        running(tiny_tokenizer, client_seconds=1, max_tokens=100_000) as served,
+        WEB.stream("POST", f"{served[0]}/v1/completions", json=LONG | {"stream": True}) as response,
+    ):
+        lines, ends = response.iter_lines(), time.monotonic() + 2.5
+        while time.monotonic() < ends:
+            next(lines)
+
+
 def test_a_connection_is_kept_for_longer_than_openais_client_keeps_it(served):
     connection = http.client.HTTPConnection(served[0].removeprefix("http://"), timeout=20)
     for pause in (5.5, 0):  # httpx keeps them for 5 s, and so does the openai client
