@@ -224,7 +224,7 @@ def test_fields_that_change_nothing_here_are_accepted(path, served):
         ("{{ 'a' | center(10**10) }}", "MemoryError"),
         (
             "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-            "MemoryError",
+            "MemoryError|too long",  # on a busy machine, the time is over first
         ),
         ("{% for i in range(99999) %}{{ i }}{% endfor %}", "it writes more than 1,000 characters"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
