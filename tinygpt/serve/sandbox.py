@@ -9,6 +9,7 @@ too long. It imports nothing from tinygpt.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from contextlib import suppress
 from datetime import datetime
@@ -68,9 +69,7 @@ def render(environment: ImmutableSandboxedEnvironment, source: str, values: dict
 
 def main() -> None:
     """Answer each line until the input ends."""
-    with suppress(ImportError, ValueError, OSError):  # another system, or a stricter bound already set
-        import resource
-
+    with suppress(ValueError, OSError):  # a stricter bound is already set, or macOS has none
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     environment = make_environment()
     for line in sys.stdin:
