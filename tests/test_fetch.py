@@ -22,9 +22,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from tinygpt.corpus.answer import NotThereError
+from tinygpt.corpus import fetch as fetch_module
 from tinygpt.corpus.archive import iter_members
-from tinygpt.corpus.fetch import ATTEMPTS, BACKOFF_S, CHUNK_BYTES, fetch
+from tinygpt.corpus.fetch import ATTEMPTS, BACKOFF_S, CHUNK_BYTES, NotThereError, fetch
 from tinygpt.errors import UserError
 
 BODY = bytes(range(256)) * 2000  # 512 kB
@@ -66,6 +66,14 @@ class Server(ThreadingHTTPServer):
         self.asked: list[str | None] = []  # the Range of each request
         self.sent = 0  # bytes of bodies
         self.url = f"http://127.0.0.1:{self.server_port}/text.txt"
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a download would have waited."""
+    seconds: list[float] = []
+    monkeypatch.setattr(fetch_module, "sleep", seconds.append)
+    return seconds
 
 
 @pytest.fixture
@@ -131,11 +139,10 @@ def test_a_file_that_is_there_with_other_bytes_is_fetched_again(server: Server, 
     assert path.read_bytes() == BODY
 
 
-def test_a_broken_transfer_continues_where_it_ended(server: Server, tmp_path: Path) -> None:
-    waits: list[float] = []
+def test_a_broken_transfer_continues_where_it_ended(server: Server, tmp_path: Path, waits: list[float]) -> None:
     server.script = [break_off(100_000)]
     path = tmp_path / "text.txt"
-    fetch(server.url, path, sha256=SHA256, sleep=waits.append)
+    fetch(server.url, path, sha256=SHA256)
     assert path.read_bytes() == BODY
     assert server.asked == [None, "bytes=100000-"]
     assert server.sent == 100_000 + len(BODY) - 100_000
@@ -175,7 +182,7 @@ def test_a_download_killed_before_its_renaming_asks_for_nothing(server: Server, 
     path = tmp_path / "text.txt"
     server.script = [break_off(100_000)] * ATTEMPTS
     with pytest.raises(UserError):
-        fetch(server.url, path, sleep=lambda s: None)
+        fetch(server.url, path)
     (tmp_path / "text.txt.partial").write_bytes(BODY)
     server.asked.clear()
     fetch(server.url, path, sha256=SHA256)
@@ -185,7 +192,7 @@ def test_a_download_killed_before_its_renaming_asks_for_nothing(server: Server, 
 def test_a_server_without_ranges_starts_again(server: Server, tmp_path: Path) -> None:
     server.script = [break_off(100_000), lambda handler: handler.answer(200, BODY, ETag='"one"')]
     path = tmp_path / "text.txt"
-    fetch(server.url, path, sha256=SHA256, sleep=lambda s: None)
+    fetch(server.url, path, sha256=SHA256)
     assert path.read_bytes() == BODY
 
 
@@ -193,7 +200,7 @@ def test_a_changed_file_starts_again(server: Server, tmp_path: Path) -> None:
     new = b"new" * 100_000
     server.script = [break_off(100_000), lambda handler: serve(handler, new, '"two"')]
     path = tmp_path / "text.txt"
-    fetch(server.url, path, sleep=lambda s: None)
+    fetch(server.url, path)
     assert path.read_bytes() == new
 
 
@@ -202,27 +209,26 @@ def test_without_etag_and_date_nothing_is_continued(server: Server, tmp_path: Pa
         handler.answer(200, BODY[:1000], Content_Length=len(BODY))
 
     server.script = [anonymous]
-    fetch(server.url, tmp_path / "text.txt", sha256=SHA256, sleep=lambda s: None)
+    fetch(server.url, tmp_path / "text.txt", sha256=SHA256)
     assert server.asked == [None, None]
 
 
 def test_a_part_other_than_the_requested_one_is_not_appended(server: Server, tmp_path: Path) -> None:
     server.script = [break_off(100_000), lambda handler: serve(handler, begin_shift=7)]
     path = tmp_path / "text.txt"
-    fetch(server.url, path, sha256=SHA256, sleep=lambda s: None)
+    fetch(server.url, path, sha256=SHA256)
     assert path.read_bytes() == BODY
 
 
 def test_a_file_that_shrank_starts_again(server: Server, tmp_path: Path) -> None:
     server.script = [break_off(100_000), status(416)]
-    fetch(server.url, tmp_path / "text.txt", sha256=SHA256, sleep=lambda s: None)
+    fetch(server.url, tmp_path / "text.txt", sha256=SHA256)
     assert server.asked == [None, "bytes=100000-", None]
 
 
-def test_a_busy_server_is_asked_again_with_growing_waits(server: Server, tmp_path: Path) -> None:
-    waits: list[float] = []
+def test_a_busy_server_is_asked_again_with_growing_waits(server: Server, tmp_path: Path, waits: list[float]) -> None:
     server.script = [status(500), status(503), status(429)]
-    fetch(server.url, tmp_path / "text.txt", sha256=SHA256, sleep=waits.append)
+    fetch(server.url, tmp_path / "text.txt", sha256=SHA256)
     assert waits == [BACKOFF_S, 2 * BACKOFF_S, 4 * BACKOFF_S]
 
 
@@ -234,13 +240,13 @@ def test_progress_gives_new_attempts(server: Server, tmp_path: Path) -> None:
         handler.answer(code, BODY[begin : begin + CHUNK_BYTES], Content_Length=len(BODY) - begin, ETag='"one"', **part)
 
     server.script = [dribble] * (ATTEMPTS + 1)
-    fetch(server.url, tmp_path / "text.txt", sha256=SHA256, sleep=lambda s: None)
+    fetch(server.url, tmp_path / "text.txt", sha256=SHA256)
 
 
 def test_giving_up_says_why_and_keeps_what_came(server: Server, tmp_path: Path) -> None:
     server.script = [break_off(100_000)] + [status(500)] * ATTEMPTS
     with pytest.raises(UserError, match=r"answered 500 .*; the download will continue after 100\.0 kB"):
-        fetch(server.url, tmp_path / "text.txt", sleep=lambda s: None)
+        fetch(server.url, tmp_path / "text.txt")
     assert not (tmp_path / "text.txt").exists()
     assert (tmp_path / "text.txt.partial").stat().st_size == 100_000
 
@@ -248,7 +254,7 @@ def test_giving_up_says_why_and_keeps_what_came(server: Server, tmp_path: Path) 
 def test_a_server_that_always_promises_too_much_is_an_error(server: Server, tmp_path: Path) -> None:
     server.script = [lambda handler: handler.answer(200, b"abc", Content_Length=10)] * ATTEMPTS
     with pytest.raises(UserError, match="cannot download"):
-        fetch(server.url, tmp_path / "text.txt", sleep=lambda s: None)
+        fetch(server.url, tmp_path / "text.txt")
     assert not (tmp_path / "text.txt").exists()
 
 
@@ -261,7 +267,7 @@ def test_a_missing_file_is_reported_at_once(server: Server, tmp_path: Path) -> N
 
 def test_an_unreachable_server_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Connection refused") as caught:
-        fetch("http://127.0.0.1:1/x.txt", tmp_path / "x.txt", sleep=lambda s: None)
+        fetch("http://127.0.0.1:1/x.txt", tmp_path / "x.txt")
     assert "\n" not in str(caught.value)
 
 
@@ -293,7 +299,7 @@ def test_a_redirect_may_not_leave_http(server: Server, tmp_path: Path) -> None:
 def test_more_than_the_disk_holds_is_refused_before_it_begins(server: Server, tmp_path: Path) -> None:
     server.script = [lambda handler: handler.answer(200, b"abc", Content_Length=10**18)]
     with pytest.raises(UserError, match=r"needs 1000000\.0 TB"):
-        fetch(server.url, tmp_path / "text.txt", sleep=lambda s: None)
+        fetch(server.url, tmp_path / "text.txt")
 
 
 # Archives

@@ -15,9 +15,8 @@ from typing import Any
 
 import fsspec
 
-from tinygpt.corpus.answer import NotThereError
 from tinygpt.corpus.archive import READ_WHOLE, READERS, TARS, UnpackError, iter_members
-from tinygpt.corpus.fetch import CHUNK_BYTES, cache_name, check_sha256, fetch, forget
+from tinygpt.corpus.fetch import CHUNK_BYTES, NotThereError, cache_name, check_sha256, fetch, forget
 from tinygpt.corpus.folders import Manifest, RawDownload, text_line, write_manifest
 from tinygpt.corpus.local import LEFT_OUT, Note, Notes, local_files
 from tinygpt.corpus.raw import RawFolder
@@ -178,20 +177,14 @@ def _whole(path: Path, _: int | None) -> tuple[Path, bool]:
 def web_file(remote: Remote, params: DownloadParams, root: Path, cache: Path) -> SourceFile:
     """A file from the mirror, or else from the web."""
     sha256, cached = params.sha256 or remote.sha256, cache / cache_name(remote.url, remote.name)
-    is_needed_whole = (
-        f"{remote.name} is always downloaded whole, regardless of download.max_bytes" if params.max_bytes else ""
-    )
 
     def get(n_bytes: int | None) -> tuple[Path, bool]:
-        fetch_from = functools.partial(
-            fetch, path=cached, enough=n_bytes, sha256=sha256, note="" if n_bytes else is_needed_whole
-        )
         for address in _mirrors(remote, root):
             if isinstance(address, Path):
                 return address, True
             with suppress(NotThereError):
-                return fetch_from(address)
-        return fetch_from(remote.url)
+                return fetch(address, cached, enough=n_bytes, sha256=sha256)
+        return fetch(remote.url, cached, enough=n_bytes, sha256=sha256)
 
     return SourceFile(remote.name, sha256, get, remote.url, cached)
 

@@ -1,4 +1,7 @@
-"""Download files from the web. A file gets its name once it is whole; a download continues where it broke off."""
+"""Download files from the web. A file gets its name once it is whole; a download continues where it broke off.
+
+HTTP: https://www.rfc-editor.org/rfc/rfc9110 (ranges in chapter 14). Servers get all of it wrong at times.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,15 @@ import hashlib
 import os
 import re
 import shutil
-import sys
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from http import client
+from pathlib import Path, PurePosixPath
+from time import sleep
+from typing import Any
 
 import requests
 import urllib3.exceptions
 
-from tinygpt.corpus.answer import Answer, BrokenOffError, Version, leave_body
 from tinygpt.corpus.archive import UnpackError, iter_members
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, parse_json, sha256_file, write_json
@@ -27,44 +27,36 @@ from tinygpt.progress import progress
 ATTEMPTS = 5  # failures in a row without a byte of progress before giving up
 BACKOFF_S = 1.0  # seconds before the second attempt; each further wait is twice as long
 TIMEOUT_S = (10.0, 20.0)  # to connect, and between two pieces of the body
-SLOW_S = 60.0  # in which a chunk must come: a server that sends a byte a second never times out
-MOST_REDIRECTS = 10
 MOST_UNTOLD = 10_000_000_000  # bytes of a file whose length the server does not state: it may never end
 CHUNK_BYTES = 1 << 16  # the most that is lost when a transfer breaks off
 NAME_BYTES = 200  # of a name in the cache: file systems allow 255, and more is added to it
 MOST_REASON = 300  # characters of a library's error, which may quote the server
 GZIP = b"\x1f\x8b"  # how a .gz begins
 
-TRANSIENT = (
-    BrokenOffError,
-    requests.ConnectionError,
-    requests.Timeout,
-    urllib3.exceptions.ProtocolError,
-    urllib3.exceptions.TimeoutError,
-    urllib3.exceptions.SSLError,
-)
+BUSY = {408, 425, 429}  # client errors worth a retry, as every 5xx is
+PAGES = ("", ".html", ".htm", ".xhtml", ".php", ".asp", ".aspx", ".jsp")  # suffixes of files that may be HTML
+HTML = ("text/html", "application/xhtml+xml")
 
 
-def fetch(
-    url: str,
-    path: Path,
-    *,
-    enough: int | None = None,
-    sha256: str | None = None,
-    note: str = "",
-    sleep: Callable[[float], None] = time.sleep,
-) -> tuple[Path, bool]:
+class NotThereError(UserError):
+    """The server did not send the file, and a retry would not help."""
+
+
+class BrokenOffError(Exception):
+    """The transfer failed, but a retry may succeed."""
+
+
+def fetch(url: str, path: Path, *, enough: int | None = None, sha256: str | None = None) -> tuple[Path, bool]:
     """Download `url`, or `enough` bytes of it, unless it is at `path` already.  -> its path, and whether it is whole
 
     A partial download is kept next to `path`. The next call continues it, unless the file on the server has changed.
-    `note` is printed with the file's size. Raises UserError if the network fails, the server refuses, or the hash of
-    the whole file is not `sha256`.
+    Raises UserError if the network fails, the server refuses, or the hash of the whole file is not `sha256`.
     """
     if path.exists() and sha256 in (None, sha256_file(path)):
         return path, True
     path.unlink(missing_ok=True)
-    transfer = _Transfer(url, path, enough, note)
-    if not transfer.persist(sleep):
+    transfer = _Transfer(url, path, enough)
+    if not transfer.persist():
         return transfer.partial, False
     found = sha256_file(transfer.partial) if sha256 else None
     if found != sha256:
@@ -92,6 +84,15 @@ def forget(path: Path) -> None:
     _Transfer("", path).discard()
 
 
+@dataclass(frozen=True)
+class Version:
+    """The version of a file that a partial download belongs to."""
+
+    url: str | None = None
+    validator: str | None = None  # a strong ETag, else the file's date
+    total: int | None = None  # bytes
+
+
 @dataclass
 class _Transfer:
     """Copies the file at `url` to `path`.partial, all of it or `enough` bytes."""
@@ -99,8 +100,6 @@ class _Transfer:
     url: str
     path: Path
     enough: int | None = None
-    note: str = ""
-    given_up: threading.Event = field(default_factory=threading.Event)
 
     @property
     def partial(self) -> Path:
@@ -126,45 +125,27 @@ class _Transfer:
         self.partial.unlink(missing_ok=True)
         self._version_path.unlink(missing_ok=True)
 
-    def persist(self, sleep: Callable[[float], None]) -> bool:
+    def persist(self) -> bool:
         """Try until there is enough, or ATTEMPTS in a row bring nothing.  -> whether the file is whole"""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         failures = furthest = 0
         with requests.Session() as session:
-            session.max_redirects = MOST_REDIRECTS
-            session.hooks["response"] = [leave_body]
+            session.hooks["response"] = [_leave_body]
             while True:
                 try:
-                    return self._watch(session)
-                except TRANSIENT as error:
+                    return self._request(session)
+                except (ValueError, requests.TooManyRedirects) as error:  # an odd redirect
+                    raise self._refusal(_reason(error)) from None
+                except (BrokenOffError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
                     failures = 1 if self.size > furthest else failures + 1
                     furthest = max(self.size, furthest)
                     if failures == ATTEMPTS:
-                        action = "check the network, or see TINYGPT_MIRROR in docs/data.md, and run again"
-                        raise self._error(_reason(error), action) from None
+                        goes_on = f"; the download will continue after {human_bytes(self.size)}" if self.size else ""
+                        raise UserError(
+                            f"cannot download {self.url} ({_reason(error)}): check the network, or see TINYGPT_MIRROR "
+                            f"in docs/data.md, and run again{goes_on}"
+                        ) from None
                     sleep(BACKOFF_S * 2 ** (failures - 1))
-                except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-                    raise UserError(f"cannot download {self.url} ({_reason(error)})") from None  # an odd redirect
-
-    def _watch(self, session: requests.Session) -> bool:
-        """Make one request in a thread; abandon it when nothing arrives for SLOW_S, not even a response."""
-        outcome: Future[bool] = Future()
-
-        def work() -> None:
-            try:
-                outcome.set_result(self._request(session))
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        size = -1
-        while not wait([outcome], timeout=SLOW_S).done:
-            if size == (size := self.size):
-                self.given_up.set()
-                raise self._error(
-                    f"the server takes more than {SLOW_S:g} s for {human_bytes(CHUNK_BYTES)}", "run again later"
-                )
-        return outcome.result()
 
     def _request(self, session: requests.Session) -> bool:
         """Request the file, or the rest of it.  -> whether it is whole"""
@@ -178,19 +159,29 @@ class _Transfer:
         if offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": known.validator or ""}
         with session.get(self.url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-            answer = Answer(response, self.url, offset)
-            if self.given_up.is_set():
-                return False
-            answer.check(self.path.name)
-            if answer.is_whole:
-                known = Version(self.url, answer.validator, answer.length)
-                self._begin(known, answer)
-            elif not answer.continues(known):
+            self._check(response, offset)
+            is_packed = _encoding(response) != "identity"  # though the server was asked not to
+            if response.status_code == 200:  # a new download, a changed file, or a server without ranges
+                known = Version(self.url, _validator(response), _length(response))
+                self._begin(known, is_packed)
+            elif is_packed or not _continues(response, known, offset):
                 self.discard()  # the file on the server is no longer the one we have
                 raise BrokenOffError("the server sent a part that was not requested")
-            enough = None if answer.is_packed else self.enough
+            enough = None if is_packed else self.enough
             self._receive(response, known.total, enough)
-            return self._is_whole(answer, known.total, enough)
+        if self.size > (known.total or MOST_UNTOLD):
+            self.discard()
+            raise self._refusal(f"the server sent more than {human_bytes(known.total or MOST_UNTOLD)}")
+        if enough and self.size >= enough and self.size != known.total:
+            return False
+        if known.total not in (None, self.size):
+            raise BrokenOffError(f"the transfer ended after {self.size} of {known.total} bytes")
+        if is_packed:
+            self._unpack()
+        if not self.size:
+            self.discard()
+            raise self._refusal("the server sent an empty file")
+        return True
 
     def _known(self) -> Version:
         """The version of the partial file; empty if it is from another address, or its record cannot be read."""
@@ -200,7 +191,29 @@ class _Transfer:
             return Version()
         return version if version.url == self.url else Version()
 
-    def _begin(self, version: Version, answer: Answer) -> None:
+    def _check(self, response: requests.Response, offset: int) -> None:
+        """Raise BrokenOffError for a response worth a retry, NotThereError for one that is not the file."""
+        status = response.status_code
+        says = f"the server answered {status} {client.responses.get(status, '')}".strip()
+        if status in BUSY or status >= 500:
+            raise BrokenOffError(says)
+        if offset and status == 416:
+            return  # there is no such range; the body may be an error page
+        if status != 200 and not (offset and status == 206):  # 206 answers only a range request
+            raise self._refusal(says)
+        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind in HTML and PurePosixPath(self.path.name).suffix.lower() not in PAGES:
+            raise self._refusal(
+                f"the server sent a web page, perhaps a login: download {self.path.name} yourself and set "
+                "download.source to that file"
+            )
+        if _encoding(response) not in ("identity", "gzip", "x-gzip"):
+            raise self._refusal("the server compressed the file with something other than gzip")
+
+    def _refusal(self, reason: str) -> NotThereError:
+        return NotThereError(f"cannot download {self.url}: {reason}")
+
+    def _begin(self, version: Version, is_packed: bool) -> None:
         total = version.total or 0
         needed, free = min(total, self.enough or total), shutil.disk_usage(self.path.parent).free
         if needed > free:
@@ -210,17 +223,13 @@ class _Transfer:
             )
         self.discard()  # before the new version is recorded
         self.partial.touch()
-        if not answer.is_packed:  # else it cannot be continued
+        if not is_packed:  # else it cannot be continued
             write_json(self._version_path, asdict(version))
-        if self.note and total:
-            print(f"{self.note}: {human_bytes(total)}", file=sys.stderr)
 
     def _receive(self, response: requests.Response, total: int | None, enough: int | None) -> None:
         size = self.size
         with open(self.partial, "ab") as file, progress(self.path.name, total=total, unit="B", start=size) as bar:
             for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
-                if self.given_up.is_set():
-                    return
                 try:
                     file.write(chunk)
                     file.flush()
@@ -231,21 +240,6 @@ class _Transfer:
                 size += len(chunk)
                 if size > (total or MOST_UNTOLD) or size >= (enough or size + 1):
                     return
-
-    def _is_whole(self, answer: Answer, total: int | None, enough: int | None) -> bool:
-        if self.size > (total or MOST_UNTOLD):
-            self.discard()
-            raise answer.refuse(f"the server sent more than {human_bytes(total or MOST_UNTOLD)}")
-        if enough and self.size >= enough and self.size != total:
-            return False
-        if total is not None and self.size != total:
-            raise BrokenOffError(f"the transfer ended after {self.size} of {total} bytes")
-        if answer.is_packed:
-            self._unpack()
-        if not self.size:
-            self.discard()
-            raise answer.refuse("the server sent an empty file")
-        return True
 
     def _unpack(self) -> None:
         """Undo the server's gzip, but not that of a .gz file itself, which many servers declare as theirs."""
@@ -264,9 +258,33 @@ class _Transfer:
         finally:
             unpacked.unlink(missing_ok=True)
 
-    def _error(self, reason: str, advice: str) -> UserError:
-        goes_on = f"; the download will continue after {human_bytes(self.size)}" if self.size else ""
-        return UserError(f"cannot download {self.url} ({reason}): {advice}{goes_on}")
+
+def _encoding(response: requests.Response) -> str:
+    return response.headers.get("Content-Encoding", "").strip().lower() or "identity"
+
+
+def _validator(response: requests.Response) -> str | None:
+    etag = response.headers.get("ETag")
+    return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+
+
+def _length(response: requests.Response) -> int | None:
+    """Bytes of the body; None if Content-Length is missing, invalid, or overridden by Transfer-Encoding."""
+    length = response.headers.get("Content-Length", "")
+    is_valid = re.fullmatch("[0-9]{1,30}", length) and "Transfer-Encoding" not in response.headers
+    return int(length) if is_valid else None
+
+
+def _continues(response: requests.Response, known: Version, offset: int) -> bool:
+    """Whether the body continues that version of the file at `offset`; it may stop before the end."""
+    part = re.fullmatch(rf"bytes {offset}-[0-9]+/{known.total}", response.headers.get("Content-Range", ""))
+    return part is not None and _validator(response) == known.validator
+
+
+def _leave_body(response: requests.Response, **_: Any) -> None:
+    """Close a redirect unread: requests would read its whole body, however long."""
+    if response.is_redirect:
+        response.close()
 
 
 def _reason(error: Exception) -> str:
