@@ -8,7 +8,6 @@ import ast
 import os
 import re
 import sysconfig
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -161,43 +160,36 @@ def _gutenberg(number: str) -> Source:
 def _url(url: str) -> Source:
     try:
         parts = urlsplit(url)
-        is_address = bool(parts.hostname) and parts.port != 0
+        name = PurePosixPath(unquote(parts.path)).name if parts.hostname and parts.port != 0 else ""
     except ValueError:  # "http://[::1/x", a port that is not a number
-        is_address = False
-    if not is_address:
-        raise UserError(f"download.source={url} has no host: fix the address")
-    name = PurePosixPath(unquote(parts.path)).name
+        name = ""
     is_name = name not in ("", ".", "..") and not re.search("[\0-\x1f\x7f]", name)
     is_name = is_name and len(name.encode("utf-8", "replace")) <= MOST_NAME
-    require((is_name, f"download.source={url} must end with a file name of at most {MOST_NAME} bytes"))
+    require((is_name, f"download.source={url} must have a host and end with a file name of at most {MOST_NAME} bytes"))
     return Source(remotes=(Remote(url=url, name=name),), licence="unknown")
 
 
 # Left out: what is not the standard library, its tests, and the parts that some installations come without.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo", "distutils"}
 SKIPPED |= {"lib2to3", "ensurepip", "pydoc_data", "__pycache__"}
-FEWEST_MODULES = 100  # a standard library in a zip or without sources has next to none
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def iter_python_docs(stdlib: Path | None = None) -> Iterator[str]:
-    """One document per module, sorted by name, then one per topic of pydoc.
+    """One document per module, sorted by name, then one per topic of `help("topics")`."""
+    from pydoc_data.topics import topics  # a large module
 
-    Raises UserError when the sources (`*.py`) of the standard library are not installed.
-    """
     stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
     paths = dict(_modules(stdlib))
-    if len(paths) < FEWEST_MODULES:
+    if not paths:
         raise UserError(
-            f"download.source=python-docs needs the sources of Python's standard library, found {len(paths)} modules "
-            f"in {stdlib}: use a Python that has them, or another source"
+            "download.source=python-docs needs the sources of Python's standard library: take another Python"
         )
     for name in sorted(paths):
-        document = _module_document(name, paths[name])
-        if document:
+        if document := _module_document(name, paths[name]):
             yield document
-    yield from _topics(stdlib / "pydoc_data" / "topics.py")
+    yield from (topics[name].strip("\n") + "\n" for name in sorted(topics))
 
 
 def _modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
@@ -212,23 +204,11 @@ def _modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _module_document(name: str, path: Path) -> str:
-    tree = _parse(path)
-    if tree is None:
-        return ""
+    tree = ast.parse(path.read_bytes())
     own = ast.get_docstring(tree)
     parts = [f"module {name}\n\n{own}"] if own else []
-    for heading, docstring in _definitions(tree, name):
-        parts.append(f"{heading}\n\n{docstring}")
+    parts += [f"{heading}\n\n{docstring}" for heading, docstring in _definitions(tree, name)]
     return "\n\n\n".join(parts) + "\n" if parts else ""
-
-
-def _parse(path: Path) -> ast.Module | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a stray backslash in somebody's string is not our concern
-        try:
-            return ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # a file for another version of Python
-            return None
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
@@ -236,8 +216,7 @@ def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             name = f"{prefix}.{child.name}"
-            docstring = ast.get_docstring(child)
-            if docstring:
+            if docstring := ast.get_docstring(child):
                 yield _heading(child, name), docstring
             if isinstance(child, ast.ClassDef):
                 yield from _definitions(child, name)
@@ -250,13 +229,3 @@ def _heading(node: Definition, name: str) -> str:
         bases = ", ".join(ast.unparse(base) for base in node.bases)
         return f"class {name}({bases})" if bases else f"class {name}"
     return f"{name}({ast.unparse(node.args)})"
-
-
-def _topics(path: Path) -> Iterator[str]:
-    """The texts of `help("topics")`, which are one dict literal in a module of their own."""
-    tree = _parse(path) if path.exists() else None
-    for node in tree.body if tree else []:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
-            topics = ast.literal_eval(node.value)
-            for name in sorted(topics):
-                yield topics[name].strip("\n") + "\n"
