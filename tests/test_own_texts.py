@@ -106,7 +106,6 @@ def test_links_are_followed_once_and_never_in_a_circle(tmp_path: Path) -> None:
         found = sorted(texts(tmp_path).values())  # one file has a link of its own, too
         assert found == ["elsewhere/b.txt", "elsewhere/b.txt", "elsewhere/deep/c.txt", "own/a.txt"]
         assert "left out: 5 links (dead, self, " in notes
-        assert "read: 3 through links (file.txt, again, more)" in notes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the file that cannot be read is Linux's")

@@ -94,9 +94,9 @@ def test_bad_download_params_are_refused(changes: dict[str, object], message: st
         ("no*such.txt", "matches no files"),
         ("gutenberg:alice", "must give a book's number"),
         ("gutenberg:../1", "must give a book's number"),
-        ("https:///file.txt", "has no host"),
-        ("https://host/", "must end with a file name"),
-        ("https://host/..", "must end with a file name"),
+        ("https:///file.txt", "must have a host"),
+        ("https://host/", "and end with a file name"),
+        ("https://host/..", "and end with a file name"),
     ],
 )
 def test_an_impossible_source_is_one_line(tmp_path: Path, source: str, message: str) -> None:
@@ -106,12 +106,12 @@ def test_an_impossible_source_is_one_line(tmp_path: Path, source: str, message: 
     assert files_below(tmp_path) == []
 
 
-def test_what_is_neither_a_file_nor_a_folder_is_refused_for_what_it_is(tmp_path: Path) -> None:
+def test_what_is_neither_a_file_nor_a_folder_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         for source in ("pipe", "socket", "/dev/null"):
-            with pytest.raises(UserError, match=f"source={source} is a device, a pipe or a socket, not a file"):
+            with pytest.raises(UserError, match=f"source={source} is neither a known source .* nor a file or folder"):
                 fill(tmp_path, source)
 
 
@@ -257,18 +257,16 @@ def test_gutenberg_books_lose_their_header_and_licence() -> None:
 # Python's documentation
 
 
-def make_stdlib(folder: Path, n_module: int = 120) -> Path:
+def make_stdlib(folder: Path) -> Path:
     """A small standard library with a few files of every kind."""
     files = {
-        **{f"m{i}.py": f'"""Module number {i}."""\n' for i in range(n_module)},
+        **{f"m{i}.py": f'"""Module number {i}."""\n' for i in range(2)},
         "pack/__init__.py": 'def f(a, *, b=1):\n  """Do f.\n\n     Well.\n  """\n  def inner():\n    "hidden"\n',
         "pack/sub.py": "if 1:\n  class C(B):\n    'A class.'\n    async def m(self): 'A method.'\n  def bare(): pass\n",
-        "broken.py": "def (",
         "test/test_x.py": '"""A test."""',
         "site-packages/other.py": '"""Not the library."""',
         "not-a-module.py": '"""Not importable."""',
         "danger.py": "raise SystemExit('executed')",
-        "pydoc_data/topics.py": "topics = {'b': '\\nTopic b.\\n\\n', 'a': 'Topic a.'}\n",
     }
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -276,10 +274,11 @@ def make_stdlib(folder: Path, n_module: int = 120) -> Path:
     return folder
 
 
-def test_python_docs_are_one_document_a_module_and_a_topic(tmp_path: Path) -> None:
+def test_python_docs_are_one_document_a_module_and_a_topic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pydoc_data.topics.topics", {"b": "\nTopic b.\n\n", "a": "Topic a."})
     documents = list(iter_python_docs(make_stdlib(tmp_path)))
     assert documents[:2] == ["module m0\n\nModule number 0.\n", "module m1\n\nModule number 1.\n"]
-    assert documents[120:] == [
+    assert documents[2:] == [
         "pack.f(a, *, b=1)\n\nDo f.\n\nWell.\n",
         "class pack.sub.C(B)\n\nA class.\n\n\npack.sub.C.m(self)\n\nA method.\n",
         "Topic a.\n",
@@ -288,8 +287,8 @@ def test_python_docs_are_one_document_a_module_and_a_topic(tmp_path: Path) -> No
 
 
 def test_python_docs_need_the_sources_of_the_library(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"download\.source=python-docs needs the sources .* found 9 modules"):
-        list(iter_python_docs(make_stdlib(tmp_path, n_module=5)))
+    with pytest.raises(UserError, match=r"download\.source=python-docs needs the sources"):
+        list(iter_python_docs(tmp_path))
 
 
 def test_the_default_source_needs_no_network_and_gives_the_same_bytes(tmp_path: Path) -> None:

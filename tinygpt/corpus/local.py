@@ -51,11 +51,9 @@ def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[st
     named = Path(os.path.expanduser(source))  # noqa: PTH111 (it leaves an unknown ~user as it is)
     path = root / named
     if path.is_file():
-        return [(printable(path.name), path)]
+        return [(path.name, path)]
     base, pattern = path, ALL
     if not path.is_dir():
-        if path.exists():
-            raise UserError(f"download.source={source} is a device, a pipe or a socket, not a file")
         if not glob.has_magic(source):
             raise UserError(
                 f"download.source={source} is neither a known source (docs/data.md) nor a file or folder: "
@@ -66,11 +64,7 @@ def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[st
     within, real = raw.resolve(), base.resolve()
     if within.is_relative_to(real) and _fits(within.relative_to(real).parts, pattern, whole=False):
         raise UserError(f"download.source={source} holds {raw} itself: put the texts into a folder of their own")
-    names = sorted(_walk(base, pattern, {within}, note))
-    for name in names:
-        if not name.isprintable():
-            note(READ, "under this name", name)
-    return [(printable(name), base / name) for name in names]
+    return [(name, base / name) for name in sorted(_walk(base, pattern, {within}, note))]
 
 
 def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> list[str]:
@@ -86,8 +80,6 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> li
                 note(LEFT_OUT, "links", str(Path(*parts)))
                 continue
             read.add(real)
-            if here.is_symlink() and parts:
-                note(READ, "through links", str(Path(*parts)))
             names = sorted(os.listdir(here))
         except (OSError, RuntimeError) as error:  # RuntimeError: circular links
             if parts:
@@ -107,8 +99,6 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> li
             elif is_inside:
                 (todo.appendleft if (here / name).is_symlink() else todo.append)(inner)
             else:
-                if (here / name).is_symlink():
-                    note(READ, "through links", path)
                 found.append(path)
     return found
 
