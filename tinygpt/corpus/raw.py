@@ -20,14 +20,14 @@ from tinygpt.corpus.archive import READERS
 from tinygpt.corpus.folders import TEXTS, RawFile
 from tinygpt.corpus.local import LEFT_OUT, READ, Notes
 from tinygpt.corpus.sources import MOST_NAME
-from tinygpt.errors import UserError, printable, shown
+from tinygpt.errors import UserError, printable
 from tinygpt.files import human_bytes, sha256_file
 
 MOST_PATH = 1000  # bytes
 MOST_LINE = 64 << 20  # bytes: to parse a line takes up to nine times its size in memory
 SNIFF_BYTES = 65_536  # that an encoding is guessed from
 SNIFF_LINES = 20
-MOST_SHOWN, MOST_FIELDS, MOST_COUNTED = 40, 5, 100  # for a bad line: bytes and fields shown, lines after it checked
+MOST_SHOWN = 80  # bytes of a bad line
 MOST_BAD = 0.001  # share of invalid bytes that UTF-8 text may have, plus one for every ten characters beyond ASCII
 UNICODE = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"]  # with zero bytes in their text
 ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
@@ -141,13 +141,12 @@ def _copy_text(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name
 def _copy_jsonl(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
     """Copy whole lines whose texts have up to `limit` bytes together.  -> bytes of the limit used"""
     size = 0
-    rest = lines(chunks, b"\n", MOST_LINE)
-    for number, line in enumerate(rest, 1):
+    for number, line in enumerate(lines(chunks, b"\n", MOST_LINE), 1):
         if len(line) > MOST_LINE:
             raise bad_line(name, number, line)
         if limit is not None and line.strip():
             if (text := line_text(line)) is None:
-                raise bad_line(name, number, line, rest)
+                raise bad_line(name, number, line)
             size += len(text.encode("utf-8", "replace"))
             if size > limit:
                 return limit
@@ -225,30 +224,14 @@ def line_text(line: bytes) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def line_problem(line: bytes) -> str:
-    """What is wrong with a line without a text."""
-    try:
-        found = DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").rstrip())
-    except RecursionError:
-        return "is nested too deeply"
-    except json.JSONDecodeError as error:
-        return f"is not JSON ({error.msg} at character {error.pos + 1})"
-    if not isinstance(found, dict):
-        return "is JSON, but not an object"
-    names = ", ".join(map(shown, [*found][:MOST_FIELDS])) + (", …" if len(found) > MOST_FIELDS else "")
-    return (
-        'has a "text" that is not a string' if "text" in found else f'has no "text", only {names or "an empty object"}'
-    )
-
-
-def bad_line(name: str, number: int, line: bytes, rest: Iterable[bytes] = ()) -> UserError:
-    """The error for a line without a text, or that is too long; counts the lines of `rest` that have none either."""
-    where = f"{name} line {number:,}"
+def bad_line(name: str, number: int, line: bytes) -> UserError:
+    """The error for a line without a text, or that is too long."""
     if len(line) > MOST_LINE:
-        return UserError(f"{where} is longer than {human_bytes(MOST_LINE)}: split its text into several lines")
-    wrong = [True, *(line_text(each) is None for each in itertools.islice(rest, MOST_COUNTED) if each.strip())]
+        return UserError(
+            f"{name} line {number:,} is longer than {human_bytes(MOST_LINE)}: split its text into several lines"
+        )
     begin = line[:MOST_SHOWN].decode(errors="replace").rstrip() + ("…" if len(line) > MOST_SHOWN else "")
-    more = f" (wrong lines from there on: {sum(wrong):,} of {len(wrong):,})" if len(wrong) > 1 else ""
     return UserError(
-        f"{where} {line_problem(line)}: {begin}{more}: fix it, or rename the file to have it read as plain text"
+        f'{name} line {number:,} is not a JSON object with a text named "text": {begin}: fix it, or rename the file '
+        "to have it read as plain text"
     )
