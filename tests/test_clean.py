@@ -191,24 +191,23 @@ def test_a_byte_order_mark_before_json_lines_is_skipped(tmp_path: Path) -> None:
     assert read(tmp_path, b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}', name="x.jsonl") == ["a", "b"]
 
 
-BAD_LINES = {
-    b"{": "is not JSON (Expecting property name enclosed in double quotes at character 2): {",
-    b"hello": "is not JSON (Expecting value at character 1): hello",
-    b"[]": "is JSON, but not an object: []",
-    b'"text"': 'is JSON, but not an object: "text"',
-    b'{"txt": "a", "my id": 1}': 'has no "text", only txt, "my id": {"txt": "a", "my id": 1}',
-    b'{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7}': 'has no "text", only a, b, c, d, e, …: {"a":1',
-    b"{}": 'has no "text", only an empty object: {}',
-    b'{"text": 7}': 'has a "text" that is not a string: {"text": 7}',
-    b'{"text": null}': 'has a "text" that is not a string: {"text": null}',
-    b"[" * 200_000: f"is nested too deeply: {'[' * 40}…",
-}
+BAD_LINES = [
+    b"{",
+    b"hello",
+    b"[]",
+    b'"text"',
+    b'{"txt": "a"}',
+    b"{}",
+    b'{"text": 7}',
+    b'{"text": null}',
+    b"[" * 200_000,
+]
 
 
-@pytest.mark.parametrize(("line", "problem"), BAD_LINES.items(), ids=range(len(BAD_LINES)))
-def test_a_broken_json_line_is_named_with_what_is_wrong_and_how_many_there_are(tmp_path, line, problem):
-    content = b'{"text": "a"}\n' + line + b'\n\n{"text": "b"}\n' + line
-    counted = " (wrong lines from there on: 2 of 3): fix it, or rename the file to have it read as plain text"
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_broken_json_line_is_named_and_shown(tmp_path, line):
+    content = b'{"text": "a"}\n' + line + b'\n\n{"text": "b"}\n'
+    shown = line.decode() if len(line) < 80 else "[" * 80 + "…"
     for find in (
         lambda: read(tmp_path, content, name="x.jsonl"),
         lambda: RawFolder(tmp_path / "limited", 100).add("x.jsonl", iter([content])),
@@ -216,7 +215,7 @@ def test_a_broken_json_line_is_named_with_what_is_wrong_and_how_many_there_are(t
         with pytest.raises(UserError) as caught:
             find()
         told = str(caught.value)
-        assert told.startswith(f"x.jsonl line 2 {problem}") and told.endswith(counted) and "\n" not in told
+        assert told.startswith(f'x.jsonl line 2 is not a JSON object with a text named "text": {shown}: fix it, or')
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 1 << 20])
@@ -447,9 +446,7 @@ def test_the_same_raw_files_give_the_same_bytes(tmp_path: Path) -> None:
             {"split": "hash", "val_fraction": 0.99},
             r"clean\.val_fraction .* clean\.split=auto for one long text",
         ),
-        ({"split": "hash", "val_fraction": 0.01}, r"clean\.val_fraction=0\.01 of 1 documents gives none"),
-        ({"split": "hash", "test_fraction": 0.01}, r"clean\.test_fraction=0\.01 of 1 documents gives none"),
-        ({"split": "source"}, r"clean\.split=source needs a source with official splits, and download\.source=own"),
+        ({"split": "source"}, r"only 0 B of text left .* or set clean\.split=auto"),
     ],
 )
 def test_an_empty_result_names_its_cause_and_leaves_nothing(
@@ -458,11 +455,6 @@ def test_an_empty_result_names_its_cause_and_leaves_nothing(
     with pytest.raises(UserError, match=message):
         run(tmp_path, {"a.txt": LONG}, **changes)
     assert {path.name for path in tmp_path.iterdir()} - {"runs"} == {"raw"}
-
-
-def test_source_refuses_a_file_in_no_split(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"clean\.split=source needs a source with official splits"):
-        run(tmp_path, {"train.txt": LONG, "a.txt": LONG}, split="source")
 
 
 def test_what_the_next_stages_would_not_find_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygpt.corpus.clean import CleanParams, clean
-from tinygpt.corpus.duplicates import digest
 from tinygpt.corpus.folders import SPLITS, Manifest, iter_texts, write_manifest
 from tinygpt.corpus.raw import RawFolder
 from tinygpt.corpus.split import (
@@ -26,7 +25,6 @@ from tinygpt.corpus.split import (
     TEST,
     TRAIN,
     VAL,
-    CleanDocument,
     Cleaned,
     Shares,
     by_hash,
@@ -81,8 +79,7 @@ def split(
     folder: Path, texts: list[str], how: str, shares: Shares, official: list[int] | None = None, *, leaks: bool = False
 ) -> tuple[dict[str, list[str]], int]:
     """The texts of each split, and how many leaks there were."""
-    found = (CleanDocument(text, digest(text), place(text, shares.seed), []) for text in texts)
-    save_cleaned(folder / "shard", found, {})
+    save_cleaned(folder / "shard", texts, {}, seed=shares.seed, sign=False)
     cleaned = Cleaned([folder / "shard"])
     given_splits = np.array(official or [NOWHERE] * len(texts), np.int8)
     splits = SPLITTERS[how](cleaned.facts, given_splits, shares, cleaned.text)
@@ -217,7 +214,7 @@ def test_auto_cuts_what_has_too_few_documents_for_val_and_test(
     tmp_path: Path, n_documents: int, shares: Shares, chosen: str
 ) -> None:
     texts = (f"document {i}" for i in range(n_documents))
-    save_cleaned(tmp_path / "x", (CleanDocument(text, digest(text), place(text, 0), []) for text in texts), {})
+    save_cleaned(tmp_path / "x", texts, {}, seed=0, sign=False)
     facts = Cleaned([tmp_path / "x"]).facts
     assert choose_splitter("auto", facts, shares) == chosen
     assert all(choose_splitter(how, facts, shares) == how for how in SPLITTERS)

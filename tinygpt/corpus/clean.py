@@ -6,10 +6,9 @@ import dataclasses
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -17,23 +16,10 @@ import numpy as np
 import regex
 
 from tinygpt.corpus.documents import Reader, raw_shards
-from tinygpt.corpus.duplicates import Mask, came_before, digest, near_duplicates, signature
+from tinygpt.corpus.duplicates import Mask, came_before, near_duplicates
 from tinygpt.corpus.folders import SPLITS, Manifest, read_manifest
 from tinygpt.corpus.sources import SOURCES
-from tinygpt.corpus.split import (
-    NOWHERE,
-    SPLITTERS,
-    Assigned,
-    CleanDocument,
-    Cleaned,
-    Shares,
-    check_held_out,
-    choose_splitter,
-    drop_leaks,
-    place,
-    save_cleaned,
-    write_splits,
-)
+from tinygpt.corpus.split import NOWHERE, Assigned, Cleaned, Shares, check_held_out, save_cleaned, split_cleaned
 from tinygpt.errors import UserError, shown
 from tinygpt.files import atomic_folder, human_bytes
 from tinygpt.params import Count, Fraction, Within, require
@@ -47,7 +33,6 @@ CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 ACCENTS = regex.compile(r"\p{M}{100}")  # Python takes quadratic time to sort a row of them
 
 EVALUATION_FIRST = ("test", "val", "train")  # the first of equal documents stays, so training loses what it shares
-BETWEEN_DOCUMENTS = ("exact_duplicates", "split", "val_fraction", "test_fraction")  # params that change no shard
 
 
 class Report(NamedTuple):
@@ -91,15 +76,11 @@ class CleanParams:
         """The rule that split=source needs a source with official splits."""
         if "download" in groups:
             source = groups["download"].source
-            yield self.splits_rule(source, has_splits=source in SOURCES and bool(SOURCES[source].splits))
-
-    def splits_rule(self, source: str, *, has_splits: bool) -> tuple[bool, str]:
-        """The same rule for `require`, for a source that `has_splits` or not."""
-        return (
-            self.split != "source" or has_splits,
-            f"clean.split=source needs a source with official splits, and download.source={source} has none: "
-            "set clean.split to auto",
-        )
+            yield (
+                self.split != "source" or (source in SOURCES and bool(SOURCES[source].splits)),
+                f"clean.split=source needs a source with official splits, and download.source={source} has none: "
+                "set clean.split to auto",
+            )
 
 
 def remove_control_characters(text: str, _: bool) -> tuple[str, int]:
@@ -135,17 +116,6 @@ CORPUS_RULES: dict[str, Callable[[Cleaned, Mask, Any], Mask]] = {
 }
 
 
-def reported() -> list[str]:
-    """The keys of reports/clean.json."""
-    return [
-        *("documents_in", "bytes_in", "repaired_bytes", "repaired_files", "newlines_changed", "long_cut"),
-        *(counted for counted, _ in TEXT_RULES.values()),
-        *CORPUS_RULES,
-        "leaked",
-        *(f"{split}_{what}" for split in SPLITS for what in ("documents", "bytes")),
-    ]
-
-
 def clean(
     params: CleanParams,
     raw: Path,
@@ -162,14 +132,12 @@ def clean(
     """
     manifest = read_manifest(raw)
     files = manifest.files
-    require(params.splits_rule(manifest.source, has_splits=all(file.split for file in files)))
     if params.split == "source":
         files = tuple(sorted(files, key=lambda file: EVALUATION_FIRST.index(file.split or "train")))
     reader = Reader(raw, manifest, separator=params.separator, newlines=params.newlines)
     shards = [*raw_shards(reader, files)]
     work = partial(clean_shard, params=params, raw=raw.absolute(), manifest=manifest)
-    decisive = {key: value for key, value in dataclasses.asdict(params).items() if key not in BETWEEN_DOCUMENTS}
-    key = [decisive, dataclasses.asdict(manifest), str(shards), unicodedata.unidata_version]
+    key = [dataclasses.asdict(params), dataclasses.asdict(manifest), str(shards), unicodedata.unidata_version]
     only = [shard for shard, _ in shards]
     with shard_results(work, only, name="clean", key=key, code=__name__, runtime=runtime, runs=runs) as paths:
         cleaned = Cleaned(paths)
@@ -182,14 +150,23 @@ def clean(
             if evaluated:
                 check_held_out({split: counts[f"{split}_documents"] for split in SPLITS}, evaluated)
     counts |= {"repaired_bytes": repaired.total(), "repaired_files": len(repaired)}
-    return Report({name: counts[name] for name in reported()}, dict(repaired), how)
+    reported = [
+        *("documents_in", "bytes_in", "repaired_bytes", "repaired_files", "newlines_changed", "long_cut"),
+        *(counted for counted, _ in TEXT_RULES.values()),
+        *CORPUS_RULES,
+        "leaked",
+        *(f"{split}_{what}" for split in SPLITS for what in ("documents", "bytes")),
+    ]
+    return Report({name: counts[name] for name in reported}, dict(repaired), how)
 
 
 def clean_shard(shard: Shard, path: Path, *, params: CleanParams, raw: Path, manifest: Manifest) -> None:
     """Clean the documents of a shard of raw files into a folder that `Cleaned` reads."""
     reader = Reader(raw, manifest, separator=params.separator, newlines=params.newlines)
-    documents = _documents(reader.iter_texts(shard), params, reader.counts)
-    save_cleaned(path, documents, {"rules": reader.counts, "repaired": reader.repaired})
+    texts = (clean_text(text, params, reader.counts) for text in reader.iter_texts(shard))
+    kept = (text for text in texts if text is not None)
+    counts = {"rules": reader.counts, "repaired": reader.repaired}
+    save_cleaned(path, kept, counts, seed=params.split_seed, sign=params.near_duplicates is not None)
 
 
 def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str | None:
@@ -205,17 +182,6 @@ def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str | No
     return text
 
 
-def _documents(texts: Iterable[str], params: CleanParams, counts: Counter[str]) -> Iterator[CleanDocument]:
-    """The documents that TEXT_RULES keep."""
-    for raw_text in texts:
-        counts["documents_in"] += 1
-        counts["bytes_in"] += len(raw_text.encode())
-        text = clean_text(raw_text, params, counts)
-        if text is not None:
-            signed = signature(text) if params.near_duplicates else []
-            yield CleanDocument(text, digest(text), place(text, params.split_seed), signed)
-
-
 def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: Counter[str], folder: Path) -> str:
     """Drop duplicates, except the first of each, and write the other documents into their splits.
 
@@ -227,31 +193,22 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
             dropped = rule(cleaned, kept, value)
             counts[param] = counts[f"clean.{param}"] = int(np.count_nonzero(dropped & kept))
             kept &= ~dropped
-    facts, documents = cleaned.facts[kept], np.flatnonzero(kept)
     shares = Shares(params.val_fraction, params.test_fraction, params.split_seed)
-    how = choose_splitter(params.split, facts, shares)
-    splits = SPLITTERS[how](facts, official[kept], shares, lambda i: cleaned.text(documents[i]))
-    counts["leaked"] = drop_leaks(splits, facts)
-    counts.update(write_splits(splits, facts, compress(cleaned.lines(), kept), folder))
+    how, written = split_cleaned(cleaned, kept, official, params.split, shares, folder)
+    counts.update(written)
     return how
 
 
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
         raise UserError(f"clean.separator={shown(params.separator)} is in none of the texts: fix it or set it to null")
-    n_in, left = counts["documents_in"], human_bytes(counts["train_bytes"])
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
+        left = human_bytes(counts["train_bytes"])
         dropped = [f"{param} dropped {n}" for param, n in counts.items() if param.startswith("clean.") and n]
+        found = ", ".join([f"documents read: {counts['documents_in']}", *dropped])
         raise UserError(
             f"only {left} of text left to train on, at least {human_bytes(LEAST_TRAIN_BYTES)} needed "
-            f"({', '.join([f'documents read: {n_in}', *dropped])}): add more text, set clean.separator if a file "
-            "holds several documents, or lower clean.val_fraction and clean.test_fraction"
+            f"({found}): add more text, set clean.separator if a file holds several documents, or lower "
+            "clean.val_fraction and clean.test_fraction"
             + ("" if params.split == "auto" else ", or set clean.split=auto for one long text")
         )
-    for split, fraction in (("val", params.val_fraction), ("test", params.test_fraction)):
-        if params.split != "source" and fraction and not counts[f"{split}_documents"]:
-            n = sum(counts[f"{name}_documents"] for name in SPLITS)
-            raise UserError(
-                f"clean.{split}_fraction={fraction} of {n} documents gives none ({n_in} were read): set "
-                "clean.separator if a file holds several, clean.split=auto, or another clean.split_seed"
-            )

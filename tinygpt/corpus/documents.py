@@ -11,8 +11,7 @@ import mmap
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 from tinygpt.corpus.folders import TEXTS, Manifest, RawFile, line_ends, shard_bytes
@@ -40,8 +39,11 @@ class Reader:
 
     def iter_texts(self, shard: Shard) -> Iterator[str]:
         """The text of each document in a shard, except those of only white space."""
-        for span in shard.spans:
-            yield from (text for text in self._texts(span) if text and not text.isspace())
+        for text in chain.from_iterable(map(self._texts, shard.spans)):
+            if text and not text.isspace():
+                self.counts["documents_in"] += 1
+                self.counts["bytes_in"] += len(text.encode())
+                yield text
 
     def _texts(self, span: Span) -> Iterator[str]:
         name = str(span.path.relative_to(self.folder))
@@ -58,11 +60,10 @@ class Reader:
         begin = span.begin
         with open(span.path, "rb") as file:
             file.seek(begin)
-            rest = iter(partial(file.readline, MOST_LINE + 1), b"")
-            while begin < span.end and (line := next(rest, b"")):
+            while begin < span.end and (line := file.readline(MOST_LINE + 1)):
                 if line.strip():
                     if len(line) > MOST_LINE or (found := line_text(line)) is None:
-                        raise bad_line(name, _line_number(span.path, begin), line, rest)
+                        raise bad_line(name, _line_number(span.path, begin), line)
                     text = self._repair(found, name)  # JSON can hold half a character: "\ud800"
                     yield from self._split_at(self._with_newlines([text]) if self.newlines else [text], None)
                 begin += len(line)

@@ -7,14 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt.corpus.duplicates import DIGEST_BYTES, HASHES, Signatures, digest
+from tinygpt.corpus.duplicates import DIGEST_BYTES, HASHES, Signatures, digest, signature
 from tinygpt.corpus.folders import SPLITS, text_line
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder, human_bytes, write_json
@@ -38,25 +38,19 @@ Assigned = NDArray[np.int8]  # by document: TRAIN, VAL, TEST or NOWHERE
 Parts = dict[int, list[tuple[int, str]]]  # document -> (split, text) of the parts that it is cut into
 
 
-class CleanDocument(NamedTuple):
-    """A clean text and its facts."""
+def save_cleaned(path: Path, texts: Iterable[str], counts: Mapping[str, Any], *, seed: int, sign: bool) -> None:
+    """Write the folder of one shard: texts and facts, and signatures to find near duplicates if `sign`.
 
-    text: str
-    digest: bytes
-    place: int
-    signature: list[int]  # empty if near duplicates are not looked for
-
-
-def save_cleaned(path: Path, documents: Iterable[CleanDocument], counts: Mapping[str, Any]) -> None:
-    """Write the folder of one shard; `counts` is read last, once all documents have been counted."""
+    `counts` is read last, once all texts have been counted.
+    """
     facts: list[tuple[object, ...]] = []
     signatures: list[list[int]] = []
     with atomic_folder(path) as folder:
         with open(folder / "texts.jsonl", "wb") as file:
-            for text, digest, place, signature in documents:
+            for text in texts:
                 file.write(text_line(text).encode())
-                facts.append((digest, place, len(text.encode()), len(text)))
-                signatures.append(signature)
+                facts.append((digest(text), place(text, seed), len(text.encode()), len(text)))
+                signatures.append(signature(text) if sign else [])
         (folder / "facts").write_bytes(np.array(facts, FACTS).tobytes())
         (folder / "signatures").write_bytes(np.array(signatures, np.uint32).tobytes())
         write_json(folder / "counts.json", counts)
@@ -202,6 +196,19 @@ def drop_leaks(splits: Splits, facts: Facts) -> int:
             pieces.remove(training[0])
             n_leaked += 1
     return n_leaked
+
+
+def split_cleaned(
+    cleaned: Cleaned, kept: NDArray[np.bool_], official: Assigned, how: str, shares: Shares, folder: Path
+) -> tuple[str, Counter[str]]:
+    """Write the kept documents into the files of their splits.  -> the splitter; counts of leaks, documents, bytes"""
+    facts, documents = cleaned.facts[kept], np.flatnonzero(kept)
+    how = choose_splitter(how, facts, shares)
+    splits = SPLITTERS[how](facts, official[kept], shares, lambda i: cleaned.text(documents[i]))
+    n_leaked = drop_leaks(splits, facts)
+    counts = write_splits(splits, facts, compress(cleaned.lines(), kept), folder)
+    counts["leaked"] = n_leaked
+    return how, counts
 
 
 def write_splits(splits: Splits, facts: Facts, lines: Iterable[bytes], folder: Path) -> Counter[str]:
