@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -29,8 +30,7 @@ MIRROR = "TINYGPT_MIRROR"  # environment variable: a folder or an http(s) addres
 LEAST_BYTES = 131_072  # the least to read of a file: enough to distinguish a text from a picture
 
 
-@dataclass(frozen=True)
-class Downloaded:
+class Downloaded(NamedTuple):
     """What the stage reports."""
 
     manifest: Manifest
@@ -47,15 +47,16 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
     Local paths are relative to `root`; `cache` keeps downloaded files, whole and partial. If a file can be read from
     its beginning, only as much of it is transferred as `max_bytes` of text require.
     """
-    beginnings: dict[str, int] = {}  # file -> bytes to read, if the first try read too few
+    more = 1
     while True:
         try:
-            return _fill(params, raw, root, cache, beginnings)
+            return _fill(params, raw, root, cache, more)
         except _NeedMoreError:
-            continue
+            more *= 2
 
 
-def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings: dict[str, int]) -> Downloaded:
+def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, more: int) -> Downloaded:
+    """Fill `raw` once, from beginnings that are `more` times as long as they were at first."""
     source = find_source(params.source)
     with atomic_folder(raw) as folder:
         texts = RawFolder(folder, params.max_bytes, params.encoding)
@@ -64,7 +65,7 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
             content = "".join(map(text_line, iter_python_docs())).encode()
             check_sha256(hashlib.sha256(content).hexdigest(), params.sha256, "python-docs.jsonl")
             texts.add("python-docs.jsonl", iter([content]))
-        downloads = [_add_file(file, params, source, texts, beginnings) for file in files]
+        digests = [_add_file(file, params.max_bytes, source, texts, more) for file in files]
         if not any(file.bytes for file in texts.files):
             for file in files:
                 file.forget()
@@ -78,25 +79,27 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, beginnings
             separator=source.separator,
             document_start=source.document_start,
             python=platform.python_version() if source is EMBEDDED else None,
-            downloads=tuple(download for download in downloads if download),
+            downloads=tuple(
+                RawDownload(url=file.url, sha256=digest)
+                for file, digest in zip(files, digests, strict=True)
+                if file.url
+            ),
             files=tuple(texts.files),
         )
         write_manifest(folder, manifest)
     return Downloaded(manifest, texts.notes)
 
 
-def _add_file(
-    file: SourceFile, params: DownloadParams, source: Source, texts: RawFolder, beginnings: dict[str, int]
-) -> RawDownload | None:
-    """Add the texts of a file, from its beginning if that is enough.  -> its URL, and its hash if all of it is read
+def _add_file(file: SourceFile, max_bytes: int | None, source: Source, texts: RawFolder, more: int) -> str | None:
+    """Add the texts of a file, from its beginning if that is enough.  -> the hash of a download that was read whole
 
-    The hash is left out if the beginning was enough, even if the whole file happens to be there.
+    There is none if the beginning was enough, even if the whole file happens to be there.
     """
     splits = {source.splits[file.name]} if file.name in source.splits else set(source.splits.values())
-    first = None if source.extract else file.first_bytes(params.max_bytes)
+    first = None if source.extract else file.first_bytes(max_bytes)
     if texts.is_full(splits):
-        return RawDownload(url=file.url, sha256=None) if file.url else None
-    path, is_whole = file.get(first and max(first, beginnings.get(file.name, 0)))
+        return None
+    path, is_whole = file.get(first and first * more)
     if file.sha256:
         check_sha256(sha256_file(path), file.sha256, str(path))
     try:
@@ -105,10 +108,9 @@ def _add_file(
         if is_whole:
             file.forget()
             raise
-        beginnings[file.name] = 2 * path.stat().st_size
         raise _NeedMoreError from None
     is_read = is_whole and (first is None or path.stat().st_size < first)
-    return RawDownload(url=file.url, sha256=sha256_file(path) if is_read else None) if file.url else None
+    return sha256_file(path) if file.url and is_read else None
 
 
 def _add_members(
@@ -231,16 +233,18 @@ def _copy_from_bucket(store: Any, source: str, name: str, cache: Path, n_bytes: 
         copy = cache / cache_name(f"{source} {name} {store.ukey(name)}", last, n_digit=16)
         if copy.exists():
             return copy, True
-        partial, total = copy.with_name(copy.name + ".partial"), store.size(name)
-        most = total if n_bytes is None else n_bytes if total is None else min(n_bytes, total)
+        partial = copy.with_name(copy.name + ".partial")
+        most = sys.maxsize if n_bytes is None else n_bytes
         cache.mkdir(parents=True, exist_ok=True)
-        with store.open(name, "rb") as there, open(partial, "wb") as here, progress(last, total=most, unit="B") as bar:
-            while chunk := there.read(CHUNK_BYTES if most is None else min(CHUNK_BYTES, most - here.tell())):
+        bar = progress(last, total=store.size(name), unit="B")
+        with bar, store.open(name, "rb") as there, open(partial, "wb") as here:
+            while chunk := there.read(min(CHUNK_BYTES, most - here.tell())):
                 here.write(chunk)
                 bar.update(len(chunk))
+            is_whole = not there.read(1)
             here.flush()
             os.fsync(here.fileno())  # so that a power cut cannot leave an empty file under its name
-        if most != total and (total is not None or partial.stat().st_size == most):  # else it is whole
+        if not is_whole:
             return partial, False
         os.replace(partial, copy)
     return copy, True
