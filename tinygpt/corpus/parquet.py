@@ -5,6 +5,7 @@ Format: https://parquet.apache.org/docs/file-format/
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,7 @@ def print_lines(path: str, name: str) -> None:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{name} needs pyarrow: pip install pyarrow") from None
-    _limit_memory()
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
     try:
         with ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
             kind = {field.name: field.type for field in file.schema_arrow}.get("text")
@@ -77,11 +78,3 @@ def print_lines(path: str, name: str) -> None:
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
         sys.exit(" ".join(str(error).split()))
-
-
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, MOST_MEMORY))
