@@ -90,15 +90,10 @@ class _File:
         """The name of a member: `<archive>/<file>`."""
         return str(PurePosixPath(self.stem) / name)
 
-    def checked(self, pieces: Iterator[bytes], declared: int | None = None) -> Iterator[bytes]:
-        """The same pieces, which must add up to `declared` bytes.  Raises UnpackError for any damage."""
-        size = 0
+    def checked(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The same pieces.  Raises UnpackError for any damage."""
         with _damage(self.name):
-            for piece in pieces:
-                size += len(piece)
-                yield piece
-            if declared not in (None, size):
-                raise EOFError(f"{size} of {declared} bytes")
+            yield from pieces
 
 
 class Packing(NamedTuple):
@@ -205,7 +200,7 @@ def _read_zip(source: _File) -> Iterator[Member]:
                 raise NotImplementedError(f"compression method {member.compress_type}")
             with archive.open(member) as file:
                 pieces = source.spend(iter(partial(file.read, CHUNK_BYTES), b""))
-                yield source.inner(member.filename), source.checked(pieces, member.file_size)
+                yield source.inner(member.filename), source.checked(pieces)
 
 
 def _read_tar(source: _File) -> Iterator[Member]:
@@ -220,7 +215,7 @@ def _read_tar(source: _File) -> Iterator[Member]:
                 content = archive.extractfile(member)
                 assert content is not None
                 pieces = iter(partial(content.read, CHUNK_BYTES), b"")
-                yield source.inner(member.name), source.checked(pieces, member.size)
+                yield source.inner(member.name), source.checked(pieces)
             vars(archive).update(members=[], pax_headers={})  # they would grow with the archive
             file.header = MOST_HEADER
     if not file.last or file.last.strip(b"\0"):  # tarfile takes any invalid header for the end
