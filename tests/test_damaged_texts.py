@@ -28,7 +28,6 @@ from fuzz import MEMORY
 from pyarrow import parquet as pq
 from test_sources import fill
 
-from tinygpt.corpus import parquet
 from tinygpt.corpus.archive import iter_members
 from tinygpt.corpus.folders import text_line
 from tinygpt.errors import UserError
@@ -127,7 +126,7 @@ def resealed(content: bytes) -> bytes:
 def test_a_damaged_file_is_taken_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
     packers = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstandard}
     packer = packers.get(Path(name).suffix)
-    for seed in range(8 if name.endswith(".parquet") else 150):  # parquet starts a process for each
+    for seed in range(150):
         rng = random.Random(f"{name} {seed}")
         if packer and rng.random() < 0.7:  # inside the packing, where no checksum finds it
             inner = damaged(packer.decompress(SOUND[name]), rng)
@@ -261,27 +260,6 @@ def test_strings_that_are_not_utf8_keep_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(content.replace(b"caf#", b"caf\xe9"))
     fill(tmp_path, "x.parquet")
     assert b'{"text": "caf\xe9 \\n"}\n' in (tmp_path / "raw/texts/x.jsonl").read_bytes()
-
-
-def test_a_reader_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.parquet").write_bytes(SOUND["x.parquet"])
-    monkeypatch.setattr(
-        parquet, "READER", "import os, sys; print('what(): no', file=sys.stderr, flush=True); os.abort()"
-    )
-    with pytest.raises(UserError, match=r"x.parquet is damaged or cut off \(what\(\): no\): get it again"):
-        fill(tmp_path, "x.parquet")
-
-
-def test_too_much_memory_for_a_file_is_reported_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.parquet").write_bytes(table(["x" * 1_000_000] * 90, use_dictionary=False, compression="zstd"))
-    lower = f"import tinygpt.corpus.parquet as p; p.MOST_MEMORY = 80_000_000; {parquet.READER}"
-    monkeypatch.setattr(
-        parquet,
-        "READER",
-        lower.replace("import tinygpt", "import sys; sys.path[:0] = sys.argv[1:2]; import tinygpt", 1),
-    )
-    with pytest.raises(UserError, match=r"x.parquet needs more than 80.0 MB of memory: write smaller row groups"):
-        fill(tmp_path, "x.parquet")
 
 
 # Full disks

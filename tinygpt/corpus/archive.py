@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
+from tinygpt.corpus.folders import text_line
 from tinygpt.corpus.local import LEFT_OUT, Note, Notes
-from tinygpt.corpus.parquet import parquet_lines
 from tinygpt.errors import UserError, shown
 from tinygpt.files import human_bytes
 
@@ -31,6 +31,9 @@ SMALL_BYTES = 100_000_000
 MOST_WINDOW = 128 << 20  # bytes of memory that .xz and .zst may ask for: `xz -9` asks for 65 MB
 MOST_HEADER = 1 << 20  # bytes of metadata before a tar member: its name and other attributes
 MOST_SHOWN = 200  # characters of a name, or of a library's error
+STRINGS = ("string", "large_string", "string_view")  # types of a Parquet column
+ROWS = 4  # of Parquet, decoded at a time: with dictionary encoding, a few bytes may stand for a long text
+BUFFER_BYTES = 1 << 20  # without a buffer pyarrow reads all of a row group at once
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 READ_WHOLE = (".zip", ".parquet")  # their index is at the end, so the beginning alone cannot be read
@@ -223,7 +226,32 @@ def _read_tar(source: _File) -> Iterator[Member]:
 
 
 def _read_parquet(source: _File) -> Iterator[Member]:
-    yield source.stem + ".jsonl", source.checked(source.spend(parquet_lines(source.path, source.name)))
+    yield source.stem + ".jsonl", source.checked(source.spend(_parquet_lines(source)))
+
+
+def _parquet_lines(source: _File) -> Iterator[bytes]:
+    """The column `text` as lines of {"text": …}, in pieces; rows without a text are left out."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{source.name} needs pyarrow: pip install pyarrow") from None
+    with ParquetFile(source.path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
+        kind = {field.name: field.type for field in file.schema_arrow}.get("text")
+        if str(getattr(kind, "value_type", kind)) not in STRINGS:
+            found = "none" if kind is None else f"type {kind}"
+            raise UserError(f"{source.name} needs a column `text` of strings, found {found}")
+        piece = bytearray()
+        for batch in file.iter_batches(ROWS, columns=["text"], use_threads=False):
+            column = batch.column("text")
+            plain = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
+            for text in plain.cast(pyarrow.binary()).drop_null().to_pylist():
+                line = text_line(text.decode("utf-8", "surrogateescape"))  # other bytes stay, for `clean` to count
+                piece += line.encode("utf-8", "surrogateescape")
+            if len(piece) > CHUNK_BYTES:
+                yield bytes(piece)
+                piece.clear()
+        yield bytes(piece)
 
 
 @contextmanager
@@ -237,7 +265,7 @@ def _damage(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk, not the data
             error.filename = error.filename or name
             raise
-        reason = str(error)[:MOST_SHOWN] or type(error).__name__
+        reason = " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
         # zipfile: encrypted, or an unknown method; the others: more memory than we allow
         if isinstance(error, NotImplementedError | RuntimeError | MemoryError) or "memory" in reason.lower():
             raise UserError(f"{name} cannot be unpacked ({reason}): unpack it by hand") from None
