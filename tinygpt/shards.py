@@ -1,7 +1,7 @@
 """Text in shards: each is processed by itself, on all cores or on a Ray cluster, into a result of its own.
 
 The work is a function that turns a shard into a file or folder, and leaves no other trace. So the results do not depend
-on which process computes which shard, and a run that was stopped computes only the shards that are missing or damaged.
+on which process computes which shard, and a run that was stopped computes only the shards that are missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from tinygpt.code import code_of
 from tinygpt.errors import UserError
-from tinygpt.files import runs_folder, sha256_file, sha256_json
+from tinygpt.files import runs_folder, sha256_json
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 from tinygpt.threads import n_cpu
@@ -60,7 +60,7 @@ class Shard:
         return sum(span.size for span in self.spans)
 
 
-Work = Callable[[Shard, Path], None]  # writes a shard's result to the path (a file or a folder), or raises
+Work = Callable[[Shard, Path], None]  # writes a shard's result to the path, whole or not at all
 Jobs = list[tuple[Shard, Path]]
 
 
@@ -87,7 +87,7 @@ def shard_results(
     with FileLock(folder.with_name(f"{name}.lock")):  # one program at a time does this work
         folder.mkdir(exist_ok=True)
         paths = [folder.absolute() / f"{i:06d}" for i in range(len(shards))]
-        missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not _is_whole(path)]
+        missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
         total, todo = sum(shard.size for shard in shards), sum(shard.size for shard, _ in missing)
         n_worker = min(runtime.n_worker or n_cpu(), len(missing), 1 + todo // WORTH_A_WORKER)
         with progress(name, total=total, unit="B", start=total - todo) as bar:
@@ -101,42 +101,17 @@ def shard_results(
         shutil.rmtree(folder)
 
 
-def _make(work: Work, shard: Shard, path: Path) -> None:
-    """Do the work, and record the digest of its result: one without a digest is made again."""
-    work(shard, path)
-    _seal(path).write_text(_digest(path))
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a shard was made in an earlier call, and its bytes are still the same."""
-    try:
-        return _seal(path).read_bytes() == _digest(path).encode()
-    except OSError:  # missing, or the disk cannot read it
-        return False
-
-
-def _seal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file, or of the names and files in a folder."""
-    if path.is_dir():
-        return sha256_json({each.name: sha256_file(each) for each in path.iterdir()})
-    return sha256_file(path)
-
-
 def _in_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> Iterator[int]:
     """Work in processes of this machine; yields the bytes of each shard when it is done."""
     if n_worker <= 1:
         for shard, path in jobs:
-            _make(work, shard, path)
+            work(shard, path)
             yield shard.size
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork: ready at once
     with ProcessPoolExecutor(n_worker, mp_context=context, initializer=_leave_with_parent) as pool:
         try:
-            yield from _sizes_of_done({pool.submit(_make, work, shard, path): shard.size for shard, path in jobs})
+            yield from _sizes_of_done({pool.submit(work, shard, path): shard.size for shard, path in jobs})
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, perhaps for lack of memory: lower runtime.n_worker and run again; "
@@ -180,12 +155,16 @@ def _on_ray(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> It
     environment = {"env_vars": {"PYTHONPATH": path}}
     ray.init(**where, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        task = ray.remote(max_retries=3)(_make)
+        task = ray.remote(max_retries=3)(_call)
         yield from _sizes_of_done({task.remote(work, shard, path).future(): shard.size for shard, path in jobs})
     except RayTaskError as error:
         raise error.cause from None
     finally:
         ray.shutdown()
+
+
+def _call(work: Work, shard: Shard, path: Path) -> None:
+    work(shard, path)  # which may be a partial, and Ray takes only functions
 
 
 def _must_answer(address: str) -> None:
