@@ -14,8 +14,7 @@ from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
-
-from tinygpt.errors import UserError
+from rensa import RMinHash
 
 SHINGLE_WORDS = 5
 HASHES = 64  # values in a signature; they estimate a similarity of 0.8 to about 0.05
@@ -36,10 +35,6 @@ def digest(text: str) -> bytes:
 
 def signature(text: str) -> list[int]:
     """HASHES values; the share of them that two texts have in common estimates their similarity (Jaccard)."""
-    try:
-        from rensa import RMinHash
-    except ImportError:
-        raise UserError("clean.near_duplicates needs rensa: pip install rensa, or set it to null") from None
     minhash = RMinHash(HASHES, SEED)
     words = text.split()
     for begin in range(0, max(1, len(words) - SHINGLE_WORDS + 1), PIECE_WORDS):  # shingles take 20 times their text

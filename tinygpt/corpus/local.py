@@ -18,7 +18,6 @@ from tinygpt.corpus.sources import MOST_NAME, SOURCES
 from tinygpt.errors import UserError, printable
 from tinygpt.params import nearest
 
-ALL: Sequence[str] = ("**",)  # the pattern for a whole folder
 MOST_SHOWN = 3  # names listed for one reason
 LEFT_OUT, READ = "left out", "read"
 
@@ -52,7 +51,7 @@ def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[st
     path = root / named
     if path.is_file():
         return [(path.name, path)]
-    base, pattern = path, ALL
+    base, pattern = path, ("**",)
     if not path.is_dir():
         if not glob.has_magic(source):
             raise UserError(

@@ -38,7 +38,6 @@ class DownloadParams:
                 self.sha256 is None or re.fullmatch("[0-9a-f]{64}", self.sha256) is not None,
                 f"download.sha256={shown(self.sha256)} must be 64 characters of 0-9 and a-f",
             ),
-            ("\0" not in self.source, f"download.source={shown(self.source)} must not contain zero bytes"),
             (
                 self.encoding is None or _is_encoding(self.encoding),
                 f"download.encoding={shown(self.encoding)} is not a text encoding of Python, such as cp1252 or utf-16",
