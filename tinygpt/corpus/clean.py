@@ -183,10 +183,7 @@ def clean_text(text: str, params: CleanParams, counts: Counter[str]) -> str | No
 
 
 def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: Counter[str], folder: Path) -> str:
-    """Drop duplicates, except the first of each, and write the other documents into their splits.
-
-    Returns how they were split.
-    """
+    """Write the documents, but only the first of duplicates, into their splits.  -> how they were split"""
     kept = np.ones(len(cleaned.facts), np.bool_)
     for param, rule in CORPUS_RULES.items():
         if value := getattr(params, param):

@@ -65,14 +65,13 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, more: int)
             content = "".join(map(text_line, iter_python_docs())).encode()
             check_sha256(hashlib.sha256(content).hexdigest(), params.sha256, "python-docs.jsonl")
             texts.add("python-docs.jsonl", iter([content]))
-        digests = [_add_file(file, params.max_bytes, source, texts, more) for file in files]
+        digests = [_add_file(file, source, texts, more) for file in files]
         if not any(file.bytes for file in texts.files):
             for file in files:
                 file.forget()
-            found = "holds no text" if files or texts.notes.names else "matches no files"
             why = f" ({texts.notes})" if texts.notes.names else ""
             few = f", or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
-            raise UserError(f"download.source={params.source} {found}{why}: choose another file or folder{few}")
+            raise UserError(f"download.source={params.source} holds no text{why}: choose another file or folder{few}")
         manifest = Manifest(
             source=params.source,
             licence=source.licence,
@@ -90,15 +89,17 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, more: int)
     return Downloaded(manifest, texts.notes)
 
 
-def _add_file(file: SourceFile, max_bytes: int | None, source: Source, texts: RawFolder, more: int) -> str | None:
+def _add_file(file: SourceFile, source: Source, texts: RawFolder, more: int) -> str | None:
     """Add the texts of a file, from its beginning if that is enough.  -> the hash of a download that was read whole
 
     There is none if the beginning was enough, even if the whole file happens to be there.
     """
     splits = {source.splits[file.name]} if file.name in source.splits else set(source.splits.values())
-    first = None if source.extract else file.first_bytes(max_bytes)
     if texts.is_full(splits):
         return None
+    name, first, max_bytes = file.name.lower(), None, texts.max_bytes
+    if not (max_bytes is None or file.sha256 or source.extract or name.endswith(READ_WHOLE)):
+        first = max(LEAST_BYTES, max_bytes // 4 if name.endswith(tuple(READERS)) else max_bytes + 1)
     path, is_whole = file.get(first and first * more)
     if file.sha256:
         check_sha256(sha256_file(path), file.sha256, str(path))
@@ -164,13 +165,6 @@ class SourceFile:
         if self.cached and not self.sha256:
             forget(self.cached)
 
-    def first_bytes(self, max_bytes: int | None) -> int | None:
-        """How many bytes to read first; None = all: no limit, a hash to check, or a format that is read whole."""
-        name = self.name.lower()
-        if max_bytes is None or self.sha256 or name.endswith(READ_WHOLE):
-            return None
-        return max(LEAST_BYTES, max_bytes // 4 if name.endswith(tuple(READERS)) else max_bytes + 1)
-
 
 def _whole(path: Path, _: int | None) -> tuple[Path, bool]:
     return path, True
@@ -204,10 +198,7 @@ def _mirrors(remote: Remote, root: Path) -> list[Path] | list[str]:
 
 
 def bucket_files(params: DownloadParams, cache: Path, note: Note) -> Iterator[SourceFile]:
-    """The files at an address (of a file, folder or glob), sorted, with names relative to their common folder.
-
-    Raises UserError if there are none, access is refused, or a package is not installed.
-    """
+    """The files at an address (of a file, folder or glob), sorted, with names relative to their common folder."""
     with _refusals(params.source, cache):
         store, path = fsspec.core.url_to_fs(params.source)
         found = sorted(store.glob(path) if fsspec.core.has_magic(path) else store.find(path))

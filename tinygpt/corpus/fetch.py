@@ -62,7 +62,10 @@ def fetch(url: str, path: Path, *, enough: int | None = None, sha256: str | None
     if found != sha256:
         transfer.discard()
     check_sha256(found, sha256, url)
-    transfer.finish()
+    with open(transfer.partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(transfer.partial, path)
+    transfer.discard()
     return path, True
 
 
@@ -112,13 +115,6 @@ class _Transfer:
     @property
     def _version_path(self) -> Path:
         return self.partial.with_name(self.partial.name + ".json")
-
-    def finish(self) -> None:
-        """Give the whole file its name."""
-        with open(self.partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self.partial, self.path)
-        self.discard()
 
     def discard(self) -> None:
         """Remove the partial download."""

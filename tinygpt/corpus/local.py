@@ -51,7 +51,8 @@ def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[st
     path = root / named
     if path.is_file():
         return [(path.name, path)]
-    base, pattern = path, ("**",)
+    base = path
+    pattern: Sequence[str] = ("**",)
     if not path.is_dir():
         if not glob.has_magic(source):
             raise UserError(
