@@ -74,32 +74,31 @@ def _walk(base: Path, pattern: Sequence[str], read: set[Path], note: Note) -> li
     while todo:
         parts = todo.pop()
         here = base.joinpath(*parts)
+        real = here.resolve()
+        if real in read or (parts and base.resolve().is_relative_to(real)):
+            note(LEFT_OUT, "links", str(Path(*parts)))
+            continue
+        read.add(real)
         try:
-            real = here.resolve()
-            if real in read or (parts and base.resolve().is_relative_to(real)):
-                note(LEFT_OUT, "links", str(Path(*parts)))
-                continue
-            read.add(real)
             names = sorted(os.listdir(here))
-        except (OSError, RuntimeError) as error:  # RuntimeError: circular links
-            if parts:
-                note(LEFT_OUT, "unreadable", str(Path(*parts)))
-            elif isinstance(error, PermissionError):
-                raise
+        except OSError:
+            note(LEFT_OUT, "unreadable", str(Path(*parts)))
             continue
         for name in names:
-            inner = (*parts, name)
+            inner, path = (*parts, name), here / name
             leads_on, fits = (_fits(inner, pattern, whole=whole) for whole in (False, True))
-            kind = _kind(here / name) if leads_on or fits else ""
-            is_inside, path = kind == "folders" and leads_on, str(Path(*inner))
+            kind = _kind(path) if leads_on or fits else ""
+            is_inside = kind == "folders" and leads_on
             if not is_inside and not fits:
                 continue
-            if name.startswith(".") or (not is_inside and kind != "files"):
-                note(LEFT_OUT, "hidden" if name.startswith(".") else kind, path)
+            if name.startswith("."):
+                note(LEFT_OUT, "hidden", str(Path(*inner)))
             elif is_inside:
-                (todo.appendleft if (here / name).is_symlink() else todo.append)(inner)
+                (todo.appendleft if path.is_symlink() else todo.append)(inner)
+            elif kind == "files":
+                found.append(str(Path(*inner)))
             else:
-                found.append(path)
+                note(LEFT_OUT, kind, str(Path(*inner)))
     return found
 
 
