@@ -95,7 +95,15 @@ def test_scalars_mean_the_same_to_all_three(scalar: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 1\na: 2", "a: {b: 1, b: 2}", "1: a\n1.0: b", "a: 1\n---\nb: 2", "%YAML 1.1\n---\na: on"]
+    "text",
+    [
+        "a: 1\na: 2",
+        "a: {b: 1, b: 2}",
+        "1: a\n1.0: b",
+        "a: 1\n---\nb: 2",
+        "%YAML 1.1\n---\na: on",
+        "%YAML 1.3\n---\na: 1",
+    ],
 )
 def test_what_could_mean_two_things_is_refused(text: str) -> None:
     assert readings(text)[0] == "refused"

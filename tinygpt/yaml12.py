@@ -6,7 +6,6 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
-from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
@@ -19,11 +18,13 @@ def load_yaml(text: bytes) -> Any:
     """One document of plain values.  Raises ValueError with a message of one line, whatever is wrong with it."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text):,} bytes, more than the limit of {MOST_BYTES:,}")
+    if b"%YAML" in text:  # in YAML 1.1, `on` is true
+        raise ValueError("only YAML 1.2 is read: remove %YAML")
     reader = YAML(typ="safe", pure=True)
-    reader.Composer, reader.Constructor = _Composer, _Constructor
+    reader.Composer = _Composer
     try:
         return reader.load(text.decode())  # only UTF-8: ruamel.yaml would accept UTF-16, which DVC does not
-    except (YAMLError, ValueError, OverflowError) as error:  # the last for "\Uffffffff"
+    except (YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(" ".join(_reason(error).replace('in "<unicode string>",', "at").split())) from None
 
 
@@ -31,7 +32,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError):  # without its advice on how to use ruamel.yaml
         mark = error.problem_mark or error.context_mark
         return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}" if mark else f"{error.problem}"
-    return f"byte {error.start + 1} is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8"
+    return str(error) if isinstance(error, ValueError) else "a value or character is not valid"
 
 
 class _Composer(Composer):
@@ -42,13 +45,6 @@ class _Composer(Composer):
         self.warn_double_anchors = False
         self.level = self.n_node = 0  # of the current node; of nodes so far, an alias counting as all it stands for
         self.sizes = dict[Node, int]()  # how many nodes each has
-
-    def compose_document(self) -> Node:
-        """Refuse `%YAML 1.1`, in which `on` is true."""
-        event = self.parser.peek_event()
-        if event.version and tuple(event.version) != (1, 2):
-            raise ComposerError(None, None, "only YAML 1.2 is read: remove %YAML", event.start_mark)
-        return super().compose_document()
 
     def compose_node(self, parent: Any, index: Any) -> Node:
         """The next node, and all that is in it."""
@@ -66,14 +62,3 @@ class _Composer(Composer):
             raise ComposerError(None, None, f"at most {MOST_DIGITS} digits are read", mark)
         self.sizes.setdefault(node, self.n_node - before)
         return node
-
-
-class _Constructor(SafeConstructor):
-    """Reports where a number, date or other value is not valid: each kind raises its own error, without a place."""
-
-    def construct_object(self, node: Node, deep: bool = False) -> Any:
-        """The value of a node."""
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, OverflowError, LookupError, AttributeError, TypeError):
-            raise ConstructorError(None, None, "this value is not valid", node.start_mark) from None
