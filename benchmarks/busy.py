@@ -58,9 +58,8 @@ def measured(way: str, seconds: float) -> float:
 
 def tokens_per_second(seconds: float) -> float:
     """Speed of training steps on random tokens, after one to warm up."""
-    groups = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
-    model_params, params, runtime, tokenizer = groups
-    config = GPTConfig(**config_fields(model_params), vocab_size=tokenizer.vocab_size)
+    model_params, params, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
+    config = GPTConfig(**config_fields(model_params), vocab_size=load_params(TokenizerParams).vocab_size)
     learner = Learner(GPT(config), params, runtime, device=open_device(runtime))
     ids = torch.randint(config.vocab_size, (params.batch_size, config.block_size + 1))
     learner.learn(0, ids)

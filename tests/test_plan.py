@@ -175,7 +175,7 @@ def test_it_says_what_it_would_train_and_writes_it(folder, capsys):
     assert (folder / "params.yaml").read_text() == before
     plan("--minutes 60 --write")
     written = capsys.readouterr().out
-    assert "values changed in params.yaml; `dvc repro` trains it" in written
+    assert "values changed in params.yaml; `dvc repro` uses them" in written
     model, train = load_params(ModelParams, TrainParams)
     assert f"{model.n_layer} layers of {model.n_embd}" in written
     assert f"{train.max_steps:,} steps of {train.batch_size} sequences" in written

@@ -51,7 +51,7 @@ def test_settings_are_keys_with_values_of_which_one_is_searched():
         (["train.lr=3e-3"], "nothing to search"),
         (
             ["trian.lr=1..2", "train.warmup_step=1..2"],
-            r"key trian \(did you mean train\?\)\n.*mean train.warmup_steps\?",
+            r"key trian.lr \(did you mean train.lr\?\)\n.*mean train.warmup_steps\?",
         ),
         (["train.lr=log:3e-3"], "-S train.lr=log:3e-3: must be log:LOW..HIGH"),
         (["train.lr=2..1"], "must be LOW..HIGH with LOW < HIGH"),

@@ -1,7 +1,8 @@
 """Load and check params.yaml: YAML 1.2, strict keys, typed values, every problem in one error.
 
 Each group of params.yaml is a frozen dataclass that lives next to the code it controls and has the group's name in
-`group`. The file must give every field a value, even one with a default in Python.
+`group`. A method `rules_with(groups)`, if it has one, returns what must hold together with the other groups, given by
+name. The file must give every field a value, even one with a default in Python.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 from tinygpt.errors import UserError, shown
 from tinygpt.files import read_json
@@ -38,19 +39,9 @@ GROUPS = {
 }
 
 
-class Group(Protocol):
-    """A dataclass that mirrors one group of params.yaml.
-
-    A method `rules_with(groups)`, if it has one, returns what must hold together with the other groups, given by name.
-    """
-
-    group: ClassVar[str]
-
-
-A = TypeVar("A", bound=Group)
-B = TypeVar("B", bound=Group)
-C = TypeVar("C", bound=Group)
-D = TypeVar("D", bound=Group)
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
 T = TypeVar("T")
 
 
@@ -103,8 +94,6 @@ def load_params(a: type[A], /, *, path: Path = ...) -> A: ...
 def load_params(a: type[A], b: type[B], /, *, path: Path = ...) -> tuple[A, B]: ...
 @overload
 def load_params(a: type[A], b: type[B], c: type[C], /, *, path: Path = ...) -> tuple[A, B, C]: ...
-@overload
-def load_params(a: type[A], b: type[B], c: type[C], d: type[D], /, *, path: Path = ...) -> tuple[A, B, C, D]: ...
 def load_params(*classes: Any, path: Path = PARAMS_FILE) -> Any:
     """Read the groups of these dataclasses: `model, train = load_params(ModelParams, TrainParams)`.
 
@@ -136,23 +125,16 @@ def check_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise ParamsError with every name that is not a "group.key", and the nearest one that is."""
-
-    def rule(group: str, field: str) -> tuple[bool, str]:
-        known = sorted(_field_hints(find_class(group))) if group in GROUPS else []
-        return field in known, _unknown(field, known, f"{group}.") if known else _unknown(group, list(GROUPS), "")
-
-    require(*(rule(*f"{name}.".split(".")[:2]) for name in names))
+    """Raise ParamsError with every name that does not begin with a "group.key", and the nearest one."""
+    known = [f"{group}.{key}" for group in GROUPS for key in _field_hints(find_class(group))]
+    keys = [".".join(name.split(".")[:2]) for name in names]
+    require(*((key in known, f"unknown key {key}{nearest(key, known)}") for key in keys))
 
 
 def find_class(group: str) -> Any:
     """The dataclass of a group."""
     module, name = GROUPS[group].split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _unknown(key: str, known: Sequence[str], prefix: str) -> str:
-    return f"unknown key {prefix}{key}{nearest(key, known, prefix=prefix)}"
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
@@ -202,13 +184,10 @@ def read_record(cls: type[T], path: Path, *, stage: str) -> T:
 
 def flat_params(raw: bytes) -> dict[str, str]:
     """What decides a result in a params file, as written there, by "group.key".  Raises UserError for other files."""
-    try:
-        groups = load_yaml(raw).items()
-        rows = [(f"{name}.{key}", value) for name, keys in groups for key, value in keys.items() if name != "runtime"]
-        # without the quotes that shown() puts around texts
-        return {name: shown(value) if isinstance(value, bool | None) else str(value) for name, value in rows}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{PARAMS_FILE} holds no groups of keys ({error})") from None
+    groups = _groups(raw, PARAMS_FILE).items()
+    rows = [(f"{name}.{key}", value) for name, keys in groups for key, value in keys.items() if name != "runtime"]
+    # without the quotes that shown() puts around texts
+    return {name: shown(value) if isinstance(value, bool | None) else str(value) for name, value in rows}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -218,20 +197,24 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_groups(path: Path) -> dict[str, Any]:
+def read_groups(path: Path) -> dict[str, dict[str, Any]]:
     """The groups of a params file, or of a preset, as written there.  Raises UserError when it has none."""
+    return _groups(read_bytes(path), path)
+
+
+def _groups(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
     try:
-        document = load_yaml(read_bytes(path))
+        document = load_yaml(raw)
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} must hold the groups {', '.join(GROUPS)}")
+    if not isinstance(document, dict) or not all(isinstance(keys, dict) for keys in document.values()):
+        raise UserError(f"{path} must hold the groups {', '.join(GROUPS)}, each with its keys")
     return document
 
 
 def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str, others: Sequence[str] = ()) -> list[str]:
     names = [key if isinstance(key, str) else shown(key) for key in mapping if key not in known]
-    problems = [_unknown(name, [*known, *others], prefix) for name in names]
+    problems = [f"unknown key {prefix}{name}{nearest(name, [*known, *others], prefix=prefix)}" for name in names]
     return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
 
 

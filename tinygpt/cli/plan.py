@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 
 from tinygpt import paths
-from tinygpt.cli.project import apply_values
-from tinygpt.errors import UserError, printable
+from tinygpt.cli.project import write_values
+from tinygpt.errors import UserError
 from tinygpt.export.config import ExportParams
 from tinygpt.export.gguf_types import bits_per_weight, tensor_types
 from tinygpt.files import human_bytes
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import parts_of
-from tinygpt.params import PARAMS_FILE, load_params, require
+from tinygpt.params import load_params, require
 from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
 from tinygpt.plan.recipe import SPREAD
@@ -30,7 +30,7 @@ from tinygpt.runtime import RuntimeParams, open_device, out_of_memory
 from tinygpt.tokenizer import load_tokenizer
 from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.tokenizer.tokenizer import tokenizer_file
-from tinygpt.train.config import LoRAParams, TrainParams
+from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 
 N_STAGES = 11
@@ -43,15 +43,20 @@ PROCESS_BYTES = 320e6  # of a training process, besides its step; measured in th
 
 def profile(args: Namespace) -> None:
     """Print the costs; exit with status 1 if the run will not fit."""
-    params = load_params(ModelParams, TrainParams, RuntimeParams, TokenizerParams)
-    model_params, train, runtime, tokenizer = params
+    model_params, train, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
+    tokenizer = load_params(TokenizerParams)
     learned = tokenizer.kind == "bpe" and tokenizer.from_file is None  # then vocab_size is that of params.yaml
     is_there = tokenizer_file(paths.TOKENIZER).exists() and not learned
     vocab_size = load_tokenizer(paths.TOKENIZER).vocab_size if is_there else tokenizer.vocab_size
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
     device = open_device(runtime)
     micro = _micro_batch_size(config, train, runtime, device, measure=not args.no_measure)
-    _print_weights(config, train.lora)
+    with torch.device("meta"):
+        model, adapted = GPT(config), build_trained(config, train.lora)
+    parts = ", ".join(f"{name} {part.n_weights:,}" for name, part in parts_of(model).items() if part.n_weights)
+    print(f"weights     {model.n_params():,}: {parts}")
+    if train.lora is not None:
+        print(f"adapters    {adapted.n_params() - model.n_params():,} weights; only these are trained")
     flops = flops_per_token(config, train.lora)
     n_tokens = train.max_steps * train.batch_size * config.block_size
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
@@ -98,15 +103,6 @@ def _micro_batch_size(
     return find_micro_batch_size(Learner(GPT(config), train, runtime, device=device))
 
 
-def _print_weights(config: GPTConfig, lora: LoRAParams | None) -> None:
-    with torch.device("meta"):
-        model, adapted = GPT(config), build_trained(config, lora)
-    parts = ", ".join(f"{name} {part.n_weights:,}" for name, part in parts_of(model).items() if part.n_weights)
-    print(f"weights     {model.n_params():,}: {parts}")
-    if lora is not None:
-        print(f"adapters    {adapted.n_params() - model.n_params():,} weights; only these are trained")
-
-
 # ---- what to train in a given time ----
 
 
@@ -120,10 +116,7 @@ def plan(args: Namespace) -> None:
     for name, text in rows(chosen, planner, runtime, device, seconds=seconds):
         print(f"{name:<12}{text}")
     if args.write:
-        changed = apply_values(PARAMS_FILE, chosen.recipe.values())
-        for change in changed:
-            print(printable(change))
-        print(f"plan: {len(changed)} values changed in {PARAMS_FILE}; `dvc repro` trains it")
+        write_values("plan", chosen.recipe.values())
 
 
 def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:

@@ -6,7 +6,6 @@ That is params.yaml, the model that training can start from, and what a killed D
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import subprocess
@@ -18,18 +17,17 @@ from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from tinygpt import paths
 from tinygpt.errors import UserError, printable, shown
-from tinygpt.files import atomic_write
-from tinygpt.params import PARAMS_FILE, check_names, check_params, nearest, read_bytes, read_groups
-from tinygpt.yaml12 import load_yaml
+from tinygpt.files import atomic_write, parse_json
+from tinygpt.params import PARAMS_FILE, Count, check_names, check_params, coerce, nearest, read_bytes, read_groups
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
 WIDTH = 128  # n_embd of the models that the learning rates are for in presets that continue from a base
 TEMPORARY = Path(".dvc/tmp")
+RWLOCK, LOCK = TEMPORARY / "rwlock", Path("dvc.lock")
 # A run should see at least this many tokens per weight. On four texts (benchmarks/scaling.csv) models that saw 0.2, 0.4
 # and 0.8 were 0.20 to 0.25, 0.08 to 0.14 and 0.04 to 0.07 bits per byte worse than a model of half or a quarter of the
 # size that saw 3 to 7, with as many operations. The default sees 1.5; far larger models are best at 20
@@ -51,76 +49,67 @@ def preset(args: Namespace) -> None:
         hint = nearest(args.name, files) or f": {', '.join(files)}"
         raise UserError(f"there is no preset {args.name}{hint}")
     values = read_groups(files[args.name])
-    if _keys(values, "train").get("init_from") == "base":
+    if values.get("train", {}).get("init_from") == "base":
         values = going_on(values)
+    write_values(args.name, values)
+    if "model" in values:
+        warn_of_few_tokens()
+
+
+def write_values(name: str, values: dict[str, dict[str, Any]]) -> None:
+    """Put the values of a preset or plan into params.yaml, and print the changes."""
     changed = apply_values(PARAMS_FILE, values)
     for change in changed:
         print(printable(change))
-    print(
-        f"{args.name}: {len(changed)} values changed in {PARAMS_FILE}" + ("; `dvc repro` uses them" if changed else "")
-    )
-    if "model" in values:
-        print(too_few_tokens(), end="")
+    print(f"{name}: {len(changed)} values changed in {PARAMS_FILE}" + ("; `dvc repro` uses them" if changed else ""))
 
 
 def going_on(rules: dict[str, Any]) -> dict[str, Any]:
     """The values of the base, overridden by `rules`, the preset for continuing, with learning rates for its width.
 
-    Muon's rates fall with the square root of the width.  Raises UserError if there is no base.
+    Muon's rates fall with the square root of the width.  Raises UserError if there is no base, or none with a width.
     """
     if not BASE.exists():
         raise UserError(
             f"{paths.BASE} is empty: run `python -m tinygpt import-hf FOLDER` or `python -m tinygpt promote`"
         )
     base, train = read_groups(BASE), rules["train"]
-    try:
-        scale = math.sqrt(WIDTH / _keys(base, "model")["n_embd"])
-        rates = {key: rate * scale for key, rate in train.items() if key.endswith("lr") and rate is not None}
-        return base | rules | {"train": train | {key: float(f"{rate:.5g}") for key, rate in rates.items()}}
-    except (KeyError, TypeError, ValueError, ArithmeticError):
-        return base | rules  # apply_values reports what is wrong with them
+    scale = math.sqrt(WIDTH / coerce(base.get("model", {}).get("n_embd"), Count, "model.n_embd"))
+    rates = {key: rate for key, rate in train.items() if str(key).endswith("lr") and type(rate) in (int, float)}
+    return base | rules | {"train": train | {key: float(f"{scale * rate:.5g}") for key, rate in rates.items()}}
 
 
-def too_few_tokens(path: Path = PARAMS_FILE) -> str:
-    """A warning, if the run of params.yaml or the text is far too short for so many weights; otherwise "".
+def warn_of_few_tokens() -> None:
+    """Print a warning if the run of params.yaml or the text is far too short for so many weights.
 
     There is none for a run that continues from a base, whose weights have been trained already.
     """
     from tinygpt.tokens import load_meta  # here, so that listing the presets does not wait for it
 
-    groups = check_params(path)
-    model, train, tokenizer = (groups[name] for name in ("model", "train", "tokenizer"))
-    if train.init_from == "base":
-        return ""
-    n_weights = model.n_weights(tokenizer.vocab_size)
-    needed, per_step = MIN_TOKENS * n_weights, train.batch_size * model.block_size
+    groups = check_params()
+    model, train = groups["model"], groups["train"]
+    n_weights, per_step = model.n_weights(groups["tokenizer"].vocab_size), train.batch_size * model.block_size
+    needed = MIN_TOKENS * n_weights
     more = f"set train.max_steps={math.ceil(needed / per_step)} or more"
     found = [(train.max_steps * per_step, f"train.max_steps={train.max_steps}", more)]
     with suppress(UserError):  # no text yet, or none that can be read
-        text = MAX_EPOCHS * load_meta(path.parent / paths.TOKENS).train.tokens
-        found.insert(0, (text, f"the current text, read {MAX_EPOCHS} times", "use a larger text"))
-    for n_tokens, where, remedy in found:
-        if n_tokens < needed:
-            return (
-                f"warning: {n_weights:,} weights see {n_tokens:,} tokens in {where}. Below {MIN_TOKENS} tokens per "
-                f"weight, a smaller model learns more in the same time: {remedy}, or use a smaller preset\n"
-            )
-    return ""
-
-
-def _keys(values: dict[str, Any], group: str) -> dict[str, Any]:
-    """A group of a preset; empty if it is missing or not a mapping."""
-    keys = values.get(group)
-    return keys if isinstance(keys, dict) else {}
+        text = MAX_EPOCHS * load_meta(paths.TOKENS).train.tokens
+        found.append((text, f"the current text, read {MAX_EPOCHS} times", "use a larger text"))
+    n_tokens, where, remedy = min(found)
+    if n_tokens < needed and train.init_from != "base":
+        print(
+            f"warning: {n_weights:,} weights see {n_tokens:,} tokens in {where}. Below {MIN_TOKENS} tokens per "
+            f"weight, a smaller model learns more in the same time: {remedy}, or use a smaller preset"
+        )
 
 
 def _size(path: Path) -> tuple[float, str]:
     """Sort key of presets: small models before large ones, then files without a size, or that cannot be read."""
     try:
-        model, tokenizer = (_keys(read_groups(path), group) for group in ("model", "tokenizer"))
-        width = float(model["n_embd"])
-        rows = 2 * float(tokenizer.get("vocab_size", 1024))  # of embedding and head
-        return 12 * float(model["n_layer"]) * width**2 + rows * width, path.stem
+        groups = read_groups(path)
+        n_layer, width = (float(groups["model"][key]) for key in ("n_layer", "n_embd"))
+        rows = 2 * float(groups.get("tokenizer", {}).get("vocab_size", 1024))  # of embedding and head
+        return 12 * n_layer * width**2 + rows * width, path.stem
     except (UserError, KeyError, TypeError, ValueError, ArithmeticError):
         return math.inf, path.stem
 
@@ -128,25 +117,19 @@ def _size(path: Path) -> tuple[float, str]:
 def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
     """Set values by group and key in a params file, all or none; return a line for each that changed.
 
-    Raises ParamsError if the file lacks one, or would be invalid with them.
+    Raises UserError if the file lacks one, or would be invalid with them.
     """
-    names = [(group, key) for group, keys in values.items() for key in (keys if isinstance(keys, dict) else [""])]
-    check_names(f"{group}.{key}" for group, key in names)
-    yaml = YAML()
-    try:
-        raw = read_bytes(path)
-        load_yaml(raw)  # refuses deep nesting, for which ruamel.yaml takes seconds
-        written = raw.decode()
-        document = yaml.load(written.replace("\r\n", "\n"))
-        before = {(group, key): document[group][key] for group, key in names}
-    except (YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
-        check_params(path)  # which says what is missing
-        raise UserError(f"{path} is not YAML as DVC reads it: {' '.join(str(error).split())}") from None
-    changed = []
-    for (group, key), old in before.items():
-        if old != (value := values[group][key]):
-            changed.append(f"{group}.{key}: {shown(old)} -> {shown(value)}")
-            document[group][key] = value
+    read_groups(path)  # refuses what is no params file, and deep nesting, for which ruamel.yaml takes seconds
+    check_names(f"{group}.{key}" for group, keys in values.items() for key in keys)
+    yaml, written, changed = YAML(), path.read_bytes().decode(), list[str]()
+    document = yaml.load(written.replace("\r\n", "\n"))
+    for group, keys in values.items():
+        for key, value in keys.items():
+            if key not in document.get(group, {}):
+                check_params(path)  # which says what is missing
+            if (old := document[group][key]) != value:
+                changed.append(f"{group}.{key}: {shown(old)} -> {shown(value)}")
+                document[group][key] = value
     text = io.StringIO(newline="\r\n" if "\r\n" in written else "\n")
     yaml.dump(document, text)
     with atomic_write(path) as file:
@@ -186,8 +169,8 @@ def mend(args: Namespace) -> None:
 
     Raises UserError if DVC is running, as it may be writing the file just now, or if the folder is not writable.
     """
-    there = [folder for folder in (TEMPORARY, TEMPORARY.parent) if folder.exists()]
-    if there and not os.access(there[0], os.W_OK):
+    folder = TEMPORARY if TEMPORARY.exists() else TEMPORARY.parent
+    if folder.exists() and not os.access(folder, os.W_OK):
         raise UserError(f"{Path.cwd()} is not writable: `chown` it, or clone the project into a folder of your own")
     if cut_off():
         with no_dvc():
@@ -197,7 +180,7 @@ def mend(args: Namespace) -> None:
 
 def cut_off() -> list[Path]:
     """DVC's files that it can no longer read."""
-    return [path for path, is_whole in IS_WHOLE.items() if path.exists() and not is_whole(path)]
+    return [path for path in (RWLOCK, LOCK) if path.exists() and not is_whole(path)]
 
 
 @contextmanager
@@ -229,15 +212,7 @@ def is_dvc(process: psutil.Process) -> bool:
         return False
 
 
-def is_json(path: Path) -> bool:
-    """Whether the file is whole: a JSON object that is cut off does not parse."""
-    try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def is_lockfile(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether the file is not cut off: DVC can read it, another version of DVC wrote it, or git left a conflict."""
     from dvc.exceptions import DvcException
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
@@ -245,11 +220,12 @@ def is_lockfile(path: Path) -> bool:
     from voluptuous import Invalid
 
     try:
+        if path == RWLOCK:
+            return isinstance(parse_json(path.read_bytes()), dict)
         document = load_yaml(str(path))
-        if isinstance(document, dict) and document.get("schema", "2.0") != "2.0":
-            return True
-        COMPILED_LOCKFILE_SCHEMA(document)
-    except (DvcException, Invalid, RecursionError):
+        if not isinstance(document, dict) or document.get("schema", "2.0") == "2.0":
+            COMPILED_LOCKFILE_SCHEMA(document)
+    except (DvcException, Invalid, RecursionError, ValueError):
         return b"<<<<<<<" in path.read_bytes()
     return True
 
@@ -259,10 +235,7 @@ def replace(path: Path) -> str:
     kept = TEMPORARY / f"{path.name}.cut"
     os.replace(path, kept)
     subprocess.run(["git", "checkout", "--quiet", "--", path], stderr=subprocess.DEVNULL, check=False)
-    if path.exists() and not IS_WHOLE[path](path):
+    if path.exists() and not is_whole(path):
         path.unlink()
     done = "git's version has replaced it" if path.exists() else "it was removed"
     return f"{path} was cut off when DVC was killed: {done}; its remains are in {kept}"
-
-
-IS_WHOLE = {TEMPORARY / "rwlock": is_json, Path("dvc.lock"): is_lockfile}
