@@ -102,8 +102,8 @@ def test_every_way_to_choose_tokens_has_its_flag(folders, tiny_tokenizer, comman
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["encode", "x", "--tokenizer", "nowhere"], "--tokenizer nowhere not found: give an existing folder"),
-        (["promote", "--model", "nowhere"], "--model nowhere not found: give an existing folder"),
+        (["encode", "x", "--tokenizer", "nowhere"], "nowhere not found: give an existing folder"),
+        (["promote", "--model", "nowhere"], "nowhere not found: give an existing folder"),
         (["generate", "--model", "nowhere"], "nowhere not found: give a folder with config.json"),
         (["generate", "--model", "data/nowhere"], "data/nowhere not found: run `dvc repro train`"),
         (["generate", "--model", "data/nowhere.gguf"], "data/nowhere.gguf not found: run `dvc repro export`"),

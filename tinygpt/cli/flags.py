@@ -134,7 +134,6 @@ def number(text: str) -> int | float | str:
     return text
 
 
-INPUTS = ("--model", "--tokenizer", "--text")  # paths that a command reads
 SHORT = {"model": ["-m"], "max_new_tokens": ["-n"]}  # as in llama.cpp, and so is -p for the prompt
 # How help texts name values; how argparse reads lists, by the type of their items.
 VALUES: dict[type, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
@@ -154,15 +153,18 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
         command.add_argument(*names, help=f"{option.help}{shown}", **reading(option))
 
 
-def add_path(command: ArgumentParser, name: str, default: Path, help: str = "folder") -> None:
-    """Add a flag for a file or folder that has a place in the pipeline.  Another one that is read must be there."""
+def existing(text: str) -> Path:
+    """A path that a command reads."""
+    require((Path(text).exists(), f"{text} not found: give an existing folder"))
+    return Path(text)
 
-    def path(text: str) -> Path:
-        is_there = name not in INPUTS or Path(text) == default or Path(text).exists()
-        require((is_there, f"{name} {text} not found: give an existing {help}"))
-        return Path(text)
 
-    command.add_argument(name, type=path, default=default, help=f"{help} (default: %(default)s)")
+def picture(text: str) -> Path:
+    """A path for a plot."""
+    from tinygpt.report.plots import NO_DATE  # here, as it takes a second
+
+    require((Path(text).suffix[1:] in NO_DATE, f"--plot {text}: the name must end in .{' or .'.join(NO_DATE)}"))
+    return Path(text)
 
 
 def add_number(command: ArgumentParser, name: str, hint: Any, **more: Any) -> None:

@@ -21,7 +21,8 @@ from tinygpt.cli.flags import (
     TextOptions,
     add_flags,
     add_number,
-    add_path,
+    existing,
+    picture,
 )
 from tinygpt.errors import heed_interrupts, leave_at_once, printable, program, shown
 from tinygpt.options import DRAWN, PARTS, Limits, NotNegative
@@ -29,6 +30,8 @@ from tinygpt.params import Within, nearest
 
 Port = Annotated[int, Within("[0, 65535]")]
 Positive = Annotated[float, Within("(0, inf)")]
+FOLDER = "folder (default: %(default)s)"
+PICTURE = "a .png or .svg (default: %(default)s)"
 
 
 def _generate_flags(command: ArgumentParser) -> None:
@@ -72,19 +75,19 @@ def _serve_flags(command: ArgumentParser) -> None:
 def _encode_flags(command: ArgumentParser) -> None:
     command.add_argument("text", nargs="?", help="text to encode (default: standard input)")
     command.add_argument("--ids", action="store_true", help="print only the ids, as `decode` reads them")
-    add_path(command, "--tokenizer", paths.TOKENIZER)
+    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
 
 
 def _decode_flags(command: ArgumentParser) -> None:
     command.add_argument("ids", nargs="*", help="ids to decode (default: standard input)")
-    add_path(command, "--tokenizer", paths.TOKENIZER)
+    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
 
 
 def _tokenizer_report_flags(command: ArgumentParser) -> None:
-    add_path(command, "--tokenizer", paths.TOKENIZER)
-    command.add_argument("--against", type=Path, help="another tokenizer.json, such as GPT-2's, on the same text")
-    add_path(command, "--text", paths.CLEAN)
-    add_path(command, "--plot", paths.REPORTS / "tokenizer.png", "file")
+    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
+    command.add_argument("--against", type=existing, help="another tokenizer.json, such as GPT-2's, on the same text")
+    command.add_argument("--text", type=existing, default=paths.CLEAN, help=FOLDER)
+    command.add_argument("--plot", type=picture, default=paths.REPORTS / "tokenizer.png", help=PICTURE)
 
 
 def _attention_flags(command: ArgumentParser) -> None:
@@ -93,20 +96,20 @@ def _attention_flags(command: ArgumentParser) -> None:
     command.add_argument(
         "--save", type=Path, metavar="FILE", help="save an .npz: `weights` (n_layer, n_head, T, T) and `ids` (T,)"
     )
-    add_path(command, "--model", paths.MODEL)
-    add_path(command, "--tokenizer", paths.TOKENIZER)
-    add_path(command, "--plot", paths.REPORTS / "attention.png", ".png or .svg; the page next to it ends in .html")
+    command.add_argument("--model", type=existing, default=paths.MODEL, help=FOLDER)
+    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
+    command.add_argument("--plot", type=picture, default=paths.REPORTS / "attention.png", help=f"{PICTURE}, and a page")
 
 
 def _import_hf_flags(command: ArgumentParser) -> None:
     command.add_argument("folder", type=Path, help="with config.json, model.safetensors and tokenizer.json")
-    add_path(command, "--to", paths.BASE)
+    command.add_argument("--to", type=Path, default=paths.BASE, help=FOLDER)
 
 
 def _promote_flags(command: ArgumentParser) -> None:
-    add_path(command, "--model", paths.MODEL)
-    add_path(command, "--tokenizer", paths.TOKENIZER)
-    add_path(command, "--to", paths.BASE)
+    command.add_argument("--model", type=existing, default=paths.MODEL, help=FOLDER)
+    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
+    command.add_argument("--to", type=Path, default=paths.BASE, help=FOLDER)
 
 
 def _profile_flags(command: ArgumentParser) -> None:
@@ -135,7 +138,7 @@ def _compare_flags(command: ArgumentParser) -> None:
         nargs="*",
         help="an experiment, branch, tag, commit or `workspace`; without it the workspace, HEAD and its experiments",
     )
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves, too: a .png or .svg")
+    command.add_argument("--plot", type=picture, metavar="FILE", help="draw the curves, too: a .png or .svg")
     command.add_argument("--page", type=Path, metavar="FILE", help="write a page with samples, too: an .html")
     command.add_argument(
         "--open", action="store_true", help="open that page in a browser (without --page: reports/compare.html)"

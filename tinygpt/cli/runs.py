@@ -14,7 +14,6 @@ import sys
 import time
 import webbrowser
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
@@ -24,7 +23,6 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from tinygpt.cli.flags import find_run
-from tinygpt.cli.texts import check_picture
 from tinygpt.errors import UserError
 from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
@@ -44,7 +42,7 @@ from tinygpt.report.plots import plot_curves
 from tinygpt.report.reports import read_curve, read_samples
 from tinygpt.run.folder import STATE_FILE, read_name, read_plan, read_state
 
-NAME = re.compile(r"(?:(?P<work>[a-z-]+)-)?[0-9a-f]{16}")
+NAME = re.compile(r"([a-z-]+-)?[0-9a-f]{16}")
 SHORT = 8  # digits shown of a fingerprint
 EVERY_S = 1.0  # seconds between two reads of the files of a run that is watched
 BARS = "▁▂▃▄▅▆▇█"
@@ -83,7 +81,20 @@ def runs(args: Namespace) -> None:
             print(f"{found.name}: {found.state}, {found.done}, {human_bytes(found.size)}")
         print(f"removed {len(removed)} of {len(there)} in {folder}: {human_bytes(sum(r.size for r in removed))} freed")
     elif there:
-        print(run_table(there, now=time.time()).to_string(index=False))
+        rows = [
+            {
+                "run": found.name,
+                "state": found.state,
+                "done": found.done,
+                "best_val_loss": _loss(found.best),
+                "last_val_loss": _loss(found.last),
+                "size": human_bytes(found.size),
+                "age": _age(time.time() - found.changed),
+                "name": read_name(found.folder) or "-",
+            }
+            for found in there
+        ]
+        print(pd.DataFrame(rows).to_string(index=False))
         freed = sum(found.size for found in there if found.state == "finished")
         print(f"{human_bytes(sum(r.size for r in there))} in {folder}; `runs --prune` frees {human_bytes(freed)}")
     else:
@@ -106,7 +117,7 @@ def read_run(folder: Path) -> Run:
     size = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())  # a file may have two names
     changed = max((stat.st_mtime for stat in stats), default=0.0)
     running = is_locked(folder)
-    if _work(folder):
+    if "-" in folder.name:  # shards
         n = sum(path.name.isdigit() for path in folder.glob("*"))
         done = f"{n:,} shard{'s' * (n != 1)}"
         return Run(folder, "running" if running else "interrupted", done, None, None, size, changed)
@@ -123,55 +134,30 @@ def read_run(folder: Path) -> Run:
     return Run(folder, "running" if running else state, steps, best, last, size, changed)
 
 
-def run_table(runs: list[Run], *, now: float) -> pd.DataFrame:
-    """A row of text for each run."""
-    return pd.DataFrame(
-        {
-            "run": [found.name for found in runs],
-            "state": [found.state for found in runs],
-            "done": [found.done for found in runs],
-            "best_val_loss": [_loss(found.best) for found in runs],
-            "last_val_loss": [_loss(found.last) for found in runs],
-            "size": [human_bytes(found.size) for found in runs],
-            "age": [_age(now - found.changed) for found in runs],
-            "name": [read_name(found.folder) or "-" for found in runs],
-        }
-    )
-
-
 def remove(found: Run) -> bool:
     """Remove a run's folder unless a program works in it (again); returns whether it was removed."""
-    with _held(found.folder) as free:
-        if free:
+    try:
+        with _lock(found.folder):
             shutil.rmtree(found.folder)
-        return free
+    except Timeout:
+        return False
+    return True
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a running program works in the folder: the lock of a killed one is free."""
-    with _held(folder) as free:
-        return not free
+    try:
+        with _lock(folder):
+            pass
+    except Timeout:
+        return True
+    return False
 
 
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder for the block, unless another program does; yields whether it was free."""
-    work = _work(folder)
-    path = folder.with_name(f"{work}.lock") if work else folder / "lock"
-    with contextlib.ExitStack() as held:
-        is_free = True
-        if path.exists():  # otherwise it was never locked, and we do not create the file
-            try:
-                held.enter_context(FileLock(path, timeout=0))
-            except Timeout:
-                is_free = False
-        yield is_free
-
-
-def _work(folder: Path) -> str | None:
-    """The name of the work whose shards are in a folder; None for a training."""
-    match = NAME.fullmatch(folder.name)
-    return match["work"] if match else None
+def _lock(folder: Path) -> FileLock | contextlib.nullcontext[None]:
+    """Holds a folder's lock for a block, or raises Timeout.  A lock that was never held has no file, and gets none."""
+    path = folder.with_name(f"{folder.name[:-17]}.lock") if "-" in folder.name else folder / "lock"
+    return FileLock(path, timeout=0) if path.exists() else contextlib.nullcontext()
 
 
 def _newest_progress(folder: Path) -> tuple[dict[str, Any], int]:
@@ -214,8 +200,8 @@ def watch(args: Namespace) -> None:
         if not running:
             break
         time.sleep(EVERY_S)
-    done = f"it is at step {rows[-1]['step']:,.0f}, see `python -m tinygpt runs`"
-    print(f"no training is running in {folder} any more: {done}")
+    step = f"{rows[-1]['step']:,.0f}"
+    print(f"no training is running in {folder} any more: it is at step {step}, see `python -m tinygpt runs`")
 
 
 def evaluation_line(evaluations: list[dict[str, float | None]]) -> str:
@@ -230,8 +216,6 @@ def evaluation_line(evaluations: list[dict[str, float | None]]) -> str:
 
 def compare(args: Namespace) -> None:
     """Print the table, draw the curves, make the page."""
-    if args.plot:
-        check_picture(args.plot)
     experiments = find_experiments(args.rev)
     width = get_terminal_size().columns if sys.stdout.isatty() else None
     print(as_text(compare_table(experiments), width))

@@ -13,7 +13,6 @@ import sys
 from argparse import Namespace
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from tinygpt.cli.flags import STDIN
@@ -54,17 +53,10 @@ def tokenizer_report(args: Namespace) -> None:
     from tinygpt.report.plots import plot_fit
     from tinygpt.report.tokenizer import fit_file, fit_table, longest_tokens
 
-    check_picture(args.plot)
-    if args.against and not args.against.exists():
-        raise UserError(f"--against {args.against} not found: give a tokenizer.json or the folder of one")
     paths = [args.tokenizer, *([args.against] if args.against else [])]
     tokenizers = {str(path): load_tokenizer(path) for path in paths}
     files = {split: split_file(args.text, split) for split in SPLITS}
-    fits = {
-        (name, split): fit_file(tokenizer, file)
-        for name, tokenizer in tokenizers.items()
-        for split, file in files.items()
-    }
+    fits = {(name, split): fit_file(tokenizers[name], files[split]) for name in tokenizers for split in files}
     table = fit_table(fits)
     if table.empty:
         raise UserError(f"{args.text} holds no text: run `dvc repro clean`")
@@ -85,7 +77,6 @@ def attention(args: Namespace) -> None:
     from tinygpt.report.page import attention_page
     from tinygpt.report.plots import plot_attention
 
-    check_picture(args.plot)
     model, tokenizer = load_pair(args.model, args.tokenizer)
     ids, n_new = [*tokenizer.border_ids, *tokenizer.encode(checked(args.prompt))], args.generate
     if len(ids) + n_new > model.config.block_size:
@@ -114,14 +105,6 @@ def attention(args: Namespace) -> None:
 def visible(raw: bytes) -> str:
     r"""Bytes as visible text: b" a\n\xe4" -> "·a\\n\\xe4"."""
     return printable(raw.decode("utf-8", errors="backslashreplace").replace(" ", "·"))
-
-
-def check_picture(path: Path) -> None:
-    """Raises UserError if a plot's name does not end like that of a picture."""
-    from tinygpt.report.plots import NO_DATE
-
-    if path.suffix[1:] not in NO_DATE:
-        raise UserError(f"--plot {path}: the name must end in .{' or .'.join(NO_DATE)}")
 
 
 # ---- reading texts ----
@@ -160,15 +143,12 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
         names = ["prompt"] if len(texts) == 1 else [f"prompt {number}" for number in range(1, len(texts) + 1)]
         read = [read_input().removesuffix("\n") if text == STDIN else text for text in texts]  # `echo` adds it
         return [NamedPrompt(checked(text), name) for text, name in zip(read, names, strict=True)]
-    name = "standard input" if args.prompts == STDIN else args.prompts
     if args.prompts == STDIN:
-        raw = read_some(standard_input(), name)
-    elif not args.prompts or not Path(args.prompts).exists():
-        raise UserError(f"--prompts={shown(args.prompts)} not found: give a file with one prompt per line")
+        name, text = "standard input", read_input()
     else:
         with open(args.prompts, "rb") as file:
-            raw = read_some(file, name)
-    lines = decode_utf8(raw, name).removesuffix("\n").split("\n")
+            name, text = args.prompts, decode_utf8(read_some(file, args.prompts), args.prompts)
+    lines = text.removesuffix("\n").split("\n")
     if lines == [""]:
         raise UserError(f'{name} has no prompts: write one per line, or {{"prompt": …}} in a .jsonl')
     return prompts_of(lines, name)
