@@ -38,7 +38,6 @@ GROUPS = {
     "runtime": "tinygpt.runtime:RuntimeParams",
 }
 
-
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")

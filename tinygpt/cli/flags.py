@@ -222,18 +222,18 @@ def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
 
     A value is JSON or, if it is not, a word.
     """
-    options, found = setting_options(), dict[str, Any]()
-    problems: list[str] = []
+    options, found, problems = setting_options(), dict[str, Any](), list[str]()
     while text := text.lstrip():
         named = re.match(r"([\w-]+)=", text)
         if not named:
-            word, text = _word(text)
+            word = text.split()[0]
             problems.append(f"{shown(word)} is not of the form NAME=VALUE")
+            text = text.removeprefix(word)
             continue
         name = named[1].replace("-", "_")
-        option = options.get(name)
-        value, text = (_word if option and option.choices else _value)(text[named.end() :])
-        if option:
+        value, text = _value(text[named.end() :])
+        if option := options.get(name):
+            value = shown(value) if option.choices else value  # `true` is a word among choices
             found[name] = [value] if option.is_list and not isinstance(value, list) else value
         else:
             problems.append(f"unknown option {name}{nearest(name, options)}")
@@ -242,16 +242,9 @@ def parse_settings(text: str) -> tuple[dict[str, Any], list[str]]:
 
 def _value(text: str) -> tuple[Any, str]:
     """The value at the beginning of a text, and the rest."""
-    try:
+    with suppress(ValueError, RecursionError):
         value, end = json.JSONDecoder().raw_decode(text)
         if not text[end : end + 1].strip():  # otherwise it is a word such as 5th
             return value, text[end:]
-    except (ValueError, RecursionError):
-        pass
-    word, rest = _word(text)
-    return number(word), rest  # .5 is not JSON
-
-
-def _word(text: str) -> tuple[str, str]:
     word, *rest = text.split(None, 1) or [""]
-    return word, rest[0] if rest else ""
+    return number(word), "".join(rest)  # .5 is not JSON
