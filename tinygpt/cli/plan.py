@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -113,8 +113,7 @@ def plan(args: Namespace) -> None:
     planner, device, runtime = build_planner()
     seconds = None if args.minutes is None else 60 * args.minutes
     chosen = planner.reach(args.bpb) if seconds is None else planner.best(seconds)
-    for name, text in rows(chosen, planner, runtime, device, seconds=seconds):
-        print(f"{name:<12}{text}")
+    print_plan(chosen, planner, runtime, device, seconds=seconds)
     if args.write:
         write_values("plan", chosen.recipe.values())
 
@@ -145,58 +144,50 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
     return Planner(text=text, speeds=speeds, model=model, train=train, others_s=others_s), device, runtime
 
 
-def rows(
+def print_plan(
     plan: Plan, planner: Planner, runtime: RuntimeParams, device: torch.device, *, seconds: float | None
-) -> Iterator[tuple[str, str]]:
-    """The rows of the table: a name and a text."""
+) -> None:
+    """Print a row for each thing to know about a plan.  Raises UserError if the run will not fit."""
     recipe, config = plan.recipe, plan.config
     params = recipe.training(planner.train)
     with torch.device("meta"):
         model = GPT(config)
-    yield (
-        "model",
-        f"{model.n_params():,} weights: {config.n_layer} layers of {config.n_embd}, {config.n_head} heads, vocabulary "
-        f"{config.vocab_size:,}, context {config.block_size}",
+    print(
+        f"model       {model.n_params():,} weights: {config.n_layer} layers of {config.n_embd}, {config.n_head} heads, "
+        f"vocabulary {config.vocab_size:,}, context {config.block_size}"
     )
-    yield (
-        "training",
-        f"{recipe.max_steps:,} steps of {recipe.batch_size} sequences: {recipe.n_tokens:,} tokens, the text "
-        f"{recipe.epochs:.1f} times",
+    print(
+        f"training    {recipe.max_steps:,} steps of {recipe.batch_size} sequences: {recipe.n_tokens:,} tokens, "
+        f"the text {recipe.epochs:.1f} times"
     )
-    yield "rates", f"lr {params.lr:g}, embedding_lr {params.embedding_lr:g}, dropout {config.dropout:g}"
-    yield "expected", f"{expected(plan)} bits per byte of validation text"
-    yield (
-        "time",
-        f"{duration(plan.seconds)}: train {duration(plan.train_s)}, evaluate {duration(plan.evaluate_s)}, all others "
-        f"{duration(plan.others_s)}",
+    print(f"rates       lr {params.lr:g}, embedding_lr {params.embedding_lr:g}, dropout {config.dropout:g}")
+    print(f"expected    {expected(plan)} bits per byte of validation text")
+    print(
+        f"time        {duration(plan.seconds)}: train {duration(plan.train_s)}, evaluate {duration(plan.evaluate_s)}, "
+        f"all others {duration(plan.others_s)}"
     )
     if seconds is not None and plan.seconds < 0.8 * seconds:
-        yield (
-            "to spare",
-            f"{duration(seconds - plan.seconds)}, which would bring next to nothing: the text is too small",
-        )
+        spare = duration(seconds - plan.seconds)
+        print(f"to spare    {spare}, which would bring next to nothing: the text is too small")
     memory = memory_of(config, params, runtime, recipe.batch_size, device).training + int(PROCESS_BYTES)
     free = available_memory(device)
-    yield "memory", f"{human_bytes(memory)} in training; {human_bytes(free)} are free on {device}"
+    print(f"memory      {human_bytes(memory)} in training; {human_bytes(free)} are free on {device}")
     if memory > free:
         raise UserError(f"the run will not fit: {LESS_MEMORY}")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    n_bytes = {
-        kind: human_bytes(int(model.n_params() * bits_per_weight(shapes, tensor_types(shapes, config, kind)) / 8))
-        for kind in load_params(ExportParams).gguf
-    }
-    yield "files", ", ".join(f"{kind} {size}" for kind, size in n_bytes.items())
+    files = []
+    for kind in load_params(ExportParams).gguf:
+        bits = model.n_params() * bits_per_weight(shapes, tensor_types(shapes, config, kind))
+        files.append(f"{kind} {human_bytes(int(bits / 8))}")
+    print(f"files       {', '.join(files)}")
     for name, times in (("half", 0.5), ("double", 2.0)):
-        try:
+        with suppress(UserError):
             other = planner.best(times * plan.seconds)
-        except UserError:
-            continue
-        yield (
-            name,
-            f"{duration(other.seconds)} would bring {expected(other)}: {other.config.n_layer} layers of "
-            f"{other.config.n_embd}, vocabulary {other.config.vocab_size:,}",
-        )
-    yield "lever", planner.lever(plan)
+            print(
+                f"{name:<12}{duration(other.seconds)} would bring {expected(other)}: {other.config.n_layer} layers of "
+                f"{other.config.n_embd}, vocabulary {other.config.vocab_size:,}"
+            )
+    print(f"lever       {planner.lever(plan)}")
 
 
 def expected(plan: Plan) -> str:

@@ -1,7 +1,4 @@
-"""`python -m tinygpt preset`, `import-hf`, `promote`, `mend`: the project's own files.
-
-That is params.yaml, the model that training can start from, and what a killed DVC has left.
-"""
+"""`python -m tinygpt preset`, `import-hf`, `promote`, `mend`: params.yaml, the base, and what a killed DVC has left."""
 
 from __future__ import annotations
 

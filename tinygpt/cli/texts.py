@@ -1,8 +1,6 @@
 """`python -m tinygpt encode`, `decode`, `tokenizer-report`, `attention`: a text as the tokenizer and the model see it.
 
-This file also reads texts from arguments, from standard input or from a file of many.
-
-The other commands import what they need in their functions, so that `encode` answers at once.
+The prompts of `generate` are read here, too. Imports that take long are in functions, so that `encode` answers at once.
 """
 
 from __future__ import annotations
@@ -125,14 +123,8 @@ class NamedPrompt:
 def check_prompts(args: Namespace) -> None:
     """Raises ParamsError if two sources of prompts are given, or standard input twice."""
     require(
-        (
-            args.prompt is None or args.prompts is None,
-            "--prompt and --prompts cannot be combined: give only one of them",
-        ),
-        (
-            (args.prompt or []).count(STDIN) <= 1,
-            f"--prompt {STDIN} is given twice: standard input can be read only once",
-        ),
+        (args.prompt is None or args.prompts is None, "--prompt and --prompts cannot be combined: give one of them"),
+        ((args.prompt or []).count(STDIN) <= 1, f"--prompt {STDIN} is given twice: standard input is read only once"),
     )
 
 
