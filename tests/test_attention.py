@@ -76,12 +76,12 @@ def test_the_command_draws_and_refuses(tmp_path, tiny_tokenizer, monkeypatch, ca
     main()
     assert "a.svg has 2 layers of 4 heads, a.html shows one after the other" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "a.svg").read_text()
-    monkeypatch.setattr("sys.argv", [*command, "the file", "--plot", "b.svg", "--generate", "5", "--save", "b.npz"])
+    monkeypatch.setattr("sys.argv", [*command, "the file", "--plot", "b.svg", "--generate", "5"])
     main()
-    with np.load("b.npz") as saved:
-        text = tiny_tokenizer.decode(saved["ids"])
-        assert text.startswith("<|endoftext|>the file") and saved["weights"].shape == (2, 4, *2 * saved["ids"].shape)
-        assert saved["ids"].shape > (len(tiny_tokenizer.encode("the file")) + 1,)
+    found = json.loads(re.search(r'id="data">(.*)</script>', (tmp_path / "b.html").read_text())[1])["attention"]
+    n = len(found["tokens"])
+    assert "".join(found["tokens"]).startswith("<|endoftext|>the·file") and found["shape"] == [2, 4, n, n]
+    assert n > len(tiny_tokenizer.encode("the file")) + 1
     for options, message in [
         (["x" * 200], "--prompt has 2[0-9]+ tokens, but the model reads only 64"),
         (["the", "--generate", "99"], "--prompt with --generate=99 has 1[0-9]+ tokens, but the model reads only 64"),

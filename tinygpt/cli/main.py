@@ -93,9 +93,6 @@ def _tokenizer_report_flags(command: ArgumentParser) -> None:
 def _attention_flags(command: ArgumentParser) -> None:
     command.add_argument("-p", "--prompt", required=True, help="the text to look at")
     add_number(command, "--generate", NotNegative, default=0, help="first let the model add N tokens")
-    command.add_argument(
-        "--save", type=Path, metavar="FILE", help="save an .npz: `weights` (n_layer, n_head, T, T) and `ids` (T,)"
-    )
     command.add_argument("--model", type=existing, default=paths.MODEL, help=FOLDER)
     command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
     command.add_argument("--plot", type=picture, default=paths.REPORTS / "attention.png", help=f"{PICTURE}, and a page")

@@ -9,7 +9,7 @@ import codecs
 import io
 import sys
 from argparse import Namespace
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -66,9 +66,7 @@ def tokenizer_report(args: Namespace) -> None:
 
 
 def attention(args: Namespace) -> None:
-    """Draw what each head of the model attends to, as a picture and a page, and save the weights on request."""
-    import numpy as np
-
+    """Draw what each head of the model attends to, as a picture and a page."""
     from tinygpt.generate import Sampling, generate_batch
     from tinygpt.model.inside import attention_maps
     from tinygpt.model.weights import load_pair
@@ -88,14 +86,9 @@ def attention(args: Namespace) -> None:
     tokens = [visible(tokenizer.decode_bytes([i])) for i in ids]
     maps = attention_maps(model, ids)
     page = args.plot.with_suffix(".html")
-    with ExitStack() as files:  # write all files or, on a full disk, none
-        if args.save:
-            saved = files.enter_context(atomic_write(args.save, "wb"))
-            np.savez(saved, weights=maps, ids=ids)
-            saved.flush()
-        shown = files.enter_context(atomic_write(page))
-        shown.write(attention_page(maps, tokens))
-        shown.flush()
+    with atomic_write(page) as file:  # both files or, on a full disk, none
+        file.write(attention_page(maps, tokens))
+        file.flush()
         plot_attention(maps, tokens, args.plot)
     print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")
 
