@@ -45,7 +45,7 @@ def test_generate_prints_the_prompt_and_continues_it_and_a_seed_repeats_the_text
     args = ["generate", "--prompt", "the", "--max-new-tokens", "20", *folders]
     first = run(*args)
     second = command(
-        "generate", "-p", "the", "--max_new_tokens=20", "--temperature", "0.8", *folders
+        "generate", "-p", "the", "--max-new-tokens=20", "--temperature", "0.8", *folders
     )  # other spellings
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("the")
@@ -117,6 +117,7 @@ def test_every_way_to_choose_tokens_has_its_flag(folders, tiny_tokenizer, comman
         (["generate", "--logit-bias", "5"], "--logit-bias=5 must be ID=BIAS, such as 17=-2.5"),
         (["generate", "--promt", "x"], "unknown argument --promt (did you mean --prompt?)"),
         (["generate", "--tempreature=0.5"], "unknown argument --tempreature=0.5 (did you mean --temperature?)"),
+        (["generate", "--top_p=0.5"], "unknown argument --top_p=0.5 (did you mean --top-p?)"),
         (["generate", "hello"], "unknown argument hello: see python -m tinygpt generate --help"),
         (["sing"], "unknown command sing: see"),
         (["genrate"], "unknown command genrate (did you mean generate?): see python -m tinygpt --help"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Annotated, Any, Never
@@ -173,20 +172,13 @@ COMMANDS = {
 class Parser(ArgumentParser):
     """A parser that reports wrong arguments in one line."""
 
-    def parse_known_args(self, args: Any = None, *rest: Any) -> tuple[Any, list[str]]:  # type: ignore[override]  # it has overloads
+    def parse_known_args(self, *args: Any) -> tuple[Any, list[str]]:  # type: ignore[override]  # it has overloads
         """Parse all arguments; an unknown one is an error, with the nearest name."""
-        typed = sys.argv[1:] if args is None else args
-        found, unknown = super().parse_known_args([self.dashed(each) for each in typed], *rest)
+        found, unknown = super().parse_known_args(*args)
         if unknown:
             near = nearest(unknown[0].partition("=")[0], self._option_string_actions)
             self.error(f"unknown argument {unknown[0]}{near}")
         return found, unknown
-
-    def dashed(self, argument: str) -> str:
-        """--top_p=1 -> --top-p=1 if that is a flag, as other programs spell their flags with underscores."""
-        name, *value = argument.split("=", 1)
-        known = name.replace("_", "-")
-        return "=".join([known, *value]) if known in self._option_string_actions else argument
 
     def error(self, message: str) -> Never:
         """Print the message in one line, and exit with status 2."""
