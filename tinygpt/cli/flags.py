@@ -45,9 +45,7 @@ class DeviceOptions(Checked):
         Literal["int8", "int4"] | None, "store weights in 8 or 4 bits: takes less memory, and large models get faster"
     ] = None
     compile: Annotated[
-        bool,
-        "compile the steps: up to two minutes at first, then seconds; one text is then 1.5 to 3 times as fast, several "
-        "together take a seventh less time",
+        bool, "compile the steps: up to two minutes the first time, then seconds; one text is 1.5 to 3 times as fast"
     ] = False
 
 
@@ -56,13 +54,8 @@ class EngineOptions(DeviceOptions):
     """Which model, and which engine computes it."""
 
     model: Annotated[Path | None, f"a tinygpt or transformers folder, or a .gguf file (default: {paths.MODEL})"] = None
-    tokenizer: Annotated[
-        Path | None,
-        "folder with the tokenizer of a tinygpt model (default: the model's own, or `tokenizer` next to it)",
-    ] = None
-    run: Annotated[
-        str | None, "instead of --model: the newest checkpoint of a run, given by its name in runs/, or `newest`"
-    ] = None
+    tokenizer: Annotated[Path | None, "its tokenizer's folder (default: itself, or `tokenizer` next to it)"] = None
+    run: Annotated[str | None, "instead of --model: a run's newest checkpoint, by its name in runs/ or `newest`"] = None
     engine: Annotated[Literal["auto", "tinygpt", "llama.cpp"], "auto: llama.cpp for a .gguf file"] = "auto"
 
     @property
@@ -111,9 +104,7 @@ class TextOptions(Checked):
     batch_size: Annotated[Count, "texts computed together"] = 32
     format: Annotated[Literal["text", "json", "jsonl"], "output format"] = "text"
     logprobs: Annotated[
-        int | None,
-        Within("[0, inf)"),
-        "log-probabilities of each token, and of the N likeliest at its position; not with --format text",
+        int | None, Within("[0, inf)"), "log-probabilities of each token, and of the N likeliest; not in --format text"
     ] = None
 
 
@@ -155,7 +146,7 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
 
 def existing(text: str) -> Path:
     """A path that a command reads."""
-    require((Path(text).exists(), f"{text} not found: give an existing folder"))
+    require((Path(text).exists(), f"{text} not found: give an existing folder or file"))
     return Path(text)
 
 

@@ -34,17 +34,10 @@ PICTURE = "a .png or .svg (default: %(default)s)"
 
 
 def _generate_flags(command: ArgumentParser) -> None:
-    command.add_argument(
-        "-p",
-        "--prompt",
-        action="append",
-        help=f"text to continue; can be repeated; {STDIN} = all of standard input; without it, a new document begins",
-    )
-    command.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help=f'prompts, one per line, or {{"prompt": …}} per line of a .jsonl; {STDIN} = the lines of standard input',
-    )
+    about = f"text to continue; can be repeated; {STDIN} = all of standard input (default: a new document)"
+    command.add_argument("-p", "--prompt", action="append", help=about)
+    about = f'one prompt per line, or {{"prompt": …}} per line of a .jsonl; {STDIN} = the lines of standard input'
+    command.add_argument("--prompts", metavar="FILE", help=about)
     add_flags(command, TextOptions, *PARTS, ProposalOptions, EngineOptions, defaults=DRAWN)
 
 
@@ -53,21 +46,13 @@ def _chat_flags(command: ArgumentParser) -> None:
 
 
 def _serve_flags(command: ArgumentParser) -> None:
-    command.add_argument(
-        "--model",
-        action="append",
-        metavar="[NAME=]FOLDER",
-        help="a tinygpt or transformers folder; can be repeated; its tokenizer is there, or in `tokenizer` next "
-        f"to it (default: {paths.MODEL})",
-    )
-    command.add_argument("--tokenizer", type=Path, help="a tokenizer's folder, for all tinygpt models")
-    command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
-    )
+    about = f"a tinygpt or transformers folder; can be repeated (default: {paths.MODEL})"
+    command.add_argument("--model", action="append", metavar="[NAME=]FOLDER", help=about)
+    about = "a tokenizer's folder, for all tinygpt models (default: each model's own, or `tokenizer` next to it)"
+    command.add_argument("--tokenizer", type=Path, help=about)
+    command.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s, for this machine only)")
     add_number(command, "--port", Port, default=8000, help="(default: %(default)s; 0 = any free port)")
-    command.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="another host name that clients may use"
-    )
+    command.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name of the host")
     add_flags(command, DeviceOptions, Limits)
 
 
@@ -129,22 +114,17 @@ def _runs_flags(command: ArgumentParser) -> None:
 
 
 def _compare_flags(command: ArgumentParser) -> None:
-    command.add_argument(
-        "rev",
-        nargs="*",
-        help="an experiment, branch, tag, commit or `workspace`; without it the workspace, HEAD and its experiments",
-    )
+    about = "an experiment, branch, tag, commit or `workspace` (default: `workspace`, HEAD and its experiments)"
+    command.add_argument("rev", nargs="*", help=about)
     command.add_argument("--plot", type=picture, metavar="FILE", help="draw the curves, too: a .png or .svg")
     command.add_argument("--page", type=Path, metavar="FILE", help="write a page with samples, too: an .html")
     command.add_argument(
-        "--open", action="store_true", help="open that page in a browser (without --page: reports/compare.html)"
+        "--open", action="store_true", help="open that page in a browser (default: reports/compare.html)"
     )
 
 
 def _watch_flags(command: ArgumentParser) -> None:
-    command.add_argument(
-        "run", nargs="?", help="the run, by the beginning of its name in runs/ (default: the one that wrote last)"
-    )
+    command.add_argument("run", nargs="?", help="the beginning of its name in runs/ (default: the one that wrote last)")
     command.add_argument("--page", type=Path, metavar="FILE", help="the page (default: reports/live.html)")
 
 
