@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ def iter_windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int
     """Windows (start, first scored, end) over tokens, so that each token but the first is scored exactly once.
 
     A window reads tokens[start:end - 1] and scores tokens[first:end], the first window up to `context` of them and
-    the others up to `stride`: n_tokens = 7, context = 4, stride = 2 -> (0, 1, 5), (2, 5, 7).
+    the others up to `stride`: n_tokens = 7, context = 4, stride = 2 -> (0, 1, 5), (2, 5, 7).  All are equally long.
     """
     first = 1
     while first < n_tokens:
@@ -55,7 +54,8 @@ def token_nll(model: GPT, tokens: TokenIds, *, context: int, stride: int) -> NDA
     per_batch = max(1, BATCH_TOKENS // context)
     nll = np.empty(len(tokens) - 1)
     with progress("evaluate", total=len(nll), unit="tokens") as bar, torch.inference_mode():
-        for batch in _equal_batches(windows, per_batch):
+        for at in range(0, len(windows), per_batch):
+            batch = windows[at : at + per_batch]
             ids = torch.from_numpy(np.stack([tokens[start:end] for start, _, end in batch]).astype(np.int64)).to(device)
             logits = model(ids[:, :-1]).float()  # (B, T, V)
             losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double().cpu().numpy()  # (B, T)
@@ -63,13 +63,6 @@ def token_nll(model: GPT, tokens: TokenIds, *, context: int, stride: int) -> NDA
                 nll[first - 1 : end - 1] = row[first - start - 1 :]
                 bar.update(end - first)
     return nll
-
-
-def _equal_batches(windows: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Up to `size` consecutive windows of the same length."""
-    for _, group in groupby(windows, key=lambda window: window[2] - window[0]):
-        equal = [*group]
-        yield from (equal[start : start + size] for start in range(0, len(equal), size))
 
 
 def scored_nll(logprobs: NDArray[np.floating], ids: NDArray[np.integer]) -> NDArray[np.floating]:
