@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -22,7 +21,6 @@ from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_b
 def run_stage(run: Callable[[Path], None]) -> None:
     """Run a stage in this folder, or print its help.  Exits with status 2 when given anything else."""
     module, arguments = sys.modules[run.__module__], sys.argv[1:]
-    groups = [group for group in GROUPS if find_class(group) in vars(module).values()]  # those that it imports
     if not arguments:
         try:
             check_memory(check_params())
@@ -32,9 +30,10 @@ def run_stage(run: Callable[[Path], None]) -> None:
             raise
         run(Path())
     elif arguments in (["--help"], ["-h"]):
-        print(f"{module.__doc__}\n{described(groups)}")
+        print(f"{module.__doc__}\n{described(module)}")
     else:
-        print(f"error: {refusal(arguments, groups)}", file=sys.stderr)
+        found, how = printable(arguments[0]), "set params with `dvc exp run -S group.key=value`, see --help"
+        print(f"error: a stage takes no arguments, found {found}: {how}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -53,25 +52,11 @@ def check_memory(groups: Mapping[str, Any]) -> None:
         )
 
 
-def described(groups: Sequence[str]) -> str:
-    """The lines of params.yaml that a stage reads."""
+def described(module: ModuleType) -> str:
+    """The groups of params.yaml that a stage imports, line by line."""
     text = read_bytes(PARAMS_FILE).decode(errors="replace").replace("\r\n", "\n")
-    blocks = [re.search(rf"^{group}:.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE) for group in groups]
-    lines = [printable(line) for block in blocks if block for line in (*block[0].rstrip().split("\n"), "")]
+    groups = "|".join(group for group in GROUPS if find_class(group) in vars(module).values())
+    blocks = re.findall(rf"^(?:{groups}):.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE)
+    lines = [printable(line) for block in blocks for line in (*block.rstrip().split("\n"), "")]
     how = f"It takes no arguments: set keys in {PARAMS_FILE}, or use `dvc exp run -S group.key=value`."
     return "\n".join([how, *(["Its params, with their current values:", "", *lines] if lines else [])])
-
-
-def refusal(arguments: Sequence[str], groups: Sequence[str]) -> str:
-    """The error for arguments, with the nearest key, of the stage's own groups if they have it."""
-    name, _, value = arguments[0].lstrip("-").partition("=")
-    keys = {
-        known: f"{group}.{field.name}"
-        for group in sorted(GROUPS, key=groups.__contains__)  # its own come last and win
-        for field in dataclasses.fields(find_class(group))
-        for known in (field.name, f"{group}.{field.name}")
-    }
-    near = difflib.get_close_matches(name.replace("-", "_"), keys, n=1)
-    set_it = f"-S {keys[near[0]]}={value or ''.join(arguments[1:2]) or 'VALUE'}" if near else "-S group.key=VALUE"
-    found = printable(arguments[0])
-    return f"a stage takes no arguments, found {found}: set params with `dvc exp run {printable(set_it)}`, see --help"
