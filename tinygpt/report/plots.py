@@ -6,14 +6,12 @@ differ in style as well.  T tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -60,8 +58,7 @@ def read_tables(reports: Path) -> Tables:
 
 def as_table(rows: Sequence[Row]) -> Table:
     """At least one row of numbers, as columns.  (pandas would take as long to import as the plots to draw.)"""
-    numbers = [tuple(math.nan if x is None else x for x in row.values()) for row in rows]
-    return np.array(numbers, [(name, float) for name in rows[0]]).view(np.recarray)
+    return np.array([tuple(row.values()) for row in rows], [(name, float) for name in rows[0]]).view(np.recarray)
 
 
 def known(table: Table, column: str) -> Table:
@@ -123,9 +120,8 @@ def plot_norms(tables: Tables, params: PlotParams) -> Figure:
     figure = Figure(figsize=(7, 1.4 + 0.3 * len(parts)), layout="constrained")
     axes = figure.subplots()
     values = np.array([norms[part] for part in parts])
-    low, high = _limits(values)
-    shown = np.maximum(values, low)  # a zero has no logarithm
-    image = axes.imshow(shown, aspect="auto", origin="lower", cmap="cividis", norm=LogNorm(low, high))
+    scale = "log" if (values > 0).any() else "linear"  # zero has no logarithm, and its place stays empty
+    image = axes.imshow(values, aspect="auto", origin="lower", cmap="cividis", norm=scale)
     every = max(1, len(norms) // 8)
     axes.set_xticks(range(0, len(norms), every), [f"{step:,.0f}" for step in norms.step[::every]])
     axes.set_yticks(range(len(parts)), parts)
@@ -133,13 +129,6 @@ def plot_norms(tables: Tables, params: PlotParams) -> Figure:
     axes.set(xlabel="step", title="Gradient norm by part")
     figure.colorbar(image, ax=axes, label="2-norm, before clipping")
     return figure
-
-
-def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The smallest and largest of the numbers above zero, kept a little apart."""
-    positive = values[values > 0]
-    low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
-    return float(low), float(max(high, low * 1.01))
 
 
 FIGURES: dict[str, Callable[[Tables, PlotParams], Figure]] = {
