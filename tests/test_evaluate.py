@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from tinygpt.errors import UserError
 from tinygpt.files import write_json
-from tinygpt.generate import Sampling
+from tinygpt.generate import Sampling, generate_batch
 from tinygpt.params import ParamsError
 from tinygpt.report.config import EvaluateParams
-from tinygpt.report.details import make_samples, sampling_of, write_samples
+from tinygpt.report.details import make_samples, write_samples
 from tinygpt.report.perplexity import (
     estimate,
     evaluate_model,
@@ -157,9 +157,13 @@ def test_markdown_in_a_prompt_does_not_break_the_page(tiny_tokenizer, tmp_path):
         assert f"\n{fence}text\n{prompt}" in text
 
 
-def test_options_of_the_samples_are_those_of_sampling_in_type_and_value():
-    params = dataclasses.replace(PARAMS, temperature=0.7, top_k=5, top_p=0.9, seed=3)
-    assert sampling_of(params) == Sampling(temperature=0.7, top_k=5, top_p=0.9, seed=3)
+def test_options_of_the_samples_are_those_of_sampling_in_type_and_value(tiny_tokenizer):
+    options = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 3}
+    params, model = dataclasses.replace(PARAMS, max_new_tokens=30, **options), tiny_model()
+    sampling = Sampling(**options)
+    expected = generate_batch(model, tiny_tokenizer, params.prompts, max_new_tokens=30, sampling=sampling)
+    samples = make_samples(model, tiny_tokenizer, np.zeros(2, np.uint16), params)
+    assert [sample.text for sample in samples] == [answer.text for answer in expected]
     ours, theirs = (typing.get_type_hints(cls, include_extras=True) for cls in (EvaluateParams, Sampling))
     for name in ours.keys() & theirs.keys():  # Sampling's types also have help texts
         assert typing.get_args(ours[name]) == typing.get_args(theirs[name])[:2], name

@@ -82,13 +82,18 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 def make_samples(model: GPT, tokenizer: Tokenizer, tokens: TokenIds, params: EvaluateParams) -> list[Sample]:
     """A sample for each of the params' prompts, and for some from the held-out tokens."""
-    found = [*held_out(tokens, tokenizer, params, model.config.block_size)]
-    prompts = [*params.prompts, *(prompt for prompt, _ in found)]
-    followed = [*[None] * len(params.prompts), *(rest for _, rest in found)]
-    sampling, n = sampling_of(params), params.max_new_tokens
-    answers = generate_batch(model, tokenizer, prompts, max_new_tokens=n, sampling=sampling, n_logprobs=N_LIKELIEST)
+    asked: list[tuple[str, str | None]] = [(prompt, None) for prompt in params.prompts]
+    asked += held_out(tokens, tokenizer, params, model.config.block_size)
+    answers = generate_batch(
+        model,
+        tokenizer,
+        [prompt for prompt, _ in asked],
+        max_new_tokens=params.max_new_tokens,
+        sampling=Sampling(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, seed=params.seed),
+        n_logprobs=N_LIKELIEST,
+    )
     samples = []
-    for prompt, rest, answer in zip(prompts, followed, answers, strict=True):
+    for (prompt, rest), answer in zip(asked, answers, strict=True):
         # the id that ended the answer has probabilities too
         pieces = zip(answer.ids, answer.logprobs, answer.top_logprobs, strict=False)
         read = prompt_ids(tokenizer, prompt)
@@ -146,12 +151,6 @@ def _named(tokenizer: Tokenizer, pieces: Iterable[tuple[int, float, Any]]) -> It
     for id, logprob, likeliest in pieces:
         named = [(tokenizer.decode([other]), round(float(np.exp(p)), 4)) for other, p in likeliest]
         yield Scored(decoder.decode(tokenizer.decode_bytes([id])), round(max(0.0, -logprob), 3), named)
-
-
-def sampling_of(params: EvaluateParams) -> Sampling:
-    """The options of `Sampling` that the params have; all others keep their default."""
-    shared = {field.name for field in dataclasses.fields(Sampling)} & vars(params).keys()
-    return Sampling(**{name: getattr(params, name) for name in shared})
 
 
 def details(
