@@ -3,7 +3,6 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const pick = (id) => document.getElementById(id);
-const count = (n) => n.toLocaleString("en");
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -19,7 +18,7 @@ const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)} %`;
 // ---- charts ----
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-const checked = (id) => Boolean(pick(id)?.checked);
+const checked = (id) => pick(id).checked;
 
 // Each value as the mean of n rows around it, within its own series.
 function smoothed(rows, n) {
@@ -58,7 +57,7 @@ async function draw(place) {
   };
   const spec = JSON.parse(JSON.stringify(data.charts[place.dataset.chart]), (_, value) => (typeof value === "string" && value in values ? values[value] : value));
   place.view?.finalize();
-  const options = { actions: false, renderer: "svg", config: themed(), tooltip: { theme: "page", disableDefaultStyle: false } };
+  const options = { actions: false, renderer: "svg", config: themed(), tooltip: { theme: "page" } };
   place.view = await vegaEmbed(place, { ...spec, datasets: datasets(x) }, options);
 }
 
@@ -90,7 +89,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { dr
 function showEvaluation() {
   const { step, text } = data.evaluations[Number(pick("evaluation").value)];
   const row = data.curve.findLast((found) => found.step <= step && found.seen !== null);
-  pick("evaluationstep").textContent = `step ${count(step)}${row ? `, validation loss ${row.seen.toFixed(3)}` : ""}`;
+  pick("evaluationstep").textContent = `step ${step.toLocaleString("en")}${row ? `, validation loss ${row.seen.toFixed(3)}` : ""}`;
   pick("evaluationtext").textContent = text;
 }
 
@@ -115,9 +114,9 @@ function tokenRow(root, spans, show) {
   root.append(...spans);
   for (const span of spans) span.tabIndex = -1;
   if (spans.length) spans[0].tabIndex = 0;
-  root.addEventListener("pointerover", (event) => { if (spans.includes(event.target)) choose(event.target); });
-  root.addEventListener("click", (event) => { if (spans.includes(event.target)) choose(event.target); });
-  root.addEventListener("focusin", (event) => { if (spans.includes(event.target)) choose(event.target); });
+  for (const moved of ["pointerover", "focusin"]) {
+    root.addEventListener(moved, (event) => { if (spans.includes(event.target)) choose(event.target); });
+  }
   root.addEventListener("keydown", (event) => {
     const at = spans.indexOf(document.activeElement);
     const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: spans.length - 1 }[event.key];
@@ -171,11 +170,10 @@ function sampleCard({ prompt, read, written, followed }) {
 }
 
 pick("samplelist")?.append(...data.samples.map(sampleCard));
-pick("paragraph")?.append(...(data.paragraph ?? []).map((piece) => element("span", "", piece)));
+pick("paragraph")?.append(...data.paragraph.map((piece) => element("span", "", piece)));
 
 // ---- attention ----
 
-let headAt = 0;
 const maps = data.attention && Uint8Array.from(atob(data.attention.maps), (char) => char.charCodeAt(0));
 
 // The share that token `from` gives to token `to`, of 0 to 1.
@@ -184,27 +182,26 @@ function attends(head, from, to) {
   return maps[(head * n + from) * n + to] / 255;
 }
 
-function drawHead(canvas, head) {
-  const n = data.attention.shape[3];
-  canvas.width = canvas.height = n;
-  const context = canvas.getContext("2d");
-  context.fillStyle = colour("weight");
-  for (let from = 0; from < n; from++) {
-    for (let to = 0; to <= from; to++) {
-      context.globalAlpha = Math.sqrt(attends(head, from, to)); // else all but the largest are too faint to see
-      context.fillRect(to, from, 1, 1);
+function drawHeads() {
+  for (const [head, canvas] of document.querySelectorAll("#heads canvas").entries()) {
+    const n = data.attention.shape[3];
+    canvas.width = canvas.height = n;
+    const context = canvas.getContext("2d");
+    context.fillStyle = colour("weight");
+    for (let from = 0; from < n; from++) {
+      for (let to = 0; to <= from; to++) {
+        context.globalAlpha = Math.sqrt(attends(head, from, to)); // else all but the largest are too faint to see
+        context.fillRect(to, from, 1, 1);
+      }
     }
   }
-}
-
-function drawHeads() {
-  for (const [head, canvas] of document.querySelectorAll("#heads canvas").entries()) drawHead(canvas, head);
 }
 
 function showHeads() {
   const [nLayer, nHead, n] = data.attention.shape;
   pick("heads").style.gridTemplateColumns = `repeat(${nHead}, max-content)`;
   const spans = data.attention.tokens.map((token) => tokenSpan(token, 0));
+  let headAt = 0;
   let looking = n - 1;
   const say = (head, from, to) => {
     pick("headname").textContent =
@@ -240,7 +237,7 @@ function showHeads() {
   drawHeads();
 }
 
-if (data.attention && pick("heads")) showHeads();
+if (data.attention) showHeads();
 
 // ---- lines to copy ----
 
