@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from project import make_project, set_params
 
-from tinygpt.report.compare import Made, as_text, compare_table, comparison_view, experiment_of, marked
+from tinygpt.report.compare import Made, as_text, compare_table, comparison_view, experiment_of, marks
 from tinygpt.report.config import PlotParams
 from tinygpt.report.page import curve_rows
 from tinygpt.report.plots import plot_curves
@@ -30,14 +30,15 @@ def table(*rows: dict[str, Any]) -> pd.DataFrame:
 def test_params_that_differ_are_shown_as_params_yaml_has_them():
     shown = table(
         row(),
-        row("a", **{"train.lr": 1e-05, "train.lora": None, "train.lora.rank": 8.0}),
-        row("b", **{"evaluate.prompts": "['a long prompt', 'and another']"}),
+        row("a", **{"train.lr": 1e-05, "train.lora": None, "train.lora.rank": 8.0, "train.seed": 1234567.0}),
+        row("b", **{"train.seed": 1234568.0, "evaluate.prompts": "['a long prompt', 'and another']"}),
     )
     assert shown.to_dict("list") == {
         "experiment": ["workspace", "a", "b"],
         "train.lr": ["0.003", "1e-05", "0.003"],
         "train.lora": ["null", "-", "null"],
         "train.lora.rank": ["-", "8", "-"],
+        "train.seed": ["-", "1234567", "1234568"],
         "evaluate.prompts": ["-", "-", "['a long prompt', 'and …"],
         "val_loss": ["3.2500"] * 3,
     }
@@ -51,20 +52,8 @@ def test_a_table_wider_than_the_terminal_is_printed_in_blocks_with_the_name_in_e
     assert set(" ".join(lines).replace("\\", "").split()) == set(" ".join(whole).split())
 
 
-def test_metrics_are_found_alone_and_next_to_others_of_the_same_name():
-    shown = table(
-        row(),
-        row(
-            "a",
-            **{
-                "reports/metrics/eval.json:eval_loss": 3.125,
-                "reports/metrics/train.json:eval_loss": 9.0,
-                "ppl": 1234.5,
-            },
-        ),
-    )
-    assert shown.eval_loss.tolist() == ["-", "3.1250"]
-    assert shown.ppl.tolist() == ["-", "1,234.50"]
+def test_a_metric_that_only_some_have_has_a_column():
+    assert table(row(), row("a", ppl=1234.5)).ppl.tolist() == ["-", "1,234.50"]
 
 
 @pytest.mark.parametrize("state", ["Queued", "Running", "Failed"])
@@ -113,12 +102,13 @@ def made(name: str, loss: float, error: float, **metrics: float) -> Made:
 
 def test_the_best_is_marked_and_what_the_error_may_explain_is_grey():
     found = [made("a", 3.0, 0.1), made("b", 3.2, 0.1), made("c", 3.5, 0.1, tokens_per_s=7.0)]
-    assert [cell["kind"] for cell in marked("val_loss", found)] == ["best", "greyed", ""]
-    assert [cell["kind"] for cell in marked("bpb", found)] == ["best", "", ""]  # without an error
-    assert [cell["text"] for cell in marked("tokens_per_s", found)] == ["-", "-", "7"]
-    assert [cell["kind"] for cell in marked("n_params", found)] == ["", "", ""]
-    assert comparison_view(found)["params"] == ["train.lr"]
-    assert comparison_view(found)["samples"] == [("The", [("a", " end"), ("b", " end"), ("c", " end")])]
+    assert marks("val_loss", found) == ["best", "greyed", ""]
+    assert marks("bpb", found) == ["best", "", ""]  # without an error
+    assert marks("tokens_per_s", found) == ["", "", ""]
+    view = comparison_view(found)
+    assert [*view["columns"]] == ["train.lr", "val_loss", "bpb", "tokens_per_s"]
+    assert view["columns"]["tokens_per_s"] == ["-", "-", "7"]
+    assert view["samples"] == [("The", [("a", " end"), ("b", " end"), ("c", " end")])]
 
 
 def test_experiments_are_read_from_commits_and_workspace_and_equal_ones_are_one(project, command, monkeypatch):
@@ -152,10 +142,9 @@ def test_outside_a_project_the_error_is_dvcs(tmp_path, command, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("param", "marks"),
+    ("param", "marked"),
     [("download.source", {}), ("tokenizer.kind", {"bpb"}), ("model.mlp", {"val_loss", "bpb"})],
 )
-def test_no_run_is_the_best_where_texts_or_tokens_differ(param, marks):
+def test_no_run_is_the_best_where_texts_or_tokens_differ(param, marked):
     found = [made("a", 3.0, 0.1, **{param: "this"}), made("b", 3.2, 0.1, **{param: "that"})]
-    best = {name for name in ("val_loss", "bpb") if any(cell["kind"] for cell in marked(name, found))}
-    assert best == set(marks)
+    assert {name for name in ("val_loss", "bpb") if any(marks(name, found))} == set(marked)

@@ -18,9 +18,9 @@ from test_compare import made
 from test_evaluate import PARAMS
 from test_playground import BROWSER, browser  # noqa: F401  a fixture
 
-from tinygpt.report.compare import comparison_data, comparison_view
+from tinygpt.report.compare import write_comparison
 from tinygpt.report.details import details, held_out, make_samples, score
-from tinygpt.report.page import render, verdict
+from tinygpt.report.page import verdict
 from tinygpt.report.reports import find_earlier
 from tinygpt.tokens import SplitMeta, TokensMeta
 
@@ -245,7 +245,7 @@ def test_the_page_of_a_run_fits_the_screen_in_light_and_dark(done, browser, widt
 def test_the_page_of_several_draws_each_and_a_name_picks_one_out(browser, tmp_path):  # noqa: F811
     names = [HOSTILE, *"bcdefgh"]
     found = [made(name, 3 + at / 10, 0.01) for at, name in enumerate(names)]
-    (tmp_path / "page.html").write_text(render("compare.html", comparison_data(found), **comparison_view(found)))
+    write_comparison(found, tmp_path / "page.html")
     problems: list[str] = []
     page = opened(browser, tmp_path / "page.html", problems, viewport={"width": 390, "height": 800})
     lines = page.locator("[data-chart=loss] .mark-line path")

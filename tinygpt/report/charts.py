@@ -58,9 +58,9 @@ def shown(*fields: str) -> list[Spec]:
     return [number(field, SHOWN[field][0], format=SHOWN[field][1]) for field in fields]
 
 
-def chart(height: int, *layers: Spec, **more: Any) -> Spec:
-    """Layers drawn from the run's curve, one over the other, as wide as the page allows."""
-    return {"data": {"name": "curve"}, "width": "container", "height": height, "layer": list(layers), **more}
+def chart(height: int, *layers: Spec, data: str = "curve", **more: Any) -> Spec:
+    """Layers drawn from one of the page's tables, one over the other, as wide as the page allows."""
+    return {"data": {"name": data}, "width": "container", "height": height, "layer": list(layers), **more}
 
 
 def drawn(mark: str, y: Spec, more: Spec | None = None, *, where: str = "", **style: Any) -> Spec:
@@ -143,8 +143,8 @@ def parts_chart(n_parts: int) -> Spec:
         "tooltip": [{"field": "part"}, *shown("step", "norm")],
     }
     mark = {"mark": {"type": "rect", "tooltip": True}, "encoding": encoding}
-    norms = {"data": {"name": "norms"}, "transform": [{"filter": "datum.norm > 0"}]}
-    return chart(18 * n_parts, mark, title="gradient norm by part") | norms
+    positive = [{"filter": "datum.norm > 0"}]  # zero has no logarithm
+    return chart(18 * n_parts, mark, data="norms", transform=positive, title="gradient norm by part")
 
 
 def lengths_chart() -> Spec:
@@ -156,5 +156,4 @@ def lengths_chart() -> Spec:
         "tooltip": [{"field": "bytes", "title": "bytes"}, *shown("share"), in_vocabulary],
     }
     mark = {"mark": {"type": "bar", "color": "$blue", "tooltip": True}, "encoding": encoding}
-    title = "share of the text by length of its tokens"
-    return chart(150, mark, title=title) | {"data": {"name": "lengths"}}
+    return chart(150, mark, data="lengths", title="share of the text by length of its tokens")

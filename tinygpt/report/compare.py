@@ -20,28 +20,31 @@ from tinygpt.files import write_text
 from tinygpt.params import GROUPS
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, comparison_chart, run_styles
-from tinygpt.report.page import curve_rows, in_words, render
-from tinygpt.report.reports import Row, parse_curve
+from tinygpt.report.page import curve_rows, render
+from tinygpt.report.reports import Row, differing, parse_curve
 
-METRICS = {  # name -> its file in reports/metrics, and its format
-    "val_loss": ("train.json", ".4f"),
-    "eval_loss": ("eval.json", ".4f"),  # of the split evaluate.split
-    "ppl": ("eval.json", ",.2f"),
-    "bpb": ("eval.json", ".4f"),
-    "n_params": ("train.json", ",.0f"),
-    "seconds": ("train.json", ",.0f"),
-    "tokens_per_s": ("train.json", ",.0f"),
-    "peak_mem_gib": ("train.json", ".2f"),
+METRICS = {  # of reports/metrics, and their formats
+    "val_loss": ".4f",
+    "eval_loss": ".4f",  # of the split evaluate.split
+    "ppl": ",.2f",
+    "bpb": ".4f",
+    "n_params": ",.0f",
+    "seconds": ",.0f",
+    "tokens_per_s": ",.0f",
+    "peak_mem_gib": ".2f",
 }
 WORDS = {"None": "null", "True": "true", "False": "false"}  # DVC's spelling -> that of params.yaml
 WORKSPACE = "workspace"
 WIDEST = 24  # characters of a param that are shown
 MOST_CURVES = 14  # as many as colour and line style can tell apart
-ERRORS = {"val_loss": "loss_error", "eval_loss": "loss_error", "ppl": "ppl_error", "bpb": "bpb_error"}  # in eval.json
-LESS_IS_BETTER = {"val_loss": True, "eval_loss": True, "ppl": True, "bpb": True, "tokens_per_s": False}
 TEXT = {"download", "clean"}  # groups that decide the text
 TOKENS = TEXT | {"tokenizer"}
-SAME_FOR = {"val_loss": TOKENS, "eval_loss": TOKENS, "ppl": TOKENS, "bpb": TEXT}  # groups in which runs must agree
+LOSSES = {  # metric, lower is better -> its error in eval.json, and the groups in which runs must agree
+    "val_loss": ("loss_error", TOKENS),
+    "eval_loss": ("loss_error", TOKENS),
+    "ppl": ("ppl_error", TOKENS),
+    "bpb": ("bpb_error", TEXT),
+}
 
 
 @dataclass(frozen=True)
@@ -69,40 +72,40 @@ def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
 
 
 def experiment_of(row: dict[str, Any]) -> Experiment:
-    """An experiment from DVC's row, where a key stands alone, or after its file if two files have the same key."""
+    """An experiment from DVC's row."""
     state = (row["State"] or "").replace("Success", "")
-    found = {name: row.get(name, row.get(f"{REPORTS}/metrics/{file}:{name}")) for name, (file, _) in METRICS.items()}
-    if state or not isinstance(found["val_loss"], float):  # not trained yet: its reports are those of the run before
-        found = {}
+    metrics = {name: row[name] for name in METRICS if isinstance(row.get(name), float)}
+    if state or "val_loss" not in metrics:  # not trained yet: its reports are those of the run before
+        metrics = {}
     return Experiment(
         name=row["Experiment"] or row["rev"],
         rev=None if row["rev"] == WORKSPACE else row["rev"],
         state=state,
         params={key: _value(value) for key, value in row.items() if key.split(".")[0] in GROUPS and value is not None},
-        metrics={name: value for name, value in found.items() if isinstance(value, float)},
+        metrics=metrics,
         is_baseline=row["typ"] == "baseline",
     )
 
 
 def compare_table(experiments: Sequence[Experiment]) -> pd.DataFrame:
-    """A row for each experiment, as text: the params in which they differ, and the metrics that any of them has."""
+    """A row for each experiment, with its state if any is not done, and values cut to WIDEST."""
     columns: dict[str, list[str]] = {"experiment": [one.name for one in experiments]}
     if any(one.state for one in experiments):
         columns["state"] = [one.state for one in experiments]
-    for name in differing(experiments):
-        values = [one.params.get(name, "-") for one in experiments]
-        columns[name] = [value if len(value) <= WIDEST else value[: WIDEST - 1] + "…" for value in values]
-    for name, (_, form) in METRICS.items():
-        if any(name in one.metrics for one in experiments):
-            columns[name] = [format(one.metrics[name], form) if name in one.metrics else "-" for one in experiments]
+    for name, texts in columns_of(experiments).items():
+        columns[name] = [text if len(text) <= WIDEST else text[: WIDEST - 1] + "…" for text in texts]
     return pd.DataFrame(columns)
 
 
-def differing(experiments: Sequence[Experiment]) -> list[str]:
-    """The params, by "group.key", that differ between experiments; those without any params do not count."""
-    known = [one.params for one in experiments if one.params]
-    names = dict.fromkeys(name for params in known for name in params)
-    return [name for name in names if len({params.get(name) for params in known}) > 1]
+def columns_of(experiments: Sequence[Experiment]) -> dict[str, list[str]]:
+    """As text, by name: the params in which they differ, and the metrics that any of them has."""
+    columns = dict[str, list[str]]()
+    for name in differing([one.params for one in experiments if one.params]):
+        columns[name] = [one.params.get(name, "-") for one in experiments]
+    for name, form in METRICS.items():
+        if any(name in one.metrics for one in experiments):
+            columns[name] = [format(one.metrics[name], form) if name in one.metrics else "-" for one in experiments]
+    return columns
 
 
 def as_text(table: pd.DataFrame, width: int | None) -> str:
@@ -127,7 +130,7 @@ def _show(rev: str | None) -> list[dict[str, Any]]:
 
 def _value(value: float | str) -> str:
     """A param as params.yaml has it: DVC's table turns numbers into floats, and all else into text."""
-    return f"{value:g}" if isinstance(value, float) else WORDS.get(value, value)
+    return f"{value:.15g}" if isinstance(value, float) else WORDS.get(value, value)
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,7 @@ def read_made(one: Experiment) -> Made | None:
         rows = curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"])
         return Made(**vars(one), curve=curve, rows=rows, eval=evaluation, samples=samples)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"the reports of {one.name} cannot be read ({in_words(error)}): run it again, or choose others"
-        ) from None
+        raise UserError(f"the reports of {one.name} cannot be read ({error}): run it again, or choose others") from None
 
 
 def read_report(files: DVCFileSystem, name: str) -> str:
@@ -180,52 +181,40 @@ def read_report(files: DVCFileSystem, name: str) -> str:
 
 def write_comparison(made: Sequence[Made], path: Path) -> None:
     """Write the page."""
-    write_text(path, render("compare.html", comparison_data(made), **comparison_view(made)))
-
-
-def comparison_data(made: Sequence[Made]) -> dict[str, Any]:
-    """What the script draws."""
-    return {
+    drawn = {
         "charts": {"loss": comparison_chart([one.name for one in made])},
         "curve": [{"name": one.name, **row} for one in made for row in one.rows],
     }
+    write_text(path, render("compare.html", drawn, **comparison_view(made)))
 
 
 def comparison_view(made: Sequence[Made]) -> dict[str, Any]:
     """What the template shows."""
-    params = differing(made)
-    metrics = [name for name in METRICS if any(name in one.metrics for one in made)]
-    rows = zip(made, *(marked(name, made) for name in metrics), strict=True)
+    columns = columns_of(made)
     prompts = dict.fromkeys(prompt for one in made for prompt in one.samples)
     return {
-        "params": params,
-        "metrics": metrics,
+        "names": [one.name for one in made],
+        "columns": columns,
+        "marks": {name: marks(name, made) for name in columns},
         "axes": STEPS,
         "styles": run_styles(made),
-        "rows": [
-            {"name": one.name, "params": [one.params.get(name, "-") for name in params], "cells": cells}
-            for one, *cells in rows
-        ],
         "samples": [
             (prompt, [(one.name, one.samples[prompt]) for one in made if prompt in one.samples]) for prompt in prompts
         ],
     }
 
 
-def marked(name: str, made: Sequence[Made]) -> list[dict[str, str]]:
-    """A metric of each run as text, and whether it is the best, or so close to it that the difference may be chance."""
-    values, form = [one.metrics.get(name) for one in made], METRICS[name][1]
-    cells = [{"text": "-" if value is None else format(value, form), "kind": ""} for value in values]
-    known = [value for value in values if value is not None]
-    others = {param.split(".")[0] for param in differing(made)}
-    if name not in LESS_IS_BETTER or len(known) < 2 or others & SAME_FOR.get(name, set()):
-        return cells  # one run, or runs on different texts, have no best
-    best = min(known) if LESS_IS_BETTER[name] else max(known)
-    errors = [float(one.eval.get(ERRORS.get(name, ""), 0.0)) for one in made]
+def marks(name: str, made: Sequence[Made]) -> list[str]:
+    """For each run "best" in this column, "greyed" if the difference from the best may be chance, or ""."""
+    error_name, same = LOSSES.get(name, ("", set()))
+    values = [one.metrics.get(name, math.inf) for one in made]
+    others = {param.split(".")[0] for param in differing([one.params for one in made])}
+    if name not in LOSSES or sum(map(math.isfinite, values)) < 2 or others & same:
+        return [""] * len(made)  # one run, or runs on different texts, have no best
+    best = min(values)
+    errors = [float(one.eval.get(error_name, 0.0)) for one in made]
     of_best = errors[values.index(best)]
-    for cell, value, error in zip(cells, values, errors, strict=True):
-        if value == best:
-            cell["kind"] = "best"
-        elif value is not None and abs(value - best) < 2 * math.hypot(error, of_best):
-            cell["kind"] = "greyed"
-    return cells
+    return [
+        "best" if value == best else "greyed" if value - best < 2 * math.hypot(error, of_best) else ""
+        for value, error in zip(values, errors, strict=True)
+    ]

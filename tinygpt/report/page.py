@@ -28,6 +28,7 @@ from tinygpt.report.reports import (
     Earlier,
     Reports,
     Row,
+    differing,
     find_earlier,
     read_curve,
     read_norms,
@@ -55,26 +56,15 @@ def write_page(root: Path, path: Path) -> None:
     try:
         page = render("run.html", run_data(reports), **run_view(reports, find_earlier(root, reports.eval)))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, UndefinedError) as error:
-        raise UserError(
-            f"{REPORTS} is damaged or from another version of tinygpt ({in_words(error)}): run `dvc repro`"
-        ) from None
+        raise UserError(f"{REPORTS} is damaged or from another version of tinygpt ({error}): run `dvc repro`") from None
     write_text(path, page)
-
-
-def in_words(error: Exception) -> str:
-    """What an exception says, without Python's quotes around a missing key."""
-    said = error.args[0] if error.args else type(error).__name__
-    return f"{said} is missing" if isinstance(error, KeyError) else str(said)
 
 
 def write_live(folder: Path, path: Path, *, running: bool) -> None:
     """Write the page of a run in runs/ that is training or has stopped.  Raises UserError as read_curve does."""
     curve, samples = read_curve(folder), read_samples(folder)
-    evaluated = [row for row in curve if row["val_loss"] is not None]
-    best_step = min(evaluated, key=lambda row: row["val_loss"] or 0.0)["step"]
-    view = {"name": folder.name, "running": running, "last": curve[-1], "axes": STEPS[:1]}
-    data = curve_data(curve, read_norms(folder), samples, best_step)
-    write_text(path, render("live.html", data, **view, **curve_view(curve, samples, best_step)))
+    view = {"name": folder.name, "running": running, "curve": curve, "best": lowest(curve), "samples": samples}
+    write_text(path, render("live.html", curve_data(curve, read_norms(folder), samples), **view, axes=STEPS[:1]))
 
 
 def attention_page(maps: NDArray[np.float32], tokens: Sequence[str]) -> str:
@@ -103,8 +93,7 @@ def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     style, script = (Markup((ASSETS / file).read_text(encoding="utf-8")) for file in ("page.css", "page.js"))
-    needed = library() if "charts" in data else ""
-    inner = {"style": style, "script": script, "library": needed}
+    inner = {"style": style, "script": script, "library": library() if "charts" in data else ""}
     inner["data"] = Markup(text.replace("<", "\\u003c"))  # so that no text can end the script
     return environment.get_template(template).render(**inner, **view)
 
@@ -126,7 +115,7 @@ def run_data(reports: Reports) -> dict[str, Any]:
     """What the script draws."""
     details, train, rows = reports.details, reports.train, reports.details["tokenizer"]["lengths"]
     of_all = {"tokens": train["tokens"], "epochs": train["epochs"]}
-    return curve_data(reports.curve, reports.norms, reports.samples, train["best_step"], **of_all) | {
+    return curve_data(reports.curve, reports.norms, reports.samples, **of_all) | {
         "lengths": [{**row, "label": f"{row['bytes']}{'+' * (row is rows[-1])}"} for row in rows],
         "samples": details["samples"],
         "paragraph": details["tokenizer"]["paragraph"],
@@ -134,13 +123,11 @@ def run_data(reports: Reports) -> dict[str, Any]:
     }
 
 
-def curve_data(
-    curve: list[Row], norms: list[Row], samples: list[dict[str, Any]], best_step: float | None, **of_all: float
-) -> dict[str, Any]:
+def curve_data(curve: list[Row], norms: list[Row], samples: list[dict[str, Any]], **of_all: float) -> dict[str, Any]:
     """What the script draws of a training run: its curve, its norms with the last part first, and its samples."""
     return {
         "charts": charts(max(map(len, norms), default=2) - 1),
-        "curve": curve_rows(curve, best_step, **of_all),
+        "curve": curve_rows(curve, **of_all),
         "norms": [
             {"step": row["step"], "part": part, "norm": norm}
             for row in norms
@@ -151,25 +138,22 @@ def curve_data(
     }
 
 
-def curve_rows(
-    curve: list[Row], best_step: float | None = None, *, tokens: float = 0, epochs: float = 0.0
-) -> list[dict[str, Any]]:
-    """The curve; each row also has the tokens and epochs so far, and the latest validation loss."""
-    rows, seen, last = list[dict[str, Any]](), None, curve[-1]["step"] or 1
+def curve_rows(curve: list[Row], *, tokens: float = 0, epochs: float = 0.0) -> list[dict[str, Any]]:
+    """The curve; each row also has the tokens and epochs so far, the latest validation loss, and whether it is best."""
+    rows, seen, last, best_row = list[dict[str, Any]](), None, curve[-1]["step"] or 1, lowest(curve)
     for row in curve:
         share = (row["step"] or 0) / last
         seen = row["val_loss"] if row["val_loss"] is not None else seen
-        best = f"best: {row['val_loss']:.3f}" if row["step"] == best_step and row["val_loss"] is not None else None
+        best = f"best: {row['val_loss']:.3f}" if row is best_row else None
         found = {"step": row["step"], "tokens": round(share * tokens), "epochs": round(share * epochs, 4)}
         found |= {"train": row["train_loss"], "val": row["val_loss"]}
         rows.append(found | {"seen": seen, "best": best, "lr": row["lr"], "grad_norm": row["grad_norm"]})
     return rows
 
 
-def curve_view(curve: list[Row], samples: list[dict[str, Any]], best_step: float | None) -> dict[str, Any]:
-    """What curve.html shows."""
-    val_losses = {row["step"]: row["val_loss"] for row in curve if row["val_loss"] is not None}
-    return {"evaluations": samples, "best_step": best_step, "val_losses": val_losses}
+def lowest(curve: list[Row]) -> Row:
+    """The row with the lowest validation loss."""
+    return min((row for row in curve if row["val_loss"] is not None), key=lambda row: row["val_loss"] or 0.0)
 
 
 def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
@@ -177,12 +161,11 @@ def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
     export = dict(reports.export)
     return {
         **reports._asdict(),
-        "prompt": reports.eval["prompt"],
         "source": reports.params["download.source"],
         "numbers": numbers(reports, earlier),
         "earlier": earlier,
         "axes": STEPS,
-        **curve_view(reports.curve, reports.samples, reports.train["best_step"]),
+        "best": lowest(reports.curve),
         "removed": [(words, reports.clean[key]) for key, words in CLEANED.items() if reports.clean.get(key)],
         "hf": export.pop("hf", None),
         "gguf": export,
@@ -228,5 +211,4 @@ def changed(reports: Reports, earlier: Earlier | None) -> list[tuple[str, str, s
     if earlier is None:
         return []
     then, now = earlier.params, reports.params
-    names = dict.fromkeys([*now, *then])
-    return [(name, then.get(name, "-"), now.get(name, "-")) for name in names if then.get(name) != now.get(name)]
+    return [(name, then.get(name, "-"), now.get(name, "-")) for name in differing([now, then])]

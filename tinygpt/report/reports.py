@@ -6,9 +6,8 @@ import json
 import math
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,8 @@ from tinygpt.paths import REPORTS
 
 COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
 AGAIN = "run `dvc repro train`"
-SAMPLE = re.compile(r"^## Step ([\d,]+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
-JSON_REPORTS = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "details": "evaluate"}
+SAMPLE = re.compile(r"^## Step (\d+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
+STAGES = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "details": "evaluate"}
 MOST_COMMITS = 20  # that are searched for an earlier run
 
 Row = dict[str, float | None]
@@ -46,7 +45,7 @@ def read_reports(root: Path) -> Reports:
     for name in ("train_norms.csv", "train_samples.md"):
         must_exist(folder / name, stage="train")
     return Reports(
-        **{name: read_json(folder / f"{name}.json", stage=stage) for name, stage in JSON_REPORTS.items()},
+        **{name: read_json(folder / f"{name}.json", stage=stage) for name, stage in STAGES.items()},
         curve=read_curve(folder),
         norms=read_norms(folder),
         samples=read_samples(folder),
@@ -70,14 +69,14 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The "step" and the "text" of the sample of each evaluation; empty before the first one."""
     path = folder / "train_samples.md"
     found = SAMPLE.findall(_text(path)) if path.exists() else []
-    return [{"step": int(step.replace(",", "")), "text": text} for step, _, text in found]
+    return [{"step": int(step), "text": text} for step, _, text in found]
 
 
 def _text(path: Path) -> str:
     try:
         return read_file(path).decode("utf-8", errors="replace")
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): run `dvc repro train`") from None
+        raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from None
 
 
 def parse_curve(text: str, name: str) -> list[Row]:
@@ -99,11 +98,16 @@ def parse_rows(text: str, name: str, columns: Sequence[str] = ()) -> list[Row]:
     if len(lines) < 2 or found != [*(columns or parts)] or len(parts) < 2:
         shown = ", ".join(columns or ["step", "one for each part"])
         raise UserError(f"{name} must have the columns {shown} and at least one row: {AGAIN}")
-    rows, step = list[Row](), -math.inf
+    rows, before = list[Row](), -math.inf
     try:
         for line in lines[:-1]:
-            rows.append(_row(line, found, step))
-            step = rows[-1]["step"] or 0.0
+            fields = zip(found, line.split(","), strict=True)
+            row: Row = {name: float(field) if field else None for name, field in fields}
+            step, numbers = row["step"], [value for value in row.values() if value is not None]
+            if step is None or step <= before or not all(map(math.isfinite, numbers)):
+                raise ValueError("no step after the one before, or a number that is not finite")
+            rows.append(row)
+            before = step
         if lines[-1]:
             raise ValueError("its last line is cut")
     except ValueError:
@@ -111,16 +115,10 @@ def parse_rows(text: str, name: str, columns: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def _row(line: str, columns: Sequence[str], before: float) -> Row:
-    """One row.  Raises ValueError unless it holds numbers and its step comes after the one before."""
-    fields = line.split(",")
-    if len(fields) > len(columns):
-        raise ValueError("too many fields")
-    row: Row = {name: float(field) if field else None for name, field in zip_longest(columns, fields)}
-    step = row["step"]
-    if step is None or step <= before or not all(math.isfinite(value) for value in row.values() if value is not None):
-        raise ValueError("no step after the one before, or a number that is not finite")
-    return row
+def differing(runs: Sequence[Mapping[str, str]]) -> list[str]:
+    """The params, by "group.key", that differ between runs, of which all params are given."""
+    names = dict.fromkeys(name for params in runs for name in params)
+    return [name for name in names if len({params.get(name) for params in runs}) > 1]
 
 
 @dataclass(frozen=True)
@@ -148,22 +146,19 @@ def find_earlier(root: Path, evaluation: dict[str, Any]) -> Earlier | None:
                 continue
             params = flat_params(_git(root, "show", f"{commit}:./{PARAMS_FILE}").encode())
             of_train = {"split": params["evaluate.split"], "val_loss": float(train["val_loss"])}
-            return Earlier(commit[:9], of_train | _whole(found), params)
+            return Earlier(commit[:9], found | of_train | _derived(found), params)
         except (UserError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
             continue
     return None
 
 
-def _whole(found: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of reports/eval.json, from the metrics that git keeps: the others are in proportion to the loss."""
-    loss, bpb, error, ppl, tokens = (found[name] for name in ("eval_loss", "bpb", "bpb_error", "ppl", "eval_tokens"))
-    loss_error = error * loss / bpb
+def _derived(found: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of reports/eval.json that are not among the metrics, as all are in proportion to the loss."""
+    loss, bpb, tokens = found["eval_loss"], found["bpb"], found["eval_tokens"]
+    loss_error = found["bpb_error"] * loss / bpb
     return {
         "loss_error": loss_error,
-        "ppl": ppl,
-        "ppl_error": ppl * loss_error,
-        "bpb": bpb,
-        "bpb_error": error,
+        "ppl_error": found["ppl"] * loss_error,
         "tokens": tokens,
         "bytes": round(loss / math.log(2) * tokens / bpb),
     }
