@@ -120,8 +120,7 @@ def held_out(
         ids = ids[: next((n for n, id in enumerate(ids) if id in tokenizer.border_ids), len(ids))]
         text = tokenizer.decode(ids).rstrip("\ufffd")
         prompt = tokenizer.decode(ids[:n_read]).rstrip("\ufffd")
-        words = prompt.rsplit(None, 1)[0] if prompt.split() else prompt
-        prompt = words if words.strip() else prompt
+        prompt = re.sub(r"(?<=\S)\s+\S+\Z", "", prompt.rstrip() or prompt)
         yield prompt, text[len(prompt) :]
 
 

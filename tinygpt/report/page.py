@@ -26,7 +26,6 @@ from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, charts
 from tinygpt.report.reports import (
     Earlier,
-    Reports,
     Row,
     differing,
     find_earlier,
@@ -54,7 +53,7 @@ def write_page(root: Path, path: Path) -> None:
     """Write the page of the run in a project's folder.  Raises UserError if a report is of another version."""
     reports = read_reports(root)
     try:
-        page = render("run.html", run_data(reports), **run_view(reports, find_earlier(root, reports.eval)))
+        page = render("run.html", run_data(reports), **run_view(reports, find_earlier(root, reports["eval"])))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, UndefinedError) as error:
         raise UserError(f"{REPORTS} is damaged or from another version of tinygpt ({error}): run `dvc repro`") from None
     write_text(path, page)
@@ -86,7 +85,6 @@ def render(template: str, data: Mapping[str, Any], **view: Any) -> str:
     environment.filters |= {
         "bytes": human_bytes,
         "n": lambda value: f"{value:,.0f}",
-        "visible": visible,
         "shell": shlex.quote,
         "python": repr,
         "form": lambda v, form: format(v, form),
@@ -106,18 +104,14 @@ def library() -> Markup:
     return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
-def visible(token: str) -> str:
-    """A token with its spaces and line ends made visible."""
-    return token.translate({ord(" "): "␣", ord("\n"): "↵", ord("\t"): "⇥"}) or "∅"
-
-
-def run_data(reports: Reports) -> dict[str, Any]:
+def run_data(reports: dict[str, Any]) -> dict[str, Any]:
     """What the script draws."""
-    details, train, rows = reports.details, reports.train, reports.details["tokenizer"]["lengths"]
+    details, train, rows = reports["details"], reports["train"], reports["details"]["tokenizer"]["lengths"]
     of_all = {"tokens": train["tokens"], "epochs": train["epochs"]}
-    return curve_data(reports.curve, reports.norms, reports.samples, **of_all) | {
+    return curve_data(reports["curve"], reports["norms"], reports["samples"], **of_all) | {
         "lengths": [{**row, "label": f"{row['bytes']}{'+' * (row is rows[-1])}"} for row in rows],
         "samples": details["samples"],
+        "longest": details["tokenizer"]["longest"],
         "paragraph": details["tokenizer"]["paragraph"],
         "attention": details["attention"],
     }
@@ -156,30 +150,30 @@ def lowest(curve: list[Row]) -> Row:
     return min((row for row in curve if row["val_loss"] is not None), key=lambda row: row["val_loss"] or 0.0)
 
 
-def run_view(reports: Reports, earlier: Earlier | None) -> dict[str, Any]:
+def run_view(reports: dict[str, Any], earlier: Earlier | None) -> dict[str, Any]:
     """What the template shows."""
-    export = dict(reports.export)
+    export = dict(reports["export"])
     return {
-        **reports._asdict(),
-        "source": reports.params["download.source"],
+        **reports,
+        "source": reports["params"]["download.source"],
         "numbers": numbers(reports, earlier),
         "earlier": earlier,
         "axes": STEPS,
-        "best": lowest(reports.curve),
-        "removed": [(words, reports.clean[key]) for key, words in CLEANED.items() if reports.clean.get(key)],
+        "best": lowest(reports["curve"]),
+        "removed": [(words, reports["clean"][key]) for key, words in CLEANED.items() if reports["clean"].get(key)],
         "hf": export.pop("hf", None),
         "gguf": export,
-        "operations": sum(part["operations"] for part in reports.details["model"]["parts"].values()),
+        "operations": sum(part["operations"] for part in reports["details"]["model"]["parts"].values()),
         "groups": [
-            (group, list(rows)) for group, rows in groupby(reports.params.items(), lambda row: row[0].split(".")[0])
+            (group, list(rows)) for group, rows in groupby(reports["params"].items(), lambda row: row[0].split(".")[0])
         ],
         "changed": changed(reports, earlier),
     }
 
 
-def numbers(reports: Reports, earlier: Earlier | None) -> list[dict[str, Any]]:
+def numbers(reports: dict[str, Any], earlier: Earlier | None) -> list[dict[str, Any]]:
     """The three main numbers, with their errors, and how they differ from those of an earlier run."""
-    now = reports.eval | {"val_loss": reports.train["val_loss"]}
+    now = reports["eval"] | {"val_loss": reports["train"]["val_loss"]}
     was = earlier.eval if earlier else {}
     same_text = all(was.get(key) == now[key] for key in ("split", "bytes"))
     same_tokens = same_text and was["tokens"] == now["tokens"]
@@ -206,9 +200,9 @@ def verdict(value: float, before: float, error: float, form: str, *, commit: str
     return {"kind": kind, "text": f"commit {commit} has {before:{form}}: {difference:+{form}}, {words}"}
 
 
-def changed(reports: Reports, earlier: Earlier | None) -> list[tuple[str, str, str]]:
+def changed(reports: dict[str, Any], earlier: Earlier | None) -> list[tuple[str, str, str]]:
     """Params that differ from those of an earlier run: name, before, now."""
     if earlier is None:
         return []
-    then, now = earlier.params, reports.params
+    then, now = earlier.params, reports["params"]
     return [(name, then.get(name, "-"), now.get(name, "-")) for name in differing([now, then])]

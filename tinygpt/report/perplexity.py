@@ -83,9 +83,8 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
     """
     context = params.context or model.config.block_size
     stride = params.stride or context
-    require(*params.rules_with({"model": model.config}))
     no_text = f"the {params.split} split has no text, only {len(tokens)} tokens: choose another evaluate.split"
-    require((n_bytes > 0, no_text))
+    require(*params.rules_with({"model": model.config}), (n_bytes > 0, no_text))
     nll = token_nll(model, tokens, context=context, stride=stride)
     loss, error = estimate(nll)
     bits = len(nll) / (n_bytes * math.log(2))  # bits per byte for each nat per token

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist, read_file, read_json
@@ -25,32 +25,20 @@ MOST_COMMITS = 20  # that are searched for an earlier run
 Row = dict[str, float | None]
 
 
-class Reports(NamedTuple):
-    """What the stages have written."""
+def read_reports(root: Path) -> dict[str, Any]:
+    """What the stages of a project have written: the JSON files, "curve", "norms", "samples", and "params" as text.
 
-    clean: dict[str, Any]
-    train: dict[str, Any]
-    eval: dict[str, Any]
-    export: dict[str, Any]
-    details: dict[str, Any]
-    curve: list[Row]
-    norms: list[Row]
-    samples: list[dict[str, Any]]  # "step" and "text" of those written at each evaluation
-    params: dict[str, str]  # by "group.key", without the group runtime
-
-
-def read_reports(root: Path) -> Reports:
-    """Read a project's reports.  Raises UserError naming the stage of one that is missing or damaged."""
+    Raises UserError naming the stage of one that is missing or damaged.
+    """
     folder = root / REPORTS
     for name in ("train_norms.csv", "train_samples.md"):
         must_exist(folder / name, stage="train")
-    return Reports(
-        **{name: read_json(folder / f"{name}.json", stage=stage) for name, stage in STAGES.items()},
-        curve=read_curve(folder),
-        norms=read_norms(folder),
-        samples=read_samples(folder),
-        params=flat_params((root / PARAMS_FILE).read_bytes()),
-    )
+    return {name: read_json(folder / f"{name}.json", stage=stage) for name, stage in STAGES.items()} | {
+        "curve": read_curve(folder),
+        "norms": read_norms(folder),
+        "samples": read_samples(folder),
+        "params": flat_params((root / PARAMS_FILE).read_bytes()),
+    }
 
 
 def read_curve(folder: Path) -> list[Row]:

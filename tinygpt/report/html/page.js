@@ -170,6 +170,7 @@ function sampleCard({ prompt, read, written, followed }) {
 }
 
 pick("samplelist")?.append(...data.samples.map(sampleCard));
+pick("longest")?.append(...data.longest.map((token) => element("code", "", visible(token))));
 pick("paragraph")?.append(...data.paragraph.map((piece) => element("span", "", piece)));
 
 // ---- attention ----
