@@ -143,7 +143,12 @@ def test_outside_a_project_the_error_is_dvcs(tmp_path, command, monkeypatch):
 
 @pytest.mark.parametrize(
     ("param", "marked"),
-    [("download.source", {}), ("tokenizer.kind", {"bpb"}), ("model.mlp", {"val_loss", "bpb"})],
+    [
+        ("download.source", {}),
+        ("tokenizer.kind", {"bpb"}),
+        ("evaluate.split", {"val_loss"}),
+        ("model.mlp", {"val_loss", "bpb"}),
+    ],
 )
 def test_no_run_is_the_best_where_texts_or_tokens_differ(param, marked):
     found = [made("a", 3.0, 0.1, **{param: "this"}), made("b", 3.2, 0.1, **{param: "that"})]

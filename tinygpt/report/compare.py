@@ -39,11 +39,11 @@ WIDEST = 24  # characters of a param that are shown
 MOST_CURVES = 14  # as many as colour and line style can tell apart
 TEXT = {"download", "clean"}  # groups that decide the text
 TOKENS = TEXT | {"tokenizer"}
-LOSSES = {  # metric, lower is better -> its error in eval.json, and the groups in which runs must agree
+LOSSES = {  # metric, lower is better -> its error in eval.json, and the groups and params in which runs must agree
     "val_loss": ("loss_error", TOKENS),
-    "eval_loss": ("loss_error", TOKENS),
-    "ppl": ("ppl_error", TOKENS),
-    "bpb": ("bpb_error", TEXT),
+    "eval_loss": ("loss_error", TOKENS | {"evaluate.split"}),
+    "ppl": ("ppl_error", TOKENS | {"evaluate.split"}),
+    "bpb": ("bpb_error", TEXT | {"evaluate.split"}),
 }
 
 
@@ -208,7 +208,8 @@ def marks(name: str, made: Sequence[Made]) -> list[str]:
     """For each run "best" in this column, "greyed" if the difference from the best may be chance, or ""."""
     error_name, same = LOSSES.get(name, ("", set()))
     values = [one.metrics.get(name, math.inf) for one in made]
-    others = {param.split(".")[0] for param in differing([one.params for one in made])}
+    params = differing([one.params for one in made])
+    others = {*params, *(param.split(".")[0] for param in params)}
     if name not in LOSSES or sum(map(math.isfinite, values)) < 2 or others & same:
         return [""] * len(made)  # one run, or runs on different texts, have no best
     best = min(values)
