@@ -1,15 +1,15 @@
 """Convert tinygpt's tensors to the layout of another program, and back.
 
-Each step of the conversion moves numbers, copies them or adds neutral ones; it changes none. So the way back is found
-by converting row numbers: rows that were copied must be equal, and rows that were added must be neutral, else the
-tensors belong to another model. H query heads, G key/value heads, D head_dim, C n_embd.
+Each step of the conversion moves numbers, copies them or adds neutral ones; it changes none. On the way back, our
+tensors must give theirs again: where copies differ, or what was added is not neutral, theirs belong to another model.
+H query heads, G key/value heads, D head_dim, C n_embd.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from itertools import accumulate, pairwise
+from collections.abc import Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ NO_SINK = -1e30  # a logit so low that it takes no probability from the keys
 
 def apply_layout(tensors: Tensors, config: GPTConfig, layout: Layout, n_ctx: int) -> Tensors:
     """A model's tensors with the names and shapes of `layout`, and with `n_ctx` positions if they are learned."""
-    if layout.untied and TIED not in tensors:
+    if layout.untied and config.tie_weights and "tok_emb.weight" in tensors:
         tensors = tensors | {TIED: tensors["tok_emb.weight"].clone()}
     tensors = _add_zero_biases(tensors, layout.biased + (layout.biased_if_any if config.bias != "none" else ()))
     if layout.sinks:
@@ -178,61 +178,48 @@ def check_layout(found: Shapes, config: GPTConfig, layout: Layout) -> tuple[Tens
 def revert_layout(tensors: Tensors, config: GPTConfig, layout: Layout) -> Tensors:
     """Convert tensors back to our names and shapes.  Raises Misfit, which uses their names."""
     expected, theirs = check_layout(shapes_of(tensors), config, layout)
-    others = [
+    sources = {name: _source(name, layout) for name in expected}
+    problems = [f"{name} is missing" for name in {*sources.values()} - tensors.keys()]
+    problems += [
         f"{name} is unexpected" for name in tensors if name not in theirs and not _is_neutral(name, tensors, layout)
     ]
-    ours, wrong = _collected(tensors, expected, config, layout)
-    if problems := others + wrong:
+    if problems:
         raise Misfit(sorted(problems))
+    ours = {name: _reverted(name, tensors[source], config, layout) for name, source in sources.items()}
+    for _, block in groupby(ours.items(), lambda item: re.findall(r"blocks\.\d+", item[0])):  # each alone: less memory
+        for name, tensor in apply_layout(dict(block), config, layout, config.block_size).items():
+            found = tensors.get(name, tensor)
+            if found is not tensor and not torch.allclose(found, tensor, 0, 0, equal_nan=True):
+                problems.append(f"{name} has values that this GPT has no place for")
+    if problems:
+        raise Misfit(problems)
     return ours
 
 
-def _collected(tensors: Tensors, expected: Tensors, config: GPTConfig, layout: Layout) -> tuple[Tensors, list[str]]:
-    """Our tensors, collected from theirs, and what is wrong with those.
-
-    Our rows are numbered from 1. The layout moves these numbers as it moves rows; what it adds is below 1.
-    """
-    ends = [*accumulate(map(len, expected.values()), initial=1)]
-    spans = zip(expected.items(), pairwise(ends), strict=True)
-    places = {name: torch.arange(*span).view(-1, *[1] * (tensor.ndim - 1)) for (name, tensor), span in spans}
-    sizes = [(len(tensor), tensor[0].numel()) for tensor in expected.values()]
-    ours = dict[int, Tensor]()
-    moved = apply_layout(places, config, layout, config.block_size)
-    rows_of = {name: place.flatten() for name, place in moved.items()}
-    there = {name: (rows, _as_rows(tensors[name], moved[name])) for name, rows in rows_of.items() if name in tensors}
-    for rows, found in there.values():
-        for number, here, at in _owners(rows, ends):
-            if here.all() and torch.equal(at, torch.arange(sizes[number][0])):
-                ours.setdefault(number, found.float())  # in order, as most are: no copy is needed
-            else:
-                ours.setdefault(number, torch.zeros(sizes[number]))[at] = found[here].float()
-    own_rows = {name: rows.clamp(min=0).long() for name, rows in rows_of.items()}  # 0: added rows
-    n_times = torch.cat([torch.zeros(2).long(), *(own_rows[name] for name in there)]).bincount(minlength=ends[-1])
-    wrong = [f"{name} is missing" for name, at in own_rows.items() if not n_times[at].all()]
-    for name in (name for name in there if (n_times[own_rows[name]] > 1).any()):
-        rows, found = there[name]
-        same = rows[:, None].to(found.dtype).expand_as(found).clone()
-        for number, here, at in _owners(rows, ends):
-            same[here] = ours[number][at]
-        if not torch.allclose(same, found, 0, 0, equal_nan=True):
-            wrong.append(f"{name} {'is unexpected' if (rows < 1).any() else 'differs from the weights it must repeat'}")
-    made = ((number, *each) for number, each in enumerate(expected.items()) if number in ours)
-    return {name: ours[number].reshape(tensor.shape) for number, name, tensor in made}, wrong
+def _source(name: str, layout: Layout) -> str:
+    """The name of their tensor that holds one of ours, or the first that does."""
+    if layout.fused_qkv and _leaf(name) in QKV:
+        name = name.replace(_leaf(name), QKV[0])
+    theirs = _rename(name, layout)
+    if layout.head_norms == "listed" and _leaf(name) in ("q_norm", "k_norm"):
+        return theirs.replace(".weight", ".norms.0.weight")
+    return theirs
 
 
-def _owners(rows: Tensor, ends: list[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each of our tensors with some of these rows: its number, a mask of them, and their positions in it."""
-    owners = torch.bucketize(rows, torch.tensor(ends), right=True) - 1
-    for owner in owners[owners >= 0].unique().tolist():
-        here = owners == owner
-        yield owner, here, rows[here].long() - ends[owner]
-
-
-def _as_rows(tensor: Tensor, place: Tensor) -> Tensor:
-    """Their tensor, with a row for each element of `place`."""
-    if tensor.numel() == place.numel():
-        return tensor.reshape(-1, 1)
-    return tensor if len(tensor) == len(place) else tensor.T
+def _reverted(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensor:
+    """One of our tensors, from theirs that holds it; key/value heads stay repeated."""
+    leaf = _leaf(name)
+    is_fused = layout.fused_qkv and leaf in QKV
+    if name.endswith(".weight") and (QKV[0] if is_fused else leaf) in layout.transposed:
+        tensor = tensor.T
+    if is_fused:
+        n_heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        tensor = tensor.split([n * config.head_dim for n in n_heads])[QKV.index(leaf)]
+    if layout.adjacent_rope and leaf in ("q_proj", "k_proj"):
+        tensor = tensor.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    if layout.head_norms == "stacked" and leaf in ("q_norm", "k_norm"):
+        tensor = tensor[0]
+    return tensor.contiguous()
 
 
 def _is_neutral(name: str, tensors: Tensors, layout: Layout) -> bool:
