@@ -19,7 +19,7 @@ from tinygpt.params import require
 class LargestNorm(nn.Module):
     """A norm that divides by the largest absolute value."""
 
-    def __init__(self, size, config, *, bias):
+    def __init__(self, size, *, eps, bias):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
@@ -49,8 +49,8 @@ def registered(monkeypatch):
     monkeypatch.setitem(MLPS, "tanh", MLPKind("tanh", gated=False))
     monkeypatch.setitem(MLPS, "tanhglu", MLPKind("tanh", gated=True))
     monkeypatch.setitem(NORMS, "largest", LargestNorm)
-    monkeypatch.setitem(NORMS, "shifted", lambda size, config, bias: ShiftedNorm(size, bias=bias))
-    monkeypatch.setitem(NORMS, "weightless", lambda size, config, bias: nn.LayerNorm(size, elementwise_affine=False))
+    monkeypatch.setitem(NORMS, "shifted", lambda size, eps, bias: ShiftedNorm(size, bias=bias))
+    monkeypatch.setitem(NORMS, "weightless", lambda size, eps, bias: nn.LayerNorm(size, elementwise_affine=False))
 
 
 def assert_decodes_as_the_model(model, ids, tolerance=2e-5):

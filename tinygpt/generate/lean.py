@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT, Block
-from tinygpt.model.layers import MLP, GatedMLP, RMSNorm, first_room, more_room
+from tinygpt.model.layers import MLP, RMSNorm, first_room, more_room
 from tinygpt.model.quantize import Int8Linear
 
 FEW = 64  # rows; above this, reading the weights costs so little per row that the plain product will do
@@ -140,18 +140,19 @@ def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> Tok
 
 def lean_mlp(mlp: nn.Module) -> TokenMap:
     """An MLP with the fastest products; one of another class unchanged."""
-    if is_plain(mlp, MLP):
-        up, down, activation = product(mlp.up_proj), product(mlp.down_proj), mlp.activation
+    if not is_plain(mlp, MLP):
+        return mlp
+    down, activation = product(mlp.down_proj), mlp.activation
+    if mlp.gate_proj is None:
+        up = product(mlp.up_proj)
         return lambda x: down(activation(up(x)))
-    if is_plain(mlp, GatedMLP):
-        both, down, activation = products(mlp.gate_proj, mlp.up_proj), product(mlp.down_proj), mlp.activation
+    both = products(mlp.gate_proj, mlp.up_proj)
 
-        def gated(x: Tensor) -> Tensor:
-            gate, up = both(x)
-            return down(activation(gate) * up)
+    def gated(x: Tensor) -> Tensor:
+        gate, up = both(x)
+        return down(activation(gate) * up)
 
-        return gated
-    return mlp
+    return gated
 
 
 def product(layer: nn.Module) -> TokenMap:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +71,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
         self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=qkv_bias)
         self.o_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=o_bias)
-        self.q_norm = NORMS[config.norm](config.head_dim, config, bias=False) if config.qk_norm else nn.Identity()
-        self.k_norm = NORMS[config.norm](config.head_dim, config, bias=False) if config.qk_norm else nn.Identity()
+        norm = partial(NORMS[config.norm], config.head_dim, eps=config.norm_eps, bias=False)
+        self.q_norm, self.k_norm = (norm(), norm()) if config.qk_norm else (nn.Identity(), nn.Identity())
         self.attend = ATTENTION[config.attention]
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tinygpt.model.attention import Attention, Masks, attention_mask
 from tinygpt.model.config import GPTConfig
-from tinygpt.model.layers import NORMS, Embedding, Linear, Rope, build_mlp
+from tinygpt.model.layers import MLP, NORMS, Embedding, Linear, Rope
 
 INIT_STD = 0.02
 TIED = "lm_head.weight"  # with model.tie_weights, another name for the token embedding
@@ -23,11 +23,11 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        norm = partial(NORMS[config.norm], config.n_embd, config, bias=config.bias == "all")
+        norm = partial(NORMS[config.norm], config.n_embd, eps=config.norm_eps, bias=config.bias == "all")
         self.attn_norm = norm()
         self.attn = Attention(config, layer)
         self.mlp_norm = None if config.parallel_block else norm()
-        self.mlp = build_mlp(config)
+        self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, masks: Masks) -> Tensor:
@@ -56,7 +56,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.windows = config.windows
-        self.norm = NORMS[config.norm](config.n_embd, config, bias=config.bias == "all")
+        self.norm = NORMS[config.norm](config.n_embd, eps=config.norm_eps, bias=config.bias == "all")
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if init:
             init_weights(self, generator)
@@ -95,15 +95,10 @@ class GPT(nn.Module):
 
 
 def init_weights(model: GPT, generator: torch.Generator | None) -> None:
-    """Set every weight in module order, from one generator.
+    """Set every weight in module order, from one generator: normal, with the standard deviation INIT_STD.
 
-    | weight                                       | distribution                                 |
-    |----------------------------------------------|----------------------------------------------|
-    | embeddings, head, linear layers              | normal, standard deviation INIT_STD          |
-    | o_proj and down_proj, which end in the       | zero: each block begins as the identity      |
-    | residual stream                              | (Zhang et al., https://arxiv.org/abs/1901.09321) |
-    | biases                                       | zero                                         |
-    | norms                                        | one (PyTorch's own)                          |
+    Biases are zero, and so are o_proj and down_proj, which end in the residual stream: each block begins as the
+    identity (Zhang et al., https://arxiv.org/abs/1901.09321). Norms keep PyTorch's ones.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -35,26 +35,25 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.RMSNorm):
-    """PyTorch's, which also accepts shorter floats and computes in its weight's type, as autocast does on a GPU."""
+    """RMSNorm over the last dimension (Zhang and Sennrich, https://arxiv.org/abs/1910.07467); it has no bias.
+
+    PyTorch's, which also accepts shorter floats and computes in its weight's type, as autocast does on a GPU.
+    """
 
     eps: float
+
+    def __init__(self, size: int, *, eps: float, bias: bool) -> None:
+        super().__init__(size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, size) -> (…, size), in the weight's type"""
         return super().forward(x.to(self.weight.dtype))  # PyTorch's warns of unequal types on a CPU
 
 
-def layer_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
-    """LayerNorm over the last dimension (Ba et al., https://arxiv.org/abs/1607.06450)."""
-    return nn.LayerNorm(size, eps=config.norm_eps, bias=bias)
-
-
-def rms_norm(size: int, config: GPTConfig, *, bias: bool) -> nn.Module:
-    """RMSNorm over the last dimension (Zhang and Sennrich, https://arxiv.org/abs/1910.07467); it has no bias."""
-    return RMSNorm(size, eps=config.norm_eps)
-
-
-NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}
+NORMS: dict[str, Callable[..., nn.Module]] = {  # (size, *, eps, bias)
+    "layernorm": nn.LayerNorm,  # Ba et al., https://arxiv.org/abs/1607.06450
+    "rmsnorm": RMSNorm,
+}
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -98,44 +97,25 @@ ACTIVATIONS: dict[str, Activation] = {"gelu": gelu, "relu2": relu2, "silu": F.si
 
 
 class MLP(nn.Module):
-    """down(activation(up(x)))."""
+    """down(activation(up(x))), or gated down(activation(gate(x)) · up(x)) (Shazeer, https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, config: GPTConfig, activation: Activation) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        bias = config.bias == "all"
+        kind, bias = MLPS[config.mlp], config.bias == "all"
+        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=bias) if kind.gated else None
         self.up_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
         self.down_proj = Linear(config.n_hidden, config.n_embd, bias=bias)
-        self.activation = activation
+        self.activation = ACTIVATIONS[kind.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        return self.down_proj(self.activation(self.up_proj(x)))
-
-
-class GatedMLP(nn.Module):
-    """down(activation(gate(x)) · up(x)) (Shazeer, https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, config: GPTConfig, activation: Activation) -> None:
-        super().__init__()
-        bias = config.bias == "all"
-        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
-        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=bias)
-        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=bias)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)"""
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-def build_mlp(config: GPTConfig) -> nn.Module:
-    """The MLP of one block, from its row of MLPS."""
-    kind = MLPS[config.mlp]
-    return (GatedMLP if kind.gated else MLP)(config, ACTIVATIONS[kind.activation])
-
-
 class Rope(nn.Module):
-    """Tables of cosines and sines, which grow with the positions in use."""
+    """Tables of cosines and sines, which grow with the positions in use.  They are made on the CPU, and moved."""
 
     cos: Tensor
     sin: Tensor
@@ -150,14 +130,11 @@ class Rope(nn.Module):
     def forward(self, n: int) -> tuple[Tensor, Tensor]:
         """The tables of the first n positions, each (n, D)."""
         if n > len(self.cos):
-            self._make(more_room(n, self.config.block_size))
+            with torch.inference_mode(mode=False):  # training uses them too, even if an evaluation makes them
+                room = more_room(n, self.config.block_size)
+                tables = rope_tables(room, self.config.head_dim, self.config.rope_theta)
+                self.cos, self.sin = (table.to(self.cos) for table in tables)
         return self.cos[:n], self.sin[:n]
-
-    def _make(self, n: int) -> None:
-        head_dim, theta = self.config.head_dim, self.config.rope_theta
-        # On the CPU: other devices may give other bits.
-        with torch.inference_mode(mode=False):  # training uses them too, even if an evaluation makes them
-            self.cos, self.sin = (table.to(self.cos) for table in rope_tables(n, head_dim, theta, device="cpu"))
 
 
 def first_room(block_size: int) -> int:
@@ -170,15 +147,13 @@ def more_room(n: int, block_size: int) -> int:
     return min(block_size, 1 << (n - 1).bit_length())
 
 
-def rope_tables(
-    n: int, head_dim: int, theta: float, *, device: str | torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the first n positions' angles, each (n, D), computed in float64.
+def rope_tables(n: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the first n positions' angles, each (n, D), computed in float64 on the CPU.
 
     Pair i of the D/2 pairs turns by theta^(-2i/D) radians per position (Su et al., https://arxiv.org/abs/2104.09864).
     """
-    wavelengths = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    angles = torch.outer(torch.arange(n, dtype=torch.float64, device=device), wavelengths)
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")  # other devices may give other bits
+    angles = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu"), theta ** (-pairs / head_dim))
     return angles.cos().float().repeat(1, 2), angles.sin().float().repeat(1, 2)
 
 
