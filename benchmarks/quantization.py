@@ -20,7 +20,7 @@ import torch
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
-from tinygpt.model.quantize import QUANTIZED, n_bytes, quantize
+from tinygpt.model.quantize import QUANTIZED, quantize
 from tinygpt.model.weights import load_model
 from tinygpt.params import load_params
 from tinygpt.report.perplexity import llamacpp_report
@@ -70,7 +70,8 @@ def main() -> None:
         if kind != "float32":
             quantize(model, kind)
         ppl = "" if args.large else f"{perplexity(model):.2f}"
-        print(f"| {kind} | {n_bytes(model) / 1e6:.1f} MB | {tokens_per_second(model):,.0f} | {ppl} |")
+        size = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        print(f"| {kind} | {size / 1e6:.1f} MB | {tokens_per_second(model):,.0f} | {ppl} |")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ from torch import nn
 
 from tinygpt.errors import UserError
 from tinygpt.generate.decoder import Decoder
-from tinygpt.model.quantize import QUANTIZED, Int4Linear, Int4LinearCPU, Int8Linear, int4_linear, n_bytes, quantize
+from tinygpt.model.quantize import QUANTIZED, Int4Linear, Int4LinearCPU, Int8Linear, int4_linear, quantize
 
 ERRORS = {"int8": 0.01, "int4": 0.11}  # Gaussian weights have errors of 0.5 % and 7 %; bfloat16 adds to them
+
+
+def n_bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
 def layer(n_in: int = 96, n_out: int = 48, *, bias: bool = True) -> nn.Linear:

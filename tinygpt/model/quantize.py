@@ -121,9 +121,3 @@ def quantize(model: GPT, kind: str) -> None:
     for name, linear in linears:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, QUANTIZED[kind](linear))
-
-
-def n_bytes(model: GPT) -> int:
-    """Bytes of all weights; a tensor that two layers share counts once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(tensor.nbytes for tensor in tensors.values())
