@@ -370,8 +370,8 @@ def load_edited(cls: type, **changes: Any) -> Any:
     ("cls", "changes", "message"),
     [
         (ModelParams, {"window": 1000}, "model.window=1000 is longer than model.block_size"),
-        (ModelParams, {"full_every": 2}, "model.full_every=2 has no effect without model.window"),
-        (ModelParams, {"window": 8, "full_every": 5}, "model.full_every=5 is beyond model.n_layer=4: set it to null"),
+        (ModelParams, {"full_every": 2}, "model.full_every=2 needs model.window and a value from 2 to model.n_layer=4"),
+        (ModelParams, {"window": 8, "full_every": 5}, "model.full_every=5 needs .* to model.n_layer=4: set it to null"),
         (ModelParams, {"n_head": 3}, "model.n_embd=.* must be a multiple of model.n_head=3"),
         (ModelParams, {"n_kv_head": 3}, "must be a multiple of model.n_kv_head=3"),
         (ModelParams, {"n_head": 16, "n_embd": 48}, "needs an even model.head_dim"),

@@ -83,14 +83,10 @@ class ModelParams:
                 f"model.window={self.window} is longer than model.block_size={self.block_size}: set it to null",
             ),
             (
-                self.full_every is None or self.window is not None,
-                f"model.full_every={self.full_every} has no effect without model.window: set it to null",
+                self.full_every is None or (self.window is not None and 1 < self.full_every <= self.n_layer),
+                f"model.full_every={self.full_every} needs model.window and a value from 2 to "
+                f"model.n_layer={self.n_layer}: set it to null",
             ),
-            (
-                self.full_every is None or self.full_every <= self.n_layer,
-                f"model.full_every={self.full_every} is beyond model.n_layer={self.n_layer}: set it to null",
-            ),
-            (self.full_every != 1, "model.full_every=1 leaves no layer with a window: set model.window to null"),
         )
 
     def n_weights(self, vocab_size: int) -> int:
