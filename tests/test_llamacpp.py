@@ -12,7 +12,7 @@ from conftest import FAMILIES, FUZZ, tiny_model
 
 from tinygpt.errors import UserError
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.llamacpp import N_BATCH, ContextParams, LlamaCpp, _check_defaults, open_gguf, open_library
+from tinygpt.export.llamacpp import N_BATCH, ContextParams, LlamaCpp, open_gguf, open_library
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,17 @@ def test_another_version_of_the_library_is_refused(monkeypatch):
         open_library.__wrapped__()
 
 
-def test_a_shifted_struct_is_noticed():
-    params = open_library().llama_context_default_params()
-    shifted = ContextParams.from_buffer_copy(b"\0\0\0\0" + bytes(params)[:-4])
-    with pytest.raises(UserError, match=r"reads ContextParams as \{'n_ctx': 0, 'n_batch': 512"):
-        _check_defaults(shifted, {"n_ctx": 512, "n_batch": 2048})
+def test_the_structs_have_the_fields_of_the_pinned_build_at_their_places():
+    model, context = open_library().llama_model_default_params(), open_library().llama_context_default_params()
+    assert (model.n_gpu_layers, model.split_mode, model.load_mode, model.main_gpu) == (-1, 1, -1, 0)
+    assert model.use_extra_bufts
+    expected = {
+        "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_threads": 4, "n_threads_batch": 4,
+        "rope_scaling_type": -1, "flash_attn_type": -1, "yarn_orig_ctx": 0, "defrag_thold": -1.0, "type_k": 1,
+        "type_v": 1, "embeddings": False, "offload_kqv": True, "no_perf": True, "op_offload": True, "swa_full": True,
+        "n_samplers": 0,
+    }  # fmt: skip
+    assert {name: getattr(context, name) for name in expected} == expected
     assert ctypes.sizeof(ContextParams) == 168
 
 

@@ -1,8 +1,8 @@
 """Tokens, logits and greedy choices of real llama.cpp, from the xllamacpp wheel's shared library: nothing to compile.
 
 Struct layouts follow include/llama.h of llama.cpp. They change between builds, and the library does not report it, so
-one version is pinned, and its defaults are checked before anything else is called. A file that contradicts itself
-aborts the process, so each file is first tried in another process. That is why nothing here imports PyTorch.
+one version is pinned. A file that contradicts itself aborts the process, so each file is first tried in another
+process. That is why nothing here imports PyTorch.
 """
 
 from __future__ import annotations
@@ -77,14 +77,6 @@ class Batch(ctypes.Structure):
     )
 
 
-# What the pinned build returns: a field at another offset would read as something else.
-_MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "main_gpu": 0, "use_extra_bufts": True}
-_CONTEXT_DEFAULTS = {
-    "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_threads": 4, "n_threads_batch": 4,
-    "rope_scaling_type": -1, "flash_attn_type": -1, "yarn_orig_ctx": 0, "defrag_thold": -1.0, "type_k": 1, "type_v": 1,
-    "embeddings": False, "offload_kqv": True, "no_perf": True, "op_offload": True, "swa_full": True, "n_samplers": 0,
-}  # fmt: skip
-
 # result, arguments, functions
 _SIGNATURES: tuple[tuple[Any, list[Any], str], ...] = (
     (None, [], "llama_backend_init"),
@@ -132,21 +124,10 @@ def open_library() -> ctypes.CDLL:
     for result, arguments, names in _SIGNATURES:
         for function in (getattr(library, name) for name in names.split()):
             function.restype, function.argtypes = result, arguments
-    _check_defaults(library.llama_model_default_params(), _MODEL_DEFAULTS)
-    _check_defaults(library.llama_context_default_params(), _CONTEXT_DEFAULTS)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # else, when it aborts, a debugger prints hundreds of lines
     library.llama_log_set(_LOG, None)
     library.llama_backend_init()
     return library
-
-
-def _check_defaults(params: ctypes.Structure, expected: dict[str, Any]) -> None:
-    found = {name: getattr(params, name) for name in expected}
-    if found != expected:
-        raise UserError(
-            f"xllamacpp {XLLAMACPP_VERSION} on this platform reads {type(params).__name__} as {found}, "
-            f"not as {expected}: set export.gguf to [] or export on Linux"
-        )
 
 
 def _last_error() -> str:
