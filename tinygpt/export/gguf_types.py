@@ -55,20 +55,12 @@ F16, BF16 = Tolerance(0.1, 1e-3, 1e-3), Tolerance(0.6, 5e-3, 4e-3)
 Q8, Q6, Q5, Q4, Q3, Q2 = (Tolerance(2.0, 2e-2, weight) for weight in (0.016, 0.045, 0.13, 0.26, 0.38, 0.6))
 
 
-class Place(NamedTuple):
-    """Where a matrix is in a model."""
-
-    layer: int
-    n_layer: int
-    n_head_per_kv: int  # query heads that share a key/value head
-
-
 class Rule(NamedTuple):
-    """Matrices with these names get this type in the places where `when` holds."""
+    """Matrices with these names get this type in the layers, counted from 0, for which `when` holds."""
 
     names: tuple[str, ...]
-    when: Callable[[Place], bool]
     type: Type
+    when: Callable[[int, ModelParams], bool] = lambda layer, config: True
 
 
 class WeightType(NamedTuple):
@@ -79,15 +71,15 @@ class WeightType(NamedTuple):
     rules: tuple[Rule, ...] = ()
 
 
-def _needs_more_bits(at: Place) -> bool:
+def _needs_more_bits(layer: int, config: ModelParams) -> bool:
     """The first and last eighth of the layers, and every third one in between."""
-    eighth = at.n_layer // 8
-    return at.layer < eighth or at.layer >= 7 * at.n_layer // 8 or (at.layer - eighth) % 3 == 2
+    eighth = config.n_layer // 8
+    return layer < eighth or layer >= 7 * config.n_layer // 8 or (layer - eighth) % 3 == 2
 
 
 VALUES, DOWN = ("attn_v", "attn_qkv"), ("ffn_down",)  # values alone, or fused with queries and keys
 NEEDY = (*VALUES, *DOWN, "attn_output")
-MEDIUM = (Rule((*VALUES, *DOWN), _needs_more_bits, Type.Q6_K),)
+MEDIUM = (Rule((*VALUES, *DOWN), Type.Q6_K, _needs_more_bits),)
 WEIGHT_TYPES: dict[GGUFType, WeightType] = {
     "f32": WeightType(Type.F32, EXACT),
     "f16": WeightType(Type.F16, F16),
@@ -105,25 +97,25 @@ WEIGHT_TYPES: dict[GGUFType, WeightType] = {
         Type.Q4_K,
         Q4,
         (
-            Rule(VALUES, lambda at: at.layer < 4, Type.Q5_K),
-            Rule(DOWN, lambda at: at.layer < at.n_layer // 8, Type.Q5_K),
+            Rule(VALUES, Type.Q5_K, lambda layer, config: layer < 4),
+            Rule(DOWN, Type.Q5_K, lambda layer, config: layer < config.n_layer // 8),
         ),
     ),
-    "q3_k_l": WeightType(Type.Q3_K, Q3, (Rule(NEEDY, lambda at: True, Type.Q5_K),)),
+    "q3_k_l": WeightType(Type.Q3_K, Q3, (Rule(NEEDY, Type.Q5_K),)),
     "q3_k_m": WeightType(
         Type.Q3_K,
         Q3,
         (
-            Rule(VALUES, lambda at: at.layer < 2, Type.Q5_K),
-            Rule(DOWN, lambda at: at.layer < at.n_layer // 16, Type.Q5_K),
-            Rule(NEEDY, lambda at: True, Type.Q4_K),
+            Rule(VALUES, Type.Q5_K, lambda layer, config: layer < 2),
+            Rule(DOWN, Type.Q5_K, lambda layer, config: layer < config.n_layer // 16),
+            Rule(NEEDY, Type.Q4_K),
         ),
     ),
     "q3_k_s": WeightType(Type.Q3_K, Q3),
     "q2_k": WeightType(
         Type.Q2_K,
         Q2,
-        (Rule(VALUES, lambda at: at.n_head_per_kv >= 4, Type.Q4_K), Rule(NEEDY, lambda at: True, Type.Q3_K)),
+        (Rule(VALUES, Type.Q4_K, lambda _, config: config.n_head >= 4 * config.n_kv_head), Rule(NEEDY, Type.Q3_K)),
     ),
 }
 
@@ -158,8 +150,8 @@ def _chosen(name: str, shape: tuple[int, ...], config: ModelParams, file: Weight
         fits = shape[-1] % _block(file.base) == 0
         return Type.Q6_K if fits and file.base != Type.Q8_0 else Type.Q8_0
     if found := re.match(r"blk\.(\d+)\.(\w+)\.weight", name):
-        place = Place(int(found[1]), config.n_layer, config.n_head // config.n_kv_head)
-        return next((rule.type for rule in file.rules if found[2] in rule.names and rule.when(place)), file.base)
+        layer, name = int(found[1]), found[2]
+        return next((rule.type for rule in file.rules if name in rule.names and rule.when(layer, config)), file.base)
     return file.base
 
 
