@@ -1,4 +1,4 @@
-"""Export the model for transformers and llama.cpp, and check every file against the model.
+"""Export the model for transformers and llama.cpp, and check every GGUF file against the model.
 
 Reads data/model, data/tokenizer and data/tokens, and for the model card data/raw/manifest.json and
 reports/eval.json. Writes data/export and reports/export.json.
@@ -13,7 +13,7 @@ from tinygpt.export.card import model_card, modelfile, read_origin, remarks
 from tinygpt.export.config import ExportParams
 from tinygpt.export.folders import export_adapters
 from tinygpt.export.gguf import export_gguf
-from tinygpt.export.hf import check_hf, export_hf
+from tinygpt.export.hf import export_hf
 from tinygpt.export.verify import CHUNK_SIZE, check_gguf
 from tinygpt.files import atomic_folder, write_json
 from tinygpt.model.weights import load_pair
@@ -45,7 +45,6 @@ def run(root: Path) -> None:
     with atomic_folder(root / EXPORT) as folder:
         if params.hf:
             family, n_ctx = export_hf(model, tokenizer, root / TOKENIZER, folder / "hf")
-            check_hf(model, folder / "hf")
             size = sum(file.stat().st_size for file in (folder / "hf").iterdir())
             (folder / "hf" / CARD_FILE).write_text(card(n_ctx), encoding="utf-8")
             report["hf"] = {"family": family, "context": n_ctx, "bytes": size}

@@ -122,11 +122,6 @@ def test_a_model_of_no_family_is_refused_and_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_of_another_size_is_refused(tmp_path):
-    with pytest.raises(UserError, match="data/tokenizer has 257 tokens, but data/model was trained with 300"):
-        export_gguf(random_model(**LLAMA, vocab_size=300), byte_tokenizer(), tmp_path / "m.gguf", "f32")
-
-
 @pytest.mark.parametrize("weight_type", ["f16", "q8_0", "q4_k_m"])
 def test_weights_beyond_float16_are_refused(weight_type, tmp_path):
     model = random_model(**LLAMA, vocab_size=257, n_embd=256)

@@ -9,12 +9,11 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_gguf import GPT2, IDS, LLAMA, QWEN3, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinygpt.errors import UserError
-from tinygpt.export.hf import check_hf, export_hf
+from tinygpt.export.hf import export_hf
 from tinygpt.export.verify import SAMPLES
 
 
@@ -78,21 +77,3 @@ def test_settings_with_different_defaults_are_written_out(export):
     assert {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"} <= config.keys()
     with safe_open(folder / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-def test_weights_that_are_not_the_models_are_noticed(export):
-    model, folder = export(**LLAMA)
-    check_hf(model, folder)
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.norm.weight"][3] = tensors["model.norm.weight"][3].nextafter(torch.tensor(9.0))  # the last bit
-    save_file(tensors, path)
-    with pytest.raises(UserError, match=r"differs from the model in model\.norm\.weight: export"):
-        check_hf(model, folder)
-    del tensors["model.norm.weight"]
-    save_file(tensors, path)
-    with pytest.raises(UserError, match=r"differs from the model in model\.norm\.weight: export"):
-        check_hf(model, folder)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot be read as safetensors"):
-        check_hf(model, folder)

@@ -9,12 +9,12 @@ the window: up to that length the two are the same.
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from tinygpt.errors import UserError, shown
-from tinygpt.model.config import GPTConfig, ModelParams
+from tinygpt.errors import shown
+from tinygpt.model.config import ModelParams
 from tinygpt.params import ParamsError
 
 N_ADVICE = 2  # changes that a refusal suggests
@@ -135,15 +135,6 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
     return f"{names} {have} no model with {plain}: set {', or '.join(advice)}, or turn that export off with {off}"
 
 
-def check_vocabulary(config: GPTConfig, vocab_size: int) -> None:
-    """Raise UserError if the tokenizer has another size than the one that the model was trained with."""
-    if vocab_size != config.vocab_size:
-        raise UserError(
-            f"data/tokenizer has {vocab_size} tokens, but data/model was trained with {config.vocab_size}: "
-            "run `dvc repro train` to train it with this tokenizer"
-        )
-
-
 def _common(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """For each switch of `other`, the values that both allow; not for windows, which each handles in its own way."""
     keys = [key for key in other if key != "window"]
@@ -183,61 +174,43 @@ FUSED_GGUF_NAMES = GGUF_NAMES | {"blocks.{i}.attn.q_proj": "blk.{i}.attn_qkv"}
 BIASED = (*NORM_MODULES, "o_proj", "up_proj", "down_proj")  # by model.bias=all but not by qkv, in an MLP without a gate
 
 
-@dataclass(frozen=True, kw_only=True)
-class GGUFFamily(Family):
-    """`keys` gives the entries that only some architectures have, without the architecture's name as their prefix."""
-
-    keys: Callable[[ModelParams], Mapping[str, Any]] = lambda config: {}
-
-
-def _window_keys(config: ModelParams) -> dict[str, Any]:
-    return {
-        "logit_scale": 1.0,
-        "attention.sliding_window": config.window,
-        "attention.sliding_window_pattern": [config.window_of(i) is not None for i in range(config.n_layer)],
-    }
-
-
 PLAIN_LAYOUT, LLAMA_LAYOUT = Layout(names=GGUF_NAMES), Layout(names=GGUF_NAMES, adjacent_rope=True)
 
 GGUF_FAMILIES = (
-    GGUFFamily(
+    Family(
         name="gpt2",
         switches=switches("learned", "layernorm", "gelu"),
         layout=Layout(names=FUSED_GGUF_NAMES, biased=(*BIASED, *QKV), fused_qkv=True),
     ),
-    GGUFFamily(
+    Family(
         name="starcoder2",
         switches=switches("rope", "layernorm", "gelu"),
         layout=Layout(names=GGUF_NAMES, biased=BIASED),
     ),
-    GGUFFamily(
+    Family(
         name="phi2",
         switches=switches("rope", "layernorm", "gelu", parallel_block=(True,)),
         layout=Layout(names=GGUF_NAMES, biased=(*BIASED, "lm_head"), untied=True),
     ),
-    GGUFFamily(
+    Family(
         name="stablelm",
         switches=STABLELM,
         layout=Layout(names=GGUF_NAMES, biased=NORM_MODULES, untied=True, head_norms="stacked"),
     ),
-    GGUFFamily(name="cohere2", switches=COHERE2, layout=LLAMA_LAYOUT, keys=_window_keys),
-    GGUFFamily(
-        name="llama", switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM), layout=LLAMA_LAYOUT
-    ),
-    GGUFFamily(
+    Family(name="cohere2", switches=COHERE2, layout=LLAMA_LAYOUT),
+    Family(name="llama", switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM), layout=LLAMA_LAYOUT),
+    Family(
         name="granite_swa",
         switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, window=(ALL, MIXED)),
         layout=Layout(names=GGUF_NAMES, adjacent_rope=True, sinks=True),
-        keys=_window_keys,
     ),
-    GGUFFamily(name="qwen3", switches=QWEN3, layout=PLAIN_LAYOUT),
-    GGUFFamily(
+    Family(name="qwen3", switches=QWEN3, layout=PLAIN_LAYOUT),
+    Family(
         name="plamo",
         switches=switches("rope", "rmsnorm", "swiglu", parallel_block=(True,), bias=("none", "qkv")),
         layout=Layout(names=GGUF_NAMES, untied=True),
     ),
-    GGUFFamily(
+    Family(
         name="arcee",
         switches=switches("rope", "rmsnorm", "relu2", bias=("none", "qkv"), head_dim=ANY_HEAD_DIM),
         layout=LLAMA_LAYOUT,

@@ -20,7 +20,7 @@ from tinygpt.files import atomic_folder, human_bytes, must_exist, read_json, sha
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import ADAPTER
-from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, fill, load_pair, read_fitting, save_model, unset_model
+from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, filled_model, load_pair, read_fitting, save_model
 from tinygpt.paths import BASE, MODEL, TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
@@ -47,7 +47,7 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
         if tokenizer is not None:
             raise UserError(f"{folder} is a transformers folder, which has its own tokenizer: leave {tokenizer} out")
         config, tensors, found_tokenizer = read_hf_pair(folder)
-        return fill(unset_model(config), tensors), found_tokenizer
+        return filled_model(config, tensors), found_tokenizer
     must_be_there(folder / WEIGHTS_FILE, stage="train")
     if tokenizer is not None:
         must_be_there(Path(tokenizer), stage="train_tokenizer", wanted="a folder with tokenizer.json")

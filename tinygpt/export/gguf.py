@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,20 +22,15 @@ from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.export.config import GGUFType
-from tinygpt.export.families import LLAMA_CPP, GGUFFamily, check_vocabulary, family_of
+from tinygpt.export.families import FULL, LLAMA_CPP, Family, family_of
 from tinygpt.export.gguf_types import bits_per_weight, file_type, quantized, tensor_types
 from tinygpt.export.layout import adapter_pairs, apply_layout, revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import fill, model_tensors, unset_model
+from tinygpt.model.weights import filled_model, model_tensors
 from tinygpt.tokenizer import Tokenizer
 
-ADDERS: Mapping[type, Callable[[GGUFWriter, str, Any], None]] = {
-    int: GGUFWriter.add_uint32,
-    float: GGUFWriter.add_float32,
-    list: GGUFWriter.add_array,
-}
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # The reader demands merges, and the writer drops an empty list. No text ever uses this one: its symbols are longer
 # than a byte, and no other merge makes them.
@@ -65,10 +60,8 @@ class GGUFFile(NamedTuple):
 def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type: GGUFType) -> GGUFFile:
     """Write one file, whole or not at all.
 
-    Raises ParamsError if llama.cpp has no architecture for the model, UserError if the tokenizer does not fit the
-    model or the weights exceed the range of the type.
+    Raises ParamsError if llama.cpp has no architecture for the model, UserError if weights exceed the type's range.
     """
-    check_vocabulary(model.config, tokenizer.vocab_size)
     family, n_ctx = family_of(LLAMA_CPP, model.config)
     tensors = apply_layout(model_tensors(model), model.config, family.layout, n_ctx)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -118,10 +111,10 @@ def read_gguf(path: str | Path, config: GPTConfig) -> GPT:
     if n_ctx < config.block_size:
         config = replace(config, block_size=n_ctx, window=None, full_every=None)
     config = replace(config, tie_weights=False)
-    return fill(unset_model(config), revert_layout(tensors, config, family.layout))
+    return filled_model(config, revert_layout(tensors, config, family.layout))
 
 
-def _add_model(writer: GGUFWriter, config: GPTConfig, family: GGUFFamily, n_ctx: int) -> None:
+def _add_model(writer: GGUFWriter, config: GPTConfig, family: Family, n_ctx: int) -> None:
     writer.add_name("tinygpt")
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(n_ctx)
@@ -139,8 +132,10 @@ def _add_model(writer: GGUFWriter, config: GPTConfig, family: GGUFFamily, n_ctx:
     if config.position == "rope":
         writer.add_rope_freq_base(config.rope_theta)
         writer.add_rope_dimension_count(config.head_dim)
-    for key, value in family.keys(config).items():
-        ADDERS[type(value)](writer, f"{family.name}.{key}", value)
+    if config.window and family.switches["window"] != (FULL,):
+        writer.add_logit_scale(1.0)
+        writer.add_sliding_window(config.window)
+        writer.add_sliding_window_pattern([config.window_of(i) is not None for i in range(config.n_layer)])
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:

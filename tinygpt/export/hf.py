@@ -17,21 +17,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tinygpt.errors import UserError, shown
 from tinygpt.export.card import CARDS
-from tinygpt.export.families import ANY_BIAS, check_vocabulary, family_of, find_family, switches_of
+from tinygpt.export.families import ANY_BIAS, family_of, find_family, misfit, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, TRANSFORMERS, HFFamily
 from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, check_layout, revert_layout
-from tinygpt.files import atomic_folder, must_exist, read_object, some_of, write_json
+from tinygpt.files import atomic_folder, must_exist, read_object, write_json
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import (
     CONFIG_FILE,
-    MOST_SHOWN,
     WEIGHTS_FILE,
     Shapes,
     load_tensors,
@@ -55,15 +53,13 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in olde
 def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> tuple[str, int]:
     """Write the folder, whole or not at all; tokenizer.json is copied from `tokenizer_dir` as it is.
 
-    Returns the model_type and the tokens of context, fewer than the model's if the class lacks its window.
-
-    Raises ParamsError if transformers has no class for the model, UserError if the tokenizer does not fit the model.
+    Returns the model_type and the tokens of context, fewer than the model's if the class lacks its window.  Raises
+    ParamsError if transformers has no class for the model.
     """
-    check_vocabulary(model.config, tokenizer.vocab_size)
     family, n_ctx = family_of(TRANSFORMERS, model.config)
     source = must_exist(Path(tokenizer_dir) / TOKENIZER_FILE, stage="train_tokenizer")
     with atomic_folder(folder) as partial:
-        write_json(partial / CONFIG_FILE, model_config(model.config, family, tokenizer, n_ctx))
+        write_json(partial / CONFIG_FILE, _model_config(model.config, family, tokenizer, n_ctx))
         write_json(partial / "generation_config.json", _special_ids(tokenizer))
         write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, n_ctx))
         shutil.copyfile(source, partial / TOKENIZER_FILE)
@@ -71,8 +67,7 @@ def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folde
     return family.name, n_ctx
 
 
-def model_config(config: GPTConfig, family: HFFamily, tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
-    """The contents of config.json."""
+def _model_config(config: GPTConfig, family: HFFamily, tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
     return {
         "architectures": [family.cls],
         "model_type": family.name,
@@ -84,17 +79,6 @@ def model_config(config: GPTConfig, family: HFFamily, tokenizer: Tokenizer, n_ct
         "use_cache": True,
         "torch_dtype": "float32",  # transformers 5 calls it dtype and reads both
     }
-
-
-def check_hf(model: GPT, folder: str | Path) -> None:
-    """Read the weights back and compare every bit.  Raises UserError that names the tensors that differ."""
-    path = Path(folder) / WEIGHTS_FILE
-    family, n_ctx = family_of(TRANSFORMERS, model.config)
-    expected = apply_layout(model_tensors(model), model.config, family.layout, n_ctx)
-    found = load_tensors(path)
-    same = {name for name in found.keys() & expected.keys() if torch.equal(expected[name].cpu(), found[name])}
-    if wrong := sorted((found.keys() | expected.keys()) - same):
-        raise UserError(f"{path} differs from the model in {some_of(wrong, MOST_SHOWN)}: export it again")
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -178,12 +162,15 @@ def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> G
     """The config, with bias still to be found.  Raises UserError with all that is wrong with the document."""
     problems: list[str] = []
     try:
-        problems += _fixed_problems(document, family)
+        found = {**family.silent, **document, **(document.get("rope_parameters") or {})}
+        fixed = {**PLAIN_ROPE, **family.fixed}
+        odd = [key for key, value in fixed.items() if found.get(key, value) != value]
+        problems += [f"{key}={found[key]}, not {fixed[key]}" for key in odd]
         config = from_mapping(GPTConfig, _fields(document, family), prefix="model.")
         if not find_family([family], config):
-            found, allowed = switches_of(config), family.switches
-            shown = ", ".join(f"{key}: {found[key]}" for key in allowed if found[key] not in allowed[key])
-            problems.append(f"a {family.name} with {shown} would compute something else here")
+            ours = switches_of(config)
+            different = ", ".join(f"{key}: {ours[key]}" for key in misfit(ours, family.switches))
+            problems.append(f"a {family.name} with {different} would compute something else here")
     except KeyError as error:
         problems.append(f"it has no {error.args[0]}")
     except (TypeError, AttributeError) as error:
@@ -193,12 +180,6 @@ def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> G
     if problems:
         raise UserError(f"{path} is not a model that tinygpt supports: {'; '.join(problems)}")
     return config
-
-
-def _fixed_problems(document: Mapping[str, Any], family: HFFamily) -> list[str]:
-    found = {**family.silent, **document, **(document.get("rope_parameters") or {})}
-    fixed = {**PLAIN_ROPE, **family.fixed}
-    return [f"{key}={found[key]}, not {value}" for key, value in fixed.items() if key in found and found[key] != value]
 
 
 def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tinygpt.errors import UserError, shown
@@ -26,7 +27,6 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_KEY = "tokenizer_sha256"  # in config.json: hash of the tokenizer.json that the model was trained with
 FREE = ("dropout", "attention")  # fields in which a run may differ from the base that it starts from
-FIRST = "blocks.0."  # what the names of the first block's tensors begin with
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MOST_SHOWN = 6  # wrong tensors that a message names
 
@@ -49,13 +49,21 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU.  Raises UserError when it is damaged or has another format."""
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for the CPU.  Raises UserError when it is damaged or has another format."""
     open(path, "rb").close()  # raises the system's own error for an unreadable file; safetensors says "no such file"
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            yield file
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}): recreate it as a safetensors file") from None
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU.  Raises UserError when it is damaged or has another format."""
+    with open_tensors(path) as file:
+        return file.get_tensors()
 
 
 def save_model(
@@ -80,7 +88,7 @@ def load_model(folder: str | Path) -> GPT:
         expected = expected_tensors(config, found)
     except UserError as error:
         raise UserError(f"{weights}: {error}") from None
-    return fill(unset_model(config), read_fitting(weights, shapes_of(expected), "its config.json"))
+    return filled_model(config, read_fitting(weights, shapes_of(expected), "its config.json"))
 
 
 def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer]:
@@ -119,7 +127,7 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
         raise UserError(
             f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`"
         )
-    return fill(unset_model(config), model_tensors(base)).train()
+    return filled_model(config, model_tensors(base)).train()
 
 
 def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:
@@ -140,16 +148,12 @@ def read_shapes(path: Path) -> Shapes:
     """The shapes of a safetensors file's tensors, from its header alone.  Raises UserError when it is damaged."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: weights must be in a safetensors file")
-    open(path, "rb").close()  # raises the system's own error for an unreadable file
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}): recreate it as a safetensors file") from None
+    with open_tensors(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
 
 
 def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
-    """The tensors that a file of such a model holds, without their values: the model is not built.
+    """The tensors that a file of such a model holds, without their values.
 
     Raises UserError when the config's sizes need far more numbers than were found.
     """
@@ -158,17 +162,8 @@ def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
         raise UserError(
             f"its config.json describes {n:,} weights, but {n_found:,} were found: use files from the same model"
         )
-    one = replace(config, n_layer=1, full_every=None)
-    if rotates := config.position == "rope":  # tables are in no file, and on "meta" they import the compiler: seconds
-        one = replace(one, position="learned", block_size=1, window=None)
     with torch.device("meta"):
-        tensors = model_tensors(GPT(one, init=False))
-    if rotates:
-        del tensors["pos_emb.weight"]
-    block = {name: tensor for name, tensor in tensors.items() if name.startswith(FIRST)}
-    for i in range(1, config.n_layer):
-        tensors |= {name.replace(FIRST, f"blocks.{i}.", 1): tensor for name, tensor in block.items()}
-    return tensors
+        return model_tensors(GPT(config, init=False))
 
 
 def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -178,13 +173,6 @@ def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
         ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
     )
     return [f"{len(odd)} tensors are {reason}, such as {min(odd)}" for reason, odd in kinds if odd]
-
-
-def misfits(found: Shapes, expected: Shapes) -> list[str]:
-    """What is missing, unexpected or of another shape."""
-    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
-    return sorted(problems + misshapen(found, expected))
 
 
 def misshapen(found: Shapes, expected: Shapes) -> list[str]:
@@ -198,20 +186,11 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def unset_model(config: GPTConfig) -> GPT:
-    """A model whose weights `fill` is to set.  Raises UserError when there is not enough memory for them."""
-    try:
-        return GPT(config, init=False)
-    except RuntimeError as error:  # from PyTorch's allocator, which has no class for it
-        raise UserError(
-            f"a model with the sizes in its config.json cannot be built ({str(error).splitlines()[0]})"
-        ) from None
-
-
-def fill(model: GPT, tensors: dict[str, Tensor]) -> GPT:
-    """Set every weight of a model, and put it in eval mode; the tensors need not include a tied head."""
+def filled_model(config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
+    """A model with these weights, in eval mode; they need not include a tied head."""
+    model = GPT(config, init=False)
     missing, extra = model.load_state_dict(tensors, strict=False)
-    assert not extra and set(missing) <= ({TIED} if model.config.tie_weights else set()), (missing, extra)
+    assert not extra and set(missing) <= ({TIED} if config.tie_weights else set()), (missing, extra)
     return model.eval()
 
 
@@ -220,7 +199,10 @@ def read_fitting(path: Path, expected: Shapes, fits: str) -> dict[str, Tensor]:
 
     `fits` is what the message says that the file should fit.
     """
-    problems = misfits(read_shapes(path), expected)
+    found = read_shapes(path)
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
+    problems = sorted(problems + misshapen(found, expected))
     if not problems:
         tensors = load_tensors(path)
         problems = not_weights(tensors)
