@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from ruamel.yaml import YAML
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.export.card import TRAINING_FILE, read_training
@@ -19,8 +20,16 @@ from tinygpt.export.hf import PEFT_FILE, export_peft, read_hf
 from tinygpt.files import atomic_folder, human_bytes, must_exist, read_json, sha256_file, write_text
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
-from tinygpt.model.lora import ADAPTER
-from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, filled_model, load_pair, read_fitting, save_model
+from tinygpt.model.lora import add_lora, trained_tensors
+from tinygpt.model.weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    filled_model,
+    load_pair,
+    read_fitting,
+    save_model,
+    shapes_of,
+)
 from tinygpt.paths import BASE, MODEL, TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
@@ -60,10 +69,7 @@ def tokenizer_of(folder: Path) -> Path:
 
 
 def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    """The config, the tensors and the tokenizer in a folder of transformers.
-
-    Raises UserError that says what is wrong with it.
-    """
+    """The config, tensors and tokenizer in a folder of transformers.  Raises UserError that says what is wrong."""
     config, tensors = read_hf(folder)
     if not (folder / TOKENIZER_FILE).exists():
         raise UserError(
@@ -88,10 +94,7 @@ def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
 
 
 def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Replace the folder by a base, whole or not at all, and let DVC track it if it is the project's own.
-
-    Raises UserError if anything else is in the folder.
-    """
+    """Replace a base, whole or not at all; DVC tracks data/base.  Raises UserError if the folder holds other files."""
     if others := sorted({path.name for path in folder.glob("*")} - FILES):
         raise UserError(f"{folder} holds {others[0]}, which is not part of a base model: give another folder")
     with atomic_folder(folder.absolute()) as partial:
@@ -150,11 +153,10 @@ def export_adapters(folder: Path, model_dir: Path, base_dir: Path, model: GPT, p
     from tinygpt.export.gguf import export_gguf_adapter  # here, so that opening a model need not wait for it
 
     lora = dataclasses.asdict(training.lora)
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, layer in model.blocks.named_modules(prefix="blocks"):
-        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in training.lora.targets:
-            sizes = (training.lora.rank, layer.in_features), (layer.out_features, training.lora.rank)
-            expected |= {f"{name}.{part}.weight": size for part, size in zip(ADAPTER, sizes, strict=True)}
+    with torch.device("meta"):
+        adapted = GPT(model.config, init=False)
+        add_lora(adapted, **lora, generator=None)
+    expected = shapes_of(trained_tensors(adapted))
     adapter = read_fitting(must_exist(model_dir / ADAPTER_FILE, stage="train"), expected, TRAINING_FILE)
     files = []
     if params.hf:

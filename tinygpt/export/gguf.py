@@ -58,10 +58,7 @@ class GGUFFile(NamedTuple):
 
 
 def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type: GGUFType) -> GGUFFile:
-    """Write one file, whole or not at all.
-
-    Raises ParamsError if llama.cpp has no architecture for the model, UserError if weights exceed the type's range.
-    """
+    """Write one file, or none.  Raises UserError if llama.cpp has no such model, or weights exceed the type's range."""
     family, n_ctx = family_of(LLAMA_CPP, model.config)
     tensors = apply_layout(model_tensors(model), model.config, family.layout, n_ctx)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -80,10 +77,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type:
 
 
 def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:
-    """Write an adapter on its own, for llama.cpp's --lora; `lora` has the params of its training.
-
-    The format is that of llama.cpp's convert_lora_to_gguf.py.
-    """
+    """Write an adapter for --lora, as llama.cpp's convert_lora_to_gguf.py does; `lora` has the training's params."""
     family, _ = family_of(LLAMA_CPP, config)
     with atomic_write(path, "wb") as file:
         writer = GGUFWriter(file.name, family.name)

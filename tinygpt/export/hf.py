@@ -53,8 +53,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in olde
 def export_hf(model: GPT, tokenizer: Tokenizer, tokenizer_dir: str | Path, folder: str | Path) -> tuple[str, int]:
     """Write the folder, whole or not at all; tokenizer.json is copied from `tokenizer_dir` as it is.
 
-    Returns the model_type and the tokens of context, fewer than the model's if the class lacks its window.  Raises
-    ParamsError if transformers has no class for the model.
+    Returns the model_type and the tokens of context, fewer than the model's if the class lacks its window.
     """
     family, n_ctx = family_of(TRANSFORMERS, model.config)
     source = must_exist(Path(tokenizer_dir) / TOKENIZER_FILE, stage="train_tokenizer")
@@ -102,10 +101,7 @@ def _tokenizer_config(tokenizer: Tokenizer, n_ctx: int) -> dict[str, Any]:
 
 
 def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, lora: Mapping[str, Any]) -> None:
-    """Write a folder for PeftModel.from_pretrained (https://github.com/huggingface/peft).
-
-    `adapter` has our names; `lora` has the params of its training.
-    """
+    """Write a folder for PEFT (https://github.com/huggingface/peft); `lora` has the params of the training."""
     family, _ = family_of(TRANSFORMERS, config)
     pairs = adapter_pairs(adapter, config, family.layout)
     ranks = {name: len(a) for name, (a, _) in pairs.items()}

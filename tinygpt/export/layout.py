@@ -62,10 +62,7 @@ def _add_zero_biases(tensors: Tensors, modules: tuple[str, ...]) -> Tensors:
 
 
 def _ordered(name: str, tensor: Tensor, config: GPTConfig, layout: Layout) -> Tensor:
-    """The rows of a weight, or of an adapter's B, in the program's order.
-
-    llama.cpp loads rows in the wrong order without complaint and computes nonsense from them.
-    """
+    """The rows of a weight, or of an adapter's B, in the program's order: in another, it would compute nonsense."""
     if layout.repeated_kv and _leaf(name) in ("k_proj", "v_proj"):  # each H/G times: (G·D, …) -> (H·D, …)
         heads = tensor.unflatten(0, (config.n_kv_head, config.head_dim))
         tensor = heads.repeat_interleave(config.n_head // config.n_kv_head, dim=0).flatten(0, 1)
@@ -116,10 +113,7 @@ def _leaf(name: str) -> str:
 
 
 def adapter_pairs(adapter: Mapping[str, Tensor], config: GPTConfig, layout: Layout) -> dict[str, Pair]:
-    """Each adapted module's A and B, with the names and the row order of a layout.
-
-    If the program has a fused matrix, its adapters are combined into one of higher rank.
-    """
+    """Each adapted module's A and B, with their names and order of rows; those of a fused matrix are combined."""
     pairs = {
         name.removesuffix(f".{ADAPTER[0]}.weight"): (tensor, adapter[name.replace(*ADAPTER)])
         for name, tensor in adapter.items()

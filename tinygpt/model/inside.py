@@ -60,10 +60,7 @@ def mean_seen(t: int, window: int | None) -> float:
 
 
 def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> NDArray[np.float32]:
-    """The attention weights of every layer and head for one sequence.  (T,) -> (n_layer, n_head, T, T), rows sum to 1
-
-    `rows` selects the tokens whose weights are returned, by default all.
-    """
+    """The attention weights of every layer and head, for these `rows` of T.  (T,) -> (n_layer, n_head, rows, T)"""
     maps: list[Tensor] = []
 
     def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

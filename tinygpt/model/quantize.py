@@ -106,18 +106,13 @@ QUANTIZED: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": Int8Linear, "i
 
 
 def quantize(model: GPT, kind: str) -> None:
-    """Replace all linear layers, the head included, by those of a kind in QUANTIZED; embeddings and norms stay.
-
-    Raises UserError when a layer's size does not fit int4.
-    """
+    """Replace all linear layers, the head included.  Raises UserError when the size of one does not fit int4."""
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    odd = [(name, linear) for name, linear in linears if linear.in_features % GROUP or linear.out_features % ROWS]
-    if kind == "int4" and odd:
-        name, linear = odd[0]
-        raise UserError(
-            f"{name} is ({linear.out_features}, {linear.in_features}), but int4 needs a multiple of {ROWS} rows "
-            f"and of {GROUP} columns: use int8"
-        )
     for name, linear in linears:
+        if kind == "int4" and (linear.in_features % GROUP or linear.out_features % ROWS):
+            raise UserError(
+                f"{name} is ({linear.out_features}, {linear.in_features}), but int4 needs a multiple of {ROWS} rows "
+                f"and of {GROUP} columns: use int8"
+            )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, QUANTIZED[kind](linear))

@@ -76,10 +76,7 @@ def save_model(
 
 
 def load_model(folder: str | Path) -> GPT:
-    """Read a model folder into a GPT on the CPU in eval mode.
-
-    Raises UserError when a file is missing or damaged, or the two do not fit each other.
-    """
+    """Read a model folder into a GPT on the CPU in eval mode.  Raises UserError that says what is wrong with a file."""
     folder = Path(folder)
     config, _ = _read_config(folder)
     weights = must_exist(folder / WEIGHTS_FILE, stage="train")
@@ -153,10 +150,7 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
-    """The tensors that a file of such a model holds, without their values.
-
-    Raises UserError when the config's sizes need far more numbers than were found.
-    """
+    """The tensors of such a model, without values.  Raises UserError when they are far more numbers than were found."""
     n, n_found = config.n_weights(config.vocab_size), sum(map(math.prod, found.values()))
     if n > 2 * n_found:
         raise UserError(
@@ -195,10 +189,7 @@ def filled_model(config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
 
 
 def read_fitting(path: Path, expected: Shapes, fits: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.  Raises UserError unless they are those expected, in the expected shapes.
-
-    `fits` is what the message says that the file should fit.
-    """
+    """Read a safetensors file.  Raises UserError unless it has exactly these tensors; `fits` says what needs them."""
     found = read_shapes(path)
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
