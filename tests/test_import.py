@@ -266,9 +266,9 @@ def test_missing_weights_and_files_that_are_not_safetensors_are_reported(tmp_pat
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(32, 32, dtype=torch.int32), "1 tensors are quantized or not floating-point, such as"),
+        (torch.zeros(32, 32, dtype=torch.int32), "1 tensors are quantized, not floating-point or not finite, such as"),
         (torch.zeros(32, 32).to(torch.float8_e4m3fn), "1 tensors are quantized"),
-        (torch.full((32, 32), torch.nan), r"1 tensors are not finite, such as model.layers.0.self_attn.q_proj.weight$"),
+        (torch.full((32, 32), torch.nan), r" or not finite, such as model.layers.0.self_attn.q_proj.weight$"),
     ],
     ids=["int32", "float8", "nan"],
 )

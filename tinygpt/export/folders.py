@@ -49,9 +49,7 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
     """
     folder = must_be_there(Path(folder), stage="train")
     if not (folder / CONFIG_FILE).exists():
-        found = sorted(folder.glob("*.gguf"))
-        example = f", such as {found[0]}" if found else ""
-        raise UserError(f"{folder} is not a model: give {FOLDER}, or a .gguf file{example}")
+        raise UserError(f"{folder} is not a model: give {FOLDER}, or a .gguf file")
     if "model_type" in read_json(folder / CONFIG_FILE, stage="train"):
         if tokenizer is not None:
             raise UserError(f"{folder} is a transformers folder, which has its own tokenizer: leave {tokenizer} out")

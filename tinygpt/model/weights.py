@@ -19,7 +19,7 @@ from tinygpt.errors import UserError, shown
 from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, some_of, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT, TIED
-from tinygpt.params import ParamsError, from_mapping
+from tinygpt.params import read_record
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
@@ -78,7 +78,7 @@ def save_model(
 def load_model(folder: str | Path) -> GPT:
     """Read a model folder into a GPT on the CPU in eval mode.  Raises UserError that says what is wrong with a file."""
     folder = Path(folder)
-    config, _ = _read_config(folder)
+    config = read_record(GPTConfig, folder / CONFIG_FILE, stage="train")
     weights = must_exist(folder / WEIGHTS_FILE, stage="train")
     found = read_shapes(weights)
     try:
@@ -95,7 +95,7 @@ def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer
     does not name its tokenizer accepts any with the right number of tokens.
     """
     model, found = load_model(folder), load_tokenizer(tokenizer)
-    _, sha256 = _read_config(Path(folder))
+    sha256 = read_json(Path(folder) / CONFIG_FILE, stage="train").get(TOKENIZER_KEY)
     if sha256 not in (None, sha256_file(tokenizer_file(tokenizer))) or found.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{folder} was not trained with the tokenizer in {tokenizer}: run `dvc repro`, or give a model and a "
@@ -127,20 +127,6 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
     return filled_model(config, model_tensors(base)).train()
 
 
-def _read_config(folder: Path) -> tuple[GPTConfig, str | None]:
-    """The config, and the SHA-256 of the tokenizer.json or None where the folder does not record it."""
-    path = folder / CONFIG_FILE
-    document = read_json(path, stage="train")
-    sha256 = document.pop(TOKENIZER_KEY, None) if isinstance(document, dict) else None
-    try:
-        return from_mapping(GPTConfig, document), sha256
-    except ParamsError as error:
-        raise UserError(
-            f"{path} does not fit this version of tinygpt ({'; '.join(error.problems)}): "
-            "run `dvc repro train` to train the model again"
-        ) from None
-
-
 def read_shapes(path: Path) -> Shapes:
     """The shapes of a safetensors file's tensors, from its header alone.  Raises UserError when it is damaged."""
     if not path.is_file():
@@ -162,11 +148,8 @@ def expected_tensors(config: GPTConfig, found: Shapes) -> dict[str, Tensor]:
 
 def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
     """Tensors that are quantized, or not finite: both would load and compute nonsense."""
-    kinds = (
-        ("quantized or not floating-point", [n for n, t in tensors.items() if t.dtype not in FLOATS]),
-        ("not finite", [n for n, t in tensors.items() if t.dtype in FLOATS and not t.isfinite().all()]),
-    )
-    return [f"{len(odd)} tensors are {reason}, such as {min(odd)}" for reason, odd in kinds if odd]
+    odd = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS or not tensor.isfinite().all()]
+    return [f"{len(odd)} tensors are quantized, not floating-point or not finite, such as {min(odd)}"] if odd else []
 
 
 def misshapen(found: Shapes, expected: Shapes) -> list[str]:
