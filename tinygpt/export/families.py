@@ -11,7 +11,8 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from itertools import product
+from typing import Any, Literal
 
 from tinygpt.errors import shown
 from tinygpt.model.config import ModelParams
@@ -52,9 +53,6 @@ class Family:
     name: str  # what the program calls it
     switches: Mapping[str, tuple[Any, ...]]
     layout: Layout
-
-
-AnyFamily = TypeVar("AnyFamily", bound=Family)
 
 
 @dataclass
@@ -98,7 +96,7 @@ def switches_of(config: ModelParams) -> dict[str, Any]:
     }
 
 
-def find_family(families: Sequence[AnyFamily], config: ModelParams) -> tuple[AnyFamily, int] | None:
+def find_family(families: Sequence[Family], config: ModelParams) -> tuple[Family, int] | None:
     """The family of a model, and the longest context that is exact there; None if no family fits."""
     found = switches_of(config)
     in_window = min(config.block_size, config.window or config.block_size)  # up to here a token sees all before it
@@ -119,11 +117,8 @@ def family_of(target: Target, config: ModelParams) -> tuple[Any, int]:
 def refusal(targets: Sequence[Target], config: ModelParams) -> str:
     """Why a model cannot be exported to all of these, and the nearest changes that would make it possible."""
     found = switches_of(config) | {"window": FULL}
-    alternatives: list[dict[str, tuple[Any, ...]]] = [{}]
-    for target in targets:
-        alternatives = [_common(a, family.switches) for a in alternatives for family in target.families]
-        alternatives = [a for a in alternatives if all(a.values())]
-    misfits = sorted((misfit(found, a) for a in alternatives), key=len)
+    alternatives = [_common(*families) for families in product(*(target.families for target in targets))]
+    misfits = sorted((misfit(found, a) for a in alternatives if all(a.values())), key=len)
     smallest = [m for i, m in enumerate(misfits) if not any(known.keys() <= m.keys() for known in misfits[:i])]
     advice = [_settings(misfit) for misfit in smallest[:N_ADVICE]]
     lacking = [target for target in targets if find_family(target.families, config) is None]
@@ -135,10 +130,13 @@ def refusal(targets: Sequence[Target], config: ModelParams) -> str:
     return f"{names} {have} no model with {plain}: set {', or '.join(advice)}, or turn that export off with {off}"
 
 
-def _common(one: Mapping[str, tuple[Any, ...]], other: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    """For each switch of `other`, the values that both allow; not for windows, which each handles in its own way."""
-    keys = [key for key in other if key != "window"]
-    return {key: tuple(value for value in other[key] if value in one.get(key, other[key])) for key in keys}
+def _common(*families: Family) -> dict[str, tuple[Any, ...]]:
+    """For each switch, the values that all allow; not for windows, which each handles in its own way."""
+    allowed = {key: values for key, values in families[-1].switches.items() if key != "window"}
+    return {
+        key: tuple(value for value in values if all(value in family.switches[key] for family in families))
+        for key, values in allowed.items()
+    }
 
 
 def misfit(found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:

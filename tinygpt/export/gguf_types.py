@@ -183,10 +183,7 @@ def quantized(array: NDArray[np.float32], kind: Type) -> NDArray[Any]:
     try:
         return quantize(array, kind)
     except NotImplementedError:
-        return _quantized_by_llama_cpp(array, kind)
-
-
-def _quantized_by_llama_cpp(array: NDArray[np.float32], kind: Type) -> NDArray[np.uint8]:
+        pass
     if np.abs(array).max(initial=0) > FLOAT16_MAX:
         raise FloatingPointError("scales are float16")
     n_row, n_column = array.shape
