@@ -21,15 +21,7 @@ from tinygpt.files import atomic_folder, human_bytes, must_exist, read_json, sha
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.model.weights import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    filled_model,
-    load_pair,
-    read_fitting,
-    save_model,
-    shapes_of,
-)
+from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, filled_model, load_pair, read_fitting, save_model
 from tinygpt.paths import BASE, MODEL, TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
@@ -154,8 +146,8 @@ def export_adapters(folder: Path, model_dir: Path, base_dir: Path, model: GPT, p
     with torch.device("meta"):
         adapted = GPT(model.config, init=False)
         add_lora(adapted, **lora, generator=None)
-    expected = shapes_of(trained_tensors(adapted))
-    adapter = read_fitting(must_exist(model_dir / ADAPTER_FILE, stage="train"), expected, TRAINING_FILE)
+    path = must_exist(model_dir / ADAPTER_FILE, stage="train")
+    adapter = read_fitting(path, trained_tensors(adapted), TRAINING_FILE)
     files = []
     if params.hf:
         export_peft(folder / "peft", adapter, model.config, lora)

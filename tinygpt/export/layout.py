@@ -109,7 +109,7 @@ def _rename(name: str, layout: Layout) -> str:
 
 def _leaf(name: str) -> str:
     """The module's own name: "blocks.0.attn.q_proj.weight" -> "q_proj"."""
-    return name.split(".")[-2:][0]  # a tensor of another program may have no module
+    return name.split(".")[-2]
 
 
 def adapter_pairs(adapter: Mapping[str, Tensor], config: GPTConfig, layout: Layout) -> dict[str, Pair]:

@@ -85,7 +85,7 @@ def load_model(folder: str | Path) -> GPT:
         expected = expected_tensors(config, found)
     except UserError as error:
         raise UserError(f"{weights}: {error}") from None
-    return filled_model(config, read_fitting(weights, shapes_of(expected), "its config.json"))
+    return filled_model(config, read_fitting(weights, expected, "its config.json"))
 
 
 def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer]:
@@ -171,12 +171,12 @@ def filled_model(config: GPTConfig, tensors: dict[str, Tensor]) -> GPT:
     return model.eval()
 
 
-def read_fitting(path: Path, expected: Shapes, fits: str) -> dict[str, Tensor]:
-    """Read a safetensors file.  Raises UserError unless it has exactly these tensors; `fits` says what needs them."""
+def read_fitting(path: Path, expected: Mapping[str, Tensor], fits: str) -> dict[str, Tensor]:
+    """Read a safetensors file.  Raises UserError unless it has tensors like these; `fits` says what needs them."""
     found = read_shapes(path)
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
-    problems = sorted(problems + misshapen(found, expected))
+    problems = sorted(problems + misshapen(found, shapes_of(expected)))
     if not problems:
         tensors = load_tensors(path)
         problems = not_weights(tensors)
