@@ -243,10 +243,11 @@ def test_a_model_folder_that_does_not_fit_is_one_clear_error(tmp_path):
         load_model(tmp_path)
 
     fields = config_fields(model.config)
-    del fields["qk_norm"]  # a folder of an older version
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"config.json was written by another version .*missing key qk_norm"):
-        load_model(tmp_path)
+    older, newer = {k: v for k, v in fields.items() if k != "qk_norm"}, fields | {"sinks": True}
+    for other, problem in ((older, "missing key qk_norm"), (newer, "unknown key sinks")):
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=rf"config.json was written by another version .*{problem}"):
+            load_model(tmp_path)
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, overload
 
@@ -168,14 +168,16 @@ def typed(cls: Any, mapping: dict[str, Any], prefix: str = "", problems: Sequenc
     return values
 
 
-def read_record(cls: type[T], path: Path, *, stage: str) -> T:
-    """A dataclass from the keys of a JSON file that `stage` makes; keys that are not fields are ignored.
+def read_record(cls: type[T], path: Path, *, stage: str, besides: Container[str] | None = None) -> T:
+    """A dataclass from the keys of a JSON file that `stage` makes.
 
-    Raises UserError that names the file and every key that is missing or of another type.
+    Keys that are not fields are ignored; with `besides`, only those in it. Raises UserError that names the file and
+    every key that is missing, unknown or of another type.
     """
     document, names = read_json(path, stage=stage), _field_hints(cls)  # type: ignore[arg-type]  # as above
+    ignored = [key for key in document if key not in names and (besides is None or key in besides)]
     try:
-        return from_mapping(cls, {key: document[key] for key in document if key in names})
+        return from_mapping(cls, {key: document[key] for key in document if key not in ignored})
     except ParamsError as error:
         problems = "; ".join(error.problems)
         raise UserError(f"{path} was written by another version ({problems}): run `dvc repro {stage}`") from None

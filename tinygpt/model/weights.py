@@ -78,7 +78,7 @@ def save_model(
 def load_model(folder: str | Path) -> GPT:
     """Read a model folder into a GPT on the CPU in eval mode.  Raises UserError that says what is wrong with a file."""
     folder = Path(folder)
-    config = read_record(GPTConfig, folder / CONFIG_FILE, stage="train")
+    config = read_record(GPTConfig, folder / CONFIG_FILE, stage="train", besides=(TOKENIZER_KEY,))
     weights = must_exist(folder / WEIGHTS_FILE, stage="train")
     found = read_shapes(weights)
     try:
