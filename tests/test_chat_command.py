@@ -75,7 +75,7 @@ def test_options_are_set_and_shown_and_the_last_line_is_answered_again(chat, ans
     assert shown == "".join(f"{text}\n" for text in texts)
     for line in ("temperature=0.5", 'stop=["q"]', "banned_ids=[5, 6]", 'early_stopping="false"', "seed=3"):
         assert line in told.splitlines()
-    assert "1 answer, " in told
+    assert "answers: 1, " in told
     assert "the model reads at most 64" in told
     assert done.stderr.count("\n") == 1  # the greeting
 
@@ -165,7 +165,7 @@ def test_unknown_or_impossible_commands_are_one_line_and_the_chat_continues(chat
 def test_a_conversation_is_saved(chat, answer, tmp_path):
     done = chat("the naïve", f"/save {tmp_path}/new/talk.txt", "/quit", "never")
     text = answer("the naïve\n")
-    assert done.stdout == f"{text}\n{tmp_path}/new/talk.txt: 1 answer\n"
+    assert done.stdout == f"{text}\n{tmp_path}/new/talk.txt has the conversation\n"
     assert (tmp_path / "new/talk.txt").read_text() == f"> the naïve\n{text}\n"
 
 
@@ -177,7 +177,7 @@ def test_a_conversation_longer_than_the_context_is_read_from_its_end_or_refused(
     assert done.stderr.count("tokens: only the last 64 are read)") == 1
     done = chat("a", long, "/show", args=["--when-full", "stop"])
     assert "leaves no room in a context of 64: shorten it, or set when_full=slide" in done.stderr
-    assert "1 answer, " in done.stdout
+    assert "answers: 1, " in done.stdout
     assert done.returncode == 0
 
 
@@ -295,7 +295,7 @@ def test_in_a_terminal_lines_are_edited_and_remembered_and_ctrl_c_stops_an_answe
     user.wait("> ")
     user.type("/show\n")
     user.wait("max_new_tokens=18\r\n")
-    user.wait("2 answers")
+    user.wait("answers: 2")
     user.wait("> ")
     assert user.leave("\x03") == 0
     history = tmp_path / "tinygpt/history"

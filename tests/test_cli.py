@@ -112,7 +112,7 @@ def test_every_way_to_choose_tokens_has_its_flag(folders, tiny_tokenizer, comman
         (["generate", "--n-beam", "0"], "--n-beam=0 must be from 1 to 256"),
         (["generate", "--n-beam", "2", "--temperature", "0.5"], "--n-beam=2 does not sample: it needs --temperature=0"),
         (["generate", "--best-of", "2", "--temperature", "0"], "--best-of=2 needs temperature above 0"),
-        (["generate", "--length-penalty", "2"], "--length-penalty=2.0 is for beam search: it needs --n-beam above 1"),
+        (["generate", "--length-penalty", "2"], "--length-penalty is for beam search: it needs --n-beam above 1"),
         (["generate", "--stop", ""], '--stop="" would end every text at once'),
         (["generate", "--logit-bias", "5"], "--logit-bias=5 must be ID=BIAS, such as 17=-2.5"),
         (["generate", "--promt", "x"], "unknown argument --promt (did you mean --prompt?)"),

@@ -69,7 +69,7 @@ def test_a_full_context_ends_the_text_with_when_full_stop(tiny_tokenizer):
     sampling = Sampling(temperature=0, ignore_eos=True, when_full="stop")
     assert len(ids_of(model, [1, 2, 3], tiny_tokenizer, 100, sampling)) == 13
     assert len(ids_of(model, [1] * 15, tiny_tokenizer, 100, sampling)) == 1
-    with pytest.raises(ParamsError, match="prompt has 16 tokens, which leaves no room in a context of 16"):
+    with pytest.raises(ParamsError, match="prompt of 16 tokens leaves no room in a context of 16"):
         ids_of(model, [1] * 16, tiny_tokenizer, 100, sampling)
 
 

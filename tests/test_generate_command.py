@@ -136,7 +136,7 @@ def test_a_search_writes_its_best_and_its_log_probabilities_where_it_has_them(ge
             ['p.jsonl:1: must be {"prompt": …} with a text, found {"prompt": '],
         ),
         ("p.txt", b"a" * 20_000_001, ["p.txt has more than 20.0 MB: split it"]),
-        ("p.txt", b"ok\n" + b"the " * 99, ["p.txt:2: prompt has", "leaves no room in a context of 64"]),
+        ("p.txt", b"ok\n" + b"the " * 99, ["p.txt:2: prompt of", "leaves no room in a context of 64"]),
     ],
 )
 def test_a_file_with_no_prompts_in_it_is_refused_and_the_place_is_named(name, content, messages, generate, tmp_path):
@@ -154,19 +154,25 @@ def test_input_that_is_not_utf8_or_missing_is_refused(generate):
 
 
 def test_all_contradictions_are_reported_at_once(generate):
-    options = "--prompt a --prompts b --n 2 --n-beam 3 --logprobs -1 --top-p 2 --temperature -1 --batch-size 0"
+    options = "--prompt a --prompts b --logprobs -1 --top-p 2 --temperature -1 --batch-size 0"
     told = generate(*options.split(), "--max-new-tokens", "0", "--engine", "llama.cpp").stderr
     for message in (
         "--top-p=2 must be above 0 and at most 1",
         "--temperature=-1 must be 0 or more",
         "--max-new-tokens=0 must be 1 or more",
         "--prompt and --prompts cannot be combined",
-        "--n=2 prints all texts, --n-beam and --best-of only the best",
         "--batch-size=0 must be 1 or more",
         "--logprobs=-1 must be 0 or more",
-        "--logprobs=-1 is not shown in text",
-        "--logprobs=-1 does not work with beam search: leave out --n-beam=3",
         "--engine=llama.cpp reads .gguf files",
+    ):
+        assert message in told
+    told = generate(*"--n 2 --n-beam 3 --logprobs 0 --draft x --prompt-lookup --format text".split()).stderr
+    for message in (
+        "--n=2 prints all texts, --n-beam and --best-of the best",
+        "--logprobs are not shown in text",
+        "--logprobs do not work with --n-beam",
+        "--draft and --prompt-lookup: give only one of them",
+        "--draft does not work with --n-beam or --best-of",
     ):
         assert message in told
     assert "--n=2 needs --temperature above 0" in generate("--n", "2", "--temperature", "0").stderr
@@ -232,7 +238,7 @@ def test_a_missing_compiler_is_one_line(folder, tmp_path):
 def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
     options = "--quantize int8 --device cuda --tokenizer x --n-beam 2 --engine tinygpt --compile".split()
     told = generate(*options, model="model.gguf").stderr
-    for name in ("--quantize=int8", "--device=cuda", "--tokenizer=x", "--n-beam=2", "--compile"):
+    for name in ("--quantize", "--device", "--tokenizer", "--n-beam", "--compile"):
         assert f"{name} is not available with llama.cpp" in told
     assert "--engine=tinygpt does not read" in told
     assert generate("--engine", "llama.cpp", "--device", "cpu", model="model.gguf").returncode == 0

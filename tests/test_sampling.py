@@ -290,9 +290,9 @@ def test_logits_that_are_not_numbers_are_reported(bad):
         (Search, {"n_beam": 0}, r"n_beam=0 must be from 1 to 256"),
         (Search, {"n_beam": 2, "length_penalty": 1e6}, r"length_penalty=1000000.0 must be from -10 to 10"),
         (Search, {"best_of": 0}, r"best_of=0 must be from 1 to 256"),
-        (Search, {"n_beam": 2, "best_of": 2}, "best_of=2 draws texts, but n_beam=2 does not"),
-        (Search, {"length_penalty": 2.0}, "length_penalty=2.0 is for beam search: it needs n_beam above 1"),
-        (Search, {"early_stopping": "true"}, "early_stopping=true is for beam search: it needs n_beam above 1"),
+        (Search, {"n_beam": 2, "best_of": 2}, "n_beam=2 and best_of=2: set one to 1"),
+        (Search, {"length_penalty": 2.0}, "length_penalty is for beam search: it needs n_beam above 1"),
+        (Search, {"early_stopping": "true"}, "early_stopping is for beam search: it needs n_beam above 1"),
         (Search, {"n_beam": 2, "early_stopping": "yes"}, "early_stopping=yes is not one of"),
     ],
 )
@@ -304,8 +304,8 @@ def test_bad_values_and_options_that_contradict_each_other_are_reported_by_name(
 @pytest.mark.parametrize(
     ("search", "sampling", "message"),
     [
-        ({"n_beam": 2}, {}, "n_beam=2 does not sample: it needs temperature=0, found 1.0"),
-        ({"n_beam": 2}, {"temperature": 0, "top_k": 5}, "top_k=5 is for sampling: turn it off for beam search"),
+        ({"n_beam": 2}, {}, "n_beam=2 does not sample: it needs temperature=0"),
+        ({"n_beam": 2}, {"temperature": 0, "top_k": 5}, "top_k is for sampling: turn it off for beam search"),
         ({"best_of": 3}, {"temperature": 0}, "best_of=3 needs temperature above 0"),
     ],
 )

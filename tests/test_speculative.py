@@ -229,8 +229,8 @@ def test_pieces_come_token_by_token_and_a_seed_decides_them(tiny_tokenizer):
     ("speculation", "search", "message"),
     [
         ({"draft": tiny_model(vocab_size=301)}, Search(), "draft has 301 tokens, the model 300"),
-        ({}, Search(n_beam=2), "n_beam=2 follows several texts"),
-        ({}, Search(best_of=2), "best_of=2 draws several texts"),
+        ({}, Search(n_beam=2), "proposals do not work with n_beam or best_of"),
+        ({}, Search(best_of=2), "proposals do not work with n_beam or best_of"),
         ({"n_draft": 0}, Search(), r"n_draft=0 must be from 1 to 64"),
         ({"ngram": 0}, Search(), r"ngram=0 must be from 1 to 16"),
     ],

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from tinygpt.errors import UserError, shown
 from tinygpt.files import human_bytes
-from tinygpt.params import Count, ParamsError, Within, from_mapping, require, typed
+from tinygpt.params import Count, ParamsError, Within, require, typed
 
 MOST_BYTES = 20_000_000  # of a prompt or a file of prompts: no model reads so much at a time
 NotNegative = Annotated[int, Within("[0, inf)")]
@@ -80,13 +80,8 @@ class Sampling(Checked):
         """Raise ParamsError where an option names an id that the model does not have."""
         biased = [i for i, _ in self.logit_bias]
         named = {"logit_bias": biased, "banned_ids": self.banned_ids, "stop_ids": self.stop_ids}
-        require(
-            *(
-                (0 <= i < vocab_size, f"{name} has {i}, but the model's ids are 0 to {vocab_size - 1}")
-                for name, ids in named.items()
-                for i in ids
-            )
-        )
+        wrong = [(name, i) for name, ids in named.items() for i in ids if not 0 <= i < vocab_size]
+        require(*((False, f"{name} has {i}, but the model's ids are 0 to {vocab_size - 1}") for name, i in wrong))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +104,8 @@ class Search(Checked):
         super().__post_init__()
         of_beams = changed(self, ("length_penalty", "early_stopping"))
         require(
-            *(
-                (self.n_beam > 1, f"{name}={value} is for beam search: it needs n_beam above 1")
-                for name, value in of_beams.items()
-            ),
-            (
-                min(self.n_beam, self.best_of) <= 1,
-                f"best_of={self.best_of} draws texts, but n_beam={self.n_beam} does not: set one of them to 1",
-            ),
+            (self.n_beam > 1 or not of_beams, f"{' and '.join(of_beams)} is for beam search: it needs n_beam above 1"),
+            (min(self.n_beam, self.best_of) == 1, f"n_beam={self.n_beam} and best_of={self.best_of}: set one to 1"),
         )
 
     @property
@@ -126,20 +115,12 @@ class Search(Checked):
 
     def check(self, sampling: Sampling) -> None:
         """Raise ParamsError where the two contradict each other."""
+        n_beam, best_of, temperature = self.n_beam, self.best_of, sampling.temperature
         drawn = changed(sampling, ("top_k", "top_p", "min_p", "typical_p"))
         require(
-            (
-                self.n_beam == 1 or sampling.temperature == 0,
-                f"n_beam={self.n_beam} does not sample: it needs temperature=0, found {sampling.temperature}",
-            ),
-            *(
-                (self.n_beam == 1, f"{name}={value} is for sampling: turn it off for beam search (n_beam above 1)")
-                for name, value in drawn.items()
-            ),
-            (
-                self.best_of == 1 or sampling.temperature > 0,
-                f"best_of={self.best_of} needs temperature above 0: at 0 all texts are the same",
-            ),
+            (n_beam == 1 or temperature == 0, f"n_beam={n_beam} does not sample: it needs temperature=0"),
+            (n_beam == 1 or not drawn, f"{' and '.join(drawn)} is for sampling: turn it off for beam search"),
+            (best_of == 1 or temperature > 0, f"best_of={best_of} needs temperature above 0: at 0 all are the same"),
         )
 
 
@@ -165,42 +146,31 @@ class Limits(Checked):
 
     @property
     def max_requests(self) -> int:
-        """Requests of all kinds at a time; one more gets status 503.
-
-        This is twice as many as can run or wait, which leaves room for others that are refused at once or read a page.
-        """
+        """Requests of all kinds, twice as many as can run or wait: others read a page.  One more gets status 503."""
         return 2 * (self.max_rows + self.max_waiting)
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Search, Sampling, Length):
     """All options of a text."""
 
-    length: Length
-    sampling: Sampling
-    search: Search
+    def __post_init__(self) -> None:
+        """Raises ParamsError with all that is wrong."""
+        super().__post_init__()
+        least, most = self.min_new_tokens, self.max_new_tokens
+        together(
+            lambda: self.check(self),
+            lambda: require((least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}")),
+        )
 
-    def values(self) -> dict[str, Any]:
-        """All values by name."""
-        return {name: value for part in vars(self).values() for name, value in vars(part).items()}
 
-
-PARTS = (Length, Sampling, Search)  # of Settings
 DRAWN = {"temperature": 0.8, "top_p": 0.95}  # defaults of Settings where tokens are drawn
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
     """Settings from some values by name, and defaults for the rest.  Raises ParamsError with all that is wrong."""
-    defaults = {name: option.default for name, option in setting_options().items()}
-    values = defaults | (DRAWN if given.get("n_beam", 1) == 1 else {"temperature": 0.0}) | {**given}
-    parts = {cls: {option.name: values[option.name] for option in options_of(cls)} for cls in PARTS}
-    settings = Settings(*together(*(functools.partial(from_mapping, *part) for part in parts.items())))
-    least, most = settings.sampling.min_new_tokens, settings.length.max_new_tokens
-    together(
-        lambda: settings.search.check(settings.sampling),
-        lambda: require((least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}")),
-    )
-    return settings
+    defaults = DRAWN if given.get("n_beam", 1) == 1 else {"temperature": 0.0}
+    return Settings(**{**defaults, **given})
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
@@ -258,7 +228,7 @@ def changed(options: Any, names: Iterable[str]) -> dict[str, Any]:
 @functools.cache  # it takes a millisecond
 def setting_options() -> dict[str, Option]:
     """All options of Settings by name."""
-    return {option.name: option for part in PARTS for option in options_of(part)}
+    return {option.name: option for option in options_of(Settings)}
 
 
 def _option(name: str, hint: Any, default: Any) -> Option:

@@ -32,7 +32,7 @@ def chat(args: Namespace) -> None:
     settings, options = together(partial(read_settings, args), partial(read_engine, args))
     open_output()
     with named_as_flags():
-        engine = open_engine(options, n_row=settings.search.n_row)
+        engine = open_engine(options, n_row=settings.n_row)
         conversation = Conversation(engine, given(args, setting_options()))
     print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.", file=sys.stderr)
     try:
@@ -80,7 +80,7 @@ class Conversation:
 
         def changed() -> Settings:
             settings = make_settings(self.given | given)
-            settings.sampling.check_ids(self.engine.vocabulary.vocab_size)
+            settings.check_ids(self.engine.vocabulary.vocab_size)
             return settings
 
         _, self.settings = together(lambda: require(*((False, problem) for problem in problems)), changed)
@@ -93,7 +93,7 @@ class Conversation:
     def answer(self, line: str, *, n_retries: int = 0) -> None:
         """Print the answer to a line; Ctrl-C cuts it short.  Raises UserError if the line cannot be answered."""
         turns = self.turns[:-1] if n_retries else self.turns
-        prompt, seed = f"{text_of(turns)}{line}\n", seed_after(self.settings.sampling.seed, n_retries)
+        prompt, seed = f"{text_of(turns)}{line}\n", seed_after(self.settings.seed, n_retries)
         begun = self.engine.begin(prompt, self.settings, seed=seed)
         n, most = len(begun.prompt), self.engine.block_size
         if n > most and not self._has_warned:
@@ -101,7 +101,7 @@ class Conversation:
             self._has_warned = True
         self._n_retries = n_retries
         try:
-            for _ in self.engine.extend([begun], at_once=1, search=self.settings.search):
+            for _ in self.engine.extend([begun], at_once=1, search=self.settings):
                 say(begun.piece)
         except KeyboardInterrupt:
             print("(stopped)", end="", file=sys.stderr, flush=True)
@@ -141,11 +141,11 @@ def show_help(conversation: Conversation, rest: str) -> None:
 
 def show(conversation: Conversation, rest: str) -> None:
     """Print the settings, and how long the conversation is."""
-    values = conversation.settings.values()
     for name in setting_options():
-        print(f"{name}={printable(json.dumps(values[name], ensure_ascii=False))}")
-    n = len(conversation.engine.vocabulary.encode(text_of(conversation.turns)))
-    print(f"{answers(conversation)}, {n} tokens; the model reads at most {conversation.engine.block_size}")
+        print(f"{name}={printable(json.dumps(getattr(conversation.settings, name), ensure_ascii=False))}")
+    turns, engine = conversation.turns, conversation.engine
+    n = len(engine.vocabulary.encode(text_of(turns)))
+    print(f"answers: {len(turns)}, tokens: {n}; the model reads at most {engine.block_size}")
 
 
 def set_options(conversation: Conversation, rest: str) -> None:
@@ -167,13 +167,7 @@ def save(conversation: Conversation, rest: str) -> None:
         raise UserError(f"{path} already exists: give another name")
     with atomic_write(path) as file:
         file.writelines(f"> {line}\n{answer}\n" for line, answer in conversation.turns)
-    print(f"{printable(path)}: {answers(conversation)}")
-
-
-def answers(conversation: Conversation) -> str:
-    """The number of answers, in words."""
-    n = len(conversation.turns)
-    return "1 answer" if n == 1 else f"{n} answers"
+    print(f"{printable(path)} has the conversation")
 
 
 def leave(conversation: Conversation, rest: str) -> None:

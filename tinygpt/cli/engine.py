@@ -32,17 +32,7 @@ from tinygpt.runtime import find_device
 from tinygpt.tokenizer import Tokenizer
 
 MOST_CONTEXT = 8192  # tokens: at the full context of a large model, keys and values would not fit in memory
-# Options that do not work with llama.cpp, and what to do instead.
-NOT_IN_LLAMA_CPP = {
-    "tokenizer": "a .gguf file has its own",
-    "device": "it computes on the CPU here",
-    "quantize": "choose a .gguf file with smaller weights",
-    "compile": "it is already compiled",
-    "n_beam": "searches need --engine tinygpt",
-    "best_of": "searches need --engine tinygpt",
-    "draft": "it needs a tinygpt folder as --model",
-    "prompt_lookup": "it needs a tinygpt folder as --model",
-}
+NOT_IN_LLAMA_CPP = ("tokenizer", "device", "quantize", "compile", "n_beam", "best_of", "draft", "prompt_lookup")
 UNCHANGED = (None, "auto", "cpu", 1)  # values with which these options change nothing
 
 
@@ -70,21 +60,11 @@ class Engine:
 
     def begin(self, prompt: str, settings: Settings, *, seed: int, n_logprobs: int | None = None) -> Answer:
         """An answer that has no token yet.  Raises UserError if the prompt or the settings do not fit the model."""
-        chosen = settings.sampling
-        sampling = dataclasses.replace(
-            chosen,
-            seed=seed,
-            stop_ids=(*chosen.stop_ids, *self.ends),
-            banned_ids=(*chosen.banned_ids, *(self.ends if chosen.ignore_eos else ())),
-        )
-        return Answer(
-            prompt,
-            self.vocabulary,
-            sampling,
-            max_new_tokens=settings.length.max_new_tokens,
-            block_size=self.block_size,
-            n_logprobs=n_logprobs,
-        )
+        stop_ids = (*settings.stop_ids, *self.ends)
+        banned_ids = (*settings.banned_ids, *(self.ends if settings.ignore_eos else ()))
+        sampling = dataclasses.replace(settings, seed=seed, stop_ids=stop_ids, banned_ids=banned_ids)
+        most, size = settings.max_new_tokens, self.block_size
+        return Answer(prompt, self.vocabulary, sampling, max_new_tokens=most, block_size=size, n_logprobs=n_logprobs)
 
 
 def torch_engine(model: GPT, tokenizer: Tokenizer, speculation: Speculation | None = None) -> Engine:
@@ -112,8 +92,7 @@ def extend_in_llama(
 
     Raises ParamsError for a search, which would need several answers side by side.
     """
-    message = "n_beam and best_of are not available with llama.cpp: searches need tinygpt's engine"
-    require((search == Search(), message))
+    require((search.n_row == 1, "n_beam and best_of are not available with llama.cpp: leave them out"))
     for answer in answers:
         seen = answer.prompt[-llama.n_ctx :]
         logits = llama.read(seen)
@@ -142,40 +121,12 @@ def read_engine(args: Namespace) -> EngineOptions:
         find_device(options.device, "--device")
         return options
     asked = {name: getattr(args, name, None) for name in NOT_IN_LLAMA_CPP}  # chat has no flags for proposals
-    refused = {name: value for name, value in asked.items() if value is True or value not in UNCHANGED}
+    refused = [name for name, value in asked.items() if value is True or value not in UNCHANGED]
     require(
         (engine != "tinygpt", f"--engine=tinygpt does not read {path}: it reads folders; llama.cpp reads .gguf files"),
-        *(
-            (False, f"{as_typed(name, value)} is not available with llama.cpp: {NOT_IN_LLAMA_CPP[name]}")
-            for name, value in refused.items()
-        ),
+        *((False, f"{flag(name)} is not available with llama.cpp: leave it out") for name in refused),
     )
     return options
-
-
-def read_proposals(args: Namespace) -> ProposalOptions:
-    """The options of speculative decoding.  Raises ParamsError with all options that contradict each other."""
-    proposals = read(ProposalOptions, args)
-    name, looks_up = proposals.flag, proposals.prompt_lookup
-    searched = {each: getattr(args, each) for each in ("n_beam", "best_of") if getattr(args, each) not in (None, 1)}
-    require(
-        (not proposals.draft or not looks_up, "--draft and --prompt-lookup both propose tokens: give only one of them"),
-        (name is not None or args.n_draft is None, f"--n-draft={args.n_draft} needs --draft or --prompt-lookup"),
-        (looks_up or args.ngram is None, f"--ngram={args.ngram} needs --prompt-lookup"),
-        *(
-            (
-                name is None,
-                f"{as_typed(*each)} follows several texts, but {name} proposes only one: use one or the other",
-            )
-            for each in searched.items()
-        ),
-    )
-    return proposals
-
-
-def as_typed(name: str, value: object) -> str:
-    """An option as the user wrote it."""
-    return flag(name) if value is True else f"{flag(name)}={value}"
 
 
 def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None, *, n_row: int = 1) -> Engine:

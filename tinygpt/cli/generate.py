@@ -9,12 +9,12 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from tinygpt.cli.engine import Engine, open_engine, read_engine, read_proposals
+from tinygpt.cli.engine import Engine, open_engine, read_engine
 from tinygpt.cli.flags import EngineOptions, ProposalOptions, TextOptions, named_as_flags, read, read_settings
 from tinygpt.cli.texts import NamedPrompt, check_prompts, collect_prompts
 from tinygpt.errors import UserError, printable
@@ -35,7 +35,7 @@ def generate(args: Namespace) -> None:
     texts, settings, options, proposals = read_all(args)
     prompts = collect_prompts(args)
     open_output()
-    n_row = rows_together(settings.search, texts.n * len(prompts), texts.batch_size)
+    n_row = rows_together(settings, texts.n * len(prompts), texts.batch_size)
     engine = open_engine(options, proposals, n_row=n_row)
     with named_as_flags():
         answers = begin_all(engine, prompts, settings, n=texts.n, n_logprobs=texts.logprobs)
@@ -43,55 +43,44 @@ def generate(args: Namespace) -> None:
     for warning in prompt_warnings(prompts, n_tokens, engine)[:MOST_WARNINGS]:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     began = time.monotonic()
-    steps = engine.extend(answers, at_once=n_row, search=settings.search)
-    FORMATS[texts.format](in_order([prompt.text for prompt in prompts for _ in range(texts.n)], answers, steps))
+    pairs = zip([prompt.text for prompt in prompts for _ in range(texts.n)], answers, strict=True)
+    FORMATS[texts.format](pairs, engine.extend(answers, at_once=n_row, search=settings))
     if proposals.flag:
         print(gain(answers, time.monotonic() - began), file=sys.stderr)
 
 
 def read_all(args: Namespace) -> tuple[TextOptions, Settings, EngineOptions, ProposalOptions]:
-    """All options.  Raises ParamsError with all that are wrong or contradict each other."""
-    checks = (read_settings, check_prompts, check_texts, read_engine, read_proposals)
-    settings, _, texts, engine, proposals = together(*(partial(check, args) for check in checks))
-    return texts, settings, engine, proposals
-
-
-def check_texts(args: Namespace) -> TextOptions:
-    """How many texts, and in which format.  Raises ParamsError where this contradicts the settings of generation."""
-    many, has_beams, has_best = (isinstance(n, int | float) and n > 1 for n in (args.n, args.n_beam, args.best_of))
-    rules = (
-        (
-            args.logprobs is None or args.format not in (None, "text"),
-            f"--logprobs={args.logprobs} is not shown in text: set --format to json or jsonl",
-        ),
-        (
-            not (many and (has_beams or has_best)),
-            f"--n={args.n} prints all texts, --n-beam and --best-of only the best: use one or the other",
-        ),
-        (not many or args.temperature != 0, f"--n={args.n} needs --temperature above 0: at 0 all texts are the same"),
-        (
-            args.logprobs is None or not has_beams,
-            f"--logprobs={args.logprobs} does not work with beam search: leave out --n-beam={args.n_beam}",
-        ),
+    """All options.  Raises ParamsError with all that are wrong or, if none is, with all that contradict each other."""
+    readers = (read_settings, check_prompts, partial(read, TextOptions), read_engine, partial(read, ProposalOptions))
+    settings, _, texts, engine, proposals = together(*(partial(reader, args) for reader in readers))
+    n, logprobs, flag = texts.n, texts.logprobs, proposals.flag
+    require(
+        (logprobs is None or texts.format != "text", "--logprobs are not shown in text: set --format to json or jsonl"),
+        (logprobs is None or settings.n_beam == 1, "--logprobs do not work with --n-beam: use one or the other"),
+        (n == 1 or settings.n_row == 1, f"--n={n} prints all texts, --n-beam and --best-of the best: use one of them"),
+        (n == 1 or settings.temperature > 0, f"--n={n} needs --temperature above 0: at 0 all texts are the same"),
+        (not proposals.draft or not proposals.prompt_lookup, "--draft and --prompt-lookup: give only one of them"),
+        (flag is not None or args.n_draft is None, "--n-draft needs --draft or --prompt-lookup"),
+        (proposals.prompt_lookup or args.ngram is None, "--ngram needs --prompt-lookup"),
+        (flag is None or settings.n_row == 1, f"{flag} does not work with --n-beam or --best-of: use one of them"),
     )
-    texts: TextOptions = together(partial(read, TextOptions, args), partial(require, *rules))[0]
-    return texts
+    return texts, settings, engine, proposals
 
 
 def rows_together(search: Search, n_text: int, batch_size: int) -> int:
     """How many of n_text texts are computed at a time.  A search takes one prompt at a time."""
-    return min(batch_size, n_text) if search == Search() else search.n_row
+    return min(batch_size, n_text) if search.n_row == 1 else search.n_row
 
 
 def begin_all(
     engine: Engine, prompts: Sequence[NamedPrompt], settings: Settings, *, n: int, n_logprobs: int | None
 ) -> list[Answer]:
     """n answers for each prompt.  Raises ParamsError with what does not fit the model, and in which prompts."""
-    settings.sampling.check_ids(engine.vocabulary.vocab_size)
+    settings.check_ids(engine.vocabulary.vocab_size)
     answers: list[Answer] = []
     problems: list[str] = []
     for prompt in prompts:
-        seeds = [seed_after(settings.sampling.seed, i) for i in range(n)]
+        seeds = [seed_after(settings.seed, i) for i in range(n)]
         try:
             answers += [engine.begin(prompt.text, settings, seed=seed, n_logprobs=n_logprobs) for seed in seeds]
         except UserError as error:
@@ -99,17 +88,6 @@ def begin_all(
     if problems:
         raise ParamsError(problems)
     return answers
-
-
-def in_order(
-    prompts: Sequence[str], answers: Sequence[Answer], steps: Iterator[list[Answer]]
-) -> Iterator[tuple[str, Answer]]:
-    """Yield each prompt with its answer as this grows, until it is finished; later answers grow meanwhile."""
-    for prompt, answer in zip(prompts, answers, strict=True):
-        yield prompt, answer
-        while not answer.finish_reason:
-            next(steps)
-            yield prompt, answer
 
 
 def gain(answers: Sequence[Answer], seconds: float) -> str:
@@ -146,51 +124,53 @@ def characters(vocabulary: Vocabulary) -> set[str] | None:
     return {text for text in texts if text and ord(text) > 127} or None
 
 
-# ---- how texts are printed: always UTF-8 ----
+# ---- how texts are printed: always UTF-8, one after the other, while `steps` extend several together ----
+
+Pairs = Iterable[tuple[str, Answer]]  # prompts and what follows them
 
 
-def print_text(updates: Iterator[tuple[str, Answer]]) -> None:
+def print_text(pairs: Pairs, steps: Iterator[Any]) -> None:
     """Print each prompt, and its text as it comes, with a line of dashes between two."""
-    divider, n_shown = "", None  # n_shown: characters printed of the current text; None between texts
-    try:
-        for prompt, answer in updates:
-            if n_shown is None:
-                n_shown = 0
-                say(divider + prompt)
-                divider = f"{DIVIDER}\n"
-            if len(answer.text) > n_shown:
-                say(answer.text[n_shown:])
+    for i, (prompt, answer) in enumerate(pairs):
+        try:
+            say(f"{DIVIDER}\n{prompt}" if i else prompt)
+            say(answer.text)
+            while not answer.finish_reason:
                 n_shown = len(answer.text)
-            if answer.finish_reason:
-                n_shown = None
-                say("\n")
-    finally:
-        if n_shown is not None:
+                next(steps)
+                say(answer.text[n_shown:])
+        finally:
             say("\n")
 
 
-def print_lines(updates: Iterator[tuple[str, Answer]]) -> None:
-    """Print a JSON object a line, each as soon as its text is finished."""
-    for prompt, answer in updates:
-        if answer.finish_reason:
-            with uninterrupted():
-                say(f"{as_json(prompt, answer)}\n")
+def print_lines(pairs: Pairs, steps: Iterator[Any]) -> None:
+    """Print a JSON object a line."""
+    for found in finished(pairs, steps):
+        with uninterrupted():
+            say(f"{found}\n")
 
 
-def print_list(updates: Iterator[tuple[str, Answer]]) -> None:
+def print_list(pairs: Pairs, steps: Iterator[Any]) -> None:
     """Print the same objects as one JSON list."""
     before = "[\n"
     try:
-        for prompt, answer in updates:
-            if answer.finish_reason:
-                with uninterrupted():  # `before` must match what was printed
-                    say(before + as_json(prompt, answer))
-                    before = ",\n"
+        for found in finished(pairs, steps):
+            with uninterrupted():  # `before` must match what was printed
+                say(before + found)
+                before = ",\n"
     finally:
         say("[]\n" if before == "[\n" else "\n]\n")
 
 
 FORMATS = {"text": print_text, "json": print_list, "jsonl": print_lines}
+
+
+def finished(pairs: Pairs, steps: Iterator[Any]) -> Iterator[str]:
+    """Each text as a JSON object, as soon as it is finished."""
+    for prompt, answer in pairs:
+        while not answer.finish_reason:
+            next(steps)
+        yield as_json(prompt, answer)
 
 
 def as_json(prompt: str, answer: Answer) -> str:
@@ -230,16 +210,14 @@ def say(text: str) -> None:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Make Ctrl-C wait for the end of the block."""
-    before, caught = signal.getsignal(signal.SIGINT), list[int]()
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    caught = list[int]()
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
     try:
         yield
     finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
     if caught:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 def open_output() -> None:

@@ -24,7 +24,7 @@ from tinygpt.cli.flags import (
     picture,
 )
 from tinygpt.errors import heed_interrupts, leave_at_once, printable, program, shown
-from tinygpt.options import DRAWN, PARTS, Limits, NotNegative
+from tinygpt.options import DRAWN, Limits, NotNegative, Settings
 from tinygpt.params import Within, nearest
 
 Port = Annotated[int, Within("[0, 65535]")]
@@ -38,11 +38,11 @@ def _generate_flags(command: ArgumentParser) -> None:
     command.add_argument("-p", "--prompt", action="append", help=about)
     about = f'one prompt per line, or {{"prompt": …}} per line of a .jsonl; {STDIN} = the lines of standard input'
     command.add_argument("--prompts", metavar="FILE", help=about)
-    add_flags(command, TextOptions, *PARTS, ProposalOptions, EngineOptions, defaults=DRAWN)
+    add_flags(command, TextOptions, Settings, ProposalOptions, EngineOptions, defaults=DRAWN)
 
 
 def _chat_flags(command: ArgumentParser) -> None:
-    add_flags(command, *PARTS, EngineOptions, defaults=DRAWN)
+    add_flags(command, Settings, EngineOptions, defaults=DRAWN)
 
 
 def _serve_flags(command: ArgumentParser) -> None:

@@ -115,23 +115,16 @@ class Answer:
         """`prompt` is a text, which begins a document, or ids, which are used unchanged.
 
         `n_logprobs` None keeps no log-probabilities, 0 those of the chosen ids, n also those of the n likeliest.
-
-        Raises ParamsError when an option contradicts another, the prompt or the vocabulary, and
-        UserError when the prompt is too long or not valid text.
+        Raises UserError with what is wrong with the prompt, or does not fit the model.
         """
         self.prompt = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
-        room = block_size - len(self.prompt) if sampling.when_full == "stop" else max_new_tokens
+        n, least, most = len(self.prompt), sampling.min_new_tokens, max_new_tokens
+        room = block_size - n if sampling.when_full == "stop" else most
+        full = f"prompt of {n} tokens leaves no room in a context of {block_size}: shorten it, or set when_full=slide"
         require(
-            (max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be 1 or more"),
-            (
-                sampling.min_new_tokens <= max_new_tokens,
-                f"min_new_tokens={sampling.min_new_tokens} is more than max_new_tokens={max_new_tokens}",
-            ),
-            (
-                max_new_tokens < 1 or room >= 1,
-                f"prompt has {len(self.prompt)} tokens, which leaves no room in a context of {block_size}: "
-                "shorten it, or set when_full=slide",
-            ),
+            (most >= 1, f"max_new_tokens={most} must be 1 or more"),
+            (least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}"),
+            (room >= min(1, most), full),
         )
         sampling.check_ids(tokenizer.vocab_size)
         self.tokenizer, self.seed = tokenizer, sampling.seed
@@ -145,7 +138,7 @@ class Answer:
         self.finish_reason: Literal["stop", "length"] | None = None  # None = not finished
         self.eos_id, self.end_ids = tokenizer.eos_id, {tokenizer.eos_id, *sampling.stop_ids}
         self.n_pass = 0  # passes of the model; only speculative decoding counts them
-        self.max_new_tokens = min(max_new_tokens, room)
+        self.max_new_tokens = min(most, room)
         self.generator = random.Random(sampling.seed)  # its own: other rows do not draw from it
         self._text = TextStream(tokenizer, sampling.stop)
 

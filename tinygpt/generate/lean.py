@@ -127,14 +127,11 @@ def lean_rms_norm(weight: Tensor, eps: float) -> TokenMap:
 
 def lean_qk_norm(q_norm: nn.Module, k_norm: nn.Module, config: GPTConfig) -> TokenMap:
     """The norms of queries and keys in one: (M, H + G, D) -> (M, H + G, D)."""
-    norms, sizes = (q_norm, k_norm), (config.n_head, config.n_kv_head)
-    known = [norm for norm in norms if is_plain(norm, RMSNorm) or is_plain(norm, nn.LayerNorm)]
-    if len(known) == 2 and all([*dict(norm.named_parameters())] == ["weight"] for norm in known):
-        weight = torch.cat([norm.weight.detach().expand(n, -1) for norm, n in zip(known, sizes, strict=True)])
-        eps = known[0].eps
-        if isinstance(known[0], RMSNorm):
-            return lean_rms_norm(weight, eps)
-        return lambda x: F.layer_norm(x, (config.head_dim,), eps=eps) * weight
+    sizes = (config.n_head, config.n_kv_head)
+    if is_plain(q_norm, RMSNorm) and is_plain(k_norm, RMSNorm):
+        weights = [norm.weight.detach().expand(n, -1) for norm, n in zip((q_norm, k_norm), sizes, strict=True)]
+        return lean_rms_norm(torch.cat(weights), q_norm.eps)
+    norms = lean_norm(q_norm), lean_norm(k_norm)
     return lambda x: torch.cat([norm(part) for norm, part in zip(norms, x.split(sizes, 1), strict=True)], 1)
 
 

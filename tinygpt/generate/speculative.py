@@ -18,15 +18,7 @@ from torch import Tensor
 
 from tinygpt.generate.answer import Answer, keep_logprobs, past_of
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.sampling import (
-    Past,
-    apply_filters,
-    apply_penalties,
-    choose,
-    draw,
-    penalized,
-    uniform,
-)
+from tinygpt.generate.sampling import Past, apply_filters, apply_penalties, choose, draw, penalized, uniform
 from tinygpt.model.gpt import GPT
 from tinygpt.options import Proposals, Sampling, Search
 from tinygpt.params import require
@@ -40,20 +32,10 @@ class Speculation(Proposals):
 
     def check(self, model: GPT, search: Search) -> None:
         """Raise ParamsError when the draft does not fit the model, or a search rules out proposals."""
-        sizes = [one.config.vocab_size for one in (model, self.draft or model)]
+        n, n_draft = model.config.vocab_size, (self.draft or model).config.vocab_size
         require(
-            (
-                sizes[0] == sizes[1],
-                f"draft has {sizes[1]} tokens, the model {sizes[0]}: use a draft with the same tokenizer",
-            ),
-            (
-                search.n_beam == 1,
-                f"n_beam={search.n_beam} follows several texts, but a draft proposes only one: use one or the other",
-            ),
-            (
-                search.best_of == 1,
-                f"best_of={search.best_of} draws several texts, but a draft proposes only one: use one or the other",
-            ),
+            (n == n_draft, f"draft has {n_draft} tokens, the model {n}: use a draft with the same tokenizer"),
+            (search.n_row == 1, "proposals do not work with n_beam or best_of: use one or the other"),
         )
 
 
@@ -70,9 +52,9 @@ Propose = Callable[[Answer, int], Proposal]  # what may follow an answer, at mos
 
 def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[list[Answer]]:
     """Extend an answer to its end; yields it with each token, as `extend` does."""
-    draft = speculation.draft
-    propose: Propose = LookUp(speculation.ngram) if draft is None else Draft(draft, speculation.n_draft)
-    decoder, proposal = Decoder(model, [answer.prompt], room=speculation.n_draft), Proposal([])
+    draft, most = speculation.draft, speculation.n_draft
+    propose: Propose = Draft(draft, answer.prompt, most) if draft else LookUp(speculation.ngram)
+    decoder, proposal = Decoder(model, [answer.prompt], room=most), Proposal([])
     logits = decoder.logits
     while True:
         answer.n_pass += 1
@@ -84,7 +66,7 @@ def speculate(model: GPT, answer: Answer, speculation: Speculation) -> Iterator[
             if answer.finish_reason:
                 return
         decoder.back(len(proposal.ids) + 1 - len(chosen))
-        n_wanted = min(speculation.n_draft, answer.max_new_tokens - len(answer.ids) - 1, decoder.n_free() - 1)
+        n_wanted = min(most, answer.max_new_tokens - len(answer.ids) - 1, decoder.n_free() - 1)
         proposal = propose(answer, n_wanted) if n_wanted > 0 else Proposal([])
         if proposal.ids:
             logits = decoder.advance([answer.ids[-1], *proposal.ids])
@@ -117,47 +99,41 @@ class LookUp:
 class Draft:
     """A smaller model, which chooses from its own logits by the same options."""
 
-    def __init__(self, model: GPT, n_draft: int) -> None:
-        self.model, self.room = model, n_draft
-        self.decoder: Decoder | None = None
-        self.n_sure = 0  # ids of prompt and text that it has read
+    def __init__(self, model: GPT, prompt: Sequence[int], n_draft: int) -> None:
+        self.decoder, self.room = Decoder(model, [prompt], room=n_draft), n_draft
+        self.most = max(1, model.config.block_size // 2)  # that can be taken back when the context has slid
+        self.n_sure = len(prompt)  # ids of prompt and text that it has read
         self.tried: list[int] = []  # ids that it read after those: its own proposals
 
     def __call__(self, answer: Answer, n: int) -> Proposal:
         """Propose up to n tokens, none after one that ends the text."""
-        decoder, n = self._catch_up([*answer.prompt, *answer.ids], n)
+        self._catch_up([*answer.prompt, *answer.ids])
         sampling, ids, drawn_from = answer.sampling, list[int](), list[Tensor]()
         while True:
-            past = past_of([answer], [[*answer.ids, *ids]])
+            logits, past = self.decoder.logits, past_of([answer], [[*answer.ids, *ids]])
             if sampling.temperature > 0:
-                drawn_from.append(distributions(decoder.logits, sampling, past)[0])
+                drawn_from.append(distributions(logits, sampling, past)[0])
                 chosen = pick(drawn_from[-1], answer.generator)
             else:
-                chosen = int(apply_penalties(decoder.logits, sampling, past).argmax())  # `verify` checks it
+                chosen = int(apply_penalties(logits, sampling, past).argmax())  # `verify` checks it
             ids += [] if chosen is None else [chosen]
-            if chosen is None or chosen in answer.end_ids or len(ids) == n:
+            if chosen is None or chosen in answer.end_ids or len(ids) == min(n, self.most):
                 return Proposal(ids, torch.stack(drawn_from) if drawn_from else None)
-            decoder.step([chosen])
+            self.decoder.step([chosen])
             self.tried.append(chosen)
 
-    def _catch_up(self, ids: list[int], n: int) -> tuple[Decoder, int]:
-        """Read the ids that are new since the last call -> the decoder, and n or the fewer tokens that fit its context.
-
-        When the context is full, its newer half is read again.
-        """
-        new, size = ids[self.n_sure :], self.model.config.block_size
+    def _catch_up(self, ids: list[int]) -> None:
+        """Take back the proposals that were rejected, and read the ids that are new since the last call."""
+        new = ids[self.n_sure :]
         n_right = n_shared(self.tried, new[:-1])
-        n_wrong, missing = len(self.tried) - n_right, new[n_right:]
-        n_free = -1 if self.decoder is None else self.decoder.n_free() + n_wrong
-        if self.decoder is not None and len(missing) <= self.room + 1 and len(missing) + n - 1 <= n_free:
-            self.decoder.back(n_wrong)
+        missing = new[n_right:]
+        self.decoder.back(len(self.tried) - n_right)
+        if len(missing) <= min(self.room + 1, self.decoder.n_free()):
             self.decoder.advance(missing)
         else:
-            n_kept = len(ids) if len(ids) + n - 1 <= size else max(1, size // 2)
-            n = min(n, size - n_kept + 1)
-            self.decoder = Decoder(self.model, [ids[-n_kept:]], room=self.room)
+            for next_id in missing:
+                self.decoder.step([next_id])  # the context may be full: step() makes room
         self.n_sure, self.tried = len(ids), []
-        return self.decoder, n
 
 
 def verify(logits: Tensor, proposal: Proposal, answer: Answer) -> list[int | None]:

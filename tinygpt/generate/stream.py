@@ -107,7 +107,7 @@ def extend(
         for answer in answers:
             yield from speculate(model, answer, speculation)
         return
-    if search is not None and search != Search():
+    if search is not None and search.n_row > 1:
         n = (at_once or search.n_row * len(answers)) // search.n_row or 1
         for i in range(0, len(answers), n):
             find_best(model, answers[i : i + n], search)
