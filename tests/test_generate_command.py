@@ -193,7 +193,7 @@ def test_characters_without_a_token_are_named_where_tokens_are_characters(comman
     args = ["generate", "--max-new-tokens", "1", "--prompt"]
     for path in (tmp_path, tmp_path / "chars.gguf"):
         told = command(*args, "é→ß $漢→", "--model", path).stderr
-        assert told == "warning: prompt has characters that the model has not learned and reads as bytes: → 漢\n"
+        assert told == "warning: characters that the model has not learned and reads as bytes: → 漢\n"
         assert command(*args, "éß $", "--model", path).stderr == ""
     assert command(*args, "é→ß 漢", "--model", folder / "model").stderr == ""  # its tokens are not characters
 

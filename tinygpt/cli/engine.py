@@ -141,19 +141,15 @@ def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None
     if proposals is None or not proposals.flag:
         compile_if_asked(model, options, n_row=n_row)
         return torch_engine(model, tokenizer)
-    draft = open_draft(proposals.draft, options, tokenizer) if proposals.draft else None
+    draft = None
+    if proposals.draft:
+        draft, other = open_model(proposals.draft, options.tokenizer)
+        if other.tokens != tokenizer.tokens:
+            problem = "has different tokens from the model's: use a draft trained with its tokenizer"
+            raise UserError(f"--draft={proposals.draft} {problem}")
+        draft.to(find_device(options.device))
     compile_if_asked(draft or model, options, room=proposals.n_draft)
     return torch_engine(model, tokenizer, Speculation(draft=draft, n_draft=proposals.n_draft, ngram=proposals.ngram))
-
-
-def open_draft(folder: Path, options: EngineOptions, tokenizer: Tokenizer) -> GPT:
-    """The draft model.  Raises UserError with what is wrong with its files, or if its tokens are not the model's."""
-    draft, other = open_model(folder, options.tokenizer)
-    if other.tokens != tokenizer.tokens:
-        raise UserError(
-            f"--draft={folder} has different tokens from the model's: use a draft trained with its tokenizer"
-        )
-    return draft.to(find_device(options.device))
 
 
 def place(model: GPT, options: DeviceOptions) -> None:

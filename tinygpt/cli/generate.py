@@ -97,31 +97,25 @@ def gain(answers: Sequence[Answer], seconds: float) -> str:
 
 
 def prompt_warnings(prompts: Sequence[NamedPrompt], n_tokens: Sequence[int], engine: Engine) -> list[str]:
-    """A line for each prompt longer than the context, and for each with characters that have no token."""
+    """A line for each prompt longer than the context, and one for all characters that have no token."""
     found = [
         f"{prompt.name} has {n:,} tokens: only the last {engine.block_size:,} are read, the model's context"
         for prompt, n in zip(prompts, n_tokens, strict=True)
         if n > engine.block_size
     ]
-    foreign = {prompt: sorted({char for char in prompt.text if ord(char) > 127}) for prompt in prompts}
-    known = characters(engine.vocabulary) if any(foreign.values()) else None
-    for prompt, chars in foreign.items():
-        if known is not None and (unknown := [char for char in chars if char not in known]):
-            named = " ".join(unknown[:MOST_NAMED]) + (" …" if len(unknown) > MOST_NAMED else "")
-            found.append(f"{prompt.name} has characters that the model has not learned and reads as bytes: {named}")
+    foreign = {char for prompt in prompts for char in prompt.text if not char.isascii()}
+    if foreign and (unknown := without_token(foreign, engine.vocabulary)):
+        named = " ".join(unknown[:MOST_NAMED]) + (" …" if len(unknown) > MOST_NAMED else "")
+        found.append(f"characters that the model has not learned and reads as bytes: {named}")
     return found
 
 
-def characters(vocabulary: Vocabulary) -> set[str] | None:
-    """All characters of several bytes that have a token, if tokens are characters; otherwise None.
-
-    A tokenizer of bytes has no such characters, nor has one of characters that saw only ASCII: None for both.
-    """
+def without_token(chars: set[str], vocabulary: Vocabulary) -> list[str]:
+    """Those of these characters that have no token, if tokens are characters, some of several bytes; otherwise none."""
     pieces = [vocabulary.decode_bytes([i]) for i in range(vocabulary.vocab_size)]
-    texts = [piece.decode(errors="ignore") for piece in pieces if not SPECIAL.fullmatch(piece)]
-    if any(len(text) > 1 for text in texts):  # part of a character became ""
-        return None
-    return {text for text in texts if text and ord(text) > 127} or None
+    texts = {piece.decode(errors="ignore") for piece in pieces if not SPECIAL.fullmatch(piece)}
+    are_characters = max(map(len, texts)) == 1 and not all(map(str.isascii, texts))
+    return sorted(chars - texts) if are_characters else []
 
 
 # ---- how texts are printed: always UTF-8, one after the other, while `steps` extend several together ----
@@ -174,30 +168,22 @@ def finished(pairs: Pairs, steps: Iterator[Any]) -> Iterator[str]:
 
 
 def as_json(prompt: str, answer: Answer) -> str:
-    """A JSON object with prompt and text, and with log-probabilities if the user wants them."""
-    found: dict[str, Any] = {
-        "prompt": prompt,
-        "text": answer.text,
-        "ids": answer.ids,
-        "finish_reason": answer.finish_reason,
-    }
-    if answer.n_logprobs is not None:
-        found["logprobs"] = logprobs_of(answer)
-    return json.dumps(found, ensure_ascii=False, allow_nan=False)
+    """A JSON object with prompt and text and, if the user wants them, the log-probabilities of its ids, in nats.
 
-
-def logprobs_of(answer: Answer) -> list[dict[str, Any]]:
-    """The log-probability of each of the answer's ids, in nats, and of the likeliest ids at its position.
-
-    They are the model's own, before any option changes them. A token that is part of a character has the text U+FFFD.
+    They are the model's own, before any option changes them, with those of the likeliest ids at each position. A token
+    that is part of a character has the text U+FFFD.
     """
 
     def entry(i: int, logprob: float) -> dict[str, Any]:
         return {"id": i, "text": answer.tokenizer.decode_bytes([i]).decode(errors="replace"), "logprob": logprob}
 
-    # not strict: an id that ended the text has a log-probability, but is not among the answer's ids
-    taken = zip(answer.ids, answer.logprobs, answer.top_logprobs, strict=False)
-    return [entry(i, logprob) | {"top": [entry(*pair) for pair in top]} for i, logprob, top in taken]
+    found: dict[str, Any] = {"prompt": prompt, "text": answer.text, "ids": answer.ids}
+    found["finish_reason"] = answer.finish_reason
+    if answer.n_logprobs is not None:
+        # not strict: an id that ended the text has a log-probability, but is not among the answer's ids
+        taken = zip(answer.ids, answer.logprobs, answer.top_logprobs, strict=False)
+        found["logprobs"] = [entry(i, logprob) | {"top": [entry(*pair) for pair in top]} for i, logprob, top in taken]
+    return json.dumps(found, ensure_ascii=False, allow_nan=False)
 
 
 def say(text: str) -> None:

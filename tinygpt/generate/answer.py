@@ -23,25 +23,16 @@ from tinygpt.params import require
 
 
 class Vocabulary(Protocol):
-    """What generation needs from a tokenizer, ours or another program's."""
+    """What generation needs from a tokenizer, ours or another program's: ids up to vocab_size, two of them borders."""
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-
+    def vocab_size(self) -> int: ...
     @property
-    def bos_id(self) -> int:
-        """The id that a document begins with."""
-
+    def bos_id(self) -> int: ...
     @property
-    def eos_id(self) -> int:
-        """The id that ends a text."""
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids."""
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids to the bytes they stand for."""
+    def eos_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
 
 
 def prompt_ids(tokenizer: Vocabulary, prompt: str) -> list[int]:
@@ -213,7 +204,7 @@ class Running:
 
     def drop(self, answers: Sequence[Answer]) -> None:
         """Drop these answers if they still run."""
-        self._keep([i for i, other in enumerate(self.answers) if not any(other is answer for answer in answers)])
+        self._keep([i for i, answer in enumerate(self.answers) if answer not in answers])
 
     def _keep(self, rows: list[int]) -> None:
         if len(rows) < len(self.answers):
@@ -228,17 +219,12 @@ class Running:
 
 def keep_logprobs(logits: Tensor, answers: Sequence[Answer], chosen: Sequence[int | None]) -> None:
     """Record the model's log-probabilities in the answers that ask for them.  (B, V)"""
-    asking = [(i, answer, chosen[i]) for i, answer in enumerate(answers) if answer.n_logprobs is not None]
-    if not asking:
-        return
-    logprobs = as_double(logits[[i for i, _, _ in asking]]).log_softmax(-1)
-    best = logprobs.topk(min(max(answer.n_logprobs or 0 for _, answer, _ in asking), logits.size(-1)))
-    best_ids, best_logprobs = best.indices.tolist(), best.values.tolist()
-    for row, (_, answer, next_id) in enumerate(asking):
-        if next_id is not None:
-            pairs = zip(best_ids[row], best_logprobs[row], strict=True)
-            answer.logprobs.append(float(logprobs[row, next_id]))
-            answer.top_logprobs.append(list(pairs)[: answer.n_logprobs])
+    for i, (answer, next_id) in enumerate(zip(answers, chosen, strict=True)):
+        if answer.n_logprobs is not None and next_id is not None:
+            logprobs = as_double(logits[i]).log_softmax(-1)
+            best = logprobs.topk(min(answer.n_logprobs, len(logprobs)))
+            answer.logprobs.append(float(logprobs[next_id]))
+            answer.top_logprobs.append([*zip(best.indices.tolist(), best.values.tolist(), strict=True)])
 
 
 def choose_rows(logits: Tensor, answers: Sequence[Answer]) -> list[int | None]:

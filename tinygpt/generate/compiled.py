@@ -63,26 +63,17 @@ class CompiledStep(LeanGPT):
         changing = [filled] if len(ids) == 1 else [filled, *tokens, *chain.from_iterable(cache.layers)]
         for tensor in changing:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # same code for all lengths and numbers of rows
-        if self.room < self.block_size:
-            self._mark_growing(turns, cache)
+        if self.room < self.block_size:  # and for tables and caches of all lengths
+            for layer, window in zip(cache.layers, self.windows, strict=True):
+                for tensor in layer if cache.n_slots[window] > self.room else ():
+                    torch._dynamo.maybe_mark_dynamic(tensor, 2)
+            if turns is not None:
+                torch._dynamo.maybe_mark_dynamic(turns, 0)
         logits: Tensor = self._compiled(*tokens, filled, turns, cache.layers)
         return logits
 
-    def _mark_growing(self, turns: Tensor | None, cache: KVCache) -> None:
-        """Use the same code for tables and caches of all lengths."""
-        growing = [layer for layer, w in zip(cache.layers, self.windows, strict=True) if cache.n_slots[w] > self.room]
-        for tensor in chain.from_iterable(growing):
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        if turns is not None:
-            torch._dynamo.maybe_mark_dynamic(turns, 0)
-
     def _logits(
-        self,
-        ids: Tensor,
-        at: Tensor,
-        filled: Tensor,
-        turns: Tensor | None,
-        layers: Sequence[tuple[Tensor, Tensor]],
+        self, ids: Tensor, at: Tensor, filled: Tensor, turns: Tensor | None, layers: Sequence[tuple[Tensor, Tensor]]
     ) -> Tensor:
         rows = torch.arange(ids.size(0), device=ids.device)
         n_slots = {window: keys.size(2) for window, (keys, _) in zip(self.windows, layers, strict=True)}
@@ -143,10 +134,9 @@ def of_sizes(guards: Sequence[Any]) -> list[bool]:
 def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     """Compile the step with which a model continues one sequence, or up to `n_row` together; new decoders use it.
 
-    This takes up to a minute, or up to ten seconds if it was done on this machine before; for several rows about half
-    as long again (docs/generation.md). Call it again after the weights have changed: scales of norms are copied. Where
-    layers have windows, `room` should be that of the decoders: with another, the step is compiled again. Raises
-    UserError when it cannot be compiled.
+    docs/generation.md says how long this takes. Call it again after the weights have changed: scales of norms are
+    copied. Where layers have windows, `room` should be that of the decoders: with another, the step is compiled again.
+    Raises UserError when it cannot be compiled.
     """
     step, dtype, device = CompiledStep(model, n_row), model.tok_emb.weight.dtype, model.tok_emb.weight.device
     late = first_room(model.config.block_size) - 2  # a late position: only long loops are shared among threads

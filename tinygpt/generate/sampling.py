@@ -72,13 +72,6 @@ def forbid_repeated_ngrams(logits: Tensor, n: int, past: Past) -> Tensor:
     return logits
 
 
-def forbid_ids(logits: Tensor, ids: Sequence[int], past: Past) -> Tensor:
-    """Forbid some ids."""
-    logits = logits.clone()
-    logits[:, list(ids)] = -math.inf
-    return logits
-
-
 def forbid_early_end(logits: Tensor, n: int, past: Past) -> Tensor:
     """Forbid the ids that end a text while it has fewer than n tokens."""
     logits = logits.clone()
@@ -151,8 +144,8 @@ PENALTIES: dict[str, Callable[[Tensor, Any, Past], Tensor]] = {
     "presence_penalty": penalize_presence,
     "no_repeat_ngram_size": forbid_repeated_ngrams,
     "min_new_tokens": forbid_early_end,
-    "banned_ids": forbid_ids,
-    "ignore_eos": lambda logits, on, past: forbid_ids(logits, [past.eos_id], past),
+    "banned_ids": lambda logits, ids, past: add_logit_bias(logits, [(i, -math.inf) for i in ids], past),
+    "ignore_eos": lambda logits, on, past: add_logit_bias(logits, [(past.eos_id, -math.inf)], past),
 }
 FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "temperature": apply_temperature,
