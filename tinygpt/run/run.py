@@ -131,23 +131,22 @@ class Run:
         """Write a checkpoint."""
         state.peak_mem_gib = max(state.peak_mem_gib, peak_memory() / 2**30)
         self.checkpoints.save(state, tensors)
-        if self.params.lora is None and self.tokenizer is not None:
-            self.world.first(self._offer)
+        if self.params.lora is None and (tokenizer := self.tokenizer) is not None:
+            self.world.first(lambda: self._offer(tokenizer))
 
-    def _offer(self) -> None:
+    def _offer(self, tokenizer: Tokenizer) -> None:
         """Make a model folder of the newest weights, for `generate --run`: a hard link to the file, not a copy."""
-        newest, folder = self.checkpoints.newest_weights(), self.checkpoints.folder / MODEL_FOLDER
-        if newest is not None and self.tokenizer is not None:
-            folder.mkdir(exist_ok=True)
-            self.tokenizer.save(folder)
-            write_json(folder / CONFIG_FILE, config_fields(self.config))
-            partial = folder / f"{WEIGHTS_FILE}.partial"
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(newest, partial)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(newest, partial)
-            os.replace(partial, folder / WEIGHTS_FILE)
+        folder = self.checkpoints.folder / MODEL_FOLDER
+        folder.mkdir(exist_ok=True)
+        tokenizer.save(folder)
+        write_json(folder / CONFIG_FILE, config_fields(self.config))
+        partial = folder / f"{WEIGHTS_FILE}.partial"
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(self.checkpoints.newest_weights(), partial)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.checkpoints.newest_weights(), partial)
+        os.replace(partial, folder / WEIGHTS_FILE)
 
     def _check_memory(self, learner: Learner) -> None:
         """Raises UserError if a step would not fit.  Not checked with several processes."""
@@ -157,6 +156,9 @@ class Run:
 
     def _resume(self, learner: Learner) -> tuple[TrainState, dict[str, Tensor]]:
         found = self.checkpoints.load_latest()
+        step = found[0].step if found else 0
+        if self.world.max(step) != -self.world.max(-step):
+            raise UserError(f"the processes do not find the same checkpoint: all must share {self.checkpoints.folder}")
         if found is None:
             return TrainState(), {}
         state, tensors = found
