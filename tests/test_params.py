@@ -385,11 +385,6 @@ def load_edited(cls: type, **changes: Any) -> Any:
         (ModelParams, {"bias": True}, "model.bias"),
         (ModelParams, {"attention": "flash"}, "model.attention"),
         (TrainParams, {"warmup_steps": 10**9}, "train.warmup_steps=.* must be below train.max_steps"),
-        (
-            TrainParams,
-            {"init_from": "base", "lora": {"rank": 2, "alpha": 4, "dropout": 0, "targets": ["q_proj", "q_proj"]}},
-            r'train.lora.targets=\["q_proj", "q_proj"\] has a duplicate',
-        ),
         (TrainParams, {"seed": -1}, "train.seed"),
         (TrainParams, {"context_warmup": {"start": 1.5, "steps": 9}}, "train.context_warmup.start=1.5 must be a whole"),
         (TrainParams, {"context_warmup": {"start": 4, "steps": 0}}, "train.context_warmup.steps=0 must be"),

@@ -61,7 +61,7 @@ def test_rmsnorm_of_low_precision_products_is_float32_and_warns_of_nothing(preci
     finally:
         torch.set_warn_always(False)
     assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
-    short, norm = torch.randn(5, 8).to(PRECISIONS[precision].dtype), one.model.blocks[0].attn.q_norm
+    short, norm = torch.randn(5, 8).to(PRECISIONS[precision]), one.model.blocks[0].attn.q_norm
     long = short.double()
     assert torch.allclose(norm(short).double(), long * (long.square().mean(-1, True) + norm.eps).rsqrt(), rtol=1e-6)
 

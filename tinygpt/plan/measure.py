@@ -75,7 +75,7 @@ def tokens_per_second(learner: Learner) -> float:
 def peak_flops(device: torch.device, precision: str) -> float:
     """Operations per second of a large matrix product in a run's precision (not auto), the best of several."""
     size = MATMUL_SIZE[device.type]
-    a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision].dtype)
+    a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
     return 2 * size**3 / _least_seconds(lambda: a @ a, device)
 
 

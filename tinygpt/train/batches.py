@@ -138,27 +138,22 @@ def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[
 class Prefetch:
     """A context in which a thread reads batches one step ahead, so the device does not wait for the disk.
 
-    `batch` returns what `batch_at` returns, on the device. The thread ends with the context, however that ends.
     An error in `batch_at` is raised for the step it belongs to.
     """
 
     def __init__(self, batch_at: Callable[[int], NDArray[np.int64]], device: torch.device) -> None:
         self._batch_at, self._device = batch_at, device
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")  # its thread starts with the first batch
         self._ahead: tuple[int, Future[Tensor]] | None = None
 
     def __enter__(self) -> Prefetch:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._pool = self._ahead = None
+        self._pool.shutdown(cancel_futures=True)
 
     def batch(self, step: int) -> Tensor:
         """The batch of a step, (N, T + 1) ids; starts reading the next one."""
-        assert self._pool is not None, "outside its context"
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = step, self._pool.submit(self._read, step)
         ids = self._ahead[1].result()

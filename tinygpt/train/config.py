@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from tinygpt.errors import shown
 from tinygpt.model.config import MLPS
 from tinygpt.params import Count, Fraction, Within, require
 
@@ -25,13 +24,7 @@ class LoRAParams:
     targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...]
 
     def __post_init__(self) -> None:
-        require(
-            (bool(self.targets), "train.lora.targets is empty: add a layer, such as q_proj"),
-            (
-                len(set(self.targets)) == len(self.targets),
-                f"train.lora.targets={shown(self.targets)} has a duplicate",
-            ),
-        )
+        require((bool(self.targets), "train.lora.targets is empty: add a layer, such as q_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)

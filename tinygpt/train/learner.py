@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.model.gpt import GPT
@@ -22,7 +23,6 @@ from tinygpt.runtime import RuntimeParams
 from tinygpt.train.config import EMAParams, TrainParams
 from tinygpt.train.loss import (
     Loss,
-    build_scaler,
     load_scaler_tensors,
     pick_precision,
     repeatable,
@@ -47,8 +47,8 @@ class Learner:
         world: World = ALONE,
     ) -> None:
         """`model` has the weights to start from; it is moved to the device, and frozen if adapters are trained."""
-        self.config, self.params, self.device, self.world = model.config, params, device, world
-        self.runtime = runtime
+        self.config, self.params, self.runtime = model.config, params, runtime
+        self.device, self.world = device, world
         self.micro_batch_size = None if runtime.micro_batch_size == "auto" else runtime.micro_batch_size
         self.model = self._prepared(model)
         if runtime.gradient_checkpointing:
@@ -59,7 +59,7 @@ class Learner:
         self.ema = EMA(params.ema) if params.ema else None
         self.precision = pick_precision(params.precision, device, self.config.n_embd)
         set_matmul_precision(self.precision, device)
-        self.scaler = build_scaler(self.precision, device)
+        self.scaler = GradScaler(device.type, enabled=self.precision == "fp16")  # else gradients vanish in float16
         extra = {"label_smoothing": params.label_smoothing, "z_loss": params.z_loss}
         self._loss, loss = (Loss(self.model, self.precision, **extra) for _ in range(2))
         if runtime.compile:
@@ -75,34 +75,32 @@ class Learner:
         -> (2,): the mean loss of this process's share, and the norm of the whole gradient
         """
         with repeatable(self.device):
-            return self._learn(step, ids, with_part_norms)
-
-    def _learn(self, step: int, ids: Tensor, with_part_norms: bool) -> Tensor:
-        set_lr(self.optimizers, lr_frac_at(step, self.params))
-        self.model.set_dropout(self.config.dropout * dropout_frac_at(step, self.params))
-        seed_dropout(self.params.seed, step, self.world)
-        ids = self.world.share(ids)
-        loss = torch.zeros((), device=self.device)
-        full = self.micro_batch_size or len(ids)
-        *parts, last = ids.split(full * self.config.block_size // (ids.size(1) - 1))  # more if they are shorter
-        with self._parallel.apart():
-            for part in parts:
-                loss += self._backward(part, len(part) / len(ids))
-        loss += self._backward(last, len(last) / len(ids))
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(cast(torch.optim.Optimizer, optimizer))  # it reads the groups' gradients
-        if with_part_norms:
-            self.part_norms = part_norms(self.model)
-        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
-        overflow = self.scaler.is_enabled() and not grad_norm.isfinite()  # in fp16: no step, and a smaller scale
-        for optimizer in self.optimizers:
-            if not overflow:
-                optimizer.step()
-            optimizer.zero_grad()
-        self.scaler.update()
-        if self.ema:
-            self.ema.update(step + 1, trained_tensors(self.model))
-        return torch.stack([loss, grad_norm])
+            set_lr(self.optimizers, lr_frac_at(step, self.params))
+            self.model.set_dropout(self.config.dropout * dropout_frac_at(step, self.params))
+            # dropout depends on the step and the process, not on earlier draws
+            torch.manual_seed(self.params.seed + 1_000_003 * (step + 1) + 7_919 * self.world.rank)
+            ids = self.world.share(ids)
+            loss = torch.zeros((), device=self.device)
+            full = self.micro_batch_size or len(ids)
+            *parts, last = ids.split(full * self.config.block_size // (ids.size(1) - 1))  # more if they are shorter
+            with self._parallel.apart():
+                for part in parts:
+                    loss += self._backward(part, len(part) / len(ids))
+            loss += self._backward(last, len(last) / len(ids))
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(cast(torch.optim.Optimizer, optimizer))  # it reads the groups' gradients
+            if with_part_norms:
+                self.part_norms = part_norms(self.model)
+            grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
+            overflow = self.scaler.is_enabled() and not grad_norm.isfinite()  # in fp16: no step, and a smaller scale
+            for optimizer in self.optimizers:
+                if not overflow:
+                    optimizer.step()
+                optimizer.zero_grad()
+            self.scaler.update()
+            if self.ema:
+                self.ema.update(step + 1, trained_tensors(self.model))
+            return torch.stack([loss, grad_norm])
 
     def rehearse(self, n: int) -> None:
         """Run a forward and backward pass on n sequences of random tokens, not compiled; leaves gradients."""
@@ -167,11 +165,6 @@ class Learner:
         loss: Tensor = self._train_loss(ids) * share
         self.scaler.scale(loss).backward()
         return loss.detach()
-
-
-def seed_dropout(seed: int, step: int, world: World) -> None:
-    """Make dropout depend on the step and the process, not on earlier draws."""
-    torch.manual_seed(seed + 1_000_003 * (step + 1) + 7_919 * world.rank)
 
 
 def recompute_blocks(model: GPT) -> None:

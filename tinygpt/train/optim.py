@@ -62,33 +62,17 @@ AnyOptimizer = Optimizer | torch.optim.Optimizer  # ours, or a package's
 
 
 def build_optimizers(model: GPT, params: TrainParams) -> list[AnyOptimizer]:
-    """The optimizers of a run.  Each group of weights has its `kind` and its `peak_lr`.
-
-    Raises UserError if the package of the chosen one is missing.
-    """
+    """The optimizers of a run.  Each group of weights has its `kind` and its `peak_lr`."""
     lrs = {"embedding": params.embedding_lr, "head": params.head_lr, "vector": params.vector_lr}
     decays = {"matrix": params.weight_decay, "head": params.weight_decay, "embedding": params.embedding_weight_decay}
     kinds: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in trained_tensors(model).items():
         kinds[kind_of(model, name)].append(parameter)
-    groups = [
-        {
-            "params": weights,
-            "kind": kind,
-            "peak_lr": lrs.get(kind) or params.lr,
-            "weight_decay": decays.get(kind, 0.0),
-        }
-        for kind, weights in kinds.items()
-    ]
-    chosen = OPTIMIZERS[params.optimizer]
-    try:
-        return chosen.build(groups, params)
-    except ImportError:
-        if chosen.package is None:
-            raise
-        raise UserError(
-            f"train.optimizer={params.optimizer} needs {chosen.package}: pip install {chosen.package}, or use adamw"
-        ) from None
+    groups = []
+    for kind, weights in kinds.items():
+        lr, decay = lrs.get(kind) or params.lr, decays.get(kind, 0.0)
+        groups.append({"params": weights, "kind": kind, "peak_lr": lr, "weight_decay": decay})
+    return OPTIMIZERS[params.optimizer].build(groups, params)
 
 
 def kind_of(model: GPT, name: str) -> str:
@@ -163,8 +147,10 @@ def _adamw(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]
 
 def _adamw8bit(groups: list[WeightGroup], params: TrainParams) -> list[AnyOptimizer]:
     """AdamW with its state in 8 bits (Dettmers et al., https://arxiv.org/abs/2110.02861), from torchao."""
-    from torchao.optim import AdamW8bit
-
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError("train.optimizer=adamw8bit needs torchao: pip install torchao, or use adamw") from None
     return [AdamW8bit(groups, lr=params.lr, betas=params.betas)]
 
 
@@ -189,9 +175,6 @@ OPTIMIZERS = {
 
 class AdamW(Optimizer):
     """Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, with PyTorch's fused kernel."""
-
-    def __init__(self, groups: Iterable[WeightGroup], *, lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, lr=lr, betas=betas)
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
         """Move each weight by the mean of its gradients over the root of their mean square."""
@@ -228,9 +211,6 @@ class Muon(Optimizer):
     Updates are scaled to the size of AdamW's, so both take the same learning rates. Matrices of one shape are processed
     together, because the products of one small matrix do not keep a processor busy.
     """
-
-    def __init__(self, groups: Iterable[WeightGroup], *, lr: float, momentum: float) -> None:
-        super().__init__(groups, lr=lr, momentum=momentum)
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
         """Move each matrix by the orthogonal matrix nearest to its momentum."""
@@ -274,9 +254,6 @@ def _by_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 class Lion(Optimizer):
     """Moves by the sign of a momentum (Chen et al., https://arxiv.org/abs/2302.06675).  Needs a third of AdamW's lr."""
-
-    def __init__(self, groups: Iterable[WeightGroup], *, lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, lr=lr, betas=betas)
 
     def change(self, weights: list[Tensor], group: WeightGroup) -> None:
         """Move each weight by the sign of its momentum."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -81,8 +81,6 @@ ALONE = World()
 class Parallel:
     """How processes share a model.  This base class is for a single process, which has all of it."""
 
-    splits: ClassVar[bool] = False  # whether each has a part of every weight
-
     def split(self, model: GPT) -> None:
         """Leave only this process's part of the weights in the model; called before the optimizers are built."""
 
@@ -116,15 +114,12 @@ class Replicas(Parallel):
 
     def apart(self) -> AbstractContextManager[None]:
         """Buckets are not sent."""
-        context: AbstractContextManager[None] = self.module.no_sync()
-        return context
+        return self.module.no_sync()
 
 
 class SplitWeights(Parallel):
     """Each process has a part of every weight, with its gradient and optimizer state, and fetches a block's weights
     when it is the block's turn (Zhao et al., https://arxiv.org/abs/2304.11277)."""
-
-    splits = True
 
     def split(self, model: GPT) -> None:
         """Each block is a unit; everything before and after the blocks is one more."""

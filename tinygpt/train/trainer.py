@@ -17,7 +17,6 @@ from tinygpt.model.lora import merged_tensors, trained_tensors
 from tinygpt.train.batches import Batches, Prefetch, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
-from tinygpt.train.loss import is_scaled
 from tinygpt.train.schedules import lr_frac_at
 
 if TYPE_CHECKING:
@@ -121,25 +120,13 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Keeper(Protocol):
-    """What the loop needs from the keeper of the run.  Apart from restoring weights, it changes none."""
+    """What the loop needs from the keeper of the run, which is tinygpt.run.run.Run: it decides no weight."""
 
-    def resumed(self, learner: Learner) -> AbstractContextManager[tuple[TrainState, dict[str, Tensor]]]:
-        """A context for the loop that restores the learner to where the run stopped.
-
-        Yields the run's state at that point, and the best weights so far.
-        """
-
-    def stop_requested(self) -> int:
-        """The number of the signal that asked to save and stop; 0 without one."""
-
-    def sample(self, model: GPT) -> str:
-        """A text written by the model."""
-
-    def report(self, state: TrainState, *, evaluated: bool) -> None:
-        """Show how far the run has come; called before the first step and after each."""
-
-    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Keep everything the run needs to continue from here."""
+    def resumed(self, learner: Learner) -> AbstractContextManager[tuple[TrainState, dict[str, Tensor]]]: ...
+    def stop_requested(self) -> int: ...
+    def sample(self, model: GPT) -> str: ...
+    def report(self, state: TrainState, *, evaluated: bool) -> None: ...
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -183,7 +170,7 @@ class TrainState:
 
         Raises UserError when a number is not finite; in fp16 gradients may overflow up to MAX_SKIPPED times in a row.
         """
-        skipped = is_scaled(params.precision) and not math.isfinite(grad_norm)
+        skipped = params.precision == "fp16" and not math.isfinite(grad_norm)
         self.n_skipped = self.n_skipped + 1 if skipped else 0
         if self.n_skipped > MAX_SKIPPED:
             raise UserError(
@@ -196,7 +183,7 @@ class TrainState:
         self.grad_norm_sum += 0.0 if skipped else grad_norm
         self.n_summed += 1
         self.n_skipped_summed += skipped
-        if step % row_every(params) == 0 or step == params.max_steps:
+        if step % math.ceil(params.max_steps / MAX_ROWS) == 0 or step == params.max_steps:
             self._add_row(step, params)
 
     def evaluated(self, val_loss: float, params: TrainParams) -> None:
@@ -236,8 +223,3 @@ def _diverged(numbers: str, step: int) -> UserError:
         f"{numbers} at step {step}: lower train.lr or train.grad_clip, or lengthen train.warmup_steps (the last good "
         "checkpoint is kept)"
     )
-
-
-def row_every(params: TrainParams) -> int:
-    """Steps between two rows of the curve."""
-    return math.ceil(params.max_steps / MAX_ROWS)
