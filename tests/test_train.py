@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -504,12 +505,21 @@ def test_a_compiled_step_is_the_same_step_up_to_rounding():
     assert compiled.state.best_val_loss == pytest.approx(eager.state.best_val_loss, abs=1e-4)
 
 
-def compile_by(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def compile_by(backend: str | Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile modules without making machine code, which takes ten seconds for each size."""
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, *, dynamic, mode: compiled(module, backend=backend, dynamic=dynamic)
     )
+
+
+def test_a_step_that_cannot_be_compiled_is_one_line(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+
+    compile_by(broken, monkeypatch)
+    with pytest.raises(UserError, match=r"cannot be compiled \(.*No working C\+\+ compiler.*without runtime.compile"):
+        train(runtime=dataclasses.replace(RUNTIME, compile=True), n_layer=1)
 
 
 def test_each_length_of_a_context_warmup_is_compiled_once(monkeypatch):

@@ -5,6 +5,7 @@ PyTorch is imported only when the device is needed: stages that work on text do 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,25 @@ def out_of_memory(cure: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory: {cure}") from None
+
+
+@contextmanager
+def compiling(cure: str) -> Iterator[None]:
+    """A context in which a failure of torch.compile, such as a missing compiler, is a UserError with this cure."""
+    log = logging.getLogger("torch._inductor.scheduler")  # prints 40 lines then
+    log.disabled = True
+    try:
+        yield
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
+        cures = f"install g++, set CXX to your compiler, or {cure}"
+        raise UserError(f"the step cannot be compiled ({cause}): {cures}") from error
+    finally:
+        log.disabled = False
 
 
 def wait_for(device: torch.device) -> None:

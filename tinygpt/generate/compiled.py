@@ -8,7 +8,6 @@ B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of t
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from itertools import chain
@@ -18,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinygpt.errors import UserError
 from tinygpt.generate.decoder import STEPS, KVCache, slot_mask
 from tinygpt.generate.lean import FEW, LeanBlock, LeanGPT
 from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import first_room
+from tinygpt.runtime import compiling
 
 # Buffers are written once, not recomputed wherever they are read: a step takes a quarter less time.  The sizes of
 # compiled code's own buffers are not checked at each call.
@@ -142,16 +141,7 @@ def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     late = first_room(model.config.block_size) - 2  # a late position: only long loops are shared among threads
     if late < 1:
         return
-    log = logging.getLogger("torch._inductor.scheduler")  # where there is no compiler, it prints 40 lines
-    log.disabled = True
-    try:
-        with torch.inference_mode():
-            for n in sorted({1, min(n_row, FEW), n_row}):  # one for each way to multiply
-                step([0] * n, [late] * n, KVCache(model.config, n, dtype=dtype, device=device, room=room))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        cause, *_ = str(getattr(error, "inner_exception", error)).splitlines() or [type(error).__name__]
-        cure = "install g++, set CXX to your compiler, or leave out --compile"
-        raise UserError(f"the step cannot be compiled ({cause}): {cure}") from error
-    finally:
-        log.disabled = False
+    with compiling("leave out --compile"), torch.inference_mode():
+        for n in sorted({1, min(n_row, FEW), n_row}):  # one for each way to multiply
+            step([0] * n, [late] * n, KVCache(model.config, n, dtype=dtype, device=device, room=room))
     STEPS[model] = step

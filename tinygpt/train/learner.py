@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.runtime import RuntimeParams
+from tinygpt.runtime import RuntimeParams, compiling
 from tinygpt.train.config import EMAParams, TrainParams
 from tinygpt.train.loss import (
     Loss,
@@ -32,6 +32,8 @@ from tinygpt.train.loss import (
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from tinygpt.train.parallel import ALONE, PARALLEL, Parallel, World, part_of, put, whole
 from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
+
+NOT_COMPILED = "do without runtime.compile and adamw8bit"
 
 
 class Learner:
@@ -66,7 +68,8 @@ class Learner:
             self._compile(loss)
         n_rows = self.micro_batch_size or params.batch_size // world.size
         example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, self.config.block_size + 1)
-        self._train_loss = self._parallel.wrap(loss, example)
+        with compiling(NOT_COMPILED):
+            self._train_loss = self._parallel.wrap(loss, example)
         self.part_norms: dict[str, Tensor] = {}  # of the last gradient they were requested for, before clipping
 
     def learn(self, step: int, ids: Tensor, *, with_part_norms: bool = False) -> Tensor:
@@ -74,7 +77,7 @@ class Learner:
 
         -> (2,): the mean loss of this process's share, and the norm of the whole gradient
         """
-        with repeatable(self.device):
+        with repeatable(self.device), compiling(NOT_COMPILED):
             set_lr(self.optimizers, lr_frac_at(step, self.params))
             self.model.set_dropout(self.config.dropout * dropout_frac_at(step, self.params))
             # dropout depends on the step and the process, not on earlier draws
