@@ -1,8 +1,8 @@
 """How the threads of one product wait for each other: imported before any library that computes.
 
-Threads that have done their share spin until the others have, which saves time on an idle machine. Next to
-other programs, they take the processor from the threads that they wait for, and most of the time is lost. A short spin,
-and then sleep, costs little in either case (docs/performance.md). (libgomp, https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html.)
+Threads that have done their share spin until the others have, which saves time on an idle machine. Next to other
+programs, they take the processor from the threads that they wait for. A short spin, and then sleep, costs little in
+either case (docs/performance.md; https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html).
 """
 
 from __future__ import annotations

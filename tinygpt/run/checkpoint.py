@@ -87,7 +87,7 @@ class Checkpoints:
         with atomic_folder(self.folder / f"step-{state.step:07d}") as folder:
             for part in PARTS:
                 save_tensors(folder / f"{part}{SUFFIX}", tensors[part])
-            write_state(folder, dataclasses.asdict(state), SUFFIX)
+            write_state(folder, dataclasses.asdict(state))
         for old in self._all()[:-N_KEPT]:
             shutil.rmtree(old)
 

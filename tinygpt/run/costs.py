@@ -32,10 +32,7 @@ LESS_MEMORY = (
     "lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true; if that is not enough, lower "
     "model.block_size or use a smaller model"
 )
-NONE_FITS = (
-    "not even the smallest micro-batch fits into the memory: set runtime.gradient_checkpointing=true, raise "
-    "train.batch_size to a power of two, lower model.block_size, or use a smaller model"
-)
+NONE_FITS = f"not even the smallest micro-batch fits into the memory: {LESS_MEMORY}"
 FLOAT = 4  # bytes of a float32, the type of weights and gradients
 
 
@@ -85,12 +82,9 @@ def memory_of(
 
 
 def fits(learner: Learner, size: int) -> bool:
-    """Whether a step in micro-batches of this size fits into the free memory; the weights are there already.
-
-    Counts exactly only if a quick upper bound does not fit.
-    """
+    """Whether a step in micro-batches of this size fits into the free memory; the weights are there already."""
     model, params, free = learner.model, learner.params, available_memory(learner.device)
-    if sum(_learning_bytes(model, params)) + most_activations(model, size) < free:
+    if sum(_learning_bytes(model, params)) + most_activations(model, size) < free:  # counting exactly takes seconds
         return True
     needed = memory_of(model.config, params, learner.runtime, size, learner.device)
     return needed.training - needed.weights < free

@@ -69,10 +69,9 @@ def read_plan(folder: Path) -> Plan | None:
     return read_record(Plan, folder / PLAN_FILE, stage="train") if (folder / PLAN_FILE).exists() else None
 
 
-def write_state(checkpoint: Path, state: dict[str, Any], suffix: str) -> None:
-    """Write state.json, with checksums of itself and of the checkpoint's files with this suffix."""
-    files = sorted(checkpoint.rglob(f"*{suffix}"))
-    checksums = {path.relative_to(checkpoint).as_posix(): sha256_file(path) for path in files}
+def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write state.json, with checksums of itself and of the files beside it."""
+    checksums = {path.name: sha256_file(path) for path in sorted(checkpoint.iterdir())}
     document = {"checksums": checksums, "state": state}
     write_json(checkpoint / STATE_FILE, document | {"checksum": sha256_json(document)})
 

@@ -26,14 +26,12 @@ from tinygpt.train.config import TrainParams
 from tinygpt.train.trainer import Row, TrainState
 
 PROJECT = "tinygpt"  # W&B's project and MLflow's experiment, for all runs
-PIP_NAMES = {"mlflow": "mlflow-skinny"}  # where they differ from the module's name
 
 
 class Loggers:
     """The requested loggers, as a context manager; call it with the state at the start and after each step.
 
-    A logger that fails prints a line of warning and is left out from then on; training continues. A missing package,
-    however, ends it at once.
+    A logger that fails prints a line of warning and is left out from then on; training continues.
     """
 
     def __init__(self, names: Iterable[str], folder: Path, config: GPTConfig, params: TrainParams) -> None:
@@ -42,8 +40,7 @@ class Loggers:
         for name in self._names:
             spec = importlib.util.find_spec(name)
             if spec is None or spec.origin is None:  # without an origin: a mere folder of that name
-                install = f"pip install {PIP_NAMES.get(name, name)}"
-                raise UserError(f"runtime.log_to=[{name}] needs {name}: {install}, or remove it from the list")
+                raise UserError(f"runtime.log_to=[{name}] needs {name}: pip install {name}, or remove it from the list")
         self._params = _shown("model", config_fields(config)) | _shown("train", dataclasses.asdict(params))
         self._tokens_per_step = params.batch_size * config.block_size
         self._loggers: dict[str, Logger] = {}
@@ -100,9 +97,8 @@ def _shown(group: str, fields: dict[str, Any]) -> dict[str, Any]:
 class TensorBoard:
     """Event files in runs/<fingerprint>/tensorboard, one per start: `tensorboard --logdir runs` shows them as one.
 
-    They are not written by torch's SummaryWriter, whose thread prints a traceback when the disk is full; only a hook
-    for all threads of the process could stop that. Its `purge_step` removes what a log has too much of, but does not
-    say what a log lacks.
+    Torch's SummaryWriter is not used: its thread prints a traceback when the disk is full, and it does not say which
+    steps a log lacks.
     """
 
     def __init__(self, folder: Path, params: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable
 from itertools import pairwise
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -29,10 +29,6 @@ from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import ALONE, World
-
-if TYPE_CHECKING:
-    from torch.distributed.launcher.api import LaunchConfig
-
 
 RESTARTS = 3  # after killed processes, before giving up
 PATIENCE_S = 120  # for a process asked to stop, to finish its step and save a checkpoint
@@ -52,8 +48,8 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
     """The device of this process.  Raises UserError if the processes cannot share the work."""
     require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)}))
     device = open_device(runtime, number=world.local_rank, of=world.local_size)
-    if runtime.cuda_graphs and (device.type != "cuda" or world.size > 1):
-        raise UserError("runtime.cuda_graphs=true needs a GPU and one process only: set it to false")
+    if runtime.cuda_graphs and device.type != "cuda":
+        raise UserError("runtime.cuda_graphs=true needs a GPU: set it to false")
     if device.index is not None:
         torch.cuda.set_device(device)  # FSDP uses the current device, wherever the weights are
     return device
@@ -71,15 +67,29 @@ def _train_with_others(train: Callable[[World], None]) -> None:
 
 def _launch(n_process: int) -> int:
     """Run this program's command in new processes -> 0, or the exit status of one that failed or was stopped."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.ERROR)  # of the launcher: the processes report their own errors
     for _ in range(1 + RESTARTS):
         with tempfile.TemporaryDirectory() as logs:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=n_process,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0",
+                local_addr="127.0.0.1",
+                max_restarts=0,  # a restart with the same store would find dead processes' addresses
+                shutdown_timeout=PATIENCE_S,
+                signals_to_handle="SIGTERM,SIGINT",
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )
             try:
-                elastic_launch(_launch_config(n_process, logs), sys.executable)(*sys.orig_argv[1:])
+                elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
                 return 0
             except SignalException as stopped:  # the processes have saved and said so
                 return 128 + stopped.sigval
@@ -91,26 +101,6 @@ def _launch(n_process: int) -> int:
         for rank, status in killed.items():
             print(f"train: process {rank} was killed by signal {-status}", file=sys.stderr)
     raise UserError(f"gave up after {RESTARTS} restarts: run it again to continue from the newest checkpoint")
-
-
-def _launch_config(n_process: int, logs: str) -> LaunchConfig:
-    """All processes on this machine, meeting at a port of their own."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig
-
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n_process,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,  # a restart with the same store would find dead processes' addresses
-        shutdown_timeout=PATIENCE_S,
-        signals_to_handle="SIGTERM,SIGINT",
-        logs_specs=DefaultLogsSpecs(log_dir=logs),
-    )
 
 
 def _join() -> World:
@@ -128,7 +118,6 @@ def _join() -> World:
 # ---- requests to stop ----
 
 STAGE = "DVC_STAGE"  # environment variable that DVC sets for a stage's command; child processes inherit it
-ELASTIC = "TORCHELASTIC_RUN_ID"  # environment variable of processes that torch's elastic launcher starts
 
 
 class Interrupts:
@@ -140,15 +129,13 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = 0
         self._watched = watched()
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._note)
-        if STAGE in os.environ and _adopted(self._watched):
-            self.signal = signal.SIGTERM
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -157,9 +144,9 @@ class Interrupts:
 
     def requested(self) -> int:
         """The number of the signal that asked to save and stop; 0 without one."""
-        if self.signal is None and _orphaned(self._watched):
+        if not self.signal and _orphaned(self._watched):
             self.signal = signal.SIGTERM
-        return self.signal or 0
+        return self.signal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -171,7 +158,7 @@ def watched() -> list[psutil.Process]:
     Without DVC, only this program, and the launcher if several processes train together.
     """
     found = [psutil.Process()]
-    if STAGE in os.environ or ELASTIC in os.environ:
+    if STAGE in os.environ or dist.is_torchelastic_launched():
         for parent in found[0].parents():
             found.append(parent)
             if not _in_stage(parent):
@@ -187,16 +174,13 @@ def _in_stage(process: psutil.Process) -> bool:
 
 
 def _orphaned(processes: list[psutil.Process]) -> bool:
-    """Whether the parent of one of them has died, so that it has a new one."""
+    """Whether the parent of one of them has died, so that it has a new one.
+
+    If DVC died before this program began, the last of them is init, which is in another session.
+    """
     try:
+        if STAGE in os.environ and len(processes) > 1 and os.getsid(processes[-1].pid) != os.getsid(processes[-2].pid):
+            return True
         return any(child.ppid() != parent.pid for child, parent in pairwise(processes))
-    except psutil.Error:
-        return True
-
-
-def _adopted(processes: list[psutil.Process]) -> bool:
-    """Whether DVC died before this program began: init, which took its place, is in another session."""
-    try:
-        return len(processes) > 1 and os.getsid(processes[-1].pid) != os.getsid(processes[-2].pid)
-    except OSError:
+    except (psutil.Error, OSError):
         return True

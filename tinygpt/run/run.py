@@ -51,11 +51,9 @@ class Run:
         show: Callable[[TrainState], None] = lambda _: None,
         called: str = "",
     ) -> None:
-        """`name` is the run's fingerprint, `tokenizer` is for its samples, `runs` is the folder of all runs.
+        """`name` is the run's fingerprint, `called` its name for people, `runs` the folder of all runs.
 
-        `show` publishes the curve so far, at each evaluation and when a run continues; `called` is the run's name for
-        people.
-
+        `show` publishes the curve so far, at each evaluation and when a run continues.
         Raises UserError when the package of a logger is missing.
         """
         self.config, self.params, self.runtime, self.world = config, params, runtime, world
@@ -77,10 +75,6 @@ class Run:
     def __exit__(self, *exception: object) -> None:
         self._open.__exit__(*exception)  # type: ignore[arg-type]
 
-    def note(self, *, finished: bool) -> None:
-        """Record whether its results are published, for `python -m tinygpt runs`."""
-        self.checkpoints.note(max_steps=self.params.max_steps, finished=finished)
-
     @contextmanager
     def resumed(self, learner: Learner) -> Iterator[tuple[TrainState, dict[str, Tensor]]]:
         """A context in which the loop continues where the run stopped; yields the state then and the best weights."""
@@ -91,11 +85,8 @@ class Run:
                 state.micro_batch_size = find_micro_batch_size(learner, known=state.micro_batch_size)
                 learner.micro_batch_size = state.micro_batch_size
             self._loggers(state)
-            total, start = self.params.max_steps, state.step
-            with (
-                self._interrupts,
-                progress_bar("train", total=total, unit="steps", start=start, lines=False) as self._bar,
-            ):
+            self._bar = progress_bar("train", total=self.params.max_steps, unit="steps", start=state.step, lines=False)
+            with self._interrupts, self._bar:
                 if state.rows:
                     self._show(state)
                 yield state, best
