@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -20,13 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.runtime import RuntimeParams, compiling
-from tinygpt.train.config import EMAParams, TrainParams
+from tinygpt.train.config import TrainParams
 from tinygpt.train.loss import (
     Loss,
-    load_scaler_tensors,
     pick_precision,
     repeatable,
-    scaler_tensors,
     set_matmul_precision,
 )
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -58,10 +56,10 @@ class Learner:
         self._parallel = PARALLEL[runtime.parallel]() if world.size > 1 else Parallel()
         self._parallel.split(self.model)
         self.optimizers = build_optimizers(self.model, params)
-        self.ema = EMA(params.ema) if params.ema else None
+        self.average: dict[str, Tensor] = {}  # of the weights, for train.ema; empty before it begins
         self.precision = pick_precision(params.precision, device, self.config.n_embd)
         set_matmul_precision(self.precision, device)
-        self.scaler = GradScaler(device.type, enabled=self.precision == "fp16")  # else gradients vanish in float16
+        self.scaler = GradScaler(device.type, enabled=self.precision == "fp16")
         extra = {"label_smoothing": params.label_smoothing, "z_loss": params.z_loss}
         self._loss, loss = (Loss(self.model, self.precision, **extra) for _ in range(2))
         if runtime.compile:
@@ -101,8 +99,8 @@ class Learner:
                     optimizer.step()
                 optimizer.zero_grad()
             self.scaler.update()
-            if self.ema:
-                self.ema.update(step + 1, trained_tensors(self.model))
+            if self.params.ema and step + 1 >= self.params.ema.start:
+                self._add_to_average(self.params.ema.decay)
             return torch.stack([loss, grad_norm])
 
     def rehearse(self, n: int) -> None:
@@ -113,8 +111,12 @@ class Learner:
     @contextmanager
     def evaluated(self) -> Iterator[GPT]:
         """A context with the model to evaluate, which has the average of the weights if there is one."""
-        with self.ema.in_place_of(trained_tensors(self.model)) if self.ema else nullcontext():
+        weights = trained_tensors(self.model)
+        _exchange(self.average, weights)
+        try:
             yield self._parallel.whole_model(self.model, self._like).eval()
+        finally:
+            _exchange(self.average, weights)
         self.model.train()
 
     @torch.inference_mode()
@@ -128,10 +130,11 @@ class Learner:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint keeps of the learner, by part; only this process's share of split tensors."""
+        scale = {f"loss_scale/{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()}
         return {
             "weights": trained_tensors(self.model),
-            "optimizer": optimizer_tensors(self.model, self.optimizers) | scaler_tensors(self.scaler),
-            "ema": self.ema.average if self.ema else {},
+            "optimizer": optimizer_tensors(self.model, self.optimizers) | scale,
+            "ema": self.average,
         }
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -140,9 +143,9 @@ class Learner:
         for name, weight in weights.items():
             put(weight, tensors["weights"][name])
         load_optimizer_tensors(self.model, self.optimizers, tensors["optimizer"])
-        load_scaler_tensors(self.scaler, tensors["optimizer"])
-        if self.ema:
-            self.ema.average = {name: part_of(tensor, weights[name]) for name, tensor in tensors["ema"].items()}
+        scale = self.scaler.state_dict()  # empty if it is off
+        self.scaler.load_state_dict({key: tensors["optimizer"][f"loss_scale/{key}"].item() for key in scale})
+        self.average = {name: part_of(tensor, weights[name]) for name, tensor in tensors["ema"].items()}
 
     def _prepared(self, model: GPT) -> GPT:
         """The model on the device, with adapters if those are trained."""
@@ -162,6 +165,15 @@ class Learner:
             self.model.rope(self.config.block_size)  # build its tables outside the compiled code
         torch._dynamo.config.recompile_limit = 64  # for every length of a context warmup, not only the first 8
         loss.compile(dynamic=False, mode="reduce-overhead" if self.runtime.cuda_graphs else None)
+
+    @torch.no_grad()
+    def _add_to_average(self, decay: float) -> None:
+        """Let the average follow the weights (Polyak and Juditsky, https://doi.org/10.1137/0330046)."""
+        weights = trained_tensors(self.model)
+        if not self.average:
+            self.average = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        names = list(self.average)  # after loading, in the file's order
+        torch._foreach_lerp_([self.average[n] for n in names], [weights[n] for n in names], 1 - decay)
 
     def _backward(self, ids: Tensor, share: float) -> Tensor:
         """Add the gradient of `share` times the loss; returns that product."""
@@ -194,36 +206,6 @@ def part_norms(model: GPT) -> dict[str, Tensor]:
             first, second, *_ = name.split(".")
             parts[f"block_{second}" if first == "blocks" else first].append(whole(parameter.grad.norm()))
     return {part: torch.stack(norms).norm() for part, norms in parts.items()}
-
-
-class EMA:
-    """An exponential moving average of tensors over the steps; empty before it begins.
-
-    Polyak and Juditsky, https://doi.org/10.1137/0330046.
-    """
-
-    def __init__(self, params: EMAParams) -> None:
-        self.params = params
-        self.average: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def update(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Take in the tensors after `step` steps."""
-        if step < self.params.start:
-            return
-        if not self.average:
-            self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        names = list(self.average)  # after loading, in the file's order
-        torch._foreach_lerp_([self.average[n] for n in names], [tensors[n] for n in names], 1 - self.params.decay)
-
-    @contextmanager
-    def in_place_of(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """A context in which the tensors hold the average, and the average holds what they held."""
-        try:
-            _exchange(self.average, tensors)
-            yield
-        finally:
-            _exchange(self.average, tensors)
 
 
 @torch.no_grad()

@@ -1,12 +1,5 @@
 """The training loss, computed from the last hidden states, and the number formats of matrix products.
 
-| precision | products | where |
-|---|---|---|
-| fp32 | float32 | everywhere |
-| tf32 | float32 with the mantissa cut to 10 bits | a GPU; elsewhere the same as fp32 |
-| bf16 | bfloat16: the range of float32, a mantissa of 7 bits | a GPU; CPUs without AMX emulate it, slowly |
-| fp16 | float16, with gradients scaled so that they do not vanish | older GPUs |
-
 Weights, gradients and optimizer state stay in float32.  B batch, T tokens, N = B · T, C n_embd, V vocab_size.
 """
 
@@ -20,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.autograd.function import once_differentiable
 
 from tinygpt.model.gpt import GPT
@@ -121,8 +113,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-# The type of products for each choice of train.precision other than auto; None = that of the weights.
-PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {  # choices of train.precision other than auto: the type of products, None = that of the weights
+    "fp32": None,
+    "tf32": None,  # a GPU cuts the mantissa of float32 to 10 bits; elsewhere the same as fp32
+    "bf16": torch.bfloat16,  # the range of float32, a mantissa of 7 bits; CPUs without AMX emulate it, slowly
+    "fp16": torch.float16,  # for older GPUs; the loss is scaled so that gradients do not vanish
+}
 WORTH_CASTS = 192  # n_embd: in bf16 a step of 1024 tokens took 1.1 times as long at 128, 0.9 at 192, 0.7 at 384
 
 
@@ -169,16 +165,3 @@ def repeatable(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def scaler_tensors(scaler: GradScaler) -> dict[str, Tensor]:
-    """The scaler's state as "loss_scale/<what>": tensor, for a checkpoint; empty if it is off."""
-    state = scaler.state_dict()
-    return {f"loss_scale/{key}": torch.tensor(state[key]) for key in ("scale", "_growth_tracker") if state}
-
-
-def load_scaler_tensors(scaler: GradScaler, tensors: dict[str, Tensor]) -> None:
-    """Restore what `scaler_tensors` returned."""
-    if state := scaler.state_dict():
-        kept = {key: tensors[f"loss_scale/{key}"].item() for key in ("scale", "_growth_tracker")}
-        scaler.load_state_dict(state | kept)
