@@ -63,10 +63,10 @@ def train(root: Path, world: World) -> None:
             set_first_weights(model, train_tokens)
         learner = Learner(model, params, runtime, device=device, world=world)
         trainer = Trainer(learner, train_tokens=train_tokens, val_tokens=val_tokens)
-        run.checkpoints.note(max_steps=params.max_steps, finished=False)  # now that all checks have passed
+        world.first(lambda: run.checkpoints.note(max_steps=params.max_steps, finished=False))  # all checks have passed
         trained, made_from = trainer.fit(run), {"tokenizer": meta.tokenizer_sha256, "base": base_sha256}
         report = world.first(lambda: publish(trained, trainer, root / MODEL, root / REPORTS, made_from=made_from))
-        run.checkpoints.note(max_steps=params.max_steps, finished=True)
+        world.first(lambda: run.checkpoints.note(max_steps=params.max_steps, finished=True))
     if world.rank == 0:
         print(described(report, root / MODEL))
 

@@ -108,8 +108,8 @@ def out_of_memory(cure: str) -> Iterator[None]:
 
 @contextmanager
 def compiling(cure: str) -> Iterator[None]:
-    """A context in which a failure of torch.compile, such as a missing compiler, is a UserError with this cure."""
-    log = logging.getLogger("torch._inductor.scheduler")  # prints 40 lines then
+    """A context manager or decorator that turns a failure of torch.compile into a UserError with this cure."""
+    log = logging.getLogger("torch._inductor.scheduler")  # where there is no compiler, it prints 40 lines
     log.disabled = True
     try:
         yield

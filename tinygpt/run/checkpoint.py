@@ -31,7 +31,6 @@ from tinygpt.run.folder import PLAN_FILE, read_state, write_state
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.optim import OPTIMIZERS
-from tinygpt.train.parallel import ALONE, World, is_split, whole
 from tinygpt.train.trainer import TrainState
 
 N_KEPT = 2  # checkpoints: the newest, and the one before it in case the disk has lost part of the newest
@@ -57,41 +56,13 @@ def fingerprint(config: GPTConfig, params: TrainParams, tokens: TokensMeta, base
 
 
 class Checkpoints:
-    """The folder of one run; use it as a context manager, which holds the folder's lock.
+    """The folder of one run; use it as a context manager, which holds the folder's lock."""
 
-    With several processes, the first writes and all read; their machines must share the folder.
-    """
-
-    def __init__(self, name: str, world: World = ALONE, *, runs: Path | None = None) -> None:
-        self.folder, self.world = (runs or runs_folder()) / name, world
+    def __init__(self, name: str, *, runs: Path | None = None) -> None:
+        self.folder = (runs or runs_folder()) / name
         self._lock = FileLock(self.folder / "lock")
 
     def __enter__(self) -> Checkpoints:
-        self.world.first(self._open)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
-
-    def note(self, *, max_steps: int, finished: bool) -> None:
-        """Record where the run ends, and whether its results are published, for `python -m tinygpt runs`."""
-        plan = {"max_steps": max_steps, "finished": finished}
-        self.world.first(lambda: write_json(self.folder / PLAN_FILE, plan))
-
-    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Write one checkpoint of the PARTS, and delete the oldest; all processes must call it."""
-        gathered = {part: {name: _gathered(tensor) for name, tensor in tensors[part].items()} for part in PARTS}
-        self.world.first(lambda: self._write(state, gathered))
-
-    def _write(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        with atomic_folder(self.folder / f"step-{state.step:07d}") as folder:
-            for part in PARTS:
-                save_tensors(folder / f"{part}{SUFFIX}", tensors[part])
-            write_state(folder, dataclasses.asdict(state))
-        for old in self._all()[:-N_KEPT]:
-            shutil.rmtree(old)
-
-    def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -99,6 +70,23 @@ class Checkpoints:
             raise UserError(f"another trainer is writing {self.folder}: wait for it, or stop it first") from None
         for partial in self.folder.glob("step-*.partial"):  # left by a killed trainer
             shutil.rmtree(partial)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def note(self, *, max_steps: int, finished: bool) -> None:
+        """Record where the run ends, and whether its results are published, for `python -m tinygpt runs`."""
+        write_json(self.folder / PLAN_FILE, {"max_steps": max_steps, "finished": finished})
+
+    def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Write one checkpoint of the PARTS, and delete the oldest."""
+        with atomic_folder(self.folder / f"step-{state.step:07d}") as folder:
+            for part in PARTS:
+                save_tensors(folder / f"{part}{SUFFIX}", tensors[part])
+            write_state(folder, dataclasses.asdict(state))
+        for old in self._all()[:-N_KEPT]:
+            shutil.rmtree(old)
 
     def newest_weights(self) -> Path:
         """The file with the weights of the newest checkpoint."""
@@ -123,8 +111,3 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor, on the CPU if it was split."""
-    return whole(tensor).cpu() if is_split(tensor) else tensor

@@ -57,7 +57,7 @@ class Run:
         Raises UserError when the package of a logger is missing.
         """
         self.config, self.params, self.runtime, self.world = config, params, runtime, world
-        self.checkpoints, self.tokenizer = Checkpoints(name, world, runs=runs), tokenizer
+        self.checkpoints, self.tokenizer = Checkpoints(name, runs=runs), tokenizer
         log_to = runtime.log_to if world.rank == 0 else ()
         self._loggers = Loggers(log_to, self.checkpoints.folder, config, params)
         self._show = show if world.rank == 0 else lambda _: None
@@ -67,10 +67,13 @@ class Run:
         self._open = ExitStack()
 
     def __enter__(self) -> Run:
-        self._open.enter_context(self.checkpoints)
-        self.world.first(lambda: keep_name(self.checkpoints.folder, self._called))
+        self.world.first(self._hold)
         self._open.enter_context(self._loggers)
         return self
+
+    def _hold(self) -> None:
+        self._open.enter_context(self.checkpoints)
+        keep_name(self.checkpoints.folder, self._called)
 
     def __exit__(self, *exception: object) -> None:
         self._open.__exit__(*exception)  # type: ignore[arg-type]
@@ -119,11 +122,14 @@ class Run:
         self._bar.update(min(done, 1))  # not before the first step
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, in the first process."""
         state.peak_mem_gib = max(state.peak_mem_gib, peak_memory() / 2**30)
+        self.world.first(lambda: self._write(state, tensors))
+
+    def _write(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         self.checkpoints.save(state, tensors)
-        if self.params.lora is None and (tokenizer := self.tokenizer) is not None:
-            self.world.first(lambda: self._offer(tokenizer))
+        if self.params.lora is None and self.tokenizer is not None:
+            self._offer(self.tokenizer)
 
     def _offer(self, tokenizer: Tokenizer) -> None:
         """Make a model folder of the newest weights, for `generate --run`: a hard link to the file, not a copy."""

@@ -28,7 +28,7 @@ from tinygpt.train.loss import (
     set_matmul_precision,
 )
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
-from tinygpt.train.parallel import ALONE, PARALLEL, Parallel, World, part_of, put, whole
+from tinygpt.train.parallel import ALONE, PARALLEL, Parallel, World, gathered, part_of, put, whole
 from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
 
 NOT_COMPILED = "do without runtime.compile and adamw8bit"
@@ -70,12 +70,13 @@ class Learner:
             self._train_loss = self._parallel.wrap(loss, example)
         self.part_norms: dict[str, Tensor] = {}  # of the last gradient they were requested for, before clipping
 
+    @compiling(NOT_COMPILED)
     def learn(self, step: int, ids: Tensor, *, with_part_norms: bool = False) -> Tensor:
         """One optimizer step, counted from 0, on (B, T + 1) ids, the same in every process.
 
         -> (2,): the mean loss of this process's share, and the norm of the whole gradient
         """
-        with repeatable(self.device), compiling(NOT_COMPILED):
+        with repeatable(self.device):
             set_lr(self.optimizers, lr_frac_at(step, self.params))
             self.model.set_dropout(self.config.dropout * dropout_frac_at(step, self.params))
             # dropout depends on the step and the process, not on earlier draws
@@ -129,16 +130,15 @@ class Learner:
         return self.world.sum(total).item() / len(ids)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a checkpoint keeps of the learner, by part; only this process's share of split tensors."""
+        """Everything a checkpoint keeps of the learner, by part; all processes must call it."""
         scale = {f"loss_scale/{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()}
-        return {
-            "weights": trained_tensors(self.model),
-            "optimizer": optimizer_tensors(self.model, self.optimizers) | scale,
-            "ema": self.average,
-        }
+        state = optimizer_tensors(self.model, self.optimizers) | scale
+        parts = {"weights": trained_tensors(self.model), "optimizer": state, "ema": self.average}
+        return {part: {name: gathered(tensor) for name, tensor in held.items()} for part, held in parts.items()}
 
+    @compiling(NOT_COMPILED)
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Restore what `tensors` returned, as whole tensors, into a learner that has not made a step."""
+        """Restore what `tensors` returned, into a learner that has not made a step."""
         weights = trained_tensors(self.model)
         for name, weight in weights.items():
             put(weight, tensors["weights"][name])

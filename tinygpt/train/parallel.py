@@ -158,6 +158,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The same, on the CPU if it was split."""
+    return whole(tensor).cpu() if is_split(tensor) else tensor
+
+
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, split like another tensor."""
     tensor = tensor.to(like.device)
