@@ -116,7 +116,7 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
 
     Raises UserError if the file lacks one, or would be invalid with them.
     """
-    read_groups(path)  # refuses what is no params file, and deep nesting, for which ruamel.yaml takes seconds
+    read_groups(path)  # refuses other files, and deep nesting, for which ruamel.yaml takes seconds
     check_names(f"{group}.{key}" for group, keys in values.items() for key in keys)
     yaml, written, changed = YAML(), path.read_bytes().decode(), list[str]()
     document = yaml.load(written.replace("\r\n", "\n"))

@@ -70,7 +70,7 @@ def read_plan(folder: Path) -> Plan | None:
 
 
 def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Write state.json, with checksums of itself and of the files beside it."""
+    """Write state.json, with checksums of itself and of the files next to it."""
     checksums = {path.name: sha256_file(path) for path in sorted(checkpoint.iterdir())}
     document = {"checksums": checksums, "state": state}
     write_json(checkpoint / STATE_FILE, document | {"checksum": sha256_json(document)})
