@@ -75,6 +75,15 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["../a.txt", "b/../../a.txt", "/etc/passwd"])
+def test_a_manifest_names_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
+    raw = make_raw(tmp_path, {"a.txt": b"a"})
+    text = (raw / "manifest.json").read_text()
+    (raw / "manifest.json").write_text(text.replace('"a.txt"', json.dumps(name)))
+    with pytest.raises(UserError, match=f"{name} is outside it.*dvc repro -f download"):
+        read_manifest(raw)
+
+
 def run(folder: Path, files: dict[str, bytes], **changes: object) -> Report:
     return clean(params(**changes), make_raw(folder, files), folder / "clean", RUNTIME)
 

@@ -175,7 +175,10 @@ def test_line_ends_of_windows_stay(params):
 DAMAGED = {
     "empty": ("", r"params\.yaml must hold the groups download, clean"),
     "a list": ("- model", r"params\.yaml must hold the groups"),
-    "flat": ("n_layer: 4\nmodel: 3\n", r"params\.yaml must hold the groups download, clean, .*, each with its keys"),
+    "flat": (
+        "n_layer: 4\nmodel: 3\n",
+        r"params\.yaml must hold the groups download, clean, .*, each with its keys, but n_layer; model has",
+    ),
     "another group": ("n_layer: {}\n", r"unknown key n_layer\n.*missing key download"),
     "misspelled": ("modle:", r"unknown key modle \(did you mean model\?\)"),
     "a key is missing": ("", r"missing key model\.n_layer"),

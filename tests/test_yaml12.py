@@ -151,3 +151,13 @@ def test_any_text_is_read_or_is_one_line(text: str) -> None:
         load_yaml(text.encode())
     except ValueError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("value", ["2024-99-99", "!!int abc", "!!bool x"])
+def test_a_value_that_cannot_be_read_is_named_by_its_place(value: str) -> None:
+    with pytest.raises(ValueError, match="^this value is not valid at line 2, column 4$"):
+        load_yaml(f"a: 1\nb: {value}\n".encode())
+
+
+def test_a_comment_may_speak_of_yaml() -> None:
+    assert load_yaml(b"# %YAML 1.1\na: on\n") == {"a": "on"}

@@ -141,6 +141,8 @@ def write_json(path: str | Path, value: Any) -> None:
         with atomic_write(path) as file:
             json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
             file.write("\n")
+    except UnicodeError:
+        raise
     except ValueError as error:
         raise UserError(
             f"{path} was not written ({error}): if the model's numbers overflow, lower train.lr and train again"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, overload
 
 from tinygpt.errors import UserError, shown
-from tinygpt.files import read_json
+from tinygpt.files import read_json, some_of
 from tinygpt.yaml12 import load_yaml
 
 PARAMS_FILE = Path("params.yaml")
@@ -208,8 +208,11 @@ def _groups(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
         document = load_yaml(raw)
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(document, dict) or not all(isinstance(keys, dict) for keys in document.values()):
-        raise UserError(f"{path} must hold the groups {', '.join(GROUPS)}, each with its keys")
+    groups = f"{path} must hold the groups {', '.join(GROUPS)}, each with its keys"
+    if not isinstance(document, dict):
+        raise UserError(groups)
+    if odd := [shown(name) for name, keys in document.items() if not isinstance(keys, dict)]:
+        raise UserError(f"{groups}, but {some_of(odd, 3)} has none")
     return document
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node
@@ -18,13 +19,13 @@ def load_yaml(text: bytes) -> Any:
     """One document of plain values.  Raises ValueError with a message of one line, whatever is wrong with it."""
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text):,} bytes, more than the limit of {MOST_BYTES:,}")
-    if b"%YAML" in text:  # in YAML 1.1, `on` is true
+    if text.startswith(b"%YAML") or b"\n%YAML" in text:  # in YAML 1.1, `on` is true
         raise ValueError("only YAML 1.2 is read: remove %YAML")
     reader = YAML(typ="safe", pure=True)
-    reader.Composer = _Composer
+    reader.Composer, reader.Constructor = _Composer, _Constructor
     try:
         return reader.load(text.decode())  # only UTF-8: ruamel.yaml would accept UTF-16, which DVC does not
-    except (YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+    except (YAMLError, ValueError, OverflowError, LookupError) as error:  # the last two for "\Uffffffff"
         raise ValueError(" ".join(_reason(error).replace('in "<unicode string>",', "at").split())) from None
 
 
@@ -62,3 +63,14 @@ class _Composer(Composer):
             raise ComposerError(None, None, f"at most {MOST_DIGITS} digits are read", mark)
         self.sizes.setdefault(node, self.n_node - before)
         return node
+
+
+class _Constructor(SafeConstructor):
+    """Reports where a number, date or other value is not valid: each kind raises its own error, without a place."""
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        """The value of a node."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError, LookupError, AttributeError, TypeError):
+            raise ConstructorError(None, None, "this value is not valid", node.start_mark) from None

@@ -144,9 +144,9 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
         command.add_argument(*names, help=f"{option.help}{shown}", **reading(option))
 
 
-def existing(text: str) -> Path:
-    """A path that a command reads."""
-    require((Path(text).exists(), f"{text} not found: give an existing folder or file"))
+def existing(flag: str, text: str) -> Path:
+    """A path that a command reads, given with this flag."""
+    require((bool(text) and Path(text).exists(), f"{flag} {shown(text)} not found: give an existing folder or file"))
     return Path(text)
 
 

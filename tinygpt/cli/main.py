@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Never
 
@@ -59,26 +60,30 @@ def _serve_flags(command: ArgumentParser) -> None:
 def _encode_flags(command: ArgumentParser) -> None:
     command.add_argument("text", nargs="?", help="text to encode (default: standard input)")
     command.add_argument("--ids", action="store_true", help="print only the ids, as `decode` reads them")
-    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
+    command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), default=paths.TOKENIZER, help=FOLDER)
 
 
 def _decode_flags(command: ArgumentParser) -> None:
     command.add_argument("ids", nargs="*", help="ids to decode (default: standard input)")
-    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
+    command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), default=paths.TOKENIZER, help=FOLDER)
 
 
 def _tokenizer_report_flags(command: ArgumentParser) -> None:
-    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
-    command.add_argument("--against", type=existing, help="another tokenizer.json, such as GPT-2's, on the same text")
-    command.add_argument("--text", type=existing, default=paths.CLEAN, help=FOLDER)
+    command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), default=paths.TOKENIZER, help=FOLDER)
+    command.add_argument(
+        "--against",
+        type=partial(existing, "--against"),
+        help="another tokenizer.json, such as GPT-2's, on the same text",
+    )
+    command.add_argument("--text", type=partial(existing, "--text"), default=paths.CLEAN, help=FOLDER)
     command.add_argument("--plot", type=picture, default=paths.REPORTS / "tokenizer.png", help=PICTURE)
 
 
 def _attention_flags(command: ArgumentParser) -> None:
     command.add_argument("-p", "--prompt", required=True, help="the text to look at")
     add_number(command, "--generate", NotNegative, default=0, help="first let the model add N tokens")
-    command.add_argument("--model", type=existing, default=paths.MODEL, help=FOLDER)
-    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
+    command.add_argument("--model", type=partial(existing, "--model"), default=paths.MODEL, help=FOLDER)
+    command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), default=paths.TOKENIZER, help=FOLDER)
     command.add_argument("--plot", type=picture, default=paths.REPORTS / "attention.png", help=f"{PICTURE}, and a page")
 
 
@@ -88,8 +93,8 @@ def _import_hf_flags(command: ArgumentParser) -> None:
 
 
 def _promote_flags(command: ArgumentParser) -> None:
-    command.add_argument("--model", type=existing, default=paths.MODEL, help=FOLDER)
-    command.add_argument("--tokenizer", type=existing, default=paths.TOKENIZER, help=FOLDER)
+    command.add_argument("--model", type=partial(existing, "--model"), default=paths.MODEL, help=FOLDER)
+    command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), default=paths.TOKENIZER, help=FOLDER)
     command.add_argument("--to", type=Path, default=paths.BASE, help=FOLDER)
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from tinygpt.cli.flags import STDIN
+from tinygpt.cli.flags import STDIN, existing
 from tinygpt.errors import UserError, printable, shown
 from tinygpt.files import atomic_write, human_bytes, parse_json
 from tinygpt.options import MOST_BYTES, checked
@@ -131,7 +131,7 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
     if args.prompts == STDIN:
         name, text = "standard input", read_input()
     else:
-        with open(args.prompts, "rb") as file:
+        with open(existing("--prompts", args.prompts), "rb") as file:
             name, text = args.prompts, decode_utf8(read_some(file, args.prompts), args.prompts)
     lines = text.removesuffix("\n").split("\n")
     if lines == [""]:

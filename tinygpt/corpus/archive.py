@@ -235,7 +235,7 @@ def _parquet_lines(source: _File) -> Iterator[bytes]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(f"{source.name} needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{source.name} needs pyarrow: pip install 'pyarrow>=26'") from None
     with ParquetFile(source.path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
         kind = {field.name: field.type for field in file.schema_arrow}.get("text")
         if str(getattr(kind, "value_type", kind)) not in STRINGS:

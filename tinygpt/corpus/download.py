@@ -71,7 +71,8 @@ def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, more: int)
                 file.forget()
             why = f" ({texts.notes})" if texts.notes.names else ""
             few = f", or raise download.max_bytes={params.max_bytes}" if params.max_bytes else ""
-            raise UserError(f"download.source={params.source} holds no text{why}: choose another file or folder{few}")
+            found = "holds no text" if files or why else "matches no files"
+            raise UserError(f"download.source={params.source} {found}{why}: choose another file or folder{few}")
         manifest = Manifest(
             source=params.source,
             licence=source.licence,

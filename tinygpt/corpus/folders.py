@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from json.encoder import encode_basestring
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tinygpt.errors import UserError
 from tinygpt.files import must_exist, read_json, write_json
-from tinygpt.params import ParamsError, from_mapping
+from tinygpt.params import ParamsError, from_mapping, require
 from tinygpt.shards import Shard, Span
 
 MANIFEST = "manifest.json"
@@ -65,6 +65,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = from_mapping(Manifest, read_json(folder / MANIFEST, stage="download"))
         re.compile(manifest.document_start or "")
+        paths = [PurePosixPath(file.name) for file in manifest.files]
+        require(*((not path.is_absolute() and ".." not in path.parts, f"{path} is outside it") for path in paths))
         return manifest
     except (ParamsError, re.error) as error:
         raise UserError(

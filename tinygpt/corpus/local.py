@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tinygpt.corpus.sources import MOST_NAME, SOURCES
-from tinygpt.errors import UserError, printable
+from tinygpt.errors import UserError, printable, shown
 from tinygpt.params import nearest
 
 MOST_SHOWN = 3  # names listed for one reason
@@ -61,7 +61,10 @@ def local_files(source: str, root: Path, raw: Path, note: Note) -> list[tuple[st
             )
         base = root.joinpath(*itertools.takewhile(lambda part: not glob.has_magic(part), named.parts))
         pattern = path.relative_to(base).parts
-    within, real = raw.resolve(), base.resolve()
+    try:
+        within, real = raw.resolve(), base.resolve()
+    except (ValueError, RuntimeError) as error:  # a zero byte; links that go in a circle
+        raise UserError(f"download.source={shown(source)} names no file or folder ({error})") from None
     if within.is_relative_to(real) and _fits(within.relative_to(real).parts, pattern, whole=False):
         raise UserError(f"download.source={source} holds {raw} itself: put the texts into a folder of their own")
     return [(name, base / name) for name in sorted(_walk(base, pattern, {within}, note))]

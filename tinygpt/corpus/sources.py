@@ -9,6 +9,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -176,9 +177,15 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def iter_python_docs(stdlib: Path | None = None) -> Iterator[str]:
-    """One document per module, sorted by name, then one per topic of `help("topics")`."""
-    from pydoc_data.topics import topics  # a large module
+    """One document per module, sorted by name, then one per topic of `help("topics")`.
 
+    Raises UserError when the sources of the standard library are not installed.
+    """
+    topics: dict[str, str] = {}
+    with suppress(ImportError):  # some installations come without it
+        from pydoc_data import topics as module  # a large one
+
+        topics = module.topics
     stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
     paths = dict(_modules(stdlib))
     if not paths:
@@ -203,7 +210,10 @@ def _modules(stdlib: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _module_document(name: str, path: Path) -> str:
-    tree = ast.parse(path.read_bytes())
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # a file for another version of Python
+        return ""
     own = ast.get_docstring(tree)
     parts = [f"module {name}\n\n{own}"] if own else []
     parts += [f"{heading}\n\n{docstring}" for heading, docstring in _definitions(tree, name)]

@@ -114,5 +114,6 @@ def quantize(model: GPT, kind: str) -> None:
                 f"{name} is ({linear.out_features}, {linear.in_features}), but int4 needs a multiple of {ROWS} rows "
                 f"and of {GROUP} columns: use int8"
             )
+    for name, linear in linears:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, QUANTIZED[kind](linear))

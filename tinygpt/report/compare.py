@@ -167,7 +167,10 @@ def read_made(one: Experiment) -> Made | None:
         rows = curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"])
         return Made(**vars(one), curve=curve, rows=rows, eval=evaluation, samples=samples)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"the reports of {one.name} cannot be read ({error}): run it again, or choose others") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"the reports of {one.name} cannot be read ({reason}): run it again, or choose others"
+        ) from None
 
 
 def read_report(files: DVCFileSystem, name: str) -> str:

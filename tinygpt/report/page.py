@@ -55,7 +55,10 @@ def write_page(root: Path, path: Path) -> None:
     try:
         page = render("run.html", run_data(reports), **run_view(reports, find_earlier(root, reports["eval"])))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, UndefinedError) as error:
-        raise UserError(f"{REPORTS} is damaged or from another version of tinygpt ({error}): run `dvc repro`") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{REPORTS} is damaged or from another version of tinygpt ({reason}): run `dvc repro`"
+        ) from None
     write_text(path, page)
 
 

@@ -32,7 +32,10 @@ LESS_MEMORY = (
     "lower runtime.micro_batch_size or set runtime.gradient_checkpointing=true; if that is not enough, lower "
     "model.block_size or use a smaller model"
 )
-NONE_FITS = f"not even the smallest micro-batch fits into the memory: {LESS_MEMORY}"
+NONE_FITS = (
+    "not even the smallest micro-batch fits into the memory: set runtime.gradient_checkpointing=true, raise "
+    "train.batch_size to a power of two, lower model.block_size, or use a smaller model"
+)
 FLOAT = 4  # bytes of a float32, the type of weights and gradients
 
 

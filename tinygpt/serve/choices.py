@@ -180,7 +180,8 @@ def explain(raw: bytes, models: Mapping[str, Served]) -> dict[str, Any]:
     if not (are_lists and prompt and are_ids([*prompt, *text, taken])):
         raise Refusal(400, "prompt and text must be lists of ids, and taken an id")
     served = find_model(name if isinstance(name, str) else None, models)
-    check_ids("prompt", [*prompt, *text, taken], served)
+    for field, ids in (("prompt", prompt), ("text", text), ("taken", [taken])):
+        check_ids(field, ids, served)
     model, tokenizer = served.model, served.tokenizer
     seen = seen_before(prompt, text, model.config.block_size)
     shares = model(torch.tensor([seen], device=model.tok_emb.weight.device))[0, -1].float().softmax(-1)
