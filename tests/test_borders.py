@@ -166,5 +166,5 @@ def test_a_mistake_in_the_text_is_reported_from_a_worker(corpus: Path) -> None:
     manifest = read_manifest(corpus)  # it has the file's digest
     files = (dataclasses.replace(file, sha256=sha256_file(corpus / "texts" / file.name)) for file in manifest.files)
     write_manifest(corpus, dataclasses.replace(manifest, files=tuple(files)))
-    with pytest.raises(UserError, match=r'b\.jsonl line 71 is not a JSON object with a text named "text": {}'):
+    with pytest.raises(UserError, match=r'b\.jsonl line 71 is not a JSON object with a text named "text" .`{}`'):
         run(corpus, n_worker=2)

@@ -224,7 +224,7 @@ def test_a_broken_json_line_is_named_and_shown(tmp_path, line):
         with pytest.raises(UserError) as caught:
             find()
         told = str(caught.value)
-        assert told.startswith(f'x.jsonl line 2 is not a JSON object with a text named "text": {shown}: fix it, or')
+        assert told.startswith(f'x.jsonl line 2 is not a JSON object with a text named "text" (`{shown}`): fix it, or')
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 1 << 20])

@@ -121,7 +121,6 @@ def test_every_way_to_choose_tokens_has_its_flag(folders, tiny_tokenizer, comman
         (["generate", "hello"], "unknown argument hello: see python -m tinygpt generate --help"),
         (["sing"], "unknown command sing: see"),
         (["genrate"], "unknown command genrate (did you mean generate?): see python -m tinygpt --help"),
-        ([], "required"),
     ],
 )
 def test_a_mistake_is_reported_without_a_traceback(args, message, command):
@@ -129,6 +128,12 @@ def test_a_mistake_is_reported_without_a_traceback(args, message, command):
     assert done.returncode != 0
     assert message in done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_without_a_command_all_commands_are_listed(command):
+    done = command()
+    assert done.returncode == 0
+    assert all(f"\n    {name} " in done.stdout for name in COMMANDS)
 
 
 @pytest.mark.parametrize(

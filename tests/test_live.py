@@ -109,7 +109,7 @@ def test_a_second_terminal_sees_each_evaluation_and_makes_a_page(stopped, comman
     assert lines[0] == f"watching runs/{run.name}; reports/live.html shows it in a browser"
     assert [int(line.split()[1].replace(",", "")) for line in lines if line.startswith("step ")] == evaluated_steps(run)
     assert any(line.startswith("    ") for line in lines)
-    assert lines[-1].startswith(f"no training is running in runs/{run.name} any more: it is at step ")
+    assert lines[-1].startswith(f"no training is running in runs/{run.name} any more (")
     assert 'http-equiv="refresh"' not in (stopped / "reports/live.html").read_text()
     assert (
         command("watch", "nothing").stderr

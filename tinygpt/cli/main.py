@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from argparse import ArgumentParser
 from functools import partial
 from pathlib import Path
@@ -179,7 +180,7 @@ class Parser(ArgumentParser):
 def main() -> None:
     """Run one command."""
     leave_at_once()
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(sys.argv[1:] or ["--help"])
     module = importlib.import_module(f"tinygpt.cli.{COMMANDS[args.command][1]}")
     heed_interrupts()
     getattr(module, args.command.replace("-", "_"))(args)

@@ -139,8 +139,11 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
     taken, widths = time.perf_counter() - began, ", ".join(map(str, speeds.operations))
     print(f"plan: measured the text and models of width {widths} on {device} in {taken:.0f} s", file=sys.stderr)
     if speeds.busy > BUSY:
-        advice = "stop them, or try runtime.n_thread=1"
-        print(f"plan: other programs kept {speeds.busy:.1f} cores busy: {advice}", file=sys.stderr)
+        print(
+            f"warning: other programs kept {speeds.busy:.1f} cores busy, so this plan is for a slower machine: "
+            "run it again without them",
+            file=sys.stderr,
+        )
     return Planner(text=text, speeds=speeds, model=model, train=train, others_s=others_s), device, runtime
 
 
@@ -168,7 +171,7 @@ def print_plan(
     )
     if seconds is not None and plan.seconds < 0.8 * seconds:
         spare = duration(seconds - plan.seconds)
-        print(f"to spare    {spare}, which would bring next to nothing: the text is too small")
+        print(f"to spare    {spare}, which would bring next to nothing with so little text")
     memory = memory_of(config, params, runtime, recipe.batch_size, device).training + int(PROCESS_BYTES)
     free = available_memory(device)
     print(f"memory      {human_bytes(memory)} in training; {human_bytes(free)} are free on {device}")

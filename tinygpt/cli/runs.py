@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Run:
             with contextlib.suppress(FileNotFoundError):  # in a checkpoint that the trainer has just removed
                 stats.append(Path(parent, name).stat())
     size = sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())  # a file may have two names
-    changed = max((stat.st_mtime for stat in stats), default=0.0)
+    changed = max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
     running = is_locked(folder)
     if "-" in folder.name:  # shards
         n = sum(path.name.isdigit() for path in folder.glob("*"))
@@ -200,8 +200,7 @@ def watch(args: Namespace) -> None:
         if not running:
             break
         time.sleep(EVERY_S)
-    step = f"{rows[-1]['step']:,.0f}"
-    print(f"no training is running in {folder} any more: it is at step {step}, see `python -m tinygpt runs`")
+    print(f"no training is running in {folder} any more ({read_run(folder).done}): see `python -m tinygpt runs`")
 
 
 def evaluation_line(evaluations: list[dict[str, float | None]]) -> str:

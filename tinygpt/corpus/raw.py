@@ -232,6 +232,6 @@ def bad_line(name: str, number: int, line: bytes) -> UserError:
         )
     begin = line[:MOST_SHOWN].decode(errors="replace").rstrip() + ("…" if len(line) > MOST_SHOWN else "")
     return UserError(
-        f'{name} line {number:,} is not a JSON object with a text named "text": {begin}: fix it, or rename the file '
+        f'{name} line {number:,} is not a JSON object with a text named "text" (`{begin}`): fix it, or rename the file '
         "to have it read as plain text"
     )

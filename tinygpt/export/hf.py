@@ -136,7 +136,8 @@ def read_hf(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     families = {family.name: family for family in TRANSFORMERS.families}
     kind = document.get("model_type")
     if (family := families.get(str(kind))) is None:
-        raise UserError(f"{path} has model_type {shown(kind)} (supported: {', '.join(families)})")
+        hint = "" if "model_type" in document else ", as tinygpt's own have none: for those, `promote`"
+        raise UserError(f"{path} has model_type {shown(kind)} (supported: {', '.join(families)}){hint}")
     config = _read_config(path, document, family)
     shapes = {path: read_shapes(path) for path in _weight_files(folder)}
     misfits: list[Misfit] = []

@@ -57,7 +57,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}): recreate it as a safetensors file") from None
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error}): copy it again, or run `dvc repro` if a stage made it"
+        ) from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

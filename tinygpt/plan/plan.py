@@ -77,8 +77,8 @@ class Planner:
         """The shortest plan for this loss, to a twentieth of its time.  Raises UserError if none reaches it."""
         plan = self._lowest(self._shortest(bpb)) or self.best(LONGEST_S)
         if plan.bpb > bpb:
-            most = f"a month on this machine brings {plan.bpb:.2f}"
-            raise UserError(f"--bpb {bpb:g} is out of reach: {most}; {self.lever(plan)}")
+            most = f"a month on this machine brings {plan.bpb:.2f}; {self.lever(self.best(LONGEST_S))}"
+            raise UserError(f"--bpb {bpb:g} of validation text is out of reach: {most}")
         return plan
 
     def lever(self, plan: Plan) -> str:
