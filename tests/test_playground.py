@@ -187,6 +187,20 @@ def test_what_looks_like_html_stays_text(page):
     assert page.locator("main img, main b").count() == 0
 
 
+def test_nothing_can_be_asked_before_the_models_are_known(served, browser):
+    page, held = browser.new_page(), []
+    page.route("**/v1/models", lambda route: held.append(route))  # Playwright marks its handlers
+    page.goto(served[0])
+    for name in ("#prompt", "#write", "#compare", "#line", "#send"):
+        assert page.locator(name).is_disabled(), name
+    wait_until(lambda: page.evaluate("1") and held)  # evaluate lets Playwright call the route
+    held[0].continue_()
+    page.uncheck("#compare")
+    write(page, "the file")
+    assert len(texts(page)) == 1
+    page.close()
+
+
 def test_what_the_server_refuses_is_shown_and_leaves_what_was_written(served, browser):
     page = browser.new_page()
     page.goto(served[0])

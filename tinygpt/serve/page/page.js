@@ -309,6 +309,7 @@ async function start() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) pick(isChat() ? "say" : "ask").requestSubmit();
   };
   startChat(models);
+  for (const tab of document.querySelectorAll("fieldset")) tab.disabled = false;
   showTab();
 }
 
