@@ -16,6 +16,7 @@ from quickstart import ROOT
 from tinygpt.cli import plan as command
 from tinygpt.cli.main import build_parser
 from tinygpt.cli.project import apply_values
+from tinygpt.corpus.folders import split_file, text_line
 from tinygpt.errors import UserError
 from tinygpt.model.config import ModelParams
 from tinygpt.params import check_params, load_params
@@ -78,6 +79,32 @@ def test_what_is_seen_again_counts_less_and_so_do_weights_that_a_text_says_littl
     assert LAW.loss(embedded) > 1.02 * LAW.loss(size)
     of_a_large_text = dataclasses.replace(embedded, n_unique=1e12)
     assert LAW.loss(of_a_large_text) == pytest.approx(LAW.loss(dataclasses.replace(size, n_unique=1e12)), rel=1e-3)
+
+
+# ---- the text ----
+
+
+@pytest.mark.parametrize("n_document", [1, 7, 3000])
+def test_a_sample_has_as_much_of_every_part_of_a_text(n_document, tmp_path):
+    words = [f"{i % 10}" * 6 + " " for i in range(1_400_000)]
+    words.sort()  # ten parts, each of a digit of its own
+    texts = [
+        "".join(words[i * len(words) // n_document : (i + 1) * len(words) // n_document]) for i in range(n_document)
+    ]
+    write_split(tmp_path, texts)
+    found = "".join(measure.sample_of(split_file(tmp_path, "train")))
+    assert len(found) == pytest.approx(measure.SAMPLE, rel=0.02)
+    for digit in "0123456789":
+        assert found.count(digit) == pytest.approx(measure.SAMPLE * 6 / 70, rel=0.15)
+
+
+def test_a_sample_of_a_small_text_is_all_of_it(tmp_path):
+    write_split(tmp_path, ["a b", "ü" * 100_000])
+    assert measure.sample_of(split_file(tmp_path, "train")) == ["a b", "ü" * 100_000]
+
+
+def write_split(folder, texts):
+    (folder / "train.jsonl").write_text("".join(map(text_line, texts)))
 
 
 # ---- the search ----

@@ -34,7 +34,9 @@ from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
 
 VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # the plan chooses from these
-SAMPLE_BYTES = 3_000_000  # of the training text to learn tokenizers from, and of the validation text
+SAMPLE = 3_000_000  # characters of the training text to learn tokenizers from, and of the validation text
+PIECE = 30_000  # characters of a text that are taken together
+READ_BYTES = 30_000_000  # of a split, to take pieces from
 PROBE_STEPS = 200  # of the small model: as in the shortest runs of the law's fit; after 50 steps it is 7 percent off
 MOST_S = 12.0  # after which no other width is measured
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that measure a device's peak
@@ -162,7 +164,7 @@ def measure_text(
     Raises UserError if the text is too small for that.
     """
     files = {split: split_file(clean, split) for split in ("train", "val")}
-    sample, val = (_sample(file) for file in files.values())
+    sample, val = (sample_of(file) for file in files.values())
     tokenizers = {each.vocab_size: each for each in _tokenizers(tokenizer, sample)}
     n_val_bytes = sum(len(text.encode()) for text in val)
     per_token = {size: n_val_bytes / len(_ids(each, val)) for size, each in tokenizers.items()}
@@ -184,9 +186,14 @@ def measure_text(
     )
 
 
-def _sample(file: Path) -> list[str]:
-    """Texts of a split, SAMPLE_BYTES of them at most."""
-    return [text for shard in thin(cut_lines(file), SAMPLE_BYTES) for text in shard_texts(shard)]
+def sample_of(file: Path) -> list[str]:
+    """Texts of a split or, if they have more than SAMPLE characters, evenly spaced pieces: one part may be harder."""
+    texts = [text for shard in thin(cut_lines(file), READ_BYTES) for text in shard_texts(shard)]
+    share = SAMPLE / max(SAMPLE, sum(map(len, texts)))
+    if share == 1:
+        return texts
+    pieces = [text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE)]
+    return [pieces[i] for i in np.linspace(0, len(pieces) - 1, round(share * len(pieces))).astype(int)]
 
 
 def _small_learner(
