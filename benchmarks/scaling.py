@@ -7,8 +7,14 @@ text is a source, as `download.source` takes it; `python-docs` needs no file. Ru
 repeated, and stopped ones continue, so this can be stopped and started at will. Losses by steps do not depend on how
 fast the machine is, or on what else it does.
 
-The table, benchmarks/scaling.csv, has four texts: python-docs; tiny Shakespeare; code, the modules of Python's standard
-library (3.11.7, without tests); german, the manual pages of Debian's manpages-de 4.18.1-1 without comments and fonts.
+The table, benchmarks/scaling.csv, has many runs on four texts: python-docs; tiny Shakespeare; code, the modules of
+Python's standard library (3.11.7, without tests); german, the manual pages of Debian's manpages-de 4.18.1-1 without
+comments and fonts. It has a few on eight more from Debian 12, to see how texts differ: dictionary and wordnet, bytes 3
+to 13 million of gcide.dict and wn.dict in dict-gcide 0.48.5+nmu2 and dict-wn 3.0-37; linux, include/linux of
+linux-headers-6.1.0-50-common; perl, the *.pod of perl-doc 5.36.0; elisp, the *.el of emacs-el 28.2; polish and
+japanese, as german, from manpages-pl 4.18.1-1 and manpages-ja 0.5.0.0.20221215; french, the text of debian-reference-fr
+2.100. Rows with 1,024 tokens on the first four texts are evaluated on the beginning of the validation text, all others
+on evenly spaced parts of it.
 """
 
 from __future__ import annotations
@@ -83,7 +89,15 @@ class Trial:
 
 
 def grid(texts: list[str]) -> Iterator[Trial]:
-    """Every run, the most informative first: widths and steps, then small texts, vocabularies, rates, batches."""
+    """Every run: many on each of the first four texts, a few on each further one."""
+    yield from many(texts[:4])
+    for text in texts[4:]:
+        yield from (Trial(text, steps, n_embd=width) for steps, width in ((200, 64), (800, 128), (400, 128), (800, 64)))
+        yield Trial(text, 400, vocab_size=4096)
+
+
+def many(texts: list[str]) -> Iterator[Trial]:
+    """The most informative first: widths and steps, then small texts, vocabularies, rates, batches."""
     for steps, widths in ((400, (64, 96, 128)), (200, (128, 192)), (800, (64,)), (800, (128,)), (1600, (64,))):
         yield from (Trial(text, steps, n_embd=width) for width in widths for text in texts)
     two = texts[1:3]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +21,19 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.scaling import TABLE
-from tinygpt.plan.recipe import LAW, Law, Size, dropout_for
+from tinygpt.plan.measure import PROBE_STEPS
+from tinygpt.plan.recipe import LAW, LAYERS, Law, Size, dropout_for
 from tinygpt.report.plots import BLUE, GREEN, GREY, NO_DATE, STYLE, VERMILION
 
 Row = Mapping[str, str]
 Vector = NDArray[np.float64]
 
 FIGURE = Path("docs/figures/scaling.svg")
+MANY = 9  # a text with as many runs has a color of its own
+PINK = "#CC79A7"
 WHOLE = 10_000_000  # max_bytes that shortens no text of the table by much
 FITTED = ("weights", "weights_power", "power", "start", "overfit", "repeats")
+PROBE = {"n_embd": str(min(LAYERS)), "max_steps": str(PROBE_STEPS), "vocab_size": "1024", "max_bytes": str(WHOLE)}
 OF_THE_RECIPE = {"lr_times": "1.0", "weight_decay": "0.1"}
 
 
@@ -90,14 +95,31 @@ def least_squares(errors: Callable[[Vector], Vector], start: Vector, *, n_steps:
     return at
 
 
+def forecasts(rows: Sequence[Row], law: Law) -> dict[str, list[float]]:
+    """By text, the errors of what `plan` would say of its larger runs, from the loss of its small one."""
+    found: dict[str, list[float]] = {}
+    for small in (row for row in rows if all(row[key] == value for key, value in PROBE.items())):
+        difficulty = float(small["val_bpb"]) / law.loss(size_of(small))
+        ratios = {
+            law.loss(size_of(row)): difficulty * law.loss(size_of(row)) / float(row["val_bpb"])
+            for row in rows
+            if text_of(row) == small["text"]
+        }
+        found[small["text"]] = [ratio - 1 for loss, ratio in ratios.items() if loss < law.loss(size_of(small))]
+    return found
+
+
 def draw(rows: Sequence[Row], law: Law, difficulties: Mapping[str, float]) -> Figure:
     """Losses of the runs by those of the law, and errors of the law by tokens.  Crosses: a text's beginning."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     said, seen = figure.subplots(1, 2)
-    texts = sorted({row["text"] for row in rows})
-    for text, color in zip(texts, (BLUE, VERMILION, GREEN, GREY), strict=True):
-        for is_whole, marker, label in ((True, "o", text), (False, "x", None)):
-            mine = [row for row in rows if row["text"] == text and (int(row["max_bytes"]) >= WHOLE) is is_whole]
+    counts = Counter(row["text"] for row in rows)
+    named = sorted(text for text, n in counts.items() if n >= MANY)
+    groups = {text: [row for row in rows if row["text"] == text] for text in named}
+    groups[f"{len(counts) - len(named)} more texts"] = [row for row in rows if row["text"] not in named]
+    for (name, group), color in zip(groups.items(), (BLUE, VERMILION, GREEN, GREY, PINK), strict=True):
+        for is_whole, marker, label in ((True, "o", name), (False, "x", None)):
+            mine = [row for row in group if (int(row["max_bytes"]) >= WHOLE) is is_whole]
             bpb = [float(row["val_bpb"]) for row in mine]
             predicted = [difficulties[text_of(row)] * law.loss(size_of(row)) for row in mine]
             said.plot(predicted, bpb, marker, markersize=4, color=color, label=label)
@@ -130,6 +152,9 @@ def main() -> None:
     print(f"root mean square of the errors {math.sqrt(np.mean(np.square([*errors.values()]))):.2%}; the largest:")
     for name, error in sorted(errors.items(), key=lambda item: -abs(item[1]))[:12]:
         print(f"{error:7.2%}  {name}")
+    print("errors of forecasts from a small model:")
+    for text, found in forecasts(rows, law).items():
+        print(f"{text:12} {min(found):6.1%} to {max(found):6.1%} in {len(found)} runs")
     with mpl.rc_context(STYLE):
         draw(rows, law, difficulties).savefig(FIGURE, metadata=NO_DATE["svg"])
 

@@ -197,8 +197,8 @@ def params_with(tmp_path: Path, changes: dict[str, Any]) -> Path:
 LORA = {"rank": 2, "alpha": 4, "dropout": 0, "targets": ["q_proj", "gate_proj"]}
 # Two keys that contradict each other: changes that are valid alone, and the message.
 PAIRS: list[tuple[dict[str, Any], str]] = [
-    ({"evaluate.context": 129}, "evaluate.context=129 must be at most model.block_size=128: set it to null"),
-    ({"evaluate.stride": 129}, "evaluate.stride=129 must be at most evaluate.context=128: set it to null"),
+    ({"evaluate.context": 257}, "evaluate.context=257 must be at most model.block_size=256: set it to null"),
+    ({"evaluate.stride": 257}, "evaluate.stride=257 must be at most evaluate.context=256: set it to null"),
     ({"evaluate.context": 64, "evaluate.stride": 65}, "evaluate.stride=65 must be at most evaluate.context=64: set"),
     ({"clean.test_fraction": 0}, "evaluate.split=test, but clean.test_fraction=0 leaves no test text: set evaluate"),
     ({"clean.split": "tail", "clean.test_fraction": 0}, "evaluate.split=test, but clean.test_fraction=0 leaves no"),
@@ -216,8 +216,8 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
         {"model.block_size": 128, "train.context_warmup": {"start": 256, "steps": 9}},
         "train.context_warmup.start=256 must be model.block_size=128 halved once or more: one of 64, 32",
     ),
-    ({"train.context_warmup": {"start": 128, "steps": 9}}, "train.context_warmup.start=128 must be model.block_size"),
-    ({"train.context_warmup": {"start": 24, "steps": 9}}, "train.context_warmup.start=24 must be model.block_size=128"),
+    ({"train.context_warmup": {"start": 256, "steps": 9}}, "train.context_warmup.start=256 must be model.block_size"),
+    ({"train.context_warmup": {"start": 24, "steps": 9}}, "train.context_warmup.start=24 must be model.block_size=256"),
     (
         {"model.block_size": 129, "train.context_warmup": {"start": 1, "steps": 9}},
         "train.context_warmup.start=1 must be model.block_size=129 halved once or more: it is odd: set",
@@ -237,7 +237,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
         {"runtime.compile": True, "train.anneal_dropout": True, "model.dropout": 0.1},
         "runtime.compile=true would compile each step anew with train.anneal_dropout=true: set one of them to false",
     ),
-    ({"runtime.n_process": 3}, "train.batch_size=8 must be a multiple of the 3 processes that share it: set runtime"),
+    ({"runtime.n_process": 3}, "train.batch_size=4 must be a multiple of the 3 processes that share it: set runtime"),
     (
         {"runtime.n_process": 2, "runtime.parallel": "fsdp", "train.optimizer": "adamw8bit"},
         "train.optimizer=adamw8bit cannot be split among processes: set runtime.parallel=ddp",

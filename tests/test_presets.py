@@ -28,8 +28,8 @@ from tinygpt.yaml12 import load_yaml
 
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 SIZES = {
-    "toy": (4, 4, 256, 128),
-    "tiny": (4, 4, 128, 128),
+    "toy": (4, 4, 256, 256),
+    "tiny": (4, 4, 128, 256),
     "mini": (6, 8, 256, 256),
     "wide": (6, 8, 512, 1024),
     "small": (8, 8, 512, 256),

@@ -197,7 +197,7 @@ def test_profile_prints_the_costs_and_warns_of_a_run_that_will_not_fit(params, c
     for words in ("weights     1,066,368: embedding 131,072", "operations", "training", "generation", "MFU"):
         assert words in said.stdout
     assert "profile: timing at least two training steps of 1,024 tokens, which --no-measure skips" in said.stderr
-    assert f" in {1600 * 8 * 128:,} tokens" in said.stdout
+    assert f" in {1600 * 4 * 256:,} tokens" in said.stdout
     lora = {"rank": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
     set_params(folder, {"train.init_from": "base", "train.lora": lora})
     said = command("profile", "--no-measure")
@@ -206,10 +206,10 @@ def test_profile_prints_the_costs_and_warns_of_a_run_that_will_not_fit(params, c
     set_params(folder, {"train.init_from": "scratch", "train.lora": None, "runtime.micro_batch_size": "auto"})
     set_params(folder, {"model.n_layer": 1, "model.n_embd": 32})
     said = command("profile").stdout
-    found = re.search(r"^micro-batches of (\d) of the 8 sequences of a step: the fastest of 8, 4, 2, 1$", said, re.M)
+    found = re.search(r"^micro-batches of (\d) of the 4 sequences of a step: the fastest of 4, 2, 1$", said, re.M)
     assert f"of {found.group(1)} sequences" in said
     said = command("profile", "--no-measure").stdout
-    assert "of 8 sequences" in said
+    assert "of 4 sequences" in said
     set_params(folder, {"model.n_embd": 2**17})  # terabytes in one layer
     said = command("profile")
     assert said.returncode == 1

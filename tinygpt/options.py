@@ -104,7 +104,7 @@ class Search(Checked):
         super().__post_init__()
         of_beams = changed(self, ("length_penalty", "early_stopping"))
         require(
-            (self.n_beam > 1 or not of_beams, f"{_they(of_beams)} for beam search: it needs n_beam above 1"),
+            (self.n_beam > 1 or not of_beams, f"{with_verb(of_beams)} for beam search: it needs n_beam above 1"),
             (min(self.n_beam, self.best_of) == 1, f"n_beam={self.n_beam} and best_of={self.best_of}: set one to 1"),
         )
 
@@ -119,7 +119,7 @@ class Search(Checked):
         drawn = changed(sampling, ("top_k", "top_p", "min_p", "typical_p"))
         require(
             (n_beam == 1 or temperature == 0, f"n_beam={n_beam} does not sample: it needs temperature=0"),
-            (n_beam == 1 or not drawn, f"{_they(drawn)} for sampling: turn it off for beam search"),
+            (n_beam == 1 or not drawn, f"{with_verb(drawn)} for sampling: turn it off for beam search"),
             (best_of == 1 or temperature > 0, f"best_of={best_of} needs temperature above 0: at 0 all are the same"),
         )
 
@@ -132,7 +132,7 @@ class Proposals(Checked):
     ngram: Annotated[int, Within("[1, 16]"), "for a look-up: match at most this many of the last tokens"] = 3
 
 
-def _they(names: Iterable[str]) -> str:
+def with_verb(names: Iterable[str]) -> str:
     """The names with their verb: `top_k is`, `top_k and top_p are`."""
     return f"{' and '.join(names)} {'is' if len([*names]) == 1 else 'are'}"
 

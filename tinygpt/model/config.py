@@ -42,7 +42,7 @@ class ModelParams:
     head_dim: Annotated[int, Within("[1, 65536]"), DERIVED] = DERIVE  # width of one head: null = n_embd / n_head
     # width inside the MLP: null = 4·n_embd, 8/3·n_embd if gated
     n_hidden: Annotated[int, Within("[1, 1048576]"), DERIVED] = DERIVE
-    block_size: Annotated[int, Within("[1, 1073741824]")] = 128  # most tokens of context
+    block_size: Annotated[int, Within("[1, 1073741824]")] = 256  # most tokens of context
     position: Literal["learned", "rope"] = "rope"  # a learned vector per position, or rotated queries and keys
     rope_theta: Annotated[float, Within("[1, 1000000000000]")] = 10000.0  # base of rope's wavelengths
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
