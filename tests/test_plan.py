@@ -207,6 +207,8 @@ def test_it_says_what_it_would_train_and_writes_it(folder, capsys):
     model, train = load_params(ModelParams, TrainParams)
     assert f"{model.n_layer} layers of {model.n_embd}" in written
     assert f"{train.max_steps:,} steps of {train.batch_size} sequences" in written
+    assert f"embedding_lr {train.embedding_lr:g}, dropout {model.dropout:g}" in written
+    assert model.dropout > 0  # the text is so small that it is seen often
     assert [line.partition("#")[2] for line in (folder / "params.yaml").read_text().splitlines()] == [
         line.partition("#")[2] for line in before.splitlines()
     ]

@@ -15,7 +15,7 @@ from tinygpt.plan.recipe import BATCH_SIZES, LAW, LAYERS, MIN_STEPS, MOST_WEIGHT
 from tinygpt.train.config import TrainParams
 
 LONGEST_S = 30 * 24 * 3600.0  # a month: longer runs are not considered
-NOTHING = 0.003  # share of the loss that is not worth any time
+NOTHING = 0.001  # share of the loss that is not worth any time
 SHORTER = 1.2
 FORWARD = 1 / 3  # share of a training step's work that a forward pass takes
 
