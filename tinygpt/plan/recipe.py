@@ -169,4 +169,4 @@ class Law:
 
 # `batch` is not fitted
 LAW = Law(weights=0.873, weights_power=0.232, power=0.474, start=0.509, overfit=0.317, repeats=0.791, batch=32_768)
-SPREAD = 0.1  # on two texts outside the fit, the law was 0 and 4 percent off; on a third, a quarter (docs/plan.md)
+SPREAD = 0.1  # on two texts outside the fit, forecasts were 2 and 4 percent off; on a third, a fifth (docs/plan.md)
