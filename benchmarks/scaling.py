@@ -13,7 +13,7 @@ comments and fonts. It has a few on eight more from Debian 12, to see how texts 
 to 13 million of gcide.dict and wn.dict in dict-gcide 0.48.5+nmu2 and dict-wn 3.0-37; linux, include/linux of
 linux-headers-6.1.0-50-common; perl, the *.pod of perl-doc 5.36.0; elisp, the *.el of emacs-el 28.2; polish and
 japanese, as german, from manpages-pl 4.18.1-1 and manpages-ja 0.5.0.0.20221215; french, the text of debian-reference-fr
-2.100. The first 106 rows are evaluated on the beginning of the validation text, all others on evenly spaced parts of it.
+2.100. The first 106 rows are evaluated on the beginning of the validation text, all others on evenly spaced parts.
 """
 
 from __future__ import annotations
