@@ -163,7 +163,7 @@ def print_plan(
         f"training    {recipe.max_steps:,} steps of {recipe.batch_size} sequences: {recipe.n_tokens:,} tokens, "
         f"the text {recipe.epochs:.1f} times"
     )
-    print(f"rates       lr {params.lr:g}, embedding_lr {params.embedding_lr:g}, dropout {recipe.model()['dropout']:g}")
+    print(f"rates       lr {params.lr:g}, embedding_lr {params.embedding_lr:g}, dropout {config.dropout:g}")
     print(f"expected    {expected(plan)} bits per byte of validation text")
     print(
         f"time        {duration(plan.seconds)}: train {duration(plan.train_s)}, evaluate {duration(plan.evaluate_s)}, "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.plan.measure import Speeds, Text
-from tinygpt.plan.recipe import BATCH_SIZES, LAW, LAYERS, MIN_STEPS, MOST_WEIGHTS, N_EVALUATIONS, Recipe
+from tinygpt.plan.recipe import BATCH_SIZES, LAW, LAYERS, MIN_STEPS, MOST_WEIGHTS, N_EVALUATIONS, Recipe, dropout_for
 from tinygpt.train.config import TrainParams
 
 LONGEST_S = 30 * 24 * 3600.0  # a month: longer runs are not considered
@@ -113,7 +113,7 @@ class Planner:
                 if max_steps >= MIN_STEPS:
                     yield Plan(
                         recipe=recipe,
-                        config=config,
+                        config=dataclasses.replace(config, dropout=dropout_for(recipe.epochs)),
                         bpb=self._bpb(recipe, config),
                         train_s=train_s,
                         evaluate_s=evaluate_s,
