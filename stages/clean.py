@@ -15,6 +15,12 @@ from tinygpt.paths import CLEAN, RAW, REPORTS
 from tinygpt.runtime import RuntimeParams
 from tinygpt.stage import run_stage
 
+DROPPED = {  # counts in clean.json: why documents are dropped
+    "too_short": "by clean.min_bytes",
+    "exact_duplicates": "by clean.exact_duplicates",
+    "near_duplicates": "by clean.near_duplicates",
+    "leaked": "from train, as val or test has the same",
+}
 MOST_NAMED = 10  # files whose repairs are reported; clean.json has the sum
 
 
@@ -32,9 +38,10 @@ def run(root: Path) -> None:
     splits = ", ".join(
         f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})" for split in SPLITS
     )
-    print(
-        f"clean: {report['documents_in']:,} documents ({human_bytes(report['bytes_in'])}) -> {splits}; split by {how}"
-    )
+    read = f"{report['documents_in']:,} document{'s' * (report['documents_in'] != 1)}"
+    print(f"clean: {read} ({human_bytes(report['bytes_in'])}) -> {splits}; split by {how}")
+    if dropped := [f"{report[count]:,} {why}" for count, why in DROPPED.items() if report[count]]:
+        print(f"clean: dropped {', '.join(dropped)}")
     if little := little_held_out(report, how):
         print(f"clean: {' and '.join(little)}: results measured on so little text are unreliable", file=sys.stderr)
 

@@ -157,7 +157,7 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({}, "messages must be a list of objects with role and content"),
+        ({}, "messages must be a list of one or more objects with role and content"),
         ({"messages": []}, "messages must be a list"),
         ({"messages": ["hi"]}, "messages must be a list"),
         ({"messages": [{"role": "tool", "content": "a"}]}, r"messages[0].role=tool is not one of system, d"),
@@ -168,6 +168,11 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
             "unknown key messages[0].tool_calls",
         ),
+        (
+            {"messages": [{"role": "usr", "content": 5}], "top_k": -1},
+            "messages[0].content must be a text, or a list of parts that are texts; messages[0].role=usr is not one of "
+            "system, developer, user, assistant (did you mean user?); top_k=-1 must be 0 or more",
+        ),
         ({"messages": TALK, "prompt": "a"}, "unknown key prompt"),
         ({"mesages": TALK}, "unknown key mesages (did you mean messages?)"),
         ({"messages": TALK, "echo": True}, "unknown key echo"),
@@ -175,8 +180,11 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"messages": TALK, "logprobs": True, "top_logprobs": ""}, 'top_logprobs="" must be a whole number'),
         ({"messages": TALK, "logprobs": ""}, 'logprobs="" must be true or false'),
         ({"messages": TALK, "logprobs": 2}, "logprobs=2 must be true or false"),
-        ({"messages": TALK, "tools": [{"type": "function"}]}, "unknown key tools"),
-        ({"messages": TALK, "response_format": {"type": "json_object"}}, "unknown key response_format"),
+        ({"messages": TALK, "tools": [{"type": "function"}]}, "tools can only be []"),
+        (
+            {"messages": TALK, "response_format": {"type": "json_object"}},
+            'response_format can only be {"type": "text"}',
+        ),
         ({"messages": TALK, "max_tokens": 9999}, "max_tokens=9999 must be at most 4096"),
         (
             {"messages": [{"role": "user", "content": "a" * 20_000}]},
@@ -185,7 +193,7 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
         ({"messages": [{"role": "user", "content": "a" * 9000}], "n": 8}, "messages has 72,000 bytes with all answers"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "must not have half characters"),
     ],
-    ids=range(21),
+    ids=range(22),
 )
 def test_bad_chats_are_refused_with_what_is_wrong(document, message, served):
     response = httpx.post(f"{served[0]}/v1/chat/completions", content=json.dumps(document))

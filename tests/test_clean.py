@@ -18,6 +18,7 @@ import pytest
 from conftest import RUNTIME
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from project import SMALL, make_project, run_stages
 
 from tinygpt.corpus import documents, duplicates
 from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, TEXT_RULES, CleanParams, Report, clean, clean_text
@@ -512,6 +513,21 @@ def test_duplicates_that_leave_almost_nothing_are_named(tmp_path: Path) -> None:
         run(tmp_path, files, exact_duplicates=True)
     with pytest.raises(UserError, match=r"documents read: 9, clean\.near_duplicates dropped 8"):
         run(tmp_path, files, near_duplicates=0.9)
+
+
+def test_the_stage_says_what_it_dropped_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make_project(tmp_path, SMALL | {"clean.min_bytes": 50})
+    monkeypatch.chdir(project)
+    documents = [f"{i}. {LONG.decode()[i : i + 200].strip()}" for i in range(40)]
+    (project / "corpus.txt").write_text("\n\n".join([*documents, documents[0], documents[1], "too short"]))
+    said = run_stages("download clean", project)
+    assert said.splitlines()[1].startswith("clean: 43 documents (")
+    assert said.splitlines()[2] == "clean: dropped 1 by clean.min_bytes, 2 by clean.exact_duplicates"
+
+
+def test_white_space_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the text is empty, or only white space: set download.source"):
+        run(tmp_path, {"a.txt": b"\n \n" * 5000})
 
 
 def test_a_missing_raw_folder_names_its_stage(tmp_path: Path) -> None:

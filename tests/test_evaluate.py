@@ -119,6 +119,14 @@ def test_llamacpps_protocol_scores_the_second_half_of_whole_chunks():
     assert llamacpp_report(model, tokens[:10], n_ctx=16) == {"n_ctx": 16}
 
 
+@pytest.mark.parametrize(("n_tokens", "stride"), [(48, None), (49, None), (55, None), (55, 8), (15, None)])
+def test_an_evaluation_that_shares_its_windows_with_llamacpps_protocol_changes_nothing(n_tokens, stride):
+    model, params = tiny_model(block_size=16), dataclasses.replace(PARAMS, stride=stride)
+    tokens = np.random.default_rng(0).integers(0, 300, n_tokens).astype(np.uint16)
+    shared = evaluate_model(model, tokens, params, n_bytes=n_tokens)["llamacpp"]
+    assert shared == pytest.approx(llamacpp_report(model, tokens, n_ctx=16), rel=1e-6)
+
+
 def test_a_context_beyond_the_model_and_a_stride_beyond_the_context_are_refused_together():
     params = dataclasses.replace(PARAMS, context=100, stride=200)
     with pytest.raises(ParamsError) as caught:

@@ -150,7 +150,7 @@ def test_a_file_with_no_prompts_in_it_is_refused_and_the_place_is_named(name, co
 def test_input_that_is_not_utf8_or_missing_is_refused(generate):
     told = generate("--prompt", "-", stdin=b"a\n\nb\xc3").stderr
     assert told == "error: standard input:3: byte 2 is 0xc3, which is not UTF-8: convert it to UTF-8\n"
-    assert "--prompts none.txt not found" in generate("--prompts", "none.txt").stderr
+    assert "--prompts none.txt is not a file" in generate("--prompts", "none.txt").stderr
 
 
 def test_all_contradictions_are_reported_at_once(generate):
@@ -251,7 +251,11 @@ def test_what_llama_cpp_cannot_do_is_refused_by_name(generate):
         (lambda path: None, "none.gguf", "none.gguf not found: give a .gguf file"),
         (lambda path: None, ".", "is not a model: give a folder with config.json"),
         (lambda path: None, "tokenizer/tokenizer.json", "is not a model: give a folder with config.json"),
-        (lambda path: shutil.rmtree(path / "tokenizer"), "model", "tokenizer.json not found: run `dvc repro train_tok"),
+        (
+            lambda path: shutil.rmtree(path / "tokenizer"),
+            "model",
+            "tokenizer.json not found: give its folder with --tokenizer, or put it into",
+        ),
         (
             lambda path: (path / "model/model.safetensors").unlink(),
             "model",

@@ -82,7 +82,7 @@ def test_the_newest_checkpoint_writes_a_text(stopped, command, monkeypatch):
     other = command("generate", "--prompt", "The", "--max-new-tokens", 5, "--seed", 1)
     assert other.stdout.startswith("The")
     refused = command("generate", "--run", "xyz", "--prompt", "The").stderr
-    assert refused == f"error: 0 runs have names that begin with xyz: choose one of {run.name}\n"
+    assert refused == f"error: no run has a name that begins with xyz: choose one of {run.name}\n"
     assert "give one of them" in command("generate", "--run", "newest", "--model", "data/model").stderr
     weights, newest = run / "model/model.safetensors", run / f"step-{newest_step(stopped):07d}/weights.safetensors"
     assert weights.stat().st_ino == newest.stat().st_ino  # one file, not two copies
@@ -113,7 +113,7 @@ def test_a_second_terminal_sees_each_evaluation_and_makes_a_page(stopped, comman
     assert 'http-equiv="refresh"' not in (stopped / "reports/live.html").read_text()
     assert (
         command("watch", "nothing").stderr
-        == f"error: 0 runs have names that begin with nothing: choose one of {run.name}\n"
+        == f"error: no run has a name that begins with nothing: choose one of {run.name}\n"
     )
 
 

@@ -286,6 +286,8 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"prompt": 5}, 400, "prompt must be a text"),
         ({"prompt": []}, 400, "prompt must be a text"),
         ({"prompt": [[]]}, 400, "prompt must be a text"),
+        ({"prompt": 5, "top_k": -1}, 400, "prompt must be a text, .+; top_k=-1 must be 0 or more"),
+        ({"prompt": "a", "best_of": 3, "suffix": "b"}, 400, 'best_of can only be 1; suffix can only be ""'),
         ({"prompt": [True]}, 400, "prompt must be a text"),
         ({"prompt": [["a"]]}, 400, "prompt must be a text"),
         ({"prompt": [300]}, 400, "prompt has the id 300, but the model's ids are 0 to 299"),

@@ -7,6 +7,7 @@ name. The file must give every field a value, even one with a default in Python.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -205,7 +206,7 @@ def read_groups(path: Path) -> dict[str, dict[str, Any]]:
 
 def _groups(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
     try:
-        document = load_yaml(raw)
+        document = copy.deepcopy(_document(raw))  # the caller may change what it gets
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     groups = f"{path} must hold the groups {', '.join(GROUPS)}, each with its keys"
@@ -214,6 +215,11 @@ def _groups(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
     if odd := [shown(name) for name, keys in document.items() if not isinstance(keys, dict)]:
         raise UserError(f"{groups}, but {some_of(odd, 3)} has none")
     return document
+
+
+@functools.lru_cache(4)
+def _document(raw: bytes) -> Any:
+    return load_yaml(raw)  # takes 50 ms, and a stage asks for its params several times
 
 
 def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str, others: Sequence[str] = ()) -> list[str]:

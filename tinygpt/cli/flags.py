@@ -79,7 +79,8 @@ def find_run(name: str | None, file: str) -> Path:
         raise UserError(f"no run has {file} yet: `dvc repro train` writes it")
     if len(named) != 1:
         names = ", ".join(folder.name for folder in reversed(there))
-        raise UserError(f"{len(named)} runs have names that begin with {name}: choose one of {names}")
+        found = "several runs have names that begin" if named else "no run has a name that begins"
+        raise UserError(f"{found} with {name}: choose one of {names}")
     return named[0]
 
 
@@ -145,8 +146,9 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
 
 
 def existing(flag: str, text: str) -> Path:
-    """A path that a command reads, given with this flag."""
-    require((bool(text) and Path(text).exists(), f"{flag} {shown(text)} not found: give an existing folder or file"))
+    """A file that a command reads, given with this flag."""
+    is_there = bool(text) and Path(text).exists() and not Path(text).is_dir()
+    require((is_there, f"{flag} {shown(text)} is not a file: give an existing one"))
     return Path(text)
 
 

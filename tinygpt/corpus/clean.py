@@ -199,6 +199,8 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
 def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if params.separator and not counts["separators"]:
         raise UserError(f"clean.separator={shown(params.separator)} is in none of the texts: fix it or set it to null")
+    if not counts["documents_in"]:
+        raise UserError("the text is empty, or only white space: set download.source to another one")
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
         left = human_bytes(counts["train_bytes"])
         dropped = [f"{param} dropped {n}" for param, n in counts.items() if param.startswith("clean.") and n]

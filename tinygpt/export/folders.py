@@ -48,9 +48,14 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
         config, tensors, found_tokenizer = read_hf_pair(folder)
         return filled_model(config, tensors), found_tokenizer
     must_be_there(folder / WEIGHTS_FILE, stage="train")
-    if tokenizer is not None:
-        must_be_there(Path(tokenizer), stage="train_tokenizer", wanted="a folder with tokenizer.json")
-    return load_pair(folder, tokenizer or tokenizer_of(folder))
+    if tokenizer is None:
+        tokenizer, wanted = (
+            tokenizer_of(folder) / TOKENIZER_FILE,
+            f"its folder with --tokenizer, or put it into {folder}",
+        )
+    else:
+        wanted = "a folder with tokenizer.json"
+    return load_pair(folder, must_be_there(Path(tokenizer), stage="train_tokenizer", wanted=wanted))
 
 
 def tokenizer_of(folder: Path) -> Path:

@@ -47,7 +47,7 @@ def iter_windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int
         first = end
 
 
-def token_nll(model: GPT, tokens: TokenIds, *, context: int, stride: int) -> NDArray[np.float64]:
+def token_nll(model: GPT, tokens: NDArray[np.integer], *, context: int, stride: int) -> NDArray[np.float64]:
     """Nats of every token but the first.  -> (len(tokens) - 1,)"""
     windows = [*iter_windows(len(tokens), context, stride)]
     device = model.tok_emb.weight.device
@@ -86,6 +86,7 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
     no_text = f"the {params.split} split has no text, only {len(tokens)} tokens: choose another evaluate.split"
     require(*params.rules_with({"model": model.config}), (n_bytes > 0, no_text))
     nll = token_nll(model, tokens, context=context, stride=stride)
+    is_shared = stride == context and len(tokens) % context > 0  # else the last window begins a token earlier
     loss, error = estimate(nll)
     bits = len(nll) / (n_bytes * math.log(2))  # bits per byte for each nat per token
     return {
@@ -100,21 +101,27 @@ def evaluate_model(model: GPT, tokens: TokenIds, params: EvaluateParams, *, n_by
         "ppl_error": perplexity(loss) * error,
         "bpb": loss * bits,
         "bpb_error": error * bits,
-        "llamacpp": llamacpp_report(model, tokens, n_ctx=context),
+        "llamacpp": llamacpp_report(model, tokens, n_ctx=context, nll=nll if is_shared else None),
     }
 
 
-def llamacpp_report(model: GPT, tokens: NDArray[np.integer], *, n_ctx: int) -> dict[str, Any]:
+def llamacpp_report(
+    model: GPT, tokens: NDArray[np.integer], *, n_ctx: int, nll: NDArray[np.float64] | None = None
+) -> dict[str, Any]:
     """Perplexity as llama-perplexity computes it with `-c n_ctx`, or n_ctx alone if the text is too short.
 
-    Its chunks do not overlap, and what is left at the end is dropped.
+    Its chunks do not overlap, and what is left at the end is dropped. `nll` is `token_nll` with windows that are these
+    chunks, where the caller has it.
     """
-    chunks = tokens[: len(tokens) // n_ctx * n_ctx].reshape(-1, n_ctx).astype(np.int64)
-    if not len(chunks) or n_ctx < 4:
+    n = len(tokens) // n_ctx
+    if not n or n_ctx < 4:
         return {"n_ctx": n_ctx}
-    nll = np.concatenate([scored_nll(token_logprobs(model, chunk), chunk) for chunk in chunks]).astype(np.float64)
-    loss, error = estimate(nll)
-    return {"n_ctx": n_ctx, "tokens": len(nll), "ppl": perplexity(loss), "ppl_error": perplexity(loss) * error}
+    if nll is None:
+        chunks = np.append(tokens[: n * n_ctx], tokens[:1])  # one more token, which is not scored: no window is moved
+        nll = token_nll(model, chunks, context=n_ctx, stride=n_ctx)
+    scored = nll[: n * n_ctx].reshape(n, n_ctx)[:, n_ctx // 2 : -1]  # see `scored_nll`
+    loss, error = estimate(scored.ravel())
+    return {"n_ctx": n_ctx, "tokens": scored.size, "ppl": perplexity(loss), "ppl_error": perplexity(loss) * error}
 
 
 @torch.inference_mode()

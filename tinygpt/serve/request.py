@@ -15,7 +15,7 @@ from tinygpt.files import each_once, parse_json
 from tinygpt.generate import Answer, Sampling
 from tinygpt.generate.answer import prompt_ids
 from tinygpt.model.gpt import GPT
-from tinygpt.options import Limits, seed_after
+from tinygpt.options import Limits, seed_after, together
 from tinygpt.params import ParamsError, Within, coerce, from_mapping, require
 from tinygpt.serve.template import PLAIN, Template, read_messages
 from tinygpt.tokenizer import Tokenizer
@@ -163,10 +163,11 @@ def read_body(
     """
     values: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(Body)}
     values["seed"] = secrets.randbits(32)
-    for name, value in options.items():
-        if value is not None and name not in UNUSED and not (name in NEUTRAL and value == NEUTRAL[name]):
-            values[name] = plain(name, value)
-    body = from_mapping(Body, values, others=others)
+    given = {name: value for name, value in options.items() if value is not None and name not in UNUSED}
+    neutral = {name: given.pop(name) for name in NEUTRAL if name in given}
+    values |= {name: plain(name, value) for name, value in given.items()}
+    rules = ((value == NEUTRAL[name], f"{name} can only be {shown(NEUTRAL[name])}") for name, value in neutral.items())
+    _, body = together(lambda: require(*rules), lambda: from_mapping(Body, values, others=others))
     served = find_model(body.model, models)
     message = f"max_tokens={body.max_tokens} must be at most {limits.max_tokens}, the limit of this server"
     require((body.max_tokens <= limits.max_tokens, message))
@@ -241,15 +242,20 @@ def begin(served: Served, body: Body, prompts: list[Given], *, is_chat: bool) ->
 
 def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
     """One prompt or several, as texts or ids; without one, a new document begins.  Raises Refusal or UserError."""
-    options, given = dict(document), document.get("prompt")
-    options.pop("prompt", None)
-    body, served = read_body(options, models, limits, others=["prompt"])
-    each = given if isinstance(given, list) and not are_ids(given) else [given]
-    if not each or not all(one is None or isinstance(one, str) or are_ids(one) for one in each):
-        raise Refusal(400, "prompt must be a text, a list of texts, a list of ids, or a list of those", param="prompt")
-    prompts = ["" if one is None else one for one in each]
+    options = {name: value for name, value in document.items() if name != "prompt"}
+    prompts, (body, served) = together(
+        lambda: each_prompt(document.get("prompt")), lambda: read_body(options, models, limits, others=["prompt"])
+    )
     check_sizes(prompts, body.n, limits, param="prompt")
     return begin(served, body, [read_prompt(one, served) for one in prompts], is_chat=False)
+
+
+def each_prompt(given: Any) -> list[str | list[int]]:
+    """The prompts of a request, where null is an empty text.  Raises ParamsError."""
+    each = given if isinstance(given, list) and not are_ids(given) else [given]
+    are_prompts = bool(each) and all(one is None or isinstance(one, str) or are_ids(one) for one in each)
+    require((are_prompts, "prompt must be a text, a list of ids, or a list of one or more of these"))
+    return ["" if one is None else one for one in each]
 
 
 def are_ids(value: Any) -> bool:
@@ -270,6 +276,21 @@ def read_prompt(value: str | list[int], served: Served) -> Given:
 
 def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
     """A chat's options as those of a completion, and its messages as a prompt.  Raises Refusal or UserError."""
+    messages, (body, served) = together(
+        lambda: read_messages(document.get("messages")),
+        lambda: read_body(chat_options(document, limits), models, limits, others=CHAT_KEYS),
+    )
+    template = served.template
+    check_sizes(["".join(each["content"] for each in messages)], body.n, limits, param="messages")
+    text, ids = template.prompt(messages, served.tokenizer, limits.max_prompt)
+    check_sizes([text], body.n, limits, param="messages")
+    stop_ids = (*body.stop_ids, *template.stop_ids(served.tokenizer))
+    body = dataclasses.replace(body, stop=(*body.stop, *template.stop), stop_ids=stop_ids)
+    return begin(served, body, [Given(ids, text, 0)], is_chat=True)
+
+
+def chat_options(document: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    """The options of a chat by a completion's names.  Raises ParamsError."""
     has_scores, n_best = document.get("logprobs"), document.get("top_logprobs")
     require(
         (isinstance(has_scores, bool | None), f"logprobs={shown(has_scores)} must be true or false"),
@@ -280,11 +301,4 @@ def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits:
     lengths = [document[name] for name in ("max_completion_tokens", "max_tokens") if document.get(name) is not None]
     options["max_tokens"] = lengths[0] if lengths else min(N_NEW, limits.max_tokens)
     options["logprobs"] = (coerce(n_best, Alternatives | None, "top_logprobs") or 0) if has_scores else None
-    body, served = read_body(options, models, limits, others=CHAT_KEYS)
-    messages, template = read_messages(document.get("messages")), served.template
-    check_sizes(["".join(each["content"] for each in messages)], body.n, limits, param="messages")
-    text, ids = template.prompt(messages, served.tokenizer, limits.max_prompt)
-    check_sizes([text], body.n, limits, param="messages")
-    stop_ids = (*body.stop_ids, *template.stop_ids(served.tokenizer))
-    body = dataclasses.replace(body, stop=(*body.stop, *template.stop), stop_ids=stop_ids)
-    return begin(served, body, [Given(ids, text, 0)], is_chat=True)
+    return options

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tinygpt.errors import UserError
 from tinygpt.files import read_file, read_object
-from tinygpt.options import checked
+from tinygpt.options import checked, together
 from tinygpt.params import ParamsError, from_mapping, require
 from tinygpt.serve import sandbox
 from tinygpt.tokenizer import Tokenizer
@@ -39,19 +39,23 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     """Roles and texts of messages.  Raises ParamsError if a message has anything else."""
     objects = [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
     if not objects or len(objects) < len(value) or max(map(len, objects)) > MOST_FIELDS:
-        raise ParamsError(["messages must be a list of objects with role and content, and nothing else"])
-    found = []
-    for i, each in enumerate(objects):
-        name, content = f"messages[{i}].", each.get("content") or ""
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        texts: list[Any] = [
-            isinstance(part, dict) and part.get("type") == "text" and part.get("text") for part in parts
-        ]
-        are_texts = all(isinstance(text, str) for text in texts)
-        require((are_texts, f"{name}content must be a text, or a list of parts that are texts"))
-        given = {key: said for key, said in each.items() if key != "name" and said} | {"content": "".join(texts)}
-        found.append(vars(from_mapping(Message, given, prefix=name)))
-    return found
+        raise ParamsError(["messages must be a list of one or more objects with role and content, and nothing else"])
+    return [read_message(each, f"messages[{i}].") for i, each in enumerate(objects)]
+
+
+def read_message(given: dict[str, Any], prefix: str) -> dict[str, str]:
+    """The role and the text of one message.  Raises ParamsError with all that is wrong with it."""
+    content = given.get("content") or ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts: list[Any] = [isinstance(part, dict) and part.get("type") == "text" and part.get("text") for part in parts]
+    are_texts = all(isinstance(text, str) for text in texts)
+    values = {key: value for key, value in given.items() if key != "name" and value}
+    values["content"] = "".join(texts) if are_texts else ""
+    _, message = together(
+        lambda: require((are_texts, f"{prefix}content must be a text, or a list of parts that are texts")),
+        lambda: from_mapping(Message, values, prefix=prefix),
+    )
+    return vars(message)
 
 
 @dataclass(frozen=True)
