@@ -525,7 +525,7 @@ def test_the_stage_says_what_it_dropped_and_why(tmp_path: Path, monkeypatch: pyt
     assert said.splitlines()[2] == "clean: dropped 1 by clean.min_bytes, 2 by clean.exact_duplicates"
 
 
-def test_white_space_is_no_text(tmp_path: Path) -> None:
+def test_a_text_of_white_space_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the text is empty, or only white space: set download.source"):
         run(tmp_path, {"a.txt": b"\n \n" * 5000})
 

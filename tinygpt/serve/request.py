@@ -237,9 +237,6 @@ def begin(served: Served, body: Body, prompts: list[Given], *, is_chat: bool) ->
     return Completion(served, body, prompts, answers, is_chat)
 
 
-# ---- completions ----
-
-
 def read_completion(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
     """One prompt or several, as texts or ids; without one, a new document begins.  Raises Refusal or UserError."""
     options = {name: value for name, value in document.items() if name != "prompt"}
@@ -269,9 +266,6 @@ def read_prompt(value: str | list[int], served: Served) -> Given:
         return Given(prompt_ids(served.tokenizer, value), value, 1)
     check_ids("prompt", value, served)
     return Given(value, served.tokenizer.decode(value), 0)
-
-
-# ---- chats ----
 
 
 def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits: Limits) -> Completion:
