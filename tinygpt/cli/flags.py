@@ -146,9 +146,8 @@ def add_flags(command: ArgumentParser, *classes: type, defaults: Mapping[str, An
 
 
 def existing(flag: str, text: str) -> Path:
-    """A file that a command reads, given with this flag."""
-    is_there = bool(text) and Path(text).exists() and not Path(text).is_dir()
-    require((is_there, f"{flag} {shown(text)} is not a file: give an existing one"))
+    """A path that a command reads, given with this flag."""
+    require((bool(text) and Path(text).exists(), f"{flag} {shown(text)} not found: give an existing folder or file"))
     return Path(text)
 
 
