@@ -111,10 +111,9 @@ def run_recipe(name: str, text: Path, began: float, seed: int) -> dict[str, Any]
     params, runtime = replace(params, **(once | train_changes), seed=seed), replace(runtime, **runtime_changes)
     trainer = train_by_params(config, params, runtime, train_ids, val_ids)
     seconds, model = time.time() - began, trainer.learner.model
-    if params.eval_tokens == 1:
-        loss = validation_loss(model.eval(), validation_sequences(val_ids, config.block_size, len(val_ids)))
-    else:
-        loss = trainer.state.best_val_loss or math.inf
+    best = trainer.state.best_val_loss if "eval_every" in train_changes else None
+    rows = validation_sequences(val_ids, config.block_size, len(val_ids))
+    loss = best or validation_loss(model.eval(), rows)
     n_params, reached = model.n_params(), seconds if loss <= GOAL else None
     return {"n_params": n_params, "steps": params.max_steps, "loss": loss, "seconds": seconds, "reached": reached}
 
