@@ -1,6 +1,7 @@
 """Sources in fsspec's file systems; memory:// stands for s3:// and others."""
 
 import gzip
+import resource
 from pathlib import Path
 
 import fsspec
@@ -68,6 +69,18 @@ def test_a_copy_that_breaks_off_leaves_nothing_under_its_name(bucket, tmp_path, 
     ):
         fill(tmp_path, "memory://bucket/a")
     assert not (tmp_path / "raw").exists()
+
+
+def test_a_full_disk_is_not_a_fault_of_the_address(bucket, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    bucket.pipe("/bucket/big.txt", b"a line of text\n" * 10_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # Python ignores the signal
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            fill(tmp_path, "memory://bucket/big.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value.filename).endswith("big.txt.partial")
 
 
 def test_no_more_is_copied_than_max_bytes_need(bucket, tmp_path):

@@ -137,7 +137,8 @@ def test_a_reader_that_goes_away_ends_a_program_quietly(monkeypatch, capsys):
 
 def test_a_closed_output_is_not_a_mistake(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python does for `>&-`
-    program(lambda: print("x", sys.stdout.isatty()))()
+    monkeypatch.setattr(sys, "stderr", None)
+    program(lambda: print("x", sys.stdout.isatty(), sys.stderr.isatty()))()
 
 
 @pytest.mark.parametrize(

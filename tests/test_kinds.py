@@ -173,6 +173,9 @@ def test_a_ready_tokenizer_keeps_its_ids(tmp_path):
         take_tokenizer(dataclasses.replace(params, special_tokens=(PAD,)))
     with pytest.raises(UserError, match=r"tokenizer.from_file=.*none.json not found"):
         take_tokenizer(dataclasses.replace(params, from_file=str(tmp_path / "none.json")))
+    with pytest.raises(UserError, match=r"tokenizer.from_file=.*folder not found: give the path"):
+        (tmp_path / "folder").mkdir()
+        take_tokenizer(dataclasses.replace(params, from_file=str(tmp_path / "folder")))
 
 
 def test_the_stage_learns_from_max_bytes_alone(tmp_path):

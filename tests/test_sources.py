@@ -18,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from project import ROOT
 
 from tinygpt.corpus.download import Downloaded, download
@@ -161,6 +162,10 @@ def test_a_mirror_that_is_not_there_is_reported(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TINYGPT_MIRROR", "nowhere")
     with pytest.raises(UserError, match="TINYGPT_MIRROR=nowhere is neither a folder"):
         fill(tmp_path, "tinyshakespeare")
+    for other in ("~nobody/m", "ftp://127.0.0.1"):
+        monkeypatch.setenv("TINYGPT_MIRROR", other)
+        with pytest.raises(UserError, match=f"TINYGPT_MIRROR={other} is neither a folder"):
+            fill(tmp_path, "tinyshakespeare")
 
 
 @pytest.fixture
@@ -192,6 +197,19 @@ def test_a_url_is_downloaded_and_kept_for_the_next_time(site: tuple[str, Path], 
         RawDownload(url=f"{address}/verse.txt", sha256=hashlib.sha256(VERSE.encode()).hexdigest()),
     )
     assert texts(tmp_path) == {"verse.txt": VERSE[:20]}
+
+
+def test_two_programs_take_turns_with_one_cache(site: tuple[str, Path], tmp_path: Path) -> None:
+    address, folder = site
+    (folder / "verse.txt").write_text(VERSE)
+    second = threading.Thread(target=fill, args=(tmp_path, f"{address.replace('http', 'HTTP')}/verse.txt"))
+    (tmp_path / "cache").mkdir()
+    with FileLock(tmp_path / "cache" / "lock"):
+        second.start()
+        second.join(0.2)
+        assert files_below(tmp_path / "cache") == ["lock"]
+    second.join()
+    assert texts(tmp_path) == {"verse.txt": VERSE}
 
 
 def test_two_addresses_with_one_base_name_are_two_downloads(site: tuple[str, Path], tmp_path: Path) -> None:
@@ -353,6 +371,13 @@ def test_packed_local_files_are_unpacked(tmp_path: Path) -> None:
     assert texts(tmp_path) == {"x.txt": "one\n", "y/a/b.txt": "two\n"}
 
 
+def test_an_empty_file_is_left_out_under_a_packed_name_too(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name, content in {"a.txt": VERSE, "b.gz": "", "c.zip": ""}.items():
+        (tmp_path / "own" / name).write_text(content)
+    assert str(fill(tmp_path, "own").notes) == "left out: 2 empty (b.gz, c.zip)"
+
+
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "x.txt").write_text("one")
@@ -435,8 +460,11 @@ def test_max_bytes_cuts_jsonl_between_documents_and_counts_their_text(tmp_path: 
 
 def test_max_bytes_of_a_broken_jsonl_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    with pytest.raises(UserError, match=r"own\.jsonl line 2"):
+    with pytest.raises(UserError, match=r"own\.jsonl line 2 .* rename the file"):
         fill(tmp_path, "own.jsonl", max_bytes=25)
+    (tmp_path / "own.txt").write_text('{"text": "a"}\n' * 21 + "no JSON\n")  # known as JSON lines under any name
+    with pytest.raises(UserError, match=r"own\.txt\.jsonl line 22 .*: fix it, or remove it"):
+        fill(tmp_path, "own.txt", max_bytes=25)
 
 
 def test_max_bytes_holds_for_each_official_split(mirror: Path, tmp_path: Path) -> None:

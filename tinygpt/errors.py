@@ -71,7 +71,7 @@ def program(main: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         is_first = heed_interrupts()
-        sys.stdout = sys.stdout or io.StringIO()  # None where it was closed: `… >&-`
+        sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # None if closed: `… >&-`
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # so that ASCII and Latin-1 can print every name

@@ -49,6 +49,16 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the name of the file into an error of the disk: write(), which reports a full one, does not know it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it replaces the folder `path` only when the block succeeds."""
     path = Path(path)

@@ -55,8 +55,9 @@ def iter_members(path: Path, name: str | None = None, note: Note | None = None) 
     last = PurePosixPath(name).name.lower()
     endings = [ending for ending in READERS if last.endswith(ending) and last.removesuffix(ending).strip(".")]
     ending = max(endings, key=len, default="")  # ".tar.gz" rather than ".gz"
+    read = READERS.get(ending, _read_plain) if path.stat().st_size else _read_plain
     with _damage(name):
-        yield from READERS.get(ending, _read_plain)(_File(path, name, name[: len(name) - len(ending)], note))
+        yield from read(_File(path, name, name[: len(name) - len(ending)], note))
 
 
 class _File:
@@ -189,7 +190,7 @@ def _read_plain(source: _File) -> Iterator[Member]:
 def _read_compressed(source: _File) -> Iterator[Member]:
     file = _Unpacked(source)
     if file.packing is None:
-        raise EOFError("it is not compressed")
+        raise UnpackError(f"{source.name} is not compressed: rename it, or get it again")
     yield source.stem, source.checked(iter(partial(file.read, CHUNK_BYTES), b""))
 
 

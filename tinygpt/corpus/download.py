@@ -9,12 +9,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import fsspec
+from filelock import FileLock
 
 from tinygpt.corpus.archive import READ_WHOLE, READERS, TARS, UnpackError, iter_members
 from tinygpt.corpus.fetch import CHUNK_BYTES, NotThereError, cache_name, check_sha256, fetch, forget
@@ -23,7 +24,7 @@ from tinygpt.corpus.local import LEFT_OUT, Note, Notes, local_files
 from tinygpt.corpus.raw import RawFolder
 from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Remote, Source, find_source, iter_python_docs
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_folder, sha256_file
+from tinygpt.files import atomic_folder, naming, sha256_file
 from tinygpt.progress import progress
 
 MIRROR = "TINYGPT_MIRROR"  # environment variable: a folder or an http(s) address to try first
@@ -47,17 +48,24 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
     Local paths are relative to `root`; `cache` keeps downloaded files, whole and partial. If a file can be read from
     its beginning, only as much of it is transferred as `max_bytes` of text require.
     """
-    more = 1
-    while True:
-        try:
-            return _fill(params, raw, root, cache, more)
-        except _NeedMoreError:
-            more *= 2
+    source, more = find_source(params.source), 1
+    is_remote = source.remotes or (source is not EMBEDDED and "://" in params.source)
+    with _alone_in(cache) if is_remote else nullcontext():
+        while True:
+            try:
+                return _fill(params, source, raw, root, cache, more)
+            except _NeedMoreError:
+                more *= 2
 
 
-def _fill(params: DownloadParams, raw: Path, root: Path, cache: Path, more: int) -> Downloaded:
+def _alone_in(cache: Path) -> FileLock:
+    """The lock of a cache: two programs would append to the same partial download."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / "lock")
+
+
+def _fill(params: DownloadParams, source: Source, raw: Path, root: Path, cache: Path, more: int) -> Downloaded:
     """Fill `raw` once, from beginnings that are `more` times as long as they were at first."""
-    source = find_source(params.source)
     with atomic_folder(raw) as folder:
         texts = RawFolder(folder, params.max_bytes, params.encoding)
         files = [] if source is EMBEDDED else _source_files(params, source, root, raw, cache, texts.notes.add)
@@ -102,8 +110,8 @@ def _add_file(file: SourceFile, source: Source, texts: RawFolder, more: int) -> 
     if not (max_bytes is None or file.sha256 or source.extract or name.endswith(READ_WHOLE)):
         first = max(LEAST_BYTES, max_bytes // 4 if name.endswith(tuple(READERS)) else max_bytes + 1)
     path, is_whole = file.get(first and first * more)
-    if file.sha256:
-        check_sha256(sha256_file(path), file.sha256, str(path))
+    digest = sha256_file(path) if file.sha256 else None
+    check_sha256(digest, file.sha256, str(path))
     try:
         _add_members(file, path, is_whole, source, splits, texts)
     except (UnpackError, _NeedMoreError):
@@ -112,7 +120,7 @@ def _add_file(file: SourceFile, source: Source, texts: RawFolder, more: int) -> 
             raise
         raise _NeedMoreError from None
     is_read = is_whole and (first is None or path.stat().st_size < first)
-    return sha256_file(path) if file.url and is_read else None
+    return digest or sha256_file(path) if file.url and is_read else None
 
 
 def _add_members(
@@ -190,8 +198,8 @@ def _mirrors(remote: Remote, root: Path) -> list[Path] | list[str]:
     """Where the mirror may have a file, under its name in data/raw or that in its URL."""
     mirror = os.environ.get(MIRROR, "")
     names = list(dict.fromkeys((remote.name, remote.url.rsplit("/", 1)[-1])))
-    folder = root / Path(mirror).expanduser()
-    if "://" in mirror:
+    folder = root / os.path.expanduser(mirror)  # noqa: PTH111 (it leaves an unknown ~user as it is)
+    if mirror.startswith(("http://", "https://")):
         return [f"{mirror.rstrip('/')}/{name}" for name in names]
     if not folder.is_dir():
         raise UserError(f"{MIRROR}={mirror} is neither a folder nor an http(s) address: fix or unset it")
@@ -231,10 +239,11 @@ def _copy_from_bucket(store: Any, source: str, name: str, cache: Path, n_bytes: 
         bar = progress(last, total=store.size(name), unit="B")
         with bar, store.open(name, "rb") as there, open(partial, "wb") as here:
             while chunk := there.read(min(CHUNK_BYTES, most - here.tell())):
-                here.write(chunk)
+                with naming(partial):
+                    here.write(chunk)
+                    here.flush()
                 bar.update(len(chunk))
             is_whole = not there.read(1)
-            here.flush()
             os.fsync(here.fileno())  # so that a power cut cannot leave an empty file under its name
         if not is_whole:
             return partial, False

@@ -20,7 +20,7 @@ import urllib3.exceptions
 
 from tinygpt.corpus.archive import UnpackError, iter_members
 from tinygpt.errors import UserError
-from tinygpt.files import human_bytes, parse_json, sha256_file, write_json
+from tinygpt.files import human_bytes, naming, parse_json, sha256_file, write_json
 from tinygpt.params import from_mapping
 from tinygpt.progress import progress
 
@@ -52,7 +52,7 @@ def fetch(url: str, path: Path, *, enough: int | None = None, sha256: str | None
     A partial download is kept next to `path`. The next call continues it, unless the file on the server has changed.
     Raises UserError if the network fails, the server refuses, or the hash of the whole file is not `sha256`.
     """
-    if path.exists() and sha256 in (None, sha256_file(path)):
+    if path.exists() and (sha256 is None or sha256_file(path) == sha256):
         return path, True
     path.unlink(missing_ok=True)
     transfer = _Transfer(url, path, enough)
@@ -226,12 +226,9 @@ class _Transfer:
         size = self.size
         with open(self.partial, "ab") as file, progress(self.path.name, total=total, unit="B", start=size) as bar:
             for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
-                try:
+                with naming(self.partial):
                     file.write(chunk)
                     file.flush()
-                except OSError as error:
-                    error.filename = str(self.partial)  # write(), which reports a full disk, does not know the name
-                    raise
                 bar.update(len(chunk))
                 size += len(chunk)
                 if size > (total or MOST_UNTOLD) or size >= (enough or size + 1):

@@ -34,7 +34,7 @@ ENCODINGS = ["cp1252", "cp1250", "cp1251", "koi8_r", "shift_jis", "euc_jp", "gb1
 
 BAD_BYTE = re.compile("[\udc80-\udcff]")
 BEYOND_ASCII = re.compile("[^\0-\x7f\udc80-\udcff]")
-JSON_TEXT = re.compile(rb'\s*\{.{,10000}?"text"\s*:\s*"', re.DOTALL)
+JSON_SPACE = re.compile(r"[\s,:]*")
 DECODER = json.JSONDecoder(parse_int=float)  # int() refuses numbers of thousands of digits
 
 
@@ -188,9 +188,25 @@ def json_kind(head: bytes) -> str | None:
     if found and None not in found:
         has_text = all(isinstance((each or {}).get("text"), str) for each in found)
         return "lines" if has_text else "other" if len(found) > 1 else None
-    if len(first) == 1 and JSON_TEXT.match(first[0]):  # a line longer than `head`
+    if len(first) == 1 and _begins_with_text(first[0]):  # a line longer than `head`
         return "lines"
     return "other" if re.match(rb"\s*\[\s*\{", head) and re.search(rb'"text"\s*:', head) else None
+
+
+def _begins_with_text(begin: bytes) -> bool:
+    """Whether the beginning of a JSON object shows that it has a text: not one of an object inside it."""
+    line = begin.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").lstrip()
+    at, key, is_value = 1, None, False
+    while line.startswith("{"):
+        at = JSON_SPACE.match(line, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        if is_value and key == "text":
+            return line.startswith('"', at)
+        try:
+            key, at = DECODER.raw_decode(line, at)
+        except (ValueError, RecursionError):
+            return False
+        is_value = not is_value
+    return False
 
 
 def lines(chunks: Iterable[AnyStr], newline: AnyStr, most: int) -> Iterator[AnyStr]:
@@ -231,7 +247,8 @@ def bad_line(name: str, number: int, line: bytes) -> UserError:
             f"{name} line {number:,} is longer than {human_bytes(MOST_LINE)}: split its text into several lines"
         )
     begin = line[:MOST_SHOWN].decode(errors="replace").rstrip() + ("…" if len(line) > MOST_SHOWN else "")
+    # lines of JSON are recognized under any name, by the first of them
+    advice = "rename the file to have it read as plain text" if number <= SNIFF_LINES else "remove it"
     return UserError(
-        f'{name} line {number:,} is not a JSON object with a text named "text" (`{begin}`): fix it, or rename the file '
-        "to have it read as plain text"
+        f'{name} line {number:,} is not a JSON object with a text named "text" (`{begin}`): fix it, or {advice}'
     )

@@ -141,7 +141,7 @@ def find_source(name: str) -> Source:
         return SOURCES[name]
     if name.startswith("gutenberg:"):
         return _gutenberg(name.removeprefix("gutenberg:"))
-    if name.startswith(("http://", "https://")):
+    if name.lower().startswith(("http://", "https://")):
         return _url(name)
     return LOCAL
 

@@ -31,7 +31,7 @@ from tinygpt.tokenizer.pretokenize import (
     PretokenTable,
     count_pretokens,
 )
-from tinygpt.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer
+from tinygpt.tokenizer.tokenizer import EOS, Tokenizer, load_tokenizer, tokenizer_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def learn_tokenizer(counts: Mapping[bytes, int], params: TokenizerParams) -> Tok
 def take_tokenizer(params: TokenizerParams) -> Tokenizer:
     """The tokenizer.json of `params.from_file`.  Raises UserError when it cannot be honoured exactly."""
     assert params.from_file is not None
-    if not Path(params.from_file).exists():
+    if not tokenizer_file(params.from_file).is_file():
         raise UserError(f"tokenizer.from_file={params.from_file} not found: give the path of a tokenizer.json")
     tokenizer = load_tokenizer(params.from_file)
     if missing := set(params.special_tokens) - tokenizer.special_tokens.keys():
