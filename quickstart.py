@@ -22,8 +22,10 @@ from tinygpt.cli.project import PRESETS, apply_values
 from tinygpt.errors import UserError, program
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_model
-from tinygpt.params import PARAMS_FILE, read_groups
+from tinygpt.params import PARAMS_FILE, load_params, read_groups, require
+from tinygpt.runtime import RuntimeParams
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
+from tinygpt.train.config import TrainParams
 
 ROOT = Path(__file__).parent
 TO_A_MODEL = ("download", "clean", "train_tokenizer", "encode", "train")
@@ -54,6 +56,12 @@ def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
     project.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / PARAMS_FILE, project / PARAMS_FILE)
     apply_values(project / PARAMS_FILE, groups)
+    runtime, train = load_params(RuntimeParams, TrainParams, path=project / PARAMS_FILE)
+    n = runtime.n_process
+    require(
+        (n == 1, f"runtime.n_process={n} must be 1, because quickstart trains in this process"),
+        (train.init_from == "scratch", "quickstart trains from scratch: for a base, use `preset base` and `dvc repro`"),
+    )
     return project
 
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from tinygpt.errors import UserError, program
 from tinygpt.files import runs_folder
-from tinygpt.params import check_names
+from tinygpt.params import check_names, require
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of Optuna's draws (default: %(default)s)")
     args = parser.parse_args()
     settings = read_settings(args.settings or SPACE)
+    require((args.trials > 0, f"--trials={args.trials} must be 1 or more"))
     path = args.study or runs_folder() / "optuna.db"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -122,7 +123,8 @@ def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
         best = study.best_trial
         print(f"{name}: val_loss {loss:.4f}; lowest {best.value:.4f}, {study.study_name}-{best.number}", flush=True)
     best_name = f"{study.study_name}-{study.best_trial.number}"
-    print(f"{best_name} has the lowest val_loss of {n_trials}: `dvc exp apply {best_name}` makes it yours")
+    n_done = len(study.get_trials(states=[TrialState.COMPLETE]))
+    print(f"{best_name} has the lowest val_loss of {n_done}: `dvc exp apply {best_name}` makes it yours")
 
 
 def suggest(trial: Trial, key: str, value: str) -> str:

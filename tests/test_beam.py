@@ -13,6 +13,7 @@ import torch
 from conftest import FAMILIES, random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
+from tinygpt.errors import UserError
 from tinygpt.export.hf import export_hf
 from tinygpt.generate import Sampling, Search, generate, generate_batch, stream
 from tinygpt.generate.answer import Answer
@@ -140,6 +141,13 @@ def test_where_no_token_is_left_there_is_no_text(tiny_tokenizer):
     sampling = Sampling(temperature=0, banned_ids=tuple(range(300)))
     answer = ours(tiny_model(), tiny_tokenizer, [1], Search(n_beam=2), sampling, 5)
     assert (answer.ids, answer.text, answer.finish_reason) == ([], "", "stop")
+
+
+def test_logits_that_are_not_numbers_are_an_error_in_a_search_too(tiny_tokenizer):
+    model = tiny_model()
+    model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="the logits are not finite numbers"):
+        ours(model, tiny_tokenizer, [1], Search(n_beam=2), GREEDY, 5)
 
 
 def test_beams_continue_past_the_end_of_the_context(tiny_tokenizer):

@@ -146,6 +146,7 @@ def test_unknown_or_impossible_commands_are_one_line_and_the_chat_continues(chat
         f"/save {tmp_path}/there",
         f"/save {tmp_path}/there/x",
         "/save ~no-one/x",
+        "/save a\0b",
         " /help",
     ]
     done = chat(*lines)
@@ -157,6 +158,7 @@ def test_unknown_or_impossible_commands_are_one_line_and_the_chat_continues(chat
         f"error: {tmp_path}/there already exists: give another name",
         f"error: cannot use {tmp_path}/there (File exists)",
         "error: ~no-one/x begins with the home of an unknown user: give the whole path",
+        "error: a name cannot hold a zero byte",
     ]
     assert done.stdout == answer(" /help\n") + "\n"
     assert (tmp_path / "there").read_text() == "mine"

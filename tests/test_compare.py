@@ -1,6 +1,8 @@
 """Experiments side by side, as a table and as a picture."""
 
+import json
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,6 +14,7 @@ from tinygpt.report.config import PlotParams
 from tinygpt.report.page import curve_rows
 from tinygpt.report.plots import plot_curves
 from tinygpt.report.reports import Row
+from tinygpt.yaml12 import load_yaml
 
 PARAMS = PlotParams(formats=("svg", "png"), dpi=50, smooth=2)
 
@@ -122,6 +125,21 @@ def test_experiments_are_read_from_commits_and_workspace_and_equal_ones_are_one(
     (project / "reports/train.csv").write_text("step,train_loss\n1,5.5")
     said = command("compare", "--page", "compare.html").stderr
     assert said.startswith("error: reports/train.csv of workspace must have the columns step, train_loss, val_loss")
+
+
+def test_params_that_were_never_run_do_not_take_the_metrics_of_the_run_before(project, command, monkeypatch):
+    monkeypatch.chdir(project)
+    params = load_yaml(Path("params.yaml").read_bytes())
+    groups = {"train_tokenizer": ["tokenizer"], "train": ["model", "train"]}
+    for rest in ("download", "clean", "evaluate"):
+        groups[rest] = [rest]
+    lock = {stage: {"cmd": "", "params": {"params.yaml": {g: params[g] for g in of}}} for stage, of in groups.items()}
+    Path("dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": lock}))
+    before = command("compare", "workspace").stdout
+    assert "val_loss" in before and "state" not in before
+    set_params(project, {"model.n_layer": 3})
+    after = command("compare", "workspace").stdout
+    assert "Changed" in after and "val_loss" not in after
 
 
 def test_before_anything_was_trained_there_is_nothing_to_draw(tmp_path, command, monkeypatch):

@@ -23,7 +23,7 @@ from tinygpt.export import folders, layout
 from tinygpt.export.folders import read_hf_pair, write_base
 from tinygpt.export.hf import export_hf, read_hf
 from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import load_model, load_pair, model_tensors
+from tinygpt.model.weights import filled_model, load_model, load_pair, model_tensors
 from tinygpt.tokenizer import load_tokenizer
 
 IDS = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -76,6 +76,13 @@ def saved(config: transformers.PretrainedConfig, folder: Path) -> torch.nn.Modul
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return model
+
+
+def change_config(folder: Path, changes: dict[str, object]) -> None:
+    """Change keys of a config.json; None removes one."""
+    document = json.loads((folder / "config.json").read_text()) | changes
+    document = {key: value for key, value in document.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -151,7 +158,6 @@ def test_heads_that_share_a_norm_here_must_have_equal_ones(tmp_path, tiny_tokeni
             {"max_position_embeddings": 0},
             r"config.json is not a model that tinygpt supports: model.block_size=0 must be",
         ),
-        ({"sliding_window": -3}, r"model.window=-3 must be 1 or more"),
         ({"num_hidden_layers": 5}, r"layers.4.input_layernorm.weight is missing"),
         ({"intermediate_size": 40}, r"gate_proj.weight is \(48, 32\), expected \(40, 32\)"),
         ({"intermediate_size": 10**12}, r"model.n_hidden=1000000000000 must be"),
@@ -159,24 +165,60 @@ def test_heads_that_share_a_norm_here_must_have_equal_ones(tmp_path, tiny_tokeni
         ({"num_hidden_layers": 900}, "its config.json describes [0-9,]+ weights"),
         ({"vocab_size": 10**300}, "model.vocab_size=1000.* must be between"),
         ({"vocab_size": 2**62}, "its config.json describes 295,147,905,179,352,856,576 weights"),
-        (
-            {"layer_types": ["chunked_attention"] * 4},
-            "layer_types must give full_attention or sliding_attention for each layer",
-        ),
-        (
-            {"layer_types": ["full_attention"], "sliding_window": 8},
-            "layer_types must give full_attention or sliding_attention for each layer",
-        ),
     ],
 )
 def test_what_cannot_be_taken_is_refused(changes, message, tmp_path):
     saved(MODELS["llama"], tmp_path)
-    document = json.loads((tmp_path / "config.json").read_text()) | changes
-    document = {key: value for key, value in document.items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(document))
+    change_config(tmp_path, changes)
     with pytest.raises(UserError, match=message) as caught:
         read_hf(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"sliding_window": 8}),
+        ("gpt2", {"sliding_window": 8}),
+        ("mistral", {"sliding_window": 64}),
+        ("mistral", {"sliding_window": None}),  # its default is longer than the context
+        ("mistral", {"layer_types": ["full_attention"] * 4}),
+        ("starcoder2", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": None, "layer_types": None}),
+    ],
+)
+def test_what_a_class_ignores_is_ignored(name, changes, tmp_path):
+    saved(MODELS[name], tmp_path)
+    change_config(tmp_path, changes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(filled_model(*read_hf(tmp_path))(IDS), theirs(IDS).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("phi", {"rope_parameters": None}, "partial_rotary_factor=0.5, not 1.0"),
+        ("stablelm", {"rope_parameters": {"rope_type": "default"}}, "partial_rotary_factor=0.25, not 1.0"),
+        ("qwen3 windows", {"layer_types": None}, "it has no layer_types"),
+        ("qwen3 windows", {"sliding_window": -3}, r"model.window=-3 must be 1 or more"),
+        (
+            "qwen3 windows",
+            {"layer_types": ["chunked_attention"] * 4},
+            "layer_types must give full_attention or sliding_attention for each layer",
+        ),
+        (
+            "qwen3 windows",
+            {"layer_types": ["full_attention"]},
+            "layer_types must give full_attention or sliding_attention for each layer",
+        ),
+    ],
+)
+def test_a_default_of_a_class_is_not_taken_for_ours(name, changes, message, tmp_path):
+    saved(MODELS[name], tmp_path)
+    change_config(tmp_path, changes)
+    with pytest.raises(UserError, match=message):
+        read_hf(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -206,9 +248,7 @@ def test_wrong_sizes_are_reported_without_the_biases_that_are_right(name, change
 )
 def test_a_cohere2_with_layers_that_do_not_rotate_is_refused(changes, message, tmp_path):
     saved(MODELS["cohere2"], tmp_path)
-    document = json.loads((tmp_path / "config.json").read_text()) | changes
-    document = {key: value for key, value in document.items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(document))
+    change_config(tmp_path, changes)
     with pytest.raises(UserError, match=message):
         read_hf(tmp_path)
 

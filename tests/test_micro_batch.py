@@ -86,7 +86,7 @@ def test_missing_memory_is_one_line_and_other_errors_are_raised():
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_not_tried():
-    params = dataclasses.replace(PARAMS, batch_size=2**28)  # even the smallest part tried has 2^30 tokens
+    params = dataclasses.replace(PARAMS, batch_size=2**28 + 1)  # it has no halves
     one = make_learner(params=params, runtime=AUTO, n_layer=1)
     with pytest.raises(UserError, match="not even the smallest micro-batch fits"):
         find_micro_batch_size(one)

@@ -51,6 +51,8 @@ def test_the_same_call_reads_the_finished_run_and_another_trains(folder, capsys)
 def test_wrong_names_are_refused_as_in_params_yaml(folder):
     with pytest.raises(UserError, match=r"unknown key model.n_layers \(did you mean model.n_layer\?\)"):
         quickstart.model_from_text("my.txt", {"model.n_layers": 2})
+    with pytest.raises(UserError, match=r"runtime.n_process=2 must be 1.*\n.*quickstart trains from scratch"):
+        quickstart.model_from_text("my.txt", {"runtime.n_process": 2, "train.init_from": "base"})
     with pytest.raises(UserError, match="neither a known source .* nor a file or folder"):
         quickstart.model_from_text("your.txt")
 

@@ -164,6 +164,23 @@ def test_a_program_killed_while_writing_run_json_does_not_stop_the_next(folder):
     assert runs.find_runs(folder)[0].done == "25 of 40 steps"
 
 
+def test_checkpoints_are_kept_by_their_step_and_later_damaged_ones_go(folder):
+    with Checkpoints(NAMES[0]) as checkpoints:
+        (checkpoints.folder / "step-0000008.bak").mkdir()  # not ours
+        for step in (9_999_900, 10_000_000, 10_000_100, 10_000_000):
+            checkpoints.save(TrainState(step=step), {part: {"weight": torch.tensor([float(step)])} for part in PARTS})
+            assert checkpoints.newest_weights().parent.name == f"step-{step:07d}"
+        state, tensors = checkpoints.load_latest()
+    assert (state.step, tensors["weights"]["weight"].item()) == (10_000_000, 1e7)
+    assert names(checkpoints.folder) == ["step-0000008.bak", "step-10000000"]
+
+
+def test_a_run_of_adapters_is_not_taken_for_another(folder, command):
+    training(NAMES[0], step=20, age=60)
+    said = command("generate", "--run", "newest", "--prompt", "The").stderr
+    assert said.endswith(f"{NAMES[0]} trains adapters, which --run cannot read: let it end, and use data/model\n")
+
+
 def test_an_empty_runs_folder_is_not_a_mistake(folder, told):
     assert told() == f"{folder} holds no run: training keeps its checkpoints there\n"
     assert told("--prune") == f"removed 0 of 0 in {folder}: 0 B freed\n"

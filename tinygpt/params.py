@@ -209,7 +209,8 @@ def _groups(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
         document = copy.deepcopy(_document(raw))  # the caller may change what it gets
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    groups = f"{path} must hold the groups {', '.join(GROUPS)}, each with its keys"
+    some = "the" if path.name == PARAMS_FILE.name else "some of the"  # a preset has those that it changes
+    groups = f"{path} must hold {some} groups {', '.join(GROUPS)}, each with its keys"
     if not isinstance(document, dict):
         raise UserError(groups)
     if odd := [shown(name) for name, keys in document.items() if not isinstance(keys, dict)]:

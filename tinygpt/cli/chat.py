@@ -159,6 +159,7 @@ def save(conversation: Conversation, rest: str) -> None:
     """Write the conversation to a new file."""
     if not rest:
         raise UserError("give the name of a file, such as /save talk.txt")
+    require(("\0" not in rest, "a name cannot hold a zero byte"))
     try:
         path = Path(rest).expanduser()
     except RuntimeError:

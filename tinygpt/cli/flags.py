@@ -63,7 +63,10 @@ class EngineOptions(DeviceOptions):
         """Where the model is.  Raises UserError if the run has none, or if several runs fit the name."""
         if self.run is not None:
             require((self.model is None, f"--run and --model={self.model} both name a model: give one of them"))
-            return find_run(None if self.run == "newest" else self.run, "model/model.safetensors") / "model"
+            folder = find_run(None if self.run == "newest" else self.run, "step-*/state.json")
+            if not (folder / "model/model.safetensors").exists():
+                raise UserError(f"{folder} trains adapters, which --run cannot read: let it end, and use {paths.MODEL}")
+            return folder / "model"
         return self.model or (GGUF if self.engine == "llama.cpp" else paths.MODEL)
 
 
@@ -73,10 +76,11 @@ def find_run(name: str | None, file: str) -> Path:
     Raises UserError if there is none, or more than one with that name.
     """
     files = sorted(runs_folder().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
-    there = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
+    folders = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
+    there = [*dict.fromkeys(folders[::-1])][::-1]  # each once, at its newest file
     named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]
     if not there:
-        raise UserError(f"no run has {file} yet: `dvc repro train` writes it")
+        raise UserError(f"no run has {Path(file).name} yet: `dvc repro train` writes it")
     if len(named) != 1:
         names = ", ".join(folder.name for folder in reversed(there))
         found = "several runs have names that begin" if named else "no run has a name that begins"
@@ -156,6 +160,12 @@ def picture(text: str) -> Path:
     from tinygpt.report.plots import NO_DATE  # here, as it takes a second
 
     require((Path(text).suffix[1:] in NO_DATE, f"--plot {text}: the name must end in .{' or .'.join(NO_DATE)}"))
+    return Path(text)
+
+
+def page(text: str) -> Path:
+    """A path for a page."""
+    require((Path(text).suffix in (".html", ".htm"), f"--page {text}: the name must end in .html"))
     return Path(text)
 
 

@@ -23,6 +23,7 @@ from tinygpt.cli.flags import (
     add_flags,
     add_number,
     existing,
+    page,
     picture,
 )
 from tinygpt.errors import heed_interrupts, leave_at_once, printable, program, shown
@@ -123,7 +124,7 @@ def _compare_flags(command: ArgumentParser) -> None:
     about = "an experiment, branch, tag, commit or `workspace` (default: `workspace`, HEAD and its experiments)"
     command.add_argument("rev", nargs="*", help=about)
     command.add_argument("--plot", type=picture, metavar="FILE", help="draw the curves, too: a .png or .svg")
-    command.add_argument("--page", type=Path, metavar="FILE", help="write a page with samples, too: an .html")
+    command.add_argument("--page", type=page, metavar="FILE", help="write a page with samples, too: an .html")
     command.add_argument(
         "--open", action="store_true", help="open that page in a browser (default: reports/compare.html)"
     )
@@ -131,7 +132,7 @@ def _compare_flags(command: ArgumentParser) -> None:
 
 def _watch_flags(command: ArgumentParser) -> None:
     command.add_argument("run", nargs="?", help="the beginning of its name in runs/ (default: the one that wrote last)")
-    command.add_argument("--page", type=Path, metavar="FILE", help="the page (default: reports/live.html)")
+    command.add_argument("--page", type=page, metavar="FILE", help="the page (default: reports/live.html)")
 
 
 # Name -> its flags, the file with the function of that name, and the help text.

@@ -27,9 +27,7 @@ from tinygpt.plan.plan import Plan, Planner
 from tinygpt.plan.recipe import SPREAD
 from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams, open_device, out_of_memory
-from tinygpt.tokenizer import load_tokenizer
-from tinygpt.tokenizer.kinds import TokenizerParams
-from tinygpt.tokenizer.tokenizer import tokenizer_file
+from tinygpt.tokenizer.kinds import TokenizerParams, expected_size
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 
@@ -44,10 +42,7 @@ PROCESS_BYTES = 320e6  # of a training process, besides its step; measured in th
 def profile(args: Namespace) -> None:
     """Print the costs; exit with status 1 if the run will not fit."""
     model_params, train, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
-    tokenizer = load_params(TokenizerParams)
-    learned = tokenizer.kind == "bpe" and tokenizer.from_file is None  # then vocab_size is that of params.yaml
-    is_there = tokenizer_file(paths.TOKENIZER).exists() and not learned
-    vocab_size = load_tokenizer(paths.TOKENIZER).vocab_size if is_there else tokenizer.vocab_size
+    vocab_size = expected_size(load_params(TokenizerParams), paths.TOKENIZER)
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
     device = open_device(runtime)
     micro = _micro_batch_size(config, train, runtime, device, measure=not args.no_measure)
@@ -92,15 +87,14 @@ def profile(args: Namespace) -> None:
 def _micro_batch_size(
     config: GPTConfig, train: TrainParams, runtime: RuntimeParams, device: torch.device, *, measure: bool
 ) -> int:
-    """Sequences in a forward pass; for "auto" this is the whole batch when nothing is measured."""
+    """Sequences in a forward pass; for "auto" these are the most that fit when nothing is measured."""
     if runtime.micro_batch_size != "auto":
         return min(runtime.micro_batch_size or train.batch_size, train.batch_size)
-    if not measure:
-        return train.batch_size
-    smallest = halves(train.batch_size)[-1]
-    if memory_of(config, train, runtime, smallest, device).training > available_memory(device):
-        return smallest  # without building the model
-    return find_micro_batch_size(Learner(GPT(config), train, runtime, device=device))
+    sizes, free = halves(train.batch_size), available_memory(device)
+    fitting = [size for size in sizes if memory_of(config, train, runtime, size, device).training <= free]
+    if measure and fitting:
+        return find_micro_batch_size(Learner(GPT(config), train, runtime, device=device))
+    return [*fitting, sizes[-1]][0]  # without building the model
 
 
 # ---- what to train in a given time ----

@@ -18,7 +18,17 @@ from ruamel.yaml import YAML
 from tinygpt import paths
 from tinygpt.errors import UserError, printable, shown
 from tinygpt.files import atomic_write, parse_json
-from tinygpt.params import PARAMS_FILE, Count, check_names, check_params, coerce, nearest, read_bytes, read_groups
+from tinygpt.params import (
+    PARAMS_FILE,
+    Count,
+    ParamsError,
+    check_names,
+    check_params,
+    coerce,
+    nearest,
+    read_bytes,
+    read_groups,
+)
 
 PRESETS = Path("presets")
 BASE = paths.BASE / "preset.yaml"  # written with the model there
@@ -46,11 +56,15 @@ def preset(args: Namespace) -> None:
         hint = nearest(args.name, files) or f": {', '.join(files)}"
         raise UserError(f"there is no preset {args.name}{hint}")
     values = read_groups(files[args.name])
+    try:
+        check_names(f"{group}.{key}" for group, keys in values.items() for key in keys)
+    except ParamsError as error:
+        raise UserError(f"{files[args.name]}: {error}") from None
     if values.get("train", {}).get("init_from") == "base":
         values = going_on(values)
     write_values(args.name, values)
     if "model" in values:
-        warn_of_few_tokens()
+        warn_of_few_tokens(same_text=not values.keys() & {"download", "clean", "tokenizer"})
 
 
 def write_values(name: str, values: dict[str, dict[str, Any]]) -> None:
@@ -58,7 +72,8 @@ def write_values(name: str, values: dict[str, dict[str, Any]]) -> None:
     changed = apply_values(PARAMS_FILE, values)
     for change in changed:
         print(printable(change))
-    print(f"{name}: {len(changed)} values changed in {PARAMS_FILE}" + ("; `dvc repro` uses them" if changed else ""))
+    values_changed = f"{len(changed)} value{'s' * (len(changed) != 1)} changed in {PARAMS_FILE}"
+    print(f"{name}: {values_changed}" + ("; `dvc repro` uses them" if changed else ""))
 
 
 def going_on(rules: dict[str, Any]) -> dict[str, Any]:
@@ -76,24 +91,28 @@ def going_on(rules: dict[str, Any]) -> dict[str, Any]:
     return base | rules | {"train": train | {key: float(f"{scale * rate:.5g}") for key, rate in rates.items()}}
 
 
-def warn_of_few_tokens() -> None:
-    """Print a warning if the run of params.yaml or the text is far too short for so many weights.
+def warn_of_few_tokens(*, same_text: bool) -> None:
+    """Print a warning if the run of params.yaml, or the text if it is still the same, is too short for so many weights.
 
     There is none for a run that continues from a base, whose weights have been trained already.
     """
-    from tinygpt.tokens import load_meta  # here, so that listing the presets does not wait for it
+    from tinygpt.tokenizer.kinds import expected_size  # here, so that listing the presets does not wait for it
+    from tinygpt.tokens import load_meta
 
     groups = check_params()
     model, train = groups["model"], groups["train"]
-    n_weights, per_step = model.n_weights(groups["tokenizer"].vocab_size), train.batch_size * model.block_size
+    if train.init_from == "base":
+        return
+    n_weights = model.n_weights(expected_size(groups["tokenizer"], paths.TOKENIZER))
+    per_step = train.batch_size * model.block_size
     needed = MIN_TOKENS * n_weights
     more = f"set train.max_steps={math.ceil(needed / per_step)} or more"
     found = [(train.max_steps * per_step, f"train.max_steps={train.max_steps}", more)]
     with suppress(UserError):  # no text yet, or none that can be read
         text = MAX_EPOCHS * load_meta(paths.TOKENS).train.tokens
-        found.append((text, f"the current text, read {MAX_EPOCHS} times", "use a larger text"))
+        found += [(text, f"the current text, read {MAX_EPOCHS} times", "use a larger text")] if same_text else []
     n_tokens, where, remedy = min(found)
-    if n_tokens < needed and train.init_from != "base":
+    if n_tokens < needed:
         print(
             f"warning: {n_weights:,} weights see {n_tokens:,} tokens in {where}. Below {MIN_TOKENS} tokens per "
             f"weight, a smaller model learns more in the same time: {remedy}, or use a smaller preset"

@@ -40,7 +40,7 @@ from tinygpt.report.config import PlotParams
 from tinygpt.report.page import write_live
 from tinygpt.report.plots import plot_curves
 from tinygpt.report.reports import read_curve, read_samples
-from tinygpt.run.folder import STATE_FILE, read_name, read_plan, read_state
+from tinygpt.run.folder import checkpoints_in, read_name, read_plan, read_state
 
 NAME = re.compile(r"([a-z-]+-)?[0-9a-f]{16}")
 SHORT = 8  # digits shown of a fingerprint
@@ -162,10 +162,10 @@ def _lock(folder: Path) -> FileLock | contextlib.nullcontext[None]:
 
 def _newest_progress(folder: Path) -> tuple[dict[str, Any], int]:
     """The progress in the newest readable checkpoint, and how many newer ones cannot be read."""
-    checkpoints = sorted(folder.glob(f"step-*/{STATE_FILE}"), reverse=True)
-    for damaged, path in enumerate(checkpoints):
+    checkpoints = checkpoints_in(folder)[::-1]
+    for damaged, checkpoint in enumerate(checkpoints):
         with contextlib.suppress(UserError):
-            return read_state(path.parent)[0], damaged
+            return read_state(checkpoint)[0], damaged
     return {}, len(checkpoints)
 
 
@@ -224,12 +224,13 @@ def compare(args: Namespace) -> None:
         return
     made = find_made(experiments)
     shown = made[:MOST_CURVES]
+    why = "; equal ones are shown once, those without reports not at all" if len(made) < len(experiments) else ""
     if args.plot:
         plot_curves({one.name: one.curve for one in shown}, args.plot, load_params(PlotParams))
-        print(f"{args.plot} shows {len(shown)} of {len(made)} curves")
+        print(f"{args.plot} shows {len(shown)} of {len(experiments)}{why}")
     if args.page or args.open:
         page = args.page or PAGE.with_name("compare.html")
         write_comparison(shown, page)
-        print(f"{page} shows {len(shown)} of {len(experiments)}")
+        print(f"{page} shows {len(shown)} of {len(experiments)}{why}")
         if args.open:
             webbrowser.open(page.absolute().as_uri())

@@ -34,7 +34,9 @@ def serve(args: Namespace) -> None:
         n_weight = model.n_params()  # before quantizing, after which they would not be counted
         place(model, options)
         compile_if_asked(model, options, n_row=limits.max_rows)
-        models.append(Served(name, model, tokenizer, n_weight, load_template(args.tokenizer or tokenizer_of(folder))))
+        beside = args.tokenizer or tokenizer_of(folder)
+        template = load_template(beside.parent if beside.is_file() else beside)
+        models.append(Served(name, model, tokenizer, n_weight, template))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{', '.join(served.name for served in models)} at http://{host}:{listener.getsockname()[1]}", flush=True)
     serve(Service(models, limits), listener, [args.host, *args.allow_host])

@@ -90,7 +90,8 @@ def attention(args: Namespace) -> None:
         file.write(attention_page(maps, tokens))
         file.flush()
         plot_attention(maps, tokens, args.plot)
-    print(f"{args.plot} has {maps.shape[0]} layers of {maps.shape[1]} heads, {page} shows one after the other")
+    n_layer, n_head = maps.shape[:2]
+    print(f"{args.plot} has all {n_layer * n_head} heads, {page} shows one after the other")
 
 
 def visible(raw: bytes) -> str:

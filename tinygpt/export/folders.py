@@ -41,7 +41,8 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
     """
     folder = must_be_there(Path(folder), stage="train")
     if not (folder / CONFIG_FILE).exists():
-        raise UserError(f"{folder} is not a model: give {FOLDER}, or a .gguf file")
+        or_file = ", or a .gguf file" if folder.is_dir() else ""
+        raise UserError(f"{folder} is not a model: give {FOLDER}{or_file}")
     if "model_type" in read_json(folder / CONFIG_FILE, stage="train"):
         if tokenizer is not None:
             raise UserError(f"{folder} is a transformers folder, which has its own tokenizer: leave {tokenizer} out")
@@ -49,10 +50,8 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
         return filled_model(config, tensors), found_tokenizer
     must_be_there(folder / WEIGHTS_FILE, stage="train")
     if tokenizer is None:
-        tokenizer, wanted = (
-            tokenizer_of(folder) / TOKENIZER_FILE,
-            f"its folder with --tokenizer, or put it into {folder}",
-        )
+        tokenizer = tokenizer_of(folder) / TOKENIZER_FILE
+        wanted = f"its folder with --tokenizer, or put it into {folder}"
     else:
         wanted = "a folder with tokenizer.json"
     return load_pair(folder, must_be_there(Path(tokenizer), stage="train_tokenizer", wanted=wanted))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinygpt.errors import UserError, shown
 from tinygpt.export.card import CARDS
-from tinygpt.export.families import ANY_BIAS, family_of, find_family, misfit, switches_of
+from tinygpt.export.families import ANY_BIAS, FULL, family_of, misfit, switches_of
 from tinygpt.export.hf_families import ACTIVATIONS, TRANSFORMERS, HFFamily
 from tinygpt.export.layout import Misfit, adapter_pairs, apply_layout, check_layout, revert_layout
 from tinygpt.files import atomic_folder, must_exist, read_object, write_json
@@ -164,9 +164,8 @@ def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> G
         odd = [key for key, value in fixed.items() if found.get(key, value) != value]
         problems += [f"{key}={found[key]}, not {fixed[key]}" for key in odd]
         config = from_mapping(GPTConfig, _fields(document, family), prefix="model.")
-        if not find_family([family], config):
-            ours = switches_of(config)
-            different = ", ".join(f"{key}: {ours[key]}" for key in misfit(ours, family.switches))
+        ours = switches_of(config)
+        if different := ", ".join(f"{key}: {ours[key]}" for key in misfit(ours, family.switches)):
             problems.append(f"a {family.name} with {different} would compute something else here")
     except KeyError as error:
         problems.append(f"it has no {error.args[0]}")
@@ -187,9 +186,15 @@ def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
         ours: document.get(theirs) or None if theirs in DERIVED_KEYS else document[theirs]
         for ours, theirs in family.sizes.items()
     }
-    window = document.get("sliding_window") if document.get("use_sliding_window", True) else None
-    full_every = _full_every(document.get("layer_types"), sizes["n_layer"])
+    has_window = family.switches["window"] != (FULL,) and found.get("use_sliding_window", True)
+    window = found.get("sliding_window") if has_window else None  # the other classes ignore the key
     window = window if window and window < sizes["block_size"] else None
+    layer_types = document.get("layer_types") if window and family.layer_types != "ignored" else None
+    if window and family.layer_types == "required" and not layer_types:
+        raise KeyError("layer_types")
+    full_every = _full_every(layer_types, sizes["n_layer"])
+    if full_every == 1:  # no layer has a window
+        window = full_every = None
     return {
         "n_kv_head": None,
         "head_dim": None,
@@ -201,7 +206,7 @@ def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
         "mlp": _mlp(document[family.activation_key], family),
         "parallel_block": document.get("use_parallel_residual", family.switches["parallel_block"][0]),
         "window": window,
-        "full_every": full_every if window else None,
+        "full_every": full_every,
         "bias": "none",
         "qk_norm": document.get("qk_layernorm", family.switches["qk_norm"][0]),
         "tie_weights": found.get("tie_word_embeddings", False),

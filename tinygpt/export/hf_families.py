@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tinygpt.export.families import (
     ALL,
@@ -91,6 +91,7 @@ class HFFamily(Family):
     copied: Mapping[str, str] = field(default_factory=dict)  # more entries: their key -> our field
     fixed: Mapping[str, Any] = field(default_factory=dict)  # entries that all our models share
     silent: Mapping[str, Any] = field(default_factory=dict)  # the class's defaults for what config.json lacks
+    layer_types: Literal["ignored", "optional", "required"] = "ignored"  # the key for which layers have a window
 
     def document(self, config: ModelParams, n_ctx: int) -> dict[str, Any]:
         """The entries of config.json that depend on the class, for a model with a context of `n_ctx` tokens."""
@@ -172,6 +173,7 @@ HF_FAMILIES = (
         eps="layer_norm_eps",
         config=_rope_config,
         copied={"qk_layernorm": "qk_norm", "embd_pdrop": "dropout", "resid_pdrop": "dropout"},
+        silent={"partial_rotary_factor": 0.5},
         switches=switches("rope", "layernorm", "gelu", parallel_block=(True,), qk_norm=(False, True)),
         layout=Layout(
             names=llama_names(norm="final_layernorm", o_proj="dense", up_proj="fc1", down_proj="fc2", **HEAD_NORMS),
@@ -185,6 +187,7 @@ HF_FAMILIES = (
         eps="layer_norm_eps",
         config=lambda config, n_ctx: _rope_config(config, n_ctx) | {"use_qkv_bias": config.bias != "none"},
         copied={"qk_layernorm": "qk_norm", "use_parallel_residual": "parallel_block", "hidden_dropout": "dropout"},
+        silent={"partial_rotary_factor": 0.25},
         switches=STABLELM,
         layout=Layout(names=llama_names(**HEAD_NORMS), biased=NORM_MODULES, head_norms="listed"),
     ),
@@ -194,7 +197,8 @@ HF_FAMILIES = (
         eps="layer_norm_eps",
         config=_window_config,
         fixed={"logit_scale": 1.0},
-        silent={"logit_scale": 0.0625, "tie_word_embeddings": True},
+        silent={"logit_scale": 0.0625, "tie_word_embeddings": True, "sliding_window": 4096},
+        layer_types="required",
         switches=COHERE2,
         layout=Layout(names=llama_names(), biased_if_any=("o_proj",), adjacent_rope=True),
     ),
@@ -209,13 +213,17 @@ HF_FAMILIES = (
         name="mistral",
         cls="MistralForCausalLM",
         config=_window_config,
-        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, bias=("none",), window=(ALL,)),
+        silent={"sliding_window": 4096},
+        layer_types="optional",  # with them, transformers takes the class of Ministral
+        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, bias=("none",), window=(FULL, ALL)),
         layout=LLAMA_LAYOUT,
     ),
     HFFamily(
         name="qwen3",
         cls="Qwen3ForCausalLM",
         config=_window_config,
+        silent={"use_sliding_window": False},
+        layer_types="required",
         switches=QWEN3 | {"window": (FULL, ALL, MIXED)},
         layout=LLAMA_LAYOUT,
     ),

@@ -191,7 +191,11 @@ def penalized(logits: Tensor, sampling: Sampling, past: Past) -> Tensor:
 
     Raises UserError when a logit is NaN or inf.
     """
-    logits = apply_penalties(as_double(logits), sampling, past)
+    return checked(apply_penalties(as_double(logits), sampling, past))
+
+
+def checked(logits: Tensor) -> Tensor:
+    """The same logits.  Raises UserError when one is NaN or inf; a forbidden token has -inf."""
     if not bool((logits < math.inf).all()):
         raise UserError("the logits are not finite numbers: a penalty is too large, or the model's training failed")
     return logits

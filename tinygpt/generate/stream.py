@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tinygpt.generate.answer import Answer, Running, TextStream, past_of
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.sampling import apply_penalties
+from tinygpt.generate.sampling import apply_penalties, checked
 from tinygpt.generate.speculative import Speculation, speculate
 from tinygpt.model.gpt import GPT
 from tinygpt.options import Sampling, Search
-from tinygpt.params import ParamsError
+from tinygpt.params import ParamsError, require
 from tinygpt.tokenizer import Tokenizer
 
 
@@ -79,6 +79,7 @@ def begin(
     if search.n_beam > 1 and n_logprobs is not None:
         raise ParamsError([f"beam search (n_beam={search.n_beam}) cannot return log-probabilities: leave them out"])
     each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    require((len(each) == len(prompts), f"{len(each)} samplings were given for {len(prompts)} prompts"))
     for one in each:
         search.check(one)
     if speculation is not None:
@@ -177,7 +178,7 @@ def beam_search(model: GPT, answer: Answer, search: Search) -> None:
 def continue_beams(logits: Tensor, beams: list[Beam], answer: Answer, n: int) -> list[Beam]:
     """The n likeliest of all continuations by one id, the likeliest first.  (B, V) float32"""
     past = past_of([answer] * len(beams), [beam.ids for beam in beams])
-    logprobs = apply_penalties(logits.log_softmax(-1), answer.sampling, past)
+    logprobs = checked(apply_penalties(logits.log_softmax(-1), answer.sampling, past))
     scores = (logprobs + torch.tensor([beam.score for beam in beams], device=logits.device)[:, None]).flatten()
     best = scores.topk(min(n, scores.numel()))
     found = [(*divmod(at, logits.size(1)), score) for score, at in zip(*map(Tensor.tolist, best), strict=True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from pygit2 import GitError
 
 from tinygpt.errors import UserError
 from tinygpt.files import write_text
-from tinygpt.params import GROUPS
+from tinygpt.params import GROUPS, PARAMS_FILE
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, comparison_chart, run_styles
 from tinygpt.report.page import curve_rows, render
 from tinygpt.report.reports import Row, differing, parse_curve
+from tinygpt.yaml12 import load_yaml
 
 METRICS = {  # of reports/metrics, and their formats
     "val_loss": ".4f",
@@ -35,6 +37,8 @@ METRICS = {  # of reports/metrics, and their formats
 }
 WORDS = {"None": "null", "True": "true", "False": "false"}  # DVC's spelling -> that of params.yaml
 WORKSPACE = "workspace"
+CHANGED = "Changed"  # params.yaml, since it was last run
+DECIDING = ("download", "clean", "train_tokenizer", "train", "evaluate")  # stages whose params decide the metrics
 WIDEST = 24  # characters of a param that are shown
 MOST_CURVES = 14  # as many as colour and line style can tell apart
 TEXT = {"download", "clean"}  # groups that decide the text
@@ -53,7 +57,7 @@ class Experiment:
 
     name: str
     rev: str | None  # None for the workspace
-    state: str  # Queued, Running or Failed; empty where it is done
+    state: str  # Queued, Running, Failed or Changed; empty where it is done
     params: dict[str, str]  # as params.yaml has them, by "group.key"
     metrics: dict[str, float]  # the METRICS that it has
     is_baseline: bool  # what experiments start from, not an experiment
@@ -65,9 +69,9 @@ def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
     Raises UserError for a revision that DVC does not know.
     """
     if revs:
-        return [_revision(rev) for rev in revs]
+        return [_checked(_revision(rev)) for rev in revs]
     found = [experiment_of(row) for row in _show(None)]
-    bases, others = [one for one in found if one.is_baseline], [one for one in found if not one.is_baseline]
+    bases, others = [_checked(one) for one in found if one.is_baseline], [one for one in found if not one.is_baseline]
     return bases + sorted(others, key=lambda one: one.metrics.get("val_loss", math.inf))
 
 
@@ -85,6 +89,17 @@ def experiment_of(row: dict[str, Any]) -> Experiment:
         metrics=metrics,
         is_baseline=row["typ"] == "baseline",
     )
+
+
+def _checked(one: Experiment) -> Experiment:
+    """The same, or without metrics if they are of other params than those in params.yaml: of the run before."""
+    files = DVCFileSystem(rev=one.rev)
+    with suppress(DvcException, OSError, ValueError, KeyError, AttributeError):
+        params, lock = (load_yaml(files.read_bytes(name)) for name in (PARAMS_FILE.name, "dvc.lock"))
+        for stage in DECIDING:
+            if any(params[group] != keys for group, keys in lock["stages"][stage]["params"][PARAMS_FILE.name].items()):
+                return replace(one, state=CHANGED, metrics={})
+    return one
 
 
 def compare_table(experiments: Sequence[Experiment]) -> pd.DataFrame:
@@ -146,7 +161,7 @@ class Made(Experiment):
 def find_made(experiments: Sequence[Experiment]) -> list[Made]:
     """The finished experiments; of equal ones, as HEAD and a clean workspace, the last.  Raises UserError if none."""
     found = [read_made(one) for one in experiments if one.metrics]
-    unequal = {json.dumps([one.curve, one.eval]): one for one in found if one is not None}
+    unequal = {json.dumps([one.curve, one.eval, one.samples, one.params]): one for one in found if one is not None}
     if not unequal:
         raise UserError("none of these has reports to show: run `dvc repro`")
     return [*unequal.values()]

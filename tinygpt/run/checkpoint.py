@@ -7,7 +7,7 @@
             weights.safetensors          the model after 500 steps
             optimizer.safetensors
             best.safetensors             the weights with the lowest validation loss so far
-            ema.safetensors              the average of the weights, if there is one
+            ema.safetensors              the average of the weights; empty if there is none
             state.json                   the step, the curve so far, and checksums of it all
 
 The folder is not a DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
@@ -27,7 +27,7 @@ from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.weights import load_tensors, save_tensors
-from tinygpt.run.folder import PLAN_FILE, read_state, write_state
+from tinygpt.run.folder import PLAN_FILE, checkpoints_in, read_state, write_state
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
 from tinygpt.train.optim import OPTIMIZERS
@@ -80,21 +80,24 @@ class Checkpoints:
         write_json(self.folder / PLAN_FILE, {"max_steps": max_steps, "finished": finished})
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Write one checkpoint of the PARTS, and delete the oldest."""
+        """Write one checkpoint of the PARTS, and delete older ones, and later ones, which were damaged."""
         with atomic_folder(self.folder / f"step-{state.step:07d}") as folder:
             for part in PARTS:
                 save_tensors(folder / f"{part}{SUFFIX}", tensors[part])
             write_state(folder, dataclasses.asdict(state))
-        for old in self._all()[:-N_KEPT]:
-            shutil.rmtree(old)
+        found = checkpoints_in(self.folder)
+        at = found.index(folder.with_name(f"step-{state.step:07d}"))
+        for other in (*found[: max(0, at + 1 - N_KEPT)], *found[at + 1 :]):
+            shutil.rmtree(other)
 
     def newest_weights(self) -> Path:
         """The file with the weights of the newest checkpoint."""
-        return self._all()[-1] / f"weights{SUFFIX}"
+        return checkpoints_in(self.folder)[-1] / f"weights{SUFFIX}"
 
     def load_latest(self) -> tuple[TrainState, dict[str, dict[str, Tensor]]] | None:
         """The newest intact checkpoint, or None; reports damaged ones.  Raises PermissionError if it may not read."""
-        for folder in reversed(self._all()):
+        found = checkpoints_in(self.folder)
+        for folder in reversed(found):
             try:
                 state, checksums = read_state(folder)
                 for name, checksum in checksums.items():
@@ -105,9 +108,6 @@ class Checkpoints:
                 raise
             except (UserError, OSError) as error:
                 print(f"checkpoint {folder} is damaged ({printable(error)}): using the one before it")
-        if self._all():
+        if found:
             print(f"no checkpoint in {self.folder} is intact: starting from the first step")
         return None
-
-    def _all(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")

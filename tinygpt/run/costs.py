@@ -161,7 +161,7 @@ def peak_memory() -> int:
 
 # ---- the size of a micro-batch, found by trying it out ----
 
-N_SIZES = 5  # sizes a CPU tries, from the whole batch down to a sixteenth of it
+N_SIZES = 5  # sizes that a CPU tries, the largest that fit
 N_ROUNDS = 3  # timings of each size; the first is a warm-up
 TRIAL_S = 20.0  # after which no new round begins
 
@@ -181,7 +181,7 @@ def find_micro_batch_size(learner: Learner, *, known: int | None = None) -> int:
         if device.type == "cuda":
             size, why = largest(sizes, partial(_try, learner)), "the largest that fits"
         else:
-            sizes = [size for size in sizes[:N_SIZES] if fits(learner, size)]
+            sizes = [size for size in sizes if fits(learner, size)][:N_SIZES]
             size, why = fastest(sizes, partial(_try, learner)), f"the fastest of {', '.join(map(str, sizes))}"
     print(f"micro-batches of {size} of the {batch_size} sequences of a step: {why}")
     return size

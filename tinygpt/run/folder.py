@@ -69,6 +69,12 @@ def read_plan(folder: Path) -> Plan | None:
     return read_record(Plan, folder / PLAN_FILE, stage="train") if (folder / PLAN_FILE).exists() else None
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Write state.json, with checksums of itself and of the files next to it."""
     checksums = {path.name: sha256_file(path) for path in sorted(checkpoint.iterdir())}

@@ -86,10 +86,7 @@ class Body(Sampling):
     def __post_init__(self) -> None:
         """Raises ParamsError with everything that is wrong."""
         super().__post_init__()
-        sizes = {name: len(getattr(self, name)) for name in ("stop_ids", "banned_ids", "logit_bias")}
         require(
-            *((size <= MOST_ITEMS, f"{name} has more than {MOST_ITEMS} items") for name, size in sizes.items()),
-            (len(self.stop) <= MOST_STOPS, f"stop has more than {MOST_STOPS} texts"),
             (all(len(text) <= STOP_SIZE for text in self.stop), f"stop has a text of more than {STOP_SIZE} characters"),
             (all(abs(bias) <= 100 for _, bias in self.logit_bias), "logit_bias must be from -100 to 100"),
             (self.max_tokens > 0 or self.echo, "max_tokens=0 needs echo: without it, the answer would be empty"),
@@ -131,7 +128,7 @@ def read_request(raw: bytes, models: Mapping[str, Served], limits: Limits, *, is
     except ParamsError as error:
         is_new = is_chat and document.get("max_completion_tokens") is not None  # OpenAI's later name
         length = "max_completion_tokens" if is_new else "max_tokens"
-        problems = [re.sub(r"\bmax_(new_)?tokens\b", length, problem) for problem in error.problems]
+        problems = [re.sub(r"(?<!unknown key )\bmax_(new_)?tokens\b", length, problem) for problem in error.problems]
         named = re.match(r"(?:unknown key )?(\w+)", problems[0])
         param = named[1] if named and named[1] in document else None
         raise Refusal(400, "; ".join(problems), param=param) from None
@@ -162,15 +159,18 @@ def read_body(
     Raises ParamsError, or Refusal if there is no such model.
     """
     values: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(Body)}
-    values["seed"] = secrets.randbits(32)
+    values |= {"seed": secrets.randbits(32), "max_tokens": min(values["max_tokens"], limits.max_tokens)}
     given = {name: value for name, value in options.items() if value is not None and name not in UNUSED}
     neutral = {name: given.pop(name) for name in NEUTRAL if name in given}
     values |= {name: plain(name, value) for name, value in given.items()}
-    rules = ((value == NEUTRAL[name], f"{name} can only be {shown(NEUTRAL[name])}") for name, value in neutral.items())
+    rules = [(value == NEUTRAL[name], f"{name} can only be {shown(NEUTRAL[name])}") for name, value in neutral.items()]
+    rules.append((given.pop("max_new_tokens", None) is None, "unknown key max_new_tokens (did you mean max_tokens?)"))
     _, body = together(lambda: require(*rules), lambda: from_mapping(Body, values, others=others))
     served = find_model(body.model, models)
     message = f"max_tokens={body.max_tokens} must be at most {limits.max_tokens}, the limit of this server"
-    require((body.max_tokens <= limits.max_tokens, message))
+    lists = [("stop", MOST_STOPS), *((name, MOST_ITEMS) for name in ("stop_ids", "banned_ids", "logit_bias"))]
+    rules = [(len(getattr(body, name)) <= most, f"{name} has more than {most} items") for name, most in lists]
+    require((body.max_tokens <= limits.max_tokens, message), *rules)  # here, as a template may add to a list
     return body, served
 
 
@@ -187,8 +187,7 @@ def plain(name: str, value: Any) -> Any:
 
 def find_model(name: str | None, models: Mapping[str, Served]) -> Served:
     """The model with this name; without a name, the first one.  Raises Refusal if there is none."""
-    if name is None:
-        return next(iter(models.values()))
+    name = next(iter(models)) if name is None else name
     if name not in models:
         message = f"model {shown(name)} is not served here: choose one of {', '.join(models)}"
         raise Refusal(404, message, param="model", code="model_not_found")
@@ -202,12 +201,12 @@ def check_sizes(prompts: Sequence[str | list[int]], n: int, limits: Limits, *, p
         message = f"{param} and n ask for {n_all} answers, at most {limits.max_rows} are allowed per request"
         raise Refusal(400, message, param=param)
     sizes = [len(one.encode(errors="replace")) if isinstance(one, str) else len(one) for one in prompts]
-    unit = "bytes" if isinstance(prompts[0], str) else "ids"
     for size, most, of in (
         (max(sizes), limits.max_prompt, ""),
         (sum(sizes) * n, limits.max_prompts, f" with all answers ({n} each)"),
     ):
         if size > most:
+            unit = "bytes" if isinstance(prompts[0], str) else "ids"
             message = f"{param} has {size:,} {unit}{of}, at most {most:,} are allowed"
             raise Refusal(400, message, param=param, code="context_length_exceeded")
 
@@ -286,13 +285,14 @@ def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits:
 def chat_options(document: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """The options of a chat by a completion's names.  Raises ParamsError."""
     has_scores, n_best = document.get("logprobs"), document.get("top_logprobs")
+    lengths = [document[name] for name in ("max_completion_tokens", "max_tokens") if document.get(name) is not None]
     require(
         (isinstance(has_scores, bool | None), f"logprobs={shown(has_scores)} must be true or false"),
         (n_best is None or bool(has_scores), "top_logprobs needs logprobs"),
         *((name not in document, f"unknown key {name}") for name in ("prompt", "echo")),
+        (0 not in lengths[:1], "max_tokens must be 1 or more"),
     )
     options = {name: value for name, value in document.items() if name not in CHAT_KEYS}
-    lengths = [document[name] for name in ("max_completion_tokens", "max_tokens") if document.get(name) is not None]
     options["max_tokens"] = lengths[0] if lengths else min(N_NEW, limits.max_tokens)
     options["logprobs"] = (coerce(n_best, Alternatives | None, "top_logprobs") or 0) if has_scores else None
     return options

@@ -45,7 +45,7 @@ def read_messages(value: Any) -> list[dict[str, str]]:
 
 def read_message(given: dict[str, Any], prefix: str) -> dict[str, str]:
     """The role and the text of one message.  Raises ParamsError with all that is wrong with it."""
-    content = given.get("content") or ""
+    content = "" if given.get("content") is None else given["content"]
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts: list[Any] = [isinstance(part, dict) and part.get("type") == "text" and part.get("text") for part in parts]
     are_texts = all(isinstance(text, str) for text in texts)
@@ -74,10 +74,10 @@ class Template:
         """
         names = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
         marked = [
-            {key: re.sub(names, lambda found: found[0][0] + MARK + found[0][1:], text) for key, text in each.items()}
+            {key: re.sub(names, lambda found: MARK.join(found[0]) + MARK, text) for key, text in each.items()}
             for each in messages
         ]
-        parts = re.split(f"({names})", checked(self._render(marked, tokenizer, most)))
+        parts = re.split(f"({names})(?!{MARK})", checked(self._render(marked, tokenizer, most)))
         ids = [
             i
             for place, part in enumerate(parts)

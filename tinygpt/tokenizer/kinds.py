@@ -127,6 +127,16 @@ def learn_tokenizer(counts: Mapping[bytes, int], params: TokenizerParams) -> Tok
     return learn(counts, params.vocab_size, min_frequency=params.min_frequency, special_tokens=params.special_tokens)
 
 
+def expected_size(params: TokenizerParams, made: Path) -> int:
+    """The tokens that the tokenizer will have; for characters, those of the one in `made`, or else the most."""
+    if params.from_file:
+        return take_tokenizer(params).vocab_size
+    if params.kind == "byte":
+        return learn_tokenizer({}, params).vocab_size
+    known = params.kind == "char" and tokenizer_file(made).exists()
+    return min(params.vocab_size, load_tokenizer(made).vocab_size) if known else params.vocab_size
+
+
 def take_tokenizer(params: TokenizerParams) -> Tokenizer:
     """The tokenizer.json of `params.from_file`.  Raises UserError when it cannot be honoured exactly."""
     assert params.from_file is not None

@@ -21,12 +21,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.runtime import RuntimeParams, compiling
 from tinygpt.train.config import TrainParams
-from tinygpt.train.loss import (
-    Loss,
-    pick_precision,
-    repeatable,
-    set_matmul_precision,
-)
+from tinygpt.train.loss import Loss, pick_precision, repeatable, set_matmul_precision
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from tinygpt.train.parallel import ALONE, PARALLEL, Parallel, World, gathered, part_of, put, whole
 from tinygpt.train.schedules import dropout_frac_at, lr_frac_at
@@ -64,7 +59,8 @@ class Learner:
         self._loss, loss = (Loss(self.model, self.precision, **extra) for _ in range(2))
         if runtime.compile:
             self._compile(loss)
-        n_rows = self.micro_batch_size or params.batch_size // world.size
+        share = params.batch_size // world.size
+        n_rows = min(self.micro_batch_size or share, share)
         example = torch.zeros(1, 1, dtype=torch.long, device=device).expand(n_rows, self.config.block_size + 1)
         with compiling(NOT_COMPILED):
             self._train_loss = self._parallel.wrap(loss, example)
