@@ -180,6 +180,20 @@ def test_an_alternative_token_is_taken_and_the_text_continues_from_it(page):
     assert page.locator(TOKEN).count() > length
 
 
+def test_another_model_continues_the_text_and_not_the_ids(page):
+    page.uncheck("#compare")
+    write(page, "the file")
+    (written,) = texts(page)
+    for change, is_text in ((lambda: None, False), (lambda: page.locator(".model").first.select_option(index=1), True)):
+        change()
+        with page.expect_request("**/v1/completions") as asked:
+            page.click("#onward")
+        prompt = asked.value.post_data_json["prompt"]
+        assert isinstance(prompt, str) is is_text
+        page.click("#stop", force=True)
+    assert prompt.startswith(written)
+
+
 def test_what_looks_like_html_stays_text(page):
     text = "<img src=x onerror=alert(1)><b>&amp;</b>"
     write(page, text)

@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import ROOT, environment
 from serving import FIRST, MODELS, running, wait_until
+from test_gguf import byte_tokenizer
 
 from tinygpt.generate import Sampling, generate
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.options import Limits
 from tinygpt.serve import worker as serve_worker
-from tinygpt.serve.choices import seen_before
+from tinygpt.serve.choices import offsets, seen_before
 from tinygpt.serve.worker import Job, Worker
 
 LONG = {"prompt": "the", "max_tokens": 100_000, "ignore_eos": True}
@@ -236,6 +237,13 @@ def test_log_probabilities_are_those_of_the_model(served, tiny_tokenizer):
     raw = b"".join(tiny_tokenizer.decode_bytes([i]) for i in ids[1:])
     assert found["text"] == raw.decode(errors="replace")
     assert [token for token in told["tokens"] if token.startswith("bytes:\\x")]  # parts of a character
+
+
+def test_a_token_after_a_broken_character_comes_after_its_sign():
+    tokenizer = byte_tokenizer()
+    ids = {tokenizer.decode_bytes([i]): i for i in range(257)}
+    text = [ids[bytes([byte])] for byte in b"a\xc3\xa4\xe4E"]
+    assert (tokenizer.decode(text), list(offsets(tokenizer, text))) == ("aä\ufffdE", [0, 1, 1, 2, 3])
 
 
 def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tokenizer):

@@ -108,7 +108,7 @@ def load_pair(folder: str | Path, tokenizer: str | Path) -> tuple[GPT, Tokenizer
 
 def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
     """A model with a base's weights.  Raises UserError when there is no base, or its model or tokenizer differs."""
-    if not (folder / "config.json").exists():
+    if not (folder / CONFIG_FILE).exists():
         raise UserError(
             f"train.init_from=base, but {folder} holds no model: run `python -m tinygpt import-hf FOLDER` or "
             "`python -m tinygpt promote`, or set train.init_from=scratch"

@@ -98,8 +98,10 @@ def offsets(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[int]:
     """Where each token begins in a text, in characters; one that continues a character has that character's place."""
     n_char, decoder = 0, codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
-        yield n_char
-        n_char += len(decoder.decode(tokenizer.decode_bytes([i])))
+        raw = tokenizer.decode_bytes([i])
+        is_cut = bool(raw and decoder.getstate()[0]) and not 0x80 <= raw[0] < 0xC0  # a begun character ends as U+FFFD
+        yield n_char + is_cut
+        n_char += len(decoder.decode(raw))
 
 
 # A token's id, its log-probability, the likeliest at its position and where its text begins; a first one has no score.

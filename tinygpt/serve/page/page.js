@@ -69,12 +69,11 @@ function clear(pane) {
   }
 }
 
-// Let a pane's model continue a text, or ids, the first nHidden of which are not shown.
-async function write(pane, prompt, nHidden) {
+// Let a model, that of the pane if none is named, continue a text, or ids, the first nHidden of which are not shown.
+async function write(pane, prompt, nHidden, name = pane.model.value) {
   pane.stopper?.abort();
   const stopper = new AbortController();
   const isOld = () => pane.stopper !== stopper; // another run has taken over the pane
-  const name = pane.model.value;
   pane.stopper = stopper;
   pane.root.ariaBusy = "true"; // so that a screen reader reads the finished text, not each token
   setStatus(pane, "waiting");
@@ -228,7 +227,7 @@ function alternative(pane, place, { id, token, p }) {
   button.onclick = () => {
     pane.tokens.focus();
     drawSeed();
-    write(pane, [...pane.ids.slice(0, place), id], pane.nHidden);
+    write(pane, [...pane.ids.slice(0, place), id], pane.nHidden, pane.name);
   };
   item.append(button);
   return item;
@@ -299,7 +298,10 @@ async function start() {
   pick("stop").onclick = stop;
   pick("onward").onclick = () => {
     drawSeed();
-    shown().forEach((pane) => pane.ids.length && write(pane, pane.ids, pane.nHidden));
+    for (const pane of shown().filter(({ ids }) => ids.length)) {
+      const isSame = pane.name === pane.model.value; // another model may have other ids
+      write(pane, isSame ? pane.ids : pane.text, isSame ? pane.nHidden : 0);
+    }
   };
   pick("compare").onchange = showPanes;
   pick("shade").onchange = showState;
