@@ -74,7 +74,7 @@ def test_the_command_draws_and_refuses(tmp_path, tiny_tokenizer, monkeypatch, ca
     command = ["tinygpt", "attention", "--model", "model", "--tokenizer", "tokenizer", "--prompt"]
     monkeypatch.setattr("sys.argv", [*command, "the file", "--plot", "a.svg"])
     main()
-    assert "a.svg has 2 layers of 4 heads, a.html shows one after the other" in capsys.readouterr().out
+    assert "a.svg has all 8 heads, a.html shows one after the other" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "a.svg").read_text()
     monkeypatch.setattr("sys.argv", [*command, "the file", "--plot", "b.svg", "--generate", "5"])
     main()

@@ -424,7 +424,7 @@ def test_cut_off_archives_are_reported_by_name(tmp_path: Path, ending: str) -> N
 def test_what_is_not_an_archive_is_reported_by_name(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_bytes(b"<html>404</html>" * 100)
-    with pytest.raises(UserError, match=rf"x\.{ending} is (damaged|not compressed: rename it)"):
+    with pytest.raises(UserError, match=rf"x\.{ending} is damaged"):
         members(path)
 
 

@@ -190,7 +190,7 @@ def _read_plain(source: _File) -> Iterator[Member]:
 def _read_compressed(source: _File) -> Iterator[Member]:
     file = _Unpacked(source)
     if file.packing is None:
-        raise UnpackError(f"{source.name} is not compressed: rename it, or get it again")
+        raise UnpackError(f"{source.name} is damaged or cut off (it is not compressed): get it again, or rename it")
     yield source.stem, source.checked(iter(partial(file.read, CHUNK_BYTES), b""))
 
 

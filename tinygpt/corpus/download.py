@@ -60,8 +60,8 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
 
 def _alone_in(cache: Path) -> FileLock:
     """The lock of a cache: two programs would append to the same partial download."""
-    cache.mkdir(parents=True, exist_ok=True)
-    return FileLock(cache / "lock")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache.with_name(f"{cache.name}.lock"))
 
 
 def _fill(params: DownloadParams, source: Source, raw: Path, root: Path, cache: Path, more: int) -> Downloaded:

@@ -165,7 +165,7 @@ def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> G
         problems += [f"{key}={found[key]}, not {fixed[key]}" for key in odd]
         config = from_mapping(GPTConfig, _fields(document, family), prefix="model.")
         ours = switches_of(config)
-        if different := ", ".join(f"{key}: {ours[key]}" for key in misfit(ours, family.switches)):
+        if different := ", ".join(f"{key}: {ours[key]}" for key in misfit(ours, {**family.switches, **family.read})):
             problems.append(f"a {family.name} with {different} would compute something else here")
     except KeyError as error:
         problems.append(f"it has no {error.args[0]}")

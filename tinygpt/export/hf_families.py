@@ -91,6 +91,7 @@ class HFFamily(Family):
     copied: Mapping[str, str] = field(default_factory=dict)  # more entries: their key -> our field
     fixed: Mapping[str, Any] = field(default_factory=dict)  # entries that all our models share
     silent: Mapping[str, Any] = field(default_factory=dict)  # the class's defaults for what config.json lacks
+    read: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # switches of models that we write as another
     layer_types: Literal["ignored", "optional", "required"] = "ignored"  # the key for which layers have a window
 
     def document(self, config: ModelParams, n_ctx: int) -> dict[str, Any]:
@@ -215,7 +216,8 @@ HF_FAMILIES = (
         config=_window_config,
         silent={"sliding_window": 4096},
         layer_types="optional",  # with them, transformers takes the class of Ministral
-        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, bias=("none",), window=(FULL, ALL)),
+        switches=switches("rope", "rmsnorm", "swiglu", head_dim=ANY_HEAD_DIM, bias=("none",), window=(ALL,)),
+        read={"window": (FULL, ALL)},
         layout=LLAMA_LAYOUT,
     ),
     HFFamily(
