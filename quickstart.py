@@ -47,6 +47,12 @@ def model_from_text(
 
 def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
     """Copy params.yaml into a folder, and change values there by "group.key".  Returns the folder."""
+    runtime, train = load_params(RuntimeParams, TrainParams, path=ROOT / PARAMS_FILE)
+    n, begin = params.get("runtime.n_process", runtime.n_process), params.get("train.init_from", train.init_from)
+    require(
+        (n == 1, f"runtime.n_process={n} must be 1, because quickstart trains in this process"),
+        (begin == "scratch", "quickstart trains from scratch: for a base, use `preset base` and `dvc repro`"),
+    )
     groups: dict[str, dict[str, Any]] = {}
     for name, value in params.items():
         group, _, key = name.partition(".")
@@ -56,12 +62,6 @@ def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
     project.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / PARAMS_FILE, project / PARAMS_FILE)
     apply_values(project / PARAMS_FILE, groups)
-    runtime, train = load_params(RuntimeParams, TrainParams, path=project / PARAMS_FILE)
-    n = runtime.n_process
-    require(
-        (n == 1, f"runtime.n_process={n} must be 1, because quickstart trains in this process"),
-        (train.init_from == "scratch", "quickstart trains from scratch: for a base, use `preset base` and `dvc repro`"),
-    )
     return project
 
 
