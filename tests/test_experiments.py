@@ -130,6 +130,7 @@ def test_experiments_are_compared_and_drawn(here, command):
 def test_a_mistake_is_one_line(here, command):
     for options, message in {
         "nowhere": "error: DVC finds no nowhere here (unknown Git revision 'nowhere'): see `git log` and `dvc exp",
+        "--page notes.txt": "error: --page notes.txt: the name must end in .html",
         "--plot curves.jpg": "error: --plot curves.jpg: the name must end in .svg or .png",
     }.items():
         said = command("compare", *options.split())

@@ -109,6 +109,11 @@ def test_no_prompts_give_no_answers(tiny_tokenizer):
     assert generate_batch(MODEL, tiny_tokenizer, [], max_new_tokens=9) == []
 
 
+def test_options_for_each_prompt_are_as_many_as_the_prompts(tiny_tokenizer):
+    with pytest.raises(ParamsError, match="1 samplings were given for 2 prompts"):
+        generate_batch(tiny_model(), tiny_tokenizer, ["a", "b"], max_new_tokens=2, sampling=[Sampling()])
+
+
 def test_beams_of_a_batch_are_those_of_each_prompt(tiny_tokenizer):
     search = Search(n_beam=3)
     found = generate_batch(MODEL, tiny_tokenizer, PROMPTS, max_new_tokens=9, sampling=GREEDY, search=search)

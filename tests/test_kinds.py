@@ -178,7 +178,7 @@ def test_a_ready_tokenizer_keeps_its_ids(tmp_path):
         take_tokenizer(dataclasses.replace(params, from_file=str(tmp_path / "folder")))
 
 
-def test_the_stage_learns_from_max_bytes_alone(tmp_path):
+def test_the_stage_learns_from_max_bytes_alone_or_takes_a_file(tmp_path, monkeypatch):
     texts = [f"{letter * (300 + 2 * i)} end" for i, letter in enumerate("abcdefgh")]
     file = tmp_path / "data/clean/train.jsonl"
     file.parent.mkdir(parents=True)
@@ -189,3 +189,9 @@ def test_the_stage_learns_from_max_bytes_alone(tmp_path):
     run_stages("train_tokenizer", tmp_path)
     assert load_tokenizer(tmp_path / "data/tokenizer").merges == train_bpe(taken, 259).merges
     assert train_bpe(taken, 259).merges != train_bpe(texts, 259).merges
+    checkout = tmp_path / "checkout"  # where a file that git does not track is, when DVC runs a temporary copy
+    load_tokenizer(tmp_path / "data/tokenizer").save(checkout / "own")
+    monkeypatch.setenv("DVC_ROOT", str(checkout))
+    set_params(tmp_path, {"tokenizer.from_file": "own/tokenizer.json"})
+    run_stages("train_tokenizer", tmp_path)
+    assert load_tokenizer(tmp_path / "data/tokenizer").merges == train_bpe(taken, 259).merges

@@ -152,8 +152,21 @@ def test_a_model_that_is_far_too_large_for_the_run_or_the_text_is_warned_of(para
     apply_values(params, {"train": {"max_steps": 10**6}})
     assert "see 4,000,000 tokens in the current text, read 4 times" in said("large")
     assert not said("mini")
+    few = {name: dataclasses.replace(split, tokens=1000) for name in splits}
+    write_json(TOKENS / "meta.json", dataclasses.asdict(dataclasses.replace(meta, **few)))
+    assert said("mini") and not said("shakespeare")  # which has a text of its own
+    apply_values(params, {"tokenizer": {"kind": "bpe", "from_file": "none.json"}})
+    assert not said("mini")
     (TOKENS / "meta.json").write_text("{")
     assert not said("large")
+
+
+def test_a_preset_with_an_unknown_key_is_named(params):
+    (params.parent / "presets/own.yaml").write_text("model: {n_layr: 2}")
+    with pytest.raises(
+        UserError, match=r"^presets/own.yaml: unknown key model.n_layr \(did you mean model.n_layer\?\)$"
+    ):
+        preset(Namespace(name="own"))
 
 
 def test_a_preset_that_does_not_fit_leaves_params_as_they_are(params):

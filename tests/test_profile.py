@@ -210,7 +210,10 @@ def test_profile_prints_the_costs_and_warns_of_a_run_that_will_not_fit(params, c
     assert f"of {found.group(1)} sequences" in said
     said = command("profile", "--no-measure").stdout
     assert "of 4 sequences" in said
-    set_params(folder, {"tokenizer.kind": "byte", "runtime.micro_batch_size": None})
+    set_params(folder, {"train.batch_size": 2**22})  # of which the whole does not fit
+    said = command("profile", "--no-measure")
+    assert said.returncode == 0 and "of 4194304 sequences" not in said.stdout
+    set_params(folder, {"train.batch_size": 4, "tokenizer.kind": "byte", "runtime.micro_batch_size": None})
     assert f"embedding {257 * 32:,}" in command("profile", "--no-measure").stdout
     set_params(folder, {"model.n_embd": 2**17})  # terabytes in one layer
     said = command("profile")

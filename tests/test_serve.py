@@ -29,6 +29,7 @@ from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.options import Limits
 from tinygpt.serve import worker as serve_worker
 from tinygpt.serve.choices import offsets, seen_before
+from tinygpt.serve.request import Served, read_request
 from tinygpt.serve.worker import Job, Worker
 
 LONG = {"prompt": "the", "max_tokens": 100_000, "ignore_eos": True}
@@ -239,6 +240,13 @@ def test_log_probabilities_are_those_of_the_model(served, tiny_tokenizer):
     assert [token for token in told["tokens"] if token.startswith("bytes:\\x")]  # parts of a character
 
 
+def test_a_length_that_is_not_given_is_at_most_the_servers(tiny_tokenizer):
+    models = {"first": Served("first", FIRST, tiny_tokenizer, 1)}
+    for most, expected in ((8, 8), (100, 16)):
+        asked = read_request(b'{"prompt": "a"}', models, Limits(max_tokens=most), is_chat=False)
+        assert asked.body.max_tokens == asked.answers[0].max_new_tokens == expected
+
+
 def test_a_token_after_a_broken_character_comes_after_its_sign():
     tokenizer = byte_tokenizer()
     ids = {tokenizer.decode_bytes([i]): i for i in range(257)}
@@ -272,7 +280,7 @@ def test_a_prompt_alone_is_scored_as_far_as_the_context_reaches(served, tiny_tok
         ({"prompt": ["a"] * 5, "n": 4}, 400, "ask for 20 answers"),
         ({"prompt": ["a"] * 17}, 400, "prompt and n ask for 17 answers, at most 16 are allowed per request"),
         ({"max_tokens": 0}, 400, "max_tokens=0 needs echo"),
-        ({"max_new_tokens": 5}, 400, r"unknown key max_new_tokens \(did you mean max_tokens\?\)"),
+        ({"max_new_tokens": 5}, 400, r"^unknown key max_new_tokens \(did you mean max_tokens\?\)$"),
         ({"max_tokens": -1}, 400, "max_tokens=-1 must be"),
         ({"max_tokens": 100_001}, 400, "max_tokens=100001 must be at most 100000"),
         ({"max_tokens": 5, "min_new_tokens": 9}, 400, "min_new_tokens=9 is more than max_tokens=5"),

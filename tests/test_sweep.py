@@ -7,7 +7,7 @@ import pytest
 from project import ROOT, run
 
 from sweeps import optuna_sweep
-from sweeps.optuna_sweep import SPACE, choices, open_study, read_settings, suggest
+from sweeps.optuna_sweep import SPACE, choices, main, open_study, read_settings, suggest
 from tinygpt.errors import UserError
 
 SWEEP = "python -m sweeps.optuna_sweep"
@@ -68,6 +68,12 @@ def test_other_settings_are_refused_in_a_study_that_has_begun(tmp_path):
     with pytest.raises(UserError, match=r"has trials with -S train.lr=1..2: use these, or another --name"):
         open_study(tmp_path / "study.db", "a", {"train.lr": "1..3"}, seed=1)
     open_study(tmp_path / "study.db", "b", {"train.lr": "1..3"}, seed=1)
+
+
+def test_a_sweep_has_a_trial(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["optuna_sweep", "--trials", "0"])
+    with pytest.raises(SystemExit, match="--trials=0 must be 1 or more"):
+        main()
 
 
 def test_without_optuna_the_package_is_named(tmp_path, monkeypatch):

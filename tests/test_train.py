@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -547,6 +548,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step_and_keeps_the_l
         state, tensors = checkpoints.load_latest()
     assert state.step >= 1
     assert all(tensor.isfinite().all() for tensor in tensors["weights"].values())
+
+
+def test_a_thread_may_train():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train).result().last
 
 
 def test_a_request_to_stop_saves_and_says_so(monkeypatch):

@@ -92,7 +92,7 @@ def going_on(rules: dict[str, Any]) -> dict[str, Any]:
 
 
 def warn_of_few_tokens(*, same_text: bool) -> None:
-    """Print a warning if the run of params.yaml, or the text if it is still the same, is too short for so many weights.
+    """Print a warning if a model is too large for its run, or for the text, unless that has just been changed.
 
     There is none for a run that continues from a base, whose weights have been trained already.
     """
@@ -103,14 +103,18 @@ def warn_of_few_tokens(*, same_text: bool) -> None:
     model, train = groups["model"], groups["train"]
     if train.init_from == "base":
         return
-    n_weights = model.n_weights(expected_size(groups["tokenizer"], paths.TOKENIZER))
+    try:
+        n_weights = model.n_weights(expected_size(groups["tokenizer"], paths.TOKENIZER))
+    except UserError:  # no such tokenizer: its stage will say so
+        return
     per_step = train.batch_size * model.block_size
     needed = MIN_TOKENS * n_weights
     more = f"set train.max_steps={math.ceil(needed / per_step)} or more"
     found = [(train.max_steps * per_step, f"train.max_steps={train.max_steps}", more)]
-    with suppress(UserError):  # no text yet, or none that can be read
-        text = MAX_EPOCHS * load_meta(paths.TOKENS).train.tokens
-        found += [(text, f"the current text, read {MAX_EPOCHS} times", "use a larger text")] if same_text else []
+    if same_text:
+        with suppress(UserError):  # no text yet, or none that can be read
+            text = MAX_EPOCHS * load_meta(paths.TOKENS).train.tokens
+            found.append((text, f"the current text, read {MAX_EPOCHS} times", "use a larger text"))
     n_tokens, where, remedy = min(found)
     if n_tokens < needed:
         print(

@@ -69,9 +69,12 @@ def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
     Raises UserError for a revision that DVC does not know.
     """
     if revs:
-        return [_checked(_revision(rev)) for rev in revs]
+        return [_without_old_metrics(_revision(rev)) for rev in revs]
     found = [experiment_of(row) for row in _show(None)]
-    bases, others = [_checked(one) for one in found if one.is_baseline], [one for one in found if not one.is_baseline]
+    bases, others = (
+        [_without_old_metrics(one) for one in found if one.is_baseline],
+        [one for one in found if not one.is_baseline],
+    )
     return bases + sorted(others, key=lambda one: one.metrics.get("val_loss", math.inf))
 
 
@@ -91,8 +94,8 @@ def experiment_of(row: dict[str, Any]) -> Experiment:
     )
 
 
-def _checked(one: Experiment) -> Experiment:
-    """The same, or without metrics if they are of other params than those in params.yaml: of the run before."""
+def _without_old_metrics(one: Experiment) -> Experiment:
+    """The same, without metrics if params.yaml was edited since it was last run: they are of that run."""
     files = DVCFileSystem(rev=one.rev)
     with suppress(DvcException, OSError, ValueError, KeyError, AttributeError):
         params, lock = (load_yaml(files.read_bytes(name)) for name in (PARAMS_FILE.name, "dvc.lock"))

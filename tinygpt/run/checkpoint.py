@@ -81,12 +81,13 @@ class Checkpoints:
 
     def save(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Write one checkpoint of the PARTS, and delete older ones, and later ones, which were damaged."""
-        with atomic_folder(self.folder / f"step-{state.step:07d}") as folder:
+        path = self.folder / f"step-{state.step:07d}"
+        with atomic_folder(path) as folder:
             for part in PARTS:
                 save_tensors(folder / f"{part}{SUFFIX}", tensors[part])
             write_state(folder, dataclasses.asdict(state))
         found = checkpoints_in(self.folder)
-        at = found.index(folder.with_name(f"step-{state.step:07d}"))
+        at = found.index(path)
         for other in (*found[: max(0, at + 1 - N_KEPT)], *found[at + 1 :]):
             shutil.rmtree(other)
 

@@ -162,9 +162,10 @@ def read_body(
     values |= {"seed": secrets.randbits(32), "max_tokens": min(values["max_tokens"], limits.max_tokens)}
     given = {name: value for name, value in options.items() if value is not None and name not in UNUSED}
     neutral = {name: given.pop(name) for name in NEUTRAL if name in given}
+    is_known = given.pop("max_new_tokens", None) is None  # the nearest name would be min_new_tokens
     values |= {name: plain(name, value) for name, value in given.items()}
     rules = [(value == NEUTRAL[name], f"{name} can only be {shown(NEUTRAL[name])}") for name, value in neutral.items()]
-    rules.append((given.pop("max_new_tokens", None) is None, "unknown key max_new_tokens (did you mean max_tokens?)"))
+    rules.append((is_known, "unknown key max_new_tokens (did you mean max_tokens?)"))
     _, body = together(lambda: require(*rules), lambda: from_mapping(Body, values, others=others))
     served = find_model(body.model, models)
     message = f"max_tokens={body.max_tokens} must be at most {limits.max_tokens}, the limit of this server"

@@ -74,7 +74,10 @@ class Template:
         """
         names = "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True)))
         marked = [
-            {key: re.sub(names, lambda found: MARK.join(found[0]) + MARK, text) for key, text in each.items()}
+            {
+                key: re.sub(names, lambda found: MARK.join(found[0]) + MARK, text.replace(MARK, ""))
+                for key, text in each.items()
+            }
             for each in messages
         ]
         parts = re.split(f"({names})(?!{MARK})", checked(self._render(marked, tokenizer, most)))

@@ -128,7 +128,10 @@ def learn_tokenizer(counts: Mapping[bytes, int], params: TokenizerParams) -> Tok
 
 
 def expected_size(params: TokenizerParams, made: Path) -> int:
-    """The tokens that the tokenizer will have; for characters, those of the one in `made`, or else the most."""
+    """The tokens that the tokenizer will have; for characters, those of the one in `made`, or else the most.
+
+    Raises UserError if a file that it reads is missing or damaged.
+    """
     if params.from_file:
         return take_tokenizer(params).vocab_size
     if params.kind == "byte":
