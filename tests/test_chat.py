@@ -12,7 +12,7 @@ from tinygpt.errors import UserError
 from tinygpt.generate import Sampling, generate_batch
 from tinygpt.generate.answer import Answer
 from tinygpt.generate.stream import extend
-from tinygpt.serve.template import PLAIN, Template, load_template
+from tinygpt.serve.template import MARK, PLAIN, Template, load_template
 from tinygpt.tokenizer import Tokenizer
 
 CHATML = (
@@ -153,6 +153,12 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
     _, without = template.prompt([{"role": "user", "content": "a"}], tokenizer, 1000)
     assert [i for i in ids if i in special] == [i for i in without if i in special]
     assert tokenizer.decode(ids) == text
+
+
+def test_no_message_turns_the_templates_own_token_into_text(tokenizer):
+    template = Template("<|im_start|>{{ messages[0].content }}")
+    text, ids = template.prompt([{"role": "user", "content": MARK + "a"}], tokenizer, 1000)
+    assert (text, ids[0]) == ("<|im_start|>a", tokenizer.special_tokens["<|im_start|>"])
 
 
 @pytest.mark.parametrize(
