@@ -128,6 +128,9 @@ def test_experiments_are_read_from_commits_and_workspace_and_equal_ones_are_one(
     Path("dvc.lock").write_text(json.dumps(lock))
     assert "compare.html shows 2 of 2" in command("compare", "--page", "compare.html").stdout
     page = (project / "compare.html").read_text()
+    monkeypatch.setattr("tinygpt.cli.runs.MOST_CURVES", 1)
+    said = command("compare", "--page", "fewer.html").stdout
+    assert "fewer.html shows 1 of 2; at most 1, those listed first" in said
     assert ">0.0125<" in page and '"val":4.25' in page and "The beginning of a document" in page
     (project / "reports/train.csv").write_text("step,train_loss\n1,5.5")
     said = command("compare", "--page", "compare.html").stderr

@@ -237,7 +237,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
         {"runtime.compile": True, "train.anneal_dropout": True, "model.dropout": 0.1},
         "runtime.compile=true would compile each step anew with train.anneal_dropout=true: set one of them to false",
     ),
-    ({"runtime.n_process": 3}, "train.batch_size=4 must be a multiple of the 3 processes that share it: set runtime"),
+    ({"runtime.n_process": 3}, "train.batch_size=4 must be a multiple of the 3 processes that share it: set train."),
     (
         {"runtime.n_process": 2, "runtime.parallel": "fsdp", "train.optimizer": "adamw8bit"},
         "train.optimizer=adamw8bit cannot be split among processes: set runtime.parallel=ddp",

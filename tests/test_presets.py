@@ -75,6 +75,8 @@ def test_the_sizes_and_gpt2s_number_of_weights(params):
         apply_values(params, YAML(typ="safe", pure=True).load(params.parent / f"presets/{name}.yaml"))
         model = load_params(ModelParams, path=params)
         assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == sizes
+        rate = load_params(TrainParams, path=params).embedding_lr
+        assert rate == pytest.approx(0.03 * (128 / model.n_embd) ** 0.5, rel=0.03)  # as in `plan`
         if name == "gpt2":
             with torch.device("meta"):
                 assert GPT(GPTConfig(**config_fields(model), vocab_size=50257)).n_params() == 124_439_808

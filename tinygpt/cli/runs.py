@@ -225,6 +225,7 @@ def compare(args: Namespace) -> None:
     made = find_made(experiments)
     shown = made[:MOST_CURVES]
     why = "; equal ones are shown once, those without reports not at all" if len(made) < len(experiments) else ""
+    why += f"; at most {MOST_CURVES}, those listed first" if len(shown) < len(made) else ""
     if args.plot:
         plot_curves({one.name: one.curve for one in shown}, args.plot, load_params(PlotParams))
         print(f"{args.plot} shows {len(shown)} of {len(experiments)}{why}")

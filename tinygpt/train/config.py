@@ -144,7 +144,7 @@ class TrainParams:
         yield (
             self.batch_size % runtime.n_process == 0,
             f"train.batch_size={self.batch_size} must be a multiple of the {runtime.n_process} processes that share "
-            "it: set runtime.n_process",
+            "it: set train.batch_size or runtime.n_process",
         )
         yield (
             not (splits and self.optimizer in UNSPLIT),
