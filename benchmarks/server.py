@@ -3,8 +3,8 @@
     python -m benchmarks.server                                   # this checkout
     python -m benchmarks.server --other ../before --rounds 3      # in turn with another checkout, and ratios
 
-Each round starts `python -m tinygpt serve` of each checkout anew, with random weights: 4 layers of 128, context 128. While
-clients are at work, /health is polled 20 times a second. The table has medians over the rounds.
+Each round starts `python -m tinygpt serve` of each checkout anew, with random weights: 4 layers of 128, context 128.
+While clients are at work, /health is polled 20 times a second. The table has medians over the rounds.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = Path("docs/params.md")
 HEAD = """# All params
 
-Made from `params.yaml` and the dataclasses that read it, by `python -m docs.params`. Set a key in `params.yaml`, or with
-`dvc exp run -S group.key=value`, which writes it there. A wrong key, type or value is refused before the first stage
-works, with the nearest right name. DVC runs the stages that read what has changed, and those after them.
+Made from `params.yaml` and the dataclasses that read it, by `python -m docs.params`. Set a key in `params.yaml`, or
+with `dvc exp run -S group.key=value`, which writes it there. A wrong key, type or value is refused before the first
+stage works, with the nearest right name. DVC runs the stages that read what has changed, and those after them.
 """
 TABLE = "| key | default | takes | what it does |\n|---|---|---|---|\n"
 LINE = re.compile(

@@ -189,7 +189,8 @@ def test_what_processes_cannot_share_is_reported_at_once():
     with pytest.raises(ParamsError) as told:
         open_devices(runtime, World(0, 4, 0, 4), params)
     assert told.value.problems == [
-        "train.batch_size=6 must be a multiple of the 4 processes that share it: set train.batch_size or runtime.n_process",
+        "train.batch_size=6 must be a multiple of the 4 processes that share it: "
+        "set train.batch_size or runtime.n_process",
         "train.optimizer=adamw8bit cannot be split among processes: set runtime.parallel=ddp",
         "train.precision=fp16 cannot be split, as each process would scale its own part: set runtime.parallel=ddp",
         "runtime.micro_batch_size=auto works with one process only: give a number",
@@ -339,7 +340,8 @@ def test_a_users_mistake_is_one_line_for_all_processes_together(project):
     set_params(project, {"train.batch_size": 3})
     assert [status_of(process) for process in start_pair(project)] == [1, 1]
     assert (project / "train.log").read_text().splitlines() == [
-        "error: train.batch_size=3 must be a multiple of the 2 processes that share it: set train.batch_size or runtime.n_process"
+        "error: train.batch_size=3 must be a multiple of the 2 processes that share it: "
+        "set train.batch_size or runtime.n_process"
     ]
     assert (project / "other.log").read_text() == ""
     assert not list(project.glob("runs/*/run.json"))  # only a finished run has one
