@@ -67,7 +67,7 @@ notebooks: $(DEV) ## Run notebooks/ and write them as pages, with outputs, into 
 	python -m nbconvert --execute --to html --output-dir reports/notebooks notebooks/*.ipynb
 
 clean: ## Remove .venv, the data, the runs and all that was made (not DVC's cache)
-	rm -rf $(VENV) runs quickstart shakespeare reports/notebooks reports/plots reports/*.html reports/details.json reports/samples.md reports/train_samples.md \
+	rm -rf $(VENV) runs quickstart shakespeare shakespeare-best reports/notebooks reports/plots reports/*.html reports/details.json reports/samples.md reports/train_samples.md \
 		reports/clean.json reports/train.json reports/eval.json reports/export.json \
 		reports/attention.* reports/tokenizer.png dvc_plots htmlcov .coverage
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,14 +4,12 @@
 
 Every run is a process of its own, timed from its start, so imports, building and compiling count. All train on the
 first nine tenths of the text and are evaluated on the rest, in windows as long as their context. Evaluations do not
-count, except for those of `best`, which decide what it keeps.
+count.
 
 plain   4 layers, 4 heads, width 128, context 64, batch 12, AdamW 1e-3, cosine, 2000 steps, eager: built from
         torch.nn's layers (benchmarks/plain_gpt.py)
 short   params.yaml's recipe with 3 layers of 64 and context 128, for the same loss in the least time
 long    params.yaml's recipe with 4 layers of 96 and context 256, for the lowest loss in the time that plain takes
-best    params.yaml's recipe with 5 layers of 224, context 512 and dropout, compiled, for the lowest loss in an hour;
-        only if --runs names it
 
 Each repetition has a seed of its own; the table has medians of seconds and means of losses.
 """
@@ -45,7 +43,7 @@ from tinygpt.train.loss import pick_precision
 GOAL = 1.88  # nats per character
 PLAIN_STEPS, PLAIN_LR = 2000, 1e-3
 EVERY = 100  # steps between two evaluations of the plain GPT
-Changes = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]  # of the model, train and runtime
+Changes = tuple[dict[str, Any], dict[str, Any]]  # of model and train
 SIZES: dict[str, Any] = {
     "n_layer": 4,
     "n_head": 4,
@@ -57,19 +55,12 @@ SIZES: dict[str, Any] = {
 SHORT: Changes = (
     {"block_size": 128, "n_layer": 3, "n_head": 2, "n_embd": 64},
     {"batch_size": 6, "max_steps": 210, "warmup_steps": 2, "lr": 0.022, "embedding_lr": 0.03},
-    {},
 )
 LONG: Changes = (
     {"block_size": 256, "n_layer": 4, "n_head": 3, "n_embd": 96},
     {"batch_size": 6, "max_steps": 1180, "warmup_steps": 20, "lr": 0.012},
-    {},
 )
-BEST: Changes = (
-    {"block_size": 512, "n_layer": 5, "n_head": 7, "n_embd": 224, "dropout": 0.15},
-    {"batch_size": 4, "max_steps": 3500, "warmup_steps": 40, "lr": 0.007, "eval_every": 500, "eval_tokens": 120_000},
-    {"compile": True},
-)
-RECIPES = {"short": SHORT, "long": LONG, "best": BEST}
+RECIPES = {"short": SHORT, "long": LONG}
 
 
 def run_plain(text: Path, began: float, seed: int) -> dict[str, Any]:
@@ -104,16 +95,15 @@ def run_plain(text: Path, began: float, seed: int) -> dict[str, Any]:
 
 def run_recipe(name: str, text: Path, began: float, seed: int) -> dict[str, Any]:
     """Train by params.yaml and the recipe's changes; seconds count from `began`."""
-    model_changes, train_changes, runtime_changes = RECIPES[name]
+    model_changes, train_changes = RECIPES[name]
     config, train_ids, val_ids = _read(text, **model_changes)
     params, runtime = load_params(TrainParams, RuntimeParams)
     once: dict[str, Any] = {"eval_every": 10**9, "save_every": 10**9, "eval_tokens": 1, "sample_tokens": 0}
-    params, runtime = replace(params, **(once | train_changes), seed=seed), replace(runtime, **runtime_changes)
+    params = replace(params, **once, **train_changes, seed=seed)
     trainer = train_by_params(config, params, runtime, train_ids, val_ids)
     seconds, model = time.time() - began, trainer.learner.model
-    best = trainer.state.best_val_loss if "eval_every" in train_changes else None
     rows = validation_sequences(val_ids, config.block_size, len(val_ids))
-    loss = best or validation_loss(model.eval(), rows)
+    loss = validation_loss(model.eval(), rows)
     n_params, reached = model.n_params(), seconds if loss <= GOAL else None
     return {"n_params": n_params, "steps": params.max_steps, "loss": loss, "seconds": seconds, "reached": reached}
 
@@ -138,7 +128,7 @@ def main() -> None:
     """Print the table, or make one run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=["plain", "short", "long"])
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS])
     parser.add_argument("--repeat", type=int, default=3, help="of each run, with seeds from 1")
     parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)

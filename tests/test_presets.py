@@ -70,7 +70,7 @@ def test_a_preset_changes_its_values_and_no_other_line(preset, params):
 
 
 def test_the_sizes_and_gpt2s_number_of_weights(params):
-    assert {path.stem for path in PRESETS} == {*SIZES, *UNSIZED, "shakespeare"}
+    assert {path.stem for path in PRESETS} == {*SIZES, *UNSIZED, "shakespeare", "shakespeare-best"}
     for name, sizes in SIZES.items():
         apply_values(params, YAML(typ="safe", pure=True).load(params.parent / f"presets/{name}.yaml"))
         model = load_params(ModelParams, path=params)
@@ -94,7 +94,7 @@ def test_presets_are_listed_by_size_with_those_without_one_after_them(params, ca
     (params.parent / "presets/odd.yaml").write_text("# odd\nmodel: {n_layer: [1], n_embd: 1e400}\n")
     preset(Namespace(name=None))
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    sizes = ["shakespeare", "tiny", "toy", "mini", "small", "wide", "medium", "gpt2", "large"]
+    sizes = ["shakespeare", "tiny", "shakespeare-best", "toy", "mini", "small", "wide", "medium", "gpt2", "large"]
     assert listed == [*sizes, *UNSIZED, "odd"]
 
 
