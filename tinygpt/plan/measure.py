@@ -171,12 +171,15 @@ def measure_text(
     vocab_size = min(tokenizers, key=lambda size: abs(size - 1024))
     ids, val_ids = (_ids(tokenizers[vocab_size], texts) for texts in (sample, val))
     n_unique = len(ids) * files["train"].stat().st_size / sum(len(text.encode()) for text in sample)
-    recipe, learner = _small_learner(model, train, runtime, device, vocab_size=vocab_size, n_unique=n_unique)
+    recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
+    recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
     if min(len(ids), len(val_ids)) <= recipe.block_size:
         raise UserError(
             f"the text gives {len(ids):,} tokens to learn from and {len(val_ids):,} to measure on, but a sequence has "
             f"{recipe.block_size}: use more text"
         )
+    smallest = GPT(recipe.config(model), generator=torch.Generator().manual_seed(train.seed))
+    learner = Learner(smallest, recipe.training(train), runtime, device=device)
     bpb = _loss_after(learner, ids, val_ids) / math.log(2) / per_token[vocab_size]
     return Text(
         train_bytes=files["train"].stat().st_size,
@@ -194,23 +197,6 @@ def sample_of(file: Path) -> list[str]:
         return texts
     pieces = [text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE)]
     return [pieces[i] for i in np.linspace(0, len(pieces) - 1, round(share * len(pieces))).astype(int)]
-
-
-def _small_learner(
-    model: ModelParams,
-    train: TrainParams,
-    runtime: RuntimeParams,
-    device: torch.device,
-    *,
-    vocab_size: int,
-    n_unique: float,
-) -> tuple[Recipe, Learner]:
-    """The smallest model, before its first step."""
-    recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
-    recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
-    generator = torch.Generator().manual_seed(train.seed)
-    new = GPT(recipe.config(model), generator=generator)
-    return recipe, Learner(new, recipe.training(train), runtime, device=device)
 
 
 def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
