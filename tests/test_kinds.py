@@ -71,7 +71,7 @@ def test_the_same_ids_everywhere_and_back_to_the_text(tokenizer, readers, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert theirs.encode(text).ids == ids
-    assert llama.tokenize(text) == ids
+    assert llama.encode(text) == ids
 
 
 def test_roles_of_special_tokens_reach_transformers_and_llama_cpp(tokenizer, exported):

@@ -52,9 +52,9 @@ def test_a_sequence_past_the_context_is_refused_where_llama_cpp_would_abort(gguf
 def test_texts_become_the_same_tokens(gguf, tiny_tokenizer):
     text = "the naïve <|endoftext|> 🙂\x00"
     with LlamaCpp(gguf) as llama:
-        assert llama.tokenize(text) == tiny_tokenizer.encode(text)
-        assert b"".join(map(llama.piece, llama.tokenize(text))) == text.encode()
-        assert llama.tokenize("") == []
+        assert llama.encode(text) == tiny_tokenizer.encode(text)
+        assert llama.decode_bytes(llama.encode(text)) == text.encode()
+        assert llama.encode("") == []
         assert llama.eog_ids() == [tiny_tokenizer.eos_id]
 
 

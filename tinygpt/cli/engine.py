@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from tinygpt.errors import UserError
 from tinygpt.export.folders import must_be_there, open_model
 from tinygpt.export.llamacpp import LlamaCpp, open_gguf
 from tinygpt.generate import Answer, Search, Speculation
-from tinygpt.generate.answer import choose_rows, keep_logprobs
+from tinygpt.generate.answer import Vocabulary, choose_rows, keep_logprobs
 from tinygpt.generate.compiled import compile_step
 from tinygpt.generate.decoder import slide
 from tinygpt.generate.stream import extend
@@ -36,24 +36,11 @@ NOT_IN_LLAMA_CPP = ("tokenizer", "device", "quantize", "compile", "n_beam", "bes
 UNCHANGED = (None, "auto", "cpu", 1)  # values with which these options change nothing
 
 
-class LlamaVocabulary:
-    """The tokenizer in a GGUF file."""
-
-    def __init__(self, llama: LlamaCpp) -> None:
-        self.vocab_size, self.eos_id = llama.vocab_size, llama.eos_id
-        self.bos_id = llama.bos_id if llama.bos_id >= 0 else llama.eos_id
-        self.encode, self._piece = llama.tokenize, llama.piece
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids to the bytes they stand for."""
-        return b"".join(map(self._piece, ids))
-
-
 @dataclass(frozen=True)
 class Engine:
     """Computes texts; `ends` are tokens that end one, besides the vocabulary's own."""
 
-    vocabulary: Tokenizer | LlamaVocabulary
+    vocabulary: Vocabulary
     block_size: int
     extend: Callable[..., Iterator[list[Answer]]]  # like extend() of stream.py, without its argument `model`
     ends: tuple[int, ...] = ()
@@ -82,7 +69,7 @@ def llama_engine(path: Path) -> Engine:
         llama.close()
         raise UserError(f"{path} has no token that ends a text: convert the model again, with its tokenizer")
     ends = tuple(llama.eog_ids())  # all tokens at which llama.cpp ends a text
-    return Engine(LlamaVocabulary(llama), llama.n_ctx, partial(extend_in_llama, llama), ends)
+    return Engine(llama, llama.n_ctx, partial(extend_in_llama, llama), ends)
 
 
 def extend_in_llama(

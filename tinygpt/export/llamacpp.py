@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
@@ -148,8 +148,9 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         self._n_token = 0  # of the sequence so far
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._lib.llama_vocab_n_tokens(self._vocab)
-        self.bos_id: int = self._lib.llama_vocab_bos(self._vocab)  # -1 where the file names none
-        self.eos_id: int = self._lib.llama_vocab_eos(self._vocab)
+        self.eos_id: int = self._lib.llama_vocab_eos(self._vocab)  # -1 where the file names none
+        bos_id: int = self._lib.llama_vocab_bos(self._vocab)
+        self.bos_id = bos_id if bos_id >= 0 else self.eos_id
         # llama.cpp only warns past the trained context, and learned positions abort the process there
         n_ctx_train = self._lib.llama_model_n_ctx_train(self._model)
         self.n_ctx: int = min(n_ctx or n_ctx_train, n_ctx_train)
@@ -169,19 +170,16 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
             self._lib.llama_model_free(self._model)
         self._model = self._context = None
 
-    def tokenize(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Token ids of a text; the names of special tokens in it are plain text, and nothing is added."""
         data = text.encode()
         ids = (c_int32 * (len(data) + 1))()  # no token is empty
         n = self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, False)
         return list(ids[:n])
 
-    def piece(self, id: int) -> bytes:
-        """The bytes that one token stands for; special tokens give their names."""
-        size = -self._lib.llama_token_to_piece(self._vocab, id, None, 0, 0, True)  # the size that would have fit
-        buffer = ctypes.create_string_buffer(max(size, 1))
-        n = self._lib.llama_token_to_piece(self._vocab, id, buffer, size, 0, True)
-        return buffer.raw[: max(n, 0)]
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that tokens stand for; special tokens give their names."""
+        return b"".join(map(self._piece, ids))
 
     def eog_ids(self) -> list[int]:
         """The tokens that end a generation in llama.cpp."""
@@ -206,6 +204,12 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
     def append(self, id: int) -> NDArray[np.float32]:
         """Logits after one more token of the sequence.  -> (V,)"""
         return self._decode([id])[-1]
+
+    def _piece(self, id: int) -> bytes:
+        size = -self._lib.llama_token_to_piece(self._vocab, id, None, 0, 0, True)  # the size that would have fit
+        buffer = ctypes.create_string_buffer(max(size, 1))
+        n = self._lib.llama_token_to_piece(self._vocab, id, buffer, size, 0, True)
+        return buffer.raw[: max(n, 0)]
 
     def _load(self) -> int:
         params = self._lib.llama_model_default_params()
@@ -275,7 +279,6 @@ def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> Ll
 def try_out(path: str, n_ctx: str) -> None:
     """Make every call that may abort on a bad file."""
     with LlamaCpp(path, n_ctx=int(n_ctx) if n_ctx else None) as llama:
-        llama.tokenize("A text, 1\n")
+        llama.encode("A text, 1\n")
         llama.greedy([0], min(2, llama.n_ctx))
-        for id in {*llama.eog_ids(), *range(llama.vocab_size)}:
-            llama.piece(id)
+        llama.decode_bytes({*llama.eog_ids(), *range(llama.vocab_size)})

@@ -93,8 +93,8 @@ def compare_weights(model: GPT, written: GPT) -> float:
 
 def count_wrong_tokens(tokenizer: Tokenizer, llama: LlamaCpp, texts: Iterable[str]) -> int:
     """How many texts get other ids in llama.cpp, plus how many ids have other bytes or end a text wrongly there."""
-    wrong_texts = sum(llama.tokenize(text) != tokenizer.encode(text) for text in texts)
-    wrong_pieces = sum(llama.piece(id) != tokenizer.decode_bytes([id]) for id in range(tokenizer.vocab_size))
+    wrong_texts = sum(llama.encode(text) != tokenizer.encode(text) for text in texts)
+    wrong_pieces = sum(llama.decode_bytes([id]) != tokenizer.decode_bytes([id]) for id in range(tokenizer.vocab_size))
     eog_ids = set(llama.eog_ids())
     wrong_ends = len(eog_ids - set(tokenizer.special_tokens.values())) + (tokenizer.eos_id not in eog_ids)
     return wrong_texts + wrong_pieces + wrong_ends
