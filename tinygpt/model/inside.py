@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinygpt.model.attention import Attention, attention_weights, repeated
+from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 
 PLACES = {  # text in a weight's name -> the part of the model that the weight belongs to
@@ -34,7 +35,7 @@ class Part:
 
 def parts_of(model: GPT) -> dict[str, Part]:
     """The parts that the model has, in the order of ORDER; a tied head has operations but not weights."""
-    parts, config = {name: Part() for name in ORDER}, model.config
+    parts = {name: Part() for name in ORDER}
     for name, weight in model.named_parameters():
         part = parts[part_of(name)]
         part.n_weights += weight.numel()
@@ -43,8 +44,7 @@ def parts_of(model: GPT) -> dict[str, Part]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             parts[part_of(f"{name}.")].operations += 2 * module.weight.numel()
-    seen = [mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
-    parts["attention"].operations += sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
+    parts["attention"].operations += attention_operations(model.config)
     return {name: part for name, part in parts.items() if part.n_weights or part.operations}
 
 
@@ -53,10 +53,12 @@ def part_of(name: str) -> str:
     return next(part for place, part in PLACES.items() if place in name)
 
 
-def mean_seen(t: int, window: int | None) -> float:
-    """How many of T tokens a token attends to on average, itself included."""
-    w = min(t, window or t)
-    return (w * (w + 1) / 2 + (t - w) * w) / t
+def attention_operations(config: GPTConfig) -> float:
+    """Those of queries with keys and of attention weights with values, per token of a full context, forwards."""
+    t = config.block_size
+    windows = [min(t, config.window_of(layer) or t) for layer in range(config.n_layer)]
+    seen = [(w * (w + 1) / 2 + (t - w) * w) / t for w in windows]  # tokens on average, the token itself included
+    return sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
 
 
 def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> NDArray[np.float32]:

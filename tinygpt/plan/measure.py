@@ -19,7 +19,7 @@ from tinygpt.encode import BulkEncoder
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.model.gpt import GPT
-from tinygpt.model.inside import mean_seen
+from tinygpt.model.inside import attention_operations
 from tinygpt.plan.recipe import LAW, LAYERS, Recipe, linear_weights
 from tinygpt.run.costs import build_trained
 from tinygpt.runtime import RuntimeParams, wait_for
@@ -56,9 +56,7 @@ def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
         with torch.device("meta"):
             linear = [m.weight for m in build_trained(config, lora).modules() if isinstance(m, nn.Linear)]
         matrices = sum(weight.numel() * (3 if weight.requires_grad else 2) for weight in linear)
-    seen = [mean_seen(config.block_size, config.window_of(layer)) for layer in range(config.n_layer)]
-    attention = sum(2 * 2 * n * config.n_head * config.head_dim for n in seen)
-    return 2 * matrices + 3 * attention
+    return 2 * matrices + 3 * attention_operations(config)
 
 
 def step_seconds(learner: Learner, batch_size: int) -> float:
