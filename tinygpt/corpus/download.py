@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -49,19 +49,16 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
     its beginning, only as much of it is transferred as `max_bytes` of text require.
     """
     source, more = find_source(params.source), 1
-    is_remote = source.remotes or (source is not EMBEDDED and "://" in params.source)
-    with _alone_in(cache) if is_remote else nullcontext():
+    alone: AbstractContextManager[object] = nullcontext()
+    if source.remotes or (source is not EMBEDDED and "://" in params.source):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        alone = FileLock(cache.with_name(f"{cache.name}.lock"))  # two programs would append to one partial download
+    with alone:
         while True:
             try:
                 return _fill(params, source, raw, root, cache, more)
             except _NeedMoreError:
                 more *= 2
-
-
-def _alone_in(cache: Path) -> FileLock:
-    """The lock of a cache: two programs would append to the same partial download."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(cache.with_name(f"{cache.name}.lock"))
 
 
 def _fill(params: DownloadParams, source: Source, raw: Path, root: Path, cache: Path, more: int) -> Downloaded:
