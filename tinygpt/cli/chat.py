@@ -19,7 +19,7 @@ from tinygpt.cli.flags import given, named_as_flags, parse_settings, read_settin
 from tinygpt.cli.generate import open_output, say
 from tinygpt.cli.texts import decode_utf8, read_some, standard_input
 from tinygpt.errors import UserError, answer_to, printable
-from tinygpt.files import atomic_write
+from tinygpt.files import write_text
 from tinygpt.options import Settings, checked, make_settings, seed_after, setting_options, together
 from tinygpt.params import nearest, require
 
@@ -166,8 +166,7 @@ def save(conversation: Conversation, rest: str) -> None:
         raise UserError(f"{rest} begins with the home of an unknown user: give the whole path") from None
     if path.exists():
         raise UserError(f"{path} already exists: give another name")
-    with atomic_write(path) as file:
-        file.writelines(f"> {line}\n{answer}\n" for line, answer in conversation.turns)
+    write_text(path, "".join(f"> {line}\n{answer}\n" for line, answer in conversation.turns))
     print(f"{printable(path)} has the conversation")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, read_json, sha256_file, sha256_json, write_json
+from tinygpt.files import read_json, sha256_file, sha256_json, write_json, write_text
 from tinygpt.params import PARAMS_FILE, Count, flat_params, read_record
 
 NAME_FILE, PLAN_FILE, STATE_FILE = "name.txt", "run.json", "state.json"
@@ -36,8 +36,7 @@ def name_of(root: Path) -> str:
 def keep_name(folder: Path, name: str) -> None:
     """Name the run in a folder of runs/, unless it has a name."""
     if name and not (folder / NAME_FILE).exists():
-        with atomic_write(folder / NAME_FILE) as file:
-            file.write(name)
+        write_text(folder / NAME_FILE, name)
 
 
 def read_name(folder: Path) -> str:

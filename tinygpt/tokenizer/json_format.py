@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write, each_once, must_exist, parse_json, read_file, some_of
+from tinygpt.files import each_once, must_exist, parse_json, read_file, some_of, write_text
 from tinygpt.params import HALVES
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
@@ -99,9 +99,7 @@ def write_tokenizer_json(
     ]
     vocab = {token: i for i, token in enumerate(tokens)}
     document["model"] |= {"vocab": vocab, "merges": [list(pair) for pair in merges]}
-    with atomic_write(path) as file:
-        json.dump(document, file, ensure_ascii=False, indent=1)
-        file.write("\n")
+    write_text(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
 
 
 def _first(fields: dict[str, Any]) -> dict[str, Any]:
