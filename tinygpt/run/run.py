@@ -127,15 +127,13 @@ class Run:
         self.world.first(lambda: self._write(state, tensors))
 
     def _write(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Also make a model folder of the newest weights, for `generate --run`: a hard link to the file, not a copy."""
         self.checkpoints.save(state, tensors)
-        if self.params.lora is None and self.tokenizer is not None:
-            self._offer(self.tokenizer)
-
-    def _offer(self, tokenizer: Tokenizer) -> None:
-        """Make a model folder of the newest weights, for `generate --run`: a hard link to the file, not a copy."""
+        if self.params.lora is not None or self.tokenizer is None:
+            return
         folder = self.checkpoints.folder / MODEL_FOLDER
         folder.mkdir(exist_ok=True)
-        tokenizer.save(folder)
+        self.tokenizer.save(folder)
         write_json(folder / CONFIG_FILE, config_fields(self.config))
         partial = folder / f"{WEIGHTS_FILE}.partial"
         partial.unlink(missing_ok=True)
