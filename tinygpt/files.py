@@ -164,10 +164,10 @@ def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:
     return read_object(must_exist(path, stage=stage), remedy=f"run `dvc repro {stage}` to make it again")
 
 
-def read_object(path: str | Path, *, remedy: str, most_bytes: int = MOST_JSON) -> dict[str, Any]:
+def read_object(path: str | Path, *, remedy: str) -> dict[str, Any]:
     """Read a JSON object from any file.  Raises UserError that ends with the remedy, whatever is wrong with it."""
     try:
-        raw = read_file(Path(path), most_bytes)
+        raw = read_file(Path(path))
         found = parse_json(raw)
         if not isinstance(found, dict):
             raise ValueError(f"it is a {type(found).__name__}, not an object")
