@@ -79,7 +79,7 @@ def split(
     folder: Path, texts: list[str], how: str, shares: Shares, official: list[int] | None = None, *, leaks: bool = False
 ) -> tuple[dict[str, list[str]], int]:
     """The texts of each split, and how many leaks there were."""
-    save_cleaned(folder / "shard", texts, {}, seed=shares.seed, sign=False)
+    save_cleaned(folder / "shard", texts, {}, seed=0, sign=False)
     cleaned = Cleaned([folder / "shard"])
     given_splits = np.array(official or [NOWHERE] * len(texts), np.int8)
     splits = SPLITTERS[how](cleaned.facts, given_splits, shares, cleaned.text)
@@ -97,26 +97,26 @@ def tail(texts: list[str], shares: Shares, folder: Path) -> dict[str, list[str]]
     return split(folder, texts, "tail", shares, leaks=True)[0]
 
 
-def hashed(texts: Iterable[str], shares: Shares) -> dict[str, str]:
+def hashed(texts: Iterable[str], shares: Shares, seed: int = 0) -> dict[str, str]:
     """text -> split"""
     texts = list(texts)
     facts = np.zeros(len(texts), FACTS)
-    facts["place"] = [place(text, shares.seed) for text in texts]
+    facts["place"] = [place(text, seed) for text in texts]
     assigned, _ = by_hash(facts, np.zeros(0, np.int8), shares, texts.__getitem__)
     return {text: SPLITS[i] for text, i in zip(texts, assigned, strict=True)}
 
 
 def test_tail_cuts_one_text_by_characters(tmp_path: Path) -> None:
-    assert tail(["0123456789"], Shares(0.2, 0.1, 0), tmp_path) == {"train": ["0123456"], "val": ["78"], "test": ["9"]}
+    assert tail(["0123456789"], Shares(0.2, 0.1), tmp_path) == {"train": ["0123456"], "val": ["78"], "test": ["9"]}
 
 
 def test_tail_cuts_the_document_on_the_border(tmp_path: Path) -> None:
-    found = tail(["abc", "defg", "hij"], Shares(0.5, 0.0, 0), tmp_path)
+    found = tail(["abc", "defg", "hij"], Shares(0.5, 0.0), tmp_path)
     assert found == {"train": ["abc", "de"], "val": ["fg", "hij"], "test": []}
 
 
 def test_tail_cuts_no_document_where_a_document_ends_at_the_border(tmp_path: Path) -> None:
-    found = tail(["abcde", "fghij"], Shares(0.5, 0.0, 0), tmp_path)
+    found = tail(["abcde", "fghij"], Shares(0.5, 0.0), tmp_path)
     assert found == {"train": ["abcde"], "val": ["fghij"], "test": []}
 
 
@@ -124,7 +124,7 @@ def test_tail_cuts_no_document_where_a_document_ends_at_the_border(tmp_path: Pat
 def test_tail_loses_nothing_and_keeps_the_order(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], val: float, test: float
 ) -> None:
-    found = tail(texts, Shares(val, test, 0), tmp_path_factory.mktemp("tail"))
+    found = tail(texts, Shares(val, test), tmp_path_factory.mktemp("tail"))
     whole = "".join(texts)
     train = "".join(found["train"])
     assert train + "".join(found["val"]) + "".join(found["test"]) == whole
@@ -157,36 +157,36 @@ def test_tiny_shakespeare_is_split_as_nanogpt_splits_it(tmp_path: Path, made: bo
 def test_hash_keeps_each_text_in_its_split_when_others_are_added(
     texts: list[str], more: list[str], val: float, test: float
 ) -> None:
-    shares = Shares(val, test, 3)
-    alone, joined = hashed(texts, shares), hashed([*more, *reversed(texts)], shares)
+    shares = Shares(val, test)
+    alone, joined = hashed(texts, shares, 3), hashed([*more, *reversed(texts)], shares, 3)
     assert alone.items() <= joined.items()
     assert set(joined.values()) <= set(SPLITS)
 
 
 def test_hash_meets_the_fractions() -> None:
-    splits = list(hashed((f"document {i}" for i in range(20_000)), Shares(0.1, 0.05, 0)).values())
+    splits = list(hashed((f"document {i}" for i in range(20_000)), Shares(0.1, 0.05)).values())
     assert splits.count("val") / len(splits) == pytest.approx(0.1, abs=0.01)
     assert splits.count("test") / len(splits) == pytest.approx(0.05, abs=0.01)
 
 
 def test_hash_moves_nothing_from_train_to_test_when_val_grows() -> None:
     texts = [f"document {i}" for i in range(2000)]
-    small, large = hashed(texts, Shares(0.1, 0.1, 0)), hashed(texts, Shares(0.3, 0.1, 0))
+    small, large = hashed(texts, Shares(0.1, 0.1)), hashed(texts, Shares(0.3, 0.1))
     assert {text for text in texts if small[text] == "test"} == {text for text in texts if large[text] == "test"}
 
 
 def test_another_seed_chooses_other_documents() -> None:
     texts = [f"document {i}" for i in range(200)]
-    assert hashed(texts, Shares(0.5, 0.0, 0)) != hashed(texts, Shares(0.5, 0.0, 1))
+    assert hashed(texts, Shares(0.5, 0.0)) != hashed(texts, Shares(0.5, 0.0), 1)
 
 
 def test_hash_is_the_same_on_every_machine() -> None:
-    splits = hashed((f"document {i}" for i in range(1000)), Shares(0.2, 0.2, 7))
+    splits = hashed((f"document {i}" for i in range(1000)), Shares(0.2, 0.2), 7)
     assert hashlib.sha256(repr(splits).encode()).hexdigest()[:16] == "5d6343ea215fa766"
 
 
 def test_source_keeps_the_official_splits(tmp_path: Path) -> None:
-    found, _ = split(tmp_path, ["a", "b", "c"], "source", Shares(0, 0, 0), [TEST, TRAIN, VAL])
+    found, _ = split(tmp_path, ["a", "b", "c"], "source", Shares(0, 0), [TEST, TRAIN, VAL])
     assert found == {"train": ["b"], "val": ["c"], "test": ["a"]}
 
 
@@ -200,14 +200,14 @@ def test_the_choices_of_the_params_are_the_splitters() -> None:
 @pytest.mark.parametrize(
     ("n_documents", "shares", "chosen"),
     [
-        (1, Shares(0.05, 0.05, 0), "tail"),  # one long text
-        (7, Shares(0.1, 0.0, 0), "tail"),  # one in pieces of sixteen million characters
-        (60, Shares(0.05, 0.05, 0), "tail"),
-        (500, Shares(0.05, 0.05, 0), "hash"),
-        (60, Shares(0.2, 0.0, 0), "hash"),
-        (40, Shares(0.1, 0.0, 0), "tail"),  # four documents for val
-        (41, Shares(0.1, 0.0, 0), "hash"),  # five documents for val
-        (1, Shares(0.0, 0.0, 0), "hash"),
+        (1, Shares(0.05, 0.05), "tail"),  # one long text
+        (7, Shares(0.1, 0.0), "tail"),  # one in pieces of sixteen million characters
+        (60, Shares(0.05, 0.05), "tail"),
+        (500, Shares(0.05, 0.05), "hash"),
+        (60, Shares(0.2, 0.0), "hash"),
+        (40, Shares(0.1, 0.0), "tail"),  # four documents for val
+        (41, Shares(0.1, 0.0), "hash"),  # five documents for val
+        (1, Shares(0.0, 0.0), "hash"),
     ],
 )
 def test_auto_cuts_what_has_too_few_documents_for_val_and_test(
@@ -262,7 +262,7 @@ def test_another_evaluate_split_is_advised_only_for_evaluation(val: int, test: i
 
 def test_train_loses_what_is_in_val_or_test(tmp_path: Path) -> None:
     official = [TEST, VAL, TRAIN, TRAIN, TRAIN, TRAIN]
-    found, n_leaked = split(tmp_path, ["x", "y", "x", "y", "z", "z"], "source", Shares(0, 0, 0), official)
+    found, n_leaked = split(tmp_path, ["x", "y", "x", "y", "z", "z"], "source", Shares(0, 0), official)
     assert found == {"train": ["z", "z"], "val": ["y"], "test": ["x"]}
     assert n_leaked == 2
 
@@ -276,7 +276,7 @@ def test_train_loses_what_is_in_val_or_test(tmp_path: Path) -> None:
 def test_no_text_is_in_train_and_in_evaluation(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], how: str, val: float, test: float
 ) -> None:
-    found, n_leaked = split(tmp_path_factory.mktemp("splits"), texts, how, Shares(val, test, 0))
+    found, n_leaked = split(tmp_path_factory.mktemp("splits"), texts, how, Shares(val, test))
     assert not set(found["train"]) & {*found["val"], *found["test"]}
     n_found = sum(len(text) for texts_of_split in found.values() for text in texts_of_split)
     assert bool(n_leaked) == (n_found < sum(map(len, texts)))

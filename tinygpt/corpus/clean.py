@@ -190,7 +190,7 @@ def _choose(cleaned: Cleaned, official: Assigned, params: CleanParams, counts: C
             dropped = rule(cleaned, kept, value)
             counts[param] = counts[f"clean.{param}"] = int(np.count_nonzero(dropped & kept))
             kept &= ~dropped
-    shares = Shares(params.val_fraction, params.test_fraction, params.split_seed)
+    shares = Shares(params.val_fraction, params.test_fraction)
     how, written = split_cleaned(cleaned, kept, official, params.split, shares, folder)
     counts.update(written)
     return how

@@ -91,11 +91,10 @@ class Cleaned:
 
 
 class Shares(NamedTuple):
-    """The shares of val and test, and the seed that chooses their documents."""
+    """The shares of val and test."""
 
     val: float
     test: float
-    seed: int
 
 
 class Splits(NamedTuple):
