@@ -83,11 +83,6 @@ class CleanParams:
             )
 
 
-def remove_control_characters(text: str, _: bool) -> tuple[str, int]:
-    """The text without them, and how many there were."""
-    return CONTROL.subn("", text)
-
-
 def compose_characters(text: str, _: bool) -> tuple[str, int]:
     """The text in Unicode's form NFC, and 1 if that changed it; a text with a long row of accents stays as it is."""
     if unicodedata.is_normalized("NFC", text) or ACCENTS.search(text):
@@ -104,7 +99,7 @@ def drop_short(text: str, min_bytes: int) -> tuple[str | None, int]:
 # Rules for single texts, in order: param -> (name of its count in the report, rule). A rule takes a text and the
 # param's value; it returns the new text, or None to drop it, and the number of changes. False and null turn a rule off.
 TEXT_RULES: dict[str, tuple[str, Callable[[str, Any], tuple[str | None, int]]]] = {
-    "control_characters": ("control_removed", remove_control_characters),
+    "control_characters": ("control_removed", lambda text, _: CONTROL.subn("", text)),
     "unicode_nfc": ("nfc_changed", compose_characters),
     "min_bytes": ("too_short", drop_short),
 }
