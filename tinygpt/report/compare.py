@@ -71,10 +71,8 @@ def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
     if revs:
         return [_without_old_metrics(_revision(rev)) for rev in revs]
     found = [experiment_of(row) for row in _show(None)]
-    bases, others = (
-        [_without_old_metrics(one) for one in found if one.is_baseline],
-        [one for one in found if not one.is_baseline],
-    )
+    bases = [_without_old_metrics(one) for one in found if one.is_baseline]
+    others = [one for one in found if not one.is_baseline]
     return bases + sorted(others, key=lambda one: one.metrics.get("val_loss", math.inf))
 
 
