@@ -20,15 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from tinygpt import paths
 from tinygpt.errors import UserError, shown
 from tinygpt.files import runs_folder
-from tinygpt.options import (
-    Checked,
-    Option,
-    Proposals,
-    Settings,
-    make_settings,
-    options_of,
-    setting_options,
-)
+from tinygpt.options import Checked, Option, Proposals, Settings, make_settings, options_of, setting_options
 from tinygpt.params import Count, ParamsError, Within, coerce, nearest, require
 
 STDIN = "-"

@@ -72,11 +72,8 @@ def _decode_flags(command: ArgumentParser) -> None:
 
 def _tokenizer_report_flags(command: ArgumentParser) -> None:
     command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), default=paths.TOKENIZER, help=FOLDER)
-    command.add_argument(
-        "--against",
-        type=partial(existing, "--against"),
-        help="another tokenizer.json, such as GPT-2's, on the same text",
-    )
+    about = "another tokenizer.json, such as GPT-2's, on the same text"
+    command.add_argument("--against", type=partial(existing, "--against"), help=about)
     command.add_argument("--text", type=partial(existing, "--text"), default=paths.CLEAN, help=FOLDER)
     command.add_argument("--plot", type=picture, default=paths.REPORTS / "tokenizer.png", help=PICTURE)
 

@@ -28,14 +28,7 @@ from tinygpt.files import human_bytes, runs_folder
 from tinygpt.params import load_params
 from tinygpt.paths import PAGE, REPORTS
 from tinygpt.progress import shortened
-from tinygpt.report.compare import (
-    MOST_CURVES,
-    as_text,
-    compare_table,
-    find_experiments,
-    find_made,
-    write_comparison,
-)
+from tinygpt.report.compare import MOST_CURVES, as_text, compare_table, find_experiments, find_made, write_comparison
 from tinygpt.report.config import PlotParams
 from tinygpt.report.page import write_live
 from tinygpt.report.plots import plot_curves

@@ -20,12 +20,7 @@ METRICS = ("val_loss", "n_params", "seconds", "tokens_per_s", "peak_mem_gib")  #
 
 
 def publish(
-    trained: Trained,
-    trainer: Trainer,
-    model_dir: Path,
-    reports_dir: Path,
-    *,
-    made_from: dict[str, str | None],
+    trained: Trained, trainer: Trainer, model_dir: Path, reports_dir: Path, *, made_from: dict[str, str | None]
 ) -> dict[str, Any]:
     """Write the best and last weights, the curve, the samples and the summary; return the summary.
 
