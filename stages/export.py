@@ -60,7 +60,7 @@ def run(root: Path) -> None:
         adapters = export_adapters(folder, root / MODEL, root / BASE, model, params)
         write_json(root / REPORT, report)
         if failures:
-            raise UserError("\n       ".join([*failures, f"so {EXPORT} is not written, see {REPORT}"]))
+            raise UserError([*failures, f"so {EXPORT} is not written, see {REPORT}"])
     lines = [f"{name} {remarks(entry, model.config.block_size)}" for name, entry in report.items()]
     for line in [*lines, *adapters]:
         print(f"export: {line}")
