@@ -28,7 +28,7 @@ from tinygpt.export.layout import adapter_pairs, apply_layout, revert_layout
 from tinygpt.files import atomic_write
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
-from tinygpt.model.weights import filled_model, model_tensors
+from tinygpt.model.weights import filled_model, model_tensors, shapes_of
 from tinygpt.tokenizer import Tokenizer
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
@@ -61,7 +61,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer, path: str | Path, weight_type:
     """Write one file, or none.  Raises UserError if llama.cpp has no such model, or weights exceed the type's range."""
     family, n_ctx = family_of(LLAMA_CPP, model.config)
     tensors = apply_layout(model_tensors(model), model.config, family.layout, n_ctx)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = shapes_of(tensors)
     types = tensor_types(shapes, model.config, weight_type)
     with atomic_write(path, "wb") as file:
         writer = GGUFWriter(file.name, family.name)
