@@ -1,10 +1,11 @@
-"""Provide the model that training can start from: what is in data/base, or else what dvc.lock says was there.
+"""Provide the model that training can start from: the one in dvc.lock, which must be the one in data/base.
 
-`python -m tinygpt import-hf` and `promote` fill data/base and run this stage, so that DVC tracks it. If there never was
-a base, data/base contains only a README that says so.
+`python -m tinygpt import-hf` and `promote` fill data/base and record it in dvc.lock. If there never was a base,
+data/base contains only a README that says so.
 """
 
 from pathlib import Path
+from typing import Any
 
 from tinygpt.errors import UserError
 from tinygpt.files import atomic_folder
@@ -21,12 +22,31 @@ tinygpt preset base` sets params.yaml to go on from it.
 
 
 def run(root: Path) -> None:
-    """Run the stage in the project's folder."""
-    if (root / BASE).exists():
-        return
-    with atomic_folder(root / BASE) as folder:
-        if not fetched(root, folder):
-            (folder / "README.md").write_text(NO_BASE, encoding="utf-8")
+    """Run the stage in the project's folder.  Raises UserError for another base than the one in dvc.lock."""
+    if not (root / BASE).exists():
+        with atomic_folder(root / BASE) as folder:
+            if not fetched(root, folder):
+                (folder / "README.md").write_text(NO_BASE, encoding="utf-8")
+    elif (root / ".dvc").is_dir() and is_another(root):
+        raise UserError(
+            f"{BASE} is not the base in dvc.lock: `dvc checkout -f {BASE}` restores that one, and `dvc commit -f base` "
+            "records this one instead"
+        )
+
+
+def is_another(root: Path) -> bool:
+    """Whether the files in data/base are not those of dvc.lock, if it names a base."""
+    from dvc.repo import Repo
+
+    with Repo(root) as repo:
+        out = recorded(repo)
+        return out is not None and bool(out.changed_checksum())
+
+
+def recorded(repo: Any) -> Any:
+    """DVC's output data/base; None if dvc.lock names no base."""
+    (out,) = repo.find_outs_by_path(str(Path(repo.root_dir) / BASE))
+    return out if out.hash_info and out.meta.nfiles != 1 else None  # 1: only the README
 
 
 def fetched(root: Path, folder: Path) -> bool:
@@ -36,8 +56,7 @@ def fetched(root: Path, folder: Path) -> bool:
 
     try:
         with Repo(root) as repo:
-            (out,) = repo.find_outs_by_path(str((root / BASE).absolute()))
-            if not out.hash_info or out.meta.nfiles == 1:  # only the README
+            if recorded(repo) is None:
                 return False
             DVCFileSystem(repo).get(f"{BASE}/", str(folder), recursive=True)  # the slash: its contents
             return True

@@ -10,7 +10,17 @@ import pandas as pd
 import pytest
 from project import make_project, set_params
 
-from tinygpt.report.compare import Made, as_text, compare_table, comparison_view, experiment_of, marks
+from tinygpt.report.compare import (
+    EVALUATED,
+    Made,
+    as_text,
+    compare_table,
+    comparison_view,
+    experiment_of,
+    find_experiments,
+    find_made,
+    marks,
+)
 from tinygpt.report.config import PlotParams
 from tinygpt.report.page import curve_rows
 from tinygpt.report.plots import plot_curves
@@ -113,6 +123,25 @@ def test_the_best_is_marked_and_what_the_error_may_explain_is_grey():
     assert [*view["columns"]] == ["train.lr", "val_loss", "bpb", "tokens_per_s"]
     assert view["columns"]["tokens_per_s"] == ["-", "-", "7"]
     assert view["samples"] == [("The", [("a", " end"), ("b", " end"), ("c", " end")])]
+
+
+def test_an_evaluation_of_another_model_or_with_other_params_is_left_out(project, monkeypatch):
+    monkeypatch.chdir(project)
+    assert find_experiments()[0].metrics.keys() > EVALUATED
+    set_params(project, {"evaluate.seed": 7})
+    workspace, head, *_ = find_experiments()
+    assert "val_loss" in workspace.metrics and not EVALUATED & workspace.metrics.keys()
+    (found,) = find_made([workspace])
+    assert (found.eval, found.samples) == ({}, {})
+    assert head.metrics.keys() > EVALUATED
+    set_params(project, {"evaluate.seed": 1})
+    lock = load_yaml(Path("dvc.lock").read_bytes())
+    (model,) = (each for each in lock["stages"]["evaluate"]["deps"] if each["path"] == "data/model")
+    model["md5"] = "0"
+    Path("dvc.lock").write_text(json.dumps(lock))
+    workspace, head, *_ = find_experiments()
+    assert "val_loss" in workspace.metrics and not EVALUATED & workspace.metrics.keys()
+    assert head.metrics.keys() > EVALUATED
 
 
 def test_experiments_are_read_from_commits_and_workspace_and_equal_ones_are_one(project, command, monkeypatch):

@@ -172,12 +172,28 @@ def weights(folder: Path) -> str:
 
 def test_a_base_travels_with_experiments(here, command):
     assert (here / "data/base/README.md").exists()
-    assert command("promote").returncode == 0
+    assert "`python -m tinygpt preset base`" in command("promote", "--to", here / "data/base").stdout
+    assert "data/base" in run("git diff HEAD -- dvc.lock", here).stdout
     assert weights(here) == sha256_file(here / "data/model/model.safetensors")
     assert command("preset", "base").returncode == 0
     said = succeed("dvc exp run --temp train -S train.max_steps=6 -S train.warmup_steps=1 -S train.lr=5", here)
     assert "at step 0: no step improved it, so the weights that training started from are published" in said
     assert "Stage 'base' didn't change" in said
+
+
+def test_another_base_than_the_recorded_one_is_refused_and_the_recorded_one_comes_back(here):
+    before, lock, path = weights(here), (here / "dvc.lock").read_bytes(), here / "data/base/model.safetensors"
+    damaged = path.read_bytes()[:-4] + b"\0\0\1\0"
+    path.unlink()
+    path.write_bytes(damaged)
+    said = run("dvc repro base", here)
+    assert (
+        said.returncode and "error: data/base is not the base in dvc.lock: `dvc checkout -f data/base`" in said.stdout
+    )
+    assert (here / "dvc.lock").read_bytes() == lock and path.read_bytes() == damaged
+    succeed("dvc checkout -f data/base", here)
+    assert weights(here) == before
+    succeed("dvc repro -f base", here)
 
 
 def test_a_base_comes_back_to_its_folder_and_to_a_clone(here):

@@ -410,7 +410,8 @@ def test_training_starts_from_an_imported_and_a_promoted_model(project, command,
     assert "data/base is not the model that these adapters were trained on" in refused("export", project)
     set_params(project, {"model.n_layer": 2})
     message = (
-        "data/base does not fit params.yaml (model.n_layer=2, but 1 in the base): run `python -m tinygpt preset base`"
+        "data/base does not fit params.yaml (model.n_layer=2, but 1 in the base): run `python -m tinygpt preset base`, "
+        "or set train.init_from=scratch and train.lora=null"
     )
     assert message in refused("train", project)
     assert load_tokenizer(project / "data/base").vocab_size == 320

@@ -120,6 +120,8 @@ def test_a_run_from_a_base_takes_its_model_and_rates_for_its_width(params, tiny_
         assert comments(params.read_text().splitlines()) == before
     assert (train.lr, train.embedding_lr) == pytest.approx((2 * rules["lr"], 2 * rules["embedding_lr"]))
     assert "warning" not in capsys.readouterr().out
+    preset(Namespace(name="tiny"))
+    assert "warning: training still starts from data/base, which has sizes of its own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["model: 3", "model: {n_embd: x}", "model: {n_embd: 0}", "- 1", "train: 3"])
@@ -177,6 +179,12 @@ def test_a_preset_that_does_not_fit_leaves_params_as_they_are(params):
         apply_values(params, {"model": {"n_head": 3}})
     assert params.read_bytes() == before
     assert sorted(path.name for path in params.parent.iterdir()) == ["params.yaml", "presets"]
+
+
+def test_a_link_to_params_stays_one(params):
+    params.symlink_to(params.rename(params.parent / "real.yaml"))
+    assert apply_values(params, {"model": {"n_layer": 3}})
+    assert params.is_symlink() and "n_layer: 3" in (params.parent / "real.yaml").read_text()
 
 
 def test_line_ends_of_windows_stay(params):

@@ -57,7 +57,9 @@ class EngineOptions(DeviceOptions):
             require((self.model is None, f"--run and --model={self.model} both name a model: give one of them"))
             folder = find_run(None if self.run == "newest" else self.run, "step-*/state.json")
             if not (folder / "model/model.safetensors").exists():
-                raise UserError(f"{folder} trains adapters, which --run cannot read: let it end, and use {paths.MODEL}")
+                raise UserError(
+                    f"{folder} trains adapters, which --run cannot read: use {paths.MODEL} when it has finished"
+                )
             return folder / "model"
         return self.model or (GGUF if self.engine == "llama.cpp" else paths.MODEL)
 

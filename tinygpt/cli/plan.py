@@ -117,7 +117,10 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
     model, train, tokenizer = load_params(ModelParams, TrainParams, TokenizerParams)
     runtime = dataclasses.replace(load_params(RuntimeParams), compile=False, cuda_graphs=False)
     if train.init_from == "base":
-        raise UserError("plan is for training from scratch: set train.init_from=scratch, or use `preset base`")
+        raise UserError(
+            "plan is for training from scratch: set train.init_from=scratch, and train.lora and tokenizer.from_file to "
+            "null, or use `preset base`"
+        )
     if Path(".dvc").exists():
         print("plan: running `dvc repro clean`, which gets and cleans the text unless that is done", file=sys.stderr)
         done = subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "clean"], check=False)

@@ -64,7 +64,8 @@ def preset(args: Namespace) -> None:
         values = going_on(values)
     write_values(args.name, values)
     if "model" in values:
-        warn_of_few_tokens(same_text=not values.keys() & {"download", "clean", "tokenizer"})
+        same_text = not values.keys() & {"download", "clean", "tokenizer"}
+        warn_of_few_tokens(same_text=same_text, from_base="init_from" in values.get("train", {}))
 
 
 def write_values(name: str, values: dict[str, dict[str, Any]]) -> None:
@@ -91,10 +92,10 @@ def going_on(rules: dict[str, Any]) -> dict[str, Any]:
     return base | rules | {"train": train | {key: float(f"{scale * rate:.5g}") for key, rate in rates.items()}}
 
 
-def warn_of_few_tokens(*, same_text: bool) -> None:
+def warn_of_few_tokens(*, same_text: bool, from_base: bool) -> None:
     """Print a warning if a model is too large for its run, or for the text, unless that has just been changed.
 
-    There is none for a run that continues from a base, whose weights have been trained already.
+    A run that continues from a base takes the base's sizes, and its weights have been trained already.
     """
     from tinygpt.tokenizer.kinds import expected_size  # here, so that listing the presets does not wait for it
     from tinygpt.tokens import load_meta
@@ -102,6 +103,11 @@ def warn_of_few_tokens(*, same_text: bool) -> None:
     groups = check_params()
     model, train = groups["model"], groups["train"]
     if train.init_from == "base":
+        if not from_base:
+            print(
+                f"warning: training still starts from {paths.BASE}, which has sizes of its own: for a new model, set "
+                "train.init_from=scratch, and train.lora and tokenizer.from_file to null"
+            )
         return
     try:
         n_weights = model.n_weights(expected_size(groups["tokenizer"], paths.TOKENIZER))
@@ -152,7 +158,7 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
                 document[group][key] = value
     text = io.StringIO(newline="\r\n" if "\r\n" in written else "\n")
     yaml.dump(document, text)
-    with atomic_write(path) as file:
+    with atomic_write(path.resolve()) as file:  # a link to a file stays one
         file.write(text.getvalue())
         file.flush()
         check_params(Path(file.name))

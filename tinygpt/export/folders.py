@@ -41,6 +41,8 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
     """
     folder = must_be_there(Path(folder), stage="train")
     if not (folder / CONFIG_FILE).exists():
+        if (folder / PEFT_FILE).exists():
+            raise UserError(f"{folder} has adapters alone: {MODEL} is the model with them")
         or_file = ", or a .gguf file" if folder.is_dir() else ""
         raise UserError(f"{folder} is not a model: give {FOLDER}{or_file}")
     if "model_type" in read_json(folder / CONFIG_FILE, stage="train"):
@@ -91,12 +93,18 @@ def write_base(folder: Path, config: GPTConfig, tensors: dict[str, Tensor], toke
     """Replace a base, whole or not at all; DVC tracks data/base.  Raises UserError if the folder holds other files."""
     if others := sorted({path.name for path in folder.glob("*")} - FILES):
         raise UserError(f"{folder} holds {others[0]}, which is not part of a base model: give another folder")
+    folder = _short(folder)
     with atomic_folder(folder.absolute()) as partial:
         tokenizer.save(partial)
         save_model(partial, config, tensors, sha256_file(tokenizer_file(partial)))
         write_text(partial / PRESET_FILE, _preset(folder, config))
     if folder == BASE and Path(".dvc").is_dir():
         _record()
+
+
+def _short(folder: Path) -> Path:
+    """BASE for the same folder by another path, which would be recorded nowhere."""
+    return BASE if folder.resolve() == BASE.resolve() else folder
 
 
 def _preset(folder: Path, config: GPTConfig) -> str:
@@ -113,18 +121,18 @@ def _preset(folder: Path, config: GPTConfig) -> str:
 
 
 def _record() -> None:
-    """Let DVC track data/base: then it is in dvc.lock, travels with experiments, and is pushed and pulled."""
+    """Record data/base in dvc.lock: then it travels with experiments, and is pushed and pulled."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [sys.executable, "-m", "dvc", "repro", "-q", "base"]
+    command = [sys.executable, "-m", "dvc", "commit", "-q", "-f", "base"]
     done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "rror" in line), "no reason given")
-        raise UserError(f"{BASE} is written, but DVC could not add it ({said}): fix that and run `dvc repro base`")
+        raise UserError(f"{BASE} is written, but DVC could not add it ({said}): fix that and run `dvc commit -f base`")
 
 
 def use_of(folder: Path) -> str:
     """How to use the weights in a folder that `write_base` has filled."""
-    if folder == BASE:
+    if _short(folder) == BASE:
         return "`python -m tinygpt preset base` sets params.yaml to continue from them"
     return f"`python -m tinygpt generate --model {folder} --tokenizer {folder}` generates text with them"
 

@@ -124,7 +124,8 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
         differing.append("data/tokenizer is not the tokenizer of the base")
     if differing:
         raise UserError(
-            f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`"
+            f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`, or set "
+            "train.init_from=scratch and train.lora=null"
         )
     return filled_model(config, model_tensors(base)).train()
 

@@ -19,7 +19,7 @@ from pygit2 import GitError
 from tinygpt.errors import UserError
 from tinygpt.files import write_text
 from tinygpt.params import GROUPS, PARAMS_FILE
-from tinygpt.paths import REPORTS
+from tinygpt.paths import MODEL, REPORTS
 from tinygpt.report.charts import STEPS, comparison_chart, run_styles
 from tinygpt.report.page import curve_rows, render
 from tinygpt.report.reports import Row, differing, parse_curve
@@ -38,7 +38,8 @@ METRICS = {  # of reports/metrics, and their formats
 WORDS = {"None": "null", "True": "true", "False": "false"}  # DVC's spelling -> that of params.yaml
 WORKSPACE = "workspace"
 CHANGED = "Changed"  # params.yaml, since it was last run
-DECIDING = ("download", "clean", "train_tokenizer", "train", "evaluate")  # stages whose params decide the metrics
+DECIDING = ("download", "clean", "train_tokenizer", "train")  # stages whose params decide all metrics
+EVALUATED = {"eval_loss", "ppl", "bpb"}  # the metrics of the stage evaluate
 WIDEST = 24  # characters of a param that are shown
 MOST_CURVES = 14  # as many as colour and line style can tell apart
 TEXT = {"download", "clean"}  # groups that decide the text
@@ -70,8 +71,8 @@ def find_experiments(revs: Sequence[str] = ()) -> list[Experiment]:
     """
     if revs:
         return [_without_old_metrics(_revision(rev)) for rev in revs]
-    found = [experiment_of(row) for row in _show(None)]
-    bases = [_without_old_metrics(one) for one in found if one.is_baseline]
+    found = [_without_old_metrics(experiment_of(row)) for row in _show(None)]
+    bases = [one for one in found if one.is_baseline]
     others = [one for one in found if not one.is_baseline]
     return bases + sorted(others, key=lambda one: one.metrics.get("val_loss", math.inf))
 
@@ -93,14 +94,29 @@ def experiment_of(row: dict[str, Any]) -> Experiment:
 
 
 def _without_old_metrics(one: Experiment) -> Experiment:
-    """The same, without metrics if params.yaml was edited since it was last run: they are of that run."""
+    """The same, without metrics of a run before: params.yaml was edited since, or `evaluate` did not follow `train`."""
+    if not one.metrics:
+        return one
     files = DVCFileSystem(rev=one.rev)
-    with suppress(DvcException, OSError, ValueError, KeyError, AttributeError):
+    with suppress(DvcException, OSError, ValueError, KeyError, TypeError, AttributeError):
         params, lock = (load_yaml(files.read_bytes(name)) for name in (PARAMS_FILE.name, "dvc.lock"))
-        for stage in DECIDING:
-            if any(params[group] != keys for group, keys in lock["stages"][stage]["params"][PARAMS_FILE.name].items()):
-                return replace(one, state=CHANGED, metrics={})
+        stages = lock["stages"]
+        if any(_is_edited(stages[name], params) for name in DECIDING):
+            return replace(one, state=CHANGED, metrics={})
+        of_model = [each["md5"] for name in ("train", "evaluate") for each in _files(stages[name], MODEL)]
+        if of_model[0] != of_model[1] or _is_edited(stages["evaluate"], params):
+            return replace(one, metrics={name: value for name, value in one.metrics.items() if name not in EVALUATED})
     return one
+
+
+def _is_edited(stage: dict[str, Any], params: dict[str, Any]) -> bool:
+    """Whether params are others than those that a stage in dvc.lock has run with."""
+    return any(params[group] != keys for group, keys in stage["params"][PARAMS_FILE.name].items())
+
+
+def _files(stage: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The entries of a path among the inputs and outputs of a stage in dvc.lock."""
+    return [each for key in ("deps", "outs") for each in stage.get(key, []) if each["path"] == str(path)]
 
 
 def compare_table(experiments: Sequence[Experiment]) -> pd.DataFrame:
@@ -179,6 +195,8 @@ def read_made(one: Experiment) -> Made | None:
         train, evaluation, details = (
             json.loads(texts[name] or "{}") for name in ("train.json", "eval.json", "details.json")
         )
+        if not EVALUATED & one.metrics.keys():  # these are of another model
+            evaluation, details = {}, {}
         samples = {sample["prompt"]: sample["text"] for sample in details.get("samples", [])}
         rows = curve_rows(curve, tokens=train["tokens"], epochs=train["epochs"])
         return Made(**vars(one), curve=curve, rows=rows, eval=evaluation, samples=samples)
