@@ -256,11 +256,28 @@ def test_a_gigantic_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch: py
     assert made.counts["long_cut"] == 4
 
 
+def test_a_gigantic_article_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MOST_CHARACTERS", 10)
+    text = b" = A = \n1234\n678\n9\n = B = \n"
+    made = reader(tmp_path, "x.txt", text, document_start=SOURCES["wikitext-2"].document_start)
+    assert texts_of(made, tmp_path / "raw") == [" = A = \n1234\n", "678\n9\n", " = B = \n"]
+    assert made.counts["long_cut"] == 1
+
+
+def test_a_document_that_just_fits_is_not_cut_where_a_chunk_ends_in_its_separator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MOST_CHARACTERS", 8)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 9)
+    assert read(tmp_path, b"a\nbcdefg--x", separator="--") == ["a\nbcdefg", "x"]
+
+
 def test_newlines_are_counted_and_can_be_left_as_they_are(tmp_path: Path) -> None:
     made = reader(tmp_path, "x.txt", b"a\r\nb\rc\n")
     assert texts_of(made, tmp_path / "raw") == ["a\nb\nc\n"]
     assert made.counts["newlines_changed"] == 2
     assert read(tmp_path, b"a\r\nb\rc\n", newlines=False) == ["a\r\nb\rc\n"]
+    assert read(tmp_path, text_line("a\r\nb").encode(), name="x.jsonl", newlines=False) == ["a\r\nb"]
 
 
 # The rules
@@ -349,6 +366,16 @@ def test_of_exact_duplicates_the_first_stays(tmp_path: Path) -> None:
     assert len(train_texts(tmp_path)) == 4
 
 
+def test_all_control_characters_of_unicode_are_removed_but_tabs_and_line_ends() -> None:
+    text = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+    kept = [c for c in text if c in "\t\n\r" or (c != "\ufeff" and unicodedata.category(c) != "Cc")]
+    assert cleaned(text, control_characters=True)[0] == "".join(kept)
+
+
+def test_a_text_of_which_only_white_space_is_left_is_dropped() -> None:
+    assert cleaned("\x0c \n\0", control_characters=True)[0] is None
+
+
 def words(n: int, seed: int) -> list[str]:
     return random.Random(seed).choices([f"word{i}" for i in range(1000)], k=n)
 
@@ -385,6 +412,40 @@ def test_a_document_that_was_dropped_does_not_make_others_duplicates() -> None:
     signatures = np.array([signature(" ".join(words(100, seed))) for seed in (1, 1, 2, 1, 2)], np.uint32)
     kept = np.array([False, True, True, True, True])
     assert near_duplicates(lambda: iter([signatures]), kept, 0.8).tolist() == [False, False, False, True, True]
+
+
+def near(threshold: float, *signatures: np.ndarray) -> list[bool]:
+    part = np.array(signatures, np.uint32)
+    return near_duplicates(lambda: iter([part]), np.ones(len(part), np.bool_), threshold).tolist()
+
+
+def test_at_a_threshold_of_one_the_same_words_are_near_duplicates_and_no_others() -> None:
+    texts = ["\n".join(words(100, 1)), *(" ".join(words(100, seed)) for seed in (2, 1))]
+    assert near(1.0, *map(np.array, map(signature, texts))) == [False, False, True]
+
+
+def test_a_near_duplicate_does_not_make_others_duplicates() -> None:
+    first = np.arange(duplicates.HASHES)
+    second = np.where(first < 8, first + 1000, first)  # seven eighths are the first's
+    third = np.where(first >= 56, first + 2000, second)  # and here the second's, but three quarters the first's
+    assert near(0.8, first, second, third) == [False, True, False]
+
+
+def test_a_document_is_compared_with_every_earlier_one_that_shares_a_band() -> None:
+    first = np.arange(duplicates.HASHES)
+    other = np.where(first < 2, first, first + 1000)  # one of 32 bands is the first's
+    third = np.where((first < 2) | ((first < 38) & (first % 2 == 0)), first, first + 2000)  # so are 20 of 64 values
+    assert near(0.3, first, other, third) == [False, False, True]
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9, 0.95])
+def test_most_pairs_just_at_the_threshold_are_found(threshold: float) -> None:
+    rng = np.random.default_rng(0)
+    first = rng.integers(2**31, size=(300, duplicates.HASHES))
+    n_other = int(duplicates.HASHES * (1 - threshold))
+    second = [np.where(rng.permutation(duplicates.HASHES) < n_other, row + 1, row) for row in first]
+    found = near(threshold, *first, *second)
+    assert sum(found[:300]) == 0 and sum(found[300:]) > 0.55 * 300
 
 
 def test_shingles_are_runs_of_five_words() -> None:
@@ -437,6 +498,23 @@ def test_the_report_counts_every_rule(tmp_path: Path) -> None:
     }
     assert result.repaired == {"a.txt": 1}
     assert train_texts(tmp_path) == ["café \ufffd\n", LONG.decode()]
+
+
+def test_a_document_on_a_border_is_its_own_text_though_one_before_it_was_dropped(tmp_path: Path) -> None:
+    files = {"a.txt": LONG, "b.txt": LONG, "c.txt": LONG.replace(b"number", b"letter")}
+    run(tmp_path, files, exact_duplicates=True, val_fraction=0.25)
+    val = "".join(iter_texts(tmp_path / "clean" / "val.jsonl"))
+    assert len(val) == len(LONG) // 2
+    assert "".join(train_texts(tmp_path)) + val == (files["a.txt"] + files["c.txt"]).decode()
+
+
+def test_an_interrupted_run_leaves_nothing_to_one_with_other_params(tmp_path: Path) -> None:
+    raw = make_raw(tmp_path, {"a.txt": b"\x1b" + LONG})
+    with pytest.raises(OSError):
+        clean(params(), raw, Path("/proc/nowhere"), RUNTIME)
+    assert [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    clean(params(control_characters=True), raw, tmp_path / "clean", RUNTIME)
+    assert train_texts(tmp_path) == [LONG.decode()]
 
 
 def test_the_same_raw_files_give_the_same_bytes(tmp_path: Path) -> None:
@@ -497,6 +575,12 @@ def test_a_full_disk_is_reported_with_the_file_at_each_write(tmp_path: Path) -> 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     clean(rules, raw, tmp_path / "clean", RUNTIME)
+
+
+def test_as_little_text_as_is_needed_is_enough(tmp_path: Path) -> None:
+    run(tmp_path, {"a.txt": LONG[:LEAST_TRAIN_BYTES]})
+    with pytest.raises(UserError, match="only 999 B of text left to train on, at least 1.0 kB needed"):
+        run(tmp_path, {"a.txt": LONG[: LEAST_TRAIN_BYTES - 1]})
 
 
 def test_a_separator_that_occurs_nowhere_is_reported_and_nothing_is_kept_for_another_try(tmp_path: Path) -> None:
