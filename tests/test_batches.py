@@ -92,6 +92,15 @@ def test_a_warmup_and_shuffled_documents_leave_each_token_a_target_once_an_epoch
         assert after in begins if before == EOS else after == follows[before]
 
 
+def test_each_epoch_cuts_the_ring_elsewhere_and_takes_its_sequences_in_random_order():
+    batches = Batches(row_of([400]), seq_len=4, batch_size=100, seed=1)
+    first, second = (batches.batch_at(step)[:, 0].tolist() for step in range(2))
+    assert set(first) != set(second)
+    assert sum(after - before == 4 for before, after in pairwise(first)) < 10
+    others = Batches(row_of([400]), seq_len=4, batch_size=100, seed=2)
+    assert set(second) != set(others.batch_at(0)[:, 0].tolist())  # a neighbouring seed shares no epoch
+
+
 def test_a_context_warmup_changes_no_token_of_a_step():
     row, warmup = row_of([50] * 20), ContextWarmup(start=4, steps=9)
     plain = Batches(row, seq_len=32, batch_size=3, seed=1)

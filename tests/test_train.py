@@ -579,6 +579,7 @@ def test_validation_sequences_are_spread_over_the_split():
     assert starts(25, 24) == [0, 8, 16]
     assert starts(8 * 100 + 1, 32) == [0, 200, 400, 600]
     assert starts(8 * 10 + 1, 24) == [0, 24, 48]
+    assert starts(8 * 11 + 1, 32) == [0, 16, 40, 64]
     assert starts(30, 17) == [0, 8]
     assert starts(30, 1) == starts(9, 1000) == [0]
 
@@ -593,6 +594,7 @@ def test_a_fingerprint_names_the_params_the_data_and_the_code(monkeypatch):
         fingerprint(tiny_config(n_layer=3), PARAMS, meta),
         fingerprint(tiny_config(), dataclasses.replace(PARAMS, lr=1e-4), meta),
         fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, train=dataclasses.replace(split, sha256="b"))),
+        fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, val=dataclasses.replace(split, sha256="b"))),
         fingerprint(tiny_config(), PARAMS, dataclasses.replace(meta, tokenizer_sha256="u")),
     ]
     assert base == fingerprint(tiny_config(), PARAMS, meta)
@@ -602,9 +604,10 @@ def test_a_fingerprint_names_the_params_the_data_and_the_code(monkeypatch):
     monkeypatch.setattr(checkpoint, "version_of", lambda package: f"another {package}")
     others.append(fingerprint(tiny_config(), packed, meta))
     assert base == fingerprint(tiny_config(), PARAMS, meta)  # it does not need the package
-    monkeypatch.setattr(checkpoint, "code_of", lambda module: f"other code of {module}")
-    others.append(fingerprint(tiny_config(), PARAMS, meta))
-    assert len({base, *others}) == 9
+    for changed in (None, "tinygpt.train.first_weights", "tinygpt.train.trainer"):
+        monkeypatch.setattr(checkpoint, "code_of", lambda module, changed=changed: module == changed)
+        others.append(fingerprint(tiny_config(), PARAMS, meta))
+    assert len({base, *others}) == 12
 
 
 def test_publishing_writes_the_same_bytes_twice(tmp_path, tiny_tokenizer, monkeypatch):
