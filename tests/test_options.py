@@ -67,6 +67,12 @@ def test_every_option_takes_a_value_of_its_type_or_refuses_it_by_name(cls):
     assert cls() == dataclasses.replace(cls())
 
 
+@pytest.mark.parametrize("bias", [-2e9, 1e300])
+def test_a_bias_in_which_every_logit_would_drown_is_refused(bias):
+    with pytest.raises(ParamsError, match=r"logit_bias=.* must be from -1e9 to 1e9: use banned_ids to forbid a token"):
+        options.Sampling(logit_bias=((1, 5.0), (2, bias)))
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_param_that_is_refused_is_reported_as_it_was_written(group):
     cls, right = find_class(group), read_groups(PARAMS_FILE)[group]

@@ -27,6 +27,7 @@ from tinygpt.params import (
     flat_params,
     from_mapping,
     load_params,
+    read_groups,
     require,
 )
 from tinygpt.report.config import EvaluateParams, PlotParams
@@ -119,8 +120,10 @@ def test_a_missing_key_is_refused():
         from_mapping(Example, {key: value for key, value in GOOD.items() if key != "real"}, prefix="model.")
 
 
-def test_the_file_of_the_project_is_good():
-    check_params(ROOT / "params.yaml")
+def test_the_file_of_the_project_is_good_whatever_a_caller_does_with_what_it_read():
+    for _ in range(2):
+        check_params(ROOT / "params.yaml")
+        read_groups(ROOT / "params.yaml")["train"].clear()
 
 
 def edited(tmp_path: Path, pattern: str, new: str) -> Path:
