@@ -161,6 +161,10 @@ def test_no_message_turns_the_templates_own_token_into_text(tokenizer):
     assert (text, ids[0]) == ("<|im_start|>a", tokenizer.special_tokens["<|im_start|>"])
 
 
+def test_of_special_tokens_that_begin_alike_the_longer_one_counts():
+    assert Template("<s>2").prompt([], Tokenizer.from_merges([], ["<s>", "<s>2"]), 9)[1] == [2]
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
@@ -212,7 +216,7 @@ def test_bad_chats_are_refused_with_what_is_wrong(document, message, served):
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_fields_that_change_nothing_here_are_accepted(path, served):
     """Fields that other clients always send, and OpenAI's seeds and top_p."""
-    asked = {"messages": TALK} if "chat" in path else {"prompt": "a", "best_of": 1, "suffix": ""}
+    asked = {"messages": [TALK[1] | {"audio": None}]} if "chat" in path else {"prompt": "a", "best_of": 1, "suffix": ""}
     asked |= {"user": "me", "metadata": {"a": "b"}, "store": False, "tools": [], "response_format": {"type": "text"}}
     texts = set()
     for changes in ({"seed": 2**40 + 7}, {"seed": 7}, {"seed": 7 - 2**32}):

@@ -44,15 +44,15 @@ def table(*rows: dict[str, Any]) -> pd.DataFrame:
 def test_params_that_differ_are_shown_as_params_yaml_has_them():
     shown = table(
         row(),
-        row("a", **{"train.lr": 1e-05, "train.lora": None, "train.lora.rank": 8.0, "train.seed": 1234567.0}),
-        row("b", **{"train.seed": 1234568.0, "evaluate.prompts": "['a long prompt', 'and another']"}),
+        row("a", **{"train.lr": 1e-05, "train.lora": None, "train.lora.rank": 8.0, "train.seed": 123456789012345.0}),
+        row("b", **{"train.seed": 123456789012346.0, "evaluate.prompts": "['a long prompt', 'and another']"}),
     )
     assert shown.to_dict("list") == {
         "experiment": ["workspace", "a", "b"],
         "train.lr": ["0.003", "1e-05", "0.003"],
         "train.lora": ["null", "-", "null"],
         "train.lora.rank": ["-", "8", "-"],
-        "train.seed": ["-", "1234567", "1234568"],
+        "train.seed": ["-", "123456789012345", "123456789012346"],
         "evaluate.prompts": ["-", "-", "['a long prompt', 'and …"],
         "val_loss": ["3.2500"] * 3,
     }
@@ -119,6 +119,7 @@ def test_the_best_is_marked_and_what_the_error_may_explain_is_grey():
     assert marks("val_loss", found) == ["best", "greyed", ""]
     assert marks("bpb", found) == ["best", "", ""]  # without an error
     assert marks("tokens_per_s", found) == ["", "", ""]
+    assert marks("ppl", [*found, made("d", 3.0, 0.1, ppl=20.0)]) == ["", "", "", ""]  # with no other, it is no best
     view = comparison_view(found)
     assert [*view["columns"]] == ["train.lr", "val_loss", "bpb", "tokens_per_s"]
     assert view["columns"]["tokens_per_s"] == ["-", "-", "7"]
@@ -142,6 +143,13 @@ def test_an_evaluation_of_another_model_or_with_other_params_is_left_out(project
     workspace, head, *_ = find_experiments()
     assert "val_loss" in workspace.metrics and not EVALUATED & workspace.metrics.keys()
     assert head.metrics.keys() > EVALUATED
+
+
+@pytest.mark.parametrize(
+    ("of_best", "of_other", "mark"), [(0.1, 0.0, "greyed"), (0.0, 0.1, "greyed"), (0.07, 0.06, "")]
+)
+def test_the_errors_of_both_runs_count(of_best, of_other, mark):
+    assert marks("val_loss", [made("a", 3.19, of_other), made("b", 3.0, of_best)]) == [mark, "best"]
 
 
 def test_experiments_are_read_from_commits_and_workspace_and_equal_ones_are_one(project, command, monkeypatch):

@@ -59,6 +59,12 @@ def test_the_medium_mixes_give_the_first_the_last_and_every_third_layer_more_bit
         assert types(16, weight_type, fused=True)["blk.4.attn_qkv.weight"] == "Q6_K"
 
 
+@pytest.mark.parametrize(("n_layer", "more"), [(4, [2, 3]), (10, [0, 3, 6, 8, 9]), (12, [0, 3, 6, 9, 10, 11])])
+def test_the_medium_mixes_of_layers_that_eight_does_not_divide(n_layer, more):
+    found = types(n_layer, "q4_k_m")
+    assert [i for i in range(n_layer) if found[f"blk.{i}.ffn_down.weight"] == "Q6_K"] == more
+
+
 def test_the_other_mixes():
     found = types(16, "q4_k_s")
     assert [found[f"blk.{i}.attn_v.weight"] for i in range(6)] == ["Q5_K"] * 4 + ["Q4_K"] * 2
