@@ -289,6 +289,18 @@ def test_a_tensor_that_is_in_no_module_is_reported(tmp_path):
         read_hf(tmp_path)
 
 
+def test_a_head_is_taken_for_the_embedding_only_if_it_equals_it(tmp_path):
+    saved(MODELS["gpt2"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["transformer.wte.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert read_hf(tmp_path)[0].tie_weights
+    head[5, 7] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head.weight is unexpected"):
+        read_hf(tmp_path)
+
+
 def test_missing_weights_and_files_that_are_not_safetensors_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"config.json not found: give a folder saved by transformers"):
         read_hf(tmp_path)
