@@ -34,7 +34,7 @@ TALK = [
     {"role": "system", "content": " Be good. "},
     {"role": "user", "content": "hi, über 中 \n😀"},
     {"role": "assistant", "content": "the file"},
-    {"role": "user", "content": "go on"},
+    {"role": "user", "content": "go on", "name": "me"},
 ]
 
 

@@ -135,7 +135,7 @@ def test_heads_that_share_a_norm_here_must_have_equal_ones(tmp_path, tiny_tokeni
     tiny_tokenizer.save(tmp_path)
     export_hf(model, tiny_tokenizer, tmp_path, tmp_path / "hf")
     tensors = load_file(tmp_path / "hf/model.safetensors")
-    tensors["model.layers.0.self_attn.k_layernorm.norms.1.weight"][2] += 1
+    tensors["model.layers.0.self_attn.k_layernorm.norms.1.weight"][2] *= 1 + 1e-6
     save_file(tensors, tmp_path / "hf/model.safetensors")
     with pytest.raises(UserError, match=r"layers.0.self_attn.k_layernorm.norms.1.weight has values that"):
         read_hf(tmp_path / "hf")

@@ -27,6 +27,7 @@ from tinygpt.tokenizer.kinds import (
     TOKENIZERS,
     TokenizerParams,
     build_tokenizer,
+    expected_size,
     learn_tokenizer,
     take_tokenizer,
 )
@@ -136,8 +137,31 @@ def test_where_there_is_no_room_the_rarer_characters_stay_bytes():
     assert learn_tokenizer(counts, small).tokens[257:] == ["Ã©"]
     chars = learn_tokenizer(counts, dataclasses.replace(small, vocab_size=257 + 3))
     assert [len(chars.encode(c)) for c in "é中😀"] == [1, 1, 4]
+    alike = learn_tokenizer(count_pretokens(["文斐"]), dataclasses.replace(small, vocab_size=257 + 3))
+    assert [len(alike.encode(c)) for c in "文斐"] == [1, 1]  # they share the token of their first two bytes
     frequent = learn_tokenizer(counts, dataclasses.replace(small, vocab_size=400, min_frequency=2))
     assert [len(frequent.encode(c)) for c in "é中😀"] == [1, 1, 4]
+
+
+def test_among_equally_frequent_characters_the_order_of_the_text_does_not_matter():
+    params = dataclasses.replace(PARAMS, kind="char", special_tokens=(), vocab_size=257 + 3)
+    one, other = (learn_tokenizer(count_pretokens([text]), params) for text in ("中 é 文", "文 é 中"))
+    assert one.tokens == other.tokens
+
+
+def test_the_number_of_tokens_is_known_before_they_are_learned_and_that_of_characters_afterwards(tmp_path):
+    kinds = {kind: dataclasses.replace(PARAMS, kind=kind) for kind in TOKENIZERS}
+    assert {kind: expected_size(params, tmp_path) for kind, params in kinds.items()} == (
+        {"bpe": 400, "char": 400, "byte": 260}
+    )
+    made = learn_tokenizer(count_pretokens([TEXT]), kinds["char"])
+    made.save(tmp_path)
+    assert 260 < made.vocab_size < 400
+    assert {kind: expected_size(params, tmp_path) for kind, params in kinds.items()} == (
+        {"bpe": 400, "char": made.vocab_size, "byte": 260}
+    )
+    assert expected_size(dataclasses.replace(kinds["char"], vocab_size=261), tmp_path) == 261
+    assert expected_size(dataclasses.replace(kinds["bpe"], from_file=str(tmp_path)), tmp_path) == made.vocab_size
 
 
 def test_a_ready_tokenizer_keeps_its_ids(tmp_path):

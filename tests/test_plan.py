@@ -22,7 +22,7 @@ from tinygpt.errors import UserError
 from tinygpt.model.config import ModelParams
 from tinygpt.params import check_params, load_params
 from tinygpt.plan import measure
-from tinygpt.plan.measure import Speeds, Text, flops_per_token
+from tinygpt.plan.measure import Speeds, Text, between, flops_per_token
 from tinygpt.plan.plan import Planner
 from tinygpt.plan.recipe import LAW, LAYERS, SPREAD, Recipe, Size
 from tinygpt.train.config import TrainParams
@@ -146,6 +146,14 @@ def test_the_steps_take_the_time():
     assert step > operations / max(SPEEDS.operations.values())
 
 
+def test_a_step_takes_its_operations_and_its_weights_at_speeds_between_those_measured():
+    widths = (32, 64, 128, 256, 512)
+    assert [between({64: 2e10, 256: 2e12}, n) for n in widths] == pytest.approx([2e10, 2e10, 2e11, 2e12, 2e12])
+    config = Recipe(n_embd=128, vocab_size=2048, max_steps=1000, epochs=1).config(MODEL)
+    seconds = flops_per_token(config) * 16 * config.block_size / 4e10 + 1e-8 * config.n_weights(2048)
+    assert SPEEDS.step(config, 16) == pytest.approx(seconds)
+
+
 def test_a_small_text_gets_a_smaller_model_and_says_what_would_help():
     small, large = (planner(train_bytes=n).best(3600) for n in (200_000, 100_000_000))
     assert small.config.n_weights(0) < large.config.n_weights(0)
@@ -166,6 +174,13 @@ def test_every_recipe_fits_params_yaml(n_embd, max_steps, epochs, tmp_path):
     groups = check_params(tmp_path / "params.yaml")
     assert groups["train"] == recipe.training(TRAIN)
     assert groups["model"].n_weights(2048) == recipe.config(MODEL).n_weights(2048)
+
+
+def test_at_the_default_width_the_recipe_trains_as_params_yaml_does():
+    recipe = Recipe(n_embd=MODEL.n_embd, vocab_size=2048, max_steps=TRAIN.max_steps, epochs=1.0)
+    assert dataclasses.replace(recipe.training(TRAIN), eval_every=200, save_every=200) == TRAIN
+    wider = Recipe(n_embd=4 * MODEL.n_embd, vocab_size=2048, max_steps=9000, epochs=1.0).train()
+    assert (wider["lr"], wider["embedding_lr"], wider["warmup_steps"]) == (TRAIN.lr / 2, TRAIN.embedding_lr / 2, 90)
 
 
 # ---- the command ----
