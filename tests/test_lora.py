@@ -24,7 +24,7 @@ from tinygpt import paths
 from tinygpt.errors import UserError
 from tinygpt.export.card import read_training
 from tinygpt.export.config import ExportParams
-from tinygpt.export.folders import export_adapters, write_base
+from tinygpt.export.folders import export_adapters, open_model, write_base
 from tinygpt.export.gguf import export_gguf, export_gguf_adapter
 from tinygpt.export.hf import export_hf, export_peft
 from tinygpt.export.llamacpp import LlamaCpp
@@ -228,6 +228,8 @@ def test_a_damaged_training_json_is_reported_with_its_key(trained_folder, key, v
 def test_adapters_of_another_shape_are_reported_with_their_names(trained_folder, damage):
     tensors = load_tensors(paths.MODEL / "adapter.safetensors")
     assert len(exported()) == 2
+    with pytest.raises(UserError, match="out/peft has adapters alone: data/model is the model with them"):
+        open_model("out/peft")
     name = sorted(tensors)[3]
     changed = {
         "missing": {key: tensor for key, tensor in tensors.items() if key != name},
