@@ -101,6 +101,6 @@ endif
 	$(PIP) --no-deps --editable . || echo "note: the command tinygpt is not installed; python -m tinygpt works here" >&2
 	@(cd $(VENV) && pwd -P) > $@
 
-$(DEV): requirements-dev.txt $(RUNTIME)
+$(DEV): $(wildcard requirements-*.txt) $(RUNTIME)
 	$(PIP) -r requirements-dev.txt
 	@touch $@

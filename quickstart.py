@@ -61,6 +61,7 @@ def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
     project = Path(folder)
     project.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(ROOT / PARAMS_FILE, project / PARAMS_FILE)
+    (project / ".gitignore").write_text("*\n")  # git must not take its data into the repository around it
     apply_values(project / PARAMS_FILE, groups)
     return project
 

@@ -61,7 +61,7 @@ def tokens_per_second(seconds: float) -> float:
     model_params, params, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
     config = GPTConfig(**config_fields(model_params), vocab_size=load_params(TokenizerParams).vocab_size)
     learner = Learner(GPT(config), params, runtime, device=open_device(runtime))
-    ids = torch.randint(config.vocab_size, (params.batch_size, config.block_size + 1))
+    ids = torch.randint(config.vocab_size, (params.batch_size, config.block_size + 1), device=learner.device)
     learner.learn(0, ids)
     n_step, began = 0, time.perf_counter()
     while (taken := time.perf_counter() - began) < seconds:

@@ -22,8 +22,10 @@ from quickstart import new_project, run_stages
 from tinygpt import paths
 from tinygpt.cli.project import PRESETS, apply_values, preset, promote
 from tinygpt.errors import program
-from tinygpt.files import read_json
-from tinygpt.params import PARAMS_FILE
+from tinygpt.files import read_json, sha256_file
+from tinygpt.model.config import ModelParams
+from tinygpt.model.weights import WEIGHTS_FILE
+from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.plan.recipe import LAYERS
 from tinygpt.tokens import load_meta
 
@@ -35,6 +37,7 @@ PAIRS = (
     ("python-docs", "python-docs"),
 )
 BASE_STEPS, STEPS = 400, 200
+STEP_TOKENS = Trial.batch_size * Trial.block_size  # as from scratch
 MAX_BYTES = 2_000_000  # of the other text
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # the preset, and changes to it, tried on the same text only
     "all weights": ("base", {}),
@@ -59,7 +62,8 @@ def go_on(project: Path, name: str, changes: dict[str, Any]) -> list[str]:
     new_project(project, {"train.eval_tokens": 100_000, "train.sample_tokens": 0, "runtime.n_thread": 1})
     with chdir(project):
         preset(Namespace(name=name))
-    apply_values(project / PARAMS_FILE, {"train": changes})
+    block_size = load_params(ModelParams, path=project / PARAMS_FILE).block_size
+    apply_values(project / PARAMS_FILE, {"train": {"batch_size": STEP_TOKENS // block_size} | changes})
     run_stages(project, "train")
     report, val = read_json(project / "reports/train.json", stage="train"), load_meta(project / paths.TOKENS).val
     losses = (f"{report[loss] * bits(val):.3f}" for loss in ("first_val_loss", "last_val_loss", "val_loss"))
@@ -85,9 +89,11 @@ def main() -> None:
         trial = Trial(first, BASE_STEPS, n_embd=arguments.width)
         if first not in given:
             measure(trial, sources[first], out)
-        same, project = first == text, out / f"{first}-to-{text}-{arguments.width}"
+        same, base = first == text, given.get(first, out / trial.name)
+        of_base = sha256_file(base / paths.MODEL / WEIGHTS_FILE)[:8]
+        project = out / f"{first}-to-{text}-{arguments.width}-{of_base}"
         if not (project / paths.TOKENS).exists():
-            start(project, sources[text], given.get(first, out / trial.name), None if same else MAX_BYTES)
+            start(project, sources[text], base, None if same else MAX_BYTES)
         scratch = replace(trial, text=text, max_steps=STEPS, max_bytes=MAX_BYTES)
         from_scratch = "" if same else f"{measure(scratch, sources[text], out)['val_bpb']:.3f}"
         for name, (kind, changes) in VARIANTS.items():

@@ -22,7 +22,7 @@ import torch
 
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
-from tinygpt.params import from_mapping, load_params
+from tinygpt.params import load_params
 from tinygpt.run.costs import memory_of
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
@@ -38,19 +38,7 @@ SWITCHES: dict[str, Any] = {
     "mlp": "gelu",
     "bias": "all",
     "tie_weights": True,
-}
-REST: dict[str, Any] = {
-    "n_kv_head": None,
-    "head_dim": None,
-    "n_hidden": None,
-    "rope_theta": 10000.0,
-    "norm_eps": 1e-5,
-    "parallel_block": False,
-    "window": None,
-    "full_every": None,
     "qk_norm": False,
-    "dropout": 0.0,
-    "attention": "sdpa",
 }
 CASES: dict[str, tuple[dict[str, Any], str, bool]] = {  # sizes, optimizer, gradient checkpointing
     "middle-adamw": (MIDDLE, "adamw", False),
@@ -80,7 +68,7 @@ def main() -> None:
 
 def measure(sizes: dict[str, Any], optimizer: str, recompute: bool) -> tuple[float, float, float]:
     """MB of weights, gradients and optimizer state; peak of steps; peak with an evaluation and a checkpoint."""
-    config = from_mapping(GPTConfig, {**REST, **SWITCHES, **sizes})
+    config = GPTConfig(**SWITCHES, **sizes)
     changes = {"optimizer": optimizer, "batch_size": 2, "max_steps": 2, "warmup_steps": 0, "save_every": 2}
     changes |= {"eval_every": 2, "eval_tokens": 1, "sample_tokens": 0, "precision": "fp32"}
     params, runtime = load_params(TrainParams, RuntimeParams)

@@ -70,6 +70,8 @@ class PlainGPT(nn.Module):
             if parameter.ndim == 2:
                 share = math.sqrt(2 * config.n_layer) if name.endswith(("out_proj.weight", "linear2.weight")) else 1.0
                 nn.init.normal_(parameter, std=0.02 / share)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(config.block_size))
 
     def forward(self, ids: Tensor) -> Tensor:

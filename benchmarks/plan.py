@@ -31,11 +31,12 @@ import torch
 from benchmarks.scaling import bits, prepare, train_in
 from tinygpt import paths
 from tinygpt.errors import program
+from tinygpt.files import write_json
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.params import PARAMS_FILE, load_params
 from tinygpt.plan.measure import VOCAB_SIZES, Speeds, measure_speeds, measure_text
-from tinygpt.plan.plan import Plan, Planner
-from tinygpt.plan.recipe import LAYERS, Recipe
+from tinygpt.plan.plan import FORWARD, Plan, Planner
+from tinygpt.plan.recipe import LAYERS, N_EVALUATIONS, Recipe
 from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.tokens import load_meta
@@ -54,7 +55,7 @@ def speeds_of(out: Path) -> Speeds:
     if not file.exists():
         model, train, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
         found = measure_speeds(model, train, runtime, open_device(runtime), vocab_size=1024)
-        file.write_text(json.dumps(dataclasses.asdict(found)))
+        write_json(file, dataclasses.asdict(found))
     kept = json.loads(file.read_text())
     operations, per_weight = ({int(n): value for n, value in kept[key].items()} for key in ("operations", "per_weight"))
     return Speeds(operations, per_weight, kept["busy"])
@@ -90,7 +91,10 @@ def drawn(planner: Planner, seconds: float, seed: int) -> Values:
         }
         model = recipe.model() | chosen
         config = GPTConfig(**config_fields(planner.model) | model, vocab_size=vocab_size)
-        max_steps = int(seconds / planner.speeds.step(config, recipe.batch_size))
+        step_s = planner.speeds.step(config, recipe.batch_size)
+        per_token = step_s / recipe.batch_size / config.block_size * FORWARD
+        looks_s = (N_EVALUATIONS + 1) * per_token * planner.train.eval_tokens  # as often as a plan
+        max_steps = int((seconds - looks_s) / step_s)
         if vocab_size in planner.text.bytes_per_token and max_steps >= 50:
             return flat(dataclasses.replace(recipe, max_steps=max_steps).values() | {"model": model})
 
@@ -151,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=SOURCE", help="again for each")
-    parser.add_argument("--minutes", type=float, nargs="+", default=[2, 8])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[2.0, 8.0])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     sources, out = dict(text.split("=", 1) for text in arguments.text), arguments.out.resolve()

@@ -1,7 +1,7 @@
 """Weights of one byte or half a byte in PyTorch: memory, speed and the cost in perplexity.
 
     python -m benchmarks.quantization                # data/model on data/tokens, as `dvc repro` leaves them
-    python -m benchmarks.quantization --large        # 11 million random weights: memory and speed alone
+    python -m benchmarks.quantization --large        # 14 million random weights: memory and speed alone
 
 Tokens per second are for generating one at a time with the KV cache, batch 1: the median of 200 steps.
 """
@@ -60,7 +60,7 @@ def perplexity(model: GPT) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="11 million random weights instead of data/model")
+    parser.add_argument("--large", action="store_true", help="14 million random weights instead of data/model")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

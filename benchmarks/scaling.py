@@ -36,6 +36,7 @@ from filelock import FileLock
 from quickstart import new_project
 from tinygpt.errors import program
 from tinygpt.files import read_json
+from tinygpt.params import require
 from tinygpt.plan.recipe import LAYERS
 from tinygpt.tokens import SplitMeta, load_meta
 
@@ -159,8 +160,8 @@ def train_in(folder: Path, tokens: Path, params: Mapping[str, object]) -> dict[s
     """Train on the tokens of another folder.  -> the stage's report"""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name in ("tokens", "tokenizer"):
-        if not (folder / "data" / name).exists():
-            (folder / "data" / name).symlink_to(tokens / "data" / name)
+        (folder / "data" / name).unlink(missing_ok=True)  # it may be that of another vocabulary
+        (folder / "data" / name).symlink_to(tokens / "data" / name)
     new_project(folder, {**params, "runtime.n_thread": 1})
     run_program(folder, "train")
     return read_json(folder / "reports/train.json", stage="train")
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     sources = {"python-docs": "python-docs"} | dict(text.split("=", 1) for text in arguments.text)
+    require((len(sources) >= 4, f"the runs are of four texts or more: give {4 - len(sources)} more by --text"))
     rows = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
     done = {tuple(row[key] for key in asdict(Trial("", 1))) for row in rows}
     trials = [each for each in dict.fromkeys(grid(list(sources))) if tuple(map(str, asdict(each).values())) not in done]

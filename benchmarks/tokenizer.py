@@ -178,14 +178,14 @@ def encode_ours(folder: Path, n_thread: int, vocab_size: int) -> Callable[[], An
 
 def write_others(folder: Path, encode: Callable[[list[str]], Iterator[list[int]]]) -> Callable[[], Any]:
     """Encode batches of documents into a file of ids, which must be ours."""
-    texts, eos = texts_of(folder), load_tokenizer(folder).eos_id
+    texts, tokenizer = texts_of(folder), load_tokenizer(folder)
 
     def work() -> None:
         with open(folder / "others.bin", "wb") as file:
             for begin in range(0, len(texts), 1000):
                 for ids in encode(texts[begin : begin + 1000]):
-                    np.array([eos, *ids], np.uint16).tofile(file)
-            np.array([eos], np.uint16).tofile(file)
+                    np.array([tokenizer.eos_id, *ids], tokenizer.dtype).tofile(file)
+            np.array([tokenizer.eos_id], tokenizer.dtype).tofile(file)
 
     def check() -> None:
         assert (folder / "others.bin").read_bytes() == (folder / "ours.bin").read_bytes(), "other ids than ours"
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, action="append", default=[], help="more text; can be repeated")
-    parser.add_argument("--only", default="train,encode,prompt", help="tasks, of train, encode and prompt")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument("--measure", nargs=3, metavar=("TASK", "NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -289,7 +289,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = gather(Path(folder), args.megabytes * 1_000_000, args.folder)
         print(f"{size / 1e6:.0f} MB of text, vocabulary {args.vocab_size}\n")
-        for task in args.only.split(","):
+        if "train" not in args.only:  # the others need its tokenizer
+            train_ours(Path(folder), args.threads, args.vocab_size)()
+        for task in args.only:
             compare(task, Path(folder), size, args)
 
 

@@ -64,7 +64,7 @@ def newton_schulz() -> Figure:
 
 
 def schedules() -> Figure:
-    """Share of the peak by step, for each schedule with the default's warmup."""
+    """Share of the peak by step, for each schedule."""
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.subplots()
     params = dataclasses.replace(load_params(TrainParams), warmup_steps=100)
