@@ -54,7 +54,7 @@ from tinygpt.model.weights import load_model, load_pair
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.json_format import BYTE_TO_CHAR
 
-CONFIG: dict[str, Any] = TARGET | {"vocab_size": 2048}
+CONFIG = GPTConfig(**TARGET, vocab_size=2048)
 N_PROMPT, N_NEW = 200, 48
 BATCH_SIZE, N_BATCH_PROMPT, N_BATCH_NEW = 32, 64, 96
 N_SAME = 8  # tokens after each prompt that must be the same
@@ -87,13 +87,13 @@ HOW = {"likeliest": Sampling(temperature=0, ignore_eos=True), "temperature 0.8":
 def random_prompts(n: int, n_token: int) -> list[list[int]]:
     """Ids drawn uniformly."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(CONFIG["vocab_size"] - 1, (n, n_token), generator=generator).tolist()
+    return torch.randint(CONFIG.vocab_size - 1, (n, n_token), generator=generator).tolist()
 
 
 def pairs_tokenizer() -> Tokenizer:
     """A vocabulary of CONFIG's size: the bytes and the first pairs of them."""
     alphabet = list(BYTE_TO_CHAR)
-    merges = [(a, b) for a in alphabet for b in alphabet][: CONFIG["vocab_size"] - len(alphabet) - 1]
+    merges = [(a, b) for a in alphabet for b in alphabet][: CONFIG.vocab_size - len(alphabet) - 1]
     tokens = [*alphabet, *(a + b for a, b in merges), EOS]
     return Tokenizer(tokens, merges, {EOS: len(tokens) - 1})
 
@@ -113,7 +113,7 @@ def time_decoder(model: GPT, prompts: list[list[int]], n_new: int) -> Speed:
 @torch.inference_mode()
 def time_recompute(model: GPT) -> Speed:
     """Time the model without a cache: a full context for each token."""
-    ids = torch.tensor(random_prompts(1, CONFIG["block_size"]))
+    ids = torch.tensor(random_prompts(1, CONFIG.block_size))
     began = time.perf_counter()
     for _ in range(3):
         int(model.lm_head(model.hidden(ids)[:, -1]).argmax())
@@ -151,6 +151,7 @@ class LlamaSlots(LlamaCpp):
     So keys and values are in float16: in float32 a step took twice as long.
     """
 
+    N_SLOT = BATCH_SIZE
     FIELDS: ClassVar[dict[str, Any]] = {
         "token": ctypes.c_int32,
         "pos": ctypes.c_int32,
@@ -161,7 +162,7 @@ class LlamaSlots(LlamaCpp):
 
     def _open_context(self, n_threads: int) -> int:
         params = self._lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = BATCH_SIZE * self.n_ctx, BATCH_SIZE
+        params.n_ctx, params.n_seq_max = self.N_SLOT * self.n_ctx, self.N_SLOT
         params.n_threads = params.n_threads_batch = n_threads
         context: int = self._lib.llama_init_from_model(self._model, params)
         return context
@@ -192,10 +193,16 @@ class LlamaSlots(LlamaCpp):
         return found.argmax(-1).tolist()
 
 
+class LlamaSlot(LlamaSlots):
+    """llama.cpp with one sequence."""
+
+    N_SLOT = 1
+
+
 def llama_of(path: Path, n_thread: int) -> Generate:
     """llama.cpp, one sequence or several in slots."""
-    alone, slots = LlamaCpp(path, n_threads=n_thread), LlamaSlots(path, n_threads=n_thread)
-    return lambda prompts, n: [alone.greedy(prompts[0], n)] if len(prompts) == 1 else slots.generate(prompts, n)
+    alone, slots = LlamaSlot(path, n_threads=n_thread), LlamaSlots(path, n_threads=n_thread)
+    return lambda prompts, n: (alone if len(prompts) == 1 else slots).generate(prompts, n)
 
 
 def ctranslate2_of(folder: Path, kind: str, n_thread: int, names: list[str]) -> Generate:
@@ -312,7 +319,7 @@ def programs(folder: Path, n_thread: int) -> dict[str, Run]:
     """The runs to measure, by name."""
     if importlib.util.find_spec("openvino_genai"):
         importlib.import_module("openvino_genai")  # first: loaded after llama.cpp's library, it crashes
-    model, tokenizer = random_model(GPTConfig(**CONFIG)).half().float(), pairs_tokenizer()  # so that F16 is exact
+    model, tokenizer = random_model(CONFIG).half().float(), pairs_tokenizer()  # so that F16 is exact
     single, many = random_prompts(1, N_PROMPT), random_prompts(BATCH_SIZE, N_BATCH_PROMPT)
     tokenizer.save(folder)
     export_hf(model, tokenizer, folder, folder / "hf")
@@ -328,8 +335,7 @@ def programs(folder: Path, n_thread: int) -> dict[str, Run]:
         runs[f"ours{kind}{how}"] = partial(time_decoder, one, single, N_NEW)
         runs[f"ours{kind} batch{how}"] = partial(time_decoder, one, many, N_BATCH_NEW)
     theirs = others(folder, tokenizer, n_thread)
-    for prompts in single, many:
-        check_same(model, theirs, prompts)
+    check_same(model, theirs, many)
     for name, generate in theirs.items():
         runs[name] = partial(time_twice, partial(generate, single), N_NEW)
         runs[f"{name} batch"] = partial(time_twice, partial(generate, many), N_BATCH_NEW)

@@ -105,6 +105,8 @@ def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
     for left in study.get_trials(states=[TrialState.RUNNING]):  # by a sweep that was stopped
         study.tell(left.number, state=TrialState.FAIL)
         study.enqueue_trial(left.params)
+    if not study.trials:
+        must_be_free(study.study_name)
     failed = 0
     while len(study.get_trials(states=[TrialState.COMPLETE])) < n_trials:
         trial = study.ask()
@@ -125,6 +127,14 @@ def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
     best_name = f"{study.study_name}-{study.best_trial.number}"
     n_done = len(study.get_trials(states=[TrialState.COMPLETE]))
     print(f"{best_name} has the lowest val_loss of {n_done}: `dvc exp apply {best_name}` makes it yours")
+
+
+def must_be_free(name: str) -> None:
+    """Raise UserError if experiments have the names of trials: the study that ran them is another one, or is gone."""
+    command = [sys.executable, "-m", "dvc", "exp", "list", "--name-only"]
+    names = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    if taken := [each for each in names if re.fullmatch(rf"{re.escape(name)}-\d+", each)]:
+        raise UserError(f"{taken[0]} is an experiment of another study: give another --name, or `dvc exp remove` it")
 
 
 def suggest(trial: Trial, key: str, value: str) -> str:

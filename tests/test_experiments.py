@@ -151,6 +151,8 @@ def test_nothing_is_left_to_do_and_the_best_is_applied(here, project, command):
     best = min(losses, key=losses.__getitem__)
     said = succeed(SWEEP.format(2), project)
     assert f"{best} has the lowest val_loss of 2: `dvc exp apply {best}`" in said and "Running stage" not in said
+    said = run(f"{SWEEP.format(2)} --study other.db", project).stdout
+    assert re.search(r"error: sweep-\d is an experiment of another study: give another --name", said)
     succeed(f"dvc exp apply {best}", project)
     assert f"{read_json(project / 'reports/train.json', stage='train')['val_loss']:.4f}" == f"{losses[best]:.4f}"
 
