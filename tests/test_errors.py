@@ -139,6 +139,7 @@ def test_a_closed_output_is_not_a_mistake(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python does for `>&-`
     monkeypatch.setattr(sys, "stderr", None)
     program(lambda: print("x", sys.stdout.isatty(), sys.stderr.isatty()))()
+    program(lambda: sys.stdout.buffer.write(b"x"))()
 
 
 @pytest.mark.parametrize(

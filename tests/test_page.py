@@ -334,6 +334,8 @@ def test_prompts_of_the_held_out_text_end_before_a_space_and_continue_as_it_does
         assert prompt and not prompt[-1].isspace() and "\ufffd" not in prompt + followed
         assert any(text.startswith(prompt + followed) for text in texts) and followed
     assert all(followed[0].isspace() for _, followed in found[:3])  # prompts end at a word's end, if there are words
+    more = PARAMS.__class__(**{**vars(params), "held_out_prompts": 10})
+    assert list(held_out(tokens, tiny_tokenizer, more, 64)) == found  # each document once
 
 
 def test_the_page_stays_small_whatever_the_text_and_the_model(tiny_tokenizer):

@@ -93,7 +93,9 @@ def test_a_sample_has_as_much_of_every_part_of_a_text(n_document, tmp_path):
         "".join(words[i * len(words) // n_document : (i + 1) * len(words) // n_document]) for i in range(n_document)
     ]
     write_split(tmp_path, texts)
-    found = "".join(measure.sample_of(split_file(tmp_path, "train")))
+    texts, n_bytes = measure.sample_of(split_file(tmp_path, "train"))
+    found = "".join(texts)
+    assert n_bytes == pytest.approx(9_800_000, rel=0.01)
     assert len(found) == pytest.approx(measure.SAMPLE, rel=0.02)
     for digit in "0123456789":
         assert found.count(digit) == pytest.approx(measure.SAMPLE * 6 / 70, rel=0.15)
@@ -101,7 +103,7 @@ def test_a_sample_has_as_much_of_every_part_of_a_text(n_document, tmp_path):
 
 def test_a_sample_of_a_small_text_is_all_of_it(tmp_path):
     write_split(tmp_path, ["a b", "ü" * 100_000])
-    assert measure.sample_of(split_file(tmp_path, "train")) == ["a b", "ü" * 100_000]
+    assert measure.sample_of(split_file(tmp_path, "train")) == (["a b", "ü" * 100_000], 200_003)
 
 
 def write_split(folder, texts):
@@ -136,6 +138,11 @@ def test_a_time_that_is_too_short_is_answered_with_the_least_that_is_not():
     assert planner().best(least).seconds <= least
     with pytest.raises(UserError):
         planner().best(least / 1.05 - 6)  # the answer was rounded up to a tenth of a minute
+
+
+def test_processes_share_each_batch():
+    assert planner().best(600).recipe.batch_size < 32
+    assert dataclasses.replace(planner(), n_process=32).best(600).recipe.batch_size == 32
 
 
 def test_the_steps_take_the_time():
@@ -233,8 +240,9 @@ def test_it_says_what_it_would_train_and_writes_it(folder, capsys):
 def test_another_kind_of_tokenizer_stays(kind, folder, capsys):
     set_params(folder, {"tokenizer.kind": kind})
     run_stages("download clean", folder)
-    plan("--bpb 5")
-    assert "expected" in capsys.readouterr().out
+    plan("--bpb 5 --write")
+    said = capsys.readouterr().out
+    assert "expected" in said and "tokenizer." not in said
 
 
 @pytest.mark.parametrize(
@@ -269,6 +277,12 @@ def test_a_text_that_is_missing_or_too_small_is_said(folder):
     )
     run_stages("download clean", folder)
     with pytest.raises(UserError, match=r"the text gives .* tokens to learn from and .* to measure on.*use more text"):
+        plan("--minutes 5")
+
+
+def test_processes_that_can_share_no_batch_are_refused(folder):
+    set_params(folder, {"runtime.n_process": 3})
+    with pytest.raises(UserError, match=r"runtime.n_process=3 must be 1, 2, 4, … or 128: a plan's"):
         plan("--minutes 5")
 
 

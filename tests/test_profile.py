@@ -76,7 +76,7 @@ def test_activations_counted_without_computing_are_those_of_a_real_step(changes)
     counted = memory(model.config)
     assert counted.activations == pytest.approx(kept_by_a_step(model), rel=0.01)
     assert counted.weights == counted.gradients == counted.optimizer / 2 == 4 * model.n_params()
-    assert counted.kv_cache == 2 * 4 * 2 * 4 * 8 * 64
+    assert counted.kv_cache == 2 * 4 * 2 * 4 * 8 * changes.get("window", 64)
 
 
 @given(
@@ -215,7 +215,10 @@ def test_profile_prints_the_costs_and_warns_of_a_run_that_will_not_fit(params, c
     assert said.returncode == 0 and "of 4194304 sequences" not in said.stdout
     set_params(folder, {"train.batch_size": 4, "tokenizer.kind": "byte", "runtime.micro_batch_size": None})
     assert f"embedding {257 * 32:,}" in command("profile", "--no-measure").stdout
-    set_params(folder, {"model.n_embd": 2**17})  # terabytes in one layer
+    set_params(folder, {"runtime.n_process": 2})
+    said = command("profile", "--no-measure").stdout
+    assert "\nprocesses   2: what follows is for each of them\n" in said and "of 2 sequences" in said
+    set_params(folder, {"model.n_embd": 2**17, "runtime.n_process": 1})  # terabytes in one layer
     said = command("profile")
     assert said.returncode == 1
     assert "error: the run will not fit: lower runtime.micro_batch_size" in said.stderr

@@ -177,8 +177,13 @@ def test_checkpoints_are_kept_by_their_step_and_later_damaged_ones_go(folder):
 
 def test_a_run_of_adapters_is_not_taken_for_another(folder, command):
     training(NAMES[0], step=20, age=60)
+    (folder / NAMES[1] / "step-0000001.9.partial").mkdir(parents=True)  # a checkpoint that is being written
+    (folder / NAMES[1] / "step-0000001.9.partial/state.json").touch()
     said = command("generate", "--run", "newest", "--prompt", "The").stderr
-    assert said.endswith(f"{NAMES[0]} trains adapters, which --run cannot read: use data/model when it has finished\n")
+    assert said.endswith(
+        f"{NAMES[0]} has no model that --run can read: it trains adapters, or has just begun. Use data/model when it "
+        "has finished\n"
+    )
 
 
 def test_an_empty_runs_folder_is_not_a_mistake(folder, told):

@@ -65,13 +65,18 @@ class Stopped(Exception):
         super().__init__(message)
 
 
+def nowhere() -> io.TextIOWrapper:
+    """A stream for texts and bytes that nobody reads."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+
+
 def program(main: Callable[P, None]) -> Callable[P, None]:
     """Wrap a program's `main`: errors of a user, a file or the machine become one line on stderr and a status."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         is_first = heed_interrupts()
-        sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # None if closed: `… >&-`
+        sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None if closed: `… >&-`
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # so that ASCII and Latin-1 can print every name

@@ -91,7 +91,7 @@ def shard_results(
         total, todo = sum(shard.size for shard in shards), sum(shard.size for shard, _ in missing)
         n_worker = min(runtime.n_worker or n_cpu(), len(missing), 1 + todo // WORTH_A_WORKER)
         with progress(name, total=total, unit="B", start=total - todo) as bar:
-            for n_bytes in ENGINES[runtime.engine](work, missing, n_worker, runtime):
+            for n_bytes in ENGINES[runtime.engine](work, missing, n_worker, runtime) if missing else ():
                 bar.update(n_bytes)
         try:
             yield paths

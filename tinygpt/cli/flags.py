@@ -58,7 +58,8 @@ class EngineOptions(DeviceOptions):
             folder = find_run(None if self.run == "newest" else self.run, "step-*/state.json")
             if not (folder / "model/model.safetensors").exists():
                 raise UserError(
-                    f"{folder} trains adapters, which --run cannot read: use {paths.MODEL} when it has finished"
+                    f"{folder} has no model that --run can read: it trains adapters, or has just begun. Use "
+                    f"{paths.MODEL} when it has finished"
                 )
             return folder / "model"
         return self.model or (GGUF if self.engine == "llama.cpp" else paths.MODEL)
@@ -69,7 +70,8 @@ def find_run(name: str | None, file: str) -> Path:
 
     Raises UserError if there is none, or more than one with that name.
     """
-    files = sorted(runs_folder().glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+    whole = (path for path in runs_folder().glob(f"*/{file}") if not any(p.endswith(".partial") for p in path.parts))
+    files = sorted(whole, key=lambda path: path.stat().st_mtime)
     folders = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
     there = [*dict.fromkeys(folders[::-1])][::-1]  # each once, at its newest file
     named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from tinygpt.model.inside import parts_of
 from tinygpt.params import load_params, require
 from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
-from tinygpt.plan.recipe import SPREAD
+from tinygpt.plan.recipe import BATCH_SIZES, SPREAD
 from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
 from tinygpt.runtime import RuntimeParams, open_device, out_of_memory
 from tinygpt.tokenizer.kinds import TokenizerParams, expected_size
@@ -42,6 +43,8 @@ PROCESS_BYTES = 320e6  # of a training process, besides its step; measured in th
 def profile(args: Namespace) -> None:
     """Print the costs; exit with status 1 if the run will not fit."""
     model_params, train, runtime = load_params(ModelParams, TrainParams, RuntimeParams)
+    n_tokens, n_process = train.max_steps * train.batch_size * model_params.block_size, runtime.n_process
+    train = dataclasses.replace(train, batch_size=max(1, train.batch_size // n_process))
     vocab_size = expected_size(load_params(TokenizerParams), paths.TOKENIZER)
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
     device = open_device(runtime)
@@ -53,9 +56,10 @@ def profile(args: Namespace) -> None:
     if train.lora is not None:
         print(f"adapters    {adapted.n_params() - model.n_params():,} weights; only these are trained")
     flops = flops_per_token(config, train.lora)
-    n_tokens = train.max_steps * train.batch_size * config.block_size
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
     memory, free = memory_of(config, train, runtime, micro, device), available_memory(device)
+    if n_process > 1:
+        print(f"processes   {n_process}: what follows is for each of them")
     print(
         f"training    {human_bytes(memory.training)}: weights {human_bytes(memory.weights)}, gradients "
         f"{human_bytes(memory.gradients)}, {train.optimizer} {human_bytes(memory.optimizer)}, activations "
@@ -65,7 +69,7 @@ def profile(args: Namespace) -> None:
         f"generation  {human_bytes(memory.weights + memory.kv_cache)}: weights, and keys and values of "
         f"{config.block_size:,} tokens {human_bytes(memory.kv_cache)}"
     )
-    if memory.training > free:
+    if memory.training * (n_process if device.type == "cpu" else 1) > free:
         sys.stdout.flush()
         raise UserError(f"the run will not fit: {LESS_MEMORY}")
     if not args.no_measure:
@@ -77,7 +81,7 @@ def profile(args: Namespace) -> None:
             runtime = dataclasses.replace(runtime, micro_batch_size=micro)
         learner = Learner(GPT(config), train, runtime, device=device)
         speed, peak = tokens_per_second(learner), peak_flops(device, learner.precision)
-        print(f"speed       {speed:,.0f} tokens a second, so about {duration(n_tokens / speed)}")
+        print(f"speed       {speed:,.0f} tokens a second, so about {duration(n_tokens / n_process / speed)}")
         print(
             f"            {speed * flops / 1e9:,.1f} billion operations a second, {speed * flops / peak:.0%} of the "
             f"{peak / 1e9:,.1f} of a large matrix product in {learner.precision} (MFU)"
@@ -109,7 +113,10 @@ def plan(args: Namespace) -> None:
     chosen = planner.reach(args.bpb) if seconds is None else planner.best(seconds)
     print_plan(chosen, planner, runtime, device, seconds=seconds)
     if args.write:
-        write_values("plan", chosen.recipe.values())
+        values, tokenizer = chosen.recipe.values(), load_params(TokenizerParams)
+        if tokenizer.kind != "bpe" or tokenizer.from_file:
+            del values["tokenizer"]  # it stays as it is
+        write_values("plan", values)
 
 
 def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
@@ -121,9 +128,13 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
             "plan is for training from scratch: set train.init_from=scratch, and train.lora and tokenizer.from_file to "
             "null, or use `preset base`"
         )
+    n, most = runtime.n_process, BATCH_SIZES[-1]
+    require((most % n == 0, f"runtime.n_process={n} must be 1, 2, 4, … or {most}: a plan's batches are powers of two"))
     if Path(".dvc").exists():
         print("plan: running `dvc repro clean`, which gets and cleans the text unless that is done", file=sys.stderr)
-        done = subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet", "clean"], check=False)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for the `python` of dvc.yaml
+        command = [sys.executable, "-m", "dvc", "repro", "--quiet", "clean"]
+        done = subprocess.run(command, env=os.environ | {"PATH": path}, check=False)
         if done.returncode:
             raise UserError("there is no text to plan for: see the error of `dvc repro clean` above")
     start_s = time.process_time()  # so far Python has imported PyTorch, as each stage does
@@ -141,7 +152,10 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
             "run it again without them",
             file=sys.stderr,
         )
-    return Planner(text=text, speeds=speeds, model=model, train=train, others_s=others_s), device, runtime
+    planner = Planner(
+        text=text, speeds=speeds, model=model, train=train, others_s=others_s, n_process=runtime.n_process
+    )
+    return planner, device, runtime
 
 
 def print_plan(
@@ -169,11 +183,12 @@ def print_plan(
     if seconds is not None and plan.seconds < 0.8 * seconds:
         spare = duration(seconds - plan.seconds)
         print(f"to spare    {spare}, which would bring next to nothing with so little text")
-    memory = memory_of(config, params, runtime, recipe.batch_size, device).training + int(PROCESS_BYTES)
+    micro = _micro_batch_size(config, params, runtime, device, measure=False)
+    memory = memory_of(config, params, runtime, micro, device).training + int(PROCESS_BYTES)
     free = available_memory(device)
     print(f"memory      {human_bytes(memory)} in training; {human_bytes(free)} are free on {device}")
     if memory > free:
-        raise UserError(f"the run will not fit: {LESS_MEMORY}")
+        raise UserError(f"the run will not fit: plan for fewer --minutes, or {LESS_MEMORY}")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     files = []
     for kind in load_params(ExportParams).gguf:

@@ -133,7 +133,8 @@ class Rope(nn.Module):
             with torch.inference_mode(mode=False):  # training uses them too, even if an evaluation makes them
                 room = more_room(n, self.config.block_size)
                 tables = rope_tables(room, self.config.head_dim, self.config.rope_theta)
-                self.cos, self.sin = (table.to(self.cos) for table in tables)
+                cos, sin = (table.to(self.cos) for table in tables)
+                self.sin, self.cos = sin, cos  # in this order: another thread may look at the length of cos meanwhile
         return self.cos[:n], self.sin[:n]
 
 

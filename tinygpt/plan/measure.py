@@ -16,7 +16,7 @@ from torch import nn
 
 from tinygpt.corpus.folders import cut_lines, shard_texts, split_file, thin
 from tinygpt.encode import BulkEncoder
-from tinygpt.errors import UserError
+from tinygpt.errors import UserError, is_out_of_memory
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import attention_operations
@@ -133,7 +133,12 @@ def measure_speeds(
         recipe = Recipe(n_embd=n_embd, vocab_size=vocab_size, max_steps=1000, epochs=1)
         config = recipe.config(model)
         learner = Learner(GPT(config), recipe.training(train), runtime, device=device)
-        first, second = (step_seconds(learner, size) for size in (few, many))
+        try:
+            first, second = (step_seconds(learner, size) for size in (few, many))
+        except (MemoryError, RuntimeError) as error:
+            if not operations or not is_out_of_memory(error):
+                raise
+            break  # wider ones are judged by the widest that fits
         slope = max(1e-9, (second - first) / (many - few))  # seconds per additional sequence
         operations[n_embd] = flops_per_token(config) * config.block_size / slope
         per_weight[n_embd] = max(1e-12, first - few * slope) / config.n_weights(vocab_size)
@@ -162,13 +167,13 @@ def measure_text(
     Raises UserError if the text is too small for that.
     """
     files = {split: split_file(clean, split) for split in ("train", "val")}
-    sample, val = (sample_of(file) for file in files.values())
+    (sample, n_bytes), (val, n_val) = (sample_of(file) for file in files.values())
     tokenizers = {each.vocab_size: each for each in _tokenizers(tokenizer, sample)}
     n_val_bytes = sum(len(text.encode()) for text in val)
     per_token = {size: n_val_bytes / len(_ids(each, val)) for size, each in tokenizers.items()}
     vocab_size = min(tokenizers, key=lambda size: abs(size - 1024))
     ids, val_ids = (_ids(tokenizers[vocab_size], texts) for texts in (sample, val))
-    n_unique = len(ids) * files["train"].stat().st_size / sum(len(text.encode()) for text in sample)
+    n_unique = len(ids) * n_bytes / sum(len(text.encode()) for text in sample)
     recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
     recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
     if min(len(ids), len(val_ids)) <= recipe.block_size:
@@ -180,21 +185,27 @@ def measure_text(
     learner = Learner(smallest, recipe.training(train), runtime, device=device)
     bpb = _loss_after(learner, ids, val_ids) / math.log(2) / per_token[vocab_size]
     return Text(
-        train_bytes=files["train"].stat().st_size,
-        val_bytes=files["val"].stat().st_size,
+        train_bytes=n_bytes,
+        val_bytes=n_val,
         bytes_per_token=per_token,
         difficulty=bpb / LAW.loss(recipe.size(learner.config, per_token[vocab_size])),
     )
 
 
-def sample_of(file: Path) -> list[str]:
-    """Texts of a split or, if they have more than SAMPLE characters, evenly spaced pieces: one part may be harder."""
-    texts = [text for shard in thin(cut_lines(file), READ_BYTES) for text in shard_texts(shard)]
+def sample_of(file: Path) -> tuple[list[str], int]:
+    """Texts of a split or, if they have more than SAMPLE characters, evenly spaced pieces: one part may be harder.
+
+    Also how many bytes all of its texts have, without what JSON adds to them.
+    """
+    shards = thin(cut_lines(file), READ_BYTES)
+    texts = [text for shard in shards for text in shard_texts(shard)]
+    of_texts = sum(len(text.encode()) for text in texts) / max(1, sum(shard.size for shard in shards))
+    n_bytes = round(min(1.0, of_texts) * file.stat().st_size)  # texts end a little after a thin shard
     share = SAMPLE / max(SAMPLE, sum(map(len, texts)))
     if share == 1:
-        return texts
+        return texts, n_bytes
     pieces = [text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE)]
-    return [pieces[i] for i in np.linspace(0, len(pieces) - 1, round(share * len(pieces))).astype(int)]
+    return [pieces[i] for i in np.linspace(0, len(pieces) - 1, round(share * len(pieces))).astype(int)], n_bytes
 
 
 def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
@@ -220,7 +231,7 @@ def _tokenizers(params: TokenizerParams, texts: Iterable[str]) -> Iterator[Token
         return
     n_first = 257 + len(params.special_tokens)
     largest = None
-    for size in VOCAB_SIZES[::-1]:
+    for size in (size for size in VOCAB_SIZES[::-1] if size > n_first):
         try:
             largest = largest or learn_tokenizer(counts, dataclasses.replace(params, vocab_size=size))
         except UserError:  # the text is too small for this size

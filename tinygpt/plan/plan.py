@@ -46,6 +46,7 @@ class Planner:
     model: ModelParams
     train: TrainParams
     others_s: float  # seconds of the stages whose time depends on neither model nor steps
+    n_process: int = 1  # that share a batch
 
     def best(self, seconds: float) -> Plan:
         """The plan with the lowest loss in this time for all stages, or a shorter one if the rest gains almost nothing.
@@ -102,7 +103,7 @@ class Planner:
             per_token = self.speeds.step(config, 64) / 64 / shape.block_size * FORWARD
             evaluate_s = per_token * self.text.val_bytes / self.text.bytes_per_token[vocab_size]
             looks_s = (N_EVALUATIONS + 1) * per_token * self.train.eval_tokens
-            for batch_size in BATCH_SIZES:
+            for batch_size in (size for size in BATCH_SIZES if size % self.n_process == 0):
                 step_s = self.speeds.step(config, batch_size)
                 train_s = seconds - self.others_s - evaluate_s
                 max_steps = int((train_s - looks_s) / step_s)

@@ -98,7 +98,7 @@ def _without_old_metrics(one: Experiment) -> Experiment:
     if not one.metrics:
         return one
     files = DVCFileSystem(rev=one.rev)
-    with suppress(DvcException, OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(DvcException, OSError, ValueError, LookupError, TypeError, AttributeError):
         params, lock = (load_yaml(files.read_bytes(name)) for name in (PARAMS_FILE.name, "dvc.lock"))
         stages = lock["stages"]
         if any(_is_edited(stages[name], params) for name in DECIDING):
@@ -247,10 +247,10 @@ def marks(name: str, made: Sequence[Made]) -> list[str]:
     values = [one.metrics.get(name, math.inf) for one in made]
     params = differing([one.params for one in made])
     others = {*params, *(param.split(".")[0] for param in params)}
-    if name not in LOSSES or sum(map(math.isfinite, values)) < 2 or others & same:
-        return [""] * len(made)  # one run, or runs on different texts, have no best
-    best = min(values)
-    errors = [float(one.eval.get(error_name, 0.0)) for one in made]
+    is_unknown = any(name in one.metrics and error_name not in one.eval for one in made)
+    if name not in LOSSES or sum(map(math.isfinite, values)) < 2 or others & same or is_unknown:
+        return [""] * len(made)  # one run, runs on different texts, or one without an evaluation: none is best
+    errors, best = [float(one.eval.get(error_name, 0.0)) for one in made], min(values)
     of_best = errors[values.index(best)]
     return [
         "best" if value == best else "greyed" if value - best < 2 * math.hypot(error, of_best) else ""

@@ -114,8 +114,9 @@ def held_out(
     n_read = max(2, min(24, block_size // 4))
     starts, lengths = document_spans(tokens[:MOST_LOOKED_AT], tokenizer)
     starts = starts[lengths > 2 * n_read]
-    for i in range(min(params.held_out_prompts, len(starts))):
-        start = starts[len(starts) * (2 * i + 1) // (2 * params.held_out_prompts)]
+    n_prompt = min(params.held_out_prompts, len(starts))
+    for i in range(n_prompt):
+        start = starts[len(starts) * (2 * i + 1) // (2 * n_prompt)]
         ids = tokens[start : start + min(n_read + params.max_new_tokens, block_size)].tolist()
         ids = ids[: next((n for n, id in enumerate(ids) if id in tokenizer.border_ids), len(ids))]
         text = tokenizer.decode(ids).rstrip("\ufffd")

@@ -21,7 +21,8 @@ from tinygpt.progress import progress
 from tinygpt.report.config import EvaluateParams
 from tinygpt.tokens import TokenIds
 
-BATCH_TOKENS = 8192  # tokens of one forward pass
+BATCH_TOKENS = 8192  # tokens of one forward pass, at most
+BATCH_LOGITS = 2**26  # and their logits, unless one window has more
 
 
 def estimate(nll: NDArray[np.float64]) -> tuple[float, float]:
@@ -51,7 +52,7 @@ def token_nll(model: GPT, tokens: NDArray[np.integer], *, context: int, stride: 
     """Nats of every token but the first.  -> (len(tokens) - 1,)"""
     windows = [*iter_windows(len(tokens), context, stride)]
     device = model.tok_emb.weight.device
-    per_batch = max(1, BATCH_TOKENS // context)
+    per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.config.vocab_size) // context)
     nll = np.empty(len(tokens) - 1)
     with progress("evaluate", total=len(nll), unit="tokens") as bar, torch.inference_mode():
         for at in range(0, len(windows), per_batch):

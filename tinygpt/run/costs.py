@@ -75,12 +75,14 @@ def memory_of(
             recompute_blocks(model)  # so that the next count has only their inputs
         activations += _kept_bytes(model, lambda: model.hidden(ids[:, :-1]))
         gradients, optimizer = _learning_bytes(model, params)
+    windows = (config.window_of(layer) or config.block_size for layer in range(config.n_layer))
+    kept = [min(window, config.block_size) for window in windows]  # tokens of each layer in the cache
     return Memory(
         weights=FLOAT * model.n_params(),
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        kv_cache=2 * FLOAT * config.n_layer * config.n_kv_head * config.head_dim * config.block_size,
+        kv_cache=2 * FLOAT * config.n_kv_head * config.head_dim * sum(kept),
     )
 
 

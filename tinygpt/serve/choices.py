@@ -17,6 +17,8 @@ from tinygpt.model.inside import attention_maps
 from tinygpt.serve.request import Completion, Given, Refusal, Served, are_ids, check_ids, find_model, read_object
 from tinygpt.tokenizer import Tokenizer
 
+SCORED = 512  # positions whose logits are held at a time
+
 
 class Scores(NamedTuple):
     """Log-probabilities, in nats, of the last n ids of a text: not of its first id, nor of ids beyond the context."""
@@ -153,11 +155,15 @@ def usage(asked: Completion) -> dict[str, int]:
 @torch.inference_mode()
 def score(model: GPT, ids: Sequence[int], n_best: int) -> Scores:
     """Score ids in one forward pass over the last block_size of them."""
-    seen = list(ids[-model.config.block_size :])
-    logprobs = model(torch.tensor([seen], device=model.tok_emb.weight.device))[0, :-1].float().log_softmax(-1)  # (T, V)
-    chosen = logprobs.gather(1, torch.tensor(seen[1:], device=logprobs.device)[:, None])[:, 0]
-    best = logprobs.topk(min(n_best, logprobs.size(1)))
-    return Scores(chosen.cpu(), best.indices.int().cpu(), best.values.cpu())
+    seen = torch.tensor(ids[-model.config.block_size :], device=model.tok_emb.weight.device)
+    hidden = model.hidden(seen[None])[0, :-1]  # (T, C)
+    found = []
+    for part, targets in zip(hidden.split(SCORED), seen[1:].split(SCORED), strict=True):
+        logprobs = model.lm_head(part).float().log_softmax(-1)  # (t, V)
+        best = logprobs.topk(min(n_best, logprobs.size(1)))
+        chosen = logprobs.gather(1, targets[:, None])[:, 0]
+        found.append((chosen.cpu(), best.indices.int().cpu(), best.values.cpu()))
+    return Scores(*map(torch.cat, zip(*found, strict=True)))
 
 
 def describe(served: Served, created: int) -> dict[str, Any]:
@@ -186,7 +192,8 @@ def explain(raw: bytes, models: Mapping[str, Served]) -> dict[str, Any]:
         check_ids(field, ids, served)
     model, tokenizer = served.model, served.tokenizer
     seen = seen_before(prompt, text, model.config.block_size)
-    shares = model(torch.tensor([seen], device=model.tok_emb.weight.device))[0, -1].float().softmax(-1)
+    last = model.hidden(torch.tensor([seen], device=model.tok_emb.weight.device))[0, -1]
+    shares = model.lm_head(last).float().softmax(-1)
     best = shares.topk(min(20, len(shares))).indices.tolist()
     weights = attention_maps(model, seen, rows=slice(-1, None))[:, :, 0]  # (n_layer, n_head, T)
     return {

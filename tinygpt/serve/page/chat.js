@@ -31,6 +31,7 @@ export function startChat(found) {
   };
   pick("fresh").onclick = () => {
     stopper?.abort();
+    stopper = null; // what is written is not of this chat any more
     talk = [];
     pick("talk").replaceChildren();
     setStatus("");

@@ -239,6 +239,7 @@ function fill(select, count, was) {
 }
 
 function showAttention() {
+  if (!looking?.found) return; // another token was chosen, and the server has not answered yet
   const { tokens, attention } = looking.found;
   const [layer, head] = [pick("layer").value, pick("head").value];
   const layers = layer === "" ? attention : [attention[layer]];
