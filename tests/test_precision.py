@@ -26,9 +26,13 @@ def scale_to(one, scale):
     one.scaler.update(new_scale=scale)
 
 
-def test_auto_takes_bf16_only_where_the_processor_multiplies_it():
-    assert pick_precision("auto", CPU, 192) == ("bf16" if torch.cpu._is_amx_tile_supported() else "fp32")
-    assert pick_precision("auto", CPU, 128) == "fp32"
+def test_auto_takes_bf16_only_where_the_processor_multiplies_it(monkeypatch):
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    for flags, chosen in {(False, False): "fp32", (True, False): "bf16", (False, True): "bf16"}.items():
+        for name, flag in zip(names, flags, strict=True):
+            monkeypatch.setattr(torch.cpu, name, lambda flag=flag: flag)
+        assert pick_precision("auto", CPU, 192) == chosen
+        assert pick_precision("auto", CPU, 128) == "fp32"
     assert pick_precision("auto", torch.device("mps"), 192) == "fp32"
     named = ["fp32", "tf32", "bf16", "fp16"]
     assert [pick_precision(name, CPU, 192) for name in named] == named

@@ -116,25 +116,27 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 PRECISIONS = {  # choices of train.precision other than auto: the type of products, None = that of the weights
     "fp32": None,
     "tf32": None,  # a GPU cuts the mantissa of float32 to 10 bits; elsewhere the same as fp32
-    "bf16": torch.bfloat16,  # the range of float32, a mantissa of 7 bits; CPUs without AMX emulate it, slowly
+    "bf16": torch.bfloat16,  # the range of float32, a mantissa of 7 bits; older CPUs emulate it, slowly
     "fp16": torch.float16,  # for older GPUs; the loss is scaled so that gradients do not vanish
 }
-WORTH_CASTS = 192  # n_embd: in bf16 a step of 1024 tokens took 1.1 times as long at 128, 0.9 at 192, 0.7 at 384
+# n_embd: a step of 1024 tokens in bf16 took 1.1 times as long at 128 with AMX, 0.9 at 192, 0.7 at 384; with AVX512-BF16
+# it took 0.8 times as long at all of them
+WORTH_CASTS = 192
 
 
 def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
     """The precision that "auto" stands for: bf16 if the device has units for it, else fp32.
 
     The choice follows from the device's features, not from a timing, which might differ when the run continues and so
-    change its weights. CPUs take bf16 only with AMX, and only for models whose products are worth the casts:
-    AVX512-BF16 makes products at most twice as fast, and the casts undo that.
+    change its weights. CPUs take bf16 only with AMX or AVX512-BF16, and only for models whose products are worth the
+    casts.
     """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_units and n_embd >= WORTH_CASTS else "fp32"
+    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if device.type == "cpu" and has_units and n_embd >= WORTH_CASTS else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
