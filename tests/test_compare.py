@@ -146,14 +146,14 @@ def test_an_evaluation_of_another_model_or_with_other_params_is_left_out(project
     assert head.metrics.keys() > EVALUATED
 
 
-@pytest.mark.parametrize(
-    ("of_best", "of_other", "mark"), [(0.1, 0.0, "greyed"), (0.0, 0.1, "greyed"), (0.07, 0.06, "")]
-)
 def test_without_an_evaluation_no_run_is_the_best():
     found = [made("a", 3.0, 0.1), replace(made("b", 3.1, 0.1), eval={})]
     assert marks("val_loss", found) == ["", ""]
 
 
+@pytest.mark.parametrize(
+    ("of_best", "of_other", "mark"), [(0.1, 0.0, "greyed"), (0.0, 0.1, "greyed"), (0.07, 0.06, "")]
+)
 def test_the_errors_of_both_runs_count(of_best, of_other, mark):
     assert marks("val_loss", [made("a", 3.19, of_other), made("b", 3.0, of_best)]) == [mark, "best"]
 

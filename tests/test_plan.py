@@ -281,7 +281,7 @@ def test_a_text_that_is_missing_or_too_small_is_said(folder):
 
 
 def test_processes_that_can_share_no_batch_are_refused(folder):
-    set_params(folder, {"runtime.n_process": 3})
+    set_params(folder, {"runtime.n_process": 3, "train.batch_size": 6})
     with pytest.raises(UserError, match=r"runtime.n_process=3 must be 1, 2, 4, … or 128: a plan's"):
         plan("--minutes 5")
 

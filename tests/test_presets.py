@@ -234,7 +234,7 @@ def test_a_damaged_preset_is_reported_and_presets_are_listed(params, monkeypatch
         assert params.read_bytes() == before
     (params.parent / "presets/toy.yaml").write_bytes(b"# \x1b[2J\xff\n")
     preset(Namespace(name=None))
-    assert "toy          \\x1b[2J\ufffd\n" in capsys.readouterr().out
+    assert "toy               \\x1b[2J\ufffd\n" in capsys.readouterr().out
 
 
 ODD = [
