@@ -139,7 +139,7 @@ def test_an_evaluation_of_another_model_or_with_other_params_is_left_out(project
     set_params(project, {"evaluate.seed": 1})
     lock = load_yaml(Path("dvc.lock").read_bytes())
     (model,) = (each for each in lock["stages"]["evaluate"]["deps"] if each["path"] == "data/model")
-    model["md5"] = "0"
+    model["md5"] = f"{0:032}.dir"
     Path("dvc.lock").write_text(json.dumps(lock))
     workspace, head, *_ = find_experiments()
     assert "val_loss" in workspace.metrics and not EVALUATED & workspace.metrics.keys()
