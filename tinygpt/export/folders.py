@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,9 +121,8 @@ def _preset(folder: Path, config: GPTConfig) -> str:
 
 def _record() -> None:
     """Record data/base in dvc.lock: then it travels with experiments, and is pushed and pulled."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "dvc", "commit", "-q", "-f", "base"]
-    done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "rror" in line), "no reason given")
         raise UserError(f"{BASE} is written, but DVC could not add it ({said}): fix that and run `dvc commit -f base`")
