@@ -195,6 +195,7 @@ def tests(setup: Setup) -> dict[str, Case]:
         command = [sys.executable, "-m", "pytest", "-vv", "-rfE", "--tb=short", f"-n{workers}", "tests/test_gpu.py"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         timer = threading.Timer(max(5.0, setup.until - time.time() - 1), process.kill)
+        timer.daemon = True  # else this process would wait for it
         timer.start()
         for line in process.stdout or ():
             print(line, end="", flush=True)

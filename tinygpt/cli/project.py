@@ -65,7 +65,7 @@ def preset(args: Namespace) -> None:
     write_values(args.name, values)
     if "model" in values:
         same_text = not values.keys() & {"download", "clean", "tokenizer"}
-        warn_of_few_tokens(same_text=same_text, from_base="init_from" in values.get("train", {}))
+        warn_of_size(same_text=same_text, from_base="init_from" in values.get("train", {}))
 
 
 def write_values(name: str, values: dict[str, dict[str, Any]]) -> None:
@@ -92,10 +92,11 @@ def going_on(rules: dict[str, Any]) -> dict[str, Any]:
     return base | rules | {"train": train | {key: float(f"{scale * rate:.5g}") for key, rate in rates.items()}}
 
 
-def warn_of_few_tokens(*, same_text: bool, from_base: bool) -> None:
-    """Print a warning if a model is too large for its run, or for the text, unless that has just been changed.
+def warn_of_size(*, same_text: bool, from_base: bool) -> None:
+    """Print a warning if a model is too large for its run or text, or still starts from a base of other sizes.
 
-    A run that continues from a base takes the base's sizes, and its weights have been trained already.
+    `same_text`: the text has not just been changed.  `from_base`: the values are those of a base, whose weights have
+    been trained already.
     """
     from tinygpt.tokenizer.kinds import expected_size  # here, so that listing the presets does not wait for it
     from tinygpt.tokens import load_meta
