@@ -37,7 +37,10 @@ VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # the plan chooses from these
 SAMPLE = 3_000_000  # characters of the training text to learn tokenizers from, and of the validation text
 PIECE = 30_000  # characters of a text that are taken together
 READ_BYTES = 30_000_000  # of a split, to take pieces from
-PROBE_STEPS = 800  # of the small model; after 200 steps, forecasts are 3.7 percent off in place of 2.1
+COPY, NEAR = 12, 800  # bytes that must be equal for a copy, and how far back it may be: about a context
+COPIES_IN = 300_000  # bytes of validation text to look for copies in
+PROBE_SIZES = (1024, 4096)  # vocabularies of the small models: some texts prefer small ones, others large ones
+PROBE_STEPS = 800  # of each; after 200 steps, forecasts are twice as far off
 MOST_S = 12.0  # after which no other width is measured
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that measure a device's peak
 MEASURE_S = 1.0  # seconds of a measurement, at least
@@ -97,7 +100,8 @@ class Text:
     train_bytes: int
     val_bytes: int
     bytes_per_token: Mapping[int, float]  # by vocab_size
-    difficulty: float  # a factor in the law of the loss
+    copied: float  # share that repeats what stands shortly before it
+    difficulty: Mapping[int, float]  # a factor in the law of the loss, by vocab_size
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,11 @@ class Speeds:
         return beside + n_operations / between(self.operations, config.n_embd)
 
 
-def between(points: Mapping[int, float], n_embd: int) -> float:
-    """The value at a width, interpolated between measured widths in logarithms; beyond them, the nearest."""
-    widths = sorted(points)
-    logs = [math.log(points[width]) for width in widths]
-    return math.exp(np.interp(math.log(n_embd), [math.log(width) for width in widths], logs))
+def between(points: Mapping[int, float], at: int) -> float:
+    """The value at a width or vocabulary, interpolated between measured ones in logarithms; beyond, the nearest."""
+    sizes = sorted(points)
+    logs = [math.log(points[size]) for size in sizes]
+    return math.exp(np.interp(math.log(at), [math.log(size) for size in sizes], logs))
 
 
 def measure_speeds(
@@ -162,7 +166,7 @@ def measure_text(
     runtime: RuntimeParams,
     device: torch.device,
 ) -> Text:
-    """Learn tokenizers from a sample, and train a small model for some steps: its loss says how hard the text is.
+    """Learn tokenizers from a sample, and train small models for some steps: their losses say how hard the text is.
 
     Raises UserError if the text is too small for that.
     """
@@ -171,25 +175,23 @@ def measure_text(
     tokenizers = {each.vocab_size: each for each in _tokenizers(tokenizer, sample)}
     n_val_bytes = sum(len(text.encode()) for text in val)
     per_token = {size: n_val_bytes / len(_ids(each, val)) for size, each in tokenizers.items()}
-    vocab_size = min(tokenizers, key=lambda size: abs(size - 1024))
-    ids, val_ids = (_ids(tokenizers[vocab_size], texts) for texts in (sample, val))
-    n_unique = len(ids) * n_bytes / sum(len(text.encode()) for text in sample)
-    recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
-    recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
-    if min(len(ids), len(val_ids)) <= recipe.block_size:
-        raise UserError(
-            f"the text gives {len(ids):,} tokens to learn from and {len(val_ids):,} to measure on, but a sequence has "
-            f"{recipe.block_size}: use more text"
-        )
-    smallest = GPT(recipe.config(model), generator=torch.Generator().manual_seed(train.seed))
-    learner = Learner(smallest, recipe.training(train), runtime, device=device)
-    bpb = _loss_after(learner, ids, val_ids) / math.log(2) / per_token[vocab_size]
-    return Text(
-        train_bytes=n_bytes,
-        val_bytes=n_val,
-        bytes_per_token=per_token,
-        difficulty=bpb / LAW.loss(recipe.size(learner.config, per_token[vocab_size])),
-    )
+    copied, difficulty = copied_share(val), dict[int, float]()
+    for vocab_size in {min(tokenizers, key=lambda size: abs(size - near)) for near in PROBE_SIZES}:
+        ids, val_ids = (_ids(tokenizers[vocab_size], texts) for texts in (sample, val))
+        n_unique = len(ids) * n_bytes / sum(len(text.encode()) for text in sample)
+        recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
+        recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
+        if min(len(ids), len(val_ids)) <= recipe.block_size:
+            raise UserError(
+                f"the text gives {len(ids):,} tokens to learn from and {len(val_ids):,} to measure on, but a sequence "
+                f"has {recipe.block_size}: use more text"
+            )
+        smallest = GPT(recipe.config(model), generator=torch.Generator().manual_seed(train.seed))
+        learner = Learner(smallest, recipe.training(train), runtime, device=device)
+        bpb = _loss_after(learner, ids, val_ids) / math.log(2) / per_token[vocab_size]
+        size = recipe.size(learner.config, bytes_per_token=per_token[vocab_size], copied=copied)
+        difficulty[vocab_size] = bpb / LAW.loss(size)
+    return Text(train_bytes=n_bytes, val_bytes=n_val, bytes_per_token=per_token, copied=copied, difficulty=difficulty)
 
 
 def sample_of(file: Path) -> tuple[list[str], int]:
@@ -206,6 +208,20 @@ def sample_of(file: Path) -> tuple[list[str], int]:
         return texts, n_bytes
     pieces = [text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE)]
     return [pieces[i] for i in np.linspace(0, len(pieces) - 1, round(share * len(pieces))).astype(int)], n_bytes
+
+
+def copied_share(texts: Iterable[str]) -> float:
+    """The share of bytes that follow the same COPY bytes as shortly before: a model learns to copy there."""
+    data = "\n".join(texts).encode()
+    if len(data) > COPIES_IN:
+        starts = np.linspace(0, len(data) - PIECE, COPIES_IN // PIECE).astype(int)
+        data = b"".join(data[start : start + PIECE] for start in starts)
+    last, n_copied = dict[bytes, int](), 0
+    for at in range(COPY, len(data)):
+        before = last.get(data[at - COPY : at], -NEAR)
+        n_copied += at - before <= NEAR and data[before] == data[at]
+        last[data[at - COPY : at]] = at
+    return n_copied / max(1, len(data))
 
 
 def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:

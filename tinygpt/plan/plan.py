@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
-from tinygpt.plan.measure import Speeds, Text
+from tinygpt.plan.measure import Speeds, Text, between
 from tinygpt.plan.recipe import BATCH_SIZES, LAW, LAYERS, MIN_STEPS, MOST_WEIGHTS, N_EVALUATIONS, Recipe, dropout_for
 from tinygpt.train.config import TrainParams
 
@@ -84,8 +84,8 @@ class Planner:
 
     def lever(self, plan: Plan) -> str:
         """What would help most, in a sentence: more text or more time."""
-        more_text = dataclasses.replace(plan.recipe, epochs=plan.recipe.epochs / 4)
-        by_text = plan.bpb - self._bpb(more_text, plan.config)
+        epochs = min(plan.recipe.epochs, max(1.0, plan.recipe.epochs / 4))  # text that is never read brings nothing
+        by_text = plan.bpb - self._bpb(dataclasses.replace(plan.recipe, epochs=epochs), plan.config)
         by_time = plan.bpb - self.best(min(LONGEST_S, 4 * plan.seconds)).bpb
         (first, more), (second, less) = sorted([(by_text, "text"), (by_time, "time")], reverse=True)
         seen = f"the text is seen {plan.recipe.epochs:.1f} times"
@@ -94,7 +94,8 @@ class Planner:
 
     def _plans(self, seconds: float) -> Iterator[Plan]:
         """One for each model and batch size, with as many steps as there is time for."""
-        for n_embd, vocab_size in itertools.product(LAYERS, self.text.bytes_per_token):
+        sizes = [size for size in self.text.bytes_per_token if size >= min(self.text.difficulty)]
+        for n_embd, vocab_size in itertools.product(LAYERS, sizes):
             shape = Recipe(n_embd=n_embd, vocab_size=vocab_size, max_steps=1000, epochs=1)
             config = shape.config(self.model)
             n_unique = self.text.train_bytes / self.text.bytes_per_token[vocab_size]
@@ -123,4 +124,5 @@ class Planner:
 
     def _bpb(self, recipe: Recipe, config: GPTConfig) -> float:
         per_token = self.text.bytes_per_token[recipe.vocab_size]
-        return self.text.difficulty * LAW.loss(recipe.size(config, per_token))
+        size = recipe.size(config, bytes_per_token=per_token, copied=self.text.copied)
+        return between(self.text.difficulty, recipe.vocab_size) * LAW.loss(size)
