@@ -19,6 +19,7 @@ from typing import Any
 
 from tinygpt import paths
 from tinygpt.cli.project import PRESETS, apply_values
+from tinygpt.corpus.sources import SOURCES
 from tinygpt.errors import UserError, program
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import load_model
@@ -29,6 +30,7 @@ from tinygpt.train.config import TrainParams
 
 ROOT = Path(__file__).parent
 TO_A_MODEL = ("download", "clean", "train_tokenizer", "encode", "train")
+PATHS = ("download.source", "tokenizer.from_file")  # relative to the current folder
 AFTER_IT = ("evaluate", "plot", "export", "report")
 
 
@@ -56,7 +58,7 @@ def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
     groups: dict[str, dict[str, Any]] = {}
     for name, value in params.items():
         group, _, key = name.partition(".")
-        is_file = name == "download.source" and Path(value).exists()
+        is_file = name in PATHS and bool(value) and value not in SOURCES and Path(value).exists()
         groups.setdefault(group, {})[key] = str(Path(value).absolute()) if is_file else value
     project = Path(folder)
     project.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,13 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dvc.api
+import psutil
+from dvc.exceptions import DvcException
 from filelock import FileLock, Timeout
 
 from tinygpt.errors import UserError, program
@@ -64,6 +67,8 @@ def read_settings(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
     if wrong:
         raise UserError(f"-S {wrong[0]}: must be KEY=VALUE, such as train.lr=log:1e-3..1e-2")
     settings = {key: value for key, _, value in (text.partition("=") for text in texts)}
+    if len(settings) < len(texts):
+        raise UserError("-S has a key twice: give each once")
     check_names(settings)
     for key, value in settings.items():
         match = RANGE.fullmatch(value)
@@ -85,10 +90,14 @@ def open_study(path: Path, name: str, settings: dict[str, str], seed: int) -> St
     """The study of that name in a SQLite file, made if it is not there."""
     try:
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError:
         raise UserError("sweeps.optuna_sweep needs Optuna: pip install -r requirements-sweep.txt") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(storage=f"sqlite:///{path.absolute()}", study_name=name, load_if_exists=True)
+    try:
+        study = optuna.create_study(storage=f"sqlite:///{path.absolute()}", study_name=name, load_if_exists=True)
+    except SQLAlchemyError as error:
+        raise UserError(f"--study {path} is not a study of Optuna ({error.args[0]}): give another file") from None
     before = study.user_attrs.setdefault("settings", settings)
     if before != settings:
         theirs = " ".join(f"-S {key}={value}" for key, value in before.items())
@@ -103,6 +112,7 @@ def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
     from optuna.trial import TrialState
 
     for left in study.get_trials(states=[TrialState.RUNNING]):  # by a sweep that was stopped
+        must_have_ended(f"{study.study_name}-{left.number}")
         study.tell(left.number, state=TrialState.FAIL)
         study.enqueue_trial(left.params)
     if not study.trials:
@@ -127,6 +137,14 @@ def sweep(study: Study, settings: dict[str, str], n_trials: int) -> None:
     best_name = f"{study.study_name}-{study.best_trial.number}"
     n_done = len(study.get_trials(states=[TrialState.COMPLETE]))
     print(f"{best_name} has the lowest val_loss of {n_done}: `dvc exp apply {best_name}` makes it yours")
+
+
+def must_have_ended(name: str) -> None:
+    """Raise UserError if this experiment still trains: only the sweep was killed."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # it has ended, or is another user's
+            if name in process.cmdline() and Path(process.cwd()) == Path.cwd():
+                raise UserError(f"{name} is still training (process {process.pid}): wait until it ends, or stop it")
 
 
 def must_be_free(name: str) -> None:
@@ -156,7 +174,12 @@ def run_experiment(name: str, values: list[str]) -> float | None:
     except KeyboardInterrupt:  # the trainer has heard it, too, and saves
         process.wait()
         raise
-    return None if status else float(json.loads(dvc.api.read(REPORT, rev=name))["val_loss"])
+    if status:
+        return None
+    try:
+        return float(json.loads(dvc.api.read(REPORT, rev=name))["val_loss"])
+    except DvcException as error:  # DVC says that all went well, and keeps nothing
+        raise UserError(f"DVC has not kept {name} ({error}): see docs/troubleshooting.md, Experiments") from None
 
 
 if __name__ == "__main__":

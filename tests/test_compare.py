@@ -59,6 +59,11 @@ def test_params_that_differ_are_shown_as_params_yaml_has_them():
     }
 
 
+def test_the_code_of_stages_is_not_a_param():
+    code = {"train": "7dae8e8895dad6d4 python=3.11", "clean": "0077ef71e28dad0a python=3.11"}
+    assert experiment_of(row(**code)).params == experiment_of(row()).params
+
+
 def test_a_table_wider_than_the_terminal_is_printed_in_blocks_with_the_name_in_each():
     shown = table(row(), row("a", **{f"train.param_{i}": float(i) for i in range(9)}))
     whole, lines = as_text(shown, None).splitlines(), as_text(shown, 50).splitlines()

@@ -34,9 +34,8 @@ from safetensors.torch import load_file, save_file
 from test_train import make_learner
 
 from tinygpt.errors import UserError
-from tinygpt.params import ParamsError, load_params
+from tinygpt.params import ParamsError, load_params, require
 from tinygpt.run import processes
-from tinygpt.run.processes import open_devices
 from tinygpt.run.run import Run
 from tinygpt.train.config import ContextWarmup, EMAParams, LoRAParams, TrainParams
 from tinygpt.train.parallel import ALONE, World
@@ -187,7 +186,7 @@ def test_what_processes_cannot_share_is_reported_at_once():
     params = dataclasses.replace(PARAMS, optimizer="adamw8bit", precision="fp16")
     runtime = dataclasses.replace(RUNTIME, parallel="fsdp", micro_batch_size="auto")
     with pytest.raises(ParamsError) as told:
-        open_devices(runtime, World(0, 4, 0, 4), params)
+        require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=4)}))
     assert told.value.problems == [
         "train.batch_size=6 must be a multiple of the 4 processes that share it: "
         "set train.batch_size or runtime.n_process",
@@ -221,15 +220,15 @@ def project(done, tmp_path) -> Path:
     return folder
 
 
-def start_pair(folder: Path) -> list[ForkServerProcess]:
+def start_pair(folder: Path, second: Path | None = None) -> list[ForkServerProcess]:
     """Start two processes that train together, as torchrun does; the first writes to train.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "pair"}
     both |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    logs = ("train.log", "other.log")
-    return [start_trainer(folder, log, RANK=str(i), LOCAL_RANK=str(i), **both) for i, log in enumerate(logs)]
+    places = ((folder, "train.log"), (second or folder, "other.log"))
+    return [start_trainer(*place, RANK=str(i), LOCAL_RANK=str(i), **both) for i, place in enumerate(places)]
 
 
 def train_in_pair(folder: Path) -> str:
@@ -345,3 +344,15 @@ def test_a_users_mistake_is_one_line_for_all_processes_together(project):
     ]
     assert (project / "other.log").read_text() == ""
     assert not list(project.glob("runs/*/run.json"))  # only a finished run has one
+
+
+def test_a_process_other_than_the_first_says_why_it_failed(project, tmp_path):
+    elsewhere = tmp_path / "elsewhere"  # as on a second machine
+    shutil.copytree(project, elsewhere)
+    (elsewhere / "data/tokens/val.bin").unlink()
+    assert [status_of(process) for process in start_pair(project, elsewhere)] == [1, 1]
+    assert "error: train: another process has ended" in (project / "train.log").read_text()
+    assert (elsewhere / "other.log").read_text().splitlines() == [
+        "train: process 1 has failed:",
+        "error: data/tokens/val.bin not found: run `dvc repro encode` to make it",
+    ]

@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import RUNTIME, STEPS
+from filelock import FileLock
 from project import newest_step, set_params, start_trainer, status_of, wait_until
 from test_page import in_chromium, opened
 from test_playground import browser  # noqa: F401  a fixture
@@ -115,6 +117,30 @@ def test_a_second_terminal_sees_each_evaluation_and_makes_a_page(stopped, comman
         command("watch", "nothing").stderr
         == f"error: no run has a name that begins with nothing: choose one of {run.name}\n"
     )
+
+
+def test_a_run_is_watched_from_before_its_first_evaluation(stopped, command, monkeypatch):
+    monkeypatch.chdir(stopped)
+    monkeypatch.setattr("tinygpt.cli.runs.EVERY_S", 0.01)
+    (old,) = (stopped / "runs").iterdir()
+    new = stopped / "runs" / ("0" * 16)
+    shutil.copytree(old, new, ignore=shutil.ignore_patterns("train.csv"))
+    (new / "run.json").touch()  # it has begun later
+    held = FileLock(new / "lock", thread_local=False)
+    held.acquire()
+
+    def evaluate() -> None:
+        shutil.copy(old / "train.csv", new)
+        held.release()
+
+    waiter = threading.Timer(0.5, evaluate)
+    waiter.start()
+    try:
+        lines = command("watch").stdout.splitlines()
+    finally:
+        waiter.join()
+        shutil.rmtree(new)
+    assert lines[0].startswith(f"watching runs/{new.name};") and any(line.startswith("step ") for line in lines)
 
 
 def test_the_page_of_a_running_training_reloads_itself(stopped, tmp_path):

@@ -17,6 +17,7 @@ from test_train import PARAMS, fit, make_trainer, runs_in_tmp, same, train  # no
 from tinygpt.errors import UserError
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.params import ParamsError, from_mapping
+from tinygpt.run.folder import keep_name
 from tinygpt.run.loggers import LOGGERS, Loggers
 from tinygpt.run.run import Run
 from tinygpt.runtime import RuntimeParams
@@ -91,6 +92,16 @@ def test_tensorboard_has_each_step_once_also_after_a_kill(folder):
     for number in NUMBERS:
         assert scalars(log, number) == curve(trained.state.rows, number)
     assert [step for step, speed in scalars(log, "tokens_per_s") if speed > 0] == STEPS
+
+
+def test_tensorboard_has_each_step_once_though_the_run_got_its_name_later(folder):
+    pytest.importorskip("tensorboard")
+    trained = logged("tensorboard")
+    keep_name(folder, "tulip-bird")
+    with Loggers(["tensorboard"], folder, tiny_config(), PARAMS) as loggers:
+        loggers(trained.state)
+    assert scalars(tensorboard_log(folder), "val_loss") == curve(trained.state.rows, "val_loss")
+    assert not (folder / "tensorboard/tulip-bird").exists()
 
 
 def test_the_logged_speed_is_that_since_the_row_before(folder):

@@ -57,6 +57,18 @@ def test_wrong_names_are_refused_as_in_params_yaml(folder):
         quickstart.model_from_text("your.txt")
 
 
+def test_paths_are_those_of_the_current_folder_and_a_sources_name_is_not_one(folder):
+    (folder / "tiny").mkdir()
+    (folder / "tok").mkdir()
+    (folder / "tok/tokenizer.json").touch()
+    values = {"download.source": "tiny", "tokenizer.from_file": "tok/tokenizer.json", "tokenizer.kind": "bpe"}
+    project = quickstart.new_project("mine", values)
+    params = YAML(typ="safe", pure=True).load(project / "params.yaml")
+    assert params["download"]["source"] == "tiny"
+    assert params["tokenizer"]["from_file"] == str(folder / "tok/tokenizer.json")
+    quickstart.new_project("mine", {"tokenizer.from_file": None})
+
+
 def test_a_presets_run_is_a_folder_with_all_that_the_pipeline_makes(folder, monkeypatch, capsys):
     text = corpus().replace("ï", "i").encode()
     (folder / "mirror").mkdir()

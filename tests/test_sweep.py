@@ -49,6 +49,7 @@ def test_settings_are_keys_with_values_of_which_one_is_searched():
     [
         (["train.lr"], "-S train.lr: must be KEY=VALUE"),
         (["train.lr=3e-3"], "nothing to search"),
+        (["train.lr=1..2", "train.lr=1..3"], "-S has a key twice: give each once"),
         (
             ["trian.lr=1..2", "train.warmup_step=1..2"],
             r"key trian.lr \(did you mean train.lr\?\)\n.*mean train.warmup_steps\?",
@@ -68,6 +69,31 @@ def test_other_settings_are_refused_in_a_study_that_has_begun(tmp_path):
     with pytest.raises(UserError, match=r"has trials with -S train.lr=1..2: use these, or another --name"):
         open_study(tmp_path / "study.db", "a", {"train.lr": "1..3"}, seed=1)
     open_study(tmp_path / "study.db", "b", {"train.lr": "1..3"}, seed=1)
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("these are notes, not a database\n" * 100)
+    with pytest.raises(UserError, match=r"notes.txt is not a study of Optuna \(.*not a database.*give another file"):
+        open_study(tmp_path / "notes.txt", "a", {}, seed=1)
+
+
+def test_a_trial_that_still_trains_is_not_started_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"train.lr": "1..2"}
+    study = open_study(tmp_path / "study.db", "a", settings, seed=1)
+    study.ask()
+    with subprocess.Popen([sys.executable, "-c", "input()", "a-0"], stdin=subprocess.PIPE) as process:
+        with pytest.raises(UserError, match=rf"a-0 is still training \(process {process.pid}\): wait until it ends"):
+            optuna_sweep.sweep(study, settings, 1)
+        process.communicate(b"\n")
+    assert len(study.trials) == 1
+
+
+def test_an_experiment_that_dvc_has_not_kept_is_said(monkeypatch):
+    monkeypatch.setattr(optuna_sweep.subprocess, "Popen", lambda *args: subprocess.CompletedProcess(args, 0))
+    monkeypatch.setattr(subprocess.CompletedProcess, "wait", lambda process: 0, raising=False)
+    with pytest.raises(UserError, match=r"DVC has not kept nothing-0 \(.*see docs/troubleshooting.md, Experiments"):
+        optuna_sweep.run_experiment("nothing-0", [])
 
 
 def test_a_sweep_has_a_trial(monkeypatch):

@@ -122,7 +122,7 @@ def open_engine(options: EngineOptions, proposals: ProposalOptions | None = None
     Raises UserError with what is wrong with the files of the model, or of its draft.
     """
     if is_gguf(options.path):
-        return llama_engine(must_be_there(options.path, stage="export", wanted="a .gguf file"))
+        return llama_engine(must_be_there(options.path, "a .gguf file"))
     model, tokenizer = open_model(options.path, options.tokenizer)
     place(model, options)
     if proposals is None or not proposals.flag:

@@ -47,8 +47,10 @@ def profile(args: Namespace) -> None:
     train = dataclasses.replace(train, batch_size=max(1, train.batch_size // n_process))
     vocab_size = expected_size(load_params(TokenizerParams), paths.TOKENIZER)
     config = GPTConfig(**config_fields(model_params), vocab_size=vocab_size)
-    device = open_device(runtime)
-    micro = _micro_batch_size(config, train, runtime, device, measure=not args.no_measure)
+    is_split = n_process > 1 and runtime.parallel == "fsdp"
+    measure = not args.no_measure and not is_split  # one process alone would hold all weights
+    device = open_device(runtime, of=n_process)
+    micro = _micro_batch_size(config, train, runtime, device, measure=measure)
     with torch.device("meta"):
         model, adapted = GPT(config), build_trained(config, train.lora)
     parts = ", ".join(f"{name} {part.n_weights:,}" for name, part in parts_of(model).items() if part.n_weights)
@@ -58,6 +60,10 @@ def profile(args: Namespace) -> None:
     flops = flops_per_token(config, train.lora)
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
     memory, free = memory_of(config, train, runtime, micro, device), available_memory(device)
+    generating = memory.weights + memory.kv_cache
+    if is_split:
+        kept = {name: getattr(memory, name) // n_process for name in ("weights", "gradients", "optimizer")}
+        memory = dataclasses.replace(memory, **kept)
     if n_process > 1:
         print(f"processes   {n_process}: what follows is for each of them")
     print(
@@ -66,13 +72,13 @@ def profile(args: Namespace) -> None:
         f"{human_bytes(memory.activations)} of {micro} sequences; {human_bytes(free)} are free on {device}"
     )
     print(
-        f"generation  {human_bytes(memory.weights + memory.kv_cache)}: weights, and keys and values of "
+        f"generation  {human_bytes(generating)}: weights, and keys and values of "
         f"{config.block_size:,} tokens {human_bytes(memory.kv_cache)}"
     )
     if memory.training * (n_process if device.type == "cpu" else 1) > free:
         sys.stdout.flush()
         raise UserError(f"the run will not fit: {LESS_MEMORY}")
-    if not args.no_measure:
+    if measure:
         sys.stdout.flush()
         tokens = train.batch_size * config.block_size
         steps = f"at least two training steps of {tokens:,} tokens"
@@ -183,9 +189,11 @@ def print_plan(
     if seconds is not None and plan.seconds < 0.8 * seconds:
         spare = duration(seconds - plan.seconds)
         print(f"to spare    {spare}, which would bring next to nothing with so little text")
-    micro = _micro_batch_size(config, params, runtime, device, measure=False)
-    memory = memory_of(config, params, runtime, micro, device).training + int(PROCESS_BYTES)
-    free = available_memory(device)
+    n = runtime.n_process
+    share = dataclasses.replace(params, batch_size=recipe.batch_size // n)
+    micro = _micro_batch_size(config, share, runtime, device, measure=False)
+    memory = memory_of(config, share, runtime, micro, device).training + int(PROCESS_BYTES)
+    memory, free = memory * (n if device.type == "cpu" else 1), available_memory(device)
     print(f"memory      {human_bytes(memory)} in training; {human_bytes(free)} are free on {device}")
     if memory > free:
         raise UserError(f"the run will not fit: plan for fewer --minutes, or {LESS_MEMORY}")

@@ -33,7 +33,7 @@ from tinygpt.report.config import PlotParams
 from tinygpt.report.page import write_live
 from tinygpt.report.plots import plot_curves
 from tinygpt.report.reports import read_curve, read_samples
-from tinygpt.run.folder import checkpoints_in, read_name, read_plan, read_state
+from tinygpt.run.folder import PLAN_FILE, checkpoints_in, read_name, read_plan, read_state
 
 NAME = re.compile(r"([a-z-]+-)?[0-9a-f]{16}")
 SHORT = 8  # digits shown of a fingerprint
@@ -175,7 +175,9 @@ def _age(seconds: float) -> str:
 
 def watch(args: Namespace) -> None:
     """Print a line and a sample for each evaluation, past ones first, while the training runs."""
-    folder = find_run(args.run, "train.csv")
+    folder = find_run(args.run, PLAN_FILE)
+    while not (folder / "train.csv").exists() and is_locked(folder):  # before its first evaluation
+        time.sleep(EVERY_S)
     page, n_shown = args.page or REPORTS / "live.html", 0
     print(f"watching {folder}; {page} shows it in a browser")
     while True:

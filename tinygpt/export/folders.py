@@ -21,13 +21,14 @@ from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
 from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, filled_model, load_pair, read_fitting, save_model
-from tinygpt.paths import BASE, MODEL, TOKENIZER_FILE
+from tinygpt.paths import BASE, EXPORT, MODEL, TOKENIZER, TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 FOLDER = "a folder with config.json and model.safetensors, from tinygpt or transformers"
 PRESET_FILE = "preset.yaml"
 ADAPTER_FILE = "adapter.safetensors"
+MADE_BY = {MODEL: "train", TOKENIZER: "train_tokenizer", EXPORT: "export"}
 FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, PRESET_FILE, "README.md"}  # that a new base may replace
 
 
@@ -38,7 +39,7 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
     tokenizer of one of ours is in its folder, or in `tokenizer` next to it. Raises UserError that says what is wrong
     with the files.
     """
-    folder = must_be_there(Path(folder), stage="train")
+    folder = must_be_there(Path(folder))
     if not (folder / CONFIG_FILE).exists():
         if (folder / PEFT_FILE).exists():
             raise UserError(f"{folder} has adapters alone: {MODEL} is the model with them")
@@ -49,13 +50,13 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
             raise UserError(f"{folder} is a transformers folder, which has its own tokenizer: leave {tokenizer} out")
         config, tensors, found_tokenizer = read_hf_pair(folder)
         return filled_model(config, tensors), found_tokenizer
-    must_be_there(folder / WEIGHTS_FILE, stage="train")
+    must_be_there(folder / WEIGHTS_FILE)
     if tokenizer is None:
         tokenizer = tokenizer_of(folder) / TOKENIZER_FILE
         wanted = f"its folder with --tokenizer, or put it into {folder}"
     else:
         wanted = "a folder with tokenizer.json"
-    return load_pair(folder, must_be_there(Path(tokenizer), stage="train_tokenizer", wanted=wanted))
+    return load_pair(folder, must_be_there(Path(tokenizer), wanted))
 
 
 def tokenizer_of(folder: Path) -> Path:
@@ -79,10 +80,11 @@ def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]
     return config, tensors, tokenizer
 
 
-def must_be_there(path: Path, *, stage: str, wanted: str = FOLDER) -> Path:
-    """The path.  Raises UserError if it does not exist, naming `stage` for a path in data/, else `wanted`."""
-    if path.parts[:1] == MODEL.parts[:1]:
-        return must_exist(path, stage=stage)
+def must_be_there(path: Path, wanted: str = FOLDER) -> Path:
+    """The path.  Raises UserError if it does not exist, naming the stage that makes it, or else `wanted`."""
+    for made, stage in MADE_BY.items():
+        if path.is_relative_to(made):
+            return must_exist(path, stage=stage)
     if not path.exists():
         raise UserError(f"{path} not found: give {wanted}")
     return path

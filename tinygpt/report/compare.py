@@ -87,10 +87,15 @@ def experiment_of(row: dict[str, Any]) -> Experiment:
         name=row["Experiment"] or row["rev"],
         rev=None if row["rev"] == WORKSPACE else row["rev"],
         state=state,
-        params={key: _value(value) for key, value in row.items() if key.split(".")[0] in GROUPS and value is not None},
+        params={key: _value(value) for key, value in row.items() if _is_param(key) and value is not None},
         metrics=metrics,
         is_baseline=row["typ"] == "baseline",
     )
+
+
+def _is_param(key: str) -> bool:
+    """Whether it is group.key of params.yaml: DVC's rows also have the stages of reports/code.json."""
+    return "." in key and key.split(".")[0] in GROUPS
 
 
 def _without_old_metrics(one: Experiment) -> Experiment:

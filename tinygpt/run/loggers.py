@@ -107,7 +107,9 @@ class TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         trial = folder.name
-        folder = folder / "tensorboard" / read_name(folder)  # TensorBoard names runs after their folders
+        logs = folder / "tensorboard"
+        before = next(logs.rglob("events.out.tfevents.*"), None)  # it may have had no name then
+        folder = before.parent if before else logs / read_name(folder)  # TensorBoard names runs after their folders
         folder.mkdir(exist_ok=True, parents=True)
         log = EventAccumulator(str(folder)).Reload()
         self.last_step = max((log.Scalars(name)[-1].step for name in log.Tags()["scalars"]), default=-1)

@@ -25,11 +25,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from tinygpt.errors import UserError
+from tinygpt.errors import Stopped, UserError
 from tinygpt.params import require
 from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.train.config import TrainParams
-from tinygpt.train.parallel import ALONE, World
+from tinygpt.train.parallel import ALONE, FromFirst, World
 
 RESTARTS = 3  # after killed processes, before giving up
 PATIENCE_S = 120  # for a process asked to stop, to finish its step and save a checkpoint
@@ -47,7 +47,7 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
 
 def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
     """The device of this process.  Raises UserError if the processes cannot share the work."""
-    require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)}))
+    world.first(lambda: require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)})))
     device = open_device(runtime, number=world.local_rank, of=world.local_size)
     if runtime.cuda_graphs and device.type != "cuda":
         raise UserError("runtime.cuda_graphs=true needs a GPU: set it to false")
@@ -57,13 +57,19 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
 
 
 def _train_with_others(train: Callable[[World], None]) -> None:
-    """Raises UserError if another process has ended; the launcher reports why."""
+    """Raises UserError if another process has ended; that one reports why."""
+    world = _join()
     try:
-        train(_join())
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise UserError(f"train: another process has ended ({str(error).splitlines()[0]})") from None
+        train(world)
+    except (FromFirst, Stopped):
+        raise
+    except Exception as error:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise UserError(f"train: another process has ended ({str(error).splitlines()[0]})") from None
+        if world.rank:
+            sys.stderr = sys.__stderr__
+            print(f"train: process {world.rank} has failed:", file=sys.stderr)
+        raise
 
 
 def _launch(n_process: int) -> int:
@@ -105,7 +111,7 @@ def _launch(n_process: int) -> int:
 
 
 def _join() -> World:
-    """Connect to the other processes.  Only the first one writes to the terminal."""
+    """Connect to the other processes.  Only the first one writes to the terminal, until another fails."""
     cuda = torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])

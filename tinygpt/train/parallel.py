@@ -56,7 +56,7 @@ class World:
     def first(self, action: Callable[[], T]) -> T:
         """Run `action` in the first process while the others wait; all return its result.
 
-        If it raises, all raise: the first process the error itself, the others a UserError with its message.
+        If it raises, all raise: the first process the error itself, the others FromFirst with its message.
         """
         result, failure = cast(T, None), None
         if self.rank == 0:
@@ -69,13 +69,17 @@ class World:
             dist.broadcast_object_list(sent, src=0)
             result, message = sent
             if self.rank and message is not None:
-                raise UserError(message)
+                raise FromFirst(message)
         if failure:
             raise failure
         return result
 
 
 ALONE = World()
+
+
+class FromFirst(UserError):
+    """An error of the first process, which reports it."""
 
 
 class Parallel:
