@@ -18,7 +18,7 @@ from tinygpt.corpus import folders
 from tinygpt.corpus.documents import join_spans
 from tinygpt.corpus.folders import cut_lines, shard_texts, text_line, thin
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_write
+from tinygpt.files import atomic_write, runs_folder
 from tinygpt.shards import Shard, Span, shard_results
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,20 @@ def results(file: Path, work: shards.Work = upper, **changes: object) -> str:
         runtime=runtime,
     ) as paths:
         return "".join(path.read_text() for path in paths)
+
+
+def test_a_kill_while_results_are_removed_leaves_none_that_pass_for_finished_ones(file, monkeypatch):
+    def killed(folder: Path) -> None:
+        next(path for path in folder.iterdir() if path.stat().st_size).write_text("half")
+        raise KeyboardInterrupt
+
+    expected = results(file)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards.shutil, "rmtree", killed)
+        results(file)
+    assert [path.suffix for path in runs_folder().glob("upper-*")] == [".partial"]
+    assert results(file) == expected
+    assert not list(runs_folder().glob("upper-*"))
 
 
 def log(file: Path) -> list[list[str]]:

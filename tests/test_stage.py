@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from project import ROOT, SMALL, corpus, make_project, run_stages, set_params
 
+from stages import evaluate
 from tinygpt.stage import run_stage
 
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
@@ -66,6 +67,18 @@ def test_what_a_later_stage_would_refuse_is_refused_by_every_stage(name, folder,
     assert start(name, monkeypatch=monkeypatch) == 1
     assert "evaluate.context=1000000 must be at most model.block_size" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("edited", "status"), [("evaluate.seed", 1), ("evaluate.split", 1), ("train.seed", 0), ("runtime.n_thread", 0)]
+)
+def test_params_that_change_while_a_stage_uses_them_are_not_recorded(edited, status, folder, monkeypatch, capsys):
+    value = {"evaluate.split": "val"}.get(edited, 2)
+    monkeypatch.setattr(evaluate, "run", lambda root: set_params(root, {edited: value}))
+    monkeypatch.setattr(evaluate.run, "__module__", "stages.evaluate")
+    assert start("evaluate", monkeypatch=monkeypatch) == status
+    said = f"error: params.yaml has changed while this stage ran ({edited}): run it again, or with the values of before"
+    assert capsys.readouterr().err.startswith(said) == bool(status)
 
 
 @pytest.mark.parametrize(

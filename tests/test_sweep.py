@@ -71,7 +71,7 @@ def test_other_settings_are_refused_in_a_study_that_has_begun(tmp_path):
     open_study(tmp_path / "study.db", "b", {"train.lr": "1..3"}, seed=1)
 
 
-def test_a_file_that_is_no_study_is_refused(tmp_path):
+def test_another_file_than_a_study_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("these are notes, not a database\n" * 100)
     with pytest.raises(UserError, match=r"notes.txt is not a study of Optuna \(.*not a database.*give another file"):
         open_study(tmp_path / "notes.txt", "a", {}, seed=1)

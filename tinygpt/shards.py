@@ -85,6 +85,8 @@ def shard_results(
     folder = (runs or runs_folder()) / f"{name}-{fingerprint}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):  # one program at a time does this work
+        for removed in folder.parent.glob(f"{name}-*.partial"):
+            shutil.rmtree(removed)
         folder.mkdir(exist_ok=True)
         paths = [folder.absolute() / f"{i:06d}" for i in range(len(shards))]
         missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
@@ -96,9 +98,14 @@ def shard_results(
         try:
             yield paths
         except UserError:  # another try needs other params, and so another folder
-            shutil.rmtree(folder)
+            _remove(folder)
             raise
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove it under another name: a shard that a killed program had removed in part would pass for a finished one."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.partial")))
 
 
 def _in_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> Iterator[int]:

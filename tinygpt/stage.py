@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ import psutil
 
 from tinygpt.errors import UserError, printable, program
 from tinygpt.files import human_bytes
-from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_bytes
+from tinygpt.params import GROUPS, PARAMS_FILE, check_params, find_class, read_bytes, read_groups
 
 
 @program
@@ -23,18 +23,37 @@ def run_stage(run: Callable[[Path], None]) -> None:
     module, arguments = sys.modules[run.__module__], sys.argv[1:]
     if not arguments:
         try:
+            before = read_groups(PARAMS_FILE)
             check_memory(check_params())
         except UserError:
             if os.environ.get("RANK", "0") != "0":  # of the processes that `torchrun` starts, the first reports
                 sys.exit(1)
             raise
         run(Path())
+        must_be_unchanged(before, groups_of(module) - {"runtime"})
     elif arguments in (["--help"], ["-h"]):
         print(f"{module.__doc__}\n{described(module)}")
     else:
         found, how = printable(arguments[0]), "set params with `dvc exp run -S group.key=value`, see --help"
         print(f"error: a stage takes no arguments, found {found}: {how}", file=sys.stderr)
         sys.exit(2)
+
+
+def groups_of(module: ModuleType) -> set[str]:
+    """The groups of params.yaml that a stage imports."""
+    return {group for group in GROUPS if find_class(group) in vars(module).values()}
+
+
+def must_be_unchanged(before: Mapping[str, Mapping[str, Any]], groups: Collection[str]) -> None:
+    """Raise UserError if these groups have other values now: DVC would record those, which the stage did not use."""
+    now = read_groups(PARAMS_FILE)
+    keys = {(group, key) for group in groups for key in {*before[group], *now.get(group, {})}}
+    changed = [f"{g}.{key}" for g, key in sorted(keys) if before[g].get(key, keys) != now.get(g, {}).get(key, keys)]
+    if changed:
+        raise UserError(
+            f"{PARAMS_FILE} has changed while this stage ran ({', '.join(changed)}): run it again, or with the values "
+            "of before, which have given what is there now"
+        )
 
 
 def check_memory(groups: Mapping[str, Any]) -> None:
@@ -55,7 +74,7 @@ def check_memory(groups: Mapping[str, Any]) -> None:
 def described(module: ModuleType) -> str:
     """The groups of params.yaml that a stage imports, line by line."""
     text = read_bytes(PARAMS_FILE).decode(errors="replace").replace("\r\n", "\n")
-    groups = "|".join(group for group in GROUPS if find_class(group) in vars(module).values())
+    groups = "|".join(groups_of(module))
     blocks = re.findall(rf"^(?:{groups}):.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE)
     lines = [printable(line) for block in blocks for line in (*block.rstrip().split("\n"), "")]
     how = f"It takes no arguments: set keys in {PARAMS_FILE}, or use `dvc exp run -S group.key=value`."

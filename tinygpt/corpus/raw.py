@@ -90,7 +90,7 @@ class RawFolder:
         if not head:
             self.notes.add(LEFT_OUT, "empty", name)
         elif likely := likely_encoding(head):
-            advice = "" if self.encoding else f": set download.encoding={likely}"
+            advice = "" if self.encoding == likely else f": set download.encoding={likely}"
             self.notes.add(LEFT_OUT, "not UTF-8", f"{name} looks like {likely}{advice}")
         else:
             self.notes.add(LEFT_OUT, "packed twice" if name.lower().endswith(tuple(READERS)) else "binary", name)

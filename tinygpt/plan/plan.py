@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.plan.measure import Speeds, Text, between
-from tinygpt.plan.recipe import BATCH_SIZES, LAW, LAYERS, MIN_STEPS, MOST_WEIGHTS, N_EVALUATIONS, Recipe, dropout_for
+from tinygpt.plan.recipe import (
+    BATCH_SIZES,
+    BATCH_TOKENS,
+    LAW,
+    LAYERS,
+    MIN_STEPS,
+    MOST_WEIGHTS,
+    N_EVALUATIONS,
+    Recipe,
+    dropout_for,
+)
 from tinygpt.train.config import TrainParams
 
 LONGEST_S = 30 * 24 * 3600.0  # a month: longer runs are not considered
@@ -104,7 +114,8 @@ class Planner:
             per_token = self.speeds.step(config, 64) / 64 / shape.block_size * FORWARD
             evaluate_s = per_token * self.text.val_bytes / self.text.bytes_per_token[vocab_size]
             looks_s = (N_EVALUATIONS + 1) * per_token * self.train.eval_tokens
-            for batch_size in (size for size in BATCH_SIZES if size % self.n_process == 0):
+            batch_sizes = [n for n in BATCH_SIZES if n * shape.block_size >= BATCH_TOKENS and n % self.n_process == 0]
+            for batch_size in batch_sizes:
                 step_s = self.speeds.step(config, batch_size)
                 train_s = seconds - self.others_s - evaluate_s
                 max_steps = int((train_s - looks_s) / step_s)
