@@ -190,18 +190,6 @@ def test_a_tokenizer_is_taken_from_a_file_of_the_project(project):
     assert (project / "data/tokenizer/tokenizer.json").read_bytes() == (project / "taken.json").read_bytes()
 
 
-def test_a_typo_in_any_group_stops_before_training(project):
-    replace(project / "params.yaml", "  stride:", "  stirde:")
-    for stage in ("download", "clean", "train"):
-        assert "unknown key evaluate.stirde (did you mean evaluate.stride?)" in refused(stage, project)
-
-
-def test_an_impossible_export_is_refused_before_training(project):
-    set_params(project, {"model.position": "learned"})
-    assert "transformers and llama.cpp have no model with model.position=learned" in refused("train", project)
-    assert len(list(project.glob("runs/*/lock"))) == 1  # that of the first run
-
-
 def test_a_stage_run_by_hand_after_the_tokenizer_alone_has_changed_says_so_in_one_line(project):
     set_params(project, {"tokenizer.vocab_size": 300})
     run_stages("train_tokenizer", project)
