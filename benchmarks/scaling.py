@@ -13,7 +13,7 @@ comments and fonts. It has a few on eight more from Debian 12, to see how texts 
 to 13 million of gcide.dict and wn.dict in dict-gcide 0.48.5+nmu2 and dict-wn 3.0-37; linux, include/linux of
 linux-headers-6.1.0-50-common; perl, the *.pod of perl-doc 5.36.0; elisp, the *.el of emacs-el 28.2; polish and
 japanese, as german, from manpages-pl 4.18.1-1 and manpages-ja 0.5.0.0.20221215; french, the text of debian-reference-fr
-2.100; and five that repeat themselves much: docbook, the *.xsl of docbook-xsl 1.79.2; vim, the
+2.100. It has as few on five more, which repeat themselves much: docbook, the *.xsl of docbook-xsl 1.79.2; vim, the
 *.vim of vim-runtime 9.0.1378; cmake, the *.cmake of cmake-data 3.25.1; unicode, UnicodeData.txt of unicode-data 15.0.0;
 iso, the *.json of iso-codes 4.15.0.
 

@@ -38,16 +38,18 @@ def run(root: Path) -> None:
 
 def train(root: Path, world: World) -> None:
     """Train in one of the processes."""
-    model_params, params, runtime = load_params(ModelParams, TrainParams, RuntimeParams, path=root / PARAMS_FILE)
-    tokenizer, meta = load_tokenizer(root / TOKENIZER), load_meta(root / TOKENS, tokenizer=root / TOKENIZER)
-    config = GPTConfig(**config_fields(model_params), vocab_size=meta.vocab_size)
-    train_tokens, val_tokens = (load_tokens(root / TOKENS, n, at_least=config.block_size + 1) for n in ("train", "val"))
-    base_sha256 = None
-    if params.init_from == "base":
-        model = load_base(root / BASE, config, tokenizer)
-        base_sha256 = sha256_file(root / BASE / WEIGHTS_FILE)
-    else:
-        model = GPT(config, generator=torch.Generator().manual_seed(params.seed))
+    with world.together():
+        model_params, params, runtime = load_params(ModelParams, TrainParams, RuntimeParams, path=root / PARAMS_FILE)
+        tokenizer, meta = load_tokenizer(root / TOKENIZER), load_meta(root / TOKENS, tokenizer=root / TOKENIZER)
+        config = GPTConfig(**config_fields(model_params), vocab_size=meta.vocab_size)
+        least = config.block_size + 1
+        train_tokens, val_tokens = (load_tokens(root / TOKENS, name, at_least=least) for name in ("train", "val"))
+        base_sha256 = None
+        if params.init_from == "base":
+            model = load_base(root / BASE, config, tokenizer)
+            base_sha256 = sha256_file(root / BASE / WEIGHTS_FILE)
+        else:
+            model = GPT(config, generator=torch.Generator().manual_seed(params.seed))
     name = fingerprint(config, params, meta, base_sha256)
     runs = runs_folder(root)
 
@@ -58,7 +60,8 @@ def train(root: Path, world: World) -> None:
     with Run(
         name, config, params, runtime, tokenizer=tokenizer, world=world, runs=runs, show=show, called=called
     ) as run:
-        device = open_devices(runtime, world, params)
+        with world.together():
+            device = open_devices(runtime, world, params)
         if params.init_from == "scratch":
             set_first_weights(model, train_tokens)
         learner = Learner(model, params, runtime, device=device, world=world)

@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,8 +68,8 @@ def read_settings(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
     if wrong:
         raise UserError(f"-S {wrong[0]}: must be KEY=VALUE, such as train.lr=log:1e-3..1e-2")
     settings = {key: value for key, _, value in (text.partition("=") for text in texts)}
-    if len(settings) < len(texts):
-        raise UserError("-S has a key twice: give each once")
+    for key, n in Counter(text.partition("=")[0] for text in texts).items():
+        require((n == 1, f"-S {key} is given {n} times: give it once"))
     check_names(settings)
     for key, value in settings.items():
         match = RANGE.fullmatch(value)
@@ -143,7 +144,7 @@ def must_have_ended(name: str) -> None:
     """Raise UserError if this experiment still trains: only the sweep was killed."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):  # it has ended, or is another user's
-            if name in process.cmdline() and Path(process.cwd()) == Path.cwd():
+            if {"exp", "run", name} <= {*process.cmdline()} and Path(process.cwd()) == Path.cwd():
                 raise UserError(f"{name} is still training (process {process.pid}): wait until it ends, or stop it")
 
 

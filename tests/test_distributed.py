@@ -1,6 +1,7 @@
 """Several processes train one model as a single one would, and nothing is lost when one dies."""
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -34,8 +35,9 @@ from safetensors.torch import load_file, save_file
 from test_train import make_learner
 
 from tinygpt.errors import UserError
-from tinygpt.params import ParamsError, load_params, require
+from tinygpt.params import ParamsError, load_params
 from tinygpt.run import processes
+from tinygpt.run.processes import open_devices
 from tinygpt.run.run import Run
 from tinygpt.train.config import ContextWarmup, EMAParams, LoRAParams, TrainParams
 from tinygpt.train.parallel import ALONE, World
@@ -186,7 +188,7 @@ def test_what_processes_cannot_share_is_reported_at_once():
     params = dataclasses.replace(PARAMS, optimizer="adamw8bit", precision="fp16")
     runtime = dataclasses.replace(RUNTIME, parallel="fsdp", micro_batch_size="auto")
     with pytest.raises(ParamsError) as told:
-        require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=4)}))
+        open_devices(runtime, World(0, 4, 0, 4), params)
     assert told.value.problems == [
         "train.batch_size=6 must be a multiple of the 4 processes that share it: "
         "set train.batch_size or runtime.n_process",
@@ -346,13 +348,25 @@ def test_a_users_mistake_is_one_line_for_all_processes_together(project):
     assert not list(project.glob("runs/*/run.json"))  # only a finished run has one
 
 
+def test_a_process_whose_memory_is_full_says_so_though_it_is_not_the_first(monkeypatch):
+    def fail(world: World) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(processes, "_join", lambda: World(1, 2, 1, 2))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # which nobody reads
+    monkeypatch.setattr(sys, "__stderr__", io.StringIO())
+    with pytest.raises(MemoryError):
+        processes._train_with_others(fail)
+    assert sys.__stderr__.getvalue() == "train: process 1 has failed:\n" and sys.stderr is sys.__stderr__
+
+
 def test_a_process_other_than_the_first_says_why_it_failed(project, tmp_path):
     elsewhere = tmp_path / "elsewhere"  # as on a second machine
     shutil.copytree(project, elsewhere)
     (elsewhere / "data/tokens/val.bin").unlink()
     assert [status_of(process) for process in start_pair(project, elsewhere)] == [1, 1]
-    assert "error: train: another process has ended" in (project / "train.log").read_text()
-    assert (elsewhere / "other.log").read_text().splitlines() == [
-        "train: process 1 has failed:",
-        "error: data/tokens/val.bin not found: run `dvc repro encode` to make it",
-    ]
+    missing = "error: data/tokens/val.bin not found: run `dvc repro encode` to make it\n"
+    assert ((project / "train.log").read_text(), (elsewhere / "other.log").read_text()) == (missing, "")
+    (project / "data/tokens/val.bin").unlink()
+    assert [status_of(process) for process in start_pair(project)] == [1, 1]  # missing for both
+    assert ((project / "train.log").read_text(), (project / "other.log").read_text()) == (missing, "")

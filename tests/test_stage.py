@@ -77,7 +77,7 @@ def test_params_that_change_while_a_stage_uses_them_are_not_recorded(edited, sta
     monkeypatch.setattr(evaluate, "run", lambda root: set_params(root, {edited: value}))
     monkeypatch.setattr(evaluate.run, "__module__", "stages.evaluate")
     assert start("evaluate", monkeypatch=monkeypatch) == status
-    said = f"error: params.yaml has changed while this stage ran ({edited}): run it again, or with the values of before"
+    said = f"error: params.yaml was edited while this stage ran ({edited}), and its results are those of the old values"
     assert capsys.readouterr().err.startswith(said) == bool(status)
 
 

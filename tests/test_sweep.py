@@ -49,7 +49,7 @@ def test_settings_are_keys_with_values_of_which_one_is_searched():
     [
         (["train.lr"], "-S train.lr: must be KEY=VALUE"),
         (["train.lr=3e-3"], "nothing to search"),
-        (["train.lr=1..2", "train.lr=1..3"], "-S has a key twice: give each once"),
+        (["train.lr=1..2", "train.lr=1..3"], "-S train.lr is given 2 times: give it once"),
         (
             ["trian.lr=1..2", "train.warmup_step=1..2"],
             r"key trian.lr \(did you mean train.lr\?\)\n.*mean train.warmup_steps\?",
@@ -82,7 +82,7 @@ def test_a_trial_that_still_trains_is_not_started_again(tmp_path, monkeypatch):
     settings = {"train.lr": "1..2"}
     study = open_study(tmp_path / "study.db", "a", settings, seed=1)
     study.ask()
-    with subprocess.Popen([sys.executable, "-c", "input()", "a-0"], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", "input()", "exp", "run", "a-0"], stdin=subprocess.PIPE) as process:
         with pytest.raises(UserError, match=rf"a-0 is still training \(process {process.pid}\): wait until it ends"):
             optuna_sweep.sweep(study, settings, 1)
         process.communicate(b"\n")

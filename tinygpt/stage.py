@@ -51,8 +51,8 @@ def must_be_unchanged(before: Mapping[str, Mapping[str, Any]], groups: Collectio
     changed = [f"{g}.{key}" for g, key in sorted(keys) if before[g].get(key, keys) != now.get(g, {}).get(key, keys)]
     if changed:
         raise UserError(
-            f"{PARAMS_FILE} has changed while this stage ran ({', '.join(changed)}): run it again, or with the values "
-            "of before, which have given what is there now"
+            f"{PARAMS_FILE} was edited while this stage ran ({', '.join(changed)}), and its results are those of the "
+            "old values: run it again, or restore the old values first"
         )
 
 

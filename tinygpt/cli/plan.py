@@ -26,7 +26,15 @@ from tinygpt.params import load_params, require
 from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
 from tinygpt.plan.recipe import BATCH_SIZES, SPREAD
-from tinygpt.run.costs import LESS_MEMORY, available_memory, build_trained, find_micro_batch_size, halves, memory_of
+from tinygpt.run.costs import (
+    LESS_MEMORY,
+    Memory,
+    available_memory,
+    build_trained,
+    find_micro_batch_size,
+    halves,
+    memory_of,
+)
 from tinygpt.runtime import RuntimeParams, open_device, out_of_memory
 from tinygpt.tokenizer.kinds import TokenizerParams, expected_size
 from tinygpt.train.config import TrainParams
@@ -59,11 +67,8 @@ def profile(args: Namespace) -> None:
         print(f"adapters    {adapted.n_params() - model.n_params():,} weights; only these are trained")
     flops = flops_per_token(config, train.lora)
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
-    memory, free = memory_of(config, train, runtime, micro, device), available_memory(device)
-    generating = memory.weights + memory.kv_cache
-    if is_split:
-        kept = {name: getattr(memory, name) // n_process for name in ("weights", "gradients", "optimizer")}
-        memory = dataclasses.replace(memory, **kept)
+    whole, free = memory_of(config, train, runtime, micro, device), available_memory(device)
+    memory = _in_each(whole, runtime)
     if n_process > 1:
         print(f"processes   {n_process}: what follows is for each of them")
     print(
@@ -72,12 +77,14 @@ def profile(args: Namespace) -> None:
         f"{human_bytes(memory.activations)} of {micro} sequences; {human_bytes(free)} are free on {device}"
     )
     print(
-        f"generation  {human_bytes(generating)}: weights, and keys and values of "
+        f"generation  {human_bytes(whole.weights + whole.kv_cache)}: weights, and keys and values of "
         f"{config.block_size:,} tokens {human_bytes(memory.kv_cache)}"
     )
     if memory.training * (n_process if device.type == "cpu" else 1) > free:
         sys.stdout.flush()
         raise UserError(f"the run will not fit: {LESS_MEMORY}")
+    if is_split and not args.no_measure:
+        print("speed       not measured: with runtime.parallel=fsdp, no process holds all weights")
     if measure:
         sys.stdout.flush()
         tokens = train.batch_size * config.block_size
@@ -92,6 +99,14 @@ def profile(args: Namespace) -> None:
             f"            {speed * flops / 1e9:,.1f} billion operations a second, {speed * flops / peak:.0%} of the "
             f"{peak / 1e9:,.1f} of a large matrix product in {learner.precision} (MFU)"
         )
+
+
+def _in_each(whole: Memory, runtime: RuntimeParams) -> Memory:
+    """What each process holds: with fsdp, a part of the weights, the gradients and the optimizer's state."""
+    n = runtime.n_process if runtime.parallel == "fsdp" else 1
+    return dataclasses.replace(
+        whole, weights=whole.weights // n, gradients=whole.gradients // n, optimizer=whole.optimizer // n
+    )
 
 
 def _micro_batch_size(
@@ -192,9 +207,10 @@ def print_plan(
     n = runtime.n_process
     share = dataclasses.replace(params, batch_size=recipe.batch_size // n)
     micro = _micro_batch_size(config, share, runtime, device, measure=False)
-    memory = memory_of(config, share, runtime, micro, device).training + int(PROCESS_BYTES)
+    memory = _in_each(memory_of(config, share, runtime, micro, device), runtime).training + int(PROCESS_BYTES)
     memory, free = memory * (n if device.type == "cpu" else 1), available_memory(device)
-    print(f"memory      {human_bytes(memory)} in training; {human_bytes(free)} are free on {device}")
+    where = "" if n == 1 else ", all processes together" if device.type == "cpu" else ", in each process"
+    print(f"memory      {human_bytes(memory)} in training{where}; {human_bytes(free)} are free on {device}")
     if memory > free:
         raise UserError(f"the run will not fit: plan for fewer --minutes, or {LESS_MEMORY}")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -175,11 +175,12 @@ def _age(seconds: float) -> str:
 
 def watch(args: Namespace) -> None:
     """Print a line and a sample for each evaluation, past ones first, while the training runs."""
-    folder = find_run(args.run, PLAN_FILE)
+    begun = [path.parent for path in runs_folder().glob(f"*/{PLAN_FILE}") if is_locked(path.parent)]
+    folder = begun[0] if args.run is None and len(begun) == 1 else find_run(args.run, "train.csv")
+    page, n_shown = args.page or REPORTS / "live.html", 0
+    print(f"watching {folder}; {page} shows it in a browser", flush=True)
     while not (folder / "train.csv").exists() and is_locked(folder):  # before its first evaluation
         time.sleep(EVERY_S)
-    page, n_shown = args.page or REPORTS / "live.html", 0
-    print(f"watching {folder}; {page} shows it in a browser")
     while True:
         running = is_locked(folder)
         rows = read_curve(folder)

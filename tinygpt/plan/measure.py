@@ -33,14 +33,14 @@ from tinygpt.train.first_weights import set_first_weights
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
 
-VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # the plan chooses from these
+VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # the plan chooses from these, from 512 only for a tiny text
 SAMPLE = 3_000_000  # characters of the training text to learn tokenizers from, and of the validation text
 PIECE = 30_000  # characters of a text that are taken together
 READ_BYTES = 30_000_000  # of a split, to take pieces from
 COPY, NEAR = 12, 800  # bytes that must be equal for a copy, and how far back it may be: about a context
 COPIES_IN = 300_000  # bytes of validation text to look for copies in
 PROBE_SIZES = (1024, 4096)  # vocabularies of the small models: some texts prefer small ones, others large ones
-PROBE_STEPS = 800  # of each; after 200 steps, forecasts are twice as far off
+PROBE_STEPS = 800  # of each; from one after 200 steps, forecasts are 1.6 times as far off
 MOST_S = 12.0  # after which no other width is measured
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that measure a device's peak
 MEASURE_S = 1.0  # seconds of a measurement, at least

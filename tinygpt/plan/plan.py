@@ -104,7 +104,8 @@ class Planner:
 
     def _plans(self, seconds: float) -> Iterator[Plan]:
         """One for each model and batch size, with as many steps as there is time for."""
-        sizes = [size for size in self.text.bytes_per_token if size >= min(self.text.difficulty)]
+        measured = min(self.text.difficulty)  # below it, the law knows nothing of the text
+        sizes = [size for size in self.text.bytes_per_token if size >= measured]
         for n_embd, vocab_size in itertools.product(LAYERS, sizes):
             shape = Recipe(n_embd=n_embd, vocab_size=vocab_size, max_steps=1000, epochs=1)
             config = shape.config(self.model)

@@ -181,4 +181,4 @@ class Law:
 
 
 LAW = Law(weights=1.58, weights_power=0.193, power=0.44, start=0.284, overfit=0.385, repeats=0.715, batch=13_100)
-SPREAD = 0.1  # on two texts outside the fit, forecasts were 2 and 4 percent off; on a third, a fifth (docs/plan.md)
+SPREAD = 0.1  # on two texts outside the fit, forecasts were 2 percent off; on a third, a sixth (docs/plan.md)

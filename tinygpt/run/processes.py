@@ -47,7 +47,7 @@ def start(train: Callable[[World], None], runtime: RuntimeParams) -> None:
 
 def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> torch.device:
     """The device of this process.  Raises UserError if the processes cannot share the work."""
-    world.first(lambda: require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)})))
+    require(*params.rules_with({"runtime": dataclasses.replace(runtime, n_process=world.size)}))
     device = open_device(runtime, number=world.local_rank, of=world.local_size)
     if runtime.cuda_graphs and device.type != "cuda":
         raise UserError("runtime.cuda_graphs=true needs a GPU: set it to false")
@@ -57,9 +57,10 @@ def open_devices(runtime: RuntimeParams, world: World, params: TrainParams) -> t
 
 
 def _train_with_others(train: Callable[[World], None]) -> None:
-    """Raises UserError if another process has ended; that one reports why."""
-    world = _join()
+    """Raises UserError if another process has ended; that one, or its launcher, reports why."""
+    world = ALONE
     try:
+        world = _join()
         train(world)
     except (FromFirst, Stopped):
         raise

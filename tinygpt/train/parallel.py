@@ -74,6 +74,23 @@ class World:
             raise failure
         return result
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """If the block raises UserErrors in some processes, the first raises them all, and the others FromFirst."""
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        found: list[str | None] = [None] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, str(failure) if failure else None)
+        messages = [*dict.fromkeys(filter(None, found))]  # each once
+        if messages and self.rank:
+            raise FromFirst(messages)
+        if failure or messages:
+            raise failure or UserError(messages)
+
 
 ALONE = World()
 
