@@ -367,6 +367,11 @@ def test_a_process_other_than_the_first_says_why_it_failed(project, tmp_path):
     assert [status_of(process) for process in start_pair(project, elsewhere)] == [1, 1]
     missing = "error: data/tokens/val.bin not found: run `dvc repro encode` to make it\n"
     assert ((project / "train.log").read_text(), (elsewhere / "other.log").read_text()) == (missing, "")
+    (project / "data/tokens/train.bin").unlink()
+    assert [status_of(process) for process in start_pair(project, elsewhere)] == [1, 1]
+    both = (project / "train.log").read_text()
+    assert missing.removeprefix("error: ") in both and "data/tokens/train.bin not found" in both
+    shutil.copy(elsewhere / "data/tokens/train.bin", project / "data/tokens")
     (project / "data/tokens/val.bin").unlink()
     assert [status_of(process) for process in start_pair(project)] == [1, 1]  # missing for both
     assert ((project / "train.log").read_text(), (project / "other.log").read_text()) == (missing, "")

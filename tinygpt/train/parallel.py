@@ -88,8 +88,10 @@ class World:
         messages = [*dict.fromkeys(filter(None, found))]  # each once
         if messages and self.rank:
             raise FromFirst(messages)
-        if failure or messages:
-            raise failure or UserError(messages)
+        if failure and len(messages) < 2:
+            raise failure
+        if messages:
+            raise UserError(messages)
 
 
 ALONE = World()
