@@ -52,6 +52,15 @@ def test_the_constants_are_those_of_the_runs():
     assert math.sqrt(sum(error**2 for error in errors) / len(errors)) < 0.02
 
 
+SIZE = Size(
+    n_weights=1e6,
+    n_all_weights=1.2e6,
+    n_tokens=1e6,
+    n_unique=1e6,
+    batch_tokens=1024,
+    bytes_per_token=2.5,
+    copied=0.1,
+)
 sizes = st.builds(
     Size,
     n_weights=st.floats(1e5, 1e9),
@@ -73,15 +82,7 @@ def test_more_text_and_smaller_batches_never_harm(size, times):
 
 
 def test_what_is_seen_again_counts_less_and_so_do_weights_that_a_text_says_little_about():
-    size = Size(
-        n_weights=1e6,
-        n_all_weights=1.2e6,
-        n_tokens=1e6,
-        n_unique=1e6,
-        batch_tokens=1024,
-        bytes_per_token=2.5,
-        copied=0.1,
-    )
+    size = SIZE
     again, anew = dataclasses.replace(size, n_tokens=4e6), dataclasses.replace(size, n_tokens=4e6, n_unique=4e6)
     assert LAW.loss(anew) < LAW.loss(again) < LAW.loss(size)
     embedded = dataclasses.replace(size, n_all_weights=4e6)
@@ -91,15 +92,7 @@ def test_what_is_seen_again_counts_less_and_so_do_weights_that_a_text_says_littl
 
 
 def test_long_tokens_help_to_learn_a_text_but_not_to_copy():
-    short = Size(
-        n_weights=1e6,
-        n_all_weights=1.2e6,
-        n_tokens=1e6,
-        n_unique=4e6,
-        batch_tokens=1024,
-        bytes_per_token=2.0,
-        copied=0.0,
-    )
+    short = dataclasses.replace(SIZE, n_unique=4e6, bytes_per_token=2.0, copied=0.0)
     long = dataclasses.replace(short, bytes_per_token=4.0, n_unique=2e6)  # of the same text, and as many are seen
     assert LAW.loss(long) < 0.97 * LAW.loss(short)
     copies = [LAW.loss(dataclasses.replace(size, copied=1.0)) for size in (short, long)]
