@@ -34,7 +34,7 @@ def run(root: Path) -> None:
     write_json(root / REPORTS / "clean.json", report)
     for name, n in list(repaired.items())[:MOST_NAMED]:
         found = f"{n:,} bytes of {printable(name)} were not UTF-8 and became U+FFFD"
-        print(f"clean: {found}: set download.encoding if they are text", file=sys.stderr)
+        print(f"clean: {found}: if they are text, repair the file or set download.encoding", file=sys.stderr)
     splits = ", ".join(
         f"{split} {report[f'{split}_documents']:,} ({human_bytes(report[f'{split}_bytes'])})" for split in SPLITS
     )

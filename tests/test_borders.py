@@ -27,7 +27,22 @@ from tinygpt.files import sha256_file
 from tinygpt.shards import Shard
 
 WIKI_START = SOURCES["wikitext-2"].document_start
-PIECES = ["a", "é", "\n", "\r\n", "\r", "--", "-", "𝄞", " ", " = T = \n", " = T = \r\n", "\n\n", " = = S = = \n"]
+PIECES = [
+    "a",
+    "é",
+    "\n",
+    "\r\n",
+    "\r",
+    "--",
+    "-",
+    "𝄞",
+    " ",
+    " = T = \n",
+    " = T = \r\n",
+    "\n\n",
+    " = = S = = \n",
+    " = \n",
+]
 
 
 def documents(raw: Path, n_bytes: int, *, newlines: bool) -> tuple[list[str], int]:

@@ -27,11 +27,13 @@ def bucket():
         ("memory://bucket/a/x.txt", {"x.txt": "one\n"}),
         ("memory://bucket/a", {"x.txt": "one\n", "y.txt": "two\n", "b/z.md": "three\n"}),
         ("memory://bucket/a/*.txt*", {"x.txt": "one\n", "y.txt": "two\n"}),
+        ("memory://bucket/a/*", {"x.txt": "one\n", "y.txt": "two\n"}),
     ],
 )
 def test_a_file_a_folder_and_a_glob_are_read(bucket, tmp_path, source, expected):
-    fill(tmp_path, source)
+    notes = str(fill(tmp_path, source).notes)
     assert texts(tmp_path) == expected
+    assert notes == ("left out: 1 folders (b)" if source.endswith("/*") else "")
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 

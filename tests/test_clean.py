@@ -21,7 +21,16 @@ from hypothesis import strategies as st
 from project import SMALL, make_project, run_stages
 
 from tinygpt.corpus import documents, duplicates
-from tinygpt.corpus.clean import CONTROL, LEAST_TRAIN_BYTES, TEXT_RULES, CleanParams, Report, clean, clean_text
+from tinygpt.corpus.clean import (
+    CONTROL,
+    LEAST_TRAIN_BYTES,
+    TEXT_RULES,
+    CleanParams,
+    Report,
+    _check_result,
+    clean,
+    clean_text,
+)
 from tinygpt.corpus.documents import Reader, raw_shards
 from tinygpt.corpus.duplicates import near_duplicates, shingles, signature
 from tinygpt.corpus.folders import SPLITS, Manifest, RawFile, iter_texts, read_manifest, text_line, write_manifest
@@ -115,6 +124,7 @@ def texts_of(made: Reader, raw: Path) -> list[str]:
     ("changes", "message"),
     [
         ({"separator": ""}, "clean.separator is empty"),
+        ({"separator": "\r\n--", "newlines": True}, "clean.separator=.* never occurs, as clean.newlines makes"),
         ({"newlines": "yes"}, "clean.newlines=yes must be true or false"),
         ({"control_characters": 1}, "clean.control_characters=1 must be true or false"),
         ({"unicode_nfc": None}, "clean.unicode_nfc=null must be true or false"),
@@ -524,6 +534,11 @@ def test_the_same_raw_files_give_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(first) == ["test.jsonl", "train.jsonl", "val.jsonl"]
     run(tmp_path, files, split="hash", val_fraction=0.2, test_fraction=0.2)
     assert {path.name: path.read_bytes() for path in (tmp_path / "clean").iterdir()} == first
+
+
+def test_documents_that_are_held_out_too_are_named_as_a_cause() -> None:
+    with pytest.raises(UserError, match="documents read: 9, 8 are also in val or test"):
+        _check_result(params(), Counter(documents_in=9, leaked=8))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Encoding in bulk gives the ids of encoding one text after the other."""
 
 import numpy as np
-from conftest import TRICKY, prose
+import pytest
+from conftest import RUNTIME, TRICKY, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygpt import encode
-from tinygpt.corpus.folders import cut_lines, text_line
-from tinygpt.encode import BulkEncoder, save_ids
+from tinygpt.corpus.folders import SPLITS, cut_lines, text_line
+from tinygpt.encode import BulkEncoder, encode_corpus, save_ids
 from tinygpt.tokenizer import Tokenizer
 from tinygpt.tokenizer.json_format import byte_alphabet
 from tinygpt.tokenizer.pretokenize import iter_blocks
@@ -43,3 +44,28 @@ def test_a_file_of_ids_has_the_tokenizers_type_and_follows_another_tokenizer(tin
         save_ids(*cut_lines(tmp_path / "texts.jsonl"), tmp_path / f"{name}.ids", tokenizer=tmp_path / name)
         ids = np.fromfile(tmp_path / f"{name}.ids", tokenizer.dtype)
         assert ids.tolist() == one_by_one(tokenizer, texts)
+
+
+def test_an_interrupted_stage_continues_after_the_splits_that_were_encoded(tiny_tokenizer, tmp_path, monkeypatch):
+    tiny_tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "clean").mkdir()
+    for split in SPLITS:
+        (tmp_path / "clean" / f"{split}.jsonl").write_text(text_line(f"the file of {split}"))
+
+    def encode_all() -> None:
+        encode_corpus(tmp_path / "clean", tmp_path / "tokenizer", tmp_path / "tokens", RUNTIME, runs=tmp_path / "runs")
+
+    write = encode.write_tokens
+
+    def stop_at_test(path, parts, tokenizer):
+        if path.stem == "test":
+            raise KeyboardInterrupt
+        return write(path, parts, tokenizer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encode, "write_tokens", stop_at_test)
+        encode_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "save_ids", print)  # which would leave no file: nothing is left to encode
+        encode_all()
+    assert not [*(tmp_path / "runs").glob("encode-*-*")]

@@ -271,11 +271,18 @@ def test_an_unreachable_server_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_bytes_leave_nothing_and_both_hashes_are_reported(server: Server, tmp_path: Path) -> None:
+def test_wrong_bytes_stay_as_the_hash_may_have_a_typo_and_both_hashes_are_reported(
+    server: Server, tmp_path: Path
+) -> None:
     path = tmp_path / "text.txt"
     with pytest.raises(UserError, match=f"text.txt has sha256 {SHA256}, expected {'0' * 64}"):
         fetch(server.url, path, sha256="0" * 64)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [path]
+    n_before = len(server.asked)
+    assert fetch(server.url, path, sha256=SHA256) == (path, True) and len(server.asked) == n_before
+    with pytest.raises(UserError, match="expected 1111"):
+        fetch(server.url, path, sha256="1" * 64)  # it may have changed on the server, so it is fetched again
+    assert len(server.asked) == n_before + 1 and path.read_bytes() == BODY
 
 
 def test_a_redirect_is_followed(server: Server, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from serving import wait_until
 
+from tinygpt import files
 from tinygpt.errors import UserError
 from tinygpt.files import (
+    alone,
     atomic_folder,
     atomic_write,
     human_bytes,
@@ -155,6 +158,50 @@ def test_two_programs_that_fill_one_folder_do_not_disturb_each_other(tmp_path):
     with atomic_folder(path):
         assert not abandoned.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_two_programs_that_write_one_file_do_not_disturb_each_other(tmp_path):
+    path, abandoned = tmp_path / "file", tmp_path / f"file.{2**31 - 1}.partial"
+    abandoned.touch()
+    with atomic_write(path) as file:
+        file.write("a" * 10)
+        assert in_child(lambda: write_text(path)) == 0
+        assert path.read_text() == "text"
+    assert path.read_text() == "a" * 10 and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to("large")
+    write_folder(tmp_path / "link" / "a")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large" / "a").exists()
+    assert sorted(os.listdir(tmp_path)) == ["large", "link"]
+
+
+def test_a_folder_of_many_files_is_synced_at_once(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "MOST_SYNCED", 3)
+    monkeypatch.setattr(os, "sync", lambda: synced.append("all"))
+    for n, expected in [(1, []), (9, ["all"])]:
+        with atomic_folder(tmp_path / str(n)) as folder:
+            for i in range(n):
+                (folder / str(i)).touch()
+        assert synced == expected
+
+
+def test_a_program_that_waits_for_another_says_so(tmp_path, capsys):
+    def work() -> None:
+        with alone(tmp_path / "lock", "download"):
+            order.append(threading.current_thread().name)
+
+    order: list[str] = []
+    thread = threading.Thread(target=work, name="second")
+    with alone(tmp_path / "lock", "download"):
+        thread.start()
+        wait_until(lambda: "waiting for another program that is at the same work (download)" in capsys.readouterr().err)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and capsys.readouterr().err == ""
 
 
 def test_what_a_program_of_another_user_is_writing_is_left_alone(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from test_sources import fill, params, texts
 
 from tinygpt.corpus import raw as raw_module
 from tinygpt.corpus.local import _fits
-from tinygpt.corpus.raw import json_kind, likely_encoding, lines
+from tinygpt.corpus.raw import json_kind, likely_encodings, lines
 from tinygpt.errors import UserError
 from tinygpt.params import ParamsError
 
@@ -48,7 +48,7 @@ NOTES = {
     "2 hidden (": ".hidden.txt",
     "1 binary (": "picture.txt",
     "1 empty (": "empty.txt",
-    "1 not UTF-8 (": "latin.txt looks like cp1252: set download.encoding=cp1252",
+    "1 not UTF-8 (": "latin.txt looks like cp1252 (`à`) or cp1250 (`ŕ`)",
     "1 as JSON lines (": "data.json.txt",
     "1 as plain text, though JSON (": "log.txt",
 }
@@ -241,12 +241,46 @@ def test_another_encoding_is_guessed_and_taken_when_it_is_named(
     (tmp_path / "own").mkdir()
     (tmp_path / "own/x.txt").write_bytes(text.encode(encoding))
     (tmp_path / "own/y.txt").write_text("naïve é", encoding="utf-8")
-    assert likely_encoding(text.encode(encoding)) == looks_like
+    assert next(iter(likely_encodings(text.encode(encoding)))) == looks_like
     notes = str(fill(tmp_path, "own").notes)
-    assert notes == f"left out: 1 not UTF-8 (x.txt looks like {looks_like}: set download.encoding={looks_like})"
+    assert notes.startswith(f"left out: 1 not UTF-8 (x.txt looks like {looks_like}")
+    assert notes.endswith(
+        (f": set download.encoding={looks_like})", ": set download.encoding to the one that reads well)")
+    )
     notes = str(fill(tmp_path, "own", encoding=looks_like).notes)
     assert texts(tmp_path) == {"x.txt": text.encode(encoding).decode(looks_like), "y.txt": "naïve é"}
     assert notes == f"read: 1 as {looks_like} (x.txt)"
+
+
+def test_encodings_that_differ_in_a_few_letters_are_shown_by_a_word(tmp_path: Path) -> None:
+    czech, spanish = (
+        "Příliš žluťoučký kůň úpěl ďábelské ódy, řekl žák.\n",
+        "La añadidura de la niña fue muy rápida ayer.\n",
+    )
+    (tmp_path / "x.txt").write_bytes(spanish.encode("cp1252") * 20)
+    with pytest.raises(UserError) as caught:
+        fill(tmp_path, "x.txt")
+    assert "`añadidura`" in str(caught.value) and "`ańadidura`" in str(caught.value)
+    assert "set download.encoding to the one that reads well" in str(caught.value)
+    assert [*likely_encodings(czech.encode("cp1250") * 20)] == ["cp1250"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "shift_jis"])
+def test_a_file_that_begins_in_ascii_is_read_by_its_first_other_characters(tmp_path: Path, encoding: str) -> None:
+    ascii_text, text = "Plain text.\n" * 20_000, "“Naïve” – é\n" if encoding == "cp1252" else "日本語\n"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/a.txt").write_text(ascii_text)
+    (tmp_path / "own/b.txt").write_text(ascii_text + text, encoding="utf-8")
+    (tmp_path / "own/c.txt").write_bytes((ascii_text + text).encode(encoding))
+    notes = str(fill(tmp_path, "own", encoding=encoding).notes)
+    assert texts(tmp_path) == {"a.txt": ascii_text, "b.txt": ascii_text + text, "c.txt": ascii_text + text}
+    assert notes == f"read: 1 as {encoding} (c.txt)"
+
+
+def test_an_encoding_in_ascii_bytes_is_decoded_from_the_beginning(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(("Plain text.\n" * 20_000 + "日本語\n").encode("iso2022_jp"))
+    fill(tmp_path, "x.txt", encoding="iso2022_jp")
+    assert texts(tmp_path)["x.txt"].endswith("\n日本語\n")
 
 
 def test_an_encoding_that_does_not_fit_is_reported(tmp_path: Path) -> None:

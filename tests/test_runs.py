@@ -1,6 +1,7 @@
 """The list of runs is right, and nothing is removed that may still be needed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import RUNTIME
 from filelock import FileLock
 
 from tinygpt.cli import runs
+from tinygpt.cli.flags import find_run
 from tinygpt.run.checkpoint import PARTS, Checkpoints
 from tinygpt.shards import Shard, Span, shard_results
 from tinygpt.train.trainer import TrainState
@@ -126,7 +128,11 @@ def test_a_run_is_kept_while_a_program_holds_it_and_removed_when_that_was_killed
     assert names(folder) == []
 
 
-def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path, told):
+def killed(folder: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path, told, monkeypatch):
     def work(shard: Shard, path: Path) -> None:
         if shard.spans[0].begin:
             raise OSError("the disk is gone")
@@ -144,7 +150,10 @@ def test_the_shards_of_other_stages_are_unfinished_work(folder, tmp_path, told):
     with FileLock(folder / "encode-train.lock"):
         assert runs.find_runs(folder)[0].state == "running"
     assert "removed 0 of 1" in told("--prune")
-    assert "removed 1 of 1" in told("--prune --all")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        runs.remove(found)
+    assert runs.find_runs(folder) == []  # what is left of it passes for none
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"state": 3}', '{"max_steps": "20", "finished": true}'])
@@ -173,6 +182,23 @@ def test_checkpoints_are_kept_by_their_step_and_later_damaged_ones_go(folder):
         state, tensors = checkpoints.load_latest()
     assert (state.step, tensors["weights"]["weight"].item()) == (10_000_000, 1e7)
     assert names(checkpoints.folder) == ["step-0000008.bak", "step-10000000"]
+
+
+def test_a_run_that_evaluates_an_average_writes_texts_with_it(folder):
+    with Checkpoints(NAMES[0]) as checkpoints:
+        for step, averages in ((1, {}), (2, {"a": torch.zeros(1)})):
+            tensors = {"weights": {"a": torch.ones(1)}, "optimizer": {}, "best": {}, "ema": averages}
+            checkpoints.save(TrainState(step=step), tensors)
+            assert checkpoints.newest_weights().name == ("ema" if averages else "weights") + ".safetensors"
+
+
+def test_a_checkpoint_that_goes_meanwhile_is_not_the_newest(folder, monkeypatch):
+    training(NAMES[0], step=3, age=9)
+    glob = Path.glob
+    monkeypatch.setattr(
+        Path, "glob", lambda path, pattern: [*glob(path, pattern), path / "gone/step-0000001/state.json"]
+    )
+    assert find_run(None, "step-*/state.json").name == NAMES[0]
 
 
 def test_a_run_of_adapters_is_not_taken_for_another(folder, command):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_a_kill_while_results_are_removed_leaves_none_that_pass_for_finished_one
 
     expected = results(file)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         results(file)
     assert [path.suffix for path in runs_folder().glob("upper-*")] == [".partial"]
     assert results(file) == expected

@@ -66,8 +66,10 @@ def test_order_of_documents_does_not_matter():
 def test_min_frequency_stops_early_and_too_little_text_is_reported():
     with pytest.raises(UserError, match=r"gives only 259 of 300 tokens: set tokenizer.vocab_size=259"):
         train_bpe(["abab cdcd"], 300, min_frequency=2)  # ab and cd; abab occurs once
-    with pytest.raises(UserError, match="only 257 of 300 tokens"):
-        train_bpe([], 300)
+    with pytest.raises(UserError, match=r"only 257 of 300 tokens: .*=257, lower .*=2, or learn from more text"):
+        train_bpe([], 300, min_frequency=2)
+    with pytest.raises(UserError, match=r"=259, or learn from more text .download.source, tokenizer.max_bytes"):
+        train_bpe(["abab"], 300, min_frequency=1)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -31,14 +32,14 @@ def encode_corpus(
     tokenizer_sha256 = sha256_file(tokenizer_folder / TOKENIZER_FILE)
     work = functools.partial(save_ids, tokenizer=tokenizer_folder.absolute())
     results = functools.partial(shard_results, code=__name__, runtime=runtime, runs=runs)
-    with atomic_folder(tokens) as folder:
+    with ExitStack() as shards, atomic_folder(tokens) as folder:  # shards of all splits stay until it is done
         splits = {}
         for split in SPLITS:
             file = split_file(clean, split)
             key = [sha256_file(file), tokenizer_sha256]
-            with results(work, cut_lines(file), name=f"encode-{split}", key=key) as paths:
-                parts = (np.fromfile(path, tokenizer.dtype) for path in paths)
-                splits[split] = write_tokens(folder / f"{split}.bin", parts, tokenizer)
+            paths = shards.enter_context(results(work, cut_lines(file), name=f"encode-{split}", key=key))
+            parts = (np.fromfile(path, tokenizer.dtype) for path in paths)
+            splits[split] = write_tokens(folder / f"{split}.bin", parts, tokenizer)
         meta = TokensMeta(
             dtype=cast(IdType, tokenizer.dtype.str),
             vocab_size=tokenizer.vocab_size,

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from tinygpt.errors import UserError
 
+MOST_SYNCED = 1000  # files of a folder that are synced one by one: each takes milliseconds
 MOST_JSON = 200_000_000  # bytes of a file: enough for a manifest of a million texts
 
 
@@ -31,7 +36,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
         with open(partial, mode, encoding=encoding, newline=newline) as file:
@@ -64,15 +69,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is not a folder: choose another path")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # its own, in case two programs write it
-    _remove_abandoned(path)
+    path = path.resolve() if path.is_symlink() else path
+    partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        for parent, _, names in os.walk(partial):
-            for each in (*names, ""):  # and the folder itself
-                _sync(Path(parent, each))
+        written = [Path(parent, each) for parent, _, names in os.walk(partial) for each in (*names, "")]  # "": itself
+        if len(written) > MOST_SYNCED:
+            os.sync()
+        else:
+            for each in written:
+                _sync(each)
         if not (path.exists() and _exchange(partial, path)):
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
@@ -105,15 +113,36 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove half-written copies of `path` that killed programs left."""
-    for partial in path.parent.glob(f"{path.name}.*.partial"):
+def _partial(path: Path) -> Path:
+    """This program's name for a half-written `path`, which others may write, too; removes what killed ones left."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         try:
             os.kill(int(partial.suffixes[-2][1:]), 0)  # only asks whether it runs
         except ProcessLookupError:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
         except (ValueError, OSError):
             continue
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder under another name: what is left of it when the program is killed would pass for whole."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.partial")))
+
+
+@contextmanager
+def alone(lock: Path, work: str) -> Iterator[None]:
+    """Hold the lock for the block; wait for a program that holds it, and say so."""
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another program that is at the same work ({work})", file=sys.stderr)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def checkout_of(root: Path = Path()) -> Path:

@@ -22,11 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from tinygpt.code import code_of
 from tinygpt.errors import UserError
-from tinygpt.files import runs_folder, sha256_json
+from tinygpt.files import alone, remove_folder, runs_folder, sha256_json
 from tinygpt.progress import progress
 from tinygpt.runtime import RuntimeParams
 from tinygpt.threads import n_cpu
@@ -84,7 +82,7 @@ def shard_results(
     fingerprint = sha256_json([key, code_of(code)])[:16]
     folder = (runs or runs_folder()) / f"{name}-{fingerprint}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{name}.lock")):  # one program at a time does this work
+    with alone(folder.with_name(f"{name}.lock"), name):
         for removed in folder.parent.glob(f"{name}-*.partial"):
             shutil.rmtree(removed)
         folder.mkdir(exist_ok=True)
@@ -98,14 +96,9 @@ def shard_results(
         try:
             yield paths
         except UserError:  # another try needs other params, and so another folder
-            _remove(folder)
+            remove_folder(folder)
             raise
-        _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Remove it under another name: a shard that a killed program had removed in part would pass for a finished one."""
-    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.partial")))
+        remove_folder(folder)
 
 
 def _in_processes(work: Work, jobs: Jobs, n_worker: int, runtime: RuntimeParams) -> Iterator[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import sys
 import time
 import webbrowser
@@ -24,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from tinygpt.cli.flags import find_run
 from tinygpt.errors import UserError
-from tinygpt.files import human_bytes, runs_folder
+from tinygpt.files import human_bytes, remove_folder, runs_folder
 from tinygpt.params import load_params
 from tinygpt.paths import PAGE, REPORTS
 from tinygpt.progress import shortened
@@ -131,7 +130,7 @@ def remove(found: Run) -> bool:
     """Remove a run's folder unless a program works in it (again); returns whether it was removed."""
     try:
         with _lock(found.folder):
-            shutil.rmtree(found.folder)
+            remove_folder(found.folder)
     except Timeout:
         return False
     return True
@@ -176,7 +175,10 @@ def _age(seconds: float) -> str:
 def watch(args: Namespace) -> None:
     """Print a line and a sample for each evaluation, past ones first, while the training runs."""
     begun = [path.parent for path in runs_folder().glob(f"*/{PLAN_FILE}") if is_locked(path.parent)]
-    folder = begun[0] if args.run is None and len(begun) == 1 else find_run(args.run, "train.csv")
+    if args.run is None and len(begun) > 1:
+        names = ", ".join(folder.name for folder in begun)
+        raise UserError(f"{len(begun)} trainings are running: choose one of {names} with --run")
+    folder = begun[0] if args.run is None and begun else find_run(args.run, "train.csv")
     page, n_shown = args.page or REPORTS / "live.html", 0
     print(f"watching {folder}; {page} shows it in a browser", flush=True)
     while not (folder / "train.csv").exists() and is_locked(folder):  # before its first evaluation

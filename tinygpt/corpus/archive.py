@@ -68,11 +68,11 @@ class _File:
         self.left = max(SMALL_BYTES, MOST_RATIO * path.stat().st_size)
 
     def spend(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The same pieces, subtracted from `left`.  Raises UnpackError when nothing is left."""
+        """The same pieces, subtracted from `left`.  Raises UserError when nothing is left."""
         for piece in pieces:
             self.left -= len(piece)
             if self.left < 0:
-                raise UnpackError(
+                raise UserError(
                     f"{self.name} unpacks to more than {MOST_RATIO} times its size: unpack it by hand if you trust it"
                 )
             yield piece

@@ -70,6 +70,11 @@ class CleanParams:
                 "less than 1",
             ),
             (self.separator != "", "clean.separator is empty: set it to a text or null"),
+            (
+                not (self.newlines and "\r" in (self.separator or "")),
+                f"clean.separator={shown(self.separator or '')} never occurs, as clean.newlines makes \\r\\n into \\n: "
+                "write it with \\n",
+            ),
         )
 
     def rules_with(self, groups: Mapping[str, Any]) -> Iterable[tuple[bool, str]]:
@@ -131,7 +136,8 @@ def clean(
         files = tuple(sorted(files, key=lambda file: EVALUATION_FIRST.index(file.split or "train")))
     reader = Reader(raw, manifest, separator=params.separator, newlines=params.newlines)
     shards = [*raw_shards(reader, files)]
-    work = partial(clean_shard, params=params, raw=raw.absolute(), manifest=manifest)
+    small = dataclasses.replace(manifest, files=(), downloads=())  # it travels to a worker with every shard
+    work = partial(clean_shard, params=params, raw=raw.absolute(), manifest=small)
     key = [dataclasses.asdict(params), dataclasses.asdict(manifest), str(shards), unicodedata.unidata_version]
     only = [shard for shard, _ in shards]
     with shard_results(work, only, name="clean", key=key, code=__name__, runtime=runtime, runs=runs) as paths:
@@ -199,6 +205,7 @@ def _check_result(params: CleanParams, counts: Counter[str]) -> None:
     if counts["train_bytes"] < LEAST_TRAIN_BYTES:
         left = human_bytes(counts["train_bytes"])
         dropped = [f"{param} dropped {n}" for param, n in counts.items() if param.startswith("clean.") and n]
+        dropped += [f"{counts['leaked']} are also in val or test"] if counts["leaked"] else []
         found = ", ".join([f"documents read: {counts['documents_in']}", *dropped])
         raise UserError(
             f"only {left} of text left to train on, at least {human_bytes(LEAST_TRAIN_BYTES)} needed "

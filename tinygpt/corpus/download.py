@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import fsspec
-from filelock import FileLock
 
 from tinygpt.corpus.archive import READ_WHOLE, READERS, TARS, UnpackError, iter_members
 from tinygpt.corpus.fetch import CHUNK_BYTES, NotThereError, cache_name, check_sha256, fetch, forget
@@ -24,7 +23,7 @@ from tinygpt.corpus.local import LEFT_OUT, Note, Notes, local_files
 from tinygpt.corpus.raw import RawFolder
 from tinygpt.corpus.sources import EMBEDDED, DownloadParams, Remote, Source, find_source, iter_python_docs
 from tinygpt.errors import UserError
-from tinygpt.files import atomic_folder, naming, sha256_file
+from tinygpt.files import alone, atomic_folder, naming, sha256_file
 from tinygpt.progress import progress
 
 MIRROR = "TINYGPT_MIRROR"  # environment variable: a folder or an http(s) address to try first
@@ -49,11 +48,11 @@ def download(params: DownloadParams, raw: Path, *, root: Path, cache: Path) -> D
     its beginning, only as much of it is transferred as `max_bytes` of text require.
     """
     source, more = find_source(params.source), 1
-    alone: AbstractContextManager[object] = nullcontext()
+    held: AbstractContextManager[None] = nullcontext()
     if source.remotes or (source is not EMBEDDED and "://" in params.source):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        alone = FileLock(cache.with_name(f"{cache.name}.lock"))  # two programs would append to one partial download
-    with alone:
+        held = alone(cache.with_name(f"{cache.name}.lock"), "download")  # two would append to one partial download
+    with held:
         while True:
             try:
                 return _fill(params, source, raw, root, cache, more)
@@ -207,7 +206,11 @@ def bucket_files(params: DownloadParams, cache: Path, note: Note) -> Iterator[So
     """The files at an address (of a file, folder or glob), sorted, with names relative to their common folder."""
     with _refusals(params.source, cache):
         store, path = fsspec.core.url_to_fs(params.source)
-        found = sorted(store.glob(path) if fsspec.core.has_magic(path) else store.find(path))
+        find = store.glob if fsspec.core.has_magic(path) else store.find
+        kinds = {name: entry["type"] for name, entry in sorted(find(path, detail=True).items())}
+        found = [name for name, kind in kinds.items() if kind == "file"]
+        for name in (name for name, kind in kinds.items() if kind != "file"):
+            note(LEFT_OUT, "folders", PurePosixPath(name).name)
         if not found:
             raise FileNotFoundError
     base = os.path.commonpath([str(PurePosixPath(name).parent) for name in found])

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash
 
+from tinygpt.progress import progress
+
 SHINGLE_WORDS = 5
 HASHES = 64  # values in a signature; they estimate a similarity of 0.8 to about 0.05
 SEED = 1
@@ -73,14 +75,16 @@ def near_duplicates(signatures: Callable[[], Iterable[Signatures]], kept: Mask, 
     signature_of = {document: row.copy() for document, row in rows if document in groups}
     alike = np.zeros(len(kept), np.bool_)
     staying: dict[int, list[int]] = defaultdict(list)  # group -> its documents
-    for document in documents:
-        candidates = sorted({other for group in groups[document] for other in staying[group]})
-        others = np.array([signature_of[other] for other in candidates], np.uint32).reshape(-1, HASHES)
-        similarity = (others == signature_of[document]).mean(axis=1)
-        alike[document] = bool((similarity >= threshold).any())
-        if not alike[document]:
-            for group in groups[document]:
-                staying[group].append(document)
+    with progress("near-duplicates", total=len(documents), unit="documents") as bar:
+        for document in documents:
+            candidates = sorted({other for group in groups[document] for other in staying[group]})
+            others = np.array([signature_of[other] for other in candidates], np.uint32).reshape(-1, HASHES)
+            similarity = (others == signature_of[document]).mean(axis=1)
+            alike[document] = bool((similarity >= threshold).any())
+            if not alike[document]:
+                for group in groups[document]:
+                    staying[group].append(document)
+            bar.update(1)
     return alike
 
 

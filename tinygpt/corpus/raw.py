@@ -27,6 +27,7 @@ MOST_PATH = 1000  # bytes
 MOST_LINE = 64 << 20  # bytes: to parse a line takes up to nine times its size in memory
 SNIFF_BYTES = 65_536  # that an encoding is guessed from
 SNIFF_LINES = 20
+MOST_GUESSES, MOST_WORD = 2, 20  # encodings named, and characters of a word that shows how they read a text
 MOST_SHOWN = 80  # bytes of a bad line
 MOST_BAD = 0.001  # share of invalid bytes that UTF-8 text may have, plus one for every ten characters beyond ASCII
 UNICODE = ["utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"]  # with zero bytes in their text
@@ -72,8 +73,7 @@ class RawFolder:
             return
         chunks = itertools.chain([head], chunks)
         if encoding != "utf-8":
-            self.notes.add(READ, f"as {encoding}", name)
-            chunks = _recoded(chunks, encoding, name)
+            chunks = self._recoded(chunks, encoding, name)
             chunks = itertools.chain([head := next(chunks, b"")], chunks)
         if not name.lower().endswith(".jsonl") and (kind := json_kind(head)):
             self.notes.add(READ, "as JSON lines" if kind == "lines" else "as plain text, though JSON", name)
@@ -89,11 +89,28 @@ class RawFolder:
     def _leave_unread(self, name: str, head: bytes) -> None:
         if not head:
             self.notes.add(LEFT_OUT, "empty", name)
-        elif likely := likely_encoding(head):
-            advice = "" if self.encoding == likely else f": set download.encoding={likely}"
-            self.notes.add(LEFT_OUT, "not UTF-8", f"{name} looks like {likely}{advice}")
+        elif self.encoding:
+            self.notes.add(LEFT_OUT, f"neither UTF-8 nor {self.encoding}", name)
+        elif likely := likely_encodings(head):
+            found = " or ".join(f"{encoding} (`{word}`)" if word else encoding for encoding, word in likely.items())
+            which = f"={found}" if len(likely) == 1 else " to the one that reads well"
+            self.notes.add(LEFT_OUT, "not UTF-8", f"{name} looks like {found}: set download.encoding{which}")
         else:
             self.notes.add(LEFT_OUT, "packed twice" if name.lower().endswith(tuple(READERS)) else "binary", name)
+
+    def _recoded(self, chunks: Iterator[bytes], encoding: str, name: str) -> Iterator[bytes]:
+        """The same text in UTF-8, of a file that may be UTF-8 after all: its first characters beyond ASCII decide."""
+        begins_alike = _extends_ascii(encoding)
+        for chunk in chunks:
+            if not (begins_alike and chunk.isascii()):
+                rest = itertools.chain([chunk], chunks)
+                if encoding_of(chunk, encoding) == "utf-8":
+                    yield from rest
+                else:
+                    self.notes.add(READ, f"as {encoding}", name)
+                    yield from _recoded(rest, encoding, name)
+                return
+            yield chunk
 
     def _create(self, name: str) -> IO[bytes]:
         path = self.folder / TEXTS / PurePosixPath(name)
@@ -115,8 +132,16 @@ def _recoded(chunks: Iterable[bytes], encoding: str, name: str) -> Iterator[byte
         for chunk in chunks:
             yield decoder.decode(chunk).encode("utf-8", "surrogatepass")
         yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
-    except UnicodeError as error:
-        raise UserError(f"download.encoding={encoding} cannot decode {name} ({error}): set another") from None
+    except UnicodeError:
+        raise UserError(f"download.encoding={encoding} cannot decode {name}: set another, or repair the file") from None
+
+
+def _extends_ascii(encoding: str) -> bool:
+    """Whether every byte of ASCII means in this encoding what it means in ASCII, whatever follows it."""
+    ascii_bytes = bytes([*range(128), *b"\x1b$B"])  # the last three switch to Japanese in ISO 2022
+    with suppress(ValueError):
+        return ascii_bytes.decode(encoding) == ascii_bytes.decode()
+    return False
 
 
 def _copy_text(file: IO[bytes], chunks: Iterable[bytes], limit: int | None, name: str) -> int:
@@ -170,14 +195,18 @@ def encoding_of(head: bytes, declared: str | None) -> str | None:
     return "utf-8" if is_utf8 else None
 
 
-def likely_encoding(head: bytes) -> str | None:
-    """A guess at the encoding of a text that is not UTF-8; None if it is hardly text."""
+def likely_encodings(head: bytes) -> dict[str, str]:
+    """Guesses at the encoding of a text that is not UTF-8, the best first; none if it is hardly text.
+
+    -> for each of several a word of the text that they read differently: {"cp1250": "ańadir", "cp1252": "añadir"}
+    """
     head = head[:SNIFF_BYTES]
-    match = from_bytes(head, cp_isolation=UNICODE if b"\0" in head else ENCODINGS).best()
-    if match is None:
-        return None
-    western = head.decode("cp1252", "replace") == str(match)  # similar ones differ in few characters
-    return "cp1252" if western else match.encoding
+    found = from_bytes(head, cp_isolation=UNICODE if b"\0" in head else ENCODINGS)
+    texts = {"cp1252" if "cp1252" in each.could_be_from_charset else each.encoding: str(each) for each in found}
+    texts = dict(itertools.islice(texts.items(), MOST_GUESSES))
+    words = zip(*(text.split() for text in texts.values()), strict=False)
+    differing = next((each for each in words if len({*each}) > 1), [""] * len(texts))
+    return {encoding: printable(word[:MOST_WORD]) for encoding, word in zip(texts, differing, strict=True)}
 
 
 def json_kind(head: bytes) -> str | None:

@@ -91,7 +91,7 @@ def _wikitext(name: str) -> Source:
     return Source(
         remotes=(Remote(url=f"https://wikitext.smerity.com/{archive}", name=archive),),
         licence="CC-BY-SA-3.0",
-        document_start=r" = [^=].* = $",  # an article's title; its sections begin with " = = "
+        document_start=r" = [^=\n].* = $",  # an article's title; its sections begin with " = = "
         splits={"wiki.train.raw": "train", "wiki.valid.raw": "val", "wiki.test.raw": "test"},
     )
 

@@ -65,9 +65,10 @@ def learn_bpe(
                 pairs = pairs.again(at_least=pairs.at_least)
                 heap = _heap(pairs)
     if len(tokens) < vocab_size:
+        lower = f"lower tokenizer.min_frequency={min_frequency}, " if min_frequency > 1 else ""
         raise UserError(
-            f"the training text gives only {len(tokens)} of {vocab_size} tokens: "
-            f"set tokenizer.vocab_size={len(tokens)}, lower tokenizer.min_frequency={min_frequency}, or use more text"
+            f"the training text gives only {len(tokens)} of {vocab_size} tokens: set tokenizer.vocab_size="
+            f"{len(tokens)}, {lower}or learn from more text (download.source, tokenizer.max_bytes)"
         )
     return Tokenizer.from_merges(merges, special_tokens)
 
