@@ -30,6 +30,14 @@ def test_weights_are_shares_of_the_past_and_the_model_is_left_as_it_was(changes)
     assert torch.equal(model(torch.tensor([IDS])), before)
 
 
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2, "window": 3}])
+def test_of_one_row_no_others_are_computed_and_no_logits(changes, monkeypatch):
+    model = tiny_model(**changes)
+    expected = attention_maps(model, IDS)[:, :, -1:]
+    monkeypatch.setattr(model.lm_head, "forward", None)
+    np.testing.assert_allclose(attention_maps(model, IDS, rows=slice(-1, None)), expected, rtol=1e-5)
+
+
 def test_weights_times_values_are_the_output_of_a_layer():
     model, maps, seen = tiny_model(n_layer=1), [], {}
     layer = model.blocks[0].attn

@@ -155,6 +155,36 @@ def test_what_looks_like_a_special_token_in_a_message_stays_text(template, token
     assert tokenizer.decode(ids) == text
 
 
+def test_a_template_sees_what_transformers_gives_it(tokenizer, tmp_path):
+    source = "{% if tools is not none or documents is not none %}tools{% endif %}[{{ bos_token }}]{{ eos_token }}"
+    config = {"chat_template": source, "bos_token": None, "eos_token": {"content": "<|im_end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_template(tmp_path).prompt(TALK, tokenizer, 1000)[0] == "[]<|im_end|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    assert load_template(tmp_path).prompt(TALK, tokenizer, 1000)[0] == "[<|endoftext|>]<|endoftext|>"
+
+
+def test_the_marks_in_a_message_do_not_count(tokenizer):
+    said = "<|im_end|>" * 50
+    template = Template("{{ messages[0].content }}")
+    assert template.prompt([{"role": "user", "content": said}], tokenizer, len(said))[0] == said
+    with pytest.raises(UserError, match=f"it writes more than {2 * len(said) - 1} characters"):
+        template.prompt([{"role": "user", "content": said}], tokenizer, len(said) - 1)
+
+
+def test_a_chat_without_a_prompt_ends_no_other_answer(tokenizer):
+    template = Template("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    with running(tokenizer, template=template) as (address, _):
+        asked = {"messages": [{"role": "system", "content": "a"}]}
+        refused = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["message"]) == (
+            400,
+            "messages give an empty prompt with the model's chat template",
+        )
+    with pytest.raises(UserError, match="prompt is empty: give at least one id"):
+        Answer([], tokenizer, Sampling(), max_new_tokens=1, block_size=32)
+
+
 def test_no_message_turns_the_templates_own_token_into_text(tokenizer):
     template = Template("<|im_start|>{{ messages[0].content }}")
     text, ids = template.prompt([{"role": "user", "content": MARK + "a"}], tokenizer, 1000)

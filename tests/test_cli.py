@@ -15,7 +15,7 @@ from tinygpt.cli.flags import DeviceOptions, TextOptions
 from tinygpt.cli.generate import FORMATS
 from tinygpt.cli.main import COMMANDS
 from tinygpt.corpus.folders import text_line
-from tinygpt.export.folders import write_base
+from tinygpt.export.folders import tokenizer_of, write_base
 from tinygpt.export.hf import export_hf
 from tinygpt.generate import Sampling, Search, generate
 from tinygpt.model.quantize import QUANTIZED
@@ -157,6 +157,14 @@ def test_what_does_not_fit_the_model_is_reported_before_anything_is_written(fold
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [".", "../model", "model/..", ".."])
+def test_the_tokenizer_is_next_to_a_model_under_any_name(name, tmp_path, monkeypatch):
+    inner = tmp_path / "model" / "model"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner if name == ".." else inner.parent)
+    assert tokenizer_of(Path(name)).resolve() == tmp_path / "tokenizer"
 
 
 def test_a_tokenizer_of_another_run_is_refused(folders, tmp_path, command):

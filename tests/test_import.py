@@ -183,6 +183,9 @@ def test_what_cannot_be_taken_is_refused(changes, message, tmp_path):
         ("mistral", {"sliding_window": 64}),
         ("mistral", {"sliding_window": None}),  # its default is longer than the context
         ("mistral", {"layer_types": ["full_attention"] * 4}),
+        ("mistral", {"use_sliding_window": False}),
+        ("starcoder2", {"sliding_window": 8, "use_sliding_window": False}),
+        ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 3.0}),
         ("starcoder2", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}),
         ("qwen3", {"sliding_window": 8, "use_sliding_window": None, "layer_types": None}),
     ],

@@ -156,6 +156,8 @@ def test_peft_and_llama_cpp_apply_the_adapter_to_its_base(family, targets, tmp_p
     export_hf(base, tokenizer, tmp_path, tmp_path / "hf")
     export_peft(tmp_path / "peft", adapter, model.config, LORA)
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tmp_path / "peft")
+    saved = load_tensors(tmp_path / "peft" / "adapter_model.safetensors")
+    assert len(saved) == sum("lora_" in name for name, _ in theirs.named_parameters())
     with torch.inference_mode():
         torch.testing.assert_close(theirs.eval()(ids).logits[0].log_softmax(-1), ours, atol=1e-4, rtol=1e-4)
 

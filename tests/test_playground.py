@@ -343,6 +343,26 @@ def test_an_error_leaves_what_was_said_in_a_chat(served, browser):
     page.close()
 
 
+def test_a_new_message_takes_the_place_of_one_without_an_answer_and_empty_options_are_the_servers(served, browser):
+    page = browser.new_page()
+    page.goto(served[0] + "#chat")
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    for line in ("hi", "ho"):
+        page.fill("#line", line)
+        page.click("#send")
+        page.locator("#chat-status.wrong").wait_for()
+        assert said(page) == [line]
+    page.unroute("**/v1/chat/completions")
+    page.click("#sampling summary")
+    page.click("#sampling summary")
+    page.fill("#max_tokens", "")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.click("#again")
+    assert "max_tokens" not in asked.value.post_data_json and asked.value.post_data_json["top_k"] == 0
+    page.get_by_text("tokens after").wait_for()
+    page.close()
+
+
 def test_on_a_phone_the_text_is_visible_at_once(served, browser):
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(served[0])

@@ -1,6 +1,7 @@
 """The server: OpenAI's API as clients see it, batches, limits, and clients that leave."""
 
 import concurrent.futures
+import dataclasses
 import http.client
 import json
 import re
@@ -23,13 +24,16 @@ from project import ROOT, environment
 from serving import FIRST, MODELS, running, wait_until
 from test_gguf import byte_tokenizer
 
+from tinygpt.errors import UserError
 from tinygpt.generate import Sampling, generate
+from tinygpt.generate.answer import Answer
 from tinygpt.generate.decoder import Decoder
 from tinygpt.model.weights import model_tensors, save_model
 from tinygpt.options import Limits
 from tinygpt.serve import worker as serve_worker
 from tinygpt.serve.choices import offsets, seen_before
-from tinygpt.serve.request import Served, read_request
+from tinygpt.serve.request import Refusal, Served, read_request
+from tinygpt.serve.server import is_known, listen, without_port
 from tinygpt.serve.worker import Job, Worker
 
 LONG = {"prompt": "the", "max_tokens": 100_000, "ignore_eos": True}
@@ -491,6 +495,29 @@ def test_more_requests_than_may_run_get_status_503(tiny_tokenizer):
             assert fifth.json()["error"]["type"] == "server_error"
             assert (fifth.headers["retry-after"], fifth.headers["connection"]) == ("1", "close")
         wait_until(lambda: WEB.get(f"{served[0]}/health").status_code == 200)
+
+
+def test_the_advice_for_an_unknown_name_helps(tiny_tokenizer):
+    headers = {"host": "a.example:8000"}
+    with running(tiny_tokenizer) as served:
+        told = WEB.get(f"{served[0]}/health", headers=headers).json()["error"]["message"]
+    assert told == "this server does not answer to the name a.example: add --allow-host a.example"
+    for name in ("a.example", "A.example:8000"):
+        assert is_known("a.example:8000", {without_port(name)})
+
+
+def test_requests_that_need_not_wait_do_not_count_as_waiting(tiny_tokenizer):
+    worker = Worker({"first": FIRST}, dataclasses.replace(Limits(), max_rows=4, max_waiting=1))  # it is not started
+    answers = [Answer("a", tiny_tokenizer, Sampling(), max_new_tokens=1, block_size=32) for _ in range(5)]
+    for answer in answers[:4]:
+        worker.submit(Job("first", [answer], print))
+    with pytest.raises(Refusal, match="4 requests are already waiting"):
+        worker.submit(Job("first", answers[4:], print))
+
+
+def test_what_cannot_be_the_name_of_a_machine_is_one_line():
+    with pytest.raises(UserError, match="cannot listen on a..b, port 0 .no name of a machine.: choose another --port"):
+        listen("a..b", 0)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def open_model(folder: str | Path, tokenizer: str | Path | None = None) -> tuple
 
 def tokenizer_of(folder: Path) -> Path:
     """Where the tokenizer of a model is: in its folder, or in `tokenizer` next to it."""
-    return folder if (folder / TOKENIZER_FILE).exists() else folder.parent / "tokenizer"
+    named = folder if folder.name not in ("", "..") else folder.resolve()  # "." has no parent
+    return folder if (folder / TOKENIZER_FILE).exists() else named.parent / "tokenizer"
 
 
 def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:

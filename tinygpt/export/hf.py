@@ -119,7 +119,7 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
             "r": lora["rank"],
             "lora_alpha": lora["alpha"],
             "lora_dropout": lora["dropout"],
-            "target_modules": sorted({name.rpartition(".")[2] for name in pairs}),
+            "target_modules": sorted(pairs),  # whole names: gpt2 has two modules named c_proj
             "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora["rank"]},
             "fan_in_fan_out": bool(family.layout.transposed),
             "bias": "none",
@@ -181,13 +181,15 @@ def _read_config(path: Path, document: Mapping[str, Any], family: HFFamily) -> G
 def _fields(document: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
     """The fields of our config, with bias still to be found.  Raises KeyError with a key that the document lacks."""
     found = {**family.silent, **document}
-    rope = document.get("rope_parameters") or document
+    rope = {**document, **(document.get("rope_parameters") or {})}
     sizes: dict[str, Any] = {
         ours: document.get(theirs) or None if theirs in DERIVED_KEYS else document[theirs]
         for ours, theirs in family.sizes.items()
     }
-    has_window = family.switches["window"] != (FULL,) and found.get("use_sliding_window", True)
-    window = found.get("sliding_window") if has_window else None  # the other classes ignore the key
+    has_window = family.switches["window"] != (FULL,)  # the other classes ignore these keys
+    if "use_sliding_window" in family.silent:
+        has_window = has_window and found["use_sliding_window"]
+    window = found.get("sliding_window") if has_window else None
     window = window if window and window < sizes["block_size"] else None
     layer_types = document.get("layer_types") if window and family.layer_types != "ignored" else None
     if window and family.layer_types == "required" and not layer_types:

@@ -113,6 +113,7 @@ class Answer:
         room = block_size - n if sampling.when_full == "stop" else most
         full = f"prompt of {n} tokens leaves no room in a context of {block_size}: shorten it, or set when_full=slide"
         require(
+            (n >= 1, "prompt is empty: give at least one id, such as the tokenizer's bos_id"),
             (most >= 1, f"max_new_tokens={most} must be 1 or more"),
             (least <= most, f"min_new_tokens={least} is more than max_new_tokens={most}"),
             (room >= min(1, most), full),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tinygpt.model.attention import Attention, attention_weights, repeated
+from tinygpt.model.attention import Attention, attention_weights
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 
@@ -22,6 +24,9 @@ PLACES = {  # text in a weight's name -> the part of the model that the weight b
     "lm_head": "head",
 }
 ORDER = ("embedding", "positions", "attention", "mlp", "norms", "head")  # as a token passes through them
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
@@ -65,18 +70,19 @@ def attention_maps(model: GPT, ids: list[int], *, rows: slice = slice(None)) -> 
     """The attention weights of every layer and head, for these `rows` of T.  (T,) -> (n_layer, n_head, rows, T)"""
     maps: list[Tensor] = []
 
-    def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        weights = attention_weights(q, k, mask)
-        maps.append(weights[0, :, rows].clone())  # a view would keep the other rows in memory
-        return weights @ repeated(v, q)
+    def record(attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        places = torch.arange(q.size(2), device=q.device)
+        seen = places[rows, None] >= places if mask is None else mask[rows]
+        maps.append(attention_weights(q[:, :, rows], k, seen)[0])
+        return attend(q, k, v, mask)
 
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     attends = [layer.attend for layer in layers]
     try:
-        for layer in layers:
-            layer.attend = record
+        for layer, attend in zip(layers, attends, strict=True):
+            layer.attend = partial(record, attend)
         with torch.inference_mode():
-            model(torch.tensor([ids], device=model.tok_emb.weight.device))
+            model.hidden(torch.tensor([ids], device=model.tok_emb.weight.device))
     finally:
         for layer, attend in zip(layers, attends, strict=True):
             layer.attend = attend

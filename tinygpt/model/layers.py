@@ -129,7 +129,7 @@ class Rope(nn.Module):
 
     def forward(self, n: int) -> tuple[Tensor, Tensor]:
         """The tables of the first n positions, each (n, D)."""
-        if n > len(self.cos):
+        if n > min(len(self.cos), len(self.sin)):  # two threads that make them may leave one of each
             with torch.inference_mode(mode=False):  # training uses them too, even if an evaluation makes them
                 room = more_room(n, self.config.block_size)
                 tables = rope_tables(room, self.config.head_dim, self.config.rope_theta)

@@ -278,6 +278,7 @@ def read_chat(document: Mapping[str, Any], models: Mapping[str, Served], limits:
     check_sizes(["".join(each["content"] for each in messages)], body.n, limits, param="messages")
     text, ids = template.prompt(messages, served.tokenizer, limits.max_prompt)
     check_sizes([text], body.n, limits, param="messages")
+    require((bool(ids), "messages give an empty prompt with the model's chat template"))
     stop_ids = (*body.stop_ids, *template.stop_ids(served.tokenizer))
     body = dataclasses.replace(body, stop=(*body.stop, *template.stop), stop_ids=stop_ids)
     return begin(served, body, [Given(ids, text, 0)], is_chat=True)

@@ -29,7 +29,7 @@ from tinygpt.errors import Stopped, UserError
 from tinygpt.options import Limits
 from tinygpt.serve.choices import describe, explain
 from tinygpt.serve.request import Refusal, find_model
-from tinygpt.serve.service import Service, complete, json_response, unless_gone
+from tinygpt.serve.service import Service, complete, json_bytes, json_response, unless_gone
 
 PAGE = Path(__file__).with_name("page")
 HEADERS = [
@@ -67,7 +67,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> ASGIApp:
 
     async def look(request: Request) -> Response:
         raw = await service.body(request)
-        return json_response(await unless_gone(request, service.aside(explain, raw, service.models)))
+        made = service.aside(lambda: json_bytes(explain(raw, service.models)))  # may be megabytes
+        return Response(await unless_gone(request, made), media_type="application/json")
 
     async def page(request: Request) -> Response:
         return FileResponse(PAGE / "index.html")
@@ -121,7 +122,7 @@ class Guard:
     def __init__(self, app: ASGIApp, limits: Limits, hosts: Sequence[str]) -> None:
         self._app, self._most, self._n_running = app, limits.max_requests, 0
         self._resting: asyncio.TimerHandle | None = None
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._hosts = {"localhost", *(without_port(host) for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if refusal := self._refusal(Headers(scope=scope)):
@@ -152,7 +153,8 @@ class Guard:
     def _refusal(self, headers: Headers) -> Refusal | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not is_known(host, self._hosts):
-            return Refusal(403, f"this server does not answer to the name {host[:100]}: --allow-host adds a name")
+            name = without_port(host[:100])
+            return Refusal(403, f"this server does not answer to the name {name}: add --allow-host {name}")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return Refusal(403, f"pages of {origin[:100]} may not use this server")
         if self._n_running >= self._most:
@@ -162,12 +164,18 @@ class Guard:
 
 def is_known(host: str, names: set[str]) -> bool:
     """Whether a Host header, with or without a port, is an IP address or one of these names."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    name = without_port(host)
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
     except ValueError:
-        return name.lower() in names
+        return name in names
     return True
+
+
+def without_port(host: str) -> str:
+    """A host's name in small letters, as in the Host header: `[::1]:8000` -> `[::1]`."""
+    name, _, port = host.lower().rpartition(":")
+    return name if port.isdecimal() else host.lower()
 
 
 class Connection(H11Protocol):
@@ -219,8 +227,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)  # Linux would buffer megabytes
         listener.bind(address)
         listener.listen(1024)  # while it is only bound, a second server could bind it too
-    except OSError as error:
-        problem = f"cannot listen on {host}, port {port} ({error.strerror})"
+    except (OSError, UnicodeError) as error:  # the latter for a name such as "a..b"
+        why = error.strerror if isinstance(error, OSError) else "no name of a machine"
+        problem = f"cannot listen on {host}, port {port} ({why})"
         raise UserError(f"{problem}: choose another --port, or an address of this machine as --host") from None
     return listener
 

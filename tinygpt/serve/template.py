@@ -63,7 +63,7 @@ class Template:
     """Turns messages into a prompt, and says what ends an answer besides `<|endoftext|>`."""
 
     source: str | None  # None = the plain template
-    tokens: Mapping[str, str] = field(default_factory=dict)  # special tokens by the template's names, such as eos_token
+    tokens: Mapping[str, str | None] = field(default_factory=dict)  # by the template's names, such as eos_token
     stop: tuple[str, ...] = ()  # texts that end an answer: the plain template has no token for it
 
     def prompt(self, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, most: int) -> tuple[str, list[int]]:
@@ -80,7 +80,8 @@ class Template:
             }
             for each in messages
         ]
-        parts = re.split(f"({names})(?!{MARK})", checked(self._render(marked, tokenizer, most)))
+        n_mark = sum(text.count(MARK) for each in marked for text in each.values())
+        parts = re.split(f"({names})(?!{MARK})", checked(self._render(marked, tokenizer, most + n_mark)))
         ids = [
             i
             for place, part in enumerate(parts)
@@ -99,7 +100,9 @@ class Template:
             lines = [PLAIN_NAMES.get(each["role"], "") + each["content"].strip() for each in messages]
             return "\n".join([begin + lines[0], *lines[1:], PLAIN_NAMES["assistant"].strip()])
         tokens = {"bos_token": begin, "eos_token": tokenizer.tokens[tokenizer.eos_id], **self.tokens}
-        return RENDERER.render(self.source, {"messages": messages, "add_generation_prompt": True, **tokens}, most)
+        given = {name: token for name, token in tokens.items() if token is not None}  # as in transformers
+        values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **given}
+        return RENDERER.render(self.source, values, most)
 
 
 PLAIN = Template(None, stop=("\nUser:",))
@@ -119,7 +122,8 @@ def load_template(folder: Path) -> Template:
             source = read_file(path).decode()
         elif isinstance(source, list):  # several by name
             source = {each["name"]: each["template"] for each in source}.get("default")
-        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: config[name] for name in names if name in config}
         named = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not a UTF-8 file in the form that transformers writes: {REMEDY}") from None
@@ -131,7 +135,7 @@ def load_template(folder: Path) -> Template:
         RENDERER.render(source, None, 0)
     except UserError as error:
         raise UserError(f"{path}: {error}: {REMEDY}") from None
-    return Template(source, {name: value for name, value in named.items() if isinstance(value, str)})
+    return Template(source, {name: value for name, value in named.items() if isinstance(value, str | None)})
 
 
 class Renderer:

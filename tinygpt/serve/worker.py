@@ -54,7 +54,8 @@ class Worker(threading.Thread):
         with self._changed:
             if self.is_stopped:
                 raise stopping()
-            if len(self._waiting) >= self._limits.max_waiting:
+            n_row = len(self._places) + sum(len(each.answers) for each in (*self._waiting, job))
+            if len(self._waiting) >= self._limits.max_waiting and n_row > self._limits.max_rows:
                 message = f"{len(self._waiting)} requests are already waiting: try again later"
                 raise Refusal(429, message, code="too_many_requests")
             self._waiting.append(job)

@@ -12,6 +12,7 @@ export function startChat(found) {
   pick("say").onsubmit = (event) => {
     event.preventDefault();
     if (stopper || !pick("line").value) return;
+    if (talk.at(-1)?.role === "user") unsay(); // it got no answer: the new message takes its place
     say("user", pick("line").value);
     pick("line").value = "";
     answer();
@@ -23,10 +24,7 @@ export function startChat(found) {
   };
   pick("silence").onclick = () => stopper?.abort();
   pick("again").onclick = () => {
-    if (talk.at(-1)?.role === "assistant") {
-      talk.pop();
-      pick("talk").lastElementChild.remove();
-    }
+    if (talk.at(-1)?.role === "assistant") unsay();
     answer();
   };
   pick("fresh").onclick = () => {
@@ -55,6 +53,11 @@ function say(role, content) {
     body.append(piece);
     showLast();
   };
+}
+
+function unsay() {
+  talk.pop();
+  pick("talk").lastElementChild.remove();
 }
 
 async function answer() {

@@ -49,7 +49,8 @@ export function drawSeed() {
 }
 
 export function sampling() {
-  const numbers = ["seed", ...OPTIONS.map(([name]) => name)].map((name) => [name, Number(pick(name).value)]);
+  const names = ["seed", ...OPTIONS.map(([name]) => name)].filter((name) => pick(name).value !== "");
+  const numbers = names.map((name) => [name, Number(pick(name).value)]);
   const stop = pick("stops").value.split("\n").filter(Boolean).map((text) => text.replaceAll("\\n", "\n"));
   return { ...Object.fromEntries(numbers), stop };
 }
@@ -72,9 +73,13 @@ export function copyOn(button, text) {
 
 // ---- the server ----
 
-export async function post(path, document, signal) {
+export function post(path, document, signal) {
   const headers = { "content-type": "application/json" };
-  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(document), signal });
+  return get(path, { method: "POST", headers, body: JSON.stringify(document), signal });
+}
+
+export async function get(path, options) {
+  const response = await fetch(path, options);
   if (!response.ok) {
     const answer = await response.json().catch(() => null); // a proxy's answer may not be JSON
     throw new Error(answer?.error?.message ?? `the server says ${response.status} ${response.statusText}`);

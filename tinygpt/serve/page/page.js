@@ -2,7 +2,7 @@
 // The output of a model is inserted as text, never as HTML.
 
 import { startChat } from "./chat.js";
-import { copyOn, drawSeed, element, events, pick, post, sampling, startOptions } from "./common.js";
+import { copyOn, drawSeed, element, events, get, pick, post, sampling, startOptions } from "./common.js";
 
 const panes = [];
 let models = [];
@@ -287,7 +287,7 @@ const stop = () => panes.forEach((pane) => pane.stopper?.abort());
 
 async function start() {
   startOptions();
-  models = (await (await fetch("/v1/models")).json()).data;
+  models = (await (await get("/v1/models")).json()).data;
   addPane();
   pick("compare").checked = models.length > 1;
   showPanes();
