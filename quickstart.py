@@ -29,6 +29,7 @@ from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.train.config import TrainParams
 
 ROOT = Path(__file__).parent
+MARK = b"*\n"  # .gitignore of the folders made here: git must not take their data into the repository around them
 TO_A_MODEL = ("download", "clean", "train_tokenizer", "encode", "train")
 PATHS = ("download.source", "tokenizer.from_file")  # relative to the current folder
 AFTER_IT = ("evaluate", "plot", "export", "report")
@@ -48,7 +49,10 @@ def model_from_text(
 
 
 def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
-    """Copy params.yaml into a folder, and change values there by "group.key".  Returns the folder."""
+    """Copy params.yaml into a folder, and change values there by "group.key".  Returns the folder.
+
+    Raises UserError if it holds other files than those of an earlier call.
+    """
     runtime, train = load_params(RuntimeParams, TrainParams, path=ROOT / PARAMS_FILE)
     n, begin = params.get("runtime.n_process", runtime.n_process), params.get("train.init_from", train.init_from)
     require(
@@ -62,8 +66,11 @@ def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
         groups.setdefault(group, {})[key] = str(Path(value).absolute()) if is_file else value
     project = Path(folder)
     project.mkdir(parents=True, exist_ok=True)
+    mark = project / ".gitignore"
+    if any(project.iterdir()) and not (mark.exists() and mark.read_bytes() == MARK):
+        raise UserError(f"{project} holds files that quickstart did not make: choose another folder, or a new one")
+    mark.write_bytes(MARK)
     shutil.copyfile(ROOT / PARAMS_FILE, project / PARAMS_FILE)
-    (project / ".gitignore").write_text("*\n")  # git must not take its data into the repository around it
     apply_values(project / PARAMS_FILE, groups)
     return project
 

@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import typing
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from tinygpt.errors import UserError, program
 from tinygpt.files import runs_folder
-from tinygpt.params import check_names, require
+from tinygpt.params import check_names, coerce, find_class, require
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -77,6 +78,12 @@ def read_settings(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
             raise UserError(f"-S {key}={value}: must be log:LOW..HIGH")
         if match and not (float(match[2]) < float(match[3]) and (float(match[2]) > 0 or not match[1])):
             raise UserError(f"-S {key}={value}: must be LOW..HIGH with LOW < HIGH, and above 0 after log:")
+        group, _, name = key.partition(".")
+        hint = typing.get_type_hints(find_class(group), include_extras=True).get(name)
+        for end in match.groups()[1:] if match and hint else ():  # else only a trial would be refused
+            found = coerce(int(end) if end.isdecimal() else float(end), hint, f"-S {key}")
+            is_same = end.isdecimal() or not isinstance(found, int)
+            require((is_same, f"-S {key}={value}: it is a whole number, so write {found} and not {end}"))
     if not any(RANGE.fullmatch(value) or choices(value) for value in settings.values()):
         raise UserError("nothing to search: give a range, such as -S train.lr=log:1e-3..1e-2, or a choice a,b")
     return settings

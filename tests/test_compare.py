@@ -208,6 +208,7 @@ def test_outside_a_project_the_error_is_dvcs(tmp_path, command, monkeypatch):
         ("download.source", {}),
         ("tokenizer.kind", {"bpb"}),
         ("evaluate.split", {"val_loss"}),
+        ("train.eval_tokens", {"bpb"}),
         ("model.mlp", {"val_loss", "bpb"}),
     ],
 )

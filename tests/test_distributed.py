@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -346,6 +347,15 @@ def test_a_users_mistake_is_one_line_for_all_processes_together(project):
     ]
     assert (project / "other.log").read_text() == ""
     assert not list(project.glob("runs/*/run.json"))  # only a finished run has one
+
+
+def test_a_training_that_diverges_is_one_line_for_all_processes_together(project):
+    set_params(project, {"train.lr": 100, "train.optimizer": "adamw", "train.grad_clip": 1e30, "train.warmup_steps": 0})
+    assert [status_of(process) for process in start_pair(project)] == [1, 1]
+    last = (project / "train.log").read_text().splitlines()[-1]
+    assert re.match(r"error: .* at step \d+: lower train.lr", last), last
+    assert "has failed" not in (project / "train.log").read_text()
+    assert (project / "other.log").read_text() == ""
 
 
 def test_a_process_whose_memory_is_full_says_so_though_it_is_not_the_first(monkeypatch):

@@ -21,8 +21,9 @@ from test_train import PARAMS, train
 from tinygpt.errors import UserError
 from tinygpt.progress import shortened
 from tinygpt.report.page import write_live
+from tinygpt.report.training import write_curve
 from tinygpt.run.folder import keep_name, name_of, read_name
-from tinygpt.train.trainer import Trainer
+from tinygpt.train.trainer import Trainer, TrainState
 
 SEEN = ("train.csv", "train_norms.csv", "train_samples.md")
 
@@ -143,6 +144,28 @@ def test_a_run_is_watched_from_before_its_first_evaluation(stopped, command, mon
     assert lines[0].startswith(f"watching runs/{new.name};") and any(line.startswith("step ") for line in lines)
 
 
+def test_of_several_trainings_one_must_be_chosen(stopped, command, monkeypatch):
+    monkeypatch.chdir(stopped)
+    names = ["1" * 16, "2" * 16]
+    for name in names:
+        shutil.copytree(next((stopped / "runs").glob("[!12]*")), stopped / "runs" / name)
+    try:
+        with FileLock(stopped / "runs" / names[0] / "lock"), FileLock(stopped / "runs" / names[1] / "lock"):
+            said = command("watch").stderr
+    finally:
+        for name in names:
+            shutil.rmtree(stopped / "runs" / name)
+    assert said.startswith("error: 2 trainings are running: choose one of ") and all(name in said for name in names)
+
+
+def test_what_watch_reads_with_a_new_row_was_written_before_it(tmp_path, monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr("tinygpt.report.training.write_text", lambda path, text: written.append(path.name))
+    row = {"step": 1, "val_loss": 2.0}
+    write_curve(TrainState(rows=[row], norms=[row], samples=[{"step": 1, "text": "a"}]), tmp_path)
+    assert written[-1] == "train.csv" and sorted(written) == sorted(SEEN)
+
+
 def test_the_page_of_a_running_training_reloads_itself(stopped, tmp_path):
     (run,) = (stopped / "runs").iterdir()
     write_live(run, tmp_path / "live.html", running=True)
@@ -159,6 +182,10 @@ def test_the_live_page_draws_the_curve_so_far(stopped, browser, tmp_path):  # no
     problems: list[str] = []
     page = opened(browser, tmp_path / "live.html", problems)
     page.locator("[data-chart=loss] .mark-line path >> nth=1").wait_for(state="attached")
+    page.locator("[data-chart=loss] svg").hover()
+    shown = page.locator("#vg-tooltip-element td.key")
+    shown.first.wait_for()
+    assert {text.rstrip(":") for text in shown.all_text_contents()} == {"train loss", "validation loss", "step"}
     assert page.locator("#evaluationstep").text_content().startswith("step ")
     page.close()
     assert problems == []
@@ -169,7 +196,7 @@ def test_the_curve_of_a_resumed_run_is_there_at_once(stopped):
     for name in SEEN:
         (stopped / "reports" / name).unlink()
     trainer = start_trainer(stopped)
-    wait_until(lambda: (stopped / "reports/train_samples.md").exists(), stopped)
+    wait_until(lambda: (stopped / "reports/train.csv").exists(), stopped)
     assert evaluated_steps(stopped / "reports")[: len(before)] == before
     os.kill(trainer.pid, signal.SIGINT)
     assert status_of(trainer) == 130

@@ -46,6 +46,15 @@ def test_loss_and_gradient_are_pytorchs_whatever_the_chunk(extra, chunk, monkeyp
         assert next_token_loss(hidden, head, targets, **extra).item() == ours.item()
 
 
+def test_an_evaluation_computes_no_gradient(monkeypatch):
+    hidden, head, targets = inputs()
+    expected = next_token_loss(hidden, head, targets)
+    monkeypatch.setattr(loss, "_add_product", None)
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without:
+            assert next_token_loss(hidden.detach(), head, targets) == expected
+
+
 def test_the_gradient_is_exact_in_float64_and_given_once(monkeypatch):
     monkeypatch.setitem(loss.CHUNK, "cpu", 33)
     hidden, head, targets = inputs(dtype=torch.float64)

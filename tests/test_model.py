@@ -20,7 +20,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import NORMS, apply_rope, gelu, rope_tables
 from tinygpt.model.weights import load_model, model_tensors, save_model
 from tinygpt.params import ParamsError
-from tinygpt.runtime import open_device
+from tinygpt.runtime import all_threads, open_device
 
 CHOICES = {
     "position": ["learned", "rope"],
@@ -253,6 +253,10 @@ def test_a_model_folder_that_does_not_fit_is_one_clear_error(tmp_path):
 def test_a_device_that_is_not_there_is_refused():
     runtime = dataclasses.replace(RUNTIME, device="auto")
     assert open_device(runtime).type in ("cpu", "cuda", "mps")
+    n_thread = all_threads()
+    for n in (1, 0):  # 0 is all of them again
+        open_device(dataclasses.replace(runtime, n_thread=n))
+        assert torch.get_num_threads() == (n or n_thread)
     missing = "cuda" if not torch.cuda.is_available() else "mps"
     with pytest.raises(ParamsError, match=f"runtime.device={missing} is not available"):
         open_device(dataclasses.replace(RUNTIME, device=missing))

@@ -19,9 +19,9 @@ from test_evaluate import PARAMS
 from test_playground import BROWSER, browser  # noqa: F401  a fixture
 
 from tinygpt.report.compare import write_comparison
-from tinygpt.report.details import details, held_out, make_samples, score
-from tinygpt.report.page import verdict
-from tinygpt.report.reports import find_earlier
+from tinygpt.report.details import Sample, attention, details, held_out, make_samples, score
+from tinygpt.report.page import numbers, verdict
+from tinygpt.report.reports import Earlier, find_earlier
 from tinygpt.tokens import SplitMeta, TokensMeta
 
 PAGE = "reports/index.html"
@@ -279,6 +279,18 @@ def test_the_earlier_run_is_named_and_stays_the_same_when_this_one_is_committed(
     assert (project / PAGE).read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "compared"),
+    [("train.lr", True), ("train.eval_tokens", False), ("clean.val_fraction", False), ("tokenizer.kind", False)],
+)
+def test_validation_losses_of_other_tokens_are_not_compared(name, compared):
+    result = {"split": "test", "bytes": 9, "tokens": 3, "bpb": 1.0, "ppl": 2.0}
+    result |= {"loss_error": 0.1, "bpb_error": 0.1, "ppl_error": 0.1, "val_loss": 3.0}
+    earlier = Earlier("a1b2", result, {name: "1"})
+    reports = {"eval": result, "train": {"val_loss": 2.0}, "params": {name: "2"}}
+    assert ["verdict" in row for row in numbers(reports, earlier)] == [compared, True, True]
+
+
 def test_a_difference_counts_from_two_errors_on():
     def verdict_of(value, before, form):
         return verdict(value, before, 0.1, form, commit="a1b2")
@@ -336,6 +348,12 @@ def test_prompts_of_the_held_out_text_end_before_a_space_and_continue_as_it_does
     assert all(followed[0].isspace() for _, followed in found[:3])  # prompts end at a word's end, if there are words
     more = PARAMS.__class__(**{**vars(params), "held_out_prompts": 10})
     assert list(held_out(tokens, tiny_tokenizer, more, 64)) == found  # each document once
+
+
+def test_with_a_context_of_one_token_nothing_is_attended_to(tiny_tokenizer):
+    sample = Sample("The file", " is", [], [], None)
+    assert attention(tiny_model(block_size=1), tiny_tokenizer, [sample]) is None
+    assert attention(tiny_model(block_size=2), tiny_tokenizer, [sample])["shape"] == [2, 4, 2, 2]
 
 
 def test_the_page_stays_small_whatever_the_text_and_the_model(tiny_tokenizer):

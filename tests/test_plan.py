@@ -25,6 +25,7 @@ from tinygpt.plan import measure
 from tinygpt.plan.measure import NEAR, Speeds, Text, between, copied_share, flops_per_token
 from tinygpt.plan.plan import Planner
 from tinygpt.plan.recipe import LAW, LAYERS, SPREAD, Recipe, Size
+from tinygpt.report.config import EvaluateParams
 from tinygpt.train.config import TrainParams
 
 PARAMS = ROOT / "params.yaml"
@@ -266,6 +267,14 @@ def test_it_says_what_it_would_train_and_writes_it(folder, capsys):
     assert [line.partition("#")[2] for line in (folder / "params.yaml").read_text().splitlines()] == [
         line.partition("#")[2] for line in before.splitlines()
     ]
+
+
+def test_an_evaluation_with_more_context_than_the_planned_model_has_is_reset(folder, capsys):
+    set_params(folder, {"model.block_size": 512, "evaluate.context": 400, "evaluate.stride": 8})
+    run_stages("download clean", folder)
+    plan("--minutes 60 --write")
+    evaluate, model = load_params(EvaluateParams, ModelParams)
+    assert (evaluate.context, evaluate.stride, model.block_size) == (None, 8, 256)
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])

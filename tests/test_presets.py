@@ -20,7 +20,7 @@ from tinygpt.files import write_json
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.weights import model_tensors
-from tinygpt.params import ParamsError, check_params, load_params
+from tinygpt.params import ParamsError, check_params, load_params, read_groups
 from tinygpt.paths import TOKENS
 from tinygpt.tokens import SplitMeta, TokensMeta
 from tinygpt.train.config import TrainParams
@@ -185,6 +185,19 @@ def test_a_link_to_params_stays_one(params):
     params.symlink_to(params.rename(params.parent / "real.yaml"))
     assert apply_values(params, {"model": {"n_layer": 3}})
     assert params.is_symlink() and "n_layer: 3" in (params.parent / "real.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("group", "key"), [("tokenizer", "special_tokens"), ("evaluate", "prompts"), ("export", "gguf")]
+)
+def test_a_list_is_filled_and_emptied_again(group, key, params):
+    apply_values(params, {group: {key: []}})
+    before = params.read_text()
+    filled = ["f32"] if key == "gguf" else ["<|user|>", "<|pad|>"]
+    assert apply_values(params, {group: {key: filled}})
+    assert read_groups(params)[group][key] == filled
+    apply_values(params, {group: {key: []}})
+    assert [line.split() for line in params.read_text().splitlines()] == [line.split() for line in before.splitlines()]
 
 
 def test_line_ends_of_windows_stay(params):

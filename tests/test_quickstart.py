@@ -57,6 +57,16 @@ def test_wrong_names_are_refused_as_in_params_yaml(folder):
         quickstart.model_from_text("your.txt")
 
 
+def test_a_folder_with_other_files_is_refused_and_left_alone(folder):
+    (folder / ".gitignore").write_text("data\n")
+    before = sorted(path.name for path in folder.iterdir())
+    for name in (".", folder):
+        with pytest.raises(UserError, match="holds files that quickstart did not make: choose another folder"):
+            quickstart.model_from_text("my.txt", folder=name)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert (folder / ".gitignore").read_text() == "data\n"
+
+
 def test_paths_are_those_of_the_current_folder_and_a_sources_name_is_not_one(folder):
     (folder / "tiny").mkdir()
     (folder / "tok").mkdir()

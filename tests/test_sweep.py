@@ -57,6 +57,8 @@ def test_settings_are_keys_with_values_of_which_one_is_searched():
         (["train.lr=log:3e-3"], "-S train.lr=log:3e-3: must be log:LOW..HIGH"),
         (["train.lr=2..1"], "must be LOW..HIGH with LOW < HIGH"),
         (["train.lr=log:0..1"], "above 0 after log:"),
+        (["train.max_steps=1e2..1e3"], "-S train.max_steps=1e2..1e3: it is a whole number, so write 100 and not 1e2"),
+        (["train.lr=-1..1"], "-S train.lr=-1.0 must be"),
     ],
 )
 def test_settings_without_a_search_are_reported(texts, message):

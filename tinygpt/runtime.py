@@ -5,6 +5,7 @@ PyTorch is imported only when the device is needed: stages that work on text do 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
         raise ParamsError(
             [f"runtime.n_thread={runtime.n_thread} is above the {n_core} cores of this machine: 0 uses them all"]
         )
-    torch.set_num_threads(max(1, (runtime.n_thread or torch.get_num_threads()) // of))
+    torch.set_num_threads(max(1, (runtime.n_thread or all_threads()) // of))
     name = find_device(runtime.device)
     if of == 1:
         return torch.device(name)
@@ -82,6 +83,14 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
         found = torch.cuda.device_count()
         raise ParamsError([f"runtime.n_process: {of} processes on this machine need as many GPUs, found {found}"])
     return torch.device(name, number) if name == "cuda" else torch.device(name)
+
+
+@functools.cache
+def all_threads() -> int:
+    """How many threads PyTorch had at first, before any was set: a notebook may open its device more than once."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def find_device(wanted: str, option: str = "runtime.device") -> str:

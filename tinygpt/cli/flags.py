@@ -70,8 +70,12 @@ def find_run(name: str | None, file: str) -> Path:
 
     Raises UserError if there is none, or more than one with that name.
     """
-    whole = (path for path in runs_folder().glob(f"*/{file}") if not any(p.endswith(".partial") for p in path.parts))
-    files = sorted(whole, key=lambda path: path.stat().st_mtime)
+    changed: dict[Path, float] = {}
+    for path in runs_folder().glob(f"*/{file}"):
+        if not any(part.endswith(".partial") for part in path.parts):
+            with suppress(FileNotFoundError):  # a checkpoint that the trainer has just removed
+                changed[path] = path.stat().st_mtime
+    files = sorted(changed, key=lambda path: changed[path])
     folders = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
     there = [*dict.fromkeys(folders[::-1])][::-1]  # each once, at its newest file
     named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]

@@ -26,6 +26,7 @@ from tinygpt.params import load_params, require
 from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
 from tinygpt.plan.recipe import BATCH_SIZES, SPREAD
+from tinygpt.report.config import EvaluateParams
 from tinygpt.run.costs import (
     LESS_MEMORY,
     Memory,
@@ -137,6 +138,9 @@ def plan(args: Namespace) -> None:
         values, tokenizer = chosen.recipe.values(), load_params(TokenizerParams)
         if tokenizer.kind != "bpe" or tokenizer.from_file:
             del values["tokenizer"]  # it stays as it is
+        evaluate, most = load_params(EvaluateParams), chosen.recipe.block_size
+        longer = {key: None for key in ("context", "stride") if (getattr(evaluate, key) or 0) > most}
+        values |= {"evaluate": longer} if longer else {}
         write_values("plan", values)
 
 

@@ -157,6 +157,9 @@ def apply_values(path: Path, values: dict[str, dict[str, Any]]) -> list[str]:
             if (old := document[group][key]) != value:
                 changed.append(f"{group}.{key}: {shown(old)} -> {shown(value)}")
                 document[group][key] = value
+                comment = document[group].ca.items.get(key, [])
+                if value == [] and comment[3:] == [[]]:  # of a block list: ruamel.yaml would put no line end after []
+                    comment[3] = None
     text = io.StringIO(newline="\r\n" if "\r\n" in written else "\n")
     yaml.dump(document, text)
     with atomic_write(path.resolve()) as file:  # a link to a file stays one

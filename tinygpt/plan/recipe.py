@@ -1,7 +1,7 @@
 """Our recipe: the model and training for a width, a text and a number of steps, and the loss they reach.
 
-Learning rates are for Muon with qk_norm and a linear schedule. At a width of 128 they are the default's (docs/trials.md),
-and they fall with the root of the width. The law of the validation loss, in bits per byte:
+Learning rates are for Muon with qk_norm and a linear schedule. At a width of 128 they are the default's
+(docs/trials.md), and they fall with the root of the width. The law of the validation loss, in bits per byte:
 
     loss = difficulty · ((1 - copied) · x^b + copied · y^2b)
     x = A / weights^a + (1 + tokens of a step / batch) / (bytes + start) + overfit · √(all / text)
@@ -80,6 +80,7 @@ class Recipe:
             "weight_decay": 0.1,
             "ema": None,
             "patience": None,
+            "anneal_dropout": False,
             "eval_every": every,
             "save_every": every,
         }

@@ -37,10 +37,13 @@ NEAREST: Spec = {  # the row under the pointer
 }
 
 
-def charts(n_parts: int) -> dict[str, Spec]:
-    """The charts of the page by name, for a model of `n_parts` parts that each have a gradient norm."""
+def charts(n_parts: int, steps: Sequence[str]) -> dict[str, Spec]:
+    """The charts of the page by name, for a model of `n_parts` parts that each have a gradient norm.
+
+    `steps` are those of STEPS that the curve has.
+    """
     return {
-        "loss": loss_chart(),
+        "loss": loss_chart(steps),
         "rate": line_chart("lr", "learning rate", "linear"),
         "norm": line_chart("grad_norm", "gradient norm, before clipping", "log"),
         "parts": parts_chart(n_parts),
@@ -84,7 +87,7 @@ def pointer(*fields: str) -> Spec:
     return {"params": [NEAREST], "mark": {"type": "rule", "color": "$ink"}, "encoding": encoding}
 
 
-def loss_chart() -> Spec:
+def loss_chart(steps: Sequence[str]) -> Spec:
     """Training and validation loss, with the best one marked."""
 
     def named(name: str) -> Spec:
@@ -101,7 +104,7 @@ def loss_chart() -> Spec:
         drawn("line", loss("val"), named("validation"), strokeWidth=2, point={"size": 35, "color": "$orange"}),
         drawn("point", loss("val"), shape="diamond", filled=True, size=150, **best),
         drawn("text", loss("val"), {"text": {"field": "best"}}, dy=-14, align="right", fontWeight=600, **best),
-        pointer("train", "seen", "step", "tokens", "epochs"),
+        pointer("train", "seen", *steps),
     )
 
 

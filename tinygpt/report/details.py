@@ -203,12 +203,12 @@ def documents(tokens: TokenIds, tokenizer: Tokenizer) -> dict[str, Any]:
 def attention(model: GPT, tokenizer: Tokenizer, samples: Sequence[Sample]) -> dict[str, Any] | None:
     """What each head attends to in the first sample with a prompt: bytes, 0 to 255, in base64, (n_layer, n_head, T, T).
 
-    None if no sample has a prompt.
+    None if no sample has a prompt, or the context is one token.
     """
     config = model.config
     room = math.isqrt(MOST_WEIGHTS // (config.n_layer * config.n_head))
     text = next((sample.prompt + sample.text for sample in samples if sample.prompt), "")
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)][: max(2, min(config.block_size, MOST_ATTENDING, room))]
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)][: min(config.block_size, MOST_ATTENDING, max(2, room))]
     if len(ids) < 2:
         return None
     maps = (attention_maps(model, ids) * 255).round().astype(np.uint8)

@@ -25,6 +25,7 @@ from tinygpt.files import human_bytes, write_text
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, charts
 from tinygpt.report.reports import (
+    TOKENS,
     Earlier,
     Row,
     differing,
@@ -123,7 +124,7 @@ def run_data(reports: dict[str, Any]) -> dict[str, Any]:
 def curve_data(curve: list[Row], norms: list[Row], samples: list[dict[str, Any]], **of_all: float) -> dict[str, Any]:
     """What the script draws of a training run: its curve, its norms with the last part first, and its samples."""
     return {
-        "charts": charts(max(map(len, norms), default=2) - 1),
+        "charts": charts(max(map(len, norms), default=2) - 1, STEPS if of_all else STEPS[:1]),
         "curve": curve_rows(curve, **of_all),
         "norms": [
             {"step": row["step"], "part": part, "norm": norm}
@@ -180,8 +181,10 @@ def numbers(reports: dict[str, Any], earlier: Earlier | None) -> list[dict[str, 
     was = earlier.eval if earlier else {}
     same_text = all(was.get(key) == now[key] for key in ("split", "bytes"))
     same_tokens = same_text and was["tokens"] == now["tokens"]
+    names = {name for name, _, _ in changed(reports, earlier)}
+    same_val = same_tokens and not any(name == "train.eval_tokens" or name.split(".")[0] in TOKENS for name in names)
     rows = (
-        ("Validation loss", "val_loss", "loss_error", ".4f", "nats per token, at its lowest", same_tokens),
+        ("Validation loss", "val_loss", "loss_error", ".4f", "nats per token, at its lowest", same_val),
         (f"Bits per byte, {now['split']}", "bpb", "bpb_error", ".4f", "comparable between tokenizers", same_text),
         (f"Perplexity, {now['split']}", "ppl", "ppl_error", ".2f", "per token", same_tokens),
     )

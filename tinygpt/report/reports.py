@@ -20,6 +20,8 @@ COLUMNS = ["step", "train_loss", "val_loss", "lr", "grad_norm"]
 AGAIN = "run `dvc repro train`"
 SAMPLE = re.compile(r"^## Step (\d+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
 STAGES = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "details": "evaluate"}
+TEXT = {"download", "clean"}  # groups that decide the text
+TOKENS = TEXT | {"tokenizer"}
 MOST_COMMITS = 20  # that are searched for an earlier run
 
 Row = dict[str, float | None]

@@ -40,14 +40,12 @@ def publish(
 
 
 def write_curve(state: TrainState, *folders: Path) -> None:
-    """Write the curve and the samples so far into each folder, each file whole or not at all."""
-    texts = {
-        name: as_csv(rows)
-        for name, rows in (("train.csv", state.rows), ("train_norms.csv", state.norms))
-        if rows  # before the first step there are no norms
-    }
+    """Write the samples and the curve so far into each folder, each file whole or not at all."""
     samples = (f"\n## Step {sample['step']}\n\n{fenced(sample['text'])}" for sample in state.samples)
-    texts["train_samples.md"] = "".join(["# Samples written while training\n", *samples])
+    texts = {"train_samples.md": "".join(["# Samples written while training\n", *samples])}
+    if state.norms:  # before the first step there are none
+        texts["train_norms.csv"] = as_csv(state.norms)
+    texts["train.csv"] = as_csv(state.rows)  # last: `watch` reads the others when this has a new row
     for folder in folders:
         for name, text in texts.items():
             write_text(folder / name, text)

@@ -26,7 +26,7 @@ from tinygpt.code import code_of, version_of
 from tinygpt.errors import UserError, printable
 from tinygpt.files import atomic_folder, runs_folder, sha256_file, sha256_json, write_json
 from tinygpt.model.config import GPTConfig, config_fields
-from tinygpt.model.weights import load_tensors, save_tensors
+from tinygpt.model.weights import load_tensors, read_shapes, save_tensors
 from tinygpt.run.folder import PLAN_FILE, checkpoints_in, read_state, write_state
 from tinygpt.tokens import TokensMeta
 from tinygpt.train.config import TrainParams
@@ -92,8 +92,10 @@ class Checkpoints:
             shutil.rmtree(other)
 
     def newest_weights(self) -> Path:
-        """The file with the weights of the newest checkpoint."""
-        return checkpoints_in(self.folder)[-1] / f"weights{SUFFIX}"
+        """The file with the weights of the newest checkpoint, or their average if that is what the run evaluates."""
+        newest = checkpoints_in(self.folder)[-1]
+        averages = newest / f"ema{SUFFIX}"
+        return averages if read_shapes(averages) else newest / f"weights{SUFFIX}"
 
     def load_latest(self) -> tuple[TrainState, dict[str, dict[str, Tensor]]] | None:
         """The newest intact checkpoint, or None; reports damaged ones.  Raises PermissionError if it may not read."""

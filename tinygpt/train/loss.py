@@ -48,6 +48,7 @@ def next_token_loss(
     It adds `z_loss` times the mean squared logarithm of the sum of exp(logits), which keeps that logarithm near 0
     (Chowdhery et al., https://arxiv.org/abs/2204.02311). The result can be differentiated once.
     """
+    head = head if torch.is_grad_enabled() else head.detach()  # an evaluation needs no gradient of it
     total: Tensor = _HeadLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), label_smoothing, z_loss)
     return total / targets.numel()
 

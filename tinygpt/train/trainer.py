@@ -69,9 +69,10 @@ class Trainer:
                 asked = self.world.max(keeper.stop_requested())
                 save = done % self.params.save_every == 0 or asked
                 if evaluate or log or save:
-                    self._count()
-                if evaluate:
-                    self._evaluate(keeper)
+                    with self.world.together():  # where it diverges, all processes see it
+                        self._count()
+                        if evaluate:
+                            self._evaluate(keeper)
                 self.state.seconds += time.perf_counter() - began
                 keeper.report(self.state, evaluated=evaluate)
                 finished = self.state.is_over(self.params)
@@ -134,7 +135,7 @@ class Trained:
     """A finished run."""
 
     state: TrainState
-    last: dict[str, Tensor]  # weights after the last step
+    last: dict[str, Tensor]  # weights after the last step, or their average
     best: dict[str, Tensor]  # weights with the lowest validation loss
     trained: dict[str, Tensor]  # the trained part of the best: all of it, or adapters
 

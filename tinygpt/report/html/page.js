@@ -66,7 +66,7 @@ let due = 0;
 function drawAll() {
   cancelAnimationFrame(due);
   due = requestAnimationFrame(() => {
-    drawing = drawing.then(() => Promise.all([...document.querySelectorAll("[data-chart]")].map(draw)));
+    drawing = drawing.catch(() => {}).then(() => Promise.all([...document.querySelectorAll("[data-chart]")].map(draw)));
   });
 }
 
