@@ -2,9 +2,10 @@
 
     python -m sweeps.optuna_sweep --trials 20 -S train.lr=log:1e-3..1e-2 -S model.n_layer=2..6 -S train.max_steps=400
 
-A value LOW..HIGH is searched evenly (among whole numbers if both are), log:LOW..HIGH on a logarithmic scale, a,b,c as a
-choice; anything else is set as it is. Without -S the ranges of SPACE are searched. Stopped in any way and started
-again, the sweep continues: its trials are in a SQLite file, and the one that was running resumes from its checkpoint.
+A value LOW..HIGH is searched evenly (among whole numbers if the param is one), log:LOW..HIGH on a logarithmic scale,
+a,b,c as a choice; anything else is set as it is. Without -S the ranges of SPACE are searched. Stopped in any way and
+started again, the sweep continues: its trials are in a SQLite file, and the one that was running resumes from its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -78,15 +79,21 @@ def read_settings(texts: list[str] | tuple[str, ...]) -> dict[str, str]:
             raise UserError(f"-S {key}={value}: must be log:LOW..HIGH")
         if match and not (float(match[2]) < float(match[3]) and (float(match[2]) > 0 or not match[1])):
             raise UserError(f"-S {key}={value}: must be LOW..HIGH with LOW < HIGH, and above 0 after log:")
-        group, _, name = key.partition(".")
-        hint = typing.get_type_hints(find_class(group), include_extras=True).get(name)
-        for end in match.groups()[1:] if match and hint else ():  # else only a trial would be refused
-            found = coerce(int(end) if end.isdecimal() else float(end), hint, f"-S {key}")
-            is_same = end.isdecimal() or not isinstance(found, int)
-            require((is_same, f"-S {key}={value}: it is a whole number, so write {found} and not {end}"))
+        for end in match.groups()[1:] if match else ():
+            is_clear = end.isdecimal() or not is_whole(key, end)
+            require((is_clear, f"-S {key}={value}: it is a whole number, so write {float(end):.0f} and not {end}"))
     if not any(RANGE.fullmatch(value) or choices(value) for value in settings.values()):
         raise UserError("nothing to search: give a range, such as -S train.lr=log:1e-3..1e-2, or a choice a,b")
     return settings
+
+
+def is_whole(key: str, number: str) -> bool:
+    """Whether a param is a whole number.  Raises ParamsError if it is none, or may not be this one."""
+    group, _, name = key.partition(".")
+    hint = typing.get_type_hints(find_class(group), include_extras=True).get(name)
+    if hint is None:  # inside a mapping
+        return number.isdecimal()
+    return isinstance(coerce(int(number) if number.isdecimal() else float(number), hint, f"-S {key}"), int)
 
 
 def choices(value: str) -> list[str]:
@@ -166,7 +173,7 @@ def must_be_free(name: str) -> None:
 def suggest(trial: Trial, key: str, value: str) -> str:
     """One param of a trial, with at most four digits where it is not a whole number."""
     match, parts = RANGE.fullmatch(value), choices(value)
-    if match and match[2].isdecimal() and match[3].isdecimal():
+    if match and is_whole(key, match[2]):
         return str(trial.suggest_int(key, int(match[2]), int(match[3]), log=bool(match[1])))
     if match:
         return f"{trial.suggest_float(key, float(match[2]), float(match[3]), log=bool(match[1])):.4g}"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import mmap
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -123,6 +124,17 @@ def run(raw: Path, **runtime: object) -> tuple[Report, dict[str, bytes]]:
     folder = raw.parent / "clean"
     report = clean(params(**rules), raw, folder, dataclasses.replace(RUNTIME, **runtime))
     return report, {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_job_does_not_carry_the_list_of_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(work: object, *_: object, **__: object) -> None:
+        raise UserError(f"{len(pickle.dumps(work))}")
+
+    raw = make_raw(tmp_path, {f"{i}.txt": b"a" for i in range(300)})
+    monkeypatch.setattr(clean_module, "shard_results", stop)
+    with pytest.raises(UserError) as caught:
+        run(raw)
+    assert int(str(caught.value)) < 2000
 
 
 def test_the_result_does_not_depend_on_the_workers(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

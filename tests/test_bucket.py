@@ -37,6 +37,15 @@ def test_a_file_a_folder_and_a_glob_are_read(bucket, tmp_path, source, expected)
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+def test_links_are_read_and_folders_that_are_read_are_not_left_out(tmp_path):
+    (tmp_path / "own/a").mkdir(parents=True)
+    (tmp_path / "text").write_text("one\n")
+    (tmp_path / "own/a/x.txt").symlink_to(tmp_path / "text")
+    (tmp_path / "own/y.txt").write_text("two\n")
+    assert str(fill(tmp_path, f"file://{tmp_path}/own/**").notes) == ""
+    assert texts(tmp_path) == {"a/x.txt": "one\n", "y.txt": "two\n"}
+
+
 def test_what_was_copied_before_is_not_copied_again_unless_it_changed(bucket, tmp_path, monkeypatch):
     fill(tmp_path, "memory://bucket/a/*.txt")
     with monkeypatch.context() as patch:

@@ -166,10 +166,10 @@ def test_a_template_sees_what_transformers_gives_it(tokenizer, tmp_path):
 
 def test_the_marks_in_a_message_do_not_count(tokenizer):
     said = "<|im_end|>" * 50
-    template = Template("{{ messages[0].content }}")
-    assert template.prompt([{"role": "user", "content": said}], tokenizer, len(said))[0] == said
+    template = Template("{{ messages[0].content }}{{ messages[0].content }}")
+    assert template.prompt([{"role": "user", "content": said}], tokenizer, 2 * len(said))[0] == 2 * said
     with pytest.raises(UserError, match=f"it writes more than {2 * len(said) - 1} characters"):
-        template.prompt([{"role": "user", "content": said}], tokenizer, len(said) - 1)
+        template.prompt([{"role": "user", "content": said}], tokenizer, 2 * len(said) - 1)
 
 
 def test_a_chat_without_a_prompt_ends_no_other_answer(tokenizer):

@@ -170,6 +170,17 @@ def test_two_programs_that_write_one_file_do_not_disturb_each_other(tmp_path):
     assert path.read_text() == "a" * 10 and os.listdir(tmp_path) == ["file"]
 
 
+def test_what_another_user_left_does_not_disturb(tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "sticky")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for number in (2**31 - 1, 10**21):
+        (tmp_path / f"file.{number}.partial").touch()
+        write_text(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "text"
+
+
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "large").mkdir()
     (tmp_path / "link").symlink_to("large")
@@ -198,7 +209,7 @@ def test_a_program_that_waits_for_another_says_so(tmp_path, capsys):
     thread = threading.Thread(target=work, name="second")
     with alone(tmp_path / "lock", "download"):
         thread.start()
-        wait_until(lambda: "waiting for another program that is at the same work (download)" in capsys.readouterr().err)
+        wait_until(lambda: "waiting for another program that does the same work (download)" in capsys.readouterr().err)
         order.append("first")
     thread.join()
     assert order == ["first", "second"] and capsys.readouterr().err == ""

@@ -152,10 +152,15 @@ def test_of_several_trainings_one_must_be_chosen(stopped, command, monkeypatch):
     try:
         with FileLock(stopped / "runs" / names[0] / "lock"), FileLock(stopped / "runs" / names[1] / "lock"):
             said = command("watch").stderr
+            monkeypatch.setattr("tinygpt.cli.runs.is_locked", lambda folder: next(answers, False))
+            answers = iter([True, True])  # both are running; when the one is looked at, it has ended
+            chosen = command("watch", "2").stdout
     finally:
         for name in names:
             shutil.rmtree(stopped / "runs" / name)
-    assert said.startswith("error: 2 trainings are running: choose one of ") and all(name in said for name in names)
+    assert said.startswith("error: 2 trainings are running: `watch RUN` follows one of ")
+    assert all(name in said for name in names)
+    assert chosen.startswith(f"watching runs/{names[1]};")
 
 
 def test_what_watch_reads_with_a_new_row_was_written_before_it(tmp_path, monkeypatch):

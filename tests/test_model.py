@@ -250,13 +250,22 @@ def test_a_model_folder_that_does_not_fit_is_one_clear_error(tmp_path):
             load_model(tmp_path)
 
 
+def test_after_another_number_of_threads_zero_is_all_of_them_again(monkeypatch):
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: [7, *set_to][-1])
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    all_threads.cache_clear()
+    try:
+        for n in (1, 0):
+            open_device(dataclasses.replace(RUNTIME, n_thread=n))
+    finally:
+        all_threads.cache_clear()
+    assert set_to == [1, 7]
+
+
 def test_a_device_that_is_not_there_is_refused():
     runtime = dataclasses.replace(RUNTIME, device="auto")
     assert open_device(runtime).type in ("cpu", "cuda", "mps")
-    n_thread = all_threads()
-    for n in (1, 0):  # 0 is all of them again
-        open_device(dataclasses.replace(runtime, n_thread=n))
-        assert torch.get_num_threads() == (n or n_thread)
     missing = "cuda" if not torch.cuda.is_available() else "mps"
     with pytest.raises(ParamsError, match=f"runtime.device={missing} is not available"):
         open_device(dataclasses.replace(RUNTIME, device=missing))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import json
 import os
@@ -20,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sources import fill, params, texts
 
+from tinygpt.corpus import archive
 from tinygpt.corpus import raw as raw_module
+from tinygpt.corpus.archive import CHUNK_BYTES, UnpackError
 from tinygpt.corpus.local import _fits
 from tinygpt.corpus.raw import json_kind, likely_encodings, lines
 from tinygpt.errors import UserError
@@ -275,6 +278,30 @@ def test_a_file_that_begins_in_ascii_is_read_by_its_first_other_characters(tmp_p
     notes = str(fill(tmp_path, "own", encoding=encoding).notes)
     assert texts(tmp_path) == {"a.txt": ascii_text, "b.txt": ascii_text + text, "c.txt": ascii_text + text}
     assert notes == f"read: 1 as {encoding} (c.txt)"
+
+
+def test_a_character_that_lies_across_two_chunks_decides(tmp_path: Path) -> None:
+    text = "a" * (CHUNK_BYTES - 1) + "é und so weiter"
+    (tmp_path / "x.txt").write_text(text, encoding="utf-8")
+    assert str(fill(tmp_path, "x.txt", encoding="cp1252").notes) == ""
+    assert texts(tmp_path) == {"x.txt": text}
+
+
+def test_a_file_that_unpacks_to_too_much_is_not_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "SMALL_BYTES", 1000)
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(bytes(10**6)))
+    with pytest.raises(UserError, match="unpacks to more than 200 times its size: unpack it by hand") as caught:
+        fill(tmp_path, "x.txt.gz")
+    assert not isinstance(caught.value, UnpackError)  # so that its download stays
+
+
+def test_an_encoding_leaves_out_what_is_binary_or_packed_for_these_reasons(tmp_path: Path) -> None:
+    make_own(tmp_path / "own")
+    (tmp_path / "own/twice.gz.gz").write_bytes(gzip.compress(gzip.compress(b"text")))
+    (tmp_path / "own/latin.txt").write_bytes(FRENCH.encode("cp1252") + b"\x81")
+    notes = str(fill(tmp_path, "own", encoding="cp1252").notes)
+    assert "1 neither UTF-8 nor cp1252 (latin.txt)" in notes and "1 binary (picture.txt)" in notes
+    assert "1 packed twice (twice.gz)" in notes
 
 
 def test_an_encoding_in_ascii_bytes_is_decoded_from_the_beginning(tmp_path: Path) -> None:

@@ -14,26 +14,28 @@ SWEEP = "python -m sweeps.optuna_sweep"
 
 
 @pytest.mark.parametrize(
-    ("value", "drawn"),
+    ("key", "value", "drawn"),
     [
-        ("2..6", {str(n) for n in range(2, 7)}),
-        ("cosine,constant", {"cosine", "constant"}),
-        ("1..1.0000001", {"1"}),  # rounded to four digits
-        ("[0.9, 0.95]", {"[0.9, 0.95]"}),
-        ("../texts", {"../texts"}),
-        ("8", {"8"}),
+        ("model.n_layer", "2..6", {str(n) for n in range(2, 7)}),
+        ("train.lora.rank", "2..4", {"2", "3", "4"}),
+        ("train.schedule", "cosine,constant", {"cosine", "constant"}),
+        ("train.lr", "1..1.0000001", {"1"}),  # rounded to four digits
+        ("train.betas", "[0.9, 0.95]", {"[0.9, 0.95]"}),
+        ("download.source", "../texts", {"../texts"}),
+        ("model.n_layer", "8", {"8"}),
     ],
 )
-def test_a_value_is_drawn_from_what_was_given(value, drawn, tmp_path):
-    study = open_study(tmp_path / "study.db", "a", {"key": value}, seed=1)
-    assert {suggest(study.ask(), "key", value) for _ in range(40 if len(drawn) > 1 else 2)} == drawn
+def test_a_value_is_drawn_from_what_was_given(key, value, drawn, tmp_path):
+    study = open_study(tmp_path / "study.db", "a", {key: value}, seed=1)
+    assert {suggest(study.ask(), key, value) for _ in range(40 if len(drawn) > 1 else 2)} == drawn
 
 
 def test_numbers_are_within_their_range_and_small_ones_are_drawn_on_a_logarithmic_scale(tmp_path):
     study = open_study(tmp_path / "study.db", "a", {}, seed=1)
-    even = [float(suggest(study.ask(), "even", "1e-4..1e-2")) for _ in range(40)]
-    log = [float(suggest(study.ask(), "log", "log:1e-4..1e-2")) for _ in range(40)]
+    even = [float(suggest(study.ask(), "train.lr", "1e-4..1e-2")) for _ in range(40)]
+    log = [float(suggest(study.ask(), "train.head_lr", "log:1e-4..1e-2")) for _ in range(40)]
     assert all(1e-4 <= value <= 1e-2 for value in even + log)
+    assert {suggest(study.ask(), "train.weight_decay", "0..1") for _ in range(5)} - {"0", "1"}
     assert sum(value < 1e-3 for value in even) < 12 < sum(value < 1e-3 for value in log)
 
 

@@ -13,11 +13,9 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
-
-from filelock import FileLock, Timeout
 
 from tinygpt.errors import UserError
 
@@ -36,7 +34,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    partial = _new_partial(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
         with open(partial, mode, encoding=encoding, newline=newline) as file:
@@ -70,14 +68,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is not a folder: choose another path")
     path = path.resolve() if path.is_symlink() else path
-    partial = _partial(path)
+    partial = _new_partial(path)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         written = [Path(parent, each) for parent, _, names in os.walk(partial) for each in (*names, "")]  # "": itself
         if len(written) > MOST_SYNCED:
-            os.sync()
+            os.sync()  # of all disks; it reports no errors, and only Linux waits for its end
         else:
             for each in written:
                 _sync(each)
@@ -113,31 +111,41 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
-def _partial(path: Path) -> Path:
+def _new_partial(path: Path) -> Path:
     """This program's name for a half-written `path`, which others may write, too; removes what killed ones left."""
     for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
-        try:
-            os.kill(int(partial.suffixes[-2][1:]), 0)  # only asks whether it runs
-        except ProcessLookupError:
-            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
-        except (ValueError, OSError):
-            continue
+        with suppress(ValueError, OverflowError, OSError):  # a name without a number, or another user's file
+            if not _is_running(int(partial.suffixes[-2][1:])):
+                remove = shutil.rmtree if partial.is_dir() else Path.unlink
+                remove(partial)
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # only asks
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder under another name: what is left of it when the program is killed would pass for whole."""
-    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.partial")))
+    left = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(folder.rename(left))
 
 
 @contextmanager
 def alone(lock: Path, work: str) -> Iterator[None]:
     """Hold the lock for the block; wait for a program that holds it, and say so."""
+    from filelock import FileLock, Timeout  # here, because every command imports this file
+
     held = FileLock(lock)
     try:
         held.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another program that is at the same work ({work})", file=sys.stderr)
+        print(f"waiting for another program that does the same work ({work})", file=sys.stderr)
         held.acquire()
     try:
         yield

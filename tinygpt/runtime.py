@@ -73,7 +73,8 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
         raise ParamsError(
             [f"runtime.n_thread={runtime.n_thread} is above the {n_core} cores of this machine: 0 uses them all"]
         )
-    torch.set_num_threads(max(1, (runtime.n_thread or all_threads()) // of))
+    most = all_threads()
+    torch.set_num_threads(max(1, (runtime.n_thread or most) // of))
     name = find_device(runtime.device)
     if of == 1:
         return torch.device(name)
@@ -87,7 +88,7 @@ def open_device(runtime: RuntimeParams, *, number: int = 0, of: int = 1) -> torc
 
 @functools.cache
 def all_threads() -> int:
-    """How many threads PyTorch had at first, before any was set: a notebook may open its device more than once."""
+    """How many threads PyTorch had when a device was first opened: a notebook opens one again and again."""
     import torch
 
     return torch.get_num_threads()

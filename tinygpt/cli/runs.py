@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import sys
 import time
 import webbrowser
@@ -69,6 +70,8 @@ def runs(args: Namespace) -> None:
         states = ("finished", "interrupted", "damaged") if args.all else ("finished",)
         chosen = [found for found in there if found.state in states][args.keep or 0 :]
         removed = [found for found in chosen if remove(found)]
+        for left in folder.glob("*.partial"):  # by a removal that was killed
+            shutil.rmtree(left, ignore_errors=True)
         for found in removed:
             print(f"{found.name}: {found.state}, {found.done}, {human_bytes(found.size)}")
         print(f"removed {len(removed)} of {len(there)} in {folder}: {human_bytes(sum(r.size for r in removed))} freed")
@@ -175,10 +178,11 @@ def _age(seconds: float) -> str:
 def watch(args: Namespace) -> None:
     """Print a line and a sample for each evaluation, past ones first, while the training runs."""
     begun = [path.parent for path in runs_folder().glob(f"*/{PLAN_FILE}") if is_locked(path.parent)]
-    if args.run is None and len(begun) > 1:
-        names = ", ".join(folder.name for folder in begun)
-        raise UserError(f"{len(begun)} trainings are running: choose one of {names} with --run")
-    folder = begun[0] if args.run is None and begun else find_run(args.run, "train.csv")
+    begun = [each for each in begun if each.name.startswith(args.run or "")]
+    if len(begun) > 1:
+        names = ", ".join(each.name for each in begun)
+        raise UserError(f"{len(begun)} trainings are running: `watch RUN` follows one of {names}")
+    folder = begun[0] if begun else find_run(args.run, "train.csv")
     page, n_shown = args.page or REPORTS / "live.html", 0
     print(f"watching {folder}; {page} shows it in a browser", flush=True)
     while not (folder / "train.csv").exists() and is_locked(folder):  # before its first evaluation

@@ -42,7 +42,7 @@ Member = tuple[str, Iterator[bytes]]  # name as a relative path with slashes, an
 
 
 class UnpackError(UserError):
-    """A packed file is damaged, cut off, or unpacks to an absurd size."""
+    """A packed file is damaged or cut off, so that a download of it is worth nothing."""
 
 
 def iter_members(path: Path, name: str | None = None, note: Note | None = None) -> Iterator[Member]:

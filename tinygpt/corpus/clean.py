@@ -72,8 +72,8 @@ class CleanParams:
             (self.separator != "", "clean.separator is empty: set it to a text or null"),
             (
                 not (self.newlines and "\r" in (self.separator or "")),
-                f"clean.separator={shown(self.separator or '')} never occurs, as clean.newlines makes \\r\\n into \\n: "
-                "write it with \\n",
+                f"clean.separator={shown(self.separator or '')} never occurs, as clean.newlines makes \\r\\n "
+                "and \\r into \\n: write it with \\n",
             ),
         )
 

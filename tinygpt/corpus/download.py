@@ -208,8 +208,9 @@ def bucket_files(params: DownloadParams, cache: Path, note: Note) -> Iterator[So
         store, path = fsspec.core.url_to_fs(params.source)
         find = store.glob if fsspec.core.has_magic(path) else store.find
         kinds = {name: entry["type"] for name, entry in sorted(find(path, detail=True).items())}
-        found = [name for name, kind in kinds.items() if kind == "file"]
-        for name in (name for name, kind in kinds.items() if kind != "file"):
+        found = [name for name, kind in kinds.items() if kind != "directory"]
+        read = {str(parent) for name in found for parent in PurePosixPath(name).parents}
+        for name in kinds.keys() - {*found, *read}:
             note(LEFT_OUT, "folders", PurePosixPath(name).name)
         if not found:
             raise FileNotFoundError

@@ -50,7 +50,8 @@ def fetch(url: str, path: Path, *, enough: int | None = None, sha256: str | None
     """Download `url`, or `enough` bytes of it, unless it is at `path` already.  -> its path, and whether it is whole
 
     A partial download is kept next to `path`. The next call continues it, unless the file on the server has changed.
-    Raises UserError if the network fails, the server refuses, or the hash of the whole file is not `sha256`.
+    Raises UserError if the network fails, the server refuses, or the hash of the whole file, which stays at `path`, is
+    not `sha256`.
     """
     if path.exists() and (sha256 is None or sha256_file(path) == sha256):
         return path, True

@@ -73,7 +73,7 @@ class RawFolder:
             return
         chunks = itertools.chain([head], chunks)
         if encoding != "utf-8":
-            chunks = self._recoded(chunks, encoding, name)
+            chunks = self._as_utf8(chunks, encoding, name)
             chunks = itertools.chain([head := next(chunks, b"")], chunks)
         if not name.lower().endswith(".jsonl") and (kind := json_kind(head)):
             self.notes.add(READ, "as JSON lines" if kind == "lines" else "as plain text, though JSON", name)
@@ -87,22 +87,24 @@ class RawFolder:
         self.files.append(RawFile(name=name, url=url, bytes=file_bytes, sha256=sha256_file(path), split=split))
 
     def _leave_unread(self, name: str, head: bytes) -> None:
+        is_packed = name.lower().endswith(tuple(READERS))
         if not head:
             self.notes.add(LEFT_OUT, "empty", name)
-        elif self.encoding:
+        elif self.encoding and not is_packed and b"\0" not in head:
             self.notes.add(LEFT_OUT, f"neither UTF-8 nor {self.encoding}", name)
         elif likely := likely_encodings(head):
             found = " or ".join(f"{encoding} (`{word}`)" if word else encoding for encoding, word in likely.items())
             which = f"={found}" if len(likely) == 1 else " to the one that reads well"
             self.notes.add(LEFT_OUT, "not UTF-8", f"{name} looks like {found}: set download.encoding{which}")
         else:
-            self.notes.add(LEFT_OUT, "packed twice" if name.lower().endswith(tuple(READERS)) else "binary", name)
+            self.notes.add(LEFT_OUT, "packed twice" if is_packed else "binary", name)
 
-    def _recoded(self, chunks: Iterator[bytes], encoding: str, name: str) -> Iterator[bytes]:
-        """The same text in UTF-8, of a file that may be UTF-8 after all: its first characters beyond ASCII decide."""
+    def _as_utf8(self, chunks: Iterator[bytes], encoding: str, name: str) -> Iterator[bytes]:
+        """The text in UTF-8, of a file that may be UTF-8 after all: its first characters beyond ASCII decide."""
         begins_alike = _extends_ascii(encoding)
         for chunk in chunks:
             if not (begins_alike and chunk.isascii()):
+                chunk += next(chunks, b"")  # as it may end in the middle of its only such character
                 rest = itertools.chain([chunk], chunks)
                 if encoding_of(chunk, encoding) == "utf-8":
                     yield from rest
@@ -138,7 +140,7 @@ def _recoded(chunks: Iterable[bytes], encoding: str, name: str) -> Iterator[byte
 
 def _extends_ascii(encoding: str) -> bool:
     """Whether every byte of ASCII means in this encoding what it means in ASCII, whatever follows it."""
-    ascii_bytes = bytes([*range(128), *b"\x1b$B"])  # the last three switch to Japanese in ISO 2022
+    ascii_bytes = bytes([*range(128), *rb"\u0041", *b"\x1b$B"])  # an escape, and ISO 2022's switch to Japanese
     with suppress(ValueError):
         return ascii_bytes.decode(encoding) == ascii_bytes.decode()
     return False
@@ -204,9 +206,9 @@ def likely_encodings(head: bytes) -> dict[str, str]:
     found = from_bytes(head, cp_isolation=UNICODE if b"\0" in head else ENCODINGS)
     texts = {"cp1252" if "cp1252" in each.could_be_from_charset else each.encoding: str(each) for each in found}
     texts = dict(itertools.islice(texts.items(), MOST_GUESSES))
-    words = zip(*(text.split() for text in texts.values()), strict=False)
+    words = zip(*([word[:MOST_WORD] for word in text.split()] for text in texts.values()), strict=False)
     differing = next((each for each in words if len({*each}) > 1), [""] * len(texts))
-    return {encoding: printable(word[:MOST_WORD]) for encoding, word in zip(texts, differing, strict=True)}
+    return {encoding: printable(word) for encoding, word in zip(texts, differing, strict=True)}
 
 
 def json_kind(head: bytes) -> str | None:

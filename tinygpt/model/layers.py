@@ -129,13 +129,14 @@ class Rope(nn.Module):
 
     def forward(self, n: int) -> tuple[Tensor, Tensor]:
         """The tables of the first n positions, each (n, D)."""
-        if n > min(len(self.cos), len(self.sin)):  # two threads that make them may leave one of each
+        cos, sin = self.cos, self.sin  # other threads may make new ones meanwhile, and leave one of each
+        if n > min(len(cos), len(sin)):
             with torch.inference_mode(mode=False):  # training uses them too, even if an evaluation makes them
                 room = more_room(n, self.config.block_size)
                 tables = rope_tables(room, self.config.head_dim, self.config.rope_theta)
-                cos, sin = (table.to(self.cos) for table in tables)
-                self.sin, self.cos = sin, cos  # in this order: another thread may look at the length of cos meanwhile
-        return self.cos[:n], self.sin[:n]
+                cos, sin = (table.to(cos) for table in tables)
+                self.cos, self.sin = cos, sin
+        return cos[:n], sin[:n]
 
 
 def first_room(block_size: int) -> int:

@@ -22,7 +22,7 @@ from tinygpt.params import GROUPS, PARAMS_FILE
 from tinygpt.paths import MODEL, REPORTS
 from tinygpt.report.charts import STEPS, comparison_chart, run_styles
 from tinygpt.report.page import curve_rows, render
-from tinygpt.report.reports import TEXT, TOKENS, Row, differing, parse_curve
+from tinygpt.report.reports import OF_VAL_LOSS, TEXT, TOKENS, Row, differing, parse_curve
 from tinygpt.yaml12 import load_yaml
 
 METRICS = {  # of reports/metrics, and their formats
@@ -43,7 +43,7 @@ EVALUATED = {"eval_loss", "ppl", "bpb"}  # the metrics of the stage evaluate
 WIDEST = 24  # characters of a param that are shown
 MOST_CURVES = 14  # as many as colour and line style can tell apart
 LOSSES = {  # metric, lower is better -> its error in eval.json, and the groups and params in which runs must agree
-    "val_loss": ("loss_error", TOKENS | {"train.eval_tokens"}),
+    "val_loss": ("loss_error", OF_VAL_LOSS),
     "eval_loss": ("loss_error", TOKENS | {"evaluate.split"}),
     "ppl": ("ppl_error", TOKENS | {"evaluate.split"}),
     "bpb": ("bpb_error", TEXT | {"evaluate.split"}),

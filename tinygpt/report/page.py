@@ -25,7 +25,7 @@ from tinygpt.files import human_bytes, write_text
 from tinygpt.paths import REPORTS
 from tinygpt.report.charts import STEPS, charts
 from tinygpt.report.reports import (
-    TOKENS,
+    OF_VAL_LOSS,
     Earlier,
     Row,
     differing,
@@ -182,7 +182,7 @@ def numbers(reports: dict[str, Any], earlier: Earlier | None) -> list[dict[str, 
     same_text = all(was.get(key) == now[key] for key in ("split", "bytes"))
     same_tokens = same_text and was["tokens"] == now["tokens"]
     names = {name for name, _, _ in changed(reports, earlier)}
-    same_val = same_tokens and not any(name == "train.eval_tokens" or name.split(".")[0] in TOKENS for name in names)
+    same_val = same_tokens and not any({name, name.split(".")[0]} & OF_VAL_LOSS for name in names)
     rows = (
         ("Validation loss", "val_loss", "loss_error", ".4f", "nats per token, at its lowest", same_val),
         (f"Bits per byte, {now['split']}", "bpb", "bpb_error", ".4f", "comparable between tokenizers", same_text),

@@ -22,6 +22,7 @@ SAMPLE = re.compile(r"^## Step (\d+)\n\n(`{3,})text\n(.*?)\n\2$", re.DOTALL | re
 STAGES = {"clean": "clean", "train": "train", "eval": "evaluate", "export": "export", "details": "evaluate"}
 TEXT = {"download", "clean"}  # groups that decide the text
 TOKENS = TEXT | {"tokenizer"}
+OF_VAL_LOSS = TOKENS | {"train.eval_tokens"}  # groups and params in which runs must agree to compare it
 MOST_COMMITS = 20  # that are searched for an earlier run
 
 Row = dict[str, float | None]

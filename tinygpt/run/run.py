@@ -127,7 +127,7 @@ class Run:
         self.world.first(lambda: self._write(state, tensors))
 
     def _write(self, state: TrainState, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Also make a model folder of the newest weights, for `generate --run`: a hard link to the file, not a copy."""
+        """Also make a model folder of `newest_weights`, for `generate --run`: a hard link to the file, not a copy."""
         self.checkpoints.save(state, tensors)
         if self.params.lora is not None or self.tokenizer is None:
             return
@@ -137,10 +137,11 @@ class Run:
         write_json(folder / CONFIG_FILE, config_fields(self.config))
         partial = folder / f"{WEIGHTS_FILE}.partial"
         partial.unlink(missing_ok=True)
+        weights = self.checkpoints.newest_weights()
         try:
-            os.link(self.checkpoints.newest_weights(), partial)
+            os.link(weights, partial)
         except OSError:  # a file system without hard links
-            shutil.copyfile(self.checkpoints.newest_weights(), partial)
+            shutil.copyfile(weights, partial)
         os.replace(partial, folder / WEIGHTS_FILE)
 
     def _check_memory(self, learner: Learner) -> None:

@@ -23,6 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_MEMORY = 2**29  # bytes of address space; Python itself takes less than half
+MARK = "\ufdd0"  # is in what looks like a special token, and does not count; Unicode keeps it for such uses
 
 
 class Generation(Extension):
@@ -59,12 +60,13 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 
 def render(environment: ImmutableSandboxedEnvironment, source: str, values: dict[str, Any] | None, most: int) -> str:
     """The text of a template; without values it is only parsed.  Raises any exception: a template is a program."""
-    template, text = environment.from_string(source), ""
+    template, parts, n = environment.from_string(source), [], 0
     for part in template.generate(values) if values is not None else ():
-        text += part
-        if len(text) > most:
+        parts.append(part)
+        n += len(part) - part.count(MARK)
+        if n > most:
             raise SecurityError(f"it writes more than {most:,} characters")
-    return text
+    return "".join(parts)
 
 
 def main() -> None:

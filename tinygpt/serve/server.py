@@ -153,7 +153,7 @@ class Guard:
     def _refusal(self, headers: Headers) -> Refusal | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not is_known(host, self._hosts):
-            name = without_port(host[:100])
+            name = without_port(host[:100]) or "NAME"
             return Refusal(403, f"this server does not answer to the name {name}: add --allow-host {name}")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return Refusal(403, f"pages of {origin[:100]} may not use this server")

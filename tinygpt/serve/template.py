@@ -17,13 +17,13 @@ from tinygpt.files import read_file, read_object
 from tinygpt.options import checked, together
 from tinygpt.params import ParamsError, from_mapping, require
 from tinygpt.serve import sandbox
+from tinygpt.serve.sandbox import MARK
 from tinygpt.tokenizer import Tokenizer
 
 MOST_SOURCE = 2**20  # characters of a template
 REMEDY = "fix it or remove it"
 MOST_SECONDS = 5.0  # for a template, which usually takes a thousandth of that; the first one also starts Python
 MOST_FIELDS = 20  # of a message: each unknown one costs a search for the nearest name
-MARK = "\ufdd0"  # put into what looks like a special token; Unicode keeps it for such uses, so no text has it
 PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: "}
 
 
@@ -80,8 +80,7 @@ class Template:
             }
             for each in messages
         ]
-        n_mark = sum(text.count(MARK) for each in marked for text in each.values())
-        parts = re.split(f"({names})(?!{MARK})", checked(self._render(marked, tokenizer, most + n_mark)))
+        parts = re.split(f"({names})(?!{MARK})", checked(self._render(marked, tokenizer, most)))
         ids = [
             i
             for place, part in enumerate(parts)

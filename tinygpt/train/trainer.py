@@ -57,7 +57,8 @@ class Trainer:
         with keeper.resumed(self.learner) as (self.state, self.best), self.prefetch:
             if not self.state.step:
                 began = time.perf_counter()
-                self._evaluate(keeper)
+                with self.world.together():
+                    self._evaluate(keeper)
                 self.state.seconds += time.perf_counter() - began
                 keeper.report(self.state, evaluated=True)
             while not self.state.is_over(self.params):
