@@ -68,7 +68,7 @@ def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
     project.mkdir(parents=True, exist_ok=True)
     mark = project / ".gitignore"
     if any(project.iterdir()) and not (mark.exists() and mark.read_bytes() == MARK):
-        raise UserError(f"{project} holds files that quickstart did not make: choose another folder, or a new one")
+        raise UserError(f"{project} holds files that quickstart did not make: move it away, or choose another folder")
     mark.write_bytes(MARK)
     shutil.copyfile(ROOT / PARAMS_FILE, project / PARAMS_FILE)
     apply_values(project / PARAMS_FILE, groups)

@@ -159,6 +159,35 @@ def test_what_does_not_fit_the_model_is_reported_before_anything_is_written(fold
     assert "Traceback" not in done.stderr
 
 
+def test_a_type_of_gguf_that_was_not_made_is_reported_with_those_that_were(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/export/gguf").mkdir(parents=True)
+    (tmp_path / "data/export/gguf/tinygpt-f32.gguf").touch()
+    said = command("generate", "--model", "data/export/gguf/tinygpt-q4_0.gguf").stderr
+    assert said.endswith("not found: there is tinygpt-f32.gguf, and export.gguf names the types that are made\n")
+
+
+def test_what_belongs_to_a_project_is_refused_elsewhere(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    for words in (["import-hf", "x"], ["promote", "--model", "."], ["preset"], ["preset", "tiny"]):
+        assert "run this from the project's top folder" in command(*words).stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_is_read_with_the_tokenizer_next_to_it_or_as_a_transformers_folder(tiny_tokenizer, tmp_path, command):
+    model = tiny_model()
+    write_base(tmp_path / "model", model.config, model_tensors(model), tiny_tokenizer)
+    shutil.move(tmp_path / "model/tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer").mkdir()
+    shutil.move(tmp_path / "tokenizer.json", tmp_path / "tokenizer")
+    assert command("promote", "--model", tmp_path / "model", "--to", tmp_path / "to").returncode == 0
+    export_hf(model, tiny_tokenizer, tmp_path / "tokenizer", tmp_path / "hf")
+    for name in ("model", "hf"):
+        picture = tmp_path / f"{name}.svg"
+        assert command("attention", "-p", "the", "--model", tmp_path / name, "--plot", picture).returncode == 0
+    assert (tmp_path / "model.html").read_bytes() == (tmp_path / "hf.html").read_bytes()
+
+
 @pytest.mark.parametrize("name", [".", "../model", "model/..", ".."])
 def test_the_tokenizer_is_next_to_a_model_under_any_name(name, tmp_path, monkeypatch):
     inner = tmp_path / "model" / "model"

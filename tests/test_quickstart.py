@@ -61,7 +61,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(folder):
     (folder / ".gitignore").write_text("data\n")
     before = sorted(path.name for path in folder.iterdir())
     for name in (".", folder):
-        with pytest.raises(UserError, match="holds files that quickstart did not make: choose another folder"):
+        with pytest.raises(UserError, match="holds files that quickstart did not make: move it away, or"):
             quickstart.model_from_text("my.txt", folder=name)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert (folder / ".gitignore").read_text() == "data\n"

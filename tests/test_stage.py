@@ -1,6 +1,7 @@
 """A stage as a program: its help, and its answer to arguments."""
 
 import importlib
+import os
 import re
 import shutil
 import sys
@@ -59,6 +60,14 @@ def test_help_says_what_a_stage_does_and_its_keys_with_their_comments(name, fold
         assert (f"\n{block}\n" in said) == (f"{group.capitalize()}Params" in source), group
         assert (f"\n{group}:" in said) == (f"{group.capitalize()}Params" in source), group
     assert [path.name for path in folder.iterdir()] == ["params.yaml"]
+
+
+def test_git_sees_a_value_that_dvc_wrote_and_a_stage_refused(folder, monkeypatch):
+    set_params(folder, {"evaluate.context": 10**6})
+    os.utime("params.yaml", (1, 1))
+    assert start("code", monkeypatch=monkeypatch) == 1 and Path("params.yaml").stat().st_mtime == 1
+    monkeypatch.setenv("DVC_STAGE", "code")
+    assert start("code", monkeypatch=monkeypatch) == 1 and Path("params.yaml").stat().st_mtime > 1
 
 
 @pytest.mark.parametrize("name", STAGES)

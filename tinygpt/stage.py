@@ -28,6 +28,8 @@ def run_stage(run: Callable[[Path], None]) -> None:
         except UserError:
             if os.environ.get("RANK", "0") != "0":  # of the processes that `torchrun` starts, the first reports
                 sys.exit(1)
+            if "DVC_STAGE" in os.environ and PARAMS_FILE.exists():
+                os.utime(PARAMS_FILE)  # `-S` may write a value in the second of git's last look, which misses it then
             raise
         run(Path())
         must_be_unchanged(before, groups_of(module) - {"runtime"})

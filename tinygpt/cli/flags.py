@@ -80,9 +80,11 @@ def find_run(name: str | None, file: str) -> Path:
     there = [*dict.fromkeys(folders[::-1])][::-1]  # each once, at its newest file
     named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]
     if not there:
-        raise UserError(f"no run has {Path(file).name} yet: `dvc repro train` writes it")
+        raise UserError(
+            f"no run has {Path(file).name}: a training writes it while it runs. {paths.MODEL} is the finished model"
+        )
     if len(named) != 1:
-        names = ", ".join(folder.name for folder in reversed(there))
+        names = ", ".join(folder.name for folder in reversed(named or there))
         found = "several runs have names that begin" if named else "no run has a name that begins"
         raise UserError(f"{found} with {name}: choose one of {names}")
     return named[0]

@@ -78,11 +78,16 @@ def _tokenizer_report_flags(command: ArgumentParser) -> None:
     command.add_argument("--plot", type=picture, default=paths.REPORTS / "tokenizer.png", help=PICTURE)
 
 
+def _model_flags(command: ArgumentParser) -> None:
+    command.add_argument("--model", type=partial(existing, "--model"), default=paths.MODEL, help=FOLDER)
+    about = "folder (default: the model's own, or `tokenizer` next to it)"
+    command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), help=about)
+
+
 def _attention_flags(command: ArgumentParser) -> None:
     command.add_argument("-p", "--prompt", required=True, help="the text to look at")
     add_number(command, "--generate", NotNegative, default=0, help="first let the model add N tokens")
-    command.add_argument("--model", type=partial(existing, "--model"), default=paths.MODEL, help=FOLDER)
-    command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), default=paths.TOKENIZER, help=FOLDER)
+    _model_flags(command)
     command.add_argument("--plot", type=picture, default=paths.REPORTS / "attention.png", help=f"{PICTURE}, and a page")
 
 
@@ -92,8 +97,7 @@ def _import_hf_flags(command: ArgumentParser) -> None:
 
 
 def _promote_flags(command: ArgumentParser) -> None:
-    command.add_argument("--model", type=partial(existing, "--model"), default=paths.MODEL, help=FOLDER)
-    command.add_argument("--tokenizer", type=partial(existing, "--tokenizer"), default=paths.TOKENIZER, help=FOLDER)
+    _model_flags(command)
     command.add_argument("--to", type=Path, default=paths.BASE, help=FOLDER)
 
 

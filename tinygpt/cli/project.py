@@ -46,6 +46,8 @@ MAX_EPOCHS = 4  # reading a text so often is nearly as good as reading new text 
 def preset(args: Namespace) -> None:
     """List the presets, or apply one and print the changes."""
     files = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"), key=_size)}
+    if not files:
+        raise UserError(f"{PRESETS} holds no presets: run this from the project's top folder")
     if args.name is None:
         width = max(map(len, files), default=0)
         for name, path in files.items():
@@ -173,18 +175,26 @@ def import_hf(args: Namespace) -> None:
     """Make a transformers folder the base, which training can start from."""
     from tinygpt.export.folders import read_hf_pair, use_of, write_base  # here, as presets do not need PyTorch
 
+    must_be_at_top(args.to)
     config, tensors, tokenizer = read_hf_pair(args.folder)
     write_base(args.to, config, tensors, tokenizer)
     n_weights = sum(tensor.numel() for tensor in tensors.values())
     print(f"{args.to}: {n_weights:,} weights; {use_of(args.to)}")
 
 
+def must_be_at_top(to: Path) -> None:
+    """Raise UserError where `data/base` would be no project's."""
+    if to == paths.BASE and not PARAMS_FILE.exists():
+        raise UserError(f"{PARAMS_FILE} not found: run this from the project's top folder, or give another folder --to")
+
+
 def promote(args: Namespace) -> None:
     """Make the trained model the base, which training can start from."""
-    from tinygpt.export.folders import use_of, write_base
-    from tinygpt.model.weights import load_pair, model_tensors
+    from tinygpt.export.folders import open_model, use_of, write_base
+    from tinygpt.model.weights import model_tensors
 
-    model, tokenizer = load_pair(args.model, args.tokenizer)
+    must_be_at_top(args.to)
+    model, tokenizer = open_model(args.model, args.tokenizer)
     write_base(args.to, model.config, model_tensors(model), tokenizer)
     print(f"{args.to}: {model.n_params():,} weights; {use_of(args.to)}")
 

@@ -67,14 +67,14 @@ def tokenizer_report(args: Namespace) -> None:
 
 def attention(args: Namespace) -> None:
     """Draw what each head of the model attends to, as a picture and a page."""
+    from tinygpt.export.folders import open_model
     from tinygpt.generate import Sampling, generate_batch
     from tinygpt.generate.answer import prompt_ids
     from tinygpt.model.inside import attention_maps
-    from tinygpt.model.weights import load_pair
     from tinygpt.report.page import attention_page
     from tinygpt.report.plots import plot_attention
 
-    model, tokenizer = load_pair(args.model, args.tokenizer)
+    model, tokenizer = open_model(args.model, args.tokenizer)
     ids, n_new = prompt_ids(tokenizer, checked(args.prompt)), args.generate
     if len(ids) + n_new > model.config.block_size:
         more, n = f" with --generate={n_new}" if n_new else "", len(ids) + n_new

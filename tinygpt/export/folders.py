@@ -83,6 +83,11 @@ def read_hf_pair(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]
 
 def must_be_there(path: Path, wanted: str = FOLDER) -> Path:
     """The path.  Raises UserError if it does not exist, naming the stage that makes it, or else `wanted`."""
+    others = sorted(each.name for each in path.parent.glob("*.gguf")) if path.suffix == ".gguf" else []
+    if others and path.is_relative_to(EXPORT) and not path.exists():
+        raise UserError(
+            f"{path} not found: there is {', '.join(others)}, and export.gguf names the types that are made"
+        )
     for made, stage in MADE_BY.items():
         if path.is_relative_to(made):
             return must_exist(path, stage=stage)
