@@ -94,8 +94,12 @@ FORMATS = {
     ),
     "tokenizer": Format(("data/tokenizer/*",), ("encode 'The naïve file'", "decode 54 300 7")),
     "tokens": Format(("data/tokens/*",), ("stages.evaluate",), DATA),
-    "model": Format(("data/model/*",), (GENERATE, "attention --prompt The", "promote"), PAIR),
-    "hf": Format(("data/export/hf/*",), (f"{GENERATE} --model data/export/hf", "import-hf data/export/hf")),
+    "model": Format(
+        ("data/model/*",), (GENERATE, "attention --prompt The", "promote"), ("params.yaml", "data/tokenizer/*")
+    ),
+    "hf": Format(
+        ("data/export/hf/*",), (f"{GENERATE} --model data/export/hf", "import-hf data/export/hf"), ("params.yaml",)
+    ),
     "gguf": Format((GGUF,), (f"{GENERATE} --model {GGUF}",)),
     "checkpoints": Format(("runs/*/step-*/*", "runs/*/run.json"), ("runs", "runs --prune", "stages.train"), DATA),
     "curves": Format(("reports/*.csv",), ("stages.plot",), ("params.yaml",)),

@@ -184,6 +184,7 @@ def test_what_cannot_be_taken_is_refused(changes, message, tmp_path):
         ("mistral", {"sliding_window": None}),  # its default is longer than the context
         ("mistral", {"layer_types": ["full_attention"] * 4}),
         ("mistral", {"use_sliding_window": False}),
+        ("cohere2", {"use_sliding_window": False}),
         ("starcoder2", {"sliding_window": 8, "use_sliding_window": False}),
         ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 3.0}),
         ("starcoder2", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}),
@@ -246,7 +247,6 @@ def test_wrong_sizes_are_reported_without_the_biases_that_are_right(name, change
             {"layer_types": ["sliding_attention", "full_attention"] * 2},
             "a cohere2 with window: in some layers would compute something else here",
         ),
-        ({"use_sliding_window": False}, "a cohere2 with window: null would compute something else here"),
     ],
 )
 def test_a_cohere2_with_layers_that_do_not_rotate_is_refused(changes, message, tmp_path):
