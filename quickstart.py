@@ -51,7 +51,7 @@ def model_from_text(
 def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
     """Copy params.yaml into a folder, and change values there by "group.key".  Returns the folder.
 
-    Raises UserError if it holds other files than those of an earlier call.
+    Raises UserError if it holds a project that was not made here.
     """
     runtime, train = load_params(RuntimeParams, TrainParams, path=ROOT / PARAMS_FILE)
     n, begin = params.get("runtime.n_process", runtime.n_process), params.get("train.init_from", train.init_from)
@@ -67,8 +67,9 @@ def new_project(folder: str | Path, params: Mapping[str, Any]) -> Path:
     project = Path(folder)
     project.mkdir(parents=True, exist_ok=True)
     mark = project / ".gitignore"
-    if any(project.iterdir()) and not (mark.exists() and mark.read_bytes() == MARK):
-        raise UserError(f"{project} holds files that quickstart did not make: move it away, or choose another folder")
+    theirs = [name for name in (mark.name, PARAMS_FILE.name, paths.RAW.parts[0]) if (project / name).exists()]
+    if theirs and not (mark.exists() and mark.read_bytes() == MARK):
+        raise UserError(f"quickstart did not make {project / theirs[0]}: move it away, or choose another folder")
     mark.write_bytes(MARK)
     shutil.copyfile(ROOT / PARAMS_FILE, project / PARAMS_FILE)
     apply_values(project / PARAMS_FILE, groups)

@@ -167,11 +167,11 @@ def prepare(text: str, max_bytes: int, vocab_size: int, source: str, out: Path) 
 
 def train_in(folder: Path, tokens: Path, params: Mapping[str, object]) -> dict[str, Any]:
     """Train on the tokens of another folder.  -> the stage's report"""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    new_project(folder, {**params, "runtime.n_thread": 1})
+    (folder / "data").mkdir(exist_ok=True)
     for name in ("tokens", "tokenizer"):
         (folder / "data" / name).unlink(missing_ok=True)  # it may be that of another vocabulary
         (folder / "data" / name).symlink_to(tokens / "data" / name)
-    new_project(folder, {**params, "runtime.n_thread": 1})
     run_program(folder, "train")
     return read_json(folder / "reports/train.json", stage="train")
 

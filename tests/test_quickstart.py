@@ -61,10 +61,19 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(folder):
     (folder / ".gitignore").write_text("data\n")
     before = sorted(path.name for path in folder.iterdir())
     for name in (".", folder):
-        with pytest.raises(UserError, match="holds files that quickstart did not make: move it away, or"):
+        with pytest.raises(
+            UserError, match=r"quickstart did not make .*gitignore: move it away, or choose another folder"
+        ):
             quickstart.model_from_text("my.txt", folder=name)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert (folder / ".gitignore").read_text() == "data\n"
+    (folder / ".gitignore").unlink()
+    for name in ("data", "params.yaml"):
+        (folder / name).mkdir()
+        with pytest.raises(UserError, match=f"quickstart did not make {name}"):
+            quickstart.new_project(".", {})
+        (folder / name).rmdir()
+    quickstart.new_project(".", {})  # other files do not disturb
 
 
 def test_paths_are_those_of_the_current_folder_and_a_sources_name_is_not_one(folder):
