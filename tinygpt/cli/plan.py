@@ -25,7 +25,7 @@ from tinygpt.model.inside import parts_of
 from tinygpt.params import load_params, require
 from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
-from tinygpt.plan.recipe import BATCH_SIZES, SPREAD
+from tinygpt.plan.recipe import BATCH_SIZES, spread
 from tinygpt.report.config import EvaluateParams
 from tinygpt.run.costs import (
     LESS_MEMORY,
@@ -200,7 +200,7 @@ def print_plan(
         f"the text {recipe.epochs:.1f} times"
     )
     print(f"rates       lr {params.lr:g}, embedding_lr {params.embedding_lr:g}, dropout {config.dropout:g}")
-    print(f"expected    {expected(plan)} bits per byte of validation text")
+    print(f"expected    {expected(plan, planner)} bits per byte of validation text")
     print(
         f"time        {duration(plan.seconds)}: train {duration(plan.train_s)}, evaluate {duration(plan.evaluate_s)}, "
         f"all others {duration(plan.others_s)}"
@@ -226,16 +226,15 @@ def print_plan(
     for name, times in (("half", 0.5), ("double", 2.0)):
         with suppress(UserError):
             other = planner.best(times * plan.seconds)
-            print(
-                f"{name:<12}{duration(other.seconds)} would bring {expected(other)}: {other.config.n_layer} layers of "
-                f"{other.config.n_embd}, vocabulary {other.config.vocab_size:,}"
-            )
+            what = f"{other.config.n_layer} layers of {other.config.n_embd}, vocabulary {other.config.vocab_size:,}"
+            print(f"{name:<12}{duration(other.seconds)} would bring {expected(other, planner)}: {what}")
     print(f"lever       {planner.lever(plan)}")
 
 
-def expected(plan: Plan) -> str:
+def expected(plan: Plan, planner: Planner) -> str:
     """The expected bits per byte and their likely range."""
-    return f"{plan.bpb:.2f} ({plan.bpb * (1 - SPREAD):.2f} to {plan.bpb * (1 + SPREAD):.2f})"
+    off = spread(planner.text.copied) * plan.bpb
+    return f"{plan.bpb:.2f} ({plan.bpb - off:.2f} to {plan.bpb + off:.2f})"
 
 
 def duration(seconds: float) -> str:
