@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -184,14 +184,7 @@ def recompute_blocks(model: GPT) -> None:
     Less memory for a third more operations (Chen et al., https://arxiv.org/abs/1604.06174).
     """
     for block in model.blocks:
-        block.forward = partial(_recomputed, block.forward)
-
-
-def _recomputed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    if not torch.is_grad_enabled():
-        return forward(*args)
-    result: Tensor = checkpoint(forward, *args, use_reentrant=False)
-    return result
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def part_norms(model: GPT) -> dict[str, Tensor]:
