@@ -36,7 +36,7 @@ from tinygpt.train.learner import Learner, part_norms
 from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import OPTIMIZERS, OptimizerKind
 from tinygpt.train.parallel import ALONE
-from tinygpt.train.schedules import SCHEDULES, Schedule, dropout_frac_at, lr_frac_at
+from tinygpt.train.schedules import SCHEDULES, dropout_frac_at, lr_frac_at
 from tinygpt.train.trainer import Trainer
 
 PARAMS = TrainParams(
@@ -297,8 +297,8 @@ def test_a_run_cut_anywhere_ends_with_the_same_bits(changes, config, monkeypatch
     ("registry", "field", "entry"),
     [
         (OPTIMIZERS, "optimizer", OptimizerKind(lambda groups, params: [torch.optim.NAdam(groups)], (8, 8))),
-        (SCHEDULES, "schedule", Schedule(lambda progress: (1 - progress) ** 2)),
-        (SCHEDULES, "schedule", Schedule(lambda progress: (1 - progress) ** 2, at_end=True)),
+        (SCHEDULES, "schedule", lambda progress, decay_frac: (1 - progress) ** 2),
+        (SCHEDULES, "schedule", lambda progress, decay_frac: min(1.0, (1 - progress) / decay_frac) ** 2),
     ],
     ids=["optimizer", "schedule", "schedule at the end"],
 )
