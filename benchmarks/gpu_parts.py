@@ -41,7 +41,7 @@ from tinygpt.params import load_params
 from tinygpt.plan.measure import flops_per_token
 from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, memory_of
 from tinygpt.runtime import RuntimeParams, out_of_memory, wait_for
-from tinygpt.train.batches import Batches, Prefetch, validation_sequences
+from tinygpt.train.batches import Batches, on_device, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.first_weights import set_first_weights
 from tinygpt.train.learner import Learner
@@ -328,8 +328,11 @@ def speed(size: str, setup: Setup) -> dict[str, Case]:
     def from_host() -> Iterable[Finding]:
         tokens = np.random.default_rng(0).integers(vocab_size, size=per_step * 50 + 1).astype(np.uint16)
         batches = Batches(tokens, seq_len=config.block_size, batch_size=batch_size, seed=1)
-        with Prefetch(batches.batch_at, device) as prefetch:
-            yield from timed(lambda: build_learner(config, device, "graphs", **adamw).learn, prefetch.batch)
+
+        def batch(number: int) -> torch.Tensor:
+            return on_device(batches.batch_at(number), device)
+
+        yield from timed(lambda: build_learner(config, device, "graphs", **adamw).learn, batch)
 
     def not_repeatable() -> Iterable[Finding]:
         with mock.patch("tinygpt.train.learner.repeatable", lambda device: nullcontext()):
@@ -511,22 +514,24 @@ def shakespeare(setup: Setup) -> dict[str, Case]:
                 with learner.evaluated() as model:
                     return learner.loss_of(model, at_device)
 
-            with Prefetch(batches.batch_at, device) as prefetch:
-                for number in range(4):
-                    learner.learn(number, prefetch.batch(number))
-                evaluate()
-                learner.model.load_state_dict(first)
-                for optimizer in learner.optimizers:
-                    optimizer.state.clear()
-                yield "seconds to be ready", time.perf_counter() - began, "compiled and recorded"
-                every = max(1, n_steps // 20)
-                yield from until_goal(
-                    lambda number: learner.learn(number, prefetch.batch(number)),
-                    evaluate,
-                    n_steps,
-                    lambda done: done == n_steps or (done > n_steps // 2 and done % every == 0),
-                    stop=False,
-                )
+            def batch(number: int) -> torch.Tensor:
+                return on_device(batches.batch_at(number), device)
+
+            for number in range(4):
+                learner.learn(number, batch(number))
+            evaluate()
+            learner.model.load_state_dict(first)
+            for optimizer in learner.optimizers:
+                optimizer.state.clear()
+            yield "seconds to be ready", time.perf_counter() - began, "compiled and recorded"
+            every = max(1, n_steps // 20)
+            yield from until_goal(
+                lambda number: learner.learn(number, batch(number)),
+                evaluate,
+                n_steps,
+                lambda done: done == n_steps or (done > n_steps // 2 and done % every == 0),
+                stop=False,
+            )
 
         return measure
 
@@ -546,7 +551,7 @@ def shakespeare(setup: Setup) -> dict[str, Case]:
         def step(number: int) -> None:
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (number + 1) / 100)  # its cosine hardly falls so early
             with autocast("bf16", device):
-                value = loss(model, prefetch.batch(number))
+                value = loss(model, on_device(batches.batch_at(number), device))
             value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -559,13 +564,12 @@ def shakespeare(setup: Setup) -> dict[str, Case]:
             model.train()
             return found
 
-        with Prefetch(batches.batch_at, device) as prefetch:
-            began = time.perf_counter()
-            for number in range(3):
-                step(number)
-            wait_for(device)
-            yield "seconds to be ready", time.perf_counter() - began, "compiled"
-            yield from until_goal(step, evaluate, n_steps, lambda done: done % 125 == 0 or done == n_steps, stop=True)
+        began = time.perf_counter()
+        for number in range(3):
+            step(number)
+        wait_for(device)
+        yield "seconds to be ready", time.perf_counter() - began, "compiled"
+        yield from until_goal(step, evaluate, n_steps, lambda done: done % 125 == 0 or done == n_steps, stop=True)
 
     found = {name: ours(*recipe) for name, recipe in SHAKESPEARE.items()}
     return dict(list(found.items())[: 2 if setup.quick or setup.tiny else None]) | {"plain, nanoGPT's recipe": plain}

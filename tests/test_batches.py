@@ -1,17 +1,15 @@
 """Which tokens a step sees: the context warmup, shuffled documents, batches read ahead."""
 
-import threading
 from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygpt.train import batches as batches_module
-from tinygpt.train.batches import Batches, Prefetch, document_starts, seq_len_at
+from tinygpt.train.batches import Batches, document_starts, seq_len_at
 from tinygpt.train.config import ContextWarmup
 
 EOS = 0
@@ -188,40 +186,3 @@ def test_starts_of_documents_are_found_piece_by_piece(lengths, at_most, piece):
         found = document_starts(row, at_most=at_most)
     assert len(found) <= at_most
     assert found.tolist() == expected[:: -(-len(expected) // at_most)].tolist()
-
-
-# ---- read ahead ----
-
-
-def test_batches_read_ahead_are_those_of_their_step_in_any_order():
-    batches = Batches(row_of([30] * 9), seq_len=8, batch_size=3, seed=1)
-    with Prefetch(batches.batch_at, torch.device("cpu")) as prefetch:
-        for step in (0, 1, 2, 7, 7, 3, 4, 0):
-            assert (prefetch.batch(step).numpy() == batches.batch_at(step)).all()
-
-
-def test_the_next_batch_is_read_before_it_is_asked_for():
-    asked, read = [], threading.Event()
-
-    def batch_at(step: int) -> np.ndarray:
-        asked.append((step, threading.current_thread() is threading.main_thread()))
-        if step == 6:
-            read.set()
-        return np.full((1, 2), step)
-
-    with Prefetch(batch_at, torch.device("cpu")) as prefetch:
-        assert prefetch.batch(5).tolist() == [[5, 5]]
-        assert read.wait(10)
-    assert asked == [(5, False), (6, False)]
-
-
-def test_an_error_while_reading_is_raised_at_its_step_and_the_thread_ends():
-    def batch_at(step: int) -> np.ndarray:
-        if step == 2:
-            raise OSError("the disk is gone")
-        return np.full((1, 2), step)
-
-    with pytest.raises(OSError, match="the disk is gone"), Prefetch(batch_at, torch.device("cpu")) as prefetch:
-        assert prefetch.batch(1).tolist() == [[1, 1]]
-        prefetch.batch(2)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]

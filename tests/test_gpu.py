@@ -13,7 +13,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.quantize import quantize
 from tinygpt.run.costs import LESS_MEMORY, find_micro_batch_size, memory_of
 from tinygpt.runtime import out_of_memory
-from tinygpt.train.batches import Prefetch
+from tinygpt.train.batches import on_device
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import repeatable
 from tinygpt.train.trainer import Trainer
@@ -75,12 +75,13 @@ def test_tf32_switches_products_and_auto_takes_bf16():
     assert make_learner(precision="auto").precision == "bf16"
 
 
-def test_batches_are_copied_from_pinned_memory_without_waiting():
-    with Prefetch(lambda step: random_ids(4, 65, seed=step).numpy(), GPU) as prefetch:
-        for step in range(5):
-            assert prefetch._read(step).is_pinned()
-            ids = prefetch.batch(step)
-            assert ids.is_cuda and torch.equal(ids.cpu(), random_ids(4, 65, seed=step))
+def test_batches_are_copied_from_pinned_memory_without_waiting(monkeypatch):
+    pinned, pin = [], torch.Tensor.pin_memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda ids: pinned.append(pin(ids)) or pinned[-1])
+    for step in range(5):
+        ids = on_device(random_ids(4, 65, seed=step).numpy(), GPU)
+        assert ids.is_cuda and torch.equal(ids.cpu(), random_ids(4, 65, seed=step))
+    assert len(pinned) == 5 and all(ids.is_pinned() for ids in pinned)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -661,34 +660,6 @@ def test_tokens_are_counted_and_a_context_warmup_does_not_change_their_number(tm
     assert report["tokens"] == 256 * 10
     assert report["epochs"] == report["tokens"] / 1999
     assert report["tokens_per_s"] == report["tokens"] / report["seconds"]
-
-
-def test_no_thread_is_left_when_a_run_ends_stops_or_fails(monkeypatch):
-    def readers() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-
-    alive, original = [], Trainer._train_step
-
-    def step_or_fail(trainer: Trainer, step: int, **how: bool) -> None:
-        original(trainer, step, **how)
-        alive.append(readers())
-        if step == step_or_fail.cut:
-            raise step_or_fail.error
-
-    monkeypatch.setattr(Trainer, "_train_step", step_or_fail)
-    for step_or_fail.cut, step_or_fail.error in ((3, KeyboardInterrupt), (4, OSError), (99, None)):
-        if step_or_fail.error is None:
-            train()
-        else:
-            with pytest.raises(step_or_fail.error):
-                train()
-        assert len(alive[-1]) == 1
-        assert readers() == []
-    with monkeypatch.context() as patch:
-        patch.setattr(Interrupts, "requested", lambda interrupts: 2)
-        with pytest.raises(Stopped):
-            train("stopped")
-    assert readers() == []
 
 
 def test_weights_of_the_model_are_what_is_saved():

@@ -27,7 +27,7 @@ from tinygpt.tokenizer.kinds import TokenizerParams, learn_tokenizer, take_token
 from tinygpt.tokenizer.pretokenize import count_pretokens, iter_blocks
 from tinygpt.tokenizer.tokenizer import Tokenizer
 from tinygpt.tokens import TokenIds
-from tinygpt.train.batches import Batches, validation_sequences
+from tinygpt.train.batches import Batches, on_device, validation_sequences
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.first_weights import set_first_weights
 from tinygpt.train.learner import Learner
@@ -230,7 +230,7 @@ def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
     seq_len, params = learner.config.block_size, learner.params
     batches = Batches(ids, seq_len=seq_len, batch_size=params.batch_size, seed=params.seed)
     for step in range(params.max_steps):
-        learner.learn(step, torch.from_numpy(batches.batch_at(step)).to(learner.device))
+        learner.learn(step, on_device(batches.batch_at(step), learner.device))
     val = torch.from_numpy(validation_sequences(val_ids, seq_len, params.eval_tokens))
     with learner.evaluated() as model:
         return learner.loss_of(model, val.to(learner.device))

@@ -5,8 +5,6 @@ N sequences, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -135,31 +133,9 @@ def validation_sequences(tokens: TokenIds, seq_len: int, limit: int) -> NDArray[
     return tokens[first[:, None] + np.arange(seq_len + 1)].astype(np.int64)
 
 
-class Prefetch:
-    """A context in which a thread reads batches one step ahead, so the device does not wait for the disk.
-
-    An error in `batch_at` is raised for the step it belongs to.
-    """
-
-    def __init__(self, batch_at: Callable[[int], NDArray[np.int64]], device: torch.device) -> None:
-        self._batch_at, self._device = batch_at, device
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")  # its thread starts with the first batch
-        self._ahead: tuple[int, Future[Tensor]] | None = None
-
-    def __enter__(self) -> Prefetch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def batch(self, step: int) -> Tensor:
-        """The batch of a step, (N, T + 1) ids; starts reading the next one."""
-        if self._ahead is None or self._ahead[0] != step:
-            self._ahead = step, self._pool.submit(self._read, step)
-        ids = self._ahead[1].result()
-        self._ahead = step + 1, self._pool.submit(self._read, step + 1)
-        return ids.to(self._device, non_blocking=True)
-
-    def _read(self, step: int) -> Tensor:
-        ids = torch.from_numpy(self._batch_at(step))
-        return ids.pin_memory() if self._device.type == "cuda" else ids  # only pinned memory is copied without waiting
+def on_device(ids: NDArray[np.int64], device: torch.device) -> Tensor:
+    """A batch on the device."""
+    batch = torch.from_numpy(ids)
+    if device.type == "cuda":
+        batch = batch.pin_memory()  # only pinned memory is copied without waiting
+    return batch.to(device, non_blocking=True)

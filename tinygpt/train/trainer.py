@@ -14,7 +14,7 @@ from torch import Tensor
 from tinygpt.errors import Stopped, UserError
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import merged_tensors, trained_tensors
-from tinygpt.train.batches import Batches, Prefetch, validation_sequences
+from tinygpt.train.batches import Batches, on_device, validation_sequences
 from tinygpt.train.config import TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.schedules import lr_frac_at
@@ -43,7 +43,6 @@ class Trainer:
             context_warmup=params.context_warmup,
             shuffle_documents=params.shuffle_documents,
         )
-        self.prefetch = Prefetch(self.batches.batch_at, learner.device)
         self.val_batch = validation_sequences(val_tokens, config.block_size, params.eval_tokens)
         self.state = TrainState()
         self.best: dict[str, Tensor] = {}
@@ -54,7 +53,7 @@ class Trainer:
 
         The weights it starts from can be the best ones, like those of any step, so a base is never made worse.
         """
-        with keeper.resumed(self.learner) as (self.state, self.best), self.prefetch:
+        with keeper.resumed(self.learner) as (self.state, self.best):
             if not self.state.step:
                 began = time.perf_counter()
                 with self.world.together():
@@ -86,7 +85,7 @@ class Trainer:
         return Trained(self.state, last, best, trained=self.best)
 
     def _train_step(self, step: int, *, with_part_norms: bool) -> None:
-        batch = self.prefetch.batch(step)
+        batch = on_device(self.batches.batch_at(step), self.learner.device)
         self._uncounted.append(self.learner.learn(step, batch, with_part_norms=with_part_norms))
 
     def _count(self) -> None:
