@@ -1,18 +1,8 @@
 """Our recipe: the model and training for a width, a text and a number of steps, and the loss they reach.
 
 Learning rates are for Muon with qk_norm and a linear schedule. At a width of 128 they are the default's
-(docs/trials.md), and they fall with the root of the width. The law of the validation loss, in bits per byte:
-
-    loss = difficulty · ((1 - copied) · x^b + copied · y^2b)
-    x = A / weights^a + (1 + tokens of a step / batch) / (bytes + start) + overfit · √(all / text)
-
-after Kaplan et al. (https://arxiv.org/abs/2001.08361, equation 1.5). Half of the head's weights count in `weights`;
-`all` are all weights, the embedding included, and `text` the bytes that differ: a text says little about the many
-weights of a large vocabulary. Text counts less each time it is seen again, as in Muennighoff et al.
-(https://arxiv.org/abs/2305.16264), and less in large batches (McCandlish et al., https://arxiv.org/abs/1812.06162).
-`copied` is the share of the text that repeats what stands shortly before it. Its loss falls faster, and y has half of
-the tokens seen in place of their bytes: long tokens do not help to learn copying. `benchmarks/scaling_fit.py` fits the
-constants on the runs of benchmarks/scaling.csv.
+(docs/trials.md), and they fall with the root of the width. docs/plan.md explains the law of the validation loss, and
+benchmarks/scaling_fit.py fits its constants on the runs of benchmarks/scaling.csv.
 """
 
 from __future__ import annotations
