@@ -1,14 +1,11 @@
 """Initial weights that beat random ones: embeddings and output head from token pairs, and heads that look back.
 
-The blocks of a new model add nothing yet, so its logits depend on the newest token alone: head · norm(embedding).
-Both matrices are computed from counts of token pairs by a truncated singular value decomposition, as in Levy and
-Goldberg's word vectors (https://papers.nips.cc/paper/5477). For a token a and the next token b:
+The blocks of a new model add nothing yet, so its logits depend on the newest token alone. docs/theory.md explains how
+pairs of tokens decide them. For a token a and the next token b:
 
     head_b · norm(embedding_a)  ≈  log p_b + f_a · log(1 + count_ab / (PRIOR · p_b)) + the same for all b
 
-f_a is 1, or less for tokens whose vector would be longer than the root mean square. Some attention heads start out
-looking at the token one, two, three or four places back, which language models soon learn to do (Elhage et al.,
-https://transformer-circuits.pub/2021/framework).
+f_a is 1, or less for tokens whose vector would be longer than the root mean square.
 
 V vocab_size, C n_embd, D head_dim, R rank.
 """
