@@ -1,4 +1,4 @@
-"""Which tokens a step sees: the context warmup, shuffled documents, batches read ahead."""
+"""Which tokens a step sees: the context warmup, shuffled documents."""
 
 from collections import Counter
 from itertools import pairwise
