@@ -36,28 +36,28 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _new_partial(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    try:
-        with open(partial, mode, encoding=encoding, newline=newline) as file:
-            allowed = os.fstat(file.fileno()).st_mode
-            yield file
-        partial.chmod(allowed)
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
-            error.filename = str(path)  # write() reports a full disk, but does not know the name
-        raise
+    with naming(path, partial):
+        try:
+            with open(partial, mode, encoding=encoding, newline=newline) as file:
+                allowed = os.fstat(file.fileno()).st_mode
+                yield file
+            partial.chmod(allowed)
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the name of the file into an error of the disk: write(), which reports a full one, does not know it."""
+def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Put a file's name into an error that has none, as that of write() on a full disk, or that of the partial file."""
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        if error.filename in (None, str(partial), partial):
+            error.filename = str(path)
         raise
 
 
@@ -70,25 +70,22 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = path.resolve() if path.is_symlink() else path
     partial = _new_partial(path)
     shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        written = [Path(parent, each) for parent, _, names in os.walk(partial) for each in (*names, "")]  # "": itself
-        if len(written) > MOST_SYNCED:
-            os.sync()  # of all disks; it reports no errors, and only Linux waits for its end
-        else:
-            for each in written:
-                _sync(each)
-        if not (path.exists() and _exchange(partial, path)):
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(partial, path)
-        _sync(path.parent)
-        shutil.rmtree(partial, ignore_errors=True)  # the old one
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename in (None, str(partial), partial):
-            error.filename = str(path)
-        raise
+    with naming(path, partial):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            written = [partial, *partial.rglob("*")]
+            if len(written) > MOST_SYNCED:
+                os.sync()  # of all disks; it reports no errors, and only Linux waits for its end
+            else:
+                for each in written:
+                    _sync(each)
+            if not (path.exists() and _exchange(partial, path)):
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(partial, path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # the old folder, or a half-written one
 
 
 def _sync(path: Path) -> None:
@@ -141,16 +138,13 @@ def alone(lock: Path, work: str) -> Iterator[None]:
     """Hold the lock for the block; wait for a program that holds it, and say so."""
     from filelock import FileLock, Timeout  # here, because every command imports this file
 
-    held = FileLock(lock)
     try:
-        held.acquire(timeout=0)
+        held = FileLock(lock).acquire(timeout=0)
     except Timeout:
         print(f"waiting for another program that does the same work ({work})", file=sys.stderr)
-        held.acquire()
-    try:
+        held = FileLock(lock).acquire()
+    with held:
         yield
-    finally:
-        held.release()
 
 
 def checkout_of(root: Path = Path()) -> Path:
