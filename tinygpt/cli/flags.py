@@ -70,14 +70,13 @@ def find_run(name: str | None, file: str) -> Path:
 
     Raises UserError if there is none, or more than one with that name.
     """
-    changed: dict[Path, float] = {}
+    changed: dict[Path, float] = {}  # each folder's newest file
     for path in runs_folder().glob(f"*/{file}"):
         if not any(part.endswith(".partial") for part in path.parts):
+            folder = runs_folder() / path.relative_to(runs_folder()).parts[0]
             with suppress(FileNotFoundError):  # a checkpoint that the trainer has just removed
-                changed[path] = path.stat().st_mtime
-    files = sorted(changed, key=lambda path: changed[path])
-    folders = [runs_folder() / path.relative_to(runs_folder()).parts[0] for path in files]
-    there = [*dict.fromkeys(folders[::-1])][::-1]  # each once, at its newest file
+                changed[folder] = max(path.stat().st_mtime, changed.get(folder, 0.0))
+    there = sorted(changed, key=changed.__getitem__)
     named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]
     if not there:
         raise UserError(
