@@ -8,8 +8,6 @@
 Everything goes into its own project folder with its own params.yaml; your params.yaml and data/ are not touched.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import shutil

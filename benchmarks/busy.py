@@ -6,8 +6,6 @@ Ways to wait: `ours` is what tinygpt/threads.py sets, `libgomp` is libgomp's def
 way runs for some seconds, quiet and busy, round after round; the table has medians in tokens per second.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

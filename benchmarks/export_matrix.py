@@ -9,8 +9,6 @@ ties that the program covers; the others must be refused. If a window only short
 run: the plain table has its biases, heads and ties. Weights are random and large, so that a wrong layout shows.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile

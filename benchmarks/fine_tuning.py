@@ -8,8 +8,6 @@ from scratch, with params.yaml's rates and a tokenizer of the text's own. Tokeni
 byte, over all of the validation text. Prints a table. Finished runs are not repeated, and stopped ones continue.
 """
 
-from __future__ import annotations
-
 import argparse
 from argparse import Namespace
 from contextlib import chdir

@@ -13,8 +13,6 @@ install ctranslate2 openvino-genai); the latter reads GGUF files, F16 because it
 decoding continues N_TEXT classes of made-up code.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import ctypes

@@ -9,8 +9,6 @@ fails or has no time left gives a row that says so. First, the parts that check 
 timed parts compile what they need and keep it on disk. Then each timed part has the GPU to itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

@@ -4,8 +4,6 @@ Timed models have GPT-2's mathematics (benchmarks/training.py), in bfloat16 by a
 50,304 tokens instead of GPT-2's 50,257. The peak is from the data sheets of the H100 and the H200.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -6,8 +6,6 @@ takes llama.cpp's library as built by `cmake --build build --target llama`: no p
 llama_model_quantize. Each random model is written as F32, and llama.cpp quantizes that file to every other type.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import tempfile

@@ -6,8 +6,6 @@ Every case trains a few steps in a process of its own, in micro-batches of one s
 the resident set, minus what Python and PyTorch take before the model is built. Linux only.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

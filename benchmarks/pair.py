@@ -8,8 +8,6 @@ The text consists of Python classes whose methods differ in a name, much as in g
 the name, most tokens are certain; before it, none is.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 from collections.abc import Iterator

@@ -8,8 +8,6 @@ AdamW with the same betas, decay and clipping. It is trained with several learni
 training is timed, not evaluation. The curve has the validation loss of both by seconds.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

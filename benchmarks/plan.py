@@ -12,8 +12,6 @@ Debian's handbook in Spanish (debian-handbook 11.20220922) as plain text; header
 torch/include/torch of PyTorch 2.13.0.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import dataclasses

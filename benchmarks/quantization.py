@@ -6,8 +6,6 @@
 Tokens per second are for generating one at a time with the KV cache, batch 1: the median of 200 steps.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import time

@@ -22,8 +22,6 @@ the first 151 was measured later, on texts that were made again: linux of 6.1.0-
 runs of linux and japanese with a width of 64 and 4,096 tokens are on such texts, too.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import math

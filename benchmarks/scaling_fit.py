@@ -6,8 +6,6 @@ Least squares of logarithms, by the Levenberg-Marquardt method (https://doi.org/
 weight decay or dropout differ from the recipe's are left out.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 from collections import Counter

@@ -7,8 +7,6 @@ Each round starts `python -m tinygpt serve` of each checkout anew, with random w
 While clients are at work, /health is polled 20 times a second. The table has medians over the rounds.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -14,8 +14,6 @@ long    params.yaml's recipe with 4 layers of 96 and context 256, for the lowest
 Each repetition has a seed of its own; the table has medians of seconds and means of losses.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -9,8 +9,6 @@ the Python installation and from each `--folder`, shuffled, with no file twice. 
 file for ours and gigabpe and from memory for the others, to the merges or to ids on disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import importlib.util

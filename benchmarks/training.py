@@ -10,8 +10,6 @@ the model's operations per second as a share of what a product of two large matr
 each round. Ours is the trainer's own step, including its numbers for the curve. Compiling is not timed.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

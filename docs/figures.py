@@ -5,8 +5,6 @@ python -m docs.figures          # writes docs/figures/*.svg
 The plain GPT's curve is in docs/figures/plain_gpt.csv, which benchmarks/plain_gpt.py writes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 python -m docs.params                 # writes docs/params.md
 """
 
-from __future__ import annotations
-
 import re
 import types
 import typing

@@ -1,7 +1,5 @@
 """Clean the corpus: repair and filter documents, drop repeated ones, split into train, val and test."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

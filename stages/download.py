@@ -1,7 +1,5 @@
 """Get the corpus: from `download.source` to text files and a manifest in data/raw."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

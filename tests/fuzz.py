@@ -10,8 +10,6 @@ CPU time and 1 GB of memory. A number such as 17 always stands for the same dama
 In a test: `assert failures("tokens", sound=done, n=100) == []`, with the fixture `done`. TINYGPT_FUZZ multiplies n.
 """
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import faulthandler

@@ -1,7 +1,5 @@
 """Raw files in shards: shards have the documents of the whole files, and clean writes the same bytes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import mmap

@@ -1,7 +1,5 @@
 """From data/raw to clean documents: each rule on examples, and properties that hold for every text."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

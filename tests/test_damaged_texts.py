@@ -1,7 +1,5 @@
 """Damaged and hostile archives of text: they are read or refused in one line, with little time and memory."""
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import gzip

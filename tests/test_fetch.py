@@ -1,7 +1,5 @@
 """Downloads from a real server that misbehaves, and malicious archives."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import hashlib

@@ -3,8 +3,6 @@
 A good answer afterwards always gives the right file: nothing bad is kept.
 """
 
-from __future__ import annotations
-
 import bz2
 import functools
 import gzip

@@ -1,7 +1,5 @@
 """Users' own texts: one rule for a folder, a glob and an archive, and whatever is left out is reported."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import io

@@ -1,7 +1,5 @@
 """From download.source to data/raw: the named sources, Python's own documentation, local files and mirrors."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import gzip

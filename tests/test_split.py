@@ -1,7 +1,5 @@
 """Splits are stable and disjoint, have the wanted sizes, and leave no test text in training."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Mistakes a user can make, and how a program reports them: one line each, no traceback."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import io

@@ -1,7 +1,5 @@
 """Files: written whole or not at all, read with an error that says which stage makes them."""
 
-from __future__ import annotations
-
 import ctypes
 import glob
 import hashlib

@@ -4,8 +4,6 @@ Flags, chat's settings and the server's requests are made from these fields. Nam
 has the option. Nothing here imports PyTorch.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 import typing

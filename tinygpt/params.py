@@ -5,8 +5,6 @@ Each group of params.yaml is a frozen dataclass that lives next to the code it c
 name. The file must give every field a value, even one with a default in Python.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """The paths of the data: where each stage writes, relative to the project's top folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 RAW = Path("data/raw")

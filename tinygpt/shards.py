@@ -4,8 +4,6 @@ The work is a function that turns a shard into a file or folder, and leaves no o
 on which process computes which shard, and a run that was stopped computes only the shards that are missing.
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

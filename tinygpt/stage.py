@@ -1,7 +1,5 @@
 """A stage as a program, `python -m stages.<name>`: it takes no arguments, because params.yaml says what it does."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

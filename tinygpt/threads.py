@@ -5,8 +5,6 @@ programs, they take the processor from the threads that they wait for. A short s
 either case (docs/performance.md; https://gcc.gnu.org/onlinedocs/libgomp/Environment-Variables.html).
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import MutableMapping

@@ -5,8 +5,6 @@
 `meta.json` next to them says how to read them and what they were made from.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """YAML 1.2 with ruamel.yaml, as DVC reads params.yaml; texts that would take seconds or gigabytes are refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ruamel.yaml import YAML

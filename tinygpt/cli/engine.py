@@ -3,8 +3,6 @@
 From llama.cpp come the tokenizer and the logits. The same code then chooses a token, so all options mean the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from argparse import Namespace

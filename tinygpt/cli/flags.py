@@ -5,8 +5,6 @@ that the user typed can contradict each other; all others have the field's own d
 pandas.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import typing

@@ -1,7 +1,5 @@
 """`python -m tinygpt generate`: print prompts and their continuations, token by token."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

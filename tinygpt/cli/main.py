@@ -3,8 +3,6 @@
 A command's file is imported only after its flags are parsed, so --help and a typo are answered at once.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import sys

@@ -1,7 +1,5 @@
 """`python -m tinygpt profile`, `plan`: what a training costs on this machine, and what to train in a given time."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """`python -m tinygpt preset`, `import-hf`, `promote`, `mend`: params.yaml, the base, and what a killed DVC has left."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -4,8 +4,6 @@ Training keeps its checkpoints in runs/<fingerprint>; other stages keep their sh
 they are done. Anything else in runs/ is left alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

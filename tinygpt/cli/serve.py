@@ -1,7 +1,5 @@
 """`python -m tinygpt serve`."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The prompts of `generate` are read here, too. Imports that take long are in functions, so that `encode` answers at once.
 """
 
-from __future__ import annotations
-
 import codecs
 import io
 import sys

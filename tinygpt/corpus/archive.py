@@ -3,8 +3,6 @@
 Only regular files with safe names come out, complete and of a sane size.
 """
 
-from __future__ import annotations
-
 import bz2
 import errno
 import io

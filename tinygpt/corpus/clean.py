@@ -1,7 +1,5 @@
 """The clean stage: from raw files to clean, unique documents in three splits."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import unicodedata

@@ -3,8 +3,6 @@
 A file is only cut where documents begin or end, so its parts, read one by one, give the same documents as the whole.
 """
 
-from __future__ import annotations
-
 import codecs
 import io
 import mmap

@@ -5,8 +5,6 @@ https://doi.org/10.1109/SEQUEN.1997.666900). The library is `rensa`: its signatu
 SEED.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator

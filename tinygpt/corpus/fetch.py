@@ -3,8 +3,6 @@
 HTTP: https://www.rfc-editor.org/rfc/rfc9110 (ranges in chapter 14). Servers get all of it wrong at times.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The corpus on disk: data/raw has text files and a manifest, data/clean a file of texts for each split."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

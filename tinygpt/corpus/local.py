@@ -4,8 +4,6 @@ Hidden files and folders are left out, and so is whatever cannot be read or is n
 it is broken or leads to a folder that has been read already.
 """
 
-from __future__ import annotations
-
 import glob
 import itertools
 import os

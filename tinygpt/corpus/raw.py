@@ -3,8 +3,6 @@
 A file is text in some encoding, or JSON lines with {"text": …} in each; other fields are ignored.
 """
 
-from __future__ import annotations
-
 import codecs
 import itertools
 import json

@@ -2,8 +2,6 @@
 Python: the docstrings of the standard library and pydoc's topics.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 import re

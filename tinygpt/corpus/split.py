@@ -1,7 +1,5 @@
 """Which documents train the model and which ones evaluate it, and the facts about each that decide this."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -3,8 +3,6 @@
 https://huggingface.co/docs/hub/model-cards and https://docs.ollama.com/modelfile
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What to export: the `export` group of params.yaml."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

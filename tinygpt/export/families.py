@@ -6,8 +6,6 @@ to a family that has windows. If there is none, it goes to one whose tokens see 
 the window: up to that length the two are the same.
 """
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

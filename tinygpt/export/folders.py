@@ -1,7 +1,5 @@
 """Folders with a model and its tokenizer, ours or those of transformers; data/base, and adapters for it."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import subprocess

@@ -4,8 +4,6 @@ llama.cpp's converter recognizes tokenizers by a list of hashes and refuses a ho
 key that llama.cpp would otherwise guess is written: most wrong guesses load without an error and compute nonsense.
 """
 
-from __future__ import annotations
-
 import errno
 from collections import Counter
 from collections.abc import Mapping

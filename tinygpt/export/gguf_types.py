@@ -5,8 +5,6 @@ an importance matrix): more bits for the tensors that need them, and the nearest
 do not fill the blocks of a type.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import re

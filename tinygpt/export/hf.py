@@ -7,8 +7,6 @@ transformers 4 and 5, are written out, so that every release reads the same mode
 what this GPT does not compute, such as scaled rotary positions: it would load and compute something else.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The classes of transformers that our models fit (https://github.com/huggingface/transformers)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -5,8 +5,6 @@ tensors must give theirs again: where copies differ, or what was added is not ne
 H query heads, G key/value heads, D head_dim, C n_embd.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from itertools import groupby

@@ -5,8 +5,6 @@ one version is pinned. A file that contradicts itself aborts the process, so eac
 process. That is why nothing here imports PyTorch.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -3,8 +3,6 @@
 T tokens, V vocab_size. Log-probabilities are natural, ids are (T,) int64.
 """
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence

@@ -3,15 +3,13 @@
 Text comes in pieces: never half a character, never the beginning of a stop text.  B rows, V vocab_size.
 """
 
-from __future__ import annotations
-
 import codecs
 import copy
 import dataclasses
 import math
 import random
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from torch import Tensor
 
@@ -157,7 +155,7 @@ class Answer:
                 self.add(next_id)
         self.piece = self.text
 
-    def another(self, n: int) -> Answer:
+    def another(self, n: int) -> Self:
         """The same answer before its first id, with the n-th seed after its own; it keeps log-probabilities."""
         other = copy.copy(self)
         other.ids, other.logprobs, other.top_logprobs, other.n_logprobs = [], [], [], self.n_logprobs or 0

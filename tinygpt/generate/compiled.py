@@ -6,8 +6,6 @@ With several, products and attention remain library calls, and the operations be
 B rows, H query heads, G key/value heads, D head_dim, S slots of a layer, n of them read, V vocab_size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import chain

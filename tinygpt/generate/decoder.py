@@ -7,8 +7,6 @@ positions are part of the keys. Tokens that were taken back stay in their slots,
 B rows, T tokens of one row, M tokens of all, S slots, H query heads, G key/value heads, D head_dim, V vocab_size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 

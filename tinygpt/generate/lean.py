@@ -9,8 +9,6 @@ M tokens, C n_embd, V vocab_size, H query heads, G key/value heads, D head_dim; 
 slices of the weights.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

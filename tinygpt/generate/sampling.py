@@ -4,8 +4,6 @@ B rows, V vocab_size. A function changes logits, or forbids tokens by setting th
 field of `Sampling` and has a function here under its name, which is left out when the option is at its default.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence

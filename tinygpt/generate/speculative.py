@@ -6,8 +6,6 @@ Chen et al., https://arxiv.org/abs/2302.01318).
 K proposed tokens, V vocab_size.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

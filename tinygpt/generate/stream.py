@@ -3,8 +3,6 @@
 B beams, V vocab_size.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

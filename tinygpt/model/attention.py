@@ -3,8 +3,6 @@
 B batch, T query length, S key length, H query heads, G key/value heads, D head_dim, C n_embd.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """The model's sizes and switches: the `model` group of params.yaml, and the same with the vocabulary size."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 

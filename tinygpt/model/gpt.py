@@ -3,8 +3,6 @@
 B batch, T tokens, C n_embd, V vocab_size, D head_dim.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

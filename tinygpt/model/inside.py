@@ -1,7 +1,5 @@
 """What is inside a model: the weights and operations of its parts, and where its heads look.  T tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

@@ -3,8 +3,6 @@
 B batch, T tokens, C n_embd, H heads, D head_dim.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

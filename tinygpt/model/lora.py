@@ -1,7 +1,5 @@
 """Low-rank adapters (Hu et al., https://arxiv.org/abs/2106.09685), added to the frozen linear layers of a model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 

@@ -5,8 +5,6 @@ Dettmers et al., https://arxiv.org/abs/2208.07339, but outliers are not treated 
 for such weights multiply in bfloat16. On a GPU, the weights are turned back into floats for each product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

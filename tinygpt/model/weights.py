@@ -1,7 +1,5 @@
 """A model on disk: `config.json` and `model.safetensors` (https://huggingface.co/docs/safetensors)."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

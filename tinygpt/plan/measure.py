@@ -1,7 +1,5 @@
 """What a plan needs to know: the operations, how fast the machine does them, and how hard the text is."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

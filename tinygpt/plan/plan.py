@@ -1,7 +1,5 @@
 """The best recipe for a time, and the shortest time for a loss."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -4,8 +4,6 @@ html/page.js replaces what begins with $ when it draws: $x is the column of the 
 or log, colours are for a light or a dark page. Colours are Okabe and Ito's, and lines differ in style as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DVC's experiments side by side: a table of what was changed and what came of it, and a page with their curves."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

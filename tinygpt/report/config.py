@@ -1,7 +1,5 @@
 """What is measured, and how plots look: the groups `evaluate` and `plot` of params.yaml."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

@@ -3,8 +3,6 @@
 N tokens, T tokens of a sequence, V vocab_size.
 """
 
-from __future__ import annotations
-
 import base64
 import codecs
 import dataclasses

@@ -3,8 +3,6 @@
 Its bytes depend only on those files and on the commits. Text from outside is always escaped.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math

@@ -3,8 +3,6 @@
 T tokens, V vocab_size; nll is the negative log-probability of a token, in nats.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Read and check what the stages have written about a run, and what git keeps of an earlier run."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Write a finished run to the files that later stages and people read."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io

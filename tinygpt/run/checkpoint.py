@@ -13,11 +13,10 @@
 The folder is not a DVC output: DVC deletes outputs before it runs a stage, and `dvc exp run` restores old ones.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -62,7 +61,7 @@ class Checkpoints:
         self.folder = (runs or runs_folder()) / name
         self._lock = FileLock(self.folder / "lock")
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)

@@ -3,8 +3,6 @@
 T tokens, C n_embd, V vocab_size. Sizes are bytes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import resource
 import sys

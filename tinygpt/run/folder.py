@@ -1,7 +1,5 @@
 """The small files in a run's folder: its name, and how far it has come.  They are read without PyTorch."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

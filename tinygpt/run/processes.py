@@ -6,8 +6,6 @@
 If one is killed, the others are stopped, and all start again from the newest checkpoint.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os
@@ -19,7 +17,7 @@ import uuid
 from collections.abc import Callable
 from itertools import pairwise
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -141,7 +139,7 @@ class Interrupts:
         self._watched = watched()
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # the others get no signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note)

@@ -1,13 +1,12 @@
 """One training run: kept alive whatever happens around it, and visible while it lasts."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 from tqdm import tqdm
@@ -66,7 +65,7 @@ class Run:
         self._interrupts = Interrupts()
         self._open = ExitStack()
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         self.world.first(self._hold)
         self._open.enter_context(self._loggers)
         return self

@@ -1,7 +1,5 @@
 """Answers and models in the form of OpenAI's API, and what the page shows about a token."""
 
-from __future__ import annotations
-
 import codecs
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence

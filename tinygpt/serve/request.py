@@ -1,7 +1,5 @@
 """Read and check what a client asks for, or refuse it: completions and chats with OpenAI's options, and Sampling's."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import secrets

@@ -6,8 +6,6 @@ their values alone. This program is a process of its own with bounded memory, wh
 too long. It imports nothing from tinygpt.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import sys

@@ -1,7 +1,5 @@
 """The server: the routes of OpenAI's API and of the page, limits on clients, and a clean shutdown."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import ipaddress

@@ -1,7 +1,5 @@
 """From a request for a completion to its answer, whole or as a stream."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

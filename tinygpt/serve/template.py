@@ -1,7 +1,5 @@
 """Turn the messages of a chat into a prompt, with the tokenizer's chat template or a plain one."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

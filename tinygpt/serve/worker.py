@@ -1,7 +1,5 @@
 """The thread that extends the answers of all requests together, one token at a time."""
 
-from __future__ import annotations
-
 import threading
 import traceback
 from collections import deque

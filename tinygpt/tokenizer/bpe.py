@@ -4,8 +4,6 @@ https://arxiv.org/abs/1508.07909), with the same choices, and so the same merges
 A heap with lazy updates finds the next pair; `Pairs` merges it everywhere in the different pretokens.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterable, Mapping
 

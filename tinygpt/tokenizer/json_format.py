@@ -5,8 +5,6 @@ GPT-2's byte alphabet (Radford et al. 2019, "Language Models are Unsupervised Mu
 calls `ByteLevel`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ All consist of bytes and merges: text without a token of its own is written in b
 tokenizer.json and one GGUF layout serve all kinds, and llama.cpp and transformers give the same ids.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping

@@ -4,8 +4,6 @@ Sennrich et al., https://arxiv.org/abs/1508.07909, on bytes as in GPT-2. Tokens 
 stand-ins of bytes.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import pairwise
 

@@ -6,8 +6,6 @@ The pattern is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised M
 calls `gpt-2` and the tokenizers library `ByteLevel`. Classes of characters are those of the `regex` module.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections import Counter

@@ -1,10 +1,9 @@
 """Byte-level BPE: text to ids and back (Sennrich et al., https://arxiv.org/abs/1508.07909, on bytes as in GPT-2)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -36,7 +35,7 @@ class Tokenizer:
         self._bytes = [t.encode() if i in special_ids else to_bytes(t) for i, t in enumerate(tokens)]
 
     @classmethod
-    def from_merges(cls, merges: Sequence[tuple[str, str]], special_tokens: Sequence[str] = ()) -> Tokenizer:
+    def from_merges(cls, merges: Sequence[tuple[str, str]], special_tokens: Sequence[str] = ()) -> Self:
         """Ids: `<|endoftext|>`, other special tokens, the 256 bytes by their stand-ins, then what merges make."""
         special = [EOS, *special_tokens]
         made = dict.fromkeys(left + right for left, right in merges)  # two merges may make one token

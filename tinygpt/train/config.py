@@ -1,7 +1,5 @@
 """How the model is trained: the `train` group of params.yaml."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

@@ -3,8 +3,6 @@
 B batch, T tokens, N sequences.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Weights, gradients and optimizer state stay in float32.  B batch, T tokens, N = B · T, C n_embd, V vocab_size.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

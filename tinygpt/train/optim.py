@@ -1,7 +1,5 @@
 """Optimizers whose state is named tensors."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

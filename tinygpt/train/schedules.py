@@ -1,7 +1,5 @@
 """What changes from step to step: the learning rate, and the share of dropout."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
