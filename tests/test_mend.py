@@ -1,6 +1,8 @@
 """Files that a killed DVC left half-written are repaired, and nothing else is touched."""
 
 import os
+import shutil
+import subprocess
 
 import pytest
 from project import succeed
@@ -55,9 +57,17 @@ def test_nothing_is_mended_while_a_dvc_is_at_work(here, command):
     (here / RWLOCK).write_bytes(b"")
     lock = LockFile(str(here / ".dvc/tmp/lock"))
     assert command("mend").stderr == "error: DVC is running in this folder: wait for it, or stop it first\n"
-    assert (here / RWLOCK).exists()
     lock.close()
-    assert "it was removed" in command("mend").stdout
+    sleep = shutil.which("sleep")
+    for arguments, env in ((["dvc", "99"], {}), (["stage", "99"], {"DVC_ROOT": str(here)})):
+        with subprocess.Popen(arguments, executable=sleep, cwd=here, env=os.environ | env) as process:
+            message = f"error: DVC is running in this folder (process {process.pid}): wait for it, or stop it first\n"
+            assert command("mend").stderr == message
+            process.kill()
+    assert (here / RWLOCK).exists()
+    with subprocess.Popen(["dvc", "99"], executable=sleep, cwd=here.parent) as process:  # in another folder
+        assert "it was removed" in command("mend").stdout
+        process.kill()
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_dvc_runs(here, command, monkeypatch):

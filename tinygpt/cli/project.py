@@ -5,10 +5,12 @@ import math
 import os
 import subprocess
 from argparse import Namespace
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ruamel.yaml import YAML
 
 from tinygpt import paths
@@ -208,24 +210,44 @@ def mend(args: Namespace) -> None:
     folder = TEMPORARY if TEMPORARY.exists() else TEMPORARY.parent
     if folder.exists() and not os.access(folder, os.W_OK):
         raise UserError(f"{Path.cwd()} is not writable: `chown` it, or clone the project into a folder of your own")
-    if not cut_off():
-        return
-    from dvc.config import Config
-    from dvc.lock import LockError, make_lock
-
-    hardlink = Config(".dvc")["core"].get("hardlink_lock", False)
-    try:
-        # DVC holds this lock except while a stage runs, and then it does not write either file
-        with make_lock(str(TEMPORARY / "lock"), tmp_dir=str(TEMPORARY), hardlink_lock=hardlink):
+    if cut_off():
+        with no_dvc():
             for path in cut_off():
                 print(replace(path))
-    except LockError:
-        raise UserError("DVC is running in this folder: wait for it, or stop it first") from None
 
 
 def cut_off() -> list[Path]:
     """DVC's files that it can no longer read."""
     return [path for path in (RWLOCK, LOCK) if path.exists() and not is_whole(path)]
+
+
+@contextmanager
+def no_dvc() -> Iterator[None]:
+    """Keep every DVC out of the project for the block.  Raises UserError if one is running there.
+
+    DVC holds its lock except while a stage runs; then we find its process, or the stage's.
+    """
+    from dvc.config import Config
+    from dvc.lock import LockError, make_lock
+
+    hardlink = Config(".dvc")["core"].get("hardlink_lock", False)
+    try:
+        with make_lock(str(TEMPORARY / "lock"), tmp_dir=str(TEMPORARY), hardlink_lock=hardlink):
+            if found := [process.pid for process in psutil.process_iter() if is_dvc(process)]:
+                raise UserError(f"DVC is running in this folder (process {found[0]}): wait for it, or stop it first")
+            yield
+    except LockError:
+        raise UserError("DVC is running in this folder: wait for it, or stop it first") from None
+
+
+def is_dvc(process: psutil.Process) -> bool:
+    """Whether this is a DVC that works in this project, or one of its stages."""
+    here = Path.cwd()
+    try:
+        is_named = any(Path(argument).name == "dvc" for argument in process.cmdline()[:3])
+        return (is_named and Path(process.cwd()).is_relative_to(here)) or process.environ().get("DVC_ROOT") == str(here)
+    except (psutil.Error, OSError):  # it has ended, or belongs to another user
+        return False
 
 
 def is_whole(path: Path) -> bool:
