@@ -388,9 +388,7 @@ def test_a_list_of_json_ends_well_after_ctrl_c(start, tmp_path):
     (tmp_path / "p.txt").write_text("x\n" * 2000)
     args = ["--prompts", tmp_path / "p.txt", *GREEDY, "--format", "json", "--batch-size", "8", "--model", tmp_path]
     process = start(*args, "--max-new-tokens", "100")
-    first = b""
-    while b"}" not in first:
-        first += os.read(process.stdout.fileno(), 1 << 16)
+    first = os.read(process.stdout.fileno(), 1 << 16)
     process.send_signal(signal.SIGINT)
     rest, told = process.communicate(timeout=60)
     assert 0 < len(json.loads(first + rest)) < 2000

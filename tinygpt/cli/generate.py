@@ -3,10 +3,12 @@
 import io
 import json
 import re
+import signal
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -136,19 +138,20 @@ def print_text(pairs: Pairs, steps: Iterator[Any]) -> None:
 def print_lines(pairs: Pairs, steps: Iterator[Any]) -> None:
     """Print a JSON object a line."""
     for found in finished(pairs, steps):
-        say(f"{found}\n")
+        with uninterrupted():
+            say(f"{found}\n")
 
 
 def print_list(pairs: Pairs, steps: Iterator[Any]) -> None:
-    """Print the same objects as one JSON list, which Ctrl-C ends well."""
-    say("[")
-    before = "\n"
+    """Print the same objects as one JSON list."""
+    before = "[\n"
     try:
         for found in finished(pairs, steps):
-            say(before + found)
-            before = ",\n"
+            with uninterrupted():  # `before` must match what was printed
+                say(before + found)
+                before = ",\n"
     finally:
-        say("]\n" if before == "\n" else "\n]\n")
+        say("[]\n" if before == "[\n" else "\n]\n")
 
 
 FORMATS = {"text": print_text, "json": print_list, "jsonl": print_lines}
@@ -186,6 +189,19 @@ def say(text: str) -> None:
     if sys.stdout.isatty():
         text = CONTROLS.sub(lambda found: printable(found[0]), text)
     print(text, end="", flush=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Make Ctrl-C wait for the end of the block."""
+    caught = list[int]()
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        signal.raise_signal(signal.SIGINT)
 
 
 def open_output() -> None:
