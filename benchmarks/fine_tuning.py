@@ -4,8 +4,9 @@
 
 For each pair in PAIRS whose texts are given, a model of the first text, trained for 400 steps from scratch, learns the
 second; `--base python-docs=FOLDER` takes the model of a finished project instead. This is compared with as many steps
-from scratch, with params.yaml's rates and a tokenizer of the text's own. Tokenizers differ, so losses are in bits per
-byte, over all of the validation text. Prints a table. Finished runs are not repeated, and stopped ones continue.
+from scratch, with the base's context, params.yaml's rates and a tokenizer of the text's own. Tokenizers differ, so
+losses are in bits per byte, over all of the validation text. Prints a table. Finished runs are not repeated, and
+stopped ones continue.
 """
 
 import argparse
@@ -92,7 +93,9 @@ def main() -> None:
         project = out / f"{first}-to-{text}-{arguments.width}-{of_base}"
         if not (project / paths.TOKENS).exists():
             start(project, sources[text], base, None if same else MAX_BYTES)
-        scratch = replace(trial, text=text, max_steps=STEPS, max_bytes=MAX_BYTES)
+        block_size = load_params(ModelParams, path=base / PARAMS_FILE).block_size
+        context = {"block_size": block_size, "batch_size": STEP_TOKENS // block_size}
+        scratch = replace(trial, text=text, max_steps=STEPS, max_bytes=MAX_BYTES, **context)
         from_scratch = "" if same else f"{measure(scratch, sources[text], out)['val_bpb']:.3f}"
         for name, (kind, changes) in VARIANTS.items():
             if same or not changes:

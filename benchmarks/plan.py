@@ -1,6 +1,6 @@
 """Planned runs next to random runs of equal duration: does `python -m tinygpt plan` choose well, and predict the loss?
 
-    python -m benchmarks.plan --out FOLDER --text kjv=kjv.txt --text headers=FOLDER [...] [--minutes 2 8] [--jobs 2]
+    python -m benchmarks.plan --out FOLDER --text kjv=kjv.txt --text headers=FOLDER [...] [--minutes 2 8]
 
 Speeds are measured first and kept in FOLDER/speeds.json; nothing else should run meanwhile. The runs themselves have as
 many steps as this machine can do in the time, so they may run in the background, one thread each. Runs that are in the
@@ -41,7 +41,6 @@ from tinygpt.tokens import load_meta
 from tinygpt.train.config import TrainParams
 
 TABLE = Path(__file__).with_name("plan.csv")
-N_RANDOM = 6
 MAX_BYTES = 10_000_000  # of a text
 EVAL_BYTES = 100_000  # of validation text to measure losses on
 Values = dict[str, Any]  # of params.yaml, by "group.key"
@@ -102,15 +101,16 @@ def flat(values: dict[str, dict[str, Any]]) -> Values:
     return {f"{group}.{key}": value for group, keys in values.items() for key, value in keys.items()}
 
 
-def runs(text: str, source: str, minutes: list[float], speeds: Speeds, out: Path) -> Iterator[Values]:
+def runs(text: str, source: str, minutes: list[float], n_random: int, speeds: Speeds, out: Path) -> Iterator[Values]:
     """Rows of the table as known before training, with the params under `values`."""
     planner = planner_of(prepare(text, MAX_BYTES, 1024, source, out), speeds)
     for each in minutes:
         plan: Plan = planner.best(60 * each)
-        yield {"text": text, "minutes": each, "run": "plan", "foretold": plan.bpb, "values": flat(plan.recipe.values())}
-        for number in range(1, N_RANDOM + 1):
+        row = {"text": text, "copied": round(planner.text.copied, 4), "minutes": each}
+        yield {**row, "run": "plan", "foretold": plan.bpb, "values": flat(plan.recipe.values())}
+        for number in range(1, n_random + 1):
             values = drawn(planner, plan.train_s, seed=number)
-            yield {"text": text, "minutes": each, "run": f"random {number}", "foretold": "", "values": values}
+            yield {**row, "run": f"random {number}", "foretold": "", "values": values}
 
 
 def measure(row: Values, source: str, out: Path) -> Values:
@@ -136,14 +136,15 @@ def measure(row: Values, source: str, out: Path) -> Values:
 
 
 def summary(rows: list[dict[str, str]]) -> Iterator[str]:
-    """A line for each text and time whose runs are done."""
+    """A line for each text and time whose planned run is done."""
     yield "| text | minutes | planned | reached | best random | median random |"
     yield "|---|---|---|---|---|---|"
     for text, minutes in dict.fromkeys((row["text"], row["minutes"]) for row in rows):
         mine = [row for row in rows if (row["text"], row["minutes"]) == (text, minutes)]
         others = sorted(float(row["val_bpb"]) for row in mine if row["run"] != "plan")
-        for plan in (row for row in mine if row["run"] == "plan" and others):
-            numbers = (float(plan["foretold"]), float(plan["val_bpb"]), others[0], statistics.median(others))
+        for plan in (row for row in mine if row["run"] == "plan"):
+            numbers = [float(plan["foretold"]), float(plan["val_bpb"])]
+            numbers += [others[0], statistics.median(others)] if others else []
             yield f"| {text} | {minutes} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |"
 
 
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=SOURCE", help="again for each")
     parser.add_argument("--minutes", type=float, nargs="+", default=[2.0, 8.0])
+    parser.add_argument("--n-random", type=int, default=6, help="random runs next to each planned one")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     arguments = parser.parse_args()
     sources, out = dict(text.split("=", 1) for text in arguments.text), arguments.out.resolve()
@@ -164,7 +166,7 @@ def main() -> None:
     wanted = [
         row
         for name, source in sources.items()
-        for row in runs(name, source, arguments.minutes, speeds, out)
+        for row in runs(name, source, arguments.minutes, arguments.n_random, speeds, out)
         if (row["text"], row["minutes"], row["run"]) not in done
     ]
 

@@ -345,9 +345,10 @@ def test_the_range_covers_what_was_seen():
 
 
 def test_the_range_covers_planned_runs_on_texts_outside_the_fit():
-    copied = {"kjv": 0.02, "headers": 0.47, "spanish": 0.05}  # of their validation texts
     with (ROOT / "benchmarks/plan.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["run"] == "plan"]
-    assert len(rows) >= 6
-    for row in rows:
-        assert float(row["val_bpb"]) == pytest.approx(float(row["foretold"]), rel=spread(copied[row["text"]]))
+    errors = [abs(float(row["val_bpb"]) / float(row["foretold"]) - 1) for row in rows]
+    ranges = [spread(float(row["copied"])) for row in rows]
+    assert len(rows) >= 9
+    assert all(error < most for error, most in zip(errors, ranges, strict=True))
+    assert max(ranges) < 1.5 * max(errors)  # and is no wider than it must be

@@ -50,11 +50,11 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
-    """Put a file's name into an error that has none, as that of write() on a full disk, or that of the partial file."""
+    """Name `path` in an error that names no file, as that of write() on a full disk, or only the partial file."""
     try:
         yield
     except OSError as error:
-        if error.filename in (None, str(partial), partial):
+        if error.filename is None or (partial and str(error.filename) == str(partial)):
             error.filename = str(path)
         raise
 

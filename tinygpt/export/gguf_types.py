@@ -43,8 +43,8 @@ class Tolerance(NamedTuple):
 
 # PyTorch, too, computes with the weights in the file, so the first two are about arithmetic: with float32 only rounding
 # and, for GELU, ggml's float16 table differ; the other types also round activations, all quantized ones the same way.
-# docs/export.md has the most seen; the rest is room for deeper models. A wrong layout is off by whole units, and it
-# doubles the perplexity of a trained model.
+# docs/export.md has the largest differences seen; the rest is room for deeper models. A wrong layout is off by whole
+# units, and it doubles the perplexity of a trained model.
 EXACT, GELU_TABLE = Tolerance(1e-3, 1e-4, 0.0), Tolerance(3e-2, 1e-3, 0.0)
 F16, BF16 = Tolerance(0.1, 1e-3, 1e-3), Tolerance(0.6, 5e-3, 4e-3)
 # Rounding to so few bits changes Gaussian weights by a third to a half of this share of their norm, and blocks with one

@@ -137,5 +137,5 @@ def on_device(ids: NDArray[np.int64], device: torch.device) -> Tensor:
     """A batch on the device."""
     batch = torch.from_numpy(ids)
     if device.type == "cuda":
-        batch = batch.pin_memory()  # only pinned memory is copied without waiting
-    return batch.to(device, non_blocking=True)
+        return batch.pin_memory().to(device, non_blocking=True)  # only pinned memory is copied without waiting
+    return batch.to(device)

@@ -9,7 +9,7 @@ from tinygpt.train.config import TrainParams
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda progress, _: 0.5 * (1 + math.cos(math.pi * progress)),  # https://arxiv.org/abs/1608.03983
     "linear": lambda progress, _: 1 - progress,
-    "wsd": lambda progress, last: 1 - max(0.0, 1 - (1 - progress) / last),  # https://arxiv.org/abs/2404.06395
+    "wsd": lambda progress, decay_frac: min(1.0, (1 - progress) / decay_frac),  # https://arxiv.org/abs/2404.06395
     "constant": lambda progress, _: 1.0,
 }
 
