@@ -89,6 +89,8 @@ def test_good_values_are_read_as_their_types():
         ("whole", 0, r"model.whole=0 must be 1 or more"),
         ("whole", None, "model.whole=null must be a whole number"),
         ("derived", 0, r"model.derived=0 must be 1 or more"),
+        ("derived", "None", "model.derived=None must be null, as YAML writes it"),
+        ("text", "None", "model.text=None must be null, as YAML writes it"),
         ("real", "1e-5", 'model.real="1e-5" must be a finite number'),
         ("real", float("nan"), "model.real=nan must be a finite number"),
         ("real", 0, "model.real=0 must be above 0 and at most 1"),
@@ -137,6 +139,15 @@ def edited(tmp_path: Path, pattern: str, new: str) -> Path:
 def test_a_typo_in_any_group_is_reported_with_the_nearest_name(tmp_path):
     path = edited(tmp_path, "  stride:", "  stirde:")
     with pytest.raises(ParamsError, match=r"unknown key evaluate.stirde \(did you mean evaluate.stride\?\)"):
+        check_params(path)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "home"), [("model", "lr", "train.lr"), ("train", "dropout", "model.dropout")]
+)
+def test_a_key_in_another_group_than_its_own_is_reported_with_its_home(tmp_path, group, name, home):
+    path = edited(tmp_path, f"\n{group}:\n", f"\n{group}:\n  {name}: 0.1\n")
+    with pytest.raises(ParamsError, match=rf"unknown key {group}.{name} \(did you mean {home}\?\)"):
         check_params(path)
 
 

@@ -223,8 +223,15 @@ def _document(raw: bytes) -> Any:
 
 def _key_problems(mapping: dict[str, Any], known: list[str], prefix: str, others: Sequence[str] = ()) -> list[str]:
     names = [key if isinstance(key, str) else shown(key) for key in mapping if key not in known]
-    problems = [f"unknown key {prefix}{name}{nearest(name, [*known, *others], prefix=prefix)}" for name in names]
+    problems = [f"unknown key {prefix}{name}{_meant(name, [*known, *others], prefix)}" for name in names]
     return problems + [f"missing key {prefix}{key}" for key in known if key not in mapping]
+
+
+def _meant(name: str, known: list[str], prefix: str) -> str:
+    """` (did you mean train.lr?)` for model.lr, and for train.lrr."""
+    groups = GROUPS if prefix.removesuffix(".") in GROUPS else ()
+    homes = [group for group in groups if name in _field_hints(find_class(group))]
+    return f" (did you mean {homes[0]}.{name}?)" if len(homes) == 1 else nearest(name, known, prefix=prefix)
 
 
 @functools.cache
@@ -236,6 +243,8 @@ def _field_hints(cls: Any) -> dict[str, Any]:
 def coerce(value: Any, hint: Any, key: str) -> Any:
     """Return `value` as the type `hint`, or raise a ParamsError that names `key`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    may_be_null = origin in (types.UnionType, typing.Union) or DERIVED in args
+    require((not may_be_null or value != "None", f"{key}=None must be null, as YAML writes it"))
     if origin is Annotated:
         found: Any = None if value is None and DERIVED in args else coerce(value, args[0], key)
         intervals = [arg for arg in args if isinstance(arg, Within) and found is not None]
