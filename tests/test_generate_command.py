@@ -150,7 +150,8 @@ def test_a_file_with_no_prompts_in_it_is_refused_and_the_place_is_named(name, co
 def test_input_that_is_not_utf8_or_missing_is_refused(generate):
     told = generate("--prompt", "-", stdin=b"a\n\nb\xc3").stderr
     assert told == "error: standard input:3: byte 2 is 0xc3, which is not UTF-8: convert it to UTF-8\n"
-    assert "--prompts none.txt not found" in generate("--prompts", "none.txt").stderr
+    for path in ("none.txt", "."):
+        assert "is not a file: give a file with a prompt in each line" in generate("--prompts", path).stderr
 
 
 def test_all_contradictions_are_reported_at_once(generate):

@@ -27,7 +27,7 @@ from tinygpt.export.config import ExportParams
 from tinygpt.export.folders import export_adapters, open_model, write_base
 from tinygpt.export.gguf import export_gguf, export_gguf_adapter
 from tinygpt.export.hf import export_hf, export_peft
-from tinygpt.export.llamacpp import LlamaCpp
+from tinygpt.export.llamacpp import LlamaCpp, open_gguf
 from tinygpt.files import sha256_file, write_json
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import LoRALinear, add_lora, merged_tensors, trained_tensors
@@ -244,10 +244,12 @@ def test_adapters_of_another_shape_are_reported_with_their_names(trained_folder,
         exported()
 
 
-def test_an_adapter_of_another_base_is_refused(tmp_path):
+def test_an_adapter_without_its_base_or_of_another_is_refused(tmp_path):
     base = random_model(**LLAMA, vocab_size=257)
     other = adapted(random_model(**LLAMA, vocab_size=257, n_embd=96))
     export_gguf(base, byte_tokenizer(), tmp_path / "base.gguf", "f32")
     export_gguf_adapter(tmp_path / "lora.gguf", trained_tensors(other), other.config, LORA)
     with LlamaCpp(tmp_path / "base.gguf") as llama:
         assert not apply(llama, tmp_path / "lora.gguf")
+    with pytest.raises(UserError, match=r"lora.gguf has adapters alone: give the model with them"):
+        open_gguf(tmp_path / "lora.gguf")

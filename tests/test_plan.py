@@ -296,7 +296,7 @@ def test_another_kind_of_tokenizer_stays(kind, folder, capsys):
         ("--minutes nan", r"--minutes=nan must be a finite number"),
         ("--minutes -5", r"--minutes=-5 must be above 0"),
         ("--bpb inf", r"--bpb=inf must be a finite number"),
-        ("--minutes 0.01", r"--minutes 0.01 is too short: 200 steps and all stages need --minutes [\d.]+"),
+        ("--minutes 0.01", r"--minutes 0.01 is too short: the other stages alone need \d+ s"),
         (
             "--bpb 0.01",
             r"--bpb 0.01 of validation text is out of reach: a month .*as much text would bring",

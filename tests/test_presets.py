@@ -142,6 +142,10 @@ def test_a_model_that_is_far_too_large_for_the_run_or_the_text_is_warned_of(para
     before = params.read_bytes()
     assert [name for name in SIZES if said(name)] == ["toy", "wide", "small", "medium", "large", "gpt2"]
     params.write_bytes(before)
+    preset(Namespace(name="mini"))
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert re.match(r"mini: 5.3 M weights.* 3,900 steps.*; train.max_steps stays 1,600$", told)
+    params.write_bytes(before)
     warning = said("large")
     assert "171,442,176 weights see 13,107,200 tokens in train.max_steps=1600" in warning
     (enough,) = re.findall(r"set train.max_steps=(\d+) or more", warning)

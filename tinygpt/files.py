@@ -18,6 +18,7 @@ from typing import IO, Any
 from tinygpt.errors import UserError
 
 MOST_SYNCED = 1000  # files of a folder that are synced one by one: each takes milliseconds
+ANEW = "copy it again, or run `dvc repro` if a stage made it"  # the remedy for a damaged file
 MOST_JSON = 200_000_000  # bytes of a file: enough for a manifest of a million texts
 
 
@@ -190,7 +191,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:
     """Read a JSON object that `stage` makes.  Raises UserError when it is missing or is not one."""
-    return read_object(must_exist(path, stage=stage), remedy=f"run `dvc repro {stage}` to make it again")
+    return read_object(must_exist(path, stage=stage), remedy=ANEW)
 
 
 def read_object(path: str | Path, *, remedy: str) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def find_run(name: str | None, file: str) -> Path:
     named = there[-1:] if name is None else [folder for folder in there if folder.name.startswith(name)]
     if not there:
         raise UserError(
-            f"no run has {Path(file).name}: a training writes it while it runs. {paths.MODEL} is the finished model"
+            f"no run has {Path(file).name}, which training writes: start it with `dvc repro`. A finished model is "
+            f"in {paths.MODEL}"
         )
     if len(named) != 1:
         names = ", ".join(folder.name for folder in reversed(named or there))

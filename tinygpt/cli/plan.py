@@ -128,8 +128,8 @@ def plan(args: Namespace) -> None:
     """Print the plan; with --write, also put it into params.yaml."""
     is_one = (args.minutes is None) != (args.bpb is None)
     require((is_one, "give either --minutes 30, how long it may take, or --bpb 1.9, the target loss"))
-    planner, device, runtime = build_planner()
     seconds = None if args.minutes is None else 60 * args.minutes
+    planner, device, runtime = build_planner(seconds)
     chosen = planner.reach(args.bpb) if seconds is None else planner.best(seconds)
     print_plan(chosen, planner, runtime, device, seconds=seconds)
     if args.write:
@@ -142,8 +142,8 @@ def plan(args: Namespace) -> None:
         write_values("plan", values)
 
 
-def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
-    """Read the text and measure the machine."""
+def build_planner(seconds: float | None = None) -> tuple[Planner, torch.device, RuntimeParams]:
+    """Read the text and measure the machine, unless the stages besides training alone take these seconds."""
     model, train, tokenizer = load_params(ModelParams, TrainParams, TokenizerParams)
     runtime = dataclasses.replace(load_params(RuntimeParams), compile=False, cuda_graphs=False)
     if train.init_from == "base":
@@ -161,12 +161,14 @@ def build_planner() -> tuple[Planner, torch.device, RuntimeParams]:
         if done.returncode:
             raise UserError("there is no text to plan for: see the error of `dvc repro clean` above")
     start_s = time.process_time()  # so far Python has imported PyTorch, as each stage does
+    others_s = START_TIMES * N_STAGES * start_s
+    if seconds is not None and seconds <= others_s:
+        raise UserError(f"--minutes {seconds / 60:g} is too short: the other stages alone need {duration(others_s)}")
     began = time.perf_counter()
     device = open_device(runtime)
     with out_of_memory(f"{device} has too little for the smallest model: stop other programs that use it"):
         text = measure_text(paths.CLEAN, tokenizer, model, train, runtime, device)
         speeds = measure_speeds(model, train, runtime, device, vocab_size=min(text.bytes_per_token))
-    others_s = START_TIMES * N_STAGES * start_s
     taken, widths = time.perf_counter() - began, ", ".join(map(str, speeds.operations))
     print(f"plan: measured the text and models of width {widths} on {device} in {taken:.0f} s", file=sys.stderr)
     if speeds.busy > BUSY:

@@ -49,8 +49,7 @@ def preset(args: Namespace) -> None:
     if args.name is None:
         width = max(map(len, files), default=0)
         for name, path in files.items():
-            first_line = read_bytes(path).decode(errors="replace").partition("\n")[0]
-            print(f"{name:{width}}  {printable(first_line.removeprefix('# '))}")
+            print(f"{name:{width}}  {about(path)}")
         return
     if args.name not in files:
         hint = nearest(args.name, files) or f": {', '.join(files)}"
@@ -63,9 +62,17 @@ def preset(args: Namespace) -> None:
     if values.get("train", {}).get("init_from") == "base":
         values = going_on(values)
     write_values(args.name, values)
+    if "model" in values and "max_steps" not in values.get("train", {}):
+        steps = check_params()["train"].max_steps
+        print(f"{args.name}: {about(files[args.name])}; train.max_steps stays {steps:,}")
     if "model" in values:
         same_text = not values.keys() & {"download", "clean", "tokenizer"}
         warn_of_size(same_text=same_text, from_base="init_from" in values.get("train", {}))
+
+
+def about(path: Path) -> str:
+    """The first line of a preset, which says what it is for."""
+    return printable(read_bytes(path).decode(errors="replace").partition("\n")[0].removeprefix("# "))
 
 
 def write_values(name: str, values: dict[str, dict[str, Any]]) -> None:

@@ -9,9 +9,10 @@ import sys
 from argparse import Namespace
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
-from tinygpt.cli.flags import STDIN, existing
+from tinygpt.cli.flags import STDIN
 from tinygpt.errors import UserError, printable, shown
 from tinygpt.files import atomic_write, human_bytes, parse_json
 from tinygpt.options import MOST_BYTES, checked
@@ -131,7 +132,9 @@ def collect_prompts(args: Namespace) -> list[NamedPrompt]:
     if args.prompts == STDIN:
         name, text = "standard input", read_input()
     else:
-        with open(existing("--prompts", args.prompts), "rb") as file:
+        path, how = Path(args.prompts), "give a file with a prompt in each line"  # or a pipe
+        require((path.exists() and not path.is_dir(), f"--prompts {shown(args.prompts)} is not a file: {how}"))
+        with path.open("rb") as file:
             name, text = args.prompts, decode_utf8(read_some(file, args.prompts), args.prompts)
     lines = text.removesuffix("\n").split("\n")
     if lines == [""]:

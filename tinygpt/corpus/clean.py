@@ -208,6 +208,6 @@ def _check_result(params: CleanParams, counts: Counter[str]) -> None:
         raise UserError(
             f"only {left} of text left to train on, at least {human_bytes(LEAST_TRAIN_BYTES)} needed "
             f"({found}): add more text, set clean.separator if a file holds several documents, or lower "
-            "clean.val_fraction and clean.test_fraction"
+            "clean.min_bytes, clean.val_fraction and clean.test_fraction"
             + ("" if params.split == "auto" else ", or set clean.split=auto for one long text")
         )

@@ -265,6 +265,8 @@ def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> Ll
     except subprocess.TimeoutExpired:
         raise UserError(f"llama.cpp did not finish with {path} in {MOST_SECONDS} s: the file may be damaged") from None
     if tried.returncode:
+        if path.exists() and b"adapter.lora.alpha" in path.open("rb").read(10_000):
+            raise UserError(f"{path} has adapters alone: give the model with them, such as data/model")
         said = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"]
         if reported := [line for line in said if line.startswith("error: ")]:
             raise UserError(reported[0].removeprefix("error: "))

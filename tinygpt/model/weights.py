@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinygpt.errors import UserError, shown
-from tinygpt.files import atomic_write, must_exist, read_json, sha256_file, some_of, write_json
+from tinygpt.files import ANEW, atomic_write, must_exist, read_json, sha256_file, some_of, write_json
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT, TIED
 from tinygpt.params import read_record
@@ -55,9 +55,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors ({error}): copy it again, or run `dvc repro` if a stage made it"
-        ) from None
+        raise UserError(f"{path} cannot be read as safetensors ({error}): {ANEW}") from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

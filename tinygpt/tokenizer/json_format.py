@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.errors import UserError
-from tinygpt.files import each_once, must_exist, parse_json, read_file, some_of, write_text
+from tinygpt.files import ANEW, each_once, must_exist, parse_json, read_file, some_of, write_text
 from tinygpt.params import HALVES
 
 MOST_BYTES = 500_000_000  # of a file; a vocabulary of 250,000 takes 20 MB
@@ -113,8 +113,11 @@ def read_tokenizer_json(path: Path, *, required: str) -> tuple[list[str], list[t
     must_exist(path, stage="train_tokenizer")
     try:
         document = parse_json(read_file(path, MOST_BYTES), object_pairs_hook=each_once)
-        problems = _problems("", document, FILE) or _token_problems(document, required)
     except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): {ANEW}") from None
+    try:
+        problems = _problems("", document, FILE) or _token_problems(document, required)
+    except ValueError as error:
         problems = [str(error)]
     if problems:
         found = some_of(problems, MOST_PROBLEMS)
