@@ -128,7 +128,7 @@ def test_errors_name_the_stage_that_makes_the_file(tmp_path):
     with pytest.raises(UserError, match=r"no.json not found: run `dvc repro clean`"):
         must_exist(tmp_path / "no.json", stage="clean")
     (tmp_path / "bad.json").write_bytes(b'{"a": \xff')
-    with pytest.raises(UserError, match=r"bad.json is not valid JSON .*: copy it again, or run `dvc repro`"):
+    with pytest.raises(UserError, match=r"bad.json is not valid JSON .*: copy it again, or run `dvc repro train`"):
         read_json(tmp_path / "bad.json", stage="train")
 
 
@@ -244,7 +244,8 @@ NOT_AN_OBJECT = {
 @pytest.mark.parametrize("raw", NOT_AN_OBJECT.values(), ids=NOT_AN_OBJECT)
 def test_what_is_not_a_json_object_is_one_line_that_names_the_file(tmp_path, raw):
     (tmp_path / "a.json").write_bytes(raw)
-    with pytest.raises(UserError, match=r"a\.json is not valid JSON .*: copy it again, or run `dvc repro`") as caught:
+    remedy = "copy it again, or run `dvc repro train` if that stage made it"
+    with pytest.raises(UserError, match=rf"a\.json is not valid JSON .*: {remedy}") as caught:
         read_json(tmp_path / "a.json", stage="train")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1100

@@ -191,7 +191,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path, *, stage: str) -> dict[str, Any]:
     """Read a JSON object that `stage` makes.  Raises UserError when it is missing or is not one."""
-    return read_object(must_exist(path, stage=stage), remedy=ANEW)
+    remedy = f"copy it again, or run `dvc repro {stage}` if that stage made it"
+    return read_object(must_exist(path, stage=stage), remedy=remedy)
 
 
 def read_object(path: str | Path, *, remedy: str) -> dict[str, Any]:
