@@ -62,10 +62,10 @@ def preset(args: Namespace) -> None:
     if values.get("train", {}).get("init_from") == "base":
         values = going_on(values)
     write_values(args.name, values)
-    if "model" in values and "max_steps" not in values.get("train", {}):
-        steps = check_params()["train"].max_steps
-        print(f"{args.name}: {about(files[args.name])}; train.max_steps stays {steps:,}")
     if "model" in values:
+        if "max_steps" not in values.get("train", {}):
+            steps = check_params()["train"].max_steps
+            print(f"{args.name}: {about(files[args.name])}; train.max_steps stays {steps:,}")
         same_text = not values.keys() & {"download", "clean", "tokenizer"}
         warn_of_size(same_text=same_text, from_base="init_from" in values.get("train", {}))
 

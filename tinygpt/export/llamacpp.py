@@ -265,7 +265,7 @@ def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> Ll
     except subprocess.TimeoutExpired:
         raise UserError(f"llama.cpp did not finish with {path} in {MOST_SECONDS} s: the file may be damaged") from None
     if tried.returncode:
-        if path.exists() and b"adapter.lora.alpha" in path.open("rb").read(10_000):
+        if path.exists() and is_adapter(path):
             raise UserError(f"{path} has adapters alone: give the model with them, such as data/model")
         said = [*tried.stderr.decode(errors="replace").splitlines(), "no reason given"]
         if reported := [line for line in said if line.startswith("error: ")]:
@@ -273,6 +273,12 @@ def open_gguf(path: Path, *, n_ctx: int | None = None, n_threads: int = 1) -> Ll
         reason = re.sub(r"^\S*/", "", said[0])  # without the path of the source file
         raise UserError(f"llama.cpp aborts on {path} ({reason}), which is damaged or inconsistent: recreate it")
     return LlamaCpp(path, n_ctx=n_ctx, n_threads=n_threads)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the beginning of a GGUF file, which says what it is, has a key of adapters."""
+    with path.open("rb") as file:
+        return b"adapter.lora.alpha" in file.read(10_000)
 
 
 @program
