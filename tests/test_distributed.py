@@ -62,7 +62,7 @@ WARMUP = {
     "context_warmup": ContextWarmup(start=16, steps=5),
     "shuffle_documents": True,
 }
-LORA = LoRAParams(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "down_proj"))
+LORA = LoRAParams(rank=2, alpha=4, dropout=0.0, targets=None)
 RUNS = {  # changes of train, of the model and of runtime
     "muon": ({}, {}, {}),
     "adamw, tied, ema": (

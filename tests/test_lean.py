@@ -77,12 +77,13 @@ def test_lean_logits_equal_the_models_with_quantized_weights(kind, bias):
     torch.testing.assert_close(decoder.logits, torch.stack(expected), atol=0.06 * float(spread), rtol=0)  # bfloat16
 
 
-def test_lean_logits_equal_the_models_with_unmerged_adapters():
-    model = tiny_model()
+@pytest.mark.parametrize("targets", [{"q_proj", "up_proj", "o_proj"}, None])
+def test_lean_logits_equal_the_models_with_unmerged_adapters(targets):
+    model = tiny_model(tie_weights=False)
     generator = torch.Generator().manual_seed(0)
-    add_lora(model, rank=4, alpha=8, dropout=0.5, targets={"q_proj", "up_proj", "o_proj"}, generator=generator)
+    add_lora(model, rank=4, alpha=8, dropout=0.5, targets=targets, generator=generator)
     for name, parameter in model.named_parameters():
-        if name.endswith("lora_B.weight"):
+        if name.endswith("lora_B.weight") or name == "tok_emb.lora_A.weight":
             nn.init.normal_(parameter, std=0.1, generator=generator)
     assert_says_the_same(model.eval(), [[3, 4], [5]])
 

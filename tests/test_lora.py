@@ -30,7 +30,7 @@ from tinygpt.export.hf import export_hf, export_peft
 from tinygpt.export.llamacpp import LlamaCpp, open_gguf
 from tinygpt.files import sha256_file, write_json
 from tinygpt.model.gpt import GPT
-from tinygpt.model.lora import LoRALinear, add_lora, merged_tensors, trained_tensors
+from tinygpt.model.lora import LoRAEmbedding, LoRALinear, add_lora, merged_tensors, trained_tensors
 from tinygpt.model.weights import WEIGHTS_FILE, load_tensors, model_tensors, save_tensors
 from tinygpt.params import ParamsError, from_mapping
 from tinygpt.train.config import LoRAParams, TrainParams
@@ -38,6 +38,7 @@ from tinygpt.train.trainer import Trainer
 
 LORA = {"rank": 3, "alpha": 5.0, "dropout": 0.1, "targets": ("q_proj", "v_proj", "o_proj", "up_proj")}
 BLOCK = r"```python\n(.*?)```"
+ADAPTED = ("k_proj", "v_proj", "down_proj", "lm_head")
 STARCODER = {"norm": "layernorm", "mlp": "gelu"}
 
 
@@ -57,8 +58,10 @@ def adapted(model: GPT, **changes) -> GPT:
     add_lora(copy, **{**LORA, **changes}, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for module in copy.modules():
-            if isinstance(module, LoRALinear):
-                module.lora_B.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+            if isinstance(module, LoRALinear | LoRAEmbedding):
+                zeros = module.lora_B if isinstance(module, LoRALinear) else module.lora_A
+                assert not zeros.weight.any()
+                zeros.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     return copy.eval()
 
 
@@ -99,14 +102,16 @@ def test_dropout_is_on_the_adapters_input_in_training_alone():
     assert not torch.equal(model(ids), model(ids))
 
 
-def test_training_changes_adapters_alone_and_resumes_to_the_same_bits(monkeypatch):
-    base = {name: tensor.detach() for name, tensor in tiny_model().state_dict().items()}
-    params = dataclasses.replace(PARAMS, init_from="base", lora=LoRAParams(**LORA), eval_every=5)
-    undisturbed = train("undisturbed", params=params, base=base)
+@pytest.mark.parametrize("targets, n_adapter", [(LORA["targets"], 2 * 4), (None, 2 * 7 + 2)])
+def test_training_changes_adapters_alone_and_resumes_to_the_same_bits(targets, n_adapter, monkeypatch):
+    base = {name: tensor.detach() for name, tensor in tiny_model(tie_weights=False).state_dict().items()}
+    params = dataclasses.replace(PARAMS, init_from="base", lora=LoRAParams(**LORA | {"targets": targets}), eval_every=5)
+    from_base = {"params": params, "base": base, "tie_weights": False}
+    undisturbed = train("undisturbed", **from_base)
     for name, tensor in undisturbed.last.items():
-        target = name.split(".")[-2] in LORA["targets"]
+        target = tensor.ndim == 2 and (targets is None or name.split(".")[-2] in targets)
         assert torch.equal(tensor, base[name]) is not target, name
-    assert len(undisturbed.trained) == 2 * 4 * 2
+    assert len(undisturbed.trained) == 2 * n_adapter
 
     class Killed(BaseException):
         pass
@@ -120,9 +125,9 @@ def test_training_changes_adapters_alone_and_resumes_to_the_same_bits(monkeypatc
 
     monkeypatch.setattr(Trainer, "_train_step", die_at_seven)
     with pytest.raises(Killed):
-        train("cut", params=params, base=base)
+        train("cut", **from_base)
     monkeypatch.setattr(Trainer, "_train_step", original)
-    resumed = train("cut", params=params, base=base)
+    resumed = train("cut", **from_base)
     assert same(resumed.last, undisturbed.last)
     assert same(resumed.trained, undisturbed.trained)
 
@@ -141,12 +146,13 @@ def test_targets_that_do_not_exist_and_adapters_without_a_base_are_refused():
 FAMILIES = [LLAMA, QWEN3, GPT2 | {"bias": "all"}, STABLELM, LLAMA | STARCODER, LLAMA | {"mlp": "relu2", "head_dim": 12}]
 
 
-@pytest.mark.parametrize("targets", [LORA["targets"], ("k_proj", "v_proj", "down_proj")])
+@pytest.mark.parametrize("tied, targets", [(True, LORA["targets"]), (True, None), (False, ADAPTED), (False, None)])
 @pytest.mark.parametrize("family", FAMILIES, ids=["llama", "qwen3", "gpt2", "stablelm", "starcoder2", "arcee"])
-def test_peft_and_llama_cpp_apply_the_adapter_to_its_base(family, targets, tmp_path):
+def test_peft_and_llama_cpp_apply_the_adapter_to_its_base(family, tied, targets, tmp_path):
     peft = pytest.importorskip("peft")
-    base = random_model(**family, n_kv_head=2, vocab_size=257)
+    base = random_model(**family, n_kv_head=2, vocab_size=257, tie_weights=tied)
     model, tokenizer = adapted(base, targets=targets), byte_tokenizer()
+    assert isinstance(model.tok_emb, LoRAEmbedding) is (targets is None and not tied)
     adapter, ids = trained_tensors(model), torch.from_numpy(IDS)[None]
     with torch.inference_mode():
         ours = model(ids)[0].log_softmax(-1)

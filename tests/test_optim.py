@@ -221,12 +221,13 @@ def test_state_survives_as_named_tensors(name, tmp_path):
     assert same(model.state_dict(), other.state_dict())
 
 
+@pytest.mark.parametrize("ends", [{}, {"tok_emb": "embedding", "lm_head": "head"}], ids=["blocks", "ends"])
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
-def test_adapters_alone_can_be_trained(name):
-    model = tiny_model()
-    add_lora(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj"], generator=None)
+def test_adapters_alone_can_be_trained(name, ends):
+    model = tiny_model(tie_weights=False)
+    add_lora(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj", *ends], generator=None)
     optimizers = build_optimizers(model, params_with(optimizer=name))
-    assert [group["kind"] for group in groups_of(optimizers).values()] == ["matrix"]
+    assert {group["kind"] for group in groups_of(optimizers).values()} == {"matrix", *ends.values()}
     before = {key: tensor.detach().clone() for key, tensor in trained_tensors(model).items()}
     train_steps(model, optimizers, range(2))
     assert all(not torch.equal(tensor, before[key]) for key, tensor in trained_tensors(model).items())

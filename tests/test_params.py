@@ -246,6 +246,10 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
         {"model.mlp": "gelu", "train.init_from": "base", "train.lora": LORA, "export.hf": False, "export.gguf": []},
         "train.lora.targets names gate_proj, which model.mlp=gelu does not have: remove it from the list",
     ),
+    (
+        {"model.tie_weights": True, "train.init_from": "base", "train.lora": LORA | {"targets": ["lm_head"]}},
+        "train.lora.targets names tok_emb or lm_head, which are one matrix with model.tie_weights=true, and stay as ",
+    ),
     ({"train.lora": LORA}, "train.lora trains adapters of a base: set train.init_from=base, or train.lora=null"),
     (
         {"runtime.compile": True, "train.anneal_dropout": True, "model.dropout": 0.1},

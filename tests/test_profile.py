@@ -25,6 +25,7 @@ from tinygpt.train.loss import next_token_loss
 from tinygpt.train.optim import build_optimizers, optimizer_tensors
 
 CPU = torch.device("cpu")
+LORA = LoRAParams(rank=2, alpha=4.0, dropout=0.5, targets=("q_proj", "down_proj"))
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_activations_counted_without_computing_are_those_of_a_real_step(changes)
         | {name: st.booleans() for name in ("parallel_block", "qk_norm", "tie_weights")}
     ),
     precision=st.sampled_from(["fp32", "bf16"]),
-    lora=st.sampled_from([None, LoRAParams(rank=2, alpha=4.0, dropout=0.5, targets=("q_proj", "down_proj"))]),
+    lora=st.sampled_from([None, LORA, dataclasses.replace(LORA, targets=None)]),
     size=st.integers(1, 4),
 )
 @settings(max_examples=30)
@@ -142,7 +143,7 @@ def test_low_precision_products_keep_less():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_with_adapters_only_their_gradients_and_optimizer_state_are_counted(dropout):
-    lora = LoRAParams(rank=2, alpha=4.0, dropout=dropout, targets=("q_proj", "down_proj"))
+    lora = dataclasses.replace(LORA, dropout=dropout)
     model = build_trained(tiny_config(), lora)
     n_adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     counted = memory(model.config, dataclasses.replace(PARAMS, init_from="base", lora=lora))
@@ -153,6 +154,18 @@ def test_with_adapters_only_their_gradients_and_optimizer_state_are_counted(drop
     frozen = 2 * (4 * 32 * 32 + 3 * 32 * 96) + 32 * 300
     attention = 2 * 2 * 2 * 32 * 32.5
     assert flops_per_token(model.config, lora) == 2 * (2 * frozen + 3 * n_adapters) + 3 * attention
+
+
+def test_adapters_of_embeddings_and_head_cost_a_whole_head():
+    lora = dataclasses.replace(LORA, targets=("tok_emb", "lm_head"))
+    model = build_trained(tiny_config(tie_weights=False), lora)
+    n_adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    counted = memory(model.config, dataclasses.replace(PARAMS, init_from="base", lora=lora))
+    assert n_adapters == 2 * 2 * (300 + 32)
+    assert counted.gradients == counted.optimizer / 2 == 4 * n_adapters
+    blocks, head = 2 * (4 * 32 * 32 + 3 * 32 * 96), 32 * 300
+    attention = 2 * 2 * 2 * 32 * 32.5
+    assert flops_per_token(model.config, lora) == 2 * (2 * blocks + 3 * (head + 2 * 32)) + 3 * attention
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])

@@ -1,4 +1,7 @@
-"""Low-rank adapters (Hu et al., https://arxiv.org/abs/2106.09685), added to the frozen linear layers of a model."""
+"""Low-rank adapters (Hu et al., https://arxiv.org/abs/2106.09685), added to the frozen matrices of a model.
+
+V vocab_size, C n_embd.
+"""
 
 import math
 from collections.abc import Collection
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinygpt.model.gpt import GPT, TIED
-from tinygpt.model.layers import Linear
+from tinygpt.model.layers import Embedding, Linear
 
 ADAPTER = ("lora_A", "lora_B")  # the names that the PEFT library uses
 
@@ -24,11 +27,17 @@ class LoRALinear(nn.Module):
         device = base.weight.device
         self.lora_A = Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = Linear(rank, base.out_features, bias=False, device=device)
-        first = torch.empty(rank, base.in_features)
-        nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)  # on the CPU: the same on every device
-        with torch.no_grad():
-            self.lora_A.weight.copy_(first)
+        _draw(self.lora_A.weight, generator)
         nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), with the adapter: the loss reads the head's"""
+        return self.merged(self.base.weight, self.lora_A.weight, self.lora_B.weight)
+
+    def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """A weight with an adapter in it."""
+        return weight + self.scale * (b @ a)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)"""
@@ -36,16 +45,69 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * self.lora_B(self.lora_A(dropped))
 
 
+class LoRAEmbedding(nn.Module):
+    """base(ids) + alpha / rank · B(A(ids)); only A (V, rank), from zero, and B (C, rank) are trained."""
+
+    def __init__(self, base: nn.Embedding, *, rank: int, alpha: float, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), alpha / rank
+        device = base.weight.device
+        self.lora_A = Embedding(base.num_embeddings, rank, device=device)
+        self.lora_B = Linear(rank, base.embedding_dim, bias=False, device=device)
+        nn.init.zeros_(self.lora_A.weight)
+        _draw(self.lora_B.weight, generator)
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, C), with the adapter"""
+        return self.merged(self.base.weight, self.lora_A.weight, self.lora_B.weight)
+
+    def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """A weight with an adapter in it."""
+        return weight + self.scale * (a @ b.T)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C)"""
+        return self.base(ids) + self.scale * self.lora_B(self.lora_A(ids))
+
+
+LORA = LoRALinear | LoRAEmbedding
+
+
+def _draw(weight: Tensor, generator: torch.Generator | None) -> None:
+    """Set the initial values of an adapter's matrix that does not begin at zero."""
+    drawn = torch.empty(weight.shape)  # on the CPU: the same on every device
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    with torch.no_grad():
+        weight.copy_(drawn)
+
+
 def add_lora(
-    model: GPT, *, rank: int, alpha: float, dropout: float, targets: Collection[str], generator: torch.Generator | None
+    model: GPT,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Collection[str] | None,
+    generator: torch.Generator | None,
 ) -> None:
-    """Freeze a model and add adapters to the linear layers of its blocks that `targets` names, such as "q_proj"."""
+    """Freeze a model and add adapters to its matrices.
+
+    `targets` are their names, such as "q_proj"; None = all, but for an embedding that is also the head.
+    """
     model.requires_grad_(False)
-    for block in model.blocks.modules():
-        for name, layer in list(block.named_children()):
-            if name in targets and isinstance(layer, nn.Linear):
-                adapted = LoRALinear(layer, rank=rank, alpha=alpha, dropout=dropout, generator=generator)
-                setattr(block, name, adapted)
+    for name, layer in list(model.named_modules()):
+        owner, _, leaf = name.rpartition(".")
+        is_shared = model.config.tie_weights and leaf in ("tok_emb", "lm_head")
+        if is_shared or not (targets is None or leaf in targets):
+            continue
+        if isinstance(layer, nn.Linear):
+            adapted: LORA = LoRALinear(layer, rank=rank, alpha=alpha, dropout=dropout, generator=generator)
+        elif isinstance(layer, nn.Embedding) and leaf == "tok_emb":
+            adapted = LoRAEmbedding(layer, rank=rank, alpha=alpha, generator=generator)
+        else:
+            continue
+        setattr(model.get_submodule(owner), leaf, adapted)
 
 
 def trained_tensors(model: GPT) -> dict[str, Tensor]:
@@ -55,7 +117,7 @@ def trained_tensors(model: GPT) -> dict[str, Tensor]:
 
 def merged_tensors(model: GPT, trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """All tensors under a plain model's names: `trained` ones replace the model's, adapters are added to weights."""
-    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LORA)}
     merged: dict[str, Tensor] = {}
     for name, tensor in (model.state_dict() | trained).items():
         module, _, kind = name.rpartition(".")
@@ -64,6 +126,6 @@ def merged_tensors(model: GPT, trained: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if owner in adapters and kind == "weight":
             a, b = (trained[f"{owner}.{part}.weight"].to(tensor.device) for part in ADAPTER)
-            tensor = tensor + adapters[owner].scale * (b @ a)
+            tensor = adapters[owner].merged(tensor, a, b)
         merged[f"{owner}.{kind}"] = tensor
     return merged

@@ -50,12 +50,15 @@ def flops_per_token(config: GPTConfig, lora: LoRAParams | None = None) -> float:
 
     That is two per weight of a matrix, and two per multiplication of queries with keys and of attention weights with
     values. A token sees half a context on average, or less with a window (Kaplan et al.,
-    https://arxiv.org/abs/2001.08361). A frozen matrix needs no gradient of its own and counts two times.
+    https://arxiv.org/abs/2001.08361). A frozen matrix needs no gradient of its own and counts two times; a head with
+    an adapter is one matrix for the loss.
     """
     matrices = 3 * linear_weights(config)
     if lora is not None:
         with torch.device("meta"):
-            linear = [m.weight for m in build_trained(config, lora).modules() if isinstance(m, nn.Linear)]
+            model = build_trained(config, lora)
+            modules = [*model.tok_emb.modules(), *model.blocks.modules()]
+            linear = [module.weight for module in modules if isinstance(module, nn.Linear)] + [model.lm_head.weight]
         matrices = sum(weight.numel() * (3 if weight.requires_grad else 2) for weight in linear)
     return 2 * matrices + 3 * attention_operations(config)
 

@@ -9,6 +9,7 @@ from tinygpt.params import Count, Fraction, Within, require
 
 Positive = Annotated[float, Within("(0, inf)")]
 Rate = Annotated[float, Within("(0, 100]")]  # a learning rate
+Target = Literal["tok_emb", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 UNSPLIT = ("adamw8bit",)  # optimizers that need whole weights in each process (not runtime.parallel=fsdp)
 
 
@@ -18,11 +19,11 @@ class LoRAParams:
 
     rank: Annotated[int, Within("[1, 65536]")]  # of the two-matrix product that is added to a weight
     alpha: Positive  # the product is scaled by alpha / rank
-    dropout: Fraction  # share of an adapter's input set to zero in training
-    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...]
+    dropout: Fraction  # share of an adapter's input set to zero in training, inside blocks
+    targets: tuple[Target, ...] | None  # the matrices that get adapters; null = all
 
     def __post_init__(self) -> None:
-        require((bool(self.targets), "train.lora.targets is empty: add a layer, such as q_proj"))
+        require((self.targets != (), "train.lora.targets is empty: add a matrix, such as q_proj, or set it to null"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +119,15 @@ class TrainParams:
             )
 
     def _rules_with_model(self, model: Any) -> Iterable[tuple[bool, str]]:
-        targets = self.lora.targets if self.lora else ()
+        targets = self.lora.targets or () if self.lora else ()
         yield (
             "gate_proj" not in targets or MLPS[model.mlp].gated,
             f"train.lora.targets names gate_proj, which model.mlp={model.mlp} does not have: remove it from the list",
+        )
+        yield (
+            not model.tie_weights or not {"tok_emb", "lm_head"} & {*targets},
+            "train.lora.targets names tok_emb or lm_head, which are one matrix with model.tie_weights=true, and stay "
+            "as they are: remove them from the list",
         )
         if self.context_warmup is None:
             return

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
@@ -74,11 +74,13 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[AnyOptimizer]:
 
 
 def kind_of(model: GPT, name: str) -> str:
-    """What a weight is: a matrix inside a block, an embedding, the head, or a vector (a bias or norm)."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, nn.Embedding):
+    """What a weight is: a matrix inside a block, an embedding, the head, or a vector (a bias or norm).
+
+    An adapter's matrices are what the adapted one is.
+    """
+    if name.startswith(("tok_emb.", "pos_emb.")):
         return "embedding"
-    if name == "lm_head.weight":
+    if name.startswith("lm_head."):
         return "head"
     return "matrix" if model.get_parameter(name).ndim == 2 else "vector"
 
