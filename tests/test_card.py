@@ -14,7 +14,7 @@ from tinygpt.report.details import Sample, prompt_to_try
 PROMPT = 'It\'s "new" `id` $HOME'
 ORIGIN = {
     "manifest": {"source": "python-docs", "licence": "PSF-2.0"},
-    "training": {"init_from": "scratch", "max_steps": 1600, "betas": [0.9, 0.95]},
+    "training": {"init_from": "scratch", "lora": None, "max_steps": 1600, "betas": [0.9, 0.95]},
     "evaluation": {
         "split": "test",
         "tokens": 25013,
@@ -55,6 +55,15 @@ def test_each_folders_card_shows_what_runs_there_and_the_context_of_its_files():
     assert "gguf" not in folder and "ollama" not in folder
     assert "-m tinygpt-q8_0.gguf" in files and "ollama create" in files
     assert "transformers" not in files and "library_name" not in files
+
+
+def test_the_card_of_gguf_files_names_that_of_the_adapters_if_there_is_one():
+    origin = ORIGIN | {"training": ORIGIN["training"] | {"init_from": "base", "lora": {"rank": 2}}}
+    named = [
+        "tinygpt-lora.gguf" in model_card(tiny_config(), 1, made_by, 64, kind)
+        for made_by, kind in ((origin, "f32"), (origin, None), (ORIGIN, "f32"))
+    ]
+    assert named == [True, False, False]
 
 
 def test_the_prompt_of_a_card_reaches_the_program_as_it_is():

@@ -71,7 +71,7 @@ RUNS = {  # changes of train, of the model and of runtime
         {},
     ),
     "one sequence to evaluate on": ({"eval_tokens": 1}, {}, {}),
-    "lora": ({"lora": LORA, "init_from": "base"}, {}, {}),
+    "lora": ({"lora": LORA, "init_from": "base"}, {"tie_weights": False}, {}),
     "lion, warmup, micro-batches, recomputed": (
         {"optimizer": "lion", "lr": 1e-4, "embedding_lr": None, **WARMUP},
         {},

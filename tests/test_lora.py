@@ -86,7 +86,7 @@ def test_an_adapter_does_nothing_at_first_and_is_all_that_is_trained():
 @pytest.mark.parametrize("tied", [True, False])
 def test_merged_weights_compute_the_same_and_have_plain_names(tied):
     model = tiny_model(tie_weights=tied)
-    with_adapters = adapted(model)
+    with_adapters = adapted(model, targets=None)
     plain, ids = merged(with_adapters), random_ids(2, 20)
     assert (with_adapters(ids) - model(ids)).abs().max() > 0.1
     torch.testing.assert_close(plain(ids), with_adapters(ids), atol=1e-4, rtol=1e-4)
@@ -200,18 +200,19 @@ def test_the_readme_of_the_adapters_shows_how_to_load_them(tmp_path, monkeypatch
 
 @pytest.fixture
 def trained_folder(tmp_path, monkeypatch) -> Path:
-    """A project's folder with a base, and a model trained from it with adapters."""
-    base = random_model(**LLAMA, vocab_size=257)
+    """A project's folder with a base, and a model trained from it with adapters of all matrices."""
+    base = random_model(**LLAMA, vocab_size=257, tie_weights=False)
     monkeypatch.chdir(tmp_path)
     write_base(paths.BASE, base.config, model_tensors(base), byte_tokenizer())
-    params = dataclasses.asdict(dataclasses.replace(PARAMS, init_from="base", lora=LoRAParams(**LORA)))
+    lora = LoRAParams(**LORA | {"targets": None})
+    params = dataclasses.asdict(dataclasses.replace(PARAMS, init_from="base", lora=lora))
     write_json(paths.MODEL / "training.json", params | {"base_sha256": sha256_file(paths.BASE / WEIGHTS_FILE)})
-    save_tensors(paths.MODEL / "adapter.safetensors", trained_tensors(adapted(base)))
+    save_tensors(paths.MODEL / "adapter.safetensors", trained_tensors(adapted(base, targets=None)))
     return tmp_path
 
 
 def exported() -> list[str]:
-    model = random_model(**LLAMA, vocab_size=257)
+    model = random_model(**LLAMA, vocab_size=257, tie_weights=False)
     params = ExportParams(hf=True, gguf=("f32",), check_tokens=512)
     return export_adapters(Path("out"), paths.MODEL, paths.BASE, model, params)
 

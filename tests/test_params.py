@@ -261,6 +261,15 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
         "train.optimizer=adamw8bit cannot be split among processes: set runtime.parallel=ddp",
     ),
     (
+        {
+            "runtime.n_process": 2,
+            "runtime.parallel": "fsdp",
+            "train.init_from": "base",
+            "train.lora": LORA | {"targets": ["lm_head"]},
+        },
+        "train.lora.targets=[lm_head] alone cannot be split among processes: add a matrix to it, or set ",
+    ),
+    (
         {"runtime.n_process": 2, "runtime.parallel": "fsdp", "train.precision": "fp16"},
         "train.precision=fp16 cannot be split, as each process would scale its own part: set runtime.parallel=ddp",
     ),

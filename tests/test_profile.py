@@ -161,9 +161,10 @@ def test_adapters_of_embeddings_and_head_cost_a_whole_head():
     model = build_trained(tiny_config(tie_weights=False), lora)
     n_adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     counted = memory(model.config, dataclasses.replace(PARAMS, init_from="base", lora=lora))
+    blocks, head = 2 * (4 * 32 * 32 + 3 * 32 * 96), 32 * 300
     assert n_adapters == 2 * 2 * (300 + 32)
     assert counted.gradients == counted.optimizer / 2 == 4 * n_adapters
-    blocks, head = 2 * (4 * 32 * 32 + 3 * 32 * 96), 32 * 300
+    assert counted.activations == pytest.approx(kept_by_a_step(model) + 4 * head, rel=0.01)
     attention = 2 * 2 * 2 * 32 * 32.5
     assert flops_per_token(model.config, lora) == 2 * (2 * blocks + 3 * (head + 2 * 32)) + 3 * attention
 

@@ -522,6 +522,19 @@ def test_a_step_that_cannot_be_compiled_is_one_line(monkeypatch):
         train(runtime=dataclasses.replace(RUNTIME, compile=True), n_layer=1)
 
 
+def test_a_compiled_step_with_adapters_is_the_same_step(monkeypatch):
+    compile_by("eager", monkeypatch)
+    lora = LoRAParams(rank=2, alpha=8.0, dropout=0.0, targets=None)
+    params = dataclasses.replace(PARAMS, max_steps=3, init_from="base", lora=lora)
+    base = {name: tensor.detach() for name, tensor in GPT(tiny_config(tie_weights=False)).state_dict().items()}
+    eager, compiled = (
+        train(name, params=params, base=base, runtime=dataclasses.replace(RUNTIME, compile=on), tie_weights=False)
+        for name, on in (("eager", False), ("compiled", True))
+    )
+    assert len(eager.trained) == 2 * (2 * 7 + 2)
+    assert same(eager.trained, compiled.trained)
+
+
 def test_each_length_of_a_context_warmup_is_compiled_once(monkeypatch):
     compile_by("eager", monkeypatch)
     monkeypatch.setattr(layers, "FIRST_ROOM", 16)  # rope's tables grow, outside the compiled code

@@ -83,8 +83,6 @@ def export_gguf_adapter(path: Path, adapter: Mapping[str, Tensor], config: GPTCo
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", lora["alpha"])
         for name, (a, b) in adapter_pairs(adapter, config, family.layout).items():
-            if name == "token_embd":
-                a = a.T.contiguous()  # llama.cpp takes a row for each token
             writer.add_tensor(f"{name}.weight.lora_a", a.detach().float().cpu().numpy())
             writer.add_tensor(f"{name}.weight.lora_b", b.detach().float().cpu().numpy())
         _write(writer)

@@ -44,8 +44,6 @@ OTHER_NAMES = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"
 DERIVED_KEYS = ("num_key_value_heads", "head_dim", "n_inner")  # if missing, derived as in our params
 PLAIN_ROPE = {"rope_scaling": None, "partial_rotary_factor": 1.0, "rope_type": "default"}  # of all our models
 PEFT_FILE = "adapter_model.safetensors"
-OF_LINEAR = tuple(f"{part}.weight" for part in ADAPTER)  # PEFT's names for A and B
-OF_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 BASE_HF = "data/base-hf"  # the base as a folder of transformers; the card says how to write it
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in older files; not weights
 
@@ -104,13 +102,16 @@ def export_peft(folder: Path, adapter: Mapping[str, Tensor], config: GPTConfig, 
     """Write a folder for PEFT (https://github.com/huggingface/peft); `lora` has the params of the training."""
     family, _ = family_of(TRANSFORMERS, config)
     pairs = adapter_pairs(adapter, config, family.layout)
-    ranks = {name: len(a) for name, (a, _) in pairs.items()}
-    embedding = family.layout.names["tok_emb"]
+    ranks = {name: b.size(1) for name, (_, b) in pairs.items()}
     tensors = {
-        f"base_model.model.{name}.{part}": tensor
+        f"base_model.model.{name}.{part}.weight": tensor
         for name, pair in pairs.items()
-        for part, tensor in zip(OF_EMBEDDING if name == embedding else OF_LINEAR, pair, strict=True)
+        for part, tensor in zip(ADAPTER, pair, strict=True)
     }
+    embedding = f"base_model.model.{family.layout.names['tok_emb']}.lora_"
+    if f"{embedding}A.weight" in tensors:
+        tensors[f"{embedding}embedding_A"] = tensors.pop(f"{embedding}A.weight").T.contiguous()
+        tensors[f"{embedding}embedding_B"] = tensors.pop(f"{embedding}B.weight")
     with atomic_folder(folder) as partial:
         save_tensors(partial / PEFT_FILE, tensors)
         document = {

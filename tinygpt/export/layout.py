@@ -20,7 +20,7 @@ from tinygpt.model.gpt import TIED
 from tinygpt.model.lora import ADAPTER
 from tinygpt.model.weights import MOST_SHOWN, Shapes, expected_tensors, misshapen, shapes_of
 
-Pair = tuple[Tensor, Tensor]  # of an adapter: A (rank, in) and B (out, rank); an embedding's "in" is the vocabulary
+Pair = tuple[Tensor, Tensor]  # of an adapter: A (rank, in), an embedding's (V, rank), and B (out, rank)
 Tensors = dict[str, Tensor]  # by name, such as "blocks.0.attn.q_proj.weight"
 
 NO_SINK = -1e30  # a logit so low that it takes no probability from the keys
@@ -113,10 +113,7 @@ def _leaf(name: str) -> str:
 def adapter_pairs(adapter: Mapping[str, Tensor], config: GPTConfig, layout: Layout) -> dict[str, Pair]:
     """Each adapted module's A and B, with their names and order of rows; those of a fused matrix are combined."""
     pairs = {
-        name.removesuffix(f".{ADAPTER[0]}.weight"): (
-            tensor.T if name.startswith("tok_emb.") else tensor,
-            adapter[name.replace(*ADAPTER)],
-        )
+        name.removesuffix(f".{ADAPTER[0]}.weight"): (tensor, adapter[name.replace(*ADAPTER)])
         for name, tensor in adapter.items()
         if name.endswith(f".{ADAPTER[0]}.weight")
     }

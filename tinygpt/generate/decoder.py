@@ -177,8 +177,9 @@ class Decoder:
 
         Raises UserError when a prompt has no id.
         """
-        embedding = model.tok_emb.weight
-        self._model, self._block_size, self._device = LeanGPT(model), model.config.block_size, embedding.device
+        self._model = LeanGPT(model)
+        embedding = self._model.embedding
+        self._block_size, self._device = model.config.block_size, embedding.device
         self._step = STEPS.get(model)
         self._seen: list[list[int]] = []
         self._cache = KVCache(model.config, 0, dtype=embedding.dtype, device=self._device, room=room)

@@ -16,8 +16,26 @@ from tinygpt.model.layers import Embedding, Linear
 ADAPTER = ("lora_A", "lora_B")  # the names that the PEFT library uses
 
 
-class LoRALinear(nn.Module):
-    """base(x) + alpha / rank · B(A(dropout(x))); only A (rank, in) and B (out, rank) are trained, B from zero."""
+class Adapted(nn.Module):
+    """A frozen layer, `base`, with an adapter: only A and B, the weights of `lora_A` and `lora_B`, are trained."""
+
+    base: nn.Linear | nn.Embedding
+    lora_A: nn.Linear | nn.Embedding
+    lora_B: nn.Linear
+    scale: float
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight with the adapter in it, computed at each access: the loss needs that of the head."""
+        return self.merged(self.base.weight, self.lora_A.weight, self.lora_B.weight)
+
+    def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """A weight with an adapter in it."""
+        return weight + self.scale * (b @ a)
+
+
+class LoRALinear(Adapted):
+    """base(x) + alpha / rank · B(A(dropout(x))); A is (rank, in) and B (out, rank), from zero."""
 
     def __init__(
         self, base: nn.Linear, *, rank: int, alpha: float, dropout: float, generator: torch.Generator | None
@@ -30,23 +48,15 @@ class LoRALinear(nn.Module):
         _draw(self.lora_A.weight, generator)
         nn.init.zeros_(self.lora_B.weight)
 
-    @property
-    def weight(self) -> Tensor:
-        """(out, in), with the adapter: the loss reads the head's"""
-        return self.merged(self.base.weight, self.lora_A.weight, self.lora_B.weight)
-
-    def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """A weight with an adapter in it."""
-        return weight + self.scale * (b @ a)
-
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)"""
         dropped = F.dropout(x, self.dropout, self.training)
-        return self.base(x) + self.scale * self.lora_B(self.lora_A(dropped))
+        product: Tensor = self.base(x) + self.scale * self.lora_B(self.lora_A(dropped))
+        return product
 
 
-class LoRAEmbedding(nn.Module):
-    """base(ids) + alpha / rank · B(A(ids)); only A (V, rank), from zero, and B (C, rank) are trained."""
+class LoRAEmbedding(Adapted):
+    """base(ids) + alpha / rank · B(A(ids)); A is (V, rank), from zero, and B (C, rank)."""
 
     def __init__(self, base: nn.Embedding, *, rank: int, alpha: float, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -57,21 +67,14 @@ class LoRAEmbedding(nn.Module):
         nn.init.zeros_(self.lora_A.weight)
         _draw(self.lora_B.weight, generator)
 
-    @property
-    def weight(self) -> Tensor:
-        """(V, C), with the adapter"""
-        return self.merged(self.base.weight, self.lora_A.weight, self.lora_B.weight)
-
     def merged(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """A weight with an adapter in it."""
-        return weight + self.scale * (a @ b.T)
+        return super().merged(weight, b.T, a)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, C)"""
-        return self.base(ids) + self.scale * self.lora_B(self.lora_A(ids))
-
-
-LORA = LoRALinear | LoRAEmbedding
+        embedded: Tensor = self.base(ids) + self.scale * self.lora_B(self.lora_A(ids))
+        return embedded
 
 
 def _draw(weight: Tensor, generator: torch.Generator | None) -> None:
@@ -93,7 +96,8 @@ def add_lora(
 ) -> None:
     """Freeze a model and add adapters to its matrices.
 
-    `targets` are their names, such as "q_proj"; None = all, but for an embedding that is also the head.
+    `targets` are their names, such as "q_proj"; None = all but learned positions and an embedding that is also the
+    head.
     """
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
@@ -102,7 +106,8 @@ def add_lora(
         if is_shared or not (targets is None or leaf in targets):
             continue
         if isinstance(layer, nn.Linear):
-            adapted: LORA = LoRALinear(layer, rank=rank, alpha=alpha, dropout=dropout, generator=generator)
+            share = 0.0 if leaf == "lm_head" else dropout  # the loss takes the head's weight, not its forward pass
+            adapted: Adapted = LoRALinear(layer, rank=rank, alpha=alpha, dropout=share, generator=generator)
         elif isinstance(layer, nn.Embedding) and leaf == "tok_emb":
             adapted = LoRAEmbedding(layer, rank=rank, alpha=alpha, generator=generator)
         else:
@@ -117,7 +122,7 @@ def trained_tensors(model: GPT) -> dict[str, Tensor]:
 
 def merged_tensors(model: GPT, trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """All tensors under a plain model's names: `trained` ones replace the model's, adapters are added to weights."""
-    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LORA)}
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     merged: dict[str, Tensor] = {}
     for name, tensor in (model.state_dict() | trained).items():
         module, _, kind = name.rpartition(".")

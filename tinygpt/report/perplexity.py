@@ -49,7 +49,7 @@ def iter_windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int
 def token_nll(model: GPT, tokens: NDArray[np.integer], *, context: int, stride: int) -> NDArray[np.float64]:
     """Nats of every token but the first.  -> (len(tokens) - 1,)"""
     windows = [*iter_windows(len(tokens), context, stride)]
-    device = model.tok_emb.weight.device
+    device = next(model.parameters()).device
     per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.config.vocab_size) // context)
     nll = np.empty(len(tokens) - 1)
     with progress("evaluate", total=len(nll), unit="tokens") as bar, torch.inference_mode():

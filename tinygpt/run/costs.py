@@ -123,9 +123,8 @@ def _learning_bytes(model: GPT, params: TrainParams) -> tuple[int, int]:
 
 def _loss_bytes(model: GPT, n_tokens: int) -> int:
     """What `next_token_loss` allocates: gradients of the hidden states and the head, logits and log-probabilities."""
-    c, v, chunk = model.config.n_embd, model.config.vocab_size, CHUNK[model.lm_head.weight.device.type]
-    head = model.lm_head.weight
-    n_head = (1 if head.is_leaf else 3) if head.requires_grad else 0  # with an adapter, it is made for each batch
+    c, v, chunk = model.config.n_embd, model.config.vocab_size, CHUNK[next(model.parameters()).device.type]
+    n_head = sum(weight.requires_grad for weight in model.lm_head.parameters())  # A and B: the product, its gradient
     return FLOAT * (n_tokens * c + n_head * v * c + 2 * v * min(max(1, chunk // v), n_tokens))
 
 

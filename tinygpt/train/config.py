@@ -20,7 +20,7 @@ class LoRAParams:
     rank: Annotated[int, Within("[1, 65536]")]  # of the two-matrix product that is added to a weight
     alpha: Positive  # the product is scaled by alpha / rank
     dropout: Fraction  # share of an adapter's input set to zero in training, inside blocks
-    targets: tuple[Target, ...] | None  # the matrices that get adapters; null = all
+    targets: tuple[Target, ...] | None  # matrices that get adapters; null = all but positions and a tied embedding
 
     def __post_init__(self) -> None:
         require((self.targets != (), "train.lora.targets is empty: add a matrix, such as q_proj, or set it to null"))
@@ -158,6 +158,11 @@ class TrainParams:
             not (splits and self.precision == "fp16"),
             f"train.precision={self.precision} cannot be split, as each process would scale its own part: "
             "set runtime.parallel=ddp",
+        )
+        yield (
+            not (splits and self.lora and self.lora.targets == ("lm_head",)),
+            "train.lora.targets=[lm_head] alone cannot be split among processes: add a matrix to it, or set "
+            "runtime.parallel=ddp",
         )
         yield (
             runtime.n_process == 1 or runtime.micro_batch_size != "auto",
