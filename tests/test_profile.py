@@ -215,7 +215,7 @@ def test_profile_prints_the_costs_and_warns_of_a_run_that_will_not_fit(params, c
     lora = {"rank": 8, "alpha": 16, "dropout": 0, "targets": ["q_proj", "v_proj"]}
     set_params(folder, {"train.init_from": "base", "train.lora": lora})
     said = command("profile", "--no-measure")
-    assert "adapters    16,384 weights; only these are trained" in said.stdout
+    assert "adapters    16,384 weights of attention; only these are trained" in said.stdout
     assert "speed" not in said.stdout and "measures" not in said.stderr
     set_params(folder, {"train.init_from": "scratch", "train.lora": None, "runtime.micro_batch_size": "auto"})
     set_params(folder, {"model.n_layer": 1, "model.n_embd": 32})

@@ -19,7 +19,8 @@ from tinygpt.export.gguf_types import bits_per_weight, tensor_types
 from tinygpt.files import human_bytes
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.model.gpt import GPT
-from tinygpt.model.inside import parts_of
+from tinygpt.model.inside import part_of, parts_of
+from tinygpt.model.lora import trained_tensors
 from tinygpt.params import load_params, require
 from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
@@ -63,7 +64,8 @@ def profile(args: Namespace) -> None:
     parts = ", ".join(f"{name} {part.n_weights:,}" for name, part in parts_of(model).items() if part.n_weights)
     print(f"weights     {model.n_params():,}: {parts}")
     if train.lora is not None:
-        print(f"adapters    {adapted.n_params() - model.n_params():,} weights; only these are trained")
+        of = ", ".join({part_of(name): None for name in trained_tensors(adapted)})
+        print(f"adapters    {adapted.n_params() - model.n_params():,} weights of {of}; only these are trained")
     flops = flops_per_token(config, train.lora)
     print(f"operations  {flops / 1e6:,.1f} million a token, {flops * n_tokens:.2e} in {n_tokens:,} tokens")
     whole, free = memory_of(config, train, runtime, micro, device), available_memory(device)
