@@ -409,6 +409,7 @@ def test_training_starts_from_an_imported_and_a_promoted_model(project, command,
     said = run_stages("train evaluate export", project)
     for name in ("peft/adapter_model.safetensors", "gguf/tinygpt-lora.gguf"):
         assert re.search(f"export: {name} [0-9.]+ kB, adapters of rank 2 for .*data/base", said)
+    assert re.search("train: [0-9,]+ weights .* and 384 of adapters, ", said)
     third = json.loads((project / "reports/train.json").read_text())
     assert third["val_loss"] < first["val_loss"] + 0.02
     assert third["n_params"] == first["n_params"]
@@ -426,7 +427,7 @@ def test_training_starts_from_an_imported_and_a_promoted_model(project, command,
     set_params(project, {"model.n_layer": 2})
     message = (
         "data/base does not fit params.yaml (model.n_layer=2, but 1 in the base): run `python -m tinygpt preset base`, "
-        "or set train.init_from=scratch and train.lora=null"
+        "or `preset lora` for adapters, or set train.init_from=scratch and train.lora=null"
     )
     assert message in refused("train", project)
     assert load_tokenizer(project / "data/base").vocab_size == 320

@@ -248,7 +248,11 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"model.tie_weights": True, "train.init_from": "base", "train.lora": LORA | {"targets": ["lm_head"]}},
-        "train.lora.targets names tok_emb or lm_head, which are one matrix with model.tie_weights=true, and stay as ",
+        "train.lora.targets names lm_head, but with model.tie_weights=true embedding and head are one matrix, which ",
+    ),
+    (
+        {"train.init_from": "base", "train.lora": LORA | {"targets": None, "rank": 129}},
+        "train.lora.rank=129 must be at most model.n_embd=128: a larger one adds nothing",
     ),
     ({"train.lora": LORA}, "train.lora trains adapters of a base: set train.init_from=base, or train.lora=null"),
     (

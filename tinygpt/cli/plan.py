@@ -151,7 +151,7 @@ def build_planner(seconds: float | None = None) -> tuple[Planner, torch.device, 
     if train.init_from == "base":
         raise UserError(
             "plan is for training from scratch: set train.init_from=scratch, and train.lora and tokenizer.from_file to "
-            "null, or use `preset base`"
+            "null, or use `preset base` or `preset lora`"
         )
     n, most = runtime.n_process, BATCH_SIZES[-1]
     require((most % n == 0, f"runtime.n_process={n} must be 1, 2, 4, … or {most}: a plan's batches are powers of two"))

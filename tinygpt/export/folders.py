@@ -18,14 +18,21 @@ from tinygpt.files import atomic_folder, human_bytes, must_exist, read_json, sha
 from tinygpt.model.config import GPTConfig, config_fields
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.model.weights import CONFIG_FILE, WEIGHTS_FILE, filled_model, load_pair, read_fitting, save_model
+from tinygpt.model.weights import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    filled_model,
+    load_pair,
+    read_fitting,
+    save_model,
+)
 from tinygpt.paths import BASE, EXPORT, MODEL, TOKENIZER, TOKENIZER_FILE
 from tinygpt.tokenizer import Tokenizer, load_tokenizer
 from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 FOLDER = "a folder with config.json and model.safetensors, from tinygpt or transformers"
 PRESET_FILE = "preset.yaml"
-ADAPTER_FILE = "adapter.safetensors"
 MADE_BY = {MODEL: "train", TOKENIZER: "train_tokenizer", EXPORT: "export"}
 FILES = {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, PRESET_FILE, "README.md"}  # that a new base may replace
 
@@ -137,7 +144,7 @@ def _record() -> None:
 def use_of(folder: Path) -> str:
     """How to use the weights in a folder that `write_base` has filled."""
     if _short(folder) == BASE:
-        return "`python -m tinygpt preset base` sets params.yaml to continue from them"
+        return "`python -m tinygpt preset base` sets params.yaml to continue from them, `preset lora` to train adapters"
     return f"`python -m tinygpt generate --model {folder} --tokenizer {folder}` generates text with them"
 
 

@@ -23,6 +23,7 @@ from tinygpt.tokenizer.tokenizer import tokenizer_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter.safetensors"  # adapters alone, which WEIGHTS_FILE has merged
 TOKENIZER_KEY = "tokenizer_sha256"  # in config.json: hash of the tokenizer.json that the model was trained with
 FREE = ("dropout", "attention")  # fields in which a run may differ from the base that it starts from
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -120,8 +121,8 @@ def load_base(folder: Path, config: GPTConfig, tokenizer: Tokenizer) -> GPT:
         differing.append("data/tokenizer is not the tokenizer of the base")
     if differing:
         raise UserError(
-            f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`, or set "
-            "train.init_from=scratch and train.lora=null"
+            f"{folder} does not fit params.yaml ({'; '.join(differing)}): run `python -m tinygpt preset base`, or "
+            "`preset lora` for adapters, or set train.init_from=scratch and train.lora=null"
         )
     return filled_model(config, model_tensors(base)).train()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tinygpt.files import atomic_folder, fenced, human_bytes, write_json, write_text
-from tinygpt.model.weights import WEIGHTS_FILE, save_model, save_tensors
+from tinygpt.model.weights import ADAPTER_FILE, WEIGHTS_FILE, save_model, save_tensors
 from tinygpt.train.trainer import Trained, Trainer, TrainState
 
 METRICS = ("val_loss", "n_params", "seconds", "tokens_per_s", "peak_mem_gib")  # that DVC shows
@@ -28,7 +28,7 @@ def publish(
         save_model(folder, trainer.learner.config, trained.best, made_from["tokenizer"])
         save_tensors(folder / "last.safetensors", trained.last)
         if trainer.params.lora is not None:
-            save_tensors(folder / "adapter.safetensors", trained.trained)
+            save_tensors(folder / ADAPTER_FILE, trained.trained)
         write_json(folder / "training.json", dataclasses.asdict(trainer.params) | {"base_sha256": made_from["base"]})
     write_curve(trained.state, reports_dir)
     report = _summary(trained, trainer)
@@ -61,11 +61,13 @@ def as_csv(rows: Sequence[Mapping[str, float | None]]) -> str:
 def described(report: dict[str, Any], model_dir: Path) -> str:
     """The summary in two lines."""
     size = human_bytes((model_dir / WEIGHTS_FILE).stat().st_size)
+    adapters = f" and {report['n_trained']:,} of adapters" if (model_dir / ADAPTER_FILE).exists() else ""
     unchanged = (
         "" if report["best_step"] else ": no step improved it, so the weights that training started from are published"
     )
     return (
-        f"train: {report['n_params']:,} weights ({size}), {report['tokens']:,} tokens in {report['seconds']:.0f} s\n"
+        f"train: {report['n_params']:,} weights ({size}){adapters}, {report['tokens']:,} tokens in "
+        f"{report['seconds']:.0f} s\n"
         f"train: lowest validation loss {report['val_loss']:.4f}, at step {report['best_step']:,}{unchanged}"
     )
 

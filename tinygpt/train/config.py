@@ -124,10 +124,16 @@ class TrainParams:
             "gate_proj" not in targets or MLPS[model.mlp].gated,
             f"train.lora.targets names gate_proj, which model.mlp={model.mlp} does not have: remove it from the list",
         )
+        tied = [name for name in targets if name in ("tok_emb", "lm_head")] if model.tie_weights else []
         yield (
-            not model.tie_weights or not {"tok_emb", "lm_head"} & {*targets},
-            "train.lora.targets names tok_emb or lm_head, which are one matrix with model.tie_weights=true, and stay "
-            "as they are: remove them from the list",
+            not tied,
+            f"train.lora.targets names {' and '.join(tied)}, but with model.tie_weights=true embedding and head are "
+            "one matrix, which gets no adapter: remove it, or set train.lora.targets=null",
+        )
+        rank = self.lora.rank if self.lora else 1
+        yield (
+            rank <= model.n_embd,
+            f"train.lora.rank={rank} must be at most model.n_embd={model.n_embd}: a larger one adds nothing",
         )
         if self.context_warmup is None:
             return
