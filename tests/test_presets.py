@@ -131,7 +131,7 @@ def test_a_damaged_base_is_reported_and_params_stay(text, params):
     before = params.read_bytes()
     (params.parent / "data/base").mkdir(parents=True)
     (params.parent / "data/base/preset.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"damaged \(.*\): run `dvc checkout -f data/base`, or `promote`"):
+    with pytest.raises(UserError, match=r"data/base is damaged \(.*\): `dvc checkout -f data/base` restores it$"):
         preset(Namespace(name="base"))
     assert params.read_bytes() == before
 

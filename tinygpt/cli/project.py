@@ -97,8 +97,7 @@ def going_on(rules: dict[str, Any]) -> dict[str, Any]:
         base, train = read_groups(BASE), rules["train"]
         scale = math.sqrt(WIDTH / coerce(base.get("model", {}).get("n_embd"), Count, "model.n_embd"))
     except UserError as error:
-        remedy = f"run `dvc checkout -f {paths.BASE}`, or `promote` or `import-hf` again"
-        raise UserError(f"{paths.BASE} is damaged ({error}): {remedy}") from None
+        raise UserError(f"{paths.BASE} is damaged ({error}): `dvc checkout -f {paths.BASE}` restores it") from None
     rates = {key: rate for key, rate in train.items() if str(key).endswith("lr") and type(rate) in (int, float)}
     return base | rules | {"train": train | {key: float(f"{scale * rate:.5g}") for key, rate in rates.items()}}
 

@@ -74,10 +74,7 @@ def build_optimizers(model: GPT, params: TrainParams) -> list[AnyOptimizer]:
 
 
 def kind_of(model: GPT, name: str) -> str:
-    """What a weight is: a matrix inside a block, an embedding, the head, or a vector (a bias or norm).
-
-    An adapter's matrices are what the adapted one is.
-    """
+    """What a weight, or an adapter's, is part of: a matrix of a block, an embedding, the head, or a vector."""
     if name.startswith(("tok_emb.", "pos_emb.")):
         return "embedding"
     if name.startswith("lm_head."):
