@@ -64,6 +64,9 @@ def test_the_card_of_gguf_files_names_that_of_the_adapters_if_there_is_one():
         for made_by, kind in ((origin, "f32"), (origin, None), (ORIGIN, "f32"))
     ]
     assert named == [True, False, False]
+    for made_by, knows_more in ((origin, True), (ORIGIN, False)):
+        card = model_card(tiny_config(), 1, made_by, 64, "f32")
+        assert ("knows nothing else.\n\n| measured" in card) is not knows_more and "\n\n| measured" in card
 
 
 def test_the_prompt_of_a_card_reaches_the_program_as_it_is():
