@@ -100,6 +100,8 @@ def test_dropout_is_on_the_adapters_input_in_training_alone():
     assert not torch.equal(model.train()(ids), model(ids))
     model.set_dropout(0.0)  # the model's own dropout, not the adapters'
     assert not torch.equal(model(ids), model(ids))
+    ends = adapted(tiny_model(tie_weights=False), dropout=0.5, targets=("tok_emb", "lm_head")).train()
+    assert torch.equal(ends(ids), ends(ids))
 
 
 @pytest.mark.parametrize("targets, n_adapter", [(LORA["targets"], 2 * 4), (None, 2 * 7 + 2)])

@@ -269,7 +269,7 @@ PAIRS: list[tuple[dict[str, Any], str]] = [
             "runtime.n_process": 2,
             "runtime.parallel": "fsdp",
             "train.init_from": "base",
-            "train.lora": LORA | {"targets": ["lm_head"]},
+            "train.lora": LORA | {"targets": ["lm_head", "lm_head"]},
         },
         "train.lora.targets=[lm_head] alone cannot be split among processes: add a matrix to it, or set ",
     ),

@@ -19,7 +19,7 @@ class LoRAParams:
 
     rank: Annotated[int, Within("[1, 65536]")]  # of the two-matrix product that is added to a weight
     alpha: Positive  # the product is scaled by alpha / rank
-    dropout: Fraction  # share of an adapter's input set to zero in training, inside blocks
+    dropout: Fraction  # share of an adapter's input set to zero in training, in blocks alone
     targets: tuple[Target, ...] | None  # matrices that get adapters; null = all but positions and a tied embedding
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ class TrainParams:
             "set runtime.parallel=ddp",
         )
         yield (
-            not (splits and self.lora and self.lora.targets == ("lm_head",)),
+            not (splits and self.lora and {*(self.lora.targets or ())} == {"lm_head"}),  # a list may name it twice
             "train.lora.targets=[lm_head] alone cannot be split among processes: add a matrix to it, or set "
             "runtime.parallel=ddp",
         )
