@@ -32,9 +32,10 @@ from tinygpt.errors import program
 from tinygpt.files import write_json
 from tinygpt.model.config import GPTConfig, ModelParams, config_fields
 from tinygpt.params import PARAMS_FILE, load_params
-from tinygpt.plan.measure import VOCAB_SIZES, Speeds, measure_speeds, measure_text
+from tinygpt.plan.measure import Speeds, measure_speeds
 from tinygpt.plan.plan import FORWARD, Plan, Planner
 from tinygpt.plan.recipe import LAYERS, N_EVALUATIONS, Recipe
+from tinygpt.plan.text import VOCAB_SIZES, measure_text
 from tinygpt.runtime import RuntimeParams, open_device
 from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.tokens import load_meta

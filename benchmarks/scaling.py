@@ -43,8 +43,8 @@ from tinygpt.corpus.folders import split_file
 from tinygpt.errors import program
 from tinygpt.files import read_json
 from tinygpt.params import require
-from tinygpt.plan.measure import copied_share, sample_of
 from tinygpt.plan.recipe import LAYERS
+from tinygpt.plan.text import copied_share, sample_of
 from tinygpt.tokens import SplitMeta, load_meta
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from benchmarks.scaling import TABLE
-from tinygpt.plan.measure import PROBE_SIZES, PROBE_STEPS, between
+from tinygpt.plan.measure import between
 from tinygpt.plan.recipe import LAW, LAYERS, Law, Size, dropout_for
+from tinygpt.plan.text import PROBE_SIZES, PROBE_STEPS
 from tinygpt.report.plots import BLUE, GREEN, GREY, NO_DATE, STYLE, VERMILION
 
 Row = Mapping[str, str]

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from project import SMALL, corpus, run_stages, set_params
@@ -23,20 +24,25 @@ from tinygpt.errors import UserError
 from tinygpt.model.config import ModelParams
 from tinygpt.params import check_params, load_params
 from tinygpt.plan import measure
-from tinygpt.plan.measure import NEAR, Speeds, Text, between, copied_share, flops_per_token
+from tinygpt.plan import text as text_module
+from tinygpt.plan.measure import Speeds, between, flops_per_token
 from tinygpt.plan.plan import Planner
 from tinygpt.plan.recipe import LAW, LAYERS, Recipe, Size, spread
+from tinygpt.plan.text import FARTHEST, NEAR, Prober, Text, Trend, copied_share, measure_text, sample_of
 from tinygpt.report.config import EvaluateParams
+from tinygpt.runtime import RuntimeParams
+from tinygpt.tokenizer.kinds import TokenizerParams
 from tinygpt.train.config import TrainParams
 
 PARAMS = ROOT / "params.yaml"
 MODEL, TRAIN = load_params(ModelParams, TrainParams, path=PARAMS)
 SPEEDS = Speeds({64: 2e10, 128: 4e10, 256: 8e10}, {64: 1e-8, 256: 1e-8}, 0.0)  # operations, seconds
 TEXT = Text(2_000_000, 100_000, {512: 2.0, 1024: 2.4, 2048: 2.8, 4096: 3.2}, 0.1, {1024: 1.3, 4096: 1.35})
+TRENDS = {"by_weights": Trend(1.3e5, 9e5, 1.03), "by_tokens": Trend(8e5, 3e6, 0.95)}
 
 
 def planner(**changes: float) -> Planner:
-    text = dataclasses.replace(TEXT, **changes)
+    text = dataclasses.replace(TEXT, **TRENDS | changes)
     return Planner(text=text, speeds=SPEEDS, model=MODEL, train=TRAIN, others_s=30.0)
 
 
@@ -104,6 +110,35 @@ def test_long_tokens_help_to_learn_a_text_but_not_to_copy():
 # ---- the text ----
 
 
+@given(st.floats(1e3, 1e9), st.floats(1.1, 100), st.floats(0.5, 2))
+def test_a_trend_passes_through_both_of_its_models_and_ends_as_far_again(first, times, change):
+    trend = Trend(first, first * times, change)
+    assert trend.at(first) == pytest.approx(1)
+    assert trend.at(first * times) == pytest.approx(change)
+    assert trend.at(first * times**FARTHEST) == pytest.approx(change**FARTHEST)
+    assert trend.at(first * times**5) == pytest.approx(change**FARTHEST)
+
+
+def test_what_a_text_says_of_its_small_models_is_what_they_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "PROBE_STEPS", 12)
+    bpb, probe = {}, Prober.probe
+
+    def noted(self, **size):
+        found = probe(self, **size)
+        bpb[self.vocab_size, *size.items()] = found
+        return found
+
+    monkeypatch.setattr(Prober, "probe", noted)
+    write_split(tmp_path, [corpus()] * 2)
+    write_split(tmp_path, [corpus()[:20_000]], "val")
+    tokenizer, runtime = load_params(TokenizerParams, RuntimeParams, path=PARAMS)
+    measured = measure_text(tmp_path, tokenizer, MODEL, TRAIN, runtime, torch.device("cpu"))
+    assert len(bpb) == 3  # the small one, a wider one, a longer one; the text is too small for more vocabularies
+    for (vocab_size, *_), found in bpb.items():
+        assert measured.loss(found.size, vocab_size) == pytest.approx(found.bpb)
+    assert measured.by_weights.change != 1 != measured.by_tokens.change
+
+
 @pytest.mark.parametrize(("n", "share"), [(200, 188 / 400), (NEAR, 188 / (NEAR + 200)), (NEAR + 1, 0.0)])
 @pytest.mark.parametrize("n_part", [100, 1000])
 def test_what_repeats_the_text_shortly_before_is_copied(n_part, n, share):
@@ -117,28 +152,29 @@ def test_no_text_has_no_copies():
 
 
 @pytest.mark.parametrize("n_document", [1, 7, 3000])
-def test_a_sample_has_as_much_of_every_part_of_a_text(n_document, tmp_path):
+def test_a_sample_has_as_much_of_every_part_of_a_text(n_document, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "SAMPLE", 3_000_000)
     words = [f"{i % 10}" * 6 + " " for i in range(1_400_000)]
     words.sort()  # ten parts, each of a digit of its own
     texts = [
         "".join(words[i * len(words) // n_document : (i + 1) * len(words) // n_document]) for i in range(n_document)
     ]
     write_split(tmp_path, texts)
-    texts, n_bytes = measure.sample_of(split_file(tmp_path, "train"))
+    texts, n_bytes = sample_of(split_file(tmp_path, "train"))
     found = "".join(texts)
     assert n_bytes == pytest.approx(9_800_000, rel=0.01)
-    assert len(found) == pytest.approx(measure.SAMPLE, rel=0.02)
+    assert len(found) == pytest.approx(text_module.SAMPLE, rel=0.02)
     for digit in "0123456789":
-        assert found.count(digit) == pytest.approx(measure.SAMPLE * 6 / 70, rel=0.15)
+        assert found.count(digit) == pytest.approx(text_module.SAMPLE * 6 / 70, rel=0.15)
 
 
 def test_a_sample_of_a_small_text_is_all_of_it(tmp_path):
     write_split(tmp_path, ["a b", "ü" * 100_000])
-    assert measure.sample_of(split_file(tmp_path, "train")) == (["a b", "ü" * 100_000], 200_003)
+    assert sample_of(split_file(tmp_path, "train")) == (["a b", "ü" * 100_000], 200_003)
 
 
-def write_split(folder, texts):
-    (folder / "train.jsonl").write_text("".join(map(text_line, texts)))
+def write_split(folder, texts, split="train"):
+    (folder / f"{split}.jsonl").write_text("".join(map(text_line, texts)))
 
 
 # ---- the search ----
@@ -236,7 +272,7 @@ def folder(tmp_path, monkeypatch):
         tmp_path, {key: value for key, value in SMALL.items() if key.startswith(("download", "clean", "runtime"))}
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measure, "PROBE_STEPS", 12)
+    monkeypatch.setattr(text_module, "PROBE_STEPS", 12)
     monkeypatch.setattr(measure, "MOST_S", 0.0)
     monkeypatch.setattr(measure, "MEASURE_S", 0.01)
     monkeypatch.setattr(time, "process_time", lambda: 2.0)  # as if this process had just started

@@ -22,9 +22,10 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import part_of, parts_of
 from tinygpt.model.lora import trained_tensors
 from tinygpt.params import load_params, require
-from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, measure_text, peak_flops, tokens_per_second
+from tinygpt.plan.measure import BUSY, flops_per_token, measure_speeds, peak_flops, tokens_per_second
 from tinygpt.plan.plan import Plan, Planner
 from tinygpt.plan.recipe import BATCH_SIZES, spread
+from tinygpt.plan.text import measure_text
 from tinygpt.report.config import EvaluateParams
 from tinygpt.run.costs import (
     LESS_MEMORY,

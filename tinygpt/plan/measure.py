@@ -1,44 +1,26 @@
-"""What a plan needs to know: the operations, how fast the machine does them, and how hard the text is."""
+"""What a plan needs to know of the machine: the operations of training, and how fast it does them."""
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from torch import nn
 
-from tinygpt.corpus.folders import cut_lines, shard_texts, split_file, thin
-from tinygpt.encode import BulkEncoder
-from tinygpt.errors import UserError, is_out_of_memory
+from tinygpt.errors import is_out_of_memory
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import attention_operations
-from tinygpt.plan.recipe import LAW, LAYERS, Recipe, linear_weights
+from tinygpt.plan.recipe import LAYERS, Recipe, linear_weights
 from tinygpt.run.costs import build_trained
 from tinygpt.runtime import RuntimeParams, wait_for
-from tinygpt.tokenizer.kinds import TokenizerParams, learn_tokenizer, take_tokenizer
-from tinygpt.tokenizer.pretokenize import count_pretokens, iter_blocks
-from tinygpt.tokenizer.tokenizer import Tokenizer
-from tinygpt.tokens import TokenIds
-from tinygpt.train.batches import Batches, on_device, validation_sequences
 from tinygpt.train.config import LoRAParams, TrainParams
-from tinygpt.train.first_weights import set_first_weights
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
 
-VOCAB_SIZES = (512, 1024, 2048, 4096, 8192)  # the plan chooses from these, from 512 only for a tiny text
-SAMPLE = 3_000_000  # characters of the training text to learn tokenizers from, and of the validation text
-PIECE = 30_000  # characters of a text that are taken together
-READ_BYTES = 30_000_000  # of a split, to take pieces from
-COPY, NEAR = 12, 800  # bytes that must be equal for a copy, and how far back it may be: about a context
-COPIES_IN = 300_000  # bytes of validation text to look for copies in
-PROBE_SIZES = (1024, 4096)  # vocabularies of the small models: some texts prefer small ones, others large ones
-PROBE_STEPS = 800  # of each; from one after 200 steps, forecasts are 1.6 times as far off
 MOST_S = 12.0  # after which no other width is measured
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # rows of the square matrices that measure a device's peak
 MEASURE_S = 1.0  # seconds of a measurement, at least
@@ -95,17 +77,6 @@ def _least_seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 @dataclass(frozen=True)
-class Text:
-    """What the plan knows about the text."""
-
-    train_bytes: int
-    val_bytes: int
-    bytes_per_token: Mapping[int, float]  # by vocab_size
-    copied: float  # share that repeats what stands shortly before it
-    difficulty: Mapping[int, float]  # a factor in the law of the loss, by vocab_size
-
-
-@dataclass(frozen=True)
 class Speeds:
     """How fast the machine trains, by n_embd."""
 
@@ -157,107 +128,3 @@ def _others_busy() -> float:
     """Seconds of processor time that all other programs have used so far."""
     mine, machine = psutil.Process().cpu_times(), psutil.cpu_times()
     return machine.user + machine.system + machine.nice - mine.user - mine.system
-
-
-def measure_text(
-    clean: Path,
-    tokenizer: TokenizerParams,
-    model: ModelParams,
-    train: TrainParams,
-    runtime: RuntimeParams,
-    device: torch.device,
-) -> Text:
-    """Learn tokenizers from a sample, and train small models for some steps: their losses say how hard the text is.
-
-    Raises UserError if the text is too small for that.
-    """
-    files = {split: split_file(clean, split) for split in ("train", "val")}
-    (sample, n_bytes), (val, n_val) = (sample_of(file) for file in files.values())
-    tokenizers = {each.vocab_size: each for each in _tokenizers(tokenizer, sample)}
-    n_val_bytes = sum(len(text.encode()) for text in val)
-    per_token = {size: n_val_bytes / len(_ids(each, val)) for size, each in tokenizers.items()}
-    copied, difficulty = copied_share(val), dict[int, float]()
-    for vocab_size in {min(tokenizers, key=lambda size: abs(size - near)) for near in PROBE_SIZES}:
-        ids, val_ids = (_ids(tokenizers[vocab_size], texts) for texts in (sample, val))
-        n_unique = len(ids) * n_bytes / sum(len(text.encode()) for text in sample)
-        recipe = Recipe(n_embd=min(LAYERS), vocab_size=vocab_size, max_steps=PROBE_STEPS, epochs=0.0)
-        recipe = dataclasses.replace(recipe, epochs=recipe.n_tokens / n_unique)
-        if min(len(ids), len(val_ids)) <= recipe.block_size:
-            raise UserError(
-                f"the text gives {len(ids):,} tokens to learn from and {len(val_ids):,} to measure on, but a sequence "
-                f"has {recipe.block_size}: use more text"
-            )
-        smallest = GPT(recipe.config(model), generator=torch.Generator().manual_seed(train.seed))
-        learner = Learner(smallest, recipe.training(train), runtime, device=device)
-        bpb = _loss_after(learner, ids, val_ids) / math.log(2) / per_token[vocab_size]
-        size = recipe.size(learner.config, bytes_per_token=per_token[vocab_size], copied=copied)
-        difficulty[vocab_size] = bpb / LAW.loss(size)
-    return Text(train_bytes=n_bytes, val_bytes=n_val, bytes_per_token=per_token, copied=copied, difficulty=difficulty)
-
-
-def sample_of(file: Path) -> tuple[list[str], int]:
-    """Texts of a split or, if they have more than SAMPLE characters, evenly spaced pieces: one part may be harder.
-
-    Also how many bytes all of its texts have, without what JSON adds to them.
-    """
-    shards = thin(cut_lines(file), READ_BYTES)
-    texts = [text for shard in shards for text in shard_texts(shard)]
-    of_texts = sum(len(text.encode()) for text in texts) / max(1, sum(shard.size for shard in shards))
-    n_bytes = round(min(1.0, of_texts) * file.stat().st_size)  # texts end a little after a thin shard
-    share = SAMPLE / max(SAMPLE, sum(map(len, texts)))
-    if share == 1:
-        return texts, n_bytes
-    pieces = [text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE)]
-    return [pieces[i] for i in np.linspace(0, len(pieces) - 1, round(share * len(pieces))).astype(int)], n_bytes
-
-
-def copied_share(texts: Iterable[str]) -> float:
-    """The share of bytes that follow the same COPY bytes as shortly before: a model learns to copy there."""
-    data = "\n".join(texts).encode()
-    if len(data) > COPIES_IN:
-        starts = np.linspace(0, len(data) - PIECE, COPIES_IN // PIECE).astype(int)
-        data = b"".join(data[start : start + PIECE] for start in starts)
-    last, n_copied = dict[bytes, int](), 0
-    for at in range(COPY, len(data)):
-        before = last.get(data[at - COPY : at], -NEAR)
-        n_copied += at - before <= NEAR and data[before] == data[at]
-        last[data[at - COPY : at]] = at
-    return n_copied / max(1, len(data))
-
-
-def _loss_after(learner: Learner, ids: TokenIds, val_ids: TokenIds) -> float:
-    """Train a new model -> its validation loss after the last step, in nats per token."""
-    set_first_weights(learner.model, ids)
-    seq_len, params = learner.config.block_size, learner.params
-    batches = Batches(ids, seq_len=seq_len, batch_size=params.batch_size, seed=params.seed)
-    for step in range(params.max_steps):
-        learner.learn(step, on_device(batches.batch_at(step), learner.device))
-    val = torch.from_numpy(validation_sequences(val_ids, seq_len, params.eval_tokens))
-    with learner.evaluated() as model:
-        return learner.loss_of(model, val.to(learner.device))
-
-
-def _tokenizers(params: TokenizerParams, texts: Iterable[str]) -> Iterator[Tokenizer]:
-    """The one that the params name; for BPE one per size, as a larger one's merges begin with a smaller one's."""
-    if params.from_file:
-        yield take_tokenizer(params)
-        return
-    counts = count_pretokens(texts)
-    if params.kind != "bpe":
-        yield learn_tokenizer(counts, params)
-        return
-    n_first = 257 + len(params.special_tokens)
-    largest = None
-    for size in (size for size in VOCAB_SIZES[::-1] if size > n_first):
-        try:
-            largest = largest or learn_tokenizer(counts, dataclasses.replace(params, vocab_size=size))
-        except UserError:  # the text is too small for this size
-            continue
-        yield Tokenizer.from_merges(largest.merges[: size - n_first], params.special_tokens)
-    if largest is None:
-        yield learn_tokenizer(counts, dataclasses.replace(params, vocab_size=n_first))
-
-
-def _ids(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenIds:
-    encoder = BulkEncoder(tokenizer)
-    return np.concatenate([encoder.encode(block) for block in iter_blocks(texts)])

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from tinygpt.errors import UserError
 from tinygpt.model.config import GPTConfig, ModelParams
-from tinygpt.plan.measure import Speeds, Text, between
+from tinygpt.plan.measure import Speeds
 from tinygpt.plan.recipe import (
     BATCH_SIZES,
     BATCH_TOKENS,
-    LAW,
     LAYERS,
     MIN_STEPS,
     MOST_WEIGHTS,
@@ -20,6 +19,7 @@ from tinygpt.plan.recipe import (
     Recipe,
     dropout_for,
 )
+from tinygpt.plan.text import Text
 from tinygpt.train.config import TrainParams
 
 LONGEST_S = 30 * 24 * 3600.0  # a month: longer runs are not considered
@@ -135,4 +135,4 @@ class Planner:
     def _bpb(self, recipe: Recipe, config: GPTConfig) -> float:
         per_token = self.text.bytes_per_token[recipe.vocab_size]
         size = recipe.size(config, bytes_per_token=per_token, copied=self.text.copied)
-        return between(self.text.difficulty, recipe.vocab_size) * LAW.loss(size)
+        return self.text.loss(size, recipe.vocab_size)

@@ -156,10 +156,14 @@ class Law:
     repeats: float  # what all epochs after the first are worth together at most, in epochs
     batch: float  # tokens per step of which half count
 
+    def seen(self, size: Size) -> float:
+        """Tokens seen in training; those of later epochs count less."""
+        again = max(0.0, size.n_tokens / size.n_unique - 1)  # epochs after the first
+        return min(size.n_tokens, size.n_unique) + size.n_unique * self.repeats * -math.expm1(-again / self.repeats)
+
     def loss(self, size: Size) -> float:
         """Bits per byte of validation text of difficulty 1."""
-        again = max(0.0, size.n_tokens / size.n_unique - 1)  # epochs after the first
-        seen = min(size.n_tokens, size.n_unique) + size.n_unique * self.repeats * -math.expm1(-again / self.repeats)
+        seen = self.seen(size)
         by_weights = self.weights / (size.n_weights / 1e6) ** self.weights_power
         overfit = self.overfit * math.sqrt(size.n_all_weights / (size.n_unique * size.bytes_per_token))
         by_bytes, by_tokens = (
