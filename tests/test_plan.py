@@ -387,4 +387,4 @@ def test_the_range_covers_planned_runs_on_texts_outside_the_fit():
     ranges = [spread(float(row["copied"])) for row in rows]
     assert len(rows) >= 9
     assert all(error < most for error, most in zip(errors, ranges, strict=True))
-    assert sum(error < 0.03 for error in errors) >= 7  # as docs/plan.md says
+    assert sum(error < 0.03 for error in errors) >= 8  # as docs/plan.md says

@@ -169,8 +169,8 @@ def build_planner(seconds: float | None = None) -> tuple[Planner, torch.device, 
         raise UserError(f"--minutes {seconds / 60:g} is too short: the other stages alone need {duration(others_s)}")
     began = time.perf_counter()
     device = open_device(runtime)
-    print("plan: training four small models of the text, and timing steps of larger ones", file=sys.stderr)
-    with out_of_memory(f"{device} has too little for the smallest model: stop other programs that use it"):
+    print("plan: training small models of the text, and timing steps of larger ones", file=sys.stderr)
+    with out_of_memory(f"{device} has too little for the small models: stop other programs that use it"):
         text = measure_text(paths.CLEAN, tokenizer, model, train, runtime, device)
         speeds = measure_speeds(model, train, runtime, device, vocab_size=min(text.bytes_per_token))
     taken, widths = time.perf_counter() - began, ", ".join(map(str, speeds.operations))

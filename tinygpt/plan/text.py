@@ -146,14 +146,15 @@ def measure_text(
     (sample, n_bytes), (val, n_val) = (sample_of(file) for file in files.values())
     tokenizers = {each.vocab_size: each for each in _tokenizers(tokenizer, sample)}
     sample_bytes, val_bytes = (sum(len(text.encode()) for text in texts) for texts in (sample, val))
-    per_token = {size: val_bytes / len(_ids(each, val)) for size, each in tokenizers.items()}
+    val_ids = {size: _ids(each, val) for size, each in tokenizers.items()}
+    per_token = {size: val_bytes / len(ids) for size, ids in val_ids.items()}
     copied = copied_share(val)
     probers = {}
     for vocab_size in sorted({min(tokenizers, key=lambda size: abs(size - near)) for near in PROBE_SIZES}):
-        ids, val_ids = (_ids(tokenizers[vocab_size], texts) for texts in (sample, val))
+        ids = _ids(tokenizers[vocab_size], sample)
         probers[vocab_size] = Prober(
             ids=ids,
-            val_ids=val_ids,
+            val_ids=val_ids[vocab_size],
             vocab_size=vocab_size,
             n_unique=len(ids) * n_bytes / sample_bytes,
             bytes_per_token=per_token[vocab_size],
@@ -164,7 +165,8 @@ def measure_text(
             device=device,
         )
     small = {vocab_size: prober.probe() for vocab_size, prober in probers.items()}
-    trends = probers[min(probers)].trends(small[min(probers)])
+    first = min(probers)
+    trends = probers[first].trends(small[first])
     text = Text(n_bytes, n_val, per_token, copied, dict.fromkeys(small, 1.0), *trends)
     return dataclasses.replace(
         text, difficulty={size: each.bpb / text.loss(each.size, size) for size, each in small.items()}
