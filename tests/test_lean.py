@@ -6,7 +6,7 @@ from conftest import FAMILIES, random_ids, tiny_model
 from torch import nn
 
 from tinygpt.generate.decoder import Decoder
-from tinygpt.generate.lean import SlicedProduct, product, products
+from tinygpt.generate.lean import FastProduct, product, products
 from tinygpt.model.lora import add_lora
 from tinygpt.model.quantize import QUANTIZED, quantize
 
@@ -99,11 +99,11 @@ def test_weights_that_change_are_seen_by_the_next_decoder():
     assert_says_the_same(model, [[3, 4]], n_step=2)
 
 
-def test_the_layers_of_a_model_are_multiplied_slice_by_slice():
+def test_the_layers_of_a_model_are_multiplied_the_fast_way():
     model = tiny_model(bias="all")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert len(layers) == 2 * 7 + 1
-    assert all(isinstance(product(layer), SlicedProduct) for layer in layers)
+    assert all(isinstance(product(layer), FastProduct) for layer in layers)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -22,6 +22,7 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT, Block
 from tinygpt.model.layers import MLP, RMSNorm, first_room, more_room
 from tinygpt.model.quantize import Int8Linear
+from tinygpt.runtime import fast_products
 
 FEW = 64  # rows; above this, reading the weights costs so little per row that the plain product will do
 TokenMap = Callable[[Tensor], Tensor]  # maps each token by itself, such as a norm or a product: (M, I) -> (M, O)
@@ -156,7 +157,7 @@ def product(layer: nn.Module) -> TokenMap:
     The weights may change afterwards.
     """
     if is_plain(layer, nn.Linear) and layer.weight.device.type == "cpu":
-        return SlicedProduct(layer)
+        return FastProduct(layer)
     return Int8Product([layer]) if is_plain(layer, Int8Linear) else layer
 
 
@@ -170,31 +171,37 @@ def products(*layers: nn.Module) -> TokenMaps:
     return lambda x: [multiply(x) for multiply in each]
 
 
-class SlicedProduct:
-    """x Wᵀ + b, with a slice of W's rows for each thread.
+class FastProduct:
+    """x Wᵀ + b for few rows.
 
-    MKL multiplies one row by a matrix on one thread only, but the matrices of a batch on all threads. For several rows
-    it reads the weights faster when they are on the left.
+    Libraries read the weights faster when they are on the left. MKL multiplies them by one row on one thread only, but
+    the matrices of a batch on all threads: then each gets a slice of W's rows.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         n = torch.get_num_threads()
-        self.n = n if linear.out_features % n == 0 else 1
-        self.whole = linear.weight.detach()  # (O, I)
-        self.weight = self.whole.unflatten(0, (self.n, -1))  # (N, O / N, I)
-        self.transposed = self.weight.mT
+        n = n if linear.out_features % n == 0 else 1
+        self.weight = linear.weight.detach()  # (O, I)
+        self.slices = self.weight.unflatten(0, (n, -1))  # (N, O / N, I)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(M, I) -> (M, O)"""
+        if torch.compiler.is_compiling():
+            return self.multiply(x)
+        with fast_products(x.device, n_row=len(x)):
+            return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """As above, with the library that PyTorch uses now."""
         if len(x) > FEW:
-            return F.linear(x, self.whole, self.bias)
-        if len(x) == 1 and torch.compiler.is_compiling():
-            y = (self.whole * x).sum(-1)[None]  # becomes a loop that all threads share
-        elif len(x) == 1:
-            y = torch.bmm(x.expand(self.n, -1, -1), self.transposed).view(1, -1)
+            return F.linear(x, self.weight, self.bias)
+        if len(x) > 1:
+            y = torch.mm(self.weight, x.mT).mT
+        elif torch.compiler.is_compiling():
+            y = (self.weight * x).sum(-1)[None]  # becomes a loop that all threads share
         else:
-            y = torch.bmm(self.weight, x.mT.expand(self.n, -1, -1)).flatten(0, 1).mT
+            y = torch.bmm(self.slices, x.mT.expand(len(self.slices), -1, -1)).view(1, -1)
         return y if self.bias is None else y + self.bias
 
 

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.layers import NORMS, Linear, apply_rope
+from tinygpt.runtime import onednn_is_faster
+
+# In training on a CPU of AMD's, where the fused kernels wait for many small products: sequences up to this length.
+WRITTEN_OUT_IS_FASTER, SHORT = onednn_is_faster(), 256
 
 
 def attention_mask(t: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -33,7 +37,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
-    scores = q @ repeated(k, q).mT / math.sqrt(q.size(-1))
+    scores = q / math.sqrt(q.size(-1)) @ repeated(k, q).mT
     return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
 
@@ -48,7 +52,9 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same with PyTorch's fused kernels; the fastest of them need `is_causal` instead of a mask."""
+    """The same with PyTorch's fused kernels, where they are faster; the fastest need `is_causal` instead of a mask."""
+    if WRITTEN_OUT_IS_FASTER and q.requires_grad and q.size(2) <= SHORT and q.dtype == torch.float32:
+        return explicit_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
 
 

@@ -16,7 +16,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import attention_operations
 from tinygpt.plan.recipe import LAYERS, Recipe, linear_weights
 from tinygpt.run.costs import build_trained
-from tinygpt.runtime import RuntimeParams, wait_for
+from tinygpt.runtime import RuntimeParams, fast_products, wait_for
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS
@@ -62,7 +62,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """Operations per second of a large matrix product in a run's precision (not auto), the best of several."""
     size = MATMUL_SIZE[device.type]
     a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
-    return 2 * size**3 / _least_seconds(lambda: a @ a, device)
+    with fast_products(device):
+        return 2 * size**3 / _least_seconds(lambda: a @ a, device)
 
 
 def _least_seconds(action: Callable[[], object], device: torch.device) -> float:

@@ -17,6 +17,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.params import require
 from tinygpt.progress import progress
 from tinygpt.report.config import EvaluateParams
+from tinygpt.runtime import fast_products
 from tinygpt.tokens import TokenIds
 
 BATCH_TOKENS = 8192  # tokens of one forward pass, at most
@@ -52,7 +53,8 @@ def token_nll(model: GPT, tokens: NDArray[np.integer], *, context: int, stride: 
     device = next(model.parameters()).device
     per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.config.vocab_size) // context)
     nll = np.empty(len(tokens) - 1)
-    with progress("evaluate", total=len(nll), unit="tokens") as bar, torch.inference_mode():
+    bar = progress("evaluate", total=len(nll), unit="tokens")
+    with bar, fast_products(device), torch.inference_mode():
         for at in range(0, len(windows), per_batch):
             batch = windows[at : at + per_batch]
             ids = torch.from_numpy(np.stack([tokens[start:end] for start, _, end in batch]).astype(np.int64)).to(device)

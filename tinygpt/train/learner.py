@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.runtime import RuntimeParams, compiling
+from tinygpt.runtime import RuntimeParams, compiling, fast_products
 from tinygpt.train.config import TrainParams
 from tinygpt.train.loss import Loss, pick_precision, repeatable, set_matmul_precision
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -70,7 +70,7 @@ class Learner:
 
         -> (2,): the mean loss of this process's share, and the norm of the whole gradient
         """
-        with repeatable(self.device):
+        with repeatable(self.device), fast_products(self.device):
             set_lr(self.optimizers, lr_frac_at(step, self.params))
             self.model.set_dropout(self.config.dropout * dropout_frac_at(step, self.params))
             # dropout depends on the step and the process, not on earlier draws
@@ -120,7 +120,8 @@ class Learner:
         loss = Loss(model, self.precision)
         mine = ids[self.world.rank :: self.world.size]
         parts = mine.split(self.micro_batch_size or self.params.batch_size) if len(mine) else ()  # if N < size
-        total = torch.tensor(sum(loss(part).item() * len(part) for part in parts), dtype=torch.float64)
+        with fast_products(self.device):
+            total = torch.tensor(sum(loss(part).item() * len(part) for part in parts), dtype=torch.float64)
         return self.world.sum(total).item() / len(ids)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
