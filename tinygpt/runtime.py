@@ -153,6 +153,15 @@ def _onednn() -> Iterator[None]:
         products.fp32_precision = before
 
 
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the device computes in bf16 without emulating it: of CPUs, those with AMX or AVX512-BF16."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
 def is_amd() -> bool:
     """Whether the CPU is one of AMD's."""
     vendor = platform.processor()  # on Windows

@@ -19,7 +19,7 @@ from tinygpt.generate.decoder import STEPS, KVCache, slot_mask
 from tinygpt.generate.lean import FEW, LeanBlock, LeanGPT
 from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import first_room
-from tinygpt.runtime import compiling
+from tinygpt.runtime import FEW_ROWS, compiling, onednn_is_faster
 
 # Buffers are written once, not recomputed wherever they are read: a step takes a quarter less time.  The sizes of
 # compiled code's own buffers are not checked at each call.
@@ -131,11 +131,16 @@ def of_sizes(guards: Sequence[Any]) -> list[bool]:
 def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     """Compile the step with which a model continues one sequence, or up to `n_row` together; new decoders use it.
 
-    docs/generation.md says how long this takes. Call it again after the weights have changed: scales of norms are
-    copied. Where layers have windows, `room` should be that of the decoders: with another, the step is compiled again.
+    On a CPU where oneDNN is faster, that is FEW_ROWS together at most: its products, which compiled code does not use,
+    save more time. docs/generation.md says how long this takes. Call it again after the weights have changed: scales of
+    norms are copied. Where layers have windows, `room` should be that of the decoders: with another, the step is
+    compiled again.
     Raises UserError when it cannot be compiled.
     """
-    step, dtype, device = CompiledStep(model, n_row), model.tok_emb.weight.dtype, model.tok_emb.weight.device
+    dtype, device = model.tok_emb.weight.dtype, model.tok_emb.weight.device
+    if device.type == "cpu" and onednn_is_faster():
+        n_row = min(n_row, FEW_ROWS)
+    step = CompiledStep(model, n_row)
     late = first_room(model.config.block_size) - 2  # a late position: only long loops are shared among threads
     if late < 1:
         return

@@ -11,8 +11,8 @@ slices of the weights.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeGuard, TypeVar, cast
+from functools import partial, wraps
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT, Block
 from tinygpt.model.layers import MLP, RMSNorm, first_room, more_room
 from tinygpt.model.quantize import Int8Linear
-from tinygpt.runtime import fast_products
+from tinygpt.runtime import FEW_ROWS, fast_products
 
 FEW = 64  # rows; above this, reading the weights costs so little per row that the plain product will do
 TokenMap = Callable[[Tensor], Tensor]  # maps each token by itself, such as a norm or a product: (M, I) -> (M, O)
@@ -171,6 +171,19 @@ def products(*layers: nn.Module) -> TokenMaps:
     return lambda x: [multiply(x) for multiply in each]
 
 
+def with_fast_library(multiply: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A method for products; those in compiled code use the library that is set when it runs."""
+
+    @wraps(multiply)
+    def faster(self: Any, x: Tensor) -> Tensor:
+        if len(x) <= FEW_ROWS or torch.compiler.is_compiling():
+            return multiply(self, x)
+        with fast_products(x.device, n_row=len(x)):
+            return multiply(self, x)
+
+    return faster
+
+
 class FastProduct:
     """x Wᵀ + b for few rows.
 
@@ -179,21 +192,15 @@ class FastProduct:
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        n = torch.get_num_threads()
-        n = n if linear.out_features % n == 0 else 1
+        n_thread = torch.get_num_threads()
         self.weight = linear.weight.detach()  # (O, I)
+        n = n_thread if len(self.weight) % n_thread == 0 else 1
         self.slices = self.weight.unflatten(0, (n, -1))  # (N, O / N, I)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
+    @with_fast_library
     def __call__(self, x: Tensor) -> Tensor:
         """(M, I) -> (M, O)"""
-        if torch.compiler.is_compiling():
-            return self.multiply(x)
-        with fast_products(x.device, n_row=len(x)):
-            return self.multiply(x)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """As above, with the library that PyTorch uses now."""
         if len(x) > FEW:
             return F.linear(x, self.weight, self.bias)
         if len(x) > 1:
@@ -214,6 +221,7 @@ class Int8Product:
         self.bias = _joined(biases) if biases else None
         self.ones = torch.ones(len(self.step), dtype=torch.bfloat16, device=self.step.device)
 
+    @with_fast_library
     def __call__(self, x: Tensor) -> Tensor:
         """(M, I) -> (M, O)"""
         if x.device.type == "cpu" and len(x) <= FEW:
