@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import parts_of
+from tinygpt.model.products import fast_products
 from tinygpt.plan import measure
 from tinygpt.plan.measure import flops_per_token, peak_flops, tokens_per_second
 from tinygpt.run import costs as memory_module
@@ -60,7 +61,7 @@ def kept_by_a_step(model) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with fast_products(CPU), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = next_token_loss(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
     assert loss.isfinite()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

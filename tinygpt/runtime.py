@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from tinygpt.errors import UserError, is_out_of_memory, shown
@@ -21,8 +18,6 @@ from tinygpt.params import Count, ParamsError, Within, require
 
 if TYPE_CHECKING:
     import torch
-
-FEW_ROWS = 8  # of a product, with which MKL is faster on all CPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,66 +103,6 @@ def find_device(wanted: str, option: str = "runtime.device") -> str:
     if not there[name]:
         raise ParamsError([f"{option}={name} is not available: set it to auto or cpu"])
     return name
-
-
-@contextmanager
-def fast_products(device: torch.device, *, n_row: float = math.inf) -> Iterator[None]:
-    """A context in which a CPU multiplies float32 matrices with the library that is faster for n_row rows."""
-    if device.type == "cpu" and n_row > FEW_ROWS and onednn_is_faster():
-        with _onednn():
-            yield
-    else:
-        yield
-
-
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies faster than MKL: on AMD's CPUs, where MKL leaves AVX-512 unused.
-
-    There, products of many rows take half the time (docs/performance.md).
-    """
-    import torch
-
-    if not (is_amd() and torch.backends.mkldnn.is_available()):
-        return False
-    value = 1 + 2**-20  # 1 in bfloat16
-    with _onednn():
-        return bool((torch.full((64, 64), value) @ torch.eye(64) == value).all())
-
-
-@contextmanager
-def _onednn() -> Iterator[None]:
-    """A context in which oneDNN multiplies float32 matrices.
-
-    PyTorch lets it do so only if bfloat16 is good enough. It computes in bfloat16 on CPUs with AMX, and in float32 on
-    all others.
-    """
-    import torch
-
-    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether the device computes in bf16 without emulating it: of CPUs, those with AMX or AVX512-BF16."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def is_amd() -> bool:
-    """Whether the CPU is one of AMD's."""
-    vendor = platform.processor()  # on Windows
-    with suppress(OSError):
-        vendor += Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")[:1000]
-    return "AuthenticAMD" in vendor
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinygpt.generate.decoder import STEPS, KVCache, slot_mask
 from tinygpt.generate.lean import FEW, LeanBlock, LeanGPT
 from tinygpt.model.gpt import GPT
 from tinygpt.model.layers import first_room
-from tinygpt.runtime import FEW_ROWS, compiling, onednn_is_faster
+from tinygpt.model.products import FEW_ROWS, onednn_is_faster
+from tinygpt.runtime import compiling
 
 # Buffers are written once, not recomputed wherever they are read: a step takes a quarter less time.  The sizes of
 # compiled code's own buffers are not checked at each call.
@@ -131,14 +132,15 @@ def of_sizes(guards: Sequence[Any]) -> list[bool]:
 def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     """Compile the step with which a model continues one sequence, or up to `n_row` together; new decoders use it.
 
-    On a CPU where oneDNN is faster, that is FEW_ROWS together at most: its products, which compiled code does not use,
-    save more time. docs/generation.md says how long this takes. Call it again after the weights have changed: scales of
-    norms are copied. Where layers have windows, `room` should be that of the decoders: with another, the step is
-    compiled again.
+    Float32 weights on a CPU where oneDNN is faster: FEW_ROWS together at most. Its products save more time than
+    compiled code, which would need them next to fused attention, and that is slow with oneDNN. docs/generation.md says
+    how long this takes. Call it again after the weights have changed: scales of norms are copied. Where layers have
+    windows, `room` should be that of the decoders: with another, the step is compiled again.
     Raises UserError when it cannot be compiled.
     """
     dtype, device = model.tok_emb.weight.dtype, model.tok_emb.weight.device
-    if device.type == "cpu" and onednn_is_faster():
+    is_float32 = dtype == torch.float32 and isinstance(model.lm_head, nn.Linear)  # not quantized
+    if device.type == "cpu" and is_float32 and onednn_is_faster():
         n_row = min(n_row, FEW_ROWS)
     step = CompiledStep(model, n_row)
     late = first_room(model.config.block_size) - 2  # a late position: only long loops are shared among threads

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT, Block
 from tinygpt.model.layers import MLP, RMSNorm, first_room, more_room
+from tinygpt.model.products import FEW_ROWS, fast_products
 from tinygpt.model.quantize import Int8Linear
-from tinygpt.runtime import FEW_ROWS, fast_products
 
 FEW = 64  # rows; above this, reading the weights costs so little per row that the plain product will do
 TokenMap = Callable[[Tensor], Tensor]  # maps each token by itself, such as a norm or a product: (M, I) -> (M, O)
@@ -172,11 +172,11 @@ def products(*layers: nn.Module) -> TokenMaps:
 
 
 def with_fast_library(multiply: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """A method for products; those in compiled code use the library that is set when it runs."""
+    """A decorator for products, a method each.  Compiled code uses the library that is set when it runs."""
 
     @wraps(multiply)
     def faster(self: Any, x: Tensor) -> Tensor:
-        if len(x) <= FEW_ROWS or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or len(x) <= FEW_ROWS:  # in this order: compiled code is for any number
             return multiply(self, x)
         with fast_products(x.device, n_row=len(x)):
             return multiply(self, x)
@@ -185,7 +185,7 @@ def with_fast_library(multiply: Callable[[Any, Tensor], Tensor]) -> Callable[[An
 
 
 class FastProduct:
-    """x Wᵀ + b for few rows.
+    """x Wᵀ + b, above all for few rows.
 
     Libraries read the weights faster when they are on the left. MKL multiplies them by one row on one thread only, but
     the matrices of a batch on all threads: then each gets a slice of W's rows.

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.layers import NORMS, Linear, apply_rope
-from tinygpt.runtime import onednn_is_faster
+from tinygpt.model.products import onednn_multiplies
 
-# In training on a CPU of AMD's, where the fused kernels wait for many small products: sequences up to this length.
-WRITTEN_OUT_IS_FASTER, SHORT = onednn_is_faster(), 256
+# Where oneDNN multiplies, written-out attention is faster up to this length: fused attention has many small products,
+# which oneDNN does not do fast. At 512, both take equally long.
+SHORT = 256
 
 
 def attention_mask(t: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -53,7 +54,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """The same with PyTorch's fused kernels, where they are faster; the fastest need `is_causal` instead of a mask."""
-    if WRITTEN_OUT_IS_FASTER and q.requires_grad and q.size(2) <= SHORT and q.dtype == torch.float32:
+    if onednn_multiplies() and q.size(2) <= SHORT and not torch.is_autocast_enabled("cpu"):
         return explicit_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
 

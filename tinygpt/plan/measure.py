@@ -14,9 +14,10 @@ from tinygpt.errors import is_out_of_memory
 from tinygpt.model.config import GPTConfig, ModelParams
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import attention_operations
+from tinygpt.model.products import fast_products
 from tinygpt.plan.recipe import LAYERS, Recipe, linear_weights
 from tinygpt.run.costs import build_trained
-from tinygpt.runtime import RuntimeParams, fast_products, wait_for
+from tinygpt.runtime import RuntimeParams, wait_for
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner
 from tinygpt.train.loss import PRECISIONS

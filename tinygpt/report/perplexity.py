@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from tinygpt.model.gpt import GPT
+from tinygpt.model.products import fast_products
 from tinygpt.params import require
 from tinygpt.progress import progress
 from tinygpt.report.config import EvaluateParams
-from tinygpt.runtime import fast_products
 from tinygpt.tokens import TokenIds
 
 BATCH_TOKENS = 8192  # tokens of one forward pass, at most
@@ -128,6 +128,8 @@ def llamacpp_report(
 @torch.inference_mode()
 def token_logprobs(model: GPT, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """The model's log-probabilities after each token.  (T,) -> (T, V)"""
-    logits = model(torch.from_numpy(ids)[None].to(model.tok_emb.weight.device))[0]
+    device = model.tok_emb.weight.device
+    with fast_products(device):
+        logits = model(torch.from_numpy(ids)[None].to(device))[0]
     logprobs: NDArray[np.float32] = logits.float().log_softmax(-1).cpu().numpy()
     return logprobs

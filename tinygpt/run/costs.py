@@ -20,6 +20,7 @@ from tinygpt.model.attention import attention_mask
 from tinygpt.model.config import GPTConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
+from tinygpt.model.products import fast_products
 from tinygpt.runtime import RuntimeParams, wait_for
 from tinygpt.train.config import LoRAParams, TrainParams
 from tinygpt.train.learner import Learner, recompute_blocks
@@ -58,6 +59,7 @@ def memory_of(
 ) -> Memory:
     """What a step will hold, counted without running it: fake tensors use the device's kernels but no memory."""
     with (
+        fast_products(device),  # training computes attention as it does there
         FakeTensorMode(),
         torch.device(device),
         autocast(pick_precision(params.precision, device, config.n_embd), device),

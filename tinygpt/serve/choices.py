@@ -12,6 +12,7 @@ from torch import Tensor
 from tinygpt.generate.decoder import slide
 from tinygpt.model.gpt import GPT
 from tinygpt.model.inside import attention_maps
+from tinygpt.model.products import fast_products
 from tinygpt.serve.request import Completion, Given, Refusal, Served, are_ids, check_ids, find_model, read_object
 from tinygpt.tokenizer import Tokenizer
 
@@ -154,7 +155,8 @@ def usage(asked: Completion) -> dict[str, int]:
 def score(model: GPT, ids: Sequence[int], n_best: int) -> Scores:
     """Score ids in one forward pass over the last block_size of them."""
     seen = torch.tensor(ids[-model.config.block_size :], device=model.tok_emb.weight.device)
-    hidden = model.hidden(seen[None])[0, :-1]  # (T, C)
+    with fast_products(seen.device):
+        hidden = model.hidden(seen[None])[0, :-1]  # (T, C)
     found = []
     for part, targets in zip(hidden.split(SCORED), seen[1:].split(SCORED), strict=True):
         logprobs = model.lm_head(part).float().log_softmax(-1)  # (t, V)

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, trained_tensors
-from tinygpt.runtime import RuntimeParams, compiling, fast_products
+from tinygpt.model.products import fast_products
+from tinygpt.runtime import RuntimeParams, compiling
 from tinygpt.train.config import TrainParams
 from tinygpt.train.loss import Loss, pick_precision, repeatable, set_matmul_precision
 from tinygpt.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -101,7 +102,8 @@ class Learner:
     def rehearse(self, n: int) -> None:
         """Run a forward and backward pass on n sequences of random tokens, not compiled; leaves gradients."""
         ids = torch.randint(self.config.vocab_size, (n, self.config.block_size + 1)).to(self.device)
-        self.scaler.scale(self._loss(ids)).backward()
+        with fast_products(self.device):
+            self.scaler.scale(self._loss(ids)).backward()
 
     @contextmanager
     def evaluated(self) -> Iterator[GPT]:

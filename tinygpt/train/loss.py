@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tinygpt.model.gpt import GPT
-from tinygpt.runtime import has_bf16_units
+from tinygpt.model.products import has_bf16_units
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product, or `repeatable` raises
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import trained_tensors
-from tinygpt.runtime import has_bf16_units
+from tinygpt.model.products import has_bf16_units
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import is_split, part_of, put, whole
 
