@@ -7,6 +7,7 @@ from test_train import PARAMS, RUNTIME
 from torch import nn
 
 from tinygpt.generate import compiled
+from tinygpt.generate.decoder import STEPS
 from tinygpt.generate.lean import FastProduct
 from tinygpt.model import attention, products
 from tinygpt.model.products import FEW_ROWS, fast_products, onednn_is_faster, onednn_multiplies
@@ -88,21 +89,13 @@ def test_products_of_many_rows_use_the_faster_library(n_row, amd, monkeypatch):
 
 
 def test_float32_rows_beyond_a_few_are_not_compiled_there(monkeypatch):
-    sizes = []
-
-    class Step:
-        def __init__(self, model, n_row):
-            sizes.append(n_row)
-
-        def __call__(self, *args):
-            pass
-
-    monkeypatch.setattr(compiled, "CompiledStep", Step)
-    for faster in (True, False):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # it takes seconds
+    float32, bfloat16 = tiny_model(), tiny_model().bfloat16()
+    for faster, expected in ((True, FEW_ROWS), (False, 32)):
         monkeypatch.setattr(compiled, "onednn_is_faster", lambda faster=faster: faster)
-        compiled.compile_step(tiny_model(), n_row=32)
-        compiled.compile_step(tiny_model().bfloat16(), n_row=32)
-    assert sizes == [FEW_ROWS, 32, 32, 32]
+        for model in (float32, bfloat16):
+            compiled.compile_step(model, n_row=32)
+        assert (STEPS[float32].n_row, STEPS[bfloat16].n_row) == (expected, 32)
 
 
 @pytest.mark.parametrize("window", [None, 3])
