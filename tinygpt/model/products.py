@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-FEW_ROWS = 8  # up to so many, MKL is faster on every CPU
+FEW_ROWS = 8  # with no more rows than this, MKL is faster on every CPU
 _in_use = False
 
 
