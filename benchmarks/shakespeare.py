@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
 }
 SHORT: Changes = (
     {"block_size": 128, "n_layer": 3, "n_head": 2, "n_embd": 64},
-    {"batch_size": 6, "max_steps": 215, "warmup_steps": 2, "lr": 0.022, "embedding_lr": 0.03},
+    {"batch_size": 6, "max_steps": 210, "warmup_steps": 2, "lr": 0.022, "embedding_lr": 0.03},
 )
 LONG: Changes = (
     {"block_size": 256, "n_layer": 4, "n_head": 3, "n_embd": 96},

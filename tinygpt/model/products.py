@@ -1,4 +1,4 @@
-"""Which library multiplies matrices on a CPU, and which devices have units for bfloat16.
+"""Which library multiplies float32 matrices on a CPU.
 
 PyTorch takes float32 products from MKL, which uses AVX-512 on Intel's CPUs only. oneDNN, which PyTorch also contains,
 uses it on AMD's as well: products of many rows take half the time there (docs/performance.md).
@@ -45,13 +45,6 @@ def onednn_is_faster() -> bool:
     matrix = torch.full((64, 64), value, dtype=torch.float32, device="cpu")
     with _onednn():
         return bool((matrix @ torch.eye(64, dtype=torch.float32, device="cpu") == value).all())
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether the device computes in bf16 without emulating it: of CPUs, those with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager

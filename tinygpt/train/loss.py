@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tinygpt.model.gpt import GPT
-from tinygpt.model.products import has_bf16_units
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product, or `repeatable` raises
 
@@ -120,7 +119,7 @@ PRECISIONS = {  # choices of train.precision other than auto: the type of produc
     "fp16": torch.float16,  # for older GPUs; the loss is scaled so that gradients do not vanish
 }
 # n_embd: a step of 1024 tokens in bf16 took 1.1 times as long at 128 with AMX, 0.9 at 192, 0.7 at 384; with AVX512-BF16
-# and oneDNN's float32 products 0.95 at 224, 0.8 at 384
+# it took 0.8 times as long at all of them
 WORTH_CASTS = 192
 
 
@@ -128,12 +127,15 @@ def pick_precision(precision: str, device: torch.device, n_embd: int) -> str:
     """The precision that "auto" stands for: bf16 if the device has units for it, else fp32.
 
     The choice follows from the device's features, not from a timing, which might differ when the run continues and so
-    change its weights. CPUs take bf16 only for models whose products are worth the casts.
+    change its weights. CPUs take bf16 only with AMX or AVX512-BF16, and only for models whose products are worth the
+    casts.
     """
     if precision != "auto":
         return precision
-    pays = device.type != "cpu" or n_embd >= WORTH_CASTS
-    return "bf16" if pays and has_bf16_units(device) else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if device.type == "cpu" and has_units and n_embd >= WORTH_CASTS else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

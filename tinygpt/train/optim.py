@@ -12,7 +12,6 @@ from torch import Tensor
 from tinygpt.errors import UserError
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import trained_tensors
-from tinygpt.model.products import has_bf16_units
 from tinygpt.train.config import TrainParams
 from tinygpt.train.parallel import is_split, part_of, put, whole
 
@@ -226,10 +225,10 @@ class Muon(Optimizer):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Approximately the nearest (semi-)orthogonal matrices, by Newton-Schulz iteration.  (N, R, C) -> (N, R, C)
 
-    Singular values above 0.002 of the norm come out between 0.7 and 1.2. In bfloat16, which is accurate enough, where
-    the device has units for it: that takes half the time.
+    Singular values above 0.002 of the norm come out between 0.7 and 1.2. A GPU computes in bfloat16, which is accurate
+    enough and twice as fast.
     """
-    x = matrices.to(torch.bfloat16 if has_bf16_units(matrices.device) else matrices.dtype)
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else matrices.dtype)
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
