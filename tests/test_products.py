@@ -46,16 +46,16 @@ def test_onednn_multiplies_on_amd_s_cpus_with_avx512_if_it_computes_in_float32(i
     assert onednn_is_faster.__wrapped__() == (is_amd and has_avx512 and exact)
 
 
-def test_the_library_is_changed_for_many_rows_on_a_cpu_and_put_back(amd):
-    for device, n_row, expected in (("cpu", FEW_ROWS, False), ("cpu", FEW_ROWS + 1, True), ("meta", 100, False)):
-        with pytest.raises(ZeroDivisionError), fast_products(torch.device(device), n_row=n_row):
+def test_the_library_is_changed_on_a_cpu_and_put_back(amd):
+    for device, expected in (("cpu", True), ("meta", False)):
+        with pytest.raises(ZeroDivisionError), fast_products(torch.device(device)):
             assert (LIBRARY.fp32_precision == "bf16") == onednn_multiplies() == expected
             raise ZeroDivisionError
         assert LIBRARY.fp32_precision == "none" and not onednn_multiplies()
 
 
 def seen_in(model: nn.Module) -> set[bool]:
-    """Where it is returned, filled with whether oneDNN multiplied in each forward pass of the model's matrices."""
+    """A set to which each later forward pass of a matrix adds whether oneDNN multiplied."""
     found = set[bool]()
     for layer in model.modules():
         if isinstance(layer, nn.Linear):

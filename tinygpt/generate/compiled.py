@@ -132,10 +132,10 @@ def of_sizes(guards: Sequence[Any]) -> list[bool]:
 def compile_step(model: GPT, *, n_row: int = 1, room: int = 0) -> None:
     """Compile the step with which a model continues one sequence, or up to `n_row` together; new decoders use it.
 
-    Float32 weights on a CPU where oneDNN is faster: FEW_ROWS together at most. Its products save more time than
-    compiled code, which would need them next to fused attention, and that is slow with oneDNN. docs/generation.md says
-    how long this takes. Call it again after the weights have changed: scales of norms are copied. Where layers have
-    windows, `room` should be that of the decoders: with another, the step is compiled again.
+    With float32 weights on a CPU where oneDNN is faster, it is FEW_ROWS together at most: oneDNN's products save more
+    time than compiled code, which cannot use them, because its fused attention would be slow then. docs/generation.md
+    says how long this takes. Call it again after the weights have changed: scales of norms are copied. Where layers
+    have windows, `room` should be that of the decoders: with another, the step is compiled again.
     Raises UserError when it cannot be compiled.
     """
     dtype, device = model.tok_emb.weight.dtype, model.tok_emb.weight.device

@@ -178,7 +178,7 @@ def with_fast_library(multiply: Callable[[Any, Tensor], Tensor]) -> Callable[[An
     def faster(self: Any, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or len(x) <= FEW_ROWS:  # in this order: compiled code is for any number
             return multiply(self, x)
-        with fast_products(x.device, n_row=len(x)):
+        with fast_products(x.device):
             return multiply(self, x)
 
     return faster

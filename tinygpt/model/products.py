@@ -5,7 +5,6 @@ uses it on AMD's as well: products of many rows take half the time there (docs/p
 """
 
 import functools
-import math
 import platform
 import sys
 from collections.abc import Iterator
@@ -18,13 +17,13 @@ _in_use = False
 
 
 @contextmanager
-def fast_products(device: torch.device, *, n_row: float = math.inf) -> Iterator[None]:
-    """A context in which a CPU multiplies float32 matrices with the library that is faster for n_row rows.
+def fast_products(device: torch.device) -> Iterator[None]:
+    """A context in which a CPU multiplies float32 matrices with the library that is faster for many rows.
 
     It holds for the whole process: when several threads are in it, the first to leave ends it for all. It leaves
     PyTorch's default setting behind.
     """
-    if device.type == "cpu" and n_row > FEW_ROWS and onednn_is_faster():
+    if device.type == "cpu" and onednn_is_faster():
         with _onednn():
             yield
     else:
